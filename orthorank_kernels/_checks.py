@@ -1,0 +1,79 @@
+"""Argument checks that the public ops share. They read shapes, dtypes, devices and strides, never values: no check syncs."""
+
+from collections.abc import Sequence
+
+import torch
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def tensor(name: str, value: object, layout: str, dtypes: Sequence[torch.dtype] = FLOATING) -> None:
+    """``value`` is a tensor with the dimensions named in ``layout`` (``"[batch, tokens, hidden]"``) and one of ``dtypes``."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor {layout}")
+    dims = layout.count(",") + 1
+    if value.dim() != dims:
+        raise ValueError(f"{name} has shape {list(value.shape)}; it must be {layout}, {dims} dimensions")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} has dtype {str(value.dtype).removeprefix('torch.')}; it may be {_names(dtypes)}")
+
+
+def shape(name: str, value: torch.Tensor, expected: Sequence[int], because: str) -> None:
+    """``value`` has exactly the shape ``expected``; ``because`` names the argument that asks for it."""
+    if list(value.shape) != list(expected):
+        raise ValueError(f"{name} has shape {list(value.shape)}; {because} asks for {list(expected)}")
+
+
+def same_device(reference_name: str, reference: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """All given tensors live on the device of ``reference``."""
+    for name, value in others.items():
+        if value is not None and value.device != reference.device:
+            raise ValueError(
+                f"{name} is on {value.device} and {reference_name} on {reference.device}; move one with .to(device)"
+            )
+
+
+def same_dtype(reference_name: str, reference: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """All given tensors have the dtype of ``reference``."""
+    for name, value in others.items():
+        if value is not None and value.dtype != reference.dtype:
+            raise TypeError(
+                f"{name} has dtype {str(value.dtype).removeprefix('torch.')} and {reference_name} "
+                f"{str(reference.dtype).removeprefix('torch.')}; convert one with .to(dtype)"
+            )
+
+
+def unit_last_stride(**tensors: torch.Tensor) -> None:
+    """The last dimension of each tensor is contiguous; every other stride is honoured by the kernels."""
+    for name, value in tensors.items():
+        if value.shape[-1] > 1 and value.stride(-1) != 1:
+            raise ValueError(
+                f"{name} has strides {list(value.stride())}; the last one must be 1: pass {name}.contiguous(), or keep the "
+                "last dimension innermost"
+            )
+
+
+def row_index(name: str, value: object, batch: int, like: torch.Tensor) -> None:
+    """``value`` is an int32 tensor ``[batch]`` (starts, lengths, sink_positions, ...) on the device of ``like``."""
+    tensor(name, value, "[batch]", (torch.int32,))
+    assert isinstance(value, torch.Tensor)
+    if value.shape[0] != batch:
+        raise ValueError(
+            f"{name} has shape {list(value.shape)}; it must be [{batch}], one entry for each row of the batch"
+        )
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}; it must be on {like.device} like the other tensors")
+
+
+def positions(value: object, batch: int, like: torch.Tensor) -> None:
+    """``positions`` is int32 ``[batch, selected]`` on the device of ``like``."""
+    tensor("positions", value, "[batch, selected]", (torch.int32,))
+    assert isinstance(value, torch.Tensor)
+    if value.shape[0] != batch:
+        raise ValueError(f"positions has shape {list(value.shape)}; its first dimension must be the batch, {batch}")
+    if value.device != like.device:
+        raise ValueError(f"positions is on {value.device}; it must be on {like.device} like the other tensors")

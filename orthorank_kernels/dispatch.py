@@ -1,0 +1,99 @@
+"""Which implementation an op runs.
+
+``backend="auto"`` calls the torch operator, which takes the Triton kernel on a GPU and the reference on a CPU.
+``"reference"`` and ``"triton"`` are explicit requests: one that cannot be met raises and says why; none falls back silently.
+Inputs that require grad take the differentiable reference, because no backward kernel exists.
+"""
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from orthorank_kernels import _library
+
+BACKENDS = ("auto", "triton", "reference")
+
+
+class BackendError(RuntimeError):
+    """An explicitly requested backend cannot run here. The message names the device, the reason and the remedy."""
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter, on CPU tensors (``TRITON_INTERPRET=1`` in the environment)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+def triton_unavailable(device: torch.device) -> str | None:
+    """Why Triton cannot run on ``device``, with the remedy, or None when it can.
+
+    >>> import torch
+    >>> from orthorank_kernels.dispatch import triton_unavailable
+    >>> triton_unavailable(torch.device("meta"))
+    'tensors on the meta device hold no data; move them to a GPU, or use backend="reference"'
+    """
+    if device.type == "meta":
+        return 'tensors on the meta device hold no data; move them to a GPU, or use backend="reference"'
+    if find_spec("triton") is None:
+        return "Triton is not installed; run: pip install 'orthorank-kernels[triton]'"
+    if device.type == "cuda" or (device.type == "cpu" and interpreting()):
+        return None
+    if device.type == "cpu":
+        return (
+            "Triton runs on CPU tensors only in its interpreter; move the tensors to a GPU, set TRITON_INTERPRET=1 before "
+            'the first import of triton (slow, for tests), or use backend="reference"'
+        )
+    return f'no Triton kernels are tested for {device.type} devices; use backend="reference"'
+
+
+def run(
+    op: Any,
+    reference: Callable[..., Any],
+    triton: str,
+    args: tuple[Any, ...],
+    *,
+    backend: str,
+    device: torch.device,
+) -> Any:
+    """Run one public op whose arguments were checked.
+
+    Args:
+        op: its torch operator; reference: its PyTorch reference; triton: its launcher, as for `_library.define`.
+        args: the operator's arguments, in the schema's order, the same for all three.
+        backend: one of `BACKENDS`.
+        device: where the tensors are.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it may be one of {', '.join(map(repr, BACKENDS))}")
+    needs_grad = torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+    if backend == "triton":
+        reason = triton_unavailable(device)
+        if reason is not None:
+            raise BackendError(f'backend="triton" cannot run on device {device}: {reason}')
+        if needs_grad:
+            raise BackendError(
+                f'backend="triton" on device {device} got an input that requires grad, and the kernels have no backward; '
+                'call under torch.no_grad(), or use backend="reference"'
+            )
+        return _library.launcher(triton)(*args)
+    if backend == "reference" or needs_grad:
+        return reference(*args)
+    return op(*args)
+
+
+def describe(device: torch.device | str) -> tuple[str, str]:
+    """The backend that ``backend="auto"`` takes on ``device`` and why, for `orthorank env`.
+
+    >>> from orthorank_kernels.dispatch import describe
+    >>> describe("cpu")[0]
+    'reference'
+    """
+    device = torch.device(device)
+    if device.type == "cpu":
+        return "reference", "the PyTorch reference is the CPU path"
+    if device.type == "cuda":
+        reason = triton_unavailable(device)
+        return ("triton", "a GPU and Triton are present") if reason is None else ("none", reason)
+    return "none", f'operators are registered for CPU and CUDA/ROCm devices; on {device.type} pass backend="reference"'
