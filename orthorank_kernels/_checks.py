@@ -1,4 +1,7 @@
-"""Argument checks that the public ops share. They read shapes, dtypes, devices and strides, never values: no check syncs."""
+"""Argument checks that the public ops share.
+
+They read shapes, dtypes, devices and strides, never values: no check waits for a GPU.
+"""
 
 from collections.abc import Sequence
 
@@ -12,7 +15,7 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def tensor(name: str, value: object, layout: str, dtypes: Sequence[torch.dtype] = FLOATING) -> None:
-    """``value`` is a tensor with the dimensions named in ``layout`` (``"[batch, tokens, hidden]"``) and one of ``dtypes``."""
+    """``value`` is a tensor with the dimensions of ``layout`` (such as ``"[batch, hidden]"``) and one of ``dtypes``."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor {layout}")
     dims = layout.count(",") + 1
@@ -52,8 +55,8 @@ def unit_last_stride(**tensors: torch.Tensor) -> None:
     for name, value in tensors.items():
         if value.shape[-1] > 1 and value.stride(-1) != 1:
             raise ValueError(
-                f"{name} has strides {list(value.stride())}; the last one must be 1: pass {name}.contiguous(), or keep the "
-                "last dimension innermost"
+                f"{name} has strides {list(value.stride())}; the last one must be 1: "
+                f"pass {name}.contiguous(), or keep the last dimension innermost"
             )
 
 

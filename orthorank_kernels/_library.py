@@ -1,8 +1,8 @@
 """The operator library: one torch operator per public op.
 
-Each public op has exactly one `torch.library` operator in the namespace `orthorank_kernels`. The CPU implementation is the
-PyTorch reference, the CUDA implementation is the Triton launcher (imported when it first runs), and the fake implementation
-states shapes, dtypes and strides, so that `torch.compile(fullgraph=True)` and `opcheck` work.
+Each public op has exactly one `torch.library` operator in the namespace `orthorank_kernels`. The CPU implementation is
+the PyTorch reference, the CUDA implementation is the Triton launcher (imported when it first runs), and the fake
+implementation states shapes, dtypes and strides, so that `torch.compile(fullgraph=True)` and `opcheck` work.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,10 @@ def define(schema: str, *, cpu: Callable[..., Any], triton: str, fake: Callable[
     """Define the operator of one public op and return it.
 
     Args:
-        schema: name and signature in torch's schema language. Ops that write to an argument mark it ``(a!)`` and return ``()``.
+        schema: name and signature in torch's schema language. Ops that write to an argument mark it ``(a!)`` and
+            return ``()``.
         cpu: the reference, called with the schema's arguments in order.
-        triton: name of the launcher as ``"module.function"`` inside ``orthorank_kernels.triton``; imported at its first call.
+        triton: name of the launcher as ``"module.function"`` inside ``orthorank_kernels.triton``.
         fake: what the outputs look like, from the inputs alone.
     """
     name = schema.split("(", 1)[0]
@@ -35,7 +36,7 @@ def define(schema: str, *, cpu: Callable[..., Any], triton: str, fake: Callable[
 def launcher(path: str) -> Callable[..., Any]:
     """The Triton launcher named ``"module.function"`` inside ``orthorank_kernels.triton``."""
     module, function = path.rsplit(".", 1)
-    return getattr(import_module(f"orthorank_kernels.triton.{module}"), function)  # type: ignore[no-any-return]
+    return getattr(import_module(f"orthorank_kernels.triton.{module}"), function)
 
 
 def _lazy_launcher(path: str) -> Callable[..., Any]:

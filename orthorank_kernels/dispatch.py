@@ -1,7 +1,8 @@
 """Which implementation an op runs.
 
 ``backend="auto"`` calls the torch operator, which takes the Triton kernel on a GPU and the reference on a CPU.
-``"reference"`` and ``"triton"`` are explicit requests: one that cannot be met raises and says why; none falls back silently.
+``"reference"`` and ``"triton"`` are explicit requests: one that cannot be met raises and says why; none falls back
+silently.
 Inputs that require grad take the differentiable reference, because no backward kernel exists.
 """
 
@@ -42,8 +43,8 @@ def triton_unavailable(device: torch.device) -> str | None:
         return None
     if device.type == "cpu":
         return (
-            "Triton runs on CPU tensors only in its interpreter; move the tensors to a GPU, set TRITON_INTERPRET=1 before "
-            'the first import of triton (slow, for tests), or use backend="reference"'
+            "Triton runs on CPU tensors only in its interpreter; move the tensors to a GPU, set TRITON_INTERPRET=1 "
+            'before the first import of triton (slow, for tests), or use backend="reference"'
         )
     return f'no Triton kernels are tested for {device.type} devices; use backend="reference"'
 
@@ -74,8 +75,8 @@ def run(
             raise BackendError(f'backend="triton" cannot run on device {device}: {reason}')
         if needs_grad:
             raise BackendError(
-                f'backend="triton" on device {device} got an input that requires grad, and the kernels have no backward; '
-                'call under torch.no_grad(), or use backend="reference"'
+                f'backend="triton" on device {device} got an input that requires grad, and the kernels have no '
+                'backward; call under torch.no_grad(), or use backend="reference"'
             )
         return _library.launcher(triton)(*args)
     if backend == "reference" or needs_grad:

@@ -40,8 +40,10 @@ def assert_within_budget(
 
 @contextlib.contextmanager
 def poisoned_outputs() -> Iterator[None]:
-    """Inside, `torch.empty` and its kin are filled with NaN (floats) or the largest integer, so that a value that a kernel
-    forgot to write is seen."""
+    """Inside, `torch.empty` and its kin are filled with NaN (floats) or the largest integer.
+
+    So a value that a kernel forgot to write is seen.
+    """
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
