@@ -1,5 +1,13 @@
 """Triton kernels for OrthoRank's token selection, each with a PyTorch reference that defines correct."""
 
 from orthorank_kernels._version import __version__
+from orthorank_kernels.rotary import apply_rotary_at
+from orthorank_kernels.rows import gather_add_rms_norm, gather_rows, scatter_rows_
 
-__all__ = ["__version__"]
+__all__ = [
+    "__version__",
+    "apply_rotary_at",
+    "gather_add_rms_norm",
+    "gather_rows",
+    "scatter_rows_",
+]

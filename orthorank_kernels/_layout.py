@@ -1,0 +1,17 @@
+"""Memory layouts of outputs."""
+
+import torch
+
+
+def empty_ordered_like(x: torch.Tensor) -> torch.Tensor:
+    """A new dense tensor with the shape of ``x`` and its dimensions in the same order in memory.
+
+    So a transposed view gives a transposed view, and a slice of a fused projection gives a tensor without the gaps.
+    (`torch.empty_like` gives up on inputs with gaps and returns them in the order of their dimensions.)
+
+    >>> x = torch.empty(2, 5, 3, 4).transpose(1, 2)[..., :2]
+    >>> empty_ordered_like(x).stride()
+    (30, 2, 6, 1)
+    """
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    return torch.empty_permuted(x.shape, order, dtype=x.dtype, device=x.device)

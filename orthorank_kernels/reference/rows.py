@@ -1,0 +1,60 @@
+"""Rows in and out of the residual stream, in PyTorch: the definition of correct, and the CPU path.
+
+    gather_rows           y[b, i] = x[b, positions[b, i]]
+    gather_add_rms_norm   r[b, i] = hidden_states[b, positions[b, i]] + addend[b, i];  y = RMSNorm(r)
+    scatter_rows_         out[b, positions[b, i]] = rows[b, i]
+
+A position of -1 marks a missing entry: gathers give zeros there, the scatter skips it. Nothing here reads a value on
+the host, so the functions also run inside a captured graph on a GPU.
+"""
+
+import torch
+
+
+def batch_index(positions: torch.Tensor) -> torch.Tensor:
+    """The row of the batch as an index that broadcasts against ``positions``: [batch, 1]."""
+    return torch.arange(positions.shape[0], device=positions.device)[:, None]
+
+
+def gather_rows(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    if x.shape[1] == 0:  # nothing to read, so every position is -1
+        return x.new_zeros(*positions.shape, x.shape[2])
+    gathered = x[batch_index(positions), positions.clamp(min=0)]  # [batch, selected, hidden]
+    return gathered.masked_fill_((positions < 0)[..., None], 0)
+
+
+def gather_add_rms_norm(
+    hidden_states: torch.Tensor, positions: torch.Tensor, addend: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    residual = gather_rows(hidden_states, positions) + addend
+    residual = residual.masked_fill_((positions < 0)[..., None], 0)
+    return residual, _rms_norm(residual, weight, eps)
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm with the rounding of Hugging Face's LlamaRMSNorm: float32 inside, round, then times the weight."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * (wide * rstd).to(x.dtype)
+
+
+def scatter_rows_(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> None:
+    tokens, selected = out.shape[1], positions.shape[1]
+    if tokens == 0 or selected == 0:
+        return
+    # How many entries are missing is not known on the host, so they are written too, where it changes nothing: a
+    # missing entry repeats the first present entry of its batch row, and an empty batch row writes back its token 0.
+    batch, entries = batch_index(positions), torch.arange(selected, device=positions.device)
+    present = positions >= 0
+    first = present.int().argmax(-1, keepdim=True)  # [batch, 1], 0 in an empty row
+    source = torch.where(present, entries, first)  # [batch, selected]
+    target = positions[batch, source].clamp(min=0)
+
+    empty_row = ~present.any(-1)[:, None, None]
+    token_0 = out[:, :1].clone()  # [batch, 1, hidden]
+    repeated = torch.where(empty_row, token_0, rows[batch, first])
+    # A repeated value must not add to the gradient again; token 0 of an empty row passes its gradient through entry 0.
+    values = torch.where(present[..., None], rows, repeated.detach())
+    if torch.is_grad_enabled() and out.requires_grad:
+        values[:, :1] = torch.where(empty_row, token_0, values[:, :1])
+    out[batch, target] = values

@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers, one module per public module. Imported when a kernel first runs."""
