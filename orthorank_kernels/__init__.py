@@ -3,11 +3,17 @@
 from orthorank_kernels._version import __version__
 from orthorank_kernels.rotary import apply_rotary_at
 from orthorank_kernels.rows import gather_add_rms_norm, gather_rows, scatter_rows_
+from orthorank_kernels.scoring import rms_norm_score
+from orthorank_kernels.selection import keep_count, rms_norm_select, select_tokens
 
 __all__ = [
     "__version__",
     "apply_rotary_at",
     "gather_add_rms_norm",
     "gather_rows",
+    "keep_count",
+    "rms_norm_score",
+    "rms_norm_select",
     "scatter_rows_",
+    "select_tokens",
 ]
