@@ -1,6 +1,7 @@
 """Triton kernels for OrthoRank's token selection, each with a PyTorch reference that defines correct."""
 
 from orthorank_kernels._version import __version__
+from orthorank_kernels.attention import sparse_query_attention
 from orthorank_kernels.rotary import apply_rotary_at
 from orthorank_kernels.rows import gather_add_rms_norm, gather_rows, scatter_rows_
 from orthorank_kernels.scoring import rms_norm_score
@@ -16,4 +17,5 @@ __all__ = [
     "rms_norm_select",
     "scatter_rows_",
     "select_tokens",
+    "sparse_query_attention",
 ]
