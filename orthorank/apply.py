@@ -1,0 +1,253 @@
+"""Apply a plan to one model instance, and undo it."""
+
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from orthorank.calls import Call, Phase, phase_of, read_call
+from orthorank.config import OrthoRankConfig, hub_id
+from orthorank.errors import OrthoRankError
+from orthorank.families import Parts, decoder_of, family_of
+from orthorank.layer import removed_forward, selected_forward
+from orthorank.patching import Patch
+from orthorank.status import LayerCounts, Status, status_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ATTRIBUTE = "_orthorank_handle"
+
+
+def apply(model: "PreTrainedModel", config: OrthoRankConfig) -> "Handle":
+    """Make ``model`` follow the plan ``config``, this instance alone, until `Handle.remove`.
+
+    In the plan's layers only the tokens most orthogonal to the sink token are updated while a prompt is processed;
+    generated tokens are dense (paper, section 3, Algorithm 1).
+
+    Args:
+        model: a causal LM of a known family (see `orthorank.families.FAMILIES`), not patched yet.
+        config: a plan made for this model.
+
+    Returns:
+        The handle: ``remove()``, ``stats``, and the context managers ``decoding()`` and ``prefilling()``. It is a
+        context manager itself, which removes the plan at its end.
+
+    Raises:
+        OrthoRankError: unknown family, a plan is applied already, or the plan was made for another model.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+        ...     num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1))
+        >>> handle = apply(model, OrthoRankConfig(layers=[2], keep_ratio=1/3))
+        >>> _ = model(torch.arange(12)[None])
+        >>> handle.stats[2].calls, handle.stats[2].tokens_in, handle.stats[2].tokens_updated
+        (1, 12, 4)
+        >>> handle.remove()
+    """
+    family = family_of(model)
+    if handle_of(model) is not None:
+        raise OrthoRankError("a plan is applied to this model already; call handle.remove() first")
+    layers = decoder_of(model).layers
+    check_plan(model, config)
+    parts = {index: family.parts(layers[index]) for index in config.layers}
+    return Handle(model, config, parts)
+
+
+def handle_of(model: Any) -> "Handle | None":
+    """The handle of the plan that is applied to ``model``, or None. A deep copy of a patched model has its own."""
+    return model.__dict__.get(ATTRIBUTE)
+
+
+def status(model: Any) -> Status:
+    """What the applied plan has done so far: per layer its mode, ratio, calls, tokens in and tokens updated.
+
+    Raises:
+        OrthoRankError: no plan is applied.
+    """
+    handle = handle_of(model)
+    if handle is None:
+        raise OrthoRankError("no plan is applied to this model; apply one with orthorank.apply(model, config)")
+    return status_of(handle.config, len(decoder_of(model).layers), handle.stats)
+
+
+def check_plan(model: Any, config: OrthoRankConfig) -> None:
+    """The plan was made for this model, as far as the plan says.
+
+    Raises:
+        OrthoRankError: naming the field, what the plan says and what the model has.
+    """
+    if not isinstance(config, OrthoRankConfig):
+        raise OrthoRankError(f"config is a {type(config).__name__}; it must be an OrthoRankConfig")
+    text = model.config.get_text_config()
+    for name in ("num_hidden_layers", "hidden_size", "model_type"):
+        wanted = getattr(config, name)
+        if wanted is not None and wanted != getattr(text, name):
+            raise OrthoRankError(
+                f"the plan was made for a model with {name} {wanted!r} and this one has {getattr(text, name)!r}; "
+                "find a plan for this model with a search"
+            )
+    here = hub_id(model)
+    if config.model_id is not None and here is not None and config.model_id.lower() != here.lower():
+        raise OrthoRankError(
+            f"the plan was made for model_id {config.model_id!r} and this model is {here!r}; find a plan for this "
+            "model with a search, or set the plan's model_id to None if the weights are meant to be alike"
+        )
+    if config.layers and config.layers[-1] >= text.num_hidden_layers:
+        raise OrthoRankError(
+            f"layers holds {config.layers[-1]}; the model has layers 0 to {text.num_hidden_layers - 1}"
+        )
+
+
+class Handle(AbstractContextManager["Handle"]):
+    """A plan that is applied to a model; made by `apply`.
+
+    Attributes:
+        model, config: what `apply` was given.
+        stats: `LayerCounts` of each selected layer, by number.
+    """
+
+    def __init__(self, model: "PreTrainedModel", config: OrthoRankConfig, parts: dict[int, Parts]) -> None:
+        decoder = decoder_of(model)
+        self.model, self.config = model, config
+        self.stats = {index: LayerCounts() for index in config.layers}
+        self.phase = Phase()
+        self.call: Call | None = None
+        self._patches: list[Patch] = [DecoderForward(self, decoder)]
+        if hasattr(model, "generate"):
+            self._patches += [Generate(self, model), PrepareInputs(self, model)]
+        self._patches += [LayerForward(self, decoder.layers[i], i, parts[i]) for i in config.layers]
+        model.__dict__[ATTRIBUTE] = self
+
+    def remove(self) -> None:
+        """Undo the plan: the model gets back the identical objects it had.
+
+        Raises:
+            OrthoRankError: a method was replaced by someone else in the meantime; nothing is undone then.
+        """
+        for patch in self._patches:
+            patch.check_on_top()
+        for patch in reversed(self._patches):
+            patch.undo()
+        self._patches = []
+        self.model.__dict__.pop(ATTRIBUTE, None)
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """Inside, every token of every call is a generated one, hence dense, however many come in one call."""
+        return phase_of(self, Phase(prompt=0))
+
+    def prefilling(self, keep_last: int | None = None) -> AbstractContextManager[None]:
+        """Inside, every call holds the whole prompt or its end, as in `generate()`.
+
+        Args:
+            keep_last: tokens at each row's end that are always updated; None: the plan's.
+        """
+        keep = self.config.keep_last if keep_last is None else keep_last
+        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 0:
+            raise OrthoRankError(f"keep_last is {keep!r}; it must be an integer, 0 or more")
+        return phase_of(self, Phase(keep_last=keep))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._patches:
+            self.remove()
+
+
+class DecoderForward(Patch):
+    """Reads padding and phase of each call before the layers run."""
+
+    def __init__(self, handle: Handle, decoder: Any) -> None:
+        super().__init__(decoder, "forward")
+        self.handle = handle
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        _refuse_attentions(self.owner, kwargs)
+        kwargs |= {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+        }
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is None:  # the model's own error is the better one
+            return self.original(**kwargs)
+        self.handle.call = read_call((given.shape[0], given.shape[1]), given.device, self.handle.phase, kwargs)
+        try:
+            return self.original(input_ids=input_ids, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
+        finally:
+            self.handle.call = None
+
+
+class LayerForward(Patch):
+    """The forward of one selected layer."""
+
+    def __init__(self, handle: Handle, layer: Any, index: int, parts: Parts) -> None:
+        super().__init__(layer, "forward")
+        self.handle, self.index, self.parts = handle, index, parts
+
+    def __call__(self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        config, call, counts = self.handle.config, self.handle.call, self.handle.stats[self.index]
+        valid = hidden_states.shape[0] * hidden_states.shape[1] if call is None else call.tokens_in()
+        if config.keep_ratio == 0:
+            counts.add(valid, 0)
+            return removed_forward(self.index, hidden_states, past_key_values)
+        if call is None or config.keep_ratio == 1:
+            counts.add(valid, valid)
+            return self.original(hidden_states, *args, past_key_values=past_key_values, **kwargs)
+        counts.add(valid, call.tokens_updated(config))
+        cos_sin = kwargs["position_embeddings"]
+        return selected_forward(self.parts, self.index, config, call, hidden_states, cos_sin, past_key_values)
+
+
+class Generate(Patch):
+    """`generate()`: what it is given is the prompt, everything after it is decoded."""
+
+    def __init__(self, handle: Handle, model: Any) -> None:
+        super().__init__(model, "generate")
+        self.handle = handle
+
+    def __call__(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        phase = Phase(prompt=_prompt_length(inputs, kwargs), keep_last=self.handle.config.keep_last)
+        with phase_of(self.handle, phase):
+            return self.original(inputs, *args, **kwargs)
+
+
+class PrepareInputs(Patch):
+    """Sees the ``[batch, tokens]`` mask before `generate()` turns it into a causal one for static caches."""
+
+    def __init__(self, handle: Handle, model: Any) -> None:
+        super().__init__(model, "prepare_inputs_for_generation")
+        self.handle = handle
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        mask = kwargs.get("attention_mask")
+        self.handle.phase.padding_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        return self.original(*args, **kwargs)
+
+
+def _prompt_length(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
+    """Columns that `generate()` is given: of its inputs, or of the mask where a cache holds the first ones."""
+    given = inputs if inputs is not None else kwargs.get("input_ids")
+    embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+    lengths = [t.shape[1] for t in (given, embeds, mask) if isinstance(t, Tensor) and t.dim() >= 2]
+    return max(lengths, default=1)  # without inputs, generation starts from one BOS token
+
+
+def _refuse_attentions(decoder: Any, kwargs: dict[str, Any]) -> None:
+    wanted = kwargs.get("output_attentions")
+    if wanted if wanted is not None else getattr(decoder.config, "output_attentions", False):
+        raise OrthoRankError(
+            "output_attentions is True; a layer that selects tokens has no attention weights of all tokens to give: "
+            "pass output_attentions=False, or call handle.remove() first"
+        )

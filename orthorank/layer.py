@@ -1,0 +1,131 @@
+"""The selected layer: one forward for every family (paper, Algorithm 1).
+
+h [tokens, hidden] --rms_norm_select--> x [tokens, hidden], positions [k]
+x --k_proj, v_proj--> K, V of all tokens --rotary--> cache
+x --gather_rows--> x_sel --q_proj, apply_rotary_at--> Q of the selected
+Q, K, V, positions --sparse_query_attention--> o --o_proj--> a
+h, positions, a --gather_add_rms_norm--> r = h[positions] + a, y = norm(r)
+y --mlp--> m;   h' = h with r + m at positions
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from orthorank import sink_state
+from orthorank.calls import Call
+from orthorank.config import OrthoRankConfig
+from orthorank.criteria import norm_and_select
+from orthorank.families import Parts
+from orthorank_kernels import (
+    apply_rotary_at,
+    gather_add_rms_norm,
+    gather_rows,
+    scatter_rows_,
+    sparse_query_attention,
+)
+
+
+def selected_forward(
+    parts: Parts,
+    index: int,
+    config: OrthoRankConfig,
+    call: Call,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    cache: Any = None,
+) -> Tensor:
+    """One decoder layer in which only the selected tokens are updated.
+
+    Args:
+        parts: the layer's modules; index: its number, which names its entry in ``cache``.
+        config: the plan; call: what is prompt and what is padding.
+        hidden_states: ``[batch, tokens, hidden]``. Left as it is: whoever captured it keeps the right values.
+        position_embeddings: cos and sin, ``[batch or 1, tokens, rotary_dim]``.
+        cache: a transformers cache, which gets the keys and values of all tokens, or None.
+
+    Returns:
+        ``[batch, tokens, hidden]``: unselected tokens as they came.
+    """
+    cos, sin = position_embeddings
+    normed, positions = _norm_and_select(parts, index, config, call, hidden_states, cache)
+
+    keys, values = parts.keys_and_values(normed)
+    keys = apply_rotary_at(keys, cos, sin)
+    first_key = 0
+    if cache is not None:
+        _, first_key = cache.get_mask_sizes(call.tokens, index)  # the column of the first key that update returns
+        keys, values = cache.update(keys, values, index)
+    if positions.shape[1] == 0:
+        return hidden_states
+
+    queries = apply_rotary_at(parts.queries(gather_rows(normed, positions)), cos, sin, positions)
+    attended = sparse_query_attention(
+        queries,
+        keys,
+        values,
+        positions,
+        scale=parts.attention.scaling,  # type: ignore[arg-type]
+        window=parts.window,
+        starts=None if call.key_starts is None else call.key_starts - first_key,
+        query_offset=call.past - first_key,
+    )
+    norm: Any = parts.norm_post
+    residual, normed = gather_add_rms_norm(
+        hidden_states, positions, parts.output(attended), norm.weight, norm.variance_epsilon
+    )
+    updated = hidden_states.clone()
+    scatter_rows_(updated, positions, residual + parts.mlp(normed))
+    return updated
+
+
+def _norm_and_select(
+    parts: Parts, index: int, config: OrthoRankConfig, call: Call, hidden_states: Tensor, cache: Any
+) -> tuple[Tensor, Tensor]:
+    """The layer's input norm of all tokens and the selected positions; stores the sinks' states with the cache."""
+    norm: Any = parts.norm_in
+    sink = None if call.first else sink_state.continued(call, cache, index, hidden_states, norm)
+    each, most = call.counts(config)
+    normed, positions = norm_and_select(
+        config.criterion,
+        hidden_states,
+        norm.weight,
+        norm.variance_epsilon,
+        k=each,
+        sink=sink,
+        starts=call.starts,
+        lengths=call.lengths,
+        sink_positions=call.sink_positions,
+        keep_last=call.forced,
+        max_selected=most,
+    )
+    if cache is not None:
+        sink_state.keep(cache, index, sink_state.rows_at(normed, call.starts) if sink is None else sink)
+    return normed, positions
+
+
+def removed_forward(index: int, hidden_states: Tensor, cache: Any = None) -> Tensor:
+    """A layer of a plan with keep_ratio 0: nothing is computed.
+
+    Models read how many tokens are cached from the first layer of each kind (full, sliding). Where such a layer is
+    removed, a stand-in of one head and one channel keeps that count.
+    """
+    if cache is not None and _tells_length(cache, index):
+        batch, tokens = hidden_states.shape[:2]
+        heads, channels = _initialised_shape(cache, index)
+        stand_in = hidden_states.new_zeros(batch, heads, tokens, channels)
+        cache.update(stand_in, stand_in, index)
+    return hidden_states
+
+
+def _initialised_shape(cache: Any, index: int) -> tuple[int, int]:
+    """Heads and channels of a cache layer that was allocated ahead of time; 1 and 1 else."""
+    keys = getattr(cache.layers[index], "keys", None) if index < len(cache.layers) else None
+    return (keys.shape[1], keys.shape[3]) if isinstance(keys, Tensor) and keys.dim() == 4 else (1, 1)
+
+
+def _tells_length(cache: Any, index: int) -> bool:
+    sliding: list[bool] = list(cache.is_sliding)
+    if index >= len(sliding):  # a cache without a config grows a layer at the first update, and all are alike
+        return index == 0
+    return sliding.index(sliding[index]) == index

@@ -1,0 +1,88 @@
+"""Which tokens of a row are padding, read from whatever attention mask a model was called with."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orthorank.errors import OrthoRankError
+
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+Columns = tuple[Tensor, Tensor]  # first valid column and the one after the last, int64 [batch] each
+
+
+def valid_columns(mask: Any, columns: int) -> Columns | None:
+    """First and last-plus-one valid column of each row, or None when nothing is padding.
+
+    Args:
+        mask: ``[batch, columns]`` (1 = token), a causal mask ``[batch, 1, queries, keys]`` (bool, or float with 0 =
+            visible), a dict of such by layer type, or None.
+        columns: columns that exist so far: cached tokens and the tokens of this call.
+
+    Raises:
+        OrthoRankError: the mask is of another kind, or has holes.
+    """
+    mask = _full_attention(mask)
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        shape = f" of shape {list(mask.shape)}" if isinstance(mask, Tensor) else ""
+        raise OrthoRankError(
+            f"attention_mask is a {type(mask).__name__}{shape}, from which padding cannot be read while a plan is "
+            "applied; pass a [batch, tokens] mask with 1 for tokens and 0 for padding"
+        )
+    if mask.dim() == 4:
+        last = mask[:, 0, -1]  # what the last query sees: every valid column up to its own
+        mask = last if last.dtype == torch.bool else last == 0
+    mask = mask[:, :columns] != 0
+    if mask.shape[1] != columns:
+        raise OrthoRankError(
+            f"attention_mask covers {mask.shape[1]} tokens; it must cover all {columns}, cached ones included"
+        )
+    if bool(mask.all()):
+        return None
+    return _contiguous(mask)
+
+
+def _full_attention(mask: Any) -> Any:
+    """The full-attention mask of a dict by layer type: a sliding one does not show where a row begins."""
+    if not isinstance(mask, dict):
+        return mask
+    if "full_attention" not in mask:
+        raise OrthoRankError(
+            f"attention_mask holds only {', '.join(map(repr, mask))}, from which padding cannot be read; "
+            "pass a [batch, tokens] mask with 1 for tokens and 0 for padding"
+        )
+    return mask["full_attention"]
+
+
+def _contiguous(mask: Tensor) -> Columns:
+    count = mask.sum(dim=1)
+    start = mask.to(torch.int8).argmax(dim=1)  # 0 for a row without tokens
+    end = start + count
+    index = torch.arange(mask.shape[1], device=mask.device)
+    filled = (index >= start[:, None]) & (index < end[:, None])
+    if bool((filled != mask).any()):
+        rows = (filled != mask).any(dim=1).nonzero().flatten().tolist()
+        raise OrthoRankError(
+            f"attention_mask has holes in row {rows[0]}; with a plan applied the tokens of a row must be contiguous "
+            "(padding on the left or on the right, not between tokens)"
+        )
+    return torch.where(count > 0, start, mask.shape[1]), torch.where(count > 0, end, mask.shape[1])
+
+
+def refuse_packed(kwargs: dict[str, Any]) -> None:
+    """Several sequences in one row have several sinks: refuse them by name."""
+    if named := [name for name in PACKED if kwargs.get(name) is not None]:
+        raise OrthoRankError(
+            f"{', '.join(named)} was given: packed sequences (several in one row) are not supported while a plan is "
+            "applied; pass one sequence a row, padded, with a [batch, tokens] attention_mask"
+        )
+    positions = kwargs.get("position_ids")
+    if positions is None or kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
+        return
+    if positions.shape[-1] > 1 and bool((positions.diff(dim=-1) != 1).any()):
+        raise OrthoRankError(
+            "position_ids restart or jump inside a row and no attention_mask was given: packed sequences are not "
+            "supported while a plan is applied; pass one sequence a row, padded, with a [batch, tokens] attention_mask"
+        )

@@ -1,0 +1,59 @@
+"""The sink token's normalised state at each selected layer, kept with the cache.
+
+Position 0 attends only to itself, so its state at a layer depends on the first token alone. Later chunks of a prompt
+are scored against the vector that the first chunk left here.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orthorank.calls import Call
+from orthorank.errors import OrthoRankError
+
+ATTRIBUTE = "orthorank_sinks"
+
+
+def stored(cache: Any, layer: int, batch: int) -> Tensor:
+    """The vectors ``[batch, hidden]`` that ``layer`` stored with ``cache``.
+
+    Raises:
+        OrthoRankError: the cache was filled without this plan, or has another batch size.
+    """
+    sinks: dict[int, Tensor] = getattr(cache, ATTRIBUTE, {})
+    if layer not in sinks:
+        raise OrthoRankError(
+            f"past_key_values was filled without layer {layer} selecting tokens (by the dense model, or by another "
+            "plan), so the sink token's state is not known; prefill from an empty cache with the plan applied, "
+            "or continue inside `with handle.decoding():` to process the new tokens densely"
+        )
+    if sinks[layer].shape[0] != batch:
+        raise OrthoRankError(
+            f"past_key_values holds the sinks of {sinks[layer].shape[0]} rows and the call has {batch}; "
+            "prefill the batch that you continue"
+        )
+    return sinks[layer]
+
+
+def keep(cache: Any, layer: int, vectors: Tensor) -> None:
+    """Store the normalised sink states ``[batch, hidden]`` of ``layer`` with ``cache``."""
+    if not hasattr(cache, ATTRIBUTE):
+        setattr(cache, ATTRIBUTE, {})
+    getattr(cache, ATTRIBUTE)[layer] = vectors
+
+
+def continued(call: Call, cache: Any, layer: int, hidden_states: Tensor, norm: nn.Module) -> Tensor:
+    """The sink vectors ``[batch, hidden]`` for a later chunk: stored, or of this chunk for rows that begin in it."""
+    vectors = stored(cache, layer, call.batch)
+    if call.starts is None or call.sink_positions is None:
+        return vectors
+    own = norm(rows_at(hidden_states, call.starts))
+    return torch.where(call.sink_positions[:, None] >= 0, own, vectors)
+
+
+def rows_at(x: Tensor, index: Tensor | None) -> Tensor:
+    """A copy ``[batch, hidden]`` of one row of each batch entry of ``x [batch, tokens, hidden]``."""
+    if index is None:
+        return x[:, 0].clone()
+    return x[torch.arange(x.shape[0], device=x.device), index.long()]

@@ -1,0 +1,148 @@
+"""The model as a stack of layers, for search and analysis: run any layer on any states, dense, selecting or removed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from orthorank.calls import Call
+from orthorank.config import OrthoRankConfig
+from orthorank.errors import OrthoRankError
+from orthorank.families import Parts, decoder_of, family_of
+from orthorank.layer import selected_forward
+from orthorank.patching import Patch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOGITS_AT_ONCE = 2**26  # elements: 256 MiB of fp32 logits
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What enters the first layer, and what the model hands to each layer beside it.
+
+    Args:
+        hidden_states: ``[windows, tokens, hidden]``.
+        layer_kwargs: per layer: position_embeddings, attention_mask and the like.
+    """
+
+    hidden_states: Tensor
+    layer_kwargs: list[dict[str, Any]]
+
+
+class LayerStack:
+    """The decoder layers of ``model`` one at a time, without a cache and without padding.
+
+    The model is left as it is: nothing is patched between two calls. Gradients are not recorded.
+
+    Raises:
+        OrthoRankError: the family is unknown, or a plan is applied to the model.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+        ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)).eval()
+        >>> stack, ids = LayerStack(model), torch.arange(8)[None]
+        >>> inputs = stack.embed(ids)
+        >>> h = stack.run(1, stack.run(0, inputs.hidden_states, inputs), inputs)
+        >>> torch.allclose(stack.logits(h), model(ids).logits, atol=1e-5)
+        True
+    """
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        self.model = model
+        self.decoder: Any = decoder_of(model)
+        self.family = family_of(model)
+        if "_orthorank_handle" in model.__dict__:
+            raise OrthoRankError("a plan is applied to this model; call handle.remove() first")
+        self.parts: list[Parts] = [self.family.parts(layer) for layer in self.decoder.layers]
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model."""
+        return len(self.parts)
+
+    @torch.no_grad()
+    def embed(self, input_ids: Tensor) -> Pass:
+        """What the layers get for ``input_ids`` ``[windows, tokens]``: the model's own forward, with idle layers."""
+        with _idle_layers(self.decoder.layers) as seen:
+            self.decoder(input_ids=input_ids, use_cache=False)
+        return Pass(seen[0].hidden_states, [idle.kwargs for idle in seen])
+
+    @torch.no_grad()
+    def run(
+        self, layer: int, hidden_states: Tensor, inputs: Pass, keep_ratio: float = 1.0, criterion: str = "orthogonal"
+    ) -> Tensor:
+        """One layer on ``hidden_states`` ``[windows, tokens, hidden]``, which it leaves as they are.
+
+        Args:
+            layer: its number; inputs: from `embed`, of the same windows.
+            keep_ratio: 1 = the dense layer, 0 = removed, between = token selection by ``criterion``.
+        """
+        if keep_ratio == 0:
+            return hidden_states
+        kwargs = inputs.layer_kwargs[layer]
+        if keep_ratio == 1:
+            output = self.decoder.layers[layer](hidden_states, **kwargs)
+            return output[0] if isinstance(output, tuple) else output
+        windows, tokens, _ = hidden_states.shape
+        call = Call(windows, tokens, past=0, forced=0, decode_tokens=0)
+        plan = OrthoRankConfig(layers=[layer], keep_ratio=keep_ratio, criterion=criterion)
+        return selected_forward(self.parts[layer], layer, plan, call, hidden_states, kwargs["position_embeddings"])
+
+    @torch.no_grad()
+    def normed(self, layer: int, hidden_states: Tensor) -> Tensor:
+        """The layer's input norm of ``hidden_states``: where tokens are scored."""
+        return self.parts[layer].norm_in(hidden_states)
+
+    @torch.no_grad()
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Final norm and language-model head: ``[..., hidden]`` to ``[..., vocabulary]``."""
+        return self._head(self.decoder.norm(hidden_states))
+
+    @torch.no_grad()
+    def token_losses(self, hidden_states: Tensor, input_ids: Tensor) -> Tensor:
+        """Cross entropy in nats of each next token, fp32 ``[windows, tokens - 1]``.
+
+        The logits exist for a slice of tokens at a time, never for all of them.
+        """
+        windows, tokens, _ = hidden_states.shape
+        states = self.decoder.norm(hidden_states)[:, :-1].reshape(windows * (tokens - 1), -1)
+        targets = input_ids[:, 1:].reshape(-1)
+        step = max(1, LOGITS_AT_ONCE // self._head.out_features)
+        losses = [
+            nn.functional.cross_entropy(
+                self._head(states[i : i + step]).float(), targets[i : i + step], reduction="none"
+            )
+            for i in range(0, len(targets), step)
+        ]
+        return torch.cat(losses).view(windows, tokens - 1)
+
+    @property
+    def _head(self) -> Any:
+        return self.model.get_output_embeddings()
+
+
+class _Idle(Patch):
+    """A layer that does nothing but remember what it was called with."""
+
+    hidden_states: Tensor
+    kwargs: dict[str, Any]
+
+    def __call__(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        self.hidden_states, self.kwargs = hidden_states, kwargs
+        return hidden_states
+
+
+@contextmanager
+def _idle_layers(layers: Any) -> Iterator[list[_Idle]]:
+    idle = [_Idle(layer, "forward") for layer in layers]
+    try:
+        yield idle
+    finally:
+        for patch in reversed(idle):
+            patch.undo()
