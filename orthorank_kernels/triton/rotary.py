@@ -1,0 +1,133 @@
+"""Rotary position embedding at given positions.
+
+    out1 = x1 * cos - x2 * sin;   out2 = x2 * cos + x1 * sin
+
+x, out [batch, heads, selected, head_dim]; cos, sin [batch or 1, tokens, rotary_dim], of which the first half is read;
+positions int32 [batch, selected], -1 = missing, or None. x1 and x2 are the halves of the first rotary_dim elements of
+a head, the rest is copied. One program rotates all heads of one token, so cos and sin are read once. The grid is
+(selected, batch), so a batch is at most 65,535. Computed in float32, so float64 is not supported.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from orthorank_kernels._layout import empty_ordered_like
+
+
+@triton.jit(do_not_specialize=["stride_positions_batch"])
+def apply_rotary_at_kernel(
+    x_ptr,  # [batch, HEADS, selected, HEAD_DIM]
+    stride_x_batch,
+    stride_x_head,
+    stride_x_entry,
+    cos_ptr,  # [batch or 1, tokens, ROTARY_DIM]
+    stride_cos_batch,
+    stride_cos_token,
+    sin_ptr,  # [batch or 1, tokens, ROTARY_DIM]
+    stride_sin_batch,
+    stride_sin_token,
+    positions_ptr,  # [batch, selected] if HAS_POSITIONS
+    stride_positions_batch,
+    out_ptr,  # [batch, HEADS, selected, HEAD_DIM]
+    stride_out_batch,
+    stride_out_head,
+    stride_out_entry,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    entry = tl.program_id(0).to(tl.int64)
+    batch = tl.program_id(1).to(tl.int64)
+    position = entry
+    if HAS_POSITIONS:
+        position = tl.load(positions_ptr + batch * stride_positions_batch + entry).to(tl.int64)
+    # Bounds of what is read: a missing entry reads nothing and so becomes zeros.
+    half_read = tl.where(position >= 0, ROTARY_DIM // 2, 0)
+    heads_read = tl.where(position >= 0, HEADS, 0)
+    x_ptr += batch * stride_x_batch + entry * stride_x_entry
+    out_ptr += batch * stride_out_batch + entry * stride_out_entry
+
+    HALF: tl.constexpr = ROTARY_DIM // 2
+    columns = tl.arange(0, BLOCK_HALF)  # [BLOCK_HALF]
+    cos_ptr += batch * stride_cos_batch + position * stride_cos_token
+    sin_ptr += batch * stride_sin_batch + position * stride_sin_token
+    cos = tl.load(cos_ptr + columns, mask=columns < half_read, other=0.0).to(tl.float32)[None, :]  # [1, BLOCK_HALF]
+    sin = tl.load(sin_ptr + columns, mask=columns < half_read, other=0.0).to(tl.float32)[None, :]  # [1, BLOCK_HALF]
+
+    for first_head in range(0, HEADS, BLOCK_HEADS):
+        heads = first_head + tl.arange(0, BLOCK_HEADS)[:, None]  # [BLOCK_HEADS, 1]
+        x = x_ptr + heads.to(tl.int64) * stride_x_head
+        out = out_ptr + heads.to(tl.int64) * stride_out_head
+        in_half = columns[None, :] < HALF  # [1, BLOCK_HALF]
+        read = (heads < heads_read) & in_half  # [BLOCK_HEADS, BLOCK_HALF]
+        mask = (heads < HEADS) & in_half
+        x1 = tl.load(x + columns[None, :], mask=read, other=0.0).to(tl.float32)
+        x2 = tl.load(x + HALF + columns[None, :], mask=read, other=0.0).to(tl.float32)
+        tl.store(out + columns[None, :], (x1 * cos - x2 * sin).to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out + HALF + columns[None, :], (x2 * cos + x1 * sin).to(out_ptr.dtype.element_ty), mask=mask)
+        if ROTARY_DIM < HEAD_DIM:
+            rest = ROTARY_DIM + tl.arange(0, BLOCK_REST)[None, :]  # [1, BLOCK_REST]
+            in_rest = rest < HEAD_DIM
+            kept = tl.load(x + rest, mask=(heads < heads_read) & in_rest, other=0.0)  # [BLOCK_HEADS, BLOCK_REST]
+            tl.store(out + rest, kept, mask=(heads < HEADS) & in_rest)
+
+
+def launch_settings(heads: int, head_dim: int, rotary_dim: int, itemsize: int) -> dict[str, int]:
+    """At most 8 KiB of x in the registers of a program at a time."""
+    half = triton.next_power_of_2(rotary_dim // 2)
+    rest = triton.next_power_of_2(max(1, head_dim - rotary_dim))
+    row_bytes = triton.next_power_of_2(head_dim) * itemsize
+    block_heads = min(triton.next_power_of_2(heads), max(1, 8192 // row_bytes))
+    return {
+        "BLOCK_HEADS": block_heads,
+        "BLOCK_HALF": half,
+        "BLOCK_REST": rest,
+        "num_warps": min(4, max(1, block_heads * half * itemsize // 512)),  # 16 bytes of each half per thread
+        "num_stages": 1,
+    }
+
+
+def apply_rotary_at(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor | None = None
+) -> torch.Tensor:
+    if x.dtype == torch.float64:
+        raise TypeError(
+            "x has dtype float64; the Triton kernel takes float32, float16 and bfloat16: "
+            'convert it with .float(), or use backend="reference"'
+        )
+    batch, heads, selected, head_dim = x.shape
+    rotary_dim = cos.shape[2]
+    out = empty_ordered_like(x)
+    if out.numel() == 0:
+        return out
+    one_table = cos.shape[0] == 1
+    with torch.cuda.device_of(x):
+        apply_rotary_at_kernel[(selected, batch)](
+            x_ptr=x,
+            stride_x_batch=x.stride(0),
+            stride_x_head=x.stride(1),
+            stride_x_entry=x.stride(2),
+            cos_ptr=cos,
+            stride_cos_batch=0 if one_table else cos.stride(0),
+            stride_cos_token=cos.stride(1),
+            sin_ptr=sin,
+            stride_sin_batch=0 if one_table else sin.stride(0),
+            stride_sin_token=sin.stride(1),
+            positions_ptr=positions,
+            stride_positions_batch=0 if positions is None else positions.stride(0),
+            out_ptr=out,
+            stride_out_batch=out.stride(0),
+            stride_out_head=out.stride(1),
+            stride_out_entry=out.stride(2),
+            HEADS=heads,
+            HEAD_DIM=head_dim,
+            ROTARY_DIM=rotary_dim,
+            HAS_POSITIONS=positions is not None,
+            **launch_settings(heads, head_dim, rotary_dim, x.element_size()),
+        )
+    return out
