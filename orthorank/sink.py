@@ -11,6 +11,7 @@ and it counts as a sink when the jump is at least 5x and the ratio stays at leas
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -100,7 +101,7 @@ def detect_sink(
     is only read.
 
     Args:
-        model: a supported causal language model, with or without a plan applied (the plan is not used).
+        model: a causal language model of a known family, without a plan applied.
         tokenizer: turns a built-in passage of English into ids when ``input_ids`` is not given. With neither, random
             ids from a fixed seed are used; they show the sink as well.
         input_ids: int64 ``[count]`` or ``[1, count]``, one long text; passages are cut out of it.
@@ -111,7 +112,7 @@ def detect_sink(
         The report; ``report.sink_layer`` is None, with a reason, when no layer passes.
 
     Raises:
-        OrthoRankError: an architecture without a spec, an argument out of range, or a text with too few passages.
+        OrthoRankError: an unknown family, a plan is applied, an argument is out of range, or the text is too short.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -154,7 +155,7 @@ def find_sink_layer(ratios: Sequence[float], cos_self: Sequence[float] = ()) -> 
     layers = len(ratios) - 1
     if layers < 1:
         raise OrthoRankError(f"ratios has {len(ratios)} entries; it must have one more than the model has layers")
-    jumps = [after / max(before, 1e-30) for before, after in zip(ratios, ratios[1:], strict=False)]
+    jumps = [after / max(before, 1e-30) for before, after in itertools.pairwise(ratios)]
     layer = max(range(layers), key=lambda i: jumps[i])  # the first of equals
     jump = f"from {ratios[layer]:.3g} to {ratios[layer + 1]:.3g}"
     if not jumps[layer] >= MIN_JUMP:  # NaN fails, too
@@ -165,7 +166,9 @@ def find_sink_layer(ratios: Sequence[float], cos_self: Sequence[float] = ()) -> 
     while layer + 1 + held <= layers and ratios[layer + 1 + held] >= MIN_RATIO:
         held += 1
     if held < needed:
-        found = f"after layer {layer} the norm ratio jumps {jump} but is at least {MIN_RATIO:.0f} for {held} layers only"
+        found = (
+            f"after layer {layer} the norm ratio jumps {jump} but is at least {MIN_RATIO:.0f} for {held} layers only"
+        )
         return None, f"no sink: {found}; a sink stays for {needed}"
     reason = f"the sink forms in layer {layer} of {layers}: the first token's norm goes {jump} times that of the others"
     after = cos_self[layer + 1 : layer + 1 + needed]
@@ -218,9 +221,7 @@ def _range_after(sink_layer: int, num_layers: int, protect_last: int) -> range:
     return range(sink_layer + 1, num_layers - protect_last)
 
 
-def _ids(
-    model: "PreTrainedModel", tokenizer: Any, input_ids: Tensor | None, first_tokens: int, tokens: int
-) -> Tensor:
+def _ids(model: "PreTrainedModel", tokenizer: Any, input_ids: Tensor | None, first_tokens: int, tokens: int) -> Tensor:
     """The text to cut passages from, int64 ``[count]``."""
     if input_ids is not None:
         if input_ids.dim() == 2 and input_ids.shape[0] == 1:
@@ -285,7 +286,7 @@ def _measure(stack: "LayerStack", passages: Tensor) -> dict[str, tuple[float, ..
         sink = normed[:, 0]
         columns["cos_others"].append(torch.cosine_similarity(sink[:, None], normed[:, 1:], dim=-1).mean().item())
         if sink_before is not None:
-            columns["cos_self"].append(torch.cosine_similarity(sink_before, sink, dim=-1).median().item())
+            columns["cos_self"].append(torch.cosine_similarity(sink_before, sink, dim=-1).quantile(0.5).item())
         sink_before = sink
         hidden = stack.run(layer, hidden, inputs)
     return {name: tuple(values) for name, values in columns.items()}
@@ -293,10 +294,10 @@ def _measure(stack: "LayerStack", passages: Tensor) -> dict[str, tuple[float, ..
 
 def _add_norms(columns: dict[str, list[float]], hidden: Tensor) -> None:
     norms = torch.linalg.vector_norm(hidden.float(), dim=-1)  # [passages, tokens]
-    sink, others = norms[:, 0], norms[:, 1:].median(dim=1).values
+    sink, others = norms[:, 0], norms[:, 1:].quantile(0.5, dim=1)
     ratio = sink / others
-    columns["sink_norms"].append(sink.median().item())
-    columns["other_norms"].append(others.median().item())
-    columns["ratios"].append(ratio.median().item())
+    columns["sink_norms"].append(sink.quantile(0.5).item())
+    columns["other_norms"].append(others.quantile(0.5).item())
+    columns["ratios"].append(ratio.quantile(0.5).item())
     columns["ratios_low"].append(ratio.min().item())
     columns["ratios_high"].append(ratio.max().item())
