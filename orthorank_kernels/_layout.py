@@ -13,5 +13,10 @@ def empty_ordered_like(x: torch.Tensor) -> torch.Tensor:
     >>> empty_ordered_like(x).stride()
     (30, 2, 6, 1)
     """
-    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    order: list[int] = []
+    for dim in range(x.dim()):  # insertion, because `sorted` cannot be traced when strides are symbolic
+        place = len(order)
+        while place > 0 and x.stride(order[place - 1]) < x.stride(dim):
+            place -= 1
+        order.insert(place, dim)
     return torch.empty_permuted(x.shape, order, dtype=x.dtype, device=x.device)

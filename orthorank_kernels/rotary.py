@@ -62,7 +62,7 @@ def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: tor
     batch, _, selected, head_dim = x.shape
     _checks.tensor("cos", cos, "[batch or 1, tokens, rotary_dim]")
     _checks.tensor("sin", sin, "[batch or 1, tokens, rotary_dim]")
-    _checks.shape("sin", sin, cos.shape, "cos")
+    _checks.shape("sin", sin, cos.shape, "the shape of cos")
     _checks.same_dtype("cos", cos, sin=sin)
     _checks.same_device("x", x, cos=cos, sin=sin)
     _checks.unit_last_stride(x=x, cos=cos, sin=sin)
@@ -81,7 +81,7 @@ def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: tor
             )
         return
     _checks.positions(positions, batch, x)
-    _checks.shape("positions", positions, (batch, selected), "x")
+    _checks.shape("positions", positions, (batch, selected), "the shape of x")
     _checks.unit_last_stride(positions=positions)
 
 
