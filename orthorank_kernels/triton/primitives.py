@@ -1,0 +1,27 @@
+"""Small device functions that several kernels use."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rms_norm_row(
+    x,  # [BLOCK] float32, zero past HIDDEN
+    weight,  # [BLOCK] in the model's dtype
+    eps,
+    HIDDEN: tl.constexpr,
+):
+    """RMSNorm of one row in the dtype of ``weight``: float32 inside, rounded before and after the weight."""
+    mean_square = tl.sum(x * x, 0) / HIDDEN
+    normed = (x * tl.rsqrt(mean_square + eps)).to(weight.dtype)  # [BLOCK]
+    return (normed.to(tl.float32) * weight.to(tl.float32)).to(weight.dtype)  # [BLOCK]
+
+
+@triton.jit
+def ascending_key(score):
+    """uint32 that ascends with a float32 score, from 0x00800000 (-inf) to 0xFF800000 (+inf); -0.0 and 0.0 share one.
+
+    Not for NaN.
+    """
+    bits = score.to(tl.uint32, bitcast=True)
+    return tl.where((bits >> 31) != 0, ~bits + 1, bits | 0x80000000)

@@ -1,0 +1,291 @@
+"""Exact selection of the k most orthogonal tokens of each row, and its fusion with the norm and the score.
+
+    scores [batch, tokens] float32  ->  positions [batch, width] int32, ascending, -1 past counts [batch] int32
+
+One program selects a row, by the radix selection in `radix.py`: up to 8192 tokens (in the fusion 2048) stay in its
+registers, longer rows are streamed in tiles, five times. Two sizes and a tile serve every length, so no prompt length
+makes Triton compile anew.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from orthorank_kernels.triton.radix import select_resident, select_streamed
+from orthorank_kernels.triton.scoring import launch_settings, norm_and_score
+
+
+@triton.jit
+def select_row(
+    scores_ptr,
+    positions_ptr,
+    counts_ptr,
+    starts_ptr,
+    lengths_ptr,
+    sinks_ptr,
+    row_k_ptr,
+    row,
+    n_tokens,
+    k,
+    width,
+    keep_last,
+    stride_scores_row,
+    RESIDENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """All of one row of the batch (int64): its bounds, its selection, its count, and -1 past that."""
+    begin = tl.zeros([], tl.int32)
+    if starts_ptr is not None:
+        begin = tl.minimum(tl.maximum(tl.load(starts_ptr + row), 0), n_tokens)
+    n_valid = n_tokens - begin
+    if lengths_ptr is not None:
+        n_valid = tl.minimum(tl.maximum(tl.load(lengths_ptr + row), 0), n_valid)
+    sink = 0
+    if sinks_ptr is not None:
+        sink = tl.maximum(tl.load(sinks_ptr + row), -1) - begin
+    count = tl.minimum(tl.minimum(k, width), n_valid)
+    if row_k_ptr is not None:
+        count = tl.minimum(tl.maximum(tl.load(row_k_ptr + row), 0), count).to(tl.int32)
+    # Reading starts at the multiple of four below the first valid token: known alignment gives each thread four
+    # neighbours, which makes the scans cheap, for any stride and any start.
+    first = row * stride_scores_row + begin
+    aligned = tl.multiple_of(first // 4 * 4, 4)
+    lead = (first - aligned).to(tl.int32)
+    scores_ptr += aligned
+    positions_ptr += row * width
+    if RESIDENT:
+        select_resident(scores_ptr, positions_ptr, begin, lead, n_valid, sink, count, keep_last, BLOCK)
+    else:
+        select_streamed(scores_ptr, positions_ptr, begin, lead, n_valid, sink, count, keep_last, BLOCK)
+    tl.store(counts_ptr + row, count)
+    for tile in range(count, width, 256):
+        slot = tile + tl.arange(0, 256)
+        tl.store(positions_ptr + slot, -1, mask=slot < width)
+
+
+@triton.jit(do_not_specialize=["n_tokens", "k", "width", "keep_last", "stride_scores_row"])
+def select_tokens_kernel(
+    scores_ptr,
+    positions_ptr,
+    counts_ptr,
+    starts_ptr,
+    lengths_ptr,
+    sinks_ptr,
+    row_k_ptr,
+    n_tokens,
+    k,
+    width,
+    keep_last,
+    stride_scores_row,
+    RESIDENT: tl.constexpr,
+    SELECT_BLOCK: tl.constexpr,
+):
+    select_row(
+        scores_ptr,
+        positions_ptr,
+        counts_ptr,
+        starts_ptr,
+        lengths_ptr,
+        sinks_ptr,
+        row_k_ptr,
+        row=tl.program_id(0).to(tl.int64),
+        n_tokens=n_tokens,
+        k=k,
+        width=width,
+        keep_last=keep_last,
+        stride_scores_row=stride_scores_row,
+        RESIDENT=RESIDENT,
+        BLOCK=SELECT_BLOCK,
+    )
+
+
+@triton.jit(do_not_specialize=["n_tokens", "n_blocks", "rows", "k", "width", "keep_last"])
+def rms_norm_select_kernel(
+    x_ptr,
+    weight_ptr,
+    sink_ptr,
+    starts_ptr,
+    normed_ptr,
+    scores_ptr,
+    positions_ptr,
+    counts_ptr,
+    lengths_ptr,
+    sinks_ptr,
+    row_k_ptr,
+    finished_ptr,
+    n_tokens,
+    n_blocks,
+    rows,
+    eps,
+    k,
+    width,
+    keep_last,
+    stride_x_row,
+    stride_x_token,
+    stride_sink_row,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    SELECT_BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    row = program // n_blocks
+    norm_and_score(
+        x_ptr,
+        weight_ptr,
+        sink_ptr,
+        starts_ptr,
+        normed_ptr,
+        scores_ptr,
+        row=row,
+        first=program % n_blocks * rows,
+        n_tokens=n_tokens,
+        rows=rows,
+        eps=eps,
+        stride_x_row=stride_x_row,
+        stride_x_token=stride_x_token,
+        stride_sink_row=stride_sink_row,
+        HIDDEN=HIDDEN,
+        BLOCK=BLOCK,
+    )
+    # The program that counts itself last selects, whichever it is: none waits for another, so any order of execution
+    # is right. Release: the barrier puts the score stores of all threads before the atomic of one thread. Acquire:
+    # that atomic read what every other program of the row released, and the barrier that hands its result to all
+    # threads puts their loads after it. So the loads below see all scores of the row.
+    tl.debug_barrier()
+    finished = tl.atomic_add(finished_ptr + row, 1, sem="acq_rel", scope="gpu")
+    if finished == n_blocks - 1:
+        tl.debug_barrier()
+        select_row(
+            scores_ptr,
+            positions_ptr,
+            counts_ptr,
+            starts_ptr,
+            lengths_ptr,
+            sinks_ptr,
+            row_k_ptr,
+            row=row,
+            n_tokens=n_tokens,
+            k=k,
+            width=width,
+            keep_last=keep_last,
+            stride_scores_row=n_tokens,
+            RESIDENT=RESIDENT,
+            BLOCK=SELECT_BLOCK,
+        )
+
+
+# Tokens that so many warps hold in registers, and the tile of longer rows: 128 tokens a warp, the most without spills.
+RESIDENT_SIZES = ((2048, 8), (8192, 16))
+STREAM_WARPS = 16
+TILE_PER_WARP = 128
+
+
+def occupied(batch: int, tokens: int, stride: int) -> int:
+    """Elements that a row takes in registers, counted from the multiple of four below its first valid token."""
+    return tokens if batch == 1 or stride % 4 == 0 else tokens + 3
+
+
+def select_settings(elements: int) -> dict[str, int | bool]:
+    """Settings of the selection alone, for rows that occupy so many ``elements``."""
+    for size, warps in RESIDENT_SIZES:
+        if elements <= size:
+            return {"RESIDENT": True, "SELECT_BLOCK": size, "num_warps": warps}
+    return {"RESIDENT": False, "SELECT_BLOCK": TILE_PER_WARP * STREAM_WARPS, "num_warps": STREAM_WARPS}
+
+
+def fused_settings(elements: int, num_warps: int) -> dict[str, int | bool]:
+    """Settings of the selection after the norm, which chooses the warps: few registers, so that many rows are normed
+    at once."""
+    size = RESIDENT_SIZES[0][0]
+    if elements <= size:
+        return {"RESIDENT": True, "SELECT_BLOCK": size}
+    return {"RESIDENT": False, "SELECT_BLOCK": TILE_PER_WARP * num_warps}
+
+
+def select_tokens(
+    scores: torch.Tensor,
+    k: int,
+    row_k: torch.Tensor | None,
+    width: int,
+    starts: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    sink_positions: torch.Tensor | None,
+    keep_last: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launcher of the operator ``select_tokens``; arguments are checked in the public function."""
+    batch, tokens = scores.shape
+    positions = scores.new_empty(batch, width, dtype=torch.int32)
+    counts = scores.new_empty(batch, dtype=torch.int32)
+    if batch == 0:
+        return positions, counts
+    settings = select_settings(occupied(batch, tokens, scores.stride(0)))
+    with torch.cuda.device_of(scores):
+        select_tokens_kernel[(batch,)](
+            scores_ptr=scores,
+            positions_ptr=positions,
+            counts_ptr=counts,
+            starts_ptr=starts,
+            lengths_ptr=lengths,
+            sinks_ptr=sink_positions,
+            row_k_ptr=row_k,
+            n_tokens=tokens,
+            k=k,
+            width=width,
+            keep_last=keep_last,
+            stride_scores_row=scores.stride(0),
+            **settings,
+        )
+    return positions, counts
+
+
+def rms_norm_select(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    k: int,
+    row_k: torch.Tensor | None,
+    width: int,
+    sink: torch.Tensor | None,
+    starts: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    sink_positions: torch.Tensor | None,
+    keep_last: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launcher of the operator ``rms_norm_select``; arguments are checked in the public function."""
+    batch, tokens, hidden = hidden_states.shape
+    normed = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+    scores = hidden_states.new_empty(batch, tokens, dtype=torch.float32)
+    if scores.numel() == 0:
+        return normed, scores, *select_tokens(scores, k, row_k, width, starts, lengths, sink_positions, keep_last)
+    positions = hidden_states.new_empty(batch, width, dtype=torch.int32)
+    counts = hidden_states.new_empty(batch, dtype=torch.int32)
+    finished = hidden_states.new_zeros(batch, dtype=torch.int32)
+    settings = launch_settings(batch, tokens, hidden)
+    with torch.cuda.device_of(hidden_states):
+        rms_norm_select_kernel[(batch * settings["n_blocks"],)](
+            x_ptr=hidden_states,
+            weight_ptr=weight,
+            sink_ptr=sink,
+            starts_ptr=starts,
+            normed_ptr=normed,
+            scores_ptr=scores,
+            positions_ptr=positions,
+            counts_ptr=counts,
+            lengths_ptr=lengths,
+            sinks_ptr=sink_positions,
+            row_k_ptr=row_k,
+            finished_ptr=finished,
+            n_tokens=tokens,
+            eps=eps,
+            k=k,
+            width=width,
+            keep_last=keep_last,
+            stride_x_row=hidden_states.stride(0),
+            stride_x_token=hidden_states.stride(1),
+            stride_sink_row=0 if sink is None else sink.stride(0),
+            HIDDEN=hidden,
+            **settings,
+            **fused_settings(occupied(batch, tokens, tokens), settings["num_warps"]),
+        )
+    return normed, scores, positions, counts
