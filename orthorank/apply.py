@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from orthorank import sink_state
 from orthorank.calls import Call, Phase, phase_of, read_call
 from orthorank.config import OrthoRankConfig, hub_id
 from orthorank.errors import OrthoRankError
@@ -182,11 +183,15 @@ class DecoderForward(Patch):
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:  # the model's own error is the better one
             return self.original(**kwargs)
-        self.handle.call = read_call((given.shape[0], given.shape[1]), given.device, self.handle.phase, kwargs)
+        handle = self.handle
+        handle.call = read_call((given.shape[0], given.shape[1]), given.device, handle.phase, kwargs)
+        if handle.call is not None and not handle.call.first and 0 < handle.config.keep_ratio < 1:
+            # before any layer runs: a failure further up would leave the lower layers' cache longer than the others'
+            sink_state.check(past_key_values, handle.config.layers, given.shape[0])
         try:
             return self.original(input_ids=input_ids, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
         finally:
-            self.handle.call = None
+            handle.call = None
 
 
 class LayerForward(Patch):
@@ -232,7 +237,8 @@ class PrepareInputs(Patch):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         mask = kwargs.get("attention_mask")
-        self.handle.phase.padding_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if self.handle.phase.prompt is not None:  # inside generate(): a phase of its own, which ends with it
+            self.handle.phase.padding_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         return self.original(*args, **kwargs)
 
 

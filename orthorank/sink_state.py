@@ -15,25 +15,25 @@ from orthorank.errors import OrthoRankError
 ATTRIBUTE = "orthorank_sinks"
 
 
-def stored(cache: Any, layer: int, batch: int) -> Tensor:
-    """The vectors ``[batch, hidden]`` that ``layer`` stored with ``cache``.
+def check(cache: Any, layers: list[int], batch: int) -> None:
+    """``cache`` holds the sinks of every one of ``layers``, for ``batch`` rows.
 
     Raises:
         OrthoRankError: the cache was filled without this plan, or has another batch size.
     """
     sinks: dict[int, Tensor] = getattr(cache, ATTRIBUTE, {})
-    if layer not in sinks:
-        raise OrthoRankError(
-            f"past_key_values was filled without layer {layer} selecting tokens (by the dense model, or by another "
-            "plan), so the sink token's state is not known; prefill from an empty cache with the plan applied, "
-            "or continue inside `with handle.decoding():` to process the new tokens densely"
-        )
-    if sinks[layer].shape[0] != batch:
-        raise OrthoRankError(
-            f"past_key_values holds the sinks of {sinks[layer].shape[0]} rows and the call has {batch}; "
-            "prefill the batch that you continue"
-        )
-    return sinks[layer]
+    for layer in layers:
+        if layer not in sinks:
+            raise OrthoRankError(
+                f"past_key_values was filled without layer {layer} selecting tokens (by the dense model, or by another "
+                "plan), so the sink token's state is not known; prefill from an empty cache with the plan applied, or "
+                "continue inside `with handle.decoding():` to process the new tokens densely"
+            )
+        if sinks[layer].shape[0] != batch:
+            raise OrthoRankError(
+                f"past_key_values holds the sinks of {sinks[layer].shape[0]} rows and the call has {batch}; "
+                "prefill the batch that you continue"
+            )
 
 
 def keep(cache: Any, layer: int, vectors: Tensor) -> None:
@@ -45,7 +45,7 @@ def keep(cache: Any, layer: int, vectors: Tensor) -> None:
 
 def continued(call: Call, cache: Any, layer: int, hidden_states: Tensor, norm: nn.Module) -> Tensor:
     """The sink vectors ``[batch, hidden]`` for a later chunk: stored, or of this chunk for rows that begin in it."""
-    vectors = stored(cache, layer, call.batch)
+    vectors: Tensor = getattr(cache, ATTRIBUTE)[layer]
     if call.starts is None or call.sink_positions is None:
         return vectors
     own = norm(rows_at(hidden_states, call.starts))

@@ -14,7 +14,7 @@ def selected_mask(scores: Tensor, k: int, keep_last: int = 0) -> Tensor:
     """Bool ``[tokens]``: the k smallest of ``scores`` by (score, position); token 0, the sink, last of all."""
     tokens = len(scores)
     forced = set(range(max(1, tokens - keep_last), tokens)) if keep_last else set()
-    order = sorted(range(1, tokens), key=lambda i: (i not in forced, float(scores[i]), i)) + [0]
+    order = [*sorted(range(1, tokens), key=lambda i: (i not in forced, float(scores[i]), i)), 0]
     mask = torch.zeros(tokens, dtype=torch.bool)
     mask[order[:k]] = True
     return mask
@@ -22,8 +22,7 @@ def selected_mask(scores: Tensor, k: int, keep_last: int = 0) -> Tensor:
 
 @torch.no_grad()
 def logits(model: Any, ids: Tensor, layers: list[int], k: int, keep_last: int = 0, sign: float = 1.0) -> Tensor:
-    """Logits ``[1, tokens, vocabulary]`` of one unpadded row ``ids`` ``[1, tokens]`` under a plan. The model is dense."""
-    hooks = []
+    """Logits ``[1, tokens, vocabulary]`` of one unpadded row ``ids`` ``[1, tokens]`` under a plan."""
 
     def select(module: Any, args: tuple[Any, ...], output: Any) -> Tensor:
         h = args[0]
@@ -31,8 +30,7 @@ def logits(model: Any, ids: Tensor, layers: list[int], k: int, keep_last: int = 
         mask = selected_mask(sign * (x @ x[0]).abs(), k, keep_last)
         return torch.where(mask[None, :, None], output, h)
 
-    for layer in layers:
-        hooks.append(model.model.layers[layer].register_forward_hook(select))
+    hooks = [model.model.layers[layer].register_forward_hook(select) for layer in layers]
     try:
         return model(ids, use_cache=False).logits
     finally:

@@ -1,0 +1,179 @@
+"""Applying and undoing a plan; what is refused, and with which words."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+import orthorank
+from orthorank import OrthoRankConfig, OrthoRankError, apply
+from tests.orthorank.test_layer import ids_of
+
+PLAN = OrthoRankConfig(layers=[1, 2])
+
+
+def instance_state(model: Any) -> dict[str, dict[str, Any]]:
+    """The identity of everything that an instance holds, module by module."""
+    return {name: {key: id(value) for key, value in m.__dict__.items()} for name, m in model.named_modules()}
+
+
+def test_remove_restores_the_identical_objects(tiny_model: Any, family: str) -> None:
+    model = tiny_model(family)
+    ids = ids_of(1, 12)
+    with torch.no_grad():
+        dense = model(ids).logits
+        before = instance_state(model)
+        handle = apply(model, PLAN)
+        assert instance_state(model) != before
+        assert not torch.equal(model(ids).logits, dense)
+        model.generate(ids, max_new_tokens=2, pad_token_id=0)
+        handle.remove()
+        assert instance_state(model) == before
+        assert torch.equal(model(ids).logits, dense)
+
+
+def test_state_dict_is_untouched(tiny_model: Any) -> None:
+    model = tiny_model("llama")
+    before = list(model.state_dict())
+    with apply(model, PLAN):
+        assert list(model.state_dict()) == before
+
+
+def test_only_this_instance_changes(tiny_model: Any) -> None:
+    model, other = tiny_model("llama"), tiny_model("llama")
+    ids = ids_of(1, 12)
+    with torch.no_grad(), apply(model, PLAN):
+        assert not torch.equal(model(ids).logits, other(ids).logits)
+    assert orthorank.handle_of(other) is None
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_has_its_own_plan(tiny_model: Any, family: str, clone: Any) -> None:
+    model = tiny_model(family)
+    ids = ids_of(1, 12)
+    with torch.no_grad():
+        dense = model(ids).logits
+        handle = apply(model, PLAN)
+        selected = model(ids).logits
+        other = clone(model)
+        own = orthorank.handle_of(other)
+        assert own is not None
+        assert own is not handle
+        handle.remove()
+        assert torch.equal(other(ids).logits, selected)
+        assert torch.equal(other.generate(ids, max_new_tokens=2, pad_token_id=0)[:, :12], ids)
+        own.remove()
+        assert torch.equal(other(ids).logits, dense)
+
+
+def test_applying_twice(tiny_model: Any) -> None:
+    model = tiny_model("llama")
+    handle = apply(model, PLAN)
+    with pytest.raises(OrthoRankError, match="applied to this model already"):
+        apply(model, PLAN)
+    handle.remove()
+    apply(model, PLAN).remove()
+
+
+def test_removing_under_another_patch_is_refused(tiny_model: Any) -> None:
+    model = tiny_model("llama")
+    handle = apply(model, PLAN)
+    ours = model.model.layers[1].forward
+    model.model.layers[1].forward = lambda *a, **k: ours(*a, **k)
+    with pytest.raises(OrthoRankError, match="replaced again after the plan"):
+        handle.remove()
+    model.model.layers[1].forward = ours
+    handle.remove()
+
+
+def test_under_an_accelerate_hook(tiny_model: Any) -> None:
+    """accelerate moves inputs and weights around a module's own forward; the plan takes that forward's place."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = tiny_model("llama")
+    ids = ids_of(1, 12)
+    with torch.no_grad():
+        with apply(model, PLAN):
+            expected = model(ids).logits
+        seen = []
+
+        class Recorder(hooks.ModelHook):
+            def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+                seen.append(type(module).__name__)
+                return args, kwargs
+
+        hooks.add_hook_to_module(model.model.layers[1], Recorder())
+        with apply(model, PLAN):
+            assert torch.equal(model(ids).logits, expected)
+        assert seen == ["LlamaDecoderLayer"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_hidden_layers": 32}, "num_hidden_layers 32 and this one has 4"),
+        ({"hidden_size": 4096}, "hidden_size 4096 and this one has 64"),
+        ({"model_type": "qwen2"}, "model_type 'qwen2' and this one has 'llama'"),
+        ({"layers": [4]}, "layers holds 4; the model has layers 0 to 3"),
+    ],
+)
+def test_a_plan_for_another_model(tiny_model: Any, fields: dict[str, Any], words: str) -> None:
+    model = tiny_model("llama")
+    before = instance_state(model)
+    with pytest.raises(OrthoRankError, match=words):
+        apply(model, OrthoRankConfig(**({"layers": [1]} | fields)))
+    assert instance_state(model) == before
+
+
+def test_a_plan_for_another_model_id(tiny_model: Any) -> None:
+    model = tiny_model("llama")
+    model.config._name_or_path = "someone/model-a"
+    with pytest.raises(OrthoRankError, match=r"model_id 'someone/model-b' and this model is 'someone/model-a'"):
+        apply(model, OrthoRankConfig(layers=[1], model_id="someone/model-b"))
+    apply(model, OrthoRankConfig.for_model(model, layers=[1])).remove()
+
+
+def test_an_unknown_family_lists_the_known_ones() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64))
+    with pytest.raises(OrthoRankError, match=r"GPT2LMHeadModel of type 'gpt2'.*llama.*mistral.*qwen2"):
+        apply(model, PLAN)
+    with pytest.raises(OrthoRankError, match="Linear of type None"):
+        apply(torch.nn.Linear(2, 2), PLAN)
+
+
+def test_a_layer_that_does_not_look_right(tiny_model: Any) -> None:
+    model = tiny_model("llama")
+    del model.model.layers[1].mlp
+    with pytest.raises(OrthoRankError, match="LlamaDecoderLayer has no mlp"):
+        apply(model, PLAN)
+
+
+def test_what_is_no_plan(tiny_model: Any) -> None:
+    with pytest.raises(OrthoRankError, match="config is a dict"):
+        apply(tiny_model("llama"), {"layers": [1]})  # type: ignore[arg-type]
+
+
+def test_the_decoder_alone_can_be_patched(tiny_model: Any) -> None:
+    model = tiny_model("llama")
+    ids = ids_of(1, 12)
+    with torch.no_grad():
+        with apply(model, PLAN):
+            expected = model.model(ids).last_hidden_state
+        with apply(model.model, PLAN) as handle:
+            assert torch.equal(model.model(ids).last_hidden_state, expected)
+            assert handle.stats[1].calls == 1
+
+
+def test_an_error_in_a_call_leaves_the_model_usable(tiny_model: Any) -> None:
+    model = tiny_model("llama")
+    ids = ids_of(1, 12)
+    with apply(model, PLAN), torch.no_grad():
+        expected = model(ids).logits
+        with pytest.raises(IndexError):
+            model(torch.full((1, 4), 10**6))
+        with pytest.raises(ValueError, match="specify exactly one"):
+            model.model()
+        assert torch.equal(model(ids).logits, expected)

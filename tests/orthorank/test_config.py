@@ -1,0 +1,108 @@
+"""The plan file: what it holds, what it refuses, what it survives."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orthorank import OrthoRankConfig, OrthoRankError
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    plan = OrthoRankConfig(
+        layers=[14, 12],
+        keep_ratio=1 / 3,
+        keep_last=2,
+        model_id="a/b",
+        model_type="llama",
+        num_hidden_layers=30,
+        hidden_size=576,
+        sink_layer=11,
+        calibration={"tokens": 512},
+        measured={"perplexity": 20.5},
+    )
+    path = plan.save_pretrained(tmp_path / "new" / "folder")
+    assert OrthoRankConfig.from_pretrained(path) == plan
+    assert OrthoRankConfig.from_pretrained(path.parent) == plan
+    assert plan.keep_ratio == 1 / 3, "JSON keeps every bit"
+    text = path.read_text()
+    assert list(json.loads(text)) == sorted(json.loads(text))
+    assert list(path.parent.iterdir()) == [path], "no part file stays behind"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"layers": "12"}, "layers is '12'; it must be a list of layer numbers"),
+        ({"layers": [1.0]}, r"layers is \[1.0\]"),
+        ({"layers": [True]}, r"layers is \[True\]"),
+        ({"layers": [-1]}, "layers holds -1; layers are counted from 0"),
+        ({"layers": [3, 3]}, "a layer is listed twice"),
+        ({"layers": [30], "num_hidden_layers": 30}, "layers holds 30; the model has layers 0 to 29"),
+        ({"keep_ratio": 1.01}, "keep_ratio is 1.01; it must be from 0"),
+        ({"keep_ratio": -0.1}, "keep_ratio is -0.1"),
+        ({"keep_ratio": math.nan}, "keep_ratio is nan"),
+        ({"keep_ratio": "1/3"}, "keep_ratio is '1/3'; it must be a number"),
+        ({"keep_ratio": True}, "keep_ratio is True"),
+        ({"keep_last": -1}, "keep_last is -1; it must be an integer, 0 or more"),
+        ({"keep_last": 1.5}, "keep_last is 1.5"),
+        ({"criterion": "random walk"}, "criterion is 'random walk'; it may be 'orthogonal' or 'inverse'"),
+        ({"select": "window?"}, "select is 'window.*it may be 'topk'"),
+        ({"kv": "some"}, "kv is 'some'; it may be 'all'"),
+        ({"decode": "sparse"}, "decode is 'sparse'; it may be 'dense'"),
+        ({"hidden_size": 0}, "hidden_size is 0; it must be an integer, 1 or more"),
+        ({"num_hidden_layers": "30"}, "num_hidden_layers is '30'"),
+        ({"sink_layer": -2}, "sink_layer is -2"),
+        ({"model_id": 7}, "model_id is 7; it must be a string"),
+        ({"version": None}, "version is None; it must be a string"),
+        ({"calibration": []}, r"calibration is \[\]; it must be a mapping"),
+    ],
+)
+def test_every_field_is_checked(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(OrthoRankError, match=words):
+        OrthoRankConfig(**({"layers": [1]} | fields))
+
+
+def test_unknown_newer_keys_warn(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps({"layers": [1], "version": "9.0", "thresholds": {}, "aura": 1}))
+    with pytest.warns(UserWarning, match=r"version 9\.0\) has keys .*aura, thresholds"):
+        assert OrthoRankConfig.from_pretrained(file).layers == [1]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "is not a JSON file"),
+        ("[1, 2]", "a plan is a JSON object, not list"),
+        ("{}", "has no key 'layers'"),
+        ('{"layers": [1], "keep_ratio": 7}', r"plan\.json: keep_ratio is 7"),
+    ],
+)
+def test_broken_files_are_named(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(text)
+    with pytest.raises(OrthoRankError, match=words):
+        OrthoRankConfig.from_pretrained(file)
+
+
+def test_missing_and_unwritable(tmp_path: Path) -> None:
+    with pytest.raises(OrthoRankError, match=r"no plan can be read at .*nowhere: No such file"):
+        OrthoRankConfig.from_pretrained(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OrthoRankError, match="the plan cannot be written to"):
+        OrthoRankConfig(layers=[1]).save_pretrained(tmp_path / "file" / "below")
+
+
+def test_nominal_sparsity() -> None:
+    assert OrthoRankConfig(layers=list(range(9)), keep_ratio=1 / 3).nominal_sparsity(30) == pytest.approx(0.2)
+    assert OrthoRankConfig(layers=list(range(6)), keep_ratio=0, num_hidden_layers=30).nominal_sparsity() == 0.2
+    with pytest.raises(OrthoRankError, match="num_hidden_layers is not stated"):
+        OrthoRankConfig(layers=[1]).nominal_sparsity()
+
+
+def test_for_model_states_the_model(tiny_model: Any) -> None:
+    plan = OrthoRankConfig.for_model(tiny_model("qwen2"), layers=[1])
+    assert (plan.model_type, plan.num_hidden_layers, plan.hidden_size) == ("qwen2", 4, 64)
