@@ -74,7 +74,6 @@ class OrthoRankConfig:
     version: str = __version__
 
     def __post_init__(self) -> None:
-        self.layers = _checked_layers(self.layers, self.num_hidden_layers)
         if isinstance(self.keep_ratio, bool) or not isinstance(self.keep_ratio, int | float):
             raise OrthoRankError(f"keep_ratio is {self.keep_ratio!r}; it must be a number from 0 to 1, such as 1/3")
         if not 0 <= self.keep_ratio <= 1:  # NaN fails this, too
@@ -86,6 +85,7 @@ class OrthoRankConfig:
         for name in ("num_hidden_layers", "hidden_size"):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), 1)
+        self.layers = _checked_layers(self.layers, self.num_hidden_layers)
         if self.sink_layer is not None:
             _check_integer("sink_layer", self.sink_layer, 0)
         for name in ("calibration", "measured"):
