@@ -86,7 +86,7 @@ class SinkReport:
         return self.reason
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def detect_sink(
     model: "PreTrainedModel",
     tokenizer: Any = None,

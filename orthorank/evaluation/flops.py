@@ -1,0 +1,171 @@
+"""Floating-point operations of one prefill, dense and with a plan: the speed-up that a plan could give at best.
+
+What is counted: the matrix products of every layer and the language-model head, a multiply-add as 2. For ``N`` tokens
+of which a selected layer updates ``k``, with hidden size D, query width Q = heads * head_dim, key width
+C = kv_heads * head_dim and MLP width M:
+
+    keys, values             2 * (2 N D C)             all tokens, also in a selected layer
+    queries, output          2 * (2 k D Q)             k = N in a dense layer
+    scores, weighted sum     2 * (2 Q * k * N / 2)     causal: a query meets half of the keys on average
+    gated MLP                3 * (2 k D M)
+    head                     2 D * vocabulary          once (`logits_to_keep=1`) or for N tokens
+
+Norms, rotary embedding, softmax, token scores, gather and scatter are not counted.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from orthorank.errors import OrthoRankError
+from orthorank_kernels import keep_count
+
+LOGITS = ("last", "all")
+_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """The sizes that FLOPs depend on, read from a Hugging Face configuration."""
+
+    layers: int
+    hidden: int
+    query: int
+    key: int
+    mlp: int
+    vocabulary: int
+    windows: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, config: Any) -> "Dimensions":
+        """Read ``config`` (of a model, or its text part).
+
+        Raises:
+            OrthoRankError: a size is missing, or the model is a mixture of experts.
+        """
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        sizes = {name: _size(text, name) for name in _SIZES}
+        if getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None):
+            raise OrthoRankError("the model is a mixture of experts; FLOPs are counted for dense MLPs only")
+        heads = sizes["num_attention_heads"]
+        head_dim = getattr(text, "head_dim", None) or sizes["hidden_size"] // heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        return cls(
+            layers=sizes["num_hidden_layers"],
+            hidden=sizes["hidden_size"],
+            query=heads * head_dim,
+            key=kv_heads * head_dim,
+            mlp=sizes["intermediate_size"],
+            vocabulary=sizes["vocab_size"],
+            windows=_windows(text, sizes["num_hidden_layers"]),
+        )
+
+    def layer(self, index: int, tokens: int, updated: int) -> float:
+        """FLOPs of one layer that updates ``updated`` of ``tokens`` tokens and keeps keys and values of all."""
+        window = self.windows[index]
+        seen = tokens / 2  # keys that a query meets on average
+        if window is not None and window < tokens:
+            seen = window * (tokens - window / 2) / tokens
+        keys_values = 4 * tokens * self.hidden * self.key
+        projections = 4 * updated * self.hidden * self.query
+        attention = 4 * self.query * updated * seen
+        mlp = 6 * updated * self.hidden * self.mlp
+        return keys_values + projections + attention + mlp
+
+
+def prefill_flops(
+    config: Any, tokens: int, layers: Iterable[int] = (), keep_ratio: float = 1.0, logits: str = "last"
+) -> float:
+    """FLOPs of processing one prompt; a batch takes as many times more.
+
+    Args:
+        config: the Hugging Face configuration of a decoder with gated MLPs (Llama, Mistral, Qwen2 and alike).
+        tokens: prompt length.
+        layers: the layers that select tokens, counted from 0.
+        keep_ratio: share of tokens that they update; 0 removes them, keys and values included. See `keep_count`.
+        logits: ``"last"``: the head runs on one token (``logits_to_keep=1``); ``"all"``: on every token.
+
+    Returns:
+        Floating-point operations, a multiply-add counted as 2.
+
+    Raises:
+        OrthoRankError: an argument out of range, or a configuration without the sizes.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> dense = prefill_flops(LlamaConfig(num_key_value_heads=32), 2048)  # the defaults are Llama-2-7B's
+        >>> f"{dense / 1e12:.1f} TFLOP"
+        '27.6 TFLOP'
+    """
+    sizes = Dimensions.of(config)
+    if tokens < 1:
+        raise OrthoRankError(f"tokens is {tokens}; it must be at least 1")
+    if not 0 <= keep_ratio <= 1:
+        raise OrthoRankError(f"keep_ratio is {keep_ratio}; it must be from 0 (layers removed) to 1 (dense)")
+    if logits not in LOGITS:
+        raise OrthoRankError(f"logits is {logits!r}; it may be {' or '.join(map(repr, LOGITS))}")
+    selected = set(layers)
+    if wrong := [layer for layer in sorted(selected) if not 0 <= layer < sizes.layers]:
+        raise OrthoRankError(f"layers holds {wrong[0]}; the model has layers 0 to {sizes.layers - 1}")
+    updated = keep_count(tokens, keep_ratio)
+    total = 2.0 * sizes.hidden * sizes.vocabulary * (1 if logits == "last" else tokens)
+    for index in range(sizes.layers):
+        if index not in selected:
+            total += sizes.layer(index, tokens, tokens)
+        elif keep_ratio > 0:
+            total += sizes.layer(index, tokens, updated)
+    return total
+
+
+def flop_speedup(config: Any, tokens: int, layers: Iterable[int], keep_ratio: float, logits: str = "last") -> float:
+    """Dense FLOPs divided by the plan's: the speed-up if time were proportional to FLOPs. Arguments as above.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> llama2_7b = LlamaConfig(num_key_value_heads=32)
+        >>> round(flop_speedup(llama2_7b, 2048, range(20, 29), 1/3), 3)  # nine layers: 20 % nominal sparsity
+        1.187
+        >>> round(flop_speedup(llama2_7b, 2048, range(20, 29), 1/3, logits="all"), 3)
+        1.183
+    """
+    dense = prefill_flops(config, tokens, logits=logits)
+    return dense / prefill_flops(config, tokens, layers, keep_ratio, logits)
+
+
+def layer_cost(config: Any, tokens: int, keep_ratio: float) -> float:
+    """FLOPs of a selected layer (layer 0 stands for all) as a share of those of a dense one.
+
+    Keys and values of all tokens are paid in full, so the share is above ``keep_ratio``; less so with grouped queries.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> round(layer_cost(LlamaConfig(num_key_value_heads=32), 2048, 1/3), 2)
+        0.44
+    """
+    sizes = Dimensions.of(config)
+    if tokens < 1 or not 0 <= keep_ratio <= 1:
+        raise OrthoRankError(f"tokens is {tokens} and keep_ratio {keep_ratio}; they must be above 0 and from 0 to 1")
+    if keep_ratio == 0:
+        return 0.0
+    return sizes.layer(0, tokens, keep_count(tokens, keep_ratio)) / sizes.layer(0, tokens, tokens)
+
+
+def _size(text: Any, name: str) -> int:
+    size = getattr(text, name, None)
+    if not isinstance(size, int):
+        raise OrthoRankError(
+            f"the model's configuration ({getattr(text, 'model_type', type(text).__name__)}) has {name} = {size!r}; "
+            "FLOPs are counted for decoders with integer sizes under the names of Llama"
+        )
+    return size
+
+
+def _windows(text: Any, layers: int) -> tuple[int | None, ...]:
+    """Sliding window of each layer, in tokens; None: the layer sees everything."""
+    window = getattr(text, "sliding_window", None)
+    if getattr(text, "use_sliding_window", True) is False:
+        window = None
+    kinds = getattr(text, "layer_types", None)
+    if not kinds:
+        return (window,) * layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -1,0 +1,204 @@
+"""How long a prefill takes: several variants of one model, interleaved in one process.
+
+Machines drift: other processes come and go, clocks change. So the variants take turns, in an order that rotates from
+round to round, and a speed-up is the median over the rounds of the ratio within a round. No variant is timed first and
+compared with another timed minutes later.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from orthorank.apply import apply
+from orthorank.config import OrthoRankConfig
+from orthorank.errors import OrthoRankError
+from orthorank.families import device_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+OnRound = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One variant's times.
+
+    Args:
+        seconds: each round's time of one forward.
+        tokens: tokens of one forward, ``batch * prompt length``.
+        speedups: baseline's time over this variant's, round by round.
+    """
+
+    seconds: tuple[float, ...]
+    tokens: int
+    speedups: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median seconds of a forward."""
+        return statistics.median(self.seconds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second at the median."""
+        return self.tokens / self.median
+
+    @property
+    def spread(self) -> float:
+        """Half of the range between the quartiles, as a share of the median."""
+        return _half_quartile_range(self.seconds) / self.median
+
+    @property
+    def speedup(self) -> float:
+        """Median of the ratios within a round: how many times faster than the baseline."""
+        return statistics.median(self.speedups)
+
+    @property
+    def speedup_spread(self) -> float:
+        """Half of the range between the quartiles of the ratios."""
+        return _half_quartile_range(self.speedups)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Times and the figures drawn from them, as JSON stores them."""
+        figures = ("median", "tokens_per_second", "spread", "speedup", "speedup_spread")
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in figures}
+
+
+@dataclass(frozen=True)
+class SpeedReport:
+    """Timings by variant, and how they were taken.
+
+    Args:
+        timings: by the variant's name, in the order given; the first one is the baseline.
+        clock: what measured the time, in words.
+        device, dtype, threads: where the model ran; threads of PyTorch's CPU operators.
+        batch, prompt: shape of the input in tokens.
+    """
+
+    timings: dict[str, Timing]
+    clock: str
+    device: str
+    dtype: str
+    threads: int
+    batch: int
+    prompt: int
+    rounds: int
+    warmup: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON stores it."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return values | {"timings": {name: timing.to_dict() for name, timing in self.timings.items()}}
+
+
+@torch.inference_mode()
+def time_prefill(
+    model: "PreTrainedModel",
+    variants: Mapping[str, OrthoRankConfig | None],
+    input_ids: Tensor,
+    *,
+    rounds: int = 50,
+    warmup: int = 1,
+    logits_to_keep: int = 1,
+    on_round: OnRound | None = None,
+) -> SpeedReport:
+    """Time one forward over the prompt, without a cache, for each variant in turn (paper, section 4.1, throughput).
+
+    Args:
+        model: a causal language model without a plan applied; left as it was.
+        variants: names and plans; None is the dense model. The first variant is the baseline of the speed-ups.
+        input_ids: int64 ``[batch, tokens]``, prompts without padding; random ids do.
+        rounds: timed forwards of each variant; warmup: untimed ones before.
+        logits_to_keep: positions from the end whose logits are computed; 1 is what generation needs, 0 means all.
+        on_round: called after each round as ``on_round(done, rounds)``.
+
+    Returns:
+        The timings, by name.
+
+    Raises:
+        OrthoRankError: no variants, an argument out of range, or a plan that does not fit the model.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4,
+        ...                      num_attention_heads=2, num_key_value_heads=1)
+        >>> plans = {"dense": None, "plan": OrthoRankConfig(layers=[2])}
+        >>> report = time_prefill(LlamaForCausalLM(config).eval(), plans, torch.arange(32)[None], rounds=3)
+        >>> list(report.timings), report.timings["dense"].speedup, report.clock
+        (['dense', 'plan'], 1.0, 'wall clock')
+    """
+    if not variants:
+        raise OrthoRankError("variants is empty; give at least one, such as {'dense': None}")
+    for name, value, least in (("rounds", rounds, 1), ("warmup", warmup, 0), ("logits_to_keep", logits_to_keep, 0)):
+        if value < least:
+            raise OrthoRankError(f"{name} is {value}; it must be at least {least}")
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise OrthoRankError(f"input_ids has shape {list(input_ids.shape)}; it must be [batch, tokens]")
+    device = device_of(model)
+    prompt = input_ids.to(device)
+    measure = _cuda_seconds if device.type == "cuda" else _wall_seconds
+
+    def forward() -> None:
+        model(input_ids=prompt, use_cache=False, logits_to_keep=logits_to_keep)
+
+    names = list(variants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(-warmup, rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            plan = variants[name]
+            with nullcontext() if plan is None else apply(model, plan):
+                taken = measure(forward)
+            if number >= 0:
+                seconds[name].append(taken)
+        if number >= 0 and on_round is not None:
+            on_round(number + 1, rounds)
+    baseline = seconds[names[0]]
+    return SpeedReport(
+        timings={
+            name: Timing(
+                tuple(own), prompt.numel(), tuple(base / each for base, each in zip(baseline, own, strict=True))
+            )
+            for name, own in seconds.items()
+        },
+        clock="CUDA events" if device.type == "cuda" else "wall clock",
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        dtype=str(model.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        batch=prompt.shape[0],
+        prompt=prompt.shape[1],
+        rounds=rounds,
+        warmup=warmup,
+    )
+
+
+def _wall_seconds(run: Callable[[], None]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def _cuda_seconds(run: Callable[[], None]) -> float:
+    """Time on the device's own clock, from the first kernel to the last."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def _half_quartile_range(values: tuple[float, ...]) -> float:
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / 2
