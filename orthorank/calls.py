@@ -92,8 +92,7 @@ def read_call(hidden_shape: tuple[int, int], device: torch.device, phase: Phase,
         phase: what the caller said before.
     """
     batch, tokens = hidden_shape
-    cache = kwargs.get("past_key_values")
-    past = int(cache.get_seq_length()) if cache is not None else 0
+    past = _past(kwargs.get("past_key_values"), phase, tokens)
     prompt_tokens = _prompt_tokens(phase, past, tokens)
     if prompt_tokens <= 0:
         return None
@@ -110,6 +109,15 @@ def read_call(hidden_shape: tuple[int, int], device: torch.device, phase: Phase,
     elif not call.first:
         call.sink_positions = torch.full((batch,), -1, dtype=torch.int32, device=device)
     return call
+
+
+def _past(cache: Any, phase: Phase, tokens: int) -> int:
+    """Columns before this call. The mask of `generate()` covers all columns; a static cache would have to be read."""
+    if cache is None:
+        return 0
+    if phase.padding_mask is not None:
+        return phase.padding_mask.shape[1] - tokens
+    return int(cache.get_seq_length())
 
 
 def _prompt_tokens(phase: Phase, past: int, tokens: int) -> int:

@@ -206,6 +206,29 @@ def test_later_chunks_use_the_stored_sink(tiny_model: Any, family: str, kind: st
     assert changed == expected
 
 
+@pytest.mark.parametrize("windowed", [False, True])
+def test_a_second_turn_over_the_first_ones_cache(tiny_model: Any, family: str, windowed: bool) -> None:
+    """The new tokens are a prefill chunk with the row's own sink; what was generated before stays as it is."""
+    model = tiny_model(family, **(WINDOWS[family] if windowed else {}))
+    ids, more = ids_of(1, 19), ids_of(1, 9, seed=5)
+    with apply(model, PLAN) as handle, torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        turn = model.generate(ids, past_key_values=cache, **GREEDY)
+        both = torch.cat([turn, more], 1)
+        before = handle.stats[1].tokens_updated
+        actual = model.generate(both, past_key_values=cache, **(GREEDY | {"max_new_tokens": 1}))
+        assert handle.stats[1].tokens_updated - before == 3, "ten tokens were not cached: a third of them"
+
+        by_hand = DynamicCache(config=model.config)
+        with handle.prefilling():
+            model(ids, past_key_values=by_hand)
+        with handle.decoding():
+            model(turn[:, 19:-1], past_key_values=by_hand)
+        with handle.prefilling():
+            expected = model(both[:, turn.shape[1] - 1 :], past_key_values=by_hand).logits[:, -1].argmax(-1)
+    assert torch.equal(actual[:, -1], expected)
+
+
 def test_a_dense_cache_cannot_be_continued(tiny_model: Any) -> None:
     model = tiny_model("llama")
     ids = ids_of(2, 12)
