@@ -78,11 +78,13 @@ def check_norm(
     _checks.shape("weight", weight, [hidden], "hidden_states")
     _checks.unit_last_stride(weight=weight)
     _checks.same_dtype("hidden_states", hidden_states, weight=weight)
+    if sink is not None:
+        sink = _check_sink(sink, hidden_states)
     _checks.same_device("hidden_states", hidden_states, weight=weight, sink=sink)
     for name, value in (("starts", starts), ("lengths", lengths)):
         if value is not None:
             _checks.row_index(name, value, batch, hidden_states)
-    return None if sink is None else _check_sink(sink, hidden_states)
+    return sink
 
 
 def _check_sink(sink: Tensor, hidden_states: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from orthorank_kernels.scoring import check_norm
 
 # Forced tokens rank below the key of -inf, which leaves them 2^23 places.
 MAX_KEEP_LAST = 2**23
+MAX_TOKENS = 2**30
 
 
 @overload
@@ -82,7 +83,7 @@ def select_tokens(
     4. the sink, whatever its score and also when ``keep_last`` covers it: it is taken only if everything is.
 
     Args:
-        scores: float32 ``[batch, tokens]``, the last stride 1, at most 2^31 - 1 tokens.
+        scores: float32 ``[batch, tokens]``, the last stride 1, at most 2^30 tokens.
         k: an int, at most ``tokens``, or an int32 or int64 tensor ``[batch]``, clamped on the device to the number
             of valid tokens of each row. See `keep_count`.
         starts: int32 ``[batch]``, each row's first valid token. None: 0.
@@ -186,8 +187,8 @@ def _check_request(
 ) -> tuple[int, Tensor | None, int]:
     """Check what is asked of ``rows [batch, tokens, ...]``; returns the bound on k, k of each row, and the width."""
     batch, tokens = rows.shape[:2]
-    if tokens >= 2**31:
-        raise ValueError(f"{tokens} tokens are too many: positions are int32, so a row may have 2^31 - 1")
+    if tokens > MAX_TOKENS:
+        raise ValueError(f"{tokens} tokens are too many: positions are int32, so a row may have {MAX_TOKENS}")
     for name, value in (("starts", starts), ("lengths", lengths), ("sink_positions", sink_positions)):
         if value is not None:
             _checks.row_index(name, value, batch, rows)

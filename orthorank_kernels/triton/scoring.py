@@ -95,14 +95,17 @@ def rms_norm_score_kernel(
     )
 
 
+# More rows a program save reads of weight and sink, but a GPU has to be filled first.
+ENOUGH_PROGRAMS = 2048
+
+
 def launch_settings(batch: int, tokens: int, hidden: int) -> dict[str, int]:
     """Rows a program takes, programs for each row of the batch, block size and warps.
 
     The norm alone and the norm with selection share them: the order of a sum, and so its last bit, depends on them.
     """
     block = triton.next_power_of_2(hidden)
-    # More rows a program save reads of weight and sink, but a GPU wants some two thousand programs first.
-    rows = max(1, min(16, batch * tokens // 2048))
+    rows = max(1, min(16, batch * tokens // ENOUGH_PROGRAMS))
     return {
         "rows": rows,
         "n_blocks": triton.cdiv(tokens, rows),

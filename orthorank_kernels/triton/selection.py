@@ -149,9 +149,9 @@ def rms_norm_select_kernel(
         BLOCK=BLOCK,
     )
     # The program that counts itself last selects, whichever it is: none waits for another, so any order of execution
-    # is right. Release: the barrier puts the score stores of all threads before the atomic of one thread. Acquire:
-    # that atomic read what every other program of the row released, and the barrier that hands its result to all
-    # threads puts their loads after it. So the loads below see all scores of the row.
+    # is right. Release: the first barrier puts the score stores of all threads before the atomic, which one thread
+    # does. Acquire: the atomic of the last program reads a count that continues the releases of all others of the
+    # row, and the second barrier puts the loads of all threads after it. So they see every score of the row.
     tl.debug_barrier()
     finished = tl.atomic_add(finished_ptr + row, 1, sem="acq_rel", scope="gpu")
     if finished == n_blocks - 1:
