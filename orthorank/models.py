@@ -31,7 +31,8 @@ class ModelInfo:
 
     Args:
         name: the hub id, folder or file. source: where the weights came from, in words.
-        parameters: number of weights, tied ones counted once. device, dtype: as PyTorch writes them.
+        max_tokens: longest input that the model was made for. parameters: number of weights, tied ones counted once.
+        device, dtype: as PyTorch writes them.
     """
 
     name: str
@@ -39,6 +40,7 @@ class ModelInfo:
     model_type: str
     num_hidden_layers: int
     hidden_size: int
+    max_tokens: int
     parameters: int
     device: str
     dtype: str
@@ -96,10 +98,9 @@ def load_model(
             stack.enter_context(_gguf_parsed_once())
         model, tokenizer = _load(where, torch_dtype)
     if where.source.startswith("package"):
-        model.name_or_path = model.config._name_or_path = (
-            PACKAGED_ID  # the model's own identity: plans made on it fit the hub's copy
-        )
-    model = model.to(torch_device).eval()  # type: ignore[arg-type]
+        # the model's own identity: a plan made on it fits the hub's copy
+        model.name_or_path = model.config._name_or_path = PACKAGED_ID
+    model = model.to(torch_device).eval()
     return model, tokenizer, _describe(model, where)
 
 
@@ -219,6 +220,7 @@ def _describe(model: "PreTrainedModel", where: Location) -> ModelInfo:
         model_type=config.model_type,
         num_hidden_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
+        max_tokens=config.max_position_embeddings,
         parameters=sum(p.numel() for p in model.parameters()),
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),

@@ -10,7 +10,7 @@ FAMILIES = ("llama", "mistral", "qwen2")
 
 
 def make_tiny_model(family: str, seed: int = 0, **overrides: Any) -> Any:
-    """A seeded random causal LM of ``family`` in fp32 and eval mode: hidden 64, 4 layers, 4 heads, 2 key/value heads."""
+    """A seeded random causal LM, fp32, in eval mode: hidden 64, 4 layers, 4 heads, 2 key/value heads of 16."""
     import transformers
 
     names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}

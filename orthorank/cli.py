@@ -1,0 +1,89 @@
+"""The command ``orthorank``: what it is called with, and how it ends.
+
+It ends with 0, with 1 where a command answers "no" (`orthorank doctor`), or with 2 and one sentence on stderr. Commands
+import torch and transformers when they run, so that ``--help`` does not wait for them.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING, Annotated, Any
+
+from orthorank.errors import OrthoRankError
+
+if TYPE_CHECKING:
+    import typer
+
+FAILED = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line ``arguments`` (None: the process's own) and return its exit code.
+
+    Errors that a user can mend are one sentence on stderr, never a traceback.
+
+    >>> main(["--version"])  # doctest: +ELLIPSIS
+    orthorank-kernels ...
+    0
+    """
+    missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
+    if missing:
+        return _fail(f"the command line needs {' and '.join(missing)}; run: pip install 'orthorank-kernels[demo]'")
+    import typer
+
+    usage_error: Any = typer.BadParameter.__base__  # click's class, or that of the copy of click inside typer
+    try:
+        return int(_app()(args=arguments, standalone_mode=False, prog_name="orthorank") or 0)
+    except usage_error as error:
+        return _fail(f"{error.format_message()} (orthorank {_command_of(error)}--help lists what there is)")
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted before there was anything to keep")
+    except OrthoRankError as error:
+        return _fail(str(error))
+    except BrokenPipeError:
+        return _fail("the output was closed")
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        return _fail(f"the file system says of{where or ' a file'}: {error.strerror or error}")
+
+
+def _app() -> "typer.Typer":
+    import typer
+
+    from orthorank.commands import demo, doctor, env
+
+    app = typer.Typer(
+        name="orthorank",
+        help="OrthoRank: in chosen layers, update only the tokens most orthogonal to the sink token.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    app.command("demo")(demo.command)
+    app.command("doctor")(doctor.command)
+    app.command("env")(env.command)
+
+    @app.callback(invoke_without_command=True)
+    def orthorank(
+        context: typer.Context,
+        version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    ) -> int:
+        if version:
+            print(f"orthorank-kernels {metadata.version('orthorank-kernels')}")
+        elif context.invoked_subcommand is None:
+            print(context.get_help())
+        return 0
+
+    return app
+
+
+def _command_of(error: Any) -> str:
+    context = getattr(error, "ctx", None)
+    name = "" if context is None else context.info_name or ""
+    return "" if name in ("", "orthorank") else f"{name} "
+
+
+def _fail(sentence: str) -> int:
+    print(f"orthorank: {' '.join(sentence.split())}", file=sys.stderr)
+    return FAILED

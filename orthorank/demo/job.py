@@ -1,0 +1,112 @@
+"""The steps of the demo, in order.
+
+Each step's results are saved as it finishes: ``results.json``, ``report.html`` and the plans in the output folder are
+whole files at any time, also after Ctrl-C.
+"""
+
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from orthorank.demo import choose, measure
+from orthorank.demo.run import PLAN_FILES, REPORT, RESULTS, Run
+from orthorank.demo.screen import Screen, SilentScreen
+from orthorank.demo.settings import Settings
+from orthorank.environment import environment
+from orthorank.errors import OrthoRankError
+from orthorank.files import writable_folder
+from orthorank.models import load_model, locate, pick_device
+from orthorank.report import words
+from orthorank.texts import find_text, take_samples, tokenize
+from orthorank_kernels._version import __version__
+
+if TYPE_CHECKING:
+    from orthorank.sink import SinkReport
+
+
+def run_demo(settings: Settings, screen: Screen | None = None) -> dict[str, Any]:
+    """Run the main job.
+
+    Args:
+        settings: what to do. screen: is told what happens; None: nobody.
+
+    Returns:
+        The results, as ``results.json`` in ``settings.output`` holds them.
+
+    Raises:
+        OrthoRankError: something is wrong or missing, or the run was interrupted; then the message says where the
+            partial result is.
+    """
+    run = _prepare(settings, screen or SilentScreen())
+    sink = _look_at_sink(run)
+    intentions = choose.intend(run, sink)
+    run.forget_plans()
+    run.save()  # from here on there is something to keep
+    try:
+        run.screen.heading("2  The layers")
+        plans = {intention.method: choose.carry_out(run, intention) for intention in intentions}
+        run.screen.heading("3  Perplexity and speed")
+        measure.measure(run, plans)
+        run.results["complete"] = True
+        run.save()
+    except KeyboardInterrupt:
+        run.save()
+        kept = [name for name in (RESULTS, REPORT, *PLAN_FILES.values()) if (run.folder / name).is_file()]
+        raise OrthoRankError(f"interrupted; what was found until then is in {run.folder}: {', '.join(kept)}") from None
+    return run.results
+
+
+def _prepare(settings: Settings, screen: Screen) -> Run:
+    """Everything that can go wrong early goes wrong here, the cheap things first."""
+    began = time.perf_counter()
+    text, where = find_text(settings.text), locate(settings.model)
+    pick_device(settings.device)
+    choose.check_plan_file(settings)
+    folder = writable_folder(settings.output)
+    screen.heading(f"OrthoRank on {where.name}")
+    with screen.progress("loading the model", 1) as advance:
+        model, tokenizer, info = load_model(settings.model, settings.device)
+        advance(1, "")
+    settings.check_layers(info.num_hidden_layers)
+    samples = take_samples(
+        tokenize(text, tokenizer),
+        windows=settings.windows,
+        seq_len=settings.seq_len,
+        held_out_windows=settings.held_out_windows,
+        held_out_len=min(settings.held_out_len, info.max_tokens),
+        name=f"the text ({text.name})",
+    )
+    run = Run(settings, screen, folder, model, tokenizer, info, text, samples, began)
+    run.results |= _preamble(run)
+    shape = f"{info.num_hidden_layers} layers, {info.parameters / 1e6:,.0f} M weights, {info.dtype} on {info.device}"
+    screen.say(f"{shape}; text: {text.name}, {samples.text_tokens:,} tokens")
+    return run
+
+
+def _preamble(run: Run) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "version": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "complete": False,
+        "model": run.info.name,
+        "text": run.text.name,
+        "rows": [],
+        "plans": {},
+        "settings": run.settings.to_dict(),
+        "model_info": run.info.to_dict(),
+        "text_info": {"name": run.text.name, "sha256": run.text.sha256, "tokens": run.samples.text_tokens},
+        "environment": environment().to_dict(),
+        "seconds": {"loading": round(time.perf_counter() - run.began, 1)},
+    }
+
+
+def _look_at_sink(run: Run) -> "SinkReport":
+    from orthorank.sink import detect_sink
+
+    run.screen.heading("1  The sink token")
+    with run.timed("sink"):
+        sink = detect_sink(run.model, run.tokenizer)
+    run.results["sink"] = sink.to_dict()
+    run.screen.say(words.sink_sentence(run.results["sink"]))
+    return sink

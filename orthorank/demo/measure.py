@@ -1,0 +1,122 @@
+"""Perplexity and prefill speed of the dense model, of layer pruning and of OrthoRank."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from orthorank.config import OrthoRankConfig
+from orthorank.demo.run import Run
+from orthorank.report import words
+
+Variants = dict[str, OrthoRankConfig | None]
+
+
+def measure(run: Run, plans: dict[str, OrthoRankConfig]) -> None:
+    """Fill in the rows of the results, and each plan's ``measured``. Rows are saved as they grow."""
+    variants: Variants = {"dense": None} | {name: plans[name] for name in words.TITLES if name in plans}
+    run.results["rows"] = [_row(run, name, plan) for name, plan in variants.items()]
+    run.save()
+    with run.timed("perplexity"):
+        _add_perplexity(run, variants)
+    with run.timed("speed"):
+        _add_speed(run, variants)
+    for name, plan in plans.items():
+        plan.measured = _measured(run, name)
+        run.save_plan(name, plan)
+    run.save()
+
+
+def _row(run: Run, name: str, plan: OrthoRankConfig | None) -> dict[str, Any]:
+    """A row with what is known before anything is measured."""
+    return {
+        "name": name,
+        "layers": [] if plan is None else plan.layers,
+        "keep_ratio": 1.0 if plan is None else plan.keep_ratio,
+        "nominal_sparsity": 0.0 if plan is None else plan.nominal_sparsity(run.info.num_hidden_layers),
+        "perplexity": None,
+        "tokens_per_second": None,
+        "speedup": None,
+        "flop_speedup": _flop_speedup(run, plan),
+    }
+
+
+def _add_perplexity(run: Run, variants: Variants) -> None:
+    from orthorank.apply import apply
+    from orthorank.evaluation import perplexity
+
+    ids = run.samples.held_out
+    losses: dict[str, Sequence[float]] = {}
+    with run.screen.progress("perplexity", len(variants) * len(ids)) as advance:
+        for number, (row, plan) in enumerate(zip(run.results["rows"], variants.values(), strict=True)):
+            before, title = number * len(ids), words.TITLES[row["name"]]
+
+            def on_window(done: int, _: int, value: float, before: int = before, title: str = title) -> None:
+                advance(before + done, f"{title}: {words.figure(value)}")
+
+            with nullcontext() if plan is None else apply(run.model, plan):
+                result = perplexity(run.model, ids, on_window=on_window)
+            row["perplexity"], row["loss_standard_error"] = result.perplexity, result.standard_error
+            losses[row["name"]] = result.window_losses
+            run.results["quality"] = {
+                "windows": result.windows,
+                "seq_len": result.window,
+                "ids_sha256": result.ids_sha256,
+                "window_losses": losses,
+                "log_ratio_standard_error": _paired_error(losses),
+            }
+            run.save()
+
+
+def _add_speed(run: Run, variants: Variants) -> None:
+    import torch
+
+    from orthorank.evaluation import time_prefill
+
+    length, vocabulary = _prompt_tokens(run), run.model.config.get_text_config().vocab_size
+    prompt = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
+    rounds = run.settings.repeats
+    with run.screen.progress("prefill speed", rounds) as advance:
+        report = time_prefill(
+            run.model, variants, prompt, rounds=rounds, on_round=lambda done, total: advance(done, f"of {total} rounds")
+        )
+    for row in run.results["rows"]:
+        timing = report.timings[row["name"]]
+        row["tokens_per_second"], row["speedup"] = timing.tokens_per_second, timing.speedup
+    run.results["speed"] = report.to_dict()
+
+
+def _prompt_tokens(run: Run) -> int:
+    return min(run.settings.prompt_tokens, run.info.max_tokens)
+
+
+def _flop_speedup(run: Run, plan: OrthoRankConfig | None) -> float:
+    from orthorank.evaluation import flop_speedup
+
+    if plan is None:
+        return 1.0
+    return flop_speedup(run.model.config, _prompt_tokens(run), plan.layers, plan.keep_ratio)
+
+
+def _measured(run: Run, name: str) -> dict[str, Any]:
+    """What a plan file says of its own run."""
+    row, dense = (words.row_of(run.results, which) or {} for which in (name, "dense"))
+    return {
+        "perplexity": row["perplexity"],
+        "dense_perplexity": dense["perplexity"],
+        "speedup": row["speedup"],
+        "flop_speedup": row["flop_speedup"],
+        "text": f"{run.text.name} (held-out part)",
+        "prompt_tokens": _prompt_tokens(run),
+        "device": run.results["speed"]["device"],
+        "dtype": run.results["speed"]["dtype"],
+    }
+
+
+def _paired_error(losses: dict[str, Sequence[float]]) -> float | None:
+    """Standard error of log(perplexity of OrthoRank / of layer pruning), from the difference in each window."""
+    if not {"orthorank", "layer-pruning"} <= set(losses) or len(losses["orthorank"]) < 2:
+        return None
+    differences = [a - b for a, b in zip(losses["orthorank"], losses["layer-pruning"], strict=True)]
+    return statistics.stdev(differences) / math.sqrt(len(differences))

@@ -1,0 +1,69 @@
+"""A run in progress: what it works on, the results so far, and their files."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orthorank.config import FILE_NAME, OrthoRankConfig
+from orthorank.demo.screen import Screen
+from orthorank.demo.settings import Settings
+from orthorank.files import write_json, write_text
+from orthorank.models import ModelInfo
+from orthorank.texts import Samples, Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RESULTS, REPORT = "results.json", "report.html"
+PLAN_FILES = {"orthorank": FILE_NAME, "layer-pruning": FILE_NAME.replace(".json", "-pruning.json")}
+
+
+@dataclass
+class Run:
+    """A run in progress.
+
+    Args:
+        folder: where the files go; model, tokenizer, info, text, samples: what it works on.
+        results: what `results.json` holds. began: on the clock of `time.perf_counter`.
+    """
+
+    settings: Settings
+    screen: Screen
+    folder: Path
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    info: ModelInfo
+    text: Text
+    samples: Samples
+    began: float
+    results: dict[str, Any] = field(default_factory=dict)
+
+    def save(self) -> None:
+        """Write what is known so far: the results and the page."""
+        from orthorank.report import html_page
+
+        self.results["seconds"]["total"] = round(time.perf_counter() - self.began, 1)
+        write_json(self.folder / RESULTS, self.results)
+        write_text(self.folder / REPORT, html_page(self.results))
+
+    def save_plan(self, method: str, plan: OrthoRankConfig) -> None:
+        """Write a plan to its file in the folder."""
+        write_text(self.folder / PLAN_FILES[method], json.dumps(plan.to_dict(), indent=2, sort_keys=True) + "\n")
+        if method == "orthorank":
+            self.results["plan_file"] = str(self.folder / FILE_NAME)
+
+    def forget_plans(self) -> None:
+        """Remove an earlier run's plans: an interrupted run must not seem to have found them."""
+        for name in PLAN_FILES.values():
+            (self.folder / name).unlink(missing_ok=True)
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Note how long a step takes."""
+        begin = time.perf_counter()
+        yield
+        self.results["seconds"][step] = round(time.perf_counter() - begin, 1)

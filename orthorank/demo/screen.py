@@ -1,0 +1,38 @@
+"""What a run tells its watcher. The terminal's side of it is in `orthorank.commands`."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+Advance = Callable[[int, str], None]
+
+
+class Screen(Protocol):
+    """Someone who watches a run."""
+
+    def heading(self, title: str) -> None:
+        """A step begins."""
+
+    def say(self, words: str) -> None:
+        """Something is known."""
+
+    def progress(self, title: str, total: int) -> AbstractContextManager[Advance]:
+        """Work of ``total`` parts; inside, ``advance(done, note)`` says how far it is."""
+
+
+class SilentScreen:
+    """Nobody watches.
+
+    >>> with SilentScreen().progress("search", 3) as advance:
+    ...     advance(1, "one done")
+    """
+
+    def heading(self, title: str) -> None:
+        """Nothing."""
+
+    def say(self, words: str) -> None:
+        """Nothing."""
+
+    def progress(self, title: str, total: int) -> AbstractContextManager[Advance]:
+        """Nothing, with an ``advance`` that does nothing."""
+        return nullcontext(lambda done, note: None)

@@ -1,0 +1,92 @@
+"""What a run of the demo is asked to do, checked before the long work starts."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from orthorank.config import OrthoRankConfig
+from orthorank.errors import OrthoRankError
+
+SPARSITY, KEEP_RATIO = 0.2, 1 / 3  # of a search, where nothing else is asked for
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked to do.
+
+    Args:
+        output: folder for the results.
+        model, device: as for `orthorank.models.load_model`. text: a file; None: see `orthorank.texts`.
+        plan: ``"search"``, ``"default"`` (the one shipped for the model), or a plan's file or folder.
+        sparsity: nominal share of token-layer updates that a search leaves out; None: 0.2.
+        keep_ratio: of a selected layer, in a search or with ``layers``; None: 1/3.
+        windows, seq_len: calibration windows and their length in tokens.
+        layers: layers to select instead of a search. sink_layer: l_sink instead of the detected one.
+        held_out_windows, held_out_len: windows that perplexity is measured on, and their length in tokens.
+        prompt_tokens, repeats: length of the timed prompt, and timed runs of each variant.
+
+    Raises:
+        OrthoRankError: a value is out of range, or two of them exclude each other.
+
+    >>> Settings(output=Path("out"), sparsity=1.5)
+    Traceback (most recent call last):
+        ...
+    orthorank.errors.OrthoRankError: sparsity is 1.5; it must be above 0 and below 1, such as 0.2
+    """
+
+    output: Path
+    model: str | None = None
+    text: Path | None = None
+    plan: str = "search"
+    sparsity: float | None = None
+    keep_ratio: float | None = None
+    windows: int = 2
+    seq_len: int = 256
+    device: str = "auto"
+    layers: list[int] | None = None
+    sink_layer: int | None = None
+    held_out_windows: int = 16
+    held_out_len: int = 512
+    prompt_tokens: int = 2048
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        if self.sparsity is not None and not 0 < self.sparsity < 1:
+            raise OrthoRankError(f"sparsity is {self.sparsity:g}; it must be above 0 and below 1, such as 0.2")
+        if self.keep_ratio is not None and not 0 < self.keep_ratio < 1:
+            raise OrthoRankError(
+                f"keep_ratio is {self.keep_ratio:g}; it must be above 0 and below 1, such as 1/3 (layer pruning, which "
+                "is 0, is measured in any case)"
+            )
+        for name, least in (("windows", 1), ("seq_len", 16), ("prompt_tokens", 16), ("repeats", 1)):
+            if getattr(self, name) < least:
+                raise OrthoRankError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+        if not self.plan:
+            raise OrthoRankError("plan is empty; it may be search, default, or a plan's file or folder")
+        self._check_one_source()
+
+    def _check_one_source(self) -> None:
+        """The layers come from one place: a search, a plan or a list."""
+        if self.layers is not None and self.plan != "search":
+            raise OrthoRankError(f"both layers and plan ({self.plan}) say which layers to take; give one of them")
+        if self.layers is not None and not self.layers:
+            raise OrthoRankError("layers is empty; name at least one layer, such as 12,13")
+        searches = self.layers is None and self.plan == "search"
+        if self.sparsity is not None and not searches:
+            raise OrthoRankError("sparsity is for a search; here the layers are given, and they decide it")
+        if self.keep_ratio is not None and self.plan != "search":
+            raise OrthoRankError(f"keep_ratio is for a search or for layers; the plan ({self.plan}) has its own")
+
+    def check_layers(self, num_layers: int) -> None:
+        """The given layers exist in a model of ``num_layers``."""
+        if self.layers is not None:
+            OrthoRankConfig(layers=self.layers, num_hidden_layers=num_layers)  # its error lists what is legal
+        if self.sink_layer is not None and not 0 <= self.sink_layer < num_layers:
+            raise OrthoRankError(f"sink_layer is {self.sink_layer}; the model has layers 0 to {num_layers - 1}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as JSON stores them; defaults of a search filled in."""
+        values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+        if self.plan == "search" and self.layers is None:
+            values |= {"sparsity": self.sparsity or SPARSITY, "keep_ratio": self.keep_ratio or KEEP_RATIO}
+        return values

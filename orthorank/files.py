@@ -1,0 +1,60 @@
+"""Writing results: into a folder that is known to be writable, each file replaced in one step."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from orthorank.errors import OrthoRankError
+
+
+def writable_folder(path: str | os.PathLike[str]) -> Path:
+    """Make the folder ``path`` if it is not there, and check that files can be written into it.
+
+    Raises:
+        OrthoRankError: it cannot be made or written to.
+    """
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".orthorank-"):
+            pass
+    except (FileExistsError, NotADirectoryError):
+        raise OrthoRankError(f"output is {str(path)!r}, which is not a folder; name a folder to write into") from None
+    except OSError as error:
+        raise OrthoRankError(f"output folder {str(path)!r} cannot be written to: {error.strerror}") from error
+    return folder
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` so that a reader sees the old file or the new one, never a part."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OrthoRankError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, in one step. Infinite and NaN figures become null: JSON has no name for them.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "figures.json"
+    >>> write_json(file, {"loss": float("inf"), "layers": (1, 2)})
+    >>> json.loads(file.read_text())
+    {'loss': None, 'layers': [1, 2]}
+    """
+    write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and value not in (float("inf"), float("-inf")) and value == value:
+        return value
+    return None if isinstance(value, float) else value

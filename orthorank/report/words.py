@@ -1,0 +1,234 @@
+"""The results in words: used by the terminal and by the page, so that both say the same."""
+
+from typing import Any
+
+Results = dict[str, Any]
+
+TITLES = {"dense": "dense", "layer-pruning": "layer pruning (SLEB)", "orthorank": "OrthoRank"}
+
+
+def row_of(results: Results, name: str) -> dict[str, Any] | None:
+    """The row called ``name``, or None while it is not measured.
+
+    >>> row_of({"rows": [{"name": "dense", "perplexity": 20.0}]}, "dense")["perplexity"]
+    20.0
+    """
+    return next((row for row in results.get("rows", []) if row["name"] == name), None)
+
+
+def percent(share: float) -> str:
+    """A share in per cent, without a superfluous decimal.
+
+    >>> percent(0.2), percent(0.125)
+    ('20 %', '12.5 %')
+    """
+    return f"{round(100 * share, 1):g} %"
+
+
+def ratio(value: float) -> str:
+    """A keep ratio as people write it.
+
+    >>> ratio(1 / 3), ratio(0.25), ratio(0.0)
+    ('1/3', '0.25', '0')
+    """
+    return "1/3" if abs(value - 1 / 3) < 1e-3 else f"{value:g}"
+
+
+def layers(numbers: list[int]) -> str:
+    """Layer numbers with runs drawn together.
+
+    >>> layers([12, 14, 15, 16, 20, 21])
+    '12, 14-16, 20, 21'
+    """
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    parts = [f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return ", ".join(parts) or "none"
+
+
+def sink_sentence(sink: dict[str, Any]) -> str:
+    """What the sink looks like, with the few numbers that say it."""
+    return capital(sink["reason"]) + "."
+
+
+def sink_figures(sink: dict[str, Any]) -> list[str]:
+    """The sink in a few lines: norms before and after it forms, cosines with itself and with the others."""
+    at, ratios = sink.get("sink_layer"), sink["ratios"]
+    counted = f"measured on {sink['first_tokens']} passages of {sink['tokens']} tokens with different first tokens"
+    if at is None:
+        return [f"Largest norm of the first token: {max(ratios):.3g} times that of the others; {counted}."]
+    after = slice(at + 1, None)
+    own, others = sink["sink_norms"], sink["other_norms"]
+    return [
+        f"Norm of the first token's state: {own[at]:,.3g} before the layer and {own[at + 1]:,.0f} after it; of the "
+        f"others: {others[at]:,.3g} and {others[at + 1]:,.3g}; {counted}.",
+        f"Cosine of its normalised state from layer to layer: {_span(sink['cos_self'][after])} after the sink forms.",
+        f"Cosine with the other tokens: {sink['cos_others'][after][0]:.3f} in the first layer after it, "
+        f"{max(sink['cos_others'][after]):.3f} at most.",
+    ]
+
+
+def verdict(results: Results) -> str:
+    """The outcome in two or three sentences; it says so where OrthoRank is the worse choice."""
+    dense, pruned, ortho = (row_of(results, name) for name in TITLES)
+    if not (dense and ortho and dense.get("perplexity") and ortho.get("perplexity")):
+        return "The run ended before perplexity was measured; what was found until then is below."
+    sentences = [
+        f"At {percent(ortho['nominal_sparsity'])} sparsity OrthoRank has a perplexity of "
+        f"{figure(ortho['perplexity'])}, the dense model {figure(dense['perplexity'])}"
+    ]
+    if pruned and pruned.get("perplexity"):
+        removed = f"{len(pruned['layers'])} layer{'s' if len(pruned['layers']) > 1 else ''} removed"
+        sentences[0] += f", and the model with {removed} {figure(pruned['perplexity'])}"
+        sentences.append(_comparison(results, pruned, ortho))
+    if ortho.get("speedup"):
+        sentences.append(
+            f"Prefill runs {ortho['speedup']:.2f} times as fast as the dense model "
+            f"({ortho['flop_speedup']:.2f} by arithmetic alone)"
+        )
+    return ". ".join(sentences) + "."
+
+
+def figure(value: float | None, digits: int = 3) -> str:
+    """A number with ``digits`` significant digits, at least to the unit; a dash when there is none.
+
+    >>> figure(21.153), figure(1234.5), figure(None)
+    ('21.2', '1,234', '-')
+    """
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:#.{digits}g}"
+
+
+def capital(sentence: str) -> str:
+    """``sentence`` with a capital first letter."""
+    return sentence[:1].upper() + sentence[1:]
+
+
+def changed(row: dict[str, Any]) -> str:
+    """What the row's plan does to the model, for a column called "layers changed".
+
+    >>> changed({"layers": [3, 5], "keep_ratio": 0.0}), changed({"layers": [3], "keep_ratio": 1 / 3})
+    ('2 removed', '1 at 1/3')
+    """
+    if not row["layers"]:
+        return "none"
+    return f"{len(row['layers'])} {'removed' if row['keep_ratio'] == 0 else 'at ' + ratio(row['keep_ratio'])}"
+
+
+def plan_title(row: dict[str, Any]) -> str:
+    """The row's name and what its plan does, as a title.
+
+    >>> plan_title({"name": "orthorank", "layers": [3], "keep_ratio": 1 / 3})
+    'OrthoRank: 1 layer updates 1/3 of the tokens'
+    """
+    one = len(row["layers"]) == 1
+    count = f"{len(row['layers'])} {'layer' if one else 'layers'}"
+    if row["keep_ratio"] == 0:
+        return f"{TITLES[row['name']]}: {count} removed"
+    return f"{TITLES[row['name']]}: {count} update{'s' if one else ''} {ratio(row['keep_ratio'])} of the tokens"
+
+
+def shown(key: str, value: float | None) -> str:
+    """The figure ``key`` of a row as tables and pictures write it.
+
+    >>> shown("speedup", 1.2345), shown("tokens_per_second", 543.21), shown("perplexity", None)
+    ('1.23x', '543', '-')
+    """
+    if value is None:
+        return "-"
+    if key in ("speedup", "flop_speedup"):
+        return f"{value:.2f}x"
+    return f"{value:,.0f}" if key == "tokens_per_second" else figure(value)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """The row of the table: name, layers changed, perplexity, tokens/s, speed-up, speed-up by FLOPs."""
+    figures = ("perplexity", "tokens_per_second", "speedup", "flop_speedup")
+    return [TITLES[row["name"]], changed(row), *(shown(key, row.get(key)) for key in figures)]
+
+
+def usage(results: Results) -> str:
+    """Python that applies the found plan."""
+    named = results["settings"]["model"]
+    return (
+        "import orthorank\n"
+        "from orthorank.models import load_model\n"
+        "\n"
+        f"model, tokenizer, info = load_model({named!r})\n".replace("load_model(None)", "load_model()")
+        + f"plan = orthorank.OrthoRankConfig.from_pretrained({results['plan_file']!r})\n"
+        "handle = orthorank.apply(model, plan)\n"
+        "\n"
+        'prompt = tokenizer("The attention sink is", return_tensors="pt").to(model.device)\n'
+        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))\n"
+        "print(orthorank.status(model))\n"
+        "handle.remove()  # the model is as it was\n"
+    )
+
+
+def how_measured(results: Results) -> list[tuple[str, str]]:
+    """Facts that a reader needs to repeat the run, as pairs of name and value; only those that are known."""
+    facts: list[tuple[str, str]] = []
+    model, source = results.get("model_info", {}), results.get("text_info", {})
+    if model:
+        facts.append(("model", f"{model['name']}, from {model['source']}"))
+    if source:
+        facts.append(("text", f"{source['name']}, {source['tokens']:,} tokens, sha256 {source['sha256'][:12]}"))
+    facts += [
+        (TITLES[name], _how_chosen(found, results["seconds"].get(f"search {name}")))
+        for name, found in results.get("plans", {}).items()
+    ]
+    if quality := results.get("quality"):
+        facts.append(("perplexity", f"{quality['windows']} held-out windows of {quality['seq_len']} tokens"))
+    if speed := results.get("speed"):
+        facts.append(
+            (
+                "speed",
+                f"prefill of {speed['prompt']:,} random tokens, batch {speed['batch']}, logits of the last one; "
+                f"medians of {speed['rounds']} interleaved rounds, {speed['clock']}",
+            )
+        )
+    if here := results.get("environment"):
+        versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items() if version)
+        facts.append(("machine", f"{here['processor']}; {here['threads']} threads; Python {here['python']}"))
+        facts.append(("software", versions))
+    if seconds := results.get("seconds"):
+        facts.append(("time", f"{seconds['total']:.0f} s"))
+    return facts
+
+
+def _span(values: list[float]) -> str:
+    if not values:
+        return "not measured"
+    return f"{min(values):.3f} to {max(values):.3f}, median {sorted(values)[len(values) // 2]:.3f}"
+
+
+def _how_chosen(found: dict[str, Any], seconds: float | None) -> str:
+    chosen = f"layers {layers(found['layers'])}"
+    if "evaluations" not in found:
+        return f"{chosen}; {found['origin']}"
+    ended = f"in {seconds:.0f} s" if seconds is not None else "before it was interrupted"
+    return (
+        f"{chosen}; greedy search among layers {layers(found['candidates'])}, {found['evaluations']} evaluations of "
+        f"{found['tokens']:,} tokens {ended}"
+    )
+
+
+def _comparison(results: Results, pruned: dict[str, Any], ortho: dict[str, Any]) -> str:
+    change = ortho["perplexity"] / pruned["perplexity"] - 1
+    error = results.get("quality", {}).get("log_ratio_standard_error")
+    sure = error is None or abs(_log_ratio(pruned, ortho)) > 2 * error
+    if abs(change) < 0.005 or not sure:
+        return "On this text the two cannot be told apart"
+    word = "lower" if change < 0 else "higher"
+    return f"On this text OrthoRank's perplexity is {percent(abs(change))} {word} than layer pruning's"
+
+
+def _log_ratio(pruned: dict[str, Any], ortho: dict[str, Any]) -> float:
+    import math
+
+    return math.log(ortho["perplexity"] / pruned["perplexity"])
