@@ -15,14 +15,26 @@ import math
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from orthorank_kernels.triton import configs
 
-# A masked score. Finite, because with a window a query may see nothing of a block: -inf minus -inf would be NaN. A power
+# A masked score. Finite, because with a window a query may see nothing of a block, and -inf minus -inf is NaN. A power
 # of two, because times the scale it must round to itself, or a fused multiply-add would leave a remainder.
 MASKED_SCORE = tl.constexpr(-(2.0**100))
 INT32_MAX = 2**31 - 1
+LARGEST_HEAD_DIM = 256
+
+
+@triton.jit
+def _tile_rows(row, selected, GROUP: tl.constexpr, PACK: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Query and head of each row of this program's tile, and whether there is one: [BLOCK_M] each."""
+    QUERIES: tl.constexpr = BLOCK_M // PACK
+    HEAD_TILES: tl.constexpr = (GROUP + PACK - 1) // PACK
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tile has the most keys, so it runs first
+    query = tile * QUERIES + row // PACK
+    group_head = (tl.program_id(1) % HEAD_TILES) * PACK + row % PACK
+    head = (tl.program_id(1) // HEAD_TILES) * GROUP + group_head
+    return query, head, (row < QUERIES * PACK) & (query < selected) & (group_head < GROUP)
 
 
 @triton.jit
@@ -64,8 +76,9 @@ def _attend(
     WIDE: tl.constexpr,
 ):
     """One step of the online softmax: the keys n .. n + BLOCK_N."""
-    key = n + tl.arange(0, BLOCK_N)
+    offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
+    key = n + offs_n
     # Rows past `high` are clamped, not masked off: they are never read, and the loads keep their full width.
     rows = tl.minimum(key, high) if MASKED else key
     if TMA and not MASKED:
@@ -74,7 +87,10 @@ def _attend(
         k = _load_rows(k_ptr, rows, offs_d, STRIDE_K, HEAD_DIM, WIDE)
     qk = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     if MASKED:
-        seen = key[None, :] <= last[:, None]
+        if TMA:
+            seen = key[None, :] <= last[:, None]
+        else:  # the same; keeps the columns in registers, which saves instructions and with TMA costs 40 registers
+            seen = offs_n[None, :] <= (last - n)[:, None]
         if HAS_WINDOW:
             seen = seen & (key[None, :] >= first[:, None])
         qk = tl.where(seen, qk, MASKED_SCORE)
@@ -130,18 +146,11 @@ def sparse_query_attention_kernel(
     WIDE: tl.constexpr,  # keys * stride exceeds 32 bits
 ):
     """One program: one tile of queries and heads, grid (tiles, kv_heads * head tiles, batch)."""
-    QUERIES: tl.constexpr = BLOCK_M // PACK
-    HEAD_TILES: tl.constexpr = (GROUP + PACK - 1) // PACK
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    kv_head = tl.program_id(1) // HEAD_TILES
+    kv_head = tl.program_id(1) // ((GROUP + PACK - 1) // PACK)
     batch = tl.program_id(2)
     qk_scale = tl.cast(qk_scale, tl.float32)
-    row = tl.arange(0, BLOCK_M)
-    query = tile * QUERIES + row // PACK
-    group_head = (tl.program_id(1) % HEAD_TILES) * PACK + row % PACK
-    head = kv_head * GROUP + group_head
     offs_d = tl.arange(0, BLOCK_D)
-    in_tile = (row < QUERIES * PACK) & (query < selected) & (group_head < GROUP)
+    query, head, in_tile = _tile_rows(tl.arange(0, BLOCK_M), selected, GROUP, PACK, BLOCK_M)
 
     positions_ptr += batch.to(tl.int64) * stride_positions_batch
     position = tl.load(positions_ptr + query * STRIDE_POSITIONS, mask=in_tile, other=-1)
@@ -195,6 +204,10 @@ def sparse_query_attention_kernel(
         )  # fmt: skip
 
     out = tl.where(sees[:, None], acc * (1.0 / total)[:, None], 0.0)
+    # The rows again, from an index that the compiler cannot know to be the same: else it keeps them in registers across
+    # the key loops, which costs 40 of them and, on sm_80 with head_dim 128, spills.
+    row = tl.arange(0, BLOCK_M) + tl.minimum(selected, 0)
+    query, head, in_tile = _tile_rows(row, selected, GROUP, PACK, BLOCK_M)
     out_row = (batch.to(tl.int64) * selected + query) * (KV_HEADS * GROUP) + head
     out_ptrs = out_ptr + out_row[:, None] * HEAD_DIM + offs_d[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=in_tile[:, None] & (offs_d < HEAD_DIM)[None, :])
@@ -213,6 +226,7 @@ def sparse_query_attention(
     """Launch the kernel; see `orthorank_kernels.sparse_query_attention`. Arguments are taken as checked."""
     batch, heads, selected, head_dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
+    _check_supported(head_dim, q.dtype)
     out = torch.empty(batch, selected, heads, head_dim, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out.transpose(1, 2)
@@ -261,10 +275,25 @@ def sparse_query_attention(
     return out.transpose(1, 2)
 
 
+def _check_supported(head_dim: int, dtype: torch.dtype) -> None:
+    if head_dim > LARGEST_HEAD_DIM:
+        raise ValueError(
+            f"q has head_dim {head_dim}; the Triton kernel takes at most {LARGEST_HEAD_DIM}: "
+            'pass backend="reference" for larger ones'
+        )
+    if dtype == torch.float64:
+        raise TypeError(
+            "q has dtype float64; the Triton kernel takes float32, float16 and bfloat16: "
+            'convert q, k and v, or pass backend="reference"'
+        )
+
+
 def _token_stride(x: torch.Tensor) -> int:
     """Stride between tokens. With one token any number can stand there; one choice saves compiling for each."""
     return x.stride(2) if x.shape[2] > 1 else x.shape[3]
 
 
-def _descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
+def _descriptor(x: torch.Tensor, block: list[int]) -> object:
+    from triton.tools.tensor_descriptor import TensorDescriptor  # missing before Triton 3.4
+
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block)

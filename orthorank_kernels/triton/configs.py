@@ -6,6 +6,7 @@ string: ``"sm_80"``, ``"sm_90"``, ``"gfx942"``, or ``"interpreter"``.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 import triton
@@ -21,15 +22,32 @@ class AttentionTile:
     num_stages: int
 
 
-# (oldest compute capability, padded head_dim) -> tile, for 16-bit inputs. The first row that is not too new wins.
-_NVIDIA = {
-    90: {64: AttentionTile(128, 128, 8, 2), 128: AttentionTile(128, 128, 8, 2), 256: AttentionTile(128, 64, 8, 2)},
-    80: {64: AttentionTile(128, 128, 8, 2), 128: AttentionTile(128, 64, 8, 2), 256: AttentionTile(128, 32, 8, 2)},
-    70: {64: AttentionTile(64, 64, 4, 1), 128: AttentionTile(64, 32, 4, 1), 256: AttentionTile(32, 32, 4, 1)},
+# Tiles for 16-bit inputs, by family and padded head_dim. 128 rows halve the traffic of K and V against 64; 8 warps hold
+# them without spilling. The bound is shared memory (99 KiB on "ampere-small") or registers.
+_TILES = {
+    "blackwell": {
+        64: AttentionTile(128, 128, 8, 2),
+        128: AttentionTile(128, 128, 8, 2),
+        256: AttentionTile(128, 32, 8, 2),
+    },
+    "hopper": {
+        64: AttentionTile(128, 128, 8, 2),
+        128: AttentionTile(128, 128, 8, 2),
+        256: AttentionTile(128, 64, 8, 2),
+    },
+    "ampere": {64: AttentionTile(128, 128, 8, 2), 128: AttentionTile(128, 64, 8, 2), 256: AttentionTile(64, 64, 8, 2)},
+    "ampere-small": {
+        64: AttentionTile(128, 128, 8, 2),
+        128: AttentionTile(128, 64, 8, 2),
+        256: AttentionTile(64, 32, 4, 2),
+    },
+    "volta": {64: AttentionTile(64, 64, 4, 1), 128: AttentionTile(64, 32, 4, 1), 256: AttentionTile(32, 32, 4, 1)},
+    "amd": {64: AttentionTile(128, 64, 4, 1), 128: AttentionTile(128, 64, 8, 1), 256: AttentionTile(64, 32, 8, 1)},
 }
-_AMD = {64: AttentionTile(128, 64, 4, 1), 128: AttentionTile(128, 64, 8, 1), 256: AttentionTile(64, 64, 8, 1)}
+# Float32 has no tensor cores here (ieee products): larger tiles spill in the loop.
+_FLOAT32_TILES = {64: AttentionTile(64, 16, 4, 1), 128: AttentionTile(64, 16, 8, 1), 256: AttentionTile(32, 16, 8, 1)}
 _INTERPRETER = AttentionTile(32, 32, 1, 1)
-_LARGEST_PACK = 16  # heads in one tile; more would leave few queries and a wide range of positions' heads idle
+_LARGEST_PACK = 16  # heads in one tile; a group of 71 would leave 57 of 128 rows idle, in tiles of 15 it leaves 8
 
 
 def launch_settings(
@@ -50,7 +68,7 @@ def launch_settings(
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "TMA": capability(target) >= 90 and dtype.itemsize == 2,
+        "TMA": family(target) in ("hopper", "blackwell") and dtype.itemsize == 2,
     }
     return constexprs, tile.num_warps, tile.num_stages
 
@@ -58,17 +76,21 @@ def launch_settings(
 def _attention_tile(padded: int, dtype: torch.dtype, target: str) -> AttentionTile:
     if target == "interpreter":
         return _INTERPRETER
-    if dtype.itemsize == 4:  # no tensor cores: ieee products; a smaller tile, else everything spills
-        return AttentionTile(64, 32, 4, 1) if padded <= 128 else AttentionTile(32, 32, 4, 1)
-    if not capability(target):
-        return _AMD[padded]
-    newest = next(oldest for oldest in _NVIDIA if capability(target) >= oldest)
-    return _NVIDIA[newest][padded]
+    if dtype.itemsize == 4:
+        return _FLOAT32_TILES[padded]
+    return _TILES[family(target)][padded]
 
 
-def capability(target: str) -> int:
-    """80 for ``"sm_80"``; 0 for what is not an NVIDIA GPU."""
-    return int(target.removeprefix("sm_")) if target.startswith("sm_") else 0
+def family(target: str) -> str:
+    """Targets that share launch settings."""
+    if not target.startswith("sm_"):
+        return "amd"
+    capability = int(target.removeprefix("sm_"))
+    if 90 <= capability < 120:
+        return "hopper" if capability < 100 else "blackwell"
+    if capability >= 80:  # 80 and 87 have 163 KiB of shared memory for a program; 86, 89 and 120 have 99
+        return "ampere" if capability in (80, 87) else "ampere-small"
+    return "volta"
 
 
 def target_of(device: torch.device) -> str:
@@ -86,5 +108,7 @@ def _gpu_target(index: int) -> str:
 
 def fits_tma(x: torch.Tensor) -> bool:
     """Whether a tensor descriptor can describe ``x``: 16-byte aligned base and strides, no empty dimension."""
+    if find_spec("triton.tools.tensor_descriptor") is None:  # Triton before 3.4
+        return False
     aligned = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
     return aligned and x.data_ptr() % 16 == 0 and x.numel() > 0
