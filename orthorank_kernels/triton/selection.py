@@ -175,10 +175,11 @@ def rms_norm_select_kernel(
         )
 
 
-# Tokens that so many warps hold in registers, and the tile of longer rows: 128 tokens a warp, the most without spills.
+# Tokens that so many warps hold in registers, and the tile of longer rows. The fusion takes smaller tiles, for fewer
+# registers: more rows are normed at once.
 RESIDENT_SIZES = ((2048, 8), (8192, 16))
-STREAM_WARPS = 16
-TILE_PER_WARP = 128
+STREAM_TILE = (2048, 16)
+FUSED_TILE_PER_WARP = 64
 
 
 def occupied(batch: int, tokens: int, stride: int) -> int:
@@ -191,16 +192,16 @@ def select_settings(elements: int) -> dict[str, int | bool]:
     for size, warps in RESIDENT_SIZES:
         if elements <= size:
             return {"RESIDENT": True, "SELECT_BLOCK": size, "num_warps": warps}
-    return {"RESIDENT": False, "SELECT_BLOCK": TILE_PER_WARP * STREAM_WARPS, "num_warps": STREAM_WARPS}
+    size, warps = STREAM_TILE
+    return {"RESIDENT": False, "SELECT_BLOCK": size, "num_warps": warps}
 
 
 def fused_settings(elements: int, num_warps: int) -> dict[str, int | bool]:
-    """Settings of the selection after the norm, which chooses the warps: few registers, so that many rows are normed
-    at once."""
+    """Settings of the selection after the norm, which chooses the warps."""
     size = RESIDENT_SIZES[0][0]
     if elements <= size:
         return {"RESIDENT": True, "SELECT_BLOCK": size}
-    return {"RESIDENT": False, "SELECT_BLOCK": TILE_PER_WARP * num_warps}
+    return {"RESIDENT": False, "SELECT_BLOCK": FUSED_TILE_PER_WARP * num_warps}
 
 
 def select_tokens(

@@ -75,7 +75,7 @@ def test_padding_sinks_and_k_of_each_row(backend, poisoned):
 
 def test_long_rows_are_streamed(monkeypatch, poisoned):
     monkeypatch.setattr(kernels, "RESIDENT_SIZES", ((8, 8), (16, 16)))
-    monkeypatch.setattr(kernels, "TILE_PER_WARP", 4)  # tiles of 16 tokens
+    monkeypatch.setattr(kernels, "FUSED_TILE_PER_WARP", 4)  # tiles of 16 tokens
     monkeypatch.setattr(scoring_kernels, "ENOUGH_PROGRAMS", 8)
     x, weight = random(2, 45, 8).round(), torch.ones(8, device=DEVICE)
     selection = {"starts": int32(0, 6), "lengths": int32(45, 31)}

@@ -162,7 +162,7 @@ def test_strides_are_honoured(backend, poisoned):
 
 def test_rows_longer_than_the_registers_are_streamed(monkeypatch, poisoned):
     monkeypatch.setattr(kernels, "RESIDENT_SIZES", ((4, 8), (8, 16)))
-    monkeypatch.setattr(kernels, "TILE_PER_WARP", 2)  # tiles of 32 tokens
+    monkeypatch.setattr(kernels, "STREAM_TILE", (32, 16))
     for tokens in (9, 32, 33, 65, 127):
         scores = random(2, tokens).mul(4).round()  # many ties, also between tiles
         starts, lengths = int32(0, 3), int32(tokens, tokens - 5)
