@@ -128,6 +128,7 @@ def apply_rotary_at(
             HEAD_DIM=head_dim,
             ROTARY_DIM=rotary_dim,
             HAS_POSITIONS=positions is not None,
+            enable_fp_fusion=True,
             **launch_settings(heads, head_dim, rotary_dim, x.element_size()),
         )
     return out

@@ -203,6 +203,7 @@ def gather_add_rms_norm(
             rows_per_program=rows,
             eps=eps,
             HIDDEN=hidden,
+            enable_fp_fusion=True,
             **norm_settings(hidden),
         )
     return residual, normed

@@ -1,0 +1,133 @@
+"""Every kernel compiles for NVIDIA and AMD GPUs that need not be present, within limits that a GPU's speed hangs on.
+
+The interpreter checks what a kernel computes. It has no registers, no shared memory and no spills; this has.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kernels import sass
+from tests.kernels.compile_cases import CASES, GROUPS, TARGETS, Case, broken_limits
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytest.importorskip("triton")
+if not sass.tool("nvdisasm").exists():
+    pytest.skip("this Triton comes without NVIDIA's disassembler", allow_module_level=True)
+
+
+def compile_group(target: str, group: str, slow: bool, cache: Path) -> dict[str, dict]:
+    """Measurements by case name, from a child process with the compiler in place of the interpreter."""
+    command = [sys.executable, "-m", "tests.kernels.compile_worker", target, group, *(["--slow"] if slow else [])]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)  # empty, so that everything is compiled now
+    child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr[-4000:]
+    return {m["case"]: m for m in map(json.loads, child.stdout.splitlines())}
+
+
+def complaints(target: str, cases: list[Case], measured: dict[str, dict]) -> list[str]:
+    found = []
+    for case in cases:
+        result = measured.get(case.name, {"error": "was not compiled"})
+        if "error" in result:
+            found.append(f"{case.name}: {result['error']}")
+        found += [f"{case.name}: {broken}" for broken in broken_limits(result, case.limits_for(target), target)]
+    return found
+
+
+def check(target: str, group: str, slow: bool, cache: Path) -> None:
+    cases = [case for case in CASES if case.group == group and case.slow == slow]
+    measured = compile_group(target, group, slow, cache)
+    assert cases
+    assert set(measured) == {case.name for case in cases}
+    assert not (found := complaints(target, cases, measured)), f"{target}\n" + "\n".join(found)
+    for result in measured.values():
+        assert result["registers"] > 0
+        assert result["launches"] == 1
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_default_settings(group, target, tmp_path):
+    check(target, group, False, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_everything_a_launcher_can_choose(group, target, tmp_path):
+    check(target, group, True, tmp_path)
+
+
+def test_names_are_unique_within_a_group():
+    names = [(case.group, case.name) for case in CASES]
+    assert len(names) == len(set(names))
+
+
+GOOD = {"launches": 1, "shared": 0, "warps": 4, "registers": 60, "spills": 0, "wide_loads": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({}, None),
+        ({"registers": 65}, "registers is 65, at most 64"),
+        ({"spills": 1}, "spills is 1, at most 0"),
+        ({"wide_loads": 0.5}, "wide_loads is 0.5, at least 0.9"),
+        ({"shared": 70_000}, "shared is 7e+04, at most 65536"),
+        ({"warps": 32}, "warps is 32, at most 16"),
+        ({"launches": 2}, "launches is 2, at most 1"),
+    ],
+)
+def test_a_broken_limit_is_named(changed, complaint):
+    limits = {"registers": 64, "spills": 0, "min_wide_loads": 0.9, "ntm": 900}
+    assert broken_limits(GOOD | changed, limits, "gfx942") == ([complaint] if complaint else [])
+
+
+def test_a_case_that_fails_to_compile_is_named():
+    case = Case("rows", "gather", launch=lambda: None)
+    assert complaints("sm_90", [case], {"gather": {"error": "CompilationError: no"}}) == [
+        "gather: CompilationError: no"
+    ]
+    assert complaints("sm_90", [case], {}) == ["gather: was not compiled"]
+
+
+LISTING = """
+.text.kernel:
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0010*/                   LDG.E.U16 R5, desc[UR4][R2.64] ;
+        /*0020*/                   STL [R1], R7 ;
+.L_x_0:
+        /*0030*/                   LDL R7, [R1] ;
+        /*0040*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+        /*0050*/                   FADD R8, R8, R7 ;
+        /*0060*/              @!P0 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0070*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0080*/               @P1 BRA `(.L_x_1) ;
+        /*0090*/                   STG.E desc[UR4][R2.64], R8 ;
+        /*00a0*/                   EXIT ;
+.L_x_2:
+        /*00b0*/                   BRA `(.L_x_2) ;
+        /*00c0*/                   NOP ;
+"""
+
+
+def test_machine_code_is_read_right():
+    code = sass.parse(LISTING)
+    assert code[-1].op == "EXIT"
+    assert sass.count(code, sass.SPILLS) == 2
+    assert sass.wide_share(code, ("LDG",)) == 128 / 144
+    assert sass.wide_share(code, ("STG",)) == 0
+    assert sass.wide_share(code, ("ATOM",)) is None
+    hopper, ampere = sass.matrix_loops(code)
+    assert [i.base for i in ampere] == ["LDL", "HMMA", "FADD", "BRA"]
+    assert sass.count(ampere, sass.SPILLS) == 1
+    assert ampere[1].flops == 2 * 16 * 8 * 16
+    assert hopper[0].flops == 2 * 64 * 128 * 16 / 4
