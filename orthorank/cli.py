@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import typer
 
 FAILED = 2
+INTERRUPTED = 130  # what typer makes of Ctrl-C, in some versions
+NOTHING_KEPT = "interrupted before there was anything to keep"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,11 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     usage_error: Any = typer.BadParameter.__base__  # click's class, or that of the copy of click inside typer
     try:
-        return int(_app()(args=arguments, standalone_mode=False, prog_name="orthorank") or 0)
+        code = int(_app()(args=arguments, standalone_mode=False, prog_name="orthorank") or 0)
+        return code if code != INTERRUPTED else _fail(NOTHING_KEPT)
     except usage_error as error:
         return _fail(f"{error.format_message()} (orthorank {_command_of(error)}--help lists what there is)")
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted before there was anything to keep")
+        return _fail(NOTHING_KEPT)
     except OrthoRankError as error:
         return _fail(str(error))
     except BrokenPipeError:

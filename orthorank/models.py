@@ -188,7 +188,7 @@ def _load(where: Location, dtype: "torch.dtype") -> "tuple[PreTrainedModel, PreT
         )
     except OrthoRankError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # transformers, safetensors and the tokenizers each have errors of their own
         raise OrthoRankError(f"model {where.name!r} ({where.source}) cannot be loaded: {_sentence(error)}") from error
     return model, tokenizer
 

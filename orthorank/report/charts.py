@@ -54,6 +54,7 @@ def line_chart(
         body.append(text(LEFT - 6, y_of(tick) + 4, f"{tick:g}", "soft", "end", 11))
     numbered = range(0, len(values), 5 if len(values) <= 50 else 10)
     body += [text(x_of(layer), HEIGHT - 8, str(layer), "soft", "middle", 11) for layer in numbered]
+    body.append(text(LEFT - 12, HEIGHT - 8, "layer", "soft", "end", 11))
     if marks.at is not None:
         body.append(line(x_of(marks.at), TOP, x_of(marks.at), HEIGHT - BOTTOM, "mark"))
         body.append(text(x_of(marks.at), TOP - 6, marks.words, "soft", "middle", 11))

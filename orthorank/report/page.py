@@ -73,9 +73,10 @@ def _measured(results: Results) -> str:
             for row in rows
         ]
         picture = _both(lambda width: bars(entries, width, title), wide=WIDE // 2 - 16)
-        return f"<figure>{picture}<figcaption>{title}</figcaption></figure>"
+        return f"<figure><figcaption>{title}</figcaption>{picture}</figure>"
 
-    return f'<div class="pair">{figure("perplexity", "Perplexity")}{figure("speedup", "Speed-up, measured")}</div>'
+    left, right = figure("perplexity", "Perplexity: lower is better"), figure("speedup", "Prefill speed-up, measured")
+    return f'<div class="pair">{left}{right}</div>'
 
 
 def _layers(results: Results) -> str:
@@ -86,7 +87,7 @@ def _layers(results: Results) -> str:
     picture = _both(lambda width: layer_stacks(rows, total, width))
     caption = (
         "One column per layer, the first on the left. The filled part is the share of the tokens that the layer "
-        "updates; both ways leave out the same share of all token updates."
+        "updates; both plans leave out about the same share of all token updates."
     )
     return f"<h2>The chosen layers</h2>\n<figure>{picture}<figcaption>{caption}</figcaption></figure>"
 

@@ -93,11 +93,11 @@ def verdict(results: Results) -> str:
     return ". ".join(sentences) + "."
 
 
-def figure(value: float | None, digits: int = 3) -> str:
+def figure(value: float | None, digits: int = 4) -> str:
     """A number with ``digits`` significant digits, at least to the unit; a dash when there is none.
 
-    >>> figure(21.153), figure(1234.5), figure(None)
-    ('21.2', '1,234', '-')
+    >>> figure(21.153), figure(1234.4), figure(None)
+    ('21.15', '1,234', '-')
     """
     if value is None:
         return "-"

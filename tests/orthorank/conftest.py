@@ -1,6 +1,7 @@
 """Models for the tests: tiny random ones of every family, and SmolLM2 once per worker."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,3 +57,21 @@ def smollm2() -> Iterator[tuple[Any, Any]]:
     forwards = [layer.forward for layer in model.model.layers]
     yield model, tokenizer
     assert [layer.forward for layer in model.model.layers] == forwards, "a test left a plan on the shared model"
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama of 6 layers with a tokenizer of bytes, saved as transformers does. It has no sink."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    logging.disable_progress_bar()
+    make_tiny_model("llama", vocab_size=256, num_hidden_layers=6).save_pretrained(folder)
+    vocabulary = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
