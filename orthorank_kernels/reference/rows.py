@@ -10,6 +10,8 @@ the host, so the functions also run inside a captured graph on a GPU.
 
 import torch
 
+from orthorank_kernels.reference.scoring import rms_norm
+
 
 def batch_index(positions: torch.Tensor) -> torch.Tensor:
     """The row of the batch as an index that broadcasts against ``positions``: [batch, 1]."""
@@ -28,14 +30,7 @@ def gather_add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     residual = gather_rows(hidden_states, positions) + addend
     residual = residual.masked_fill_((positions < 0)[..., None], 0)
-    return residual, _rms_norm(residual, weight, eps)
-
-
-def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm with the rounding of Hugging Face's LlamaRMSNorm: float32 inside, round, then times the weight."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * (wide * rstd).to(x.dtype)
+    return residual, rms_norm(residual, weight, eps)
 
 
 def scatter_rows_(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> None:
