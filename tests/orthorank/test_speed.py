@@ -1,5 +1,9 @@
 """Timing of prefills: who runs when, what is paired with what, and that the model is left alone."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,3 +118,18 @@ def test_errors(model: Any, arguments: dict[str, Any], words: str) -> None:
     defaults: dict[str, Any] = {"variants": {"dense": None}, "input_ids": torch.arange(4)[None]}
     with pytest.raises(OrthoRankError, match=words):
         time_prefill(model, **(defaults | arguments))
+
+
+@pytest.mark.slow
+def test_the_prefill_benchmark_ends_with_its_ratio(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "bench_prefill.py"
+    options = ["--rounds", "1", "--tokens", "64", "--layers", "12", "14", "--json", str(tmp_path / "result.json")]
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert float(done.stdout.split()[-1]) == pytest.approx(result["measured_over_ideal"], abs=0.0006)
+    assert result["measured_over_ideal"] == pytest.approx(result["measured_speedup"] / result["flop_speedup"])
+    assert result["layers"] == [12, 14]
+    wrong = subprocess.run([sys.executable, script, "--layers", "30"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert wrong.stderr.splitlines()[-1] == "bench_prefill: layers holds 30; the model has layers 0 to 29"
