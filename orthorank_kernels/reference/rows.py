@@ -19,18 +19,21 @@ def batch_index(positions: torch.Tensor) -> torch.Tensor:
 
 
 def gather_rows(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    if x.shape[1] == 0:  # nothing to read, so every position is -1
-        return x.new_zeros(*positions.shape, x.shape[2])
-    gathered = x[batch_index(positions), positions.clamp(min=0)]  # [batch, selected, hidden]
-    return gathered.masked_fill_((positions < 0)[..., None], 0)
+    return _take(x, positions).masked_fill_((positions < 0)[..., None], 0)
 
 
 def gather_add_rms_norm(
     hidden_states: torch.Tensor, positions: torch.Tensor, addend: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    residual = gather_rows(hidden_states, positions) + addend
-    residual = residual.masked_fill_((positions < 0)[..., None], 0)
+    residual = _take(hidden_states, positions).add_(addend).masked_fill_((positions < 0)[..., None], 0)
     return residual, rms_norm(residual, weight, eps)
+
+
+def _take(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Rows of ``x`` at ``positions``, and some row where that is -1: new memory, [batch, selected, hidden]."""
+    if x.shape[1] == 0:  # nothing to read, so every position is -1
+        return x.new_zeros(*positions.shape, x.shape[2])
+    return x[batch_index(positions), positions.clamp(min=0)]
 
 
 def scatter_rows_(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> None:
