@@ -33,7 +33,7 @@ def sparse_query_attention(
         k, v: keys and values ``[batch, kv_heads, keys, head_dim]`` of the dtype of q; kv_heads divides heads, and
             consecutive query heads share a key/value head. q, k and v may have any strides whose last one is 1.
         positions: int32 ``[batch, selected]``, ascending in each row; -1 marks the unused tail.
-        scale: factor on q k^T before the softmax; ``head_dim ** -0.5`` if None.
+        scale: factor on q k^T before the softmax, above 0; ``head_dim ** -0.5`` if None.
         window: how many keys a query sees at most, itself included (sliding window); None sees all.
         starts: int32 ``[batch]``, the first valid key of each row (left padding); 0 if None.
         query_offset: key index of the query axis's token 0: the number of cached keys in a chunked prefill.
@@ -55,7 +55,7 @@ def sparse_query_attention(
         >>> sparse_query_attention(q, k, v, positions)[0, 0, :, 0]
         tensor([1., 2.])
     """
-    _check(q, k, v, positions, window, starts, query_offset)
+    _check(q, k, v, positions, scale, window, starts, query_offset)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     args = (q, k, v, positions, scale, window, starts, query_offset)
@@ -67,6 +67,7 @@ def _check(
     k: torch.Tensor,
     v: torch.Tensor,
     positions: torch.Tensor,
+    scale: float | None,
     window: int | None,
     starts: torch.Tensor | None,
     query_offset: int,
@@ -92,6 +93,8 @@ def _check(
             raise TypeError(f"{name} is {number!r}; it must be an int")
     if query_offset is None:
         raise TypeError("query_offset is None; it must be an int, 0 without a cache")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale is {scale}; it must be above 0, or None for head_dim ** -0.5")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; it must be at least 1 (a query sees itself), or None for no window")
 

@@ -57,12 +57,12 @@ def _visible(
     positions: torch.Tensor, keys: int, window: int | None, starts: torch.Tensor | None, query_offset: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """First key and end (one past the last key) that each query sees; first >= end where it sees none."""
-    at = positions + query_offset
+    at = positions.long() + query_offset
     first = torch.zeros_like(at) if window is None else (at - (window - 1)).clamp(min=0)
     if starts is not None:
         first = torch.maximum(first, starts[:, None])
     end = (at + 1).clamp(min=0, max=keys).masked_fill(positions < 0, 0)
-    return first, end
+    return first.int(), end.int()
 
 
 def _key_range(first: torch.Tensor, end: torch.Tensor) -> slice:
@@ -90,6 +90,8 @@ def _block(
     # A softmax over nothing is NaN, in the gradient too: a blind query attends to everything and is then set to 0.
     first, end = first.masked_fill(blind, 0), end.masked_fill(blind, key_offset + k.shape[2])
     mask = (key >= first[..., None]) & (key < end[..., None])  # [batch, block, keys]
-    grouped = q.shape[1] != k.shape[1]
+    grouped = False
+    if q.shape[1] != k.shape[1]:  # the comparison itself is no plain bool under tracing
+        grouped = True
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2).masked_fill(blind[..., None, None], 0.0)

@@ -163,10 +163,10 @@ def sparse_query_attention_kernel(
     if HAS_WINDOW:
         first = tl.maximum(first, at - window + 1)
     sees = (position >= 0) & (first <= last)
-    low = tl.min(tl.where(sees, last, keys))
     high = tl.max(tl.where(sees, last, -1))  # -1: no query of this tile sees anything, no loop runs
     # A blind row stands at `high` and computes something finite that is never stored.
     last = tl.where(sees, last, high)
+    low = tl.min(last)
     begin = start
     middle = start
     if HAS_WINDOW:
@@ -203,7 +203,7 @@ def sparse_query_attention_kernel(
             STRIDE_K, STRIDE_V, HEAD_DIM, BLOCK_D, BLOCK_N, True, HAS_WINDOW, TMA, WIDE,
         )  # fmt: skip
 
-    out = tl.where(sees[:, None], acc * (1.0 / total)[:, None], 0.0)
+    out = tl.where(sees[:, None], acc * (1.0 / tl.where(sees, total, 1.0))[:, None], 0.0)
     # The rows again, from an index that the compiler cannot know to be the same: else it keeps them in registers across
     # the key loops, which costs 40 of them and, on sm_80 with head_dim 128, spills.
     row = tl.arange(0, BLOCK_M) + tl.minimum(selected, 0)
