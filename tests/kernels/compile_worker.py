@@ -8,8 +8,7 @@ case on the standard output:
     case, seconds, launches, and of the kernel: warps, registers, spills (instructions; on AMD registers), shared
     (bytes), instructions, atomics, wide_loads and wide_stores (share of bytes moved 128 bits at a time), spills_in_loop
     (in loops with matrix instructions), and ntm and ntm_masked: instructions that are no matrix instructions, issued
-    per million floating-point operations of those, in the shortest and the longest such loop (of what lies between its
-first and last address: the waiting for a slow load lies elsewhere). Or: case, error.
+    per million floating-point operations of those, in the shortest and the longest such loop. Or: case, error.
 """
 
 import argparse

@@ -106,28 +106,40 @@ LISTING = """
 .L_x_0:
         /*0030*/                   LDL R7, [R1] ;
         /*0040*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
-        /*0050*/                   FADD R8, R8, R7 ;
-        /*0060*/              @!P0 BRA `(.L_x_0) ;
+        /*0050*/               @P2 BRA `(.L_x_3) ;
+.L_x_4:
+        /*0060*/                   FADD R8, R8, R7 ;
+        /*0070*/              @!P0 BRA `(.L_x_0) ;
 .L_x_1:
-        /*0070*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
-        /*0080*/               @P1 BRA `(.L_x_1) ;
-        /*0090*/                   STG.E desc[UR4][R2.64], R8 ;
-        /*00a0*/                   EXIT ;
+        /*0080*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+.L_x_5:
+        /*0090*/                   SYNCS.PHASECHK.TRYWAIT P3, [UR4], R2 ;
+        /*00a0*/              @!P3 BRA `(.L_x_5) ;
+        /*00b0*/                   BRA P1, `(.L_x_1) ;
+        /*00c0*/                   STG.E desc[UR4][R2.64], R8 ;
+        /*00d0*/                   EXIT ;
+.L_x_3:
+        /*00e0*/                   FMUL R7, R7, R7 ;
+        /*00f0*/                   BRA `(.L_x_4) ;
 .L_x_2:
-        /*00b0*/                   BRA `(.L_x_2) ;
-        /*00c0*/                   NOP ;
+        /*0100*/                   BRA `(.L_x_2) ;
+        /*0110*/                   NOP ;
 """
 
 
 def test_machine_code_is_read_right():
     code = sass.parse(LISTING)
-    assert code[-1].op == "EXIT"
+    assert code[-1].address == 0xF0, "what follows is padding"
     assert sass.count(code, sass.SPILLS) == 2
     assert sass.wide_share(code, ("LDG",)) == 128 / 144
     assert sass.wide_share(code, ("STG",)) == 0
     assert sass.wide_share(code, ("ATOM",)) is None
-    hopper, ampere = sass.matrix_loops(code)
-    assert [i.base for i in ampere] == ["LDL", "HMMA", "FADD", "BRA"]
+
+
+def test_loops_are_found_with_what_lies_elsewhere_and_without_waiting():
+    hopper, ampere = sass.matrix_loops(sass.parse(LISTING))
+    assert [i.base for i in ampere] == ["LDL", "HMMA", "BRA", "FADD", "BRA", "FMUL", "BRA"]
+    assert [i.base for i in hopper] == ["HGMMA", "BRA"]
     assert sass.count(ampere, sass.SPILLS) == 1
     assert ampere[1].flops == 2 * 16 * 8 * 16
     assert hopper[0].flops == 2 * 64 * 128 * 16 / 4
