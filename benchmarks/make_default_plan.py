@@ -20,7 +20,7 @@ from orthorank import OrthoRankConfig, apply
 from orthorank.evaluation import flop_speedup, perplexity
 from orthorank.files import write_text
 from orthorank.models import load_model
-from orthorank.search import Evaluator, candidate_layers, greedy_search, layer_count
+from orthorank.search import Evaluator, SearchState, candidate_layers, greedy_search, layer_count
 from orthorank.sink import detect_sink
 from orthorank.stack import LayerStack
 
@@ -50,8 +50,10 @@ def cut(text: str, tokenizer: Any, windows: int) -> torch.Tensor:
     return ids[: windows * SEQ_LEN].view(windows, SEQ_LEN)
 
 
-def search(model: Any, ids: torch.Tensor, keep_ratio: float, candidates: list[int]) -> tuple[list[int], float]:
-    """The layers and their calibration loss, with a line per round."""
+def search(
+    model: Any, ids: torch.Tensor, keep_ratio: float, candidates: list[int], saved: Path | None
+) -> tuple[list[int], float]:
+    """The layers and their calibration loss, with a line per round; goes on from the state in ``saved``."""
     count = layer_count(model.config.num_hidden_layers, SPARSITY, keep_ratio)
     begin = time.perf_counter()
 
@@ -61,7 +63,12 @@ def search(model: Any, ids: torch.Tensor, keep_ratio: float, candidates: list[in
             print(f"  layer {number + 1} of {count}: loss {best:.4f} ({done} of {total}, {spent:.0f} s)", flush=True)
 
     state = greedy_search(
-        Evaluator(LayerStack(model), ids, keep_ratio=keep_ratio), candidates, count, on_evaluation=on_evaluation
+        Evaluator(LayerStack(model), ids, keep_ratio=keep_ratio),
+        candidates,
+        count,
+        state=SearchState.load(saved) if saved is not None and saved.is_file() else None,
+        on_evaluation=on_evaluation,
+        save_to=saved,
     )
     print(f"  {state.plan} in {time.perf_counter() - begin:.0f} s", flush=True)
     return state.plan, state.losses[-1]
@@ -71,6 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder with wikitext2/")
     parser.add_argument("--output", type=Path, default=ROOT / "orthorank" / "plans")
+    parser.add_argument("--state", type=Path, help="folder for the state of the searches, to go on after a stop")
     arguments = parser.parse_args()
     calibration_text = joined(read_text(arguments.data / "wikitext2" / "wiki.valid.tokens"))
     test_text = read_text(arguments.data / "wikitext2" / "wiki.test.raw")
@@ -88,7 +96,8 @@ def main() -> None:
         ("-pruning", 0.0, list(range(1, total - 1))),  # SLEB's own range
     ):
         print(f"keep ratio {keep_ratio:.4g}, candidates {candidates[0]} to {candidates[-1]}", flush=True)
-        layers, loss = search(model, calibration, keep_ratio, candidates)
+        saved = None if arguments.state is None else arguments.state / f"search{ending}.json"
+        layers, loss = search(model, calibration, keep_ratio, candidates, saved)
         plan = OrthoRankConfig.for_model(model, layers=layers, keep_ratio=keep_ratio, sink_layer=sink.sink_layer)
         plan.calibration = {
             "text": "WikiText-2 validation (wiki.valid.tokens, split hyphens and numbers joined)",
