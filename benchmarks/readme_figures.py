@@ -1,7 +1,7 @@
 """Draw the README's picture from the committed results of the demo.
 
-Run: ``python benchmarks/readme_figures.py``. Reads ``benchmarks/results/demo/results.json``, writes
-``docs/images/demo.svg``, and prints the README's table as Markdown.
+Run: ``python benchmarks/readme_figures.py``. Reads ``benchmarks/results/demo/results.json`` and writes
+``docs/images/demo.svg``.
 """
 
 import json
@@ -18,7 +18,6 @@ from orthorank.report.pictures import bars, layer_stacks, svg, text
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PICTURE = ROOT / "benchmarks/results/demo/results.json", ROOT / "docs/images/demo.svg"
 WIDTH, MARGIN, GAP = 800, 20, 36
-HEADS = ("", "layers changed", "perplexity", "tokens/s", "speed-up", "speed-up by FLOPs")
 
 
 def style() -> str:
@@ -57,10 +56,7 @@ def main() -> None:
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     write_text(PICTURE, draw(results))
-    print(f"wrote {PICTURE.relative_to(ROOT)}\n\n{words.verdict(results)}\n")
-    print(f"| {' | '.join(HEADS)} |\n|---|---|{'---:|' * 4}")
-    for row in results["rows"]:
-        print(f"| {' | '.join(words.cells(row))} |")
+    print(f"wrote {PICTURE.relative_to(ROOT)}: {words.verdict(results)}")
 
 
 if __name__ == "__main__":

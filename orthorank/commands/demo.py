@@ -77,7 +77,7 @@ def table(results: dict[str, Any]) -> "Table":
 
     from orthorank.report import words
 
-    heads = ("", "layers changed", "perplexity", "tokens/s", "speed-up", "by FLOPs")
+    heads = ("", "layers changed", "perplexity", "tokens/s", "speed-up", "FLOP-ideal")
     drawn = Table(box=None, pad_edge=False, header_style="dim")
     for head in heads:
         drawn.add_column(head, justify="right" if head not in heads[:2] else "left")

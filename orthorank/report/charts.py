@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orthorank.report.pictures import line, rect, svg, text
+from orthorank.report.pictures import line, svg, text
 
 HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 200.0, 42.0, 12.0, 20.0, 26.0
 
@@ -14,12 +14,13 @@ class Marks:
     """What is drawn beside the curve.
 
     Args:
-        at: a layer with a vertical line and the words ``words`` above it. band: first and last layer of a shaded range.
+        at: a layer with a vertical line and the words ``words`` above it. last: where the axis ends, so that several
+            charts have the same one; None: at the last value.
     """
 
     at: int | None = None
     words: str = ""
-    band: tuple[int, int] | None = None
+    last: int | None = None
 
 
 def line_chart(
@@ -37,22 +38,19 @@ def line_chart(
         return svg(width, 20, [text(0, 14, "nothing measured", "soft")], label)
     ticks = log_ticks([v for _, v in points]) if logarithmic else linear_ticks([v for _, v in points])
     low, high = (math.log(t) if logarithmic else t for t in (ticks[0], ticks[-1]))
-    inner = HEIGHT - TOP - BOTTOM
+    inner, last = HEIGHT - TOP - BOTTOM, len(values) - 1 if marks.last is None else marks.last
 
     def x_of(layer: float) -> float:
-        return LEFT + (width - LEFT - RIGHT) * layer / max(1, len(values) - 1)
+        return LEFT + (width - LEFT - RIGHT) * layer / max(1, last)
 
     def y_of(value: float) -> float:
         return TOP + inner * (1 - ((math.log(value) if logarithmic else value) - low) / (high - low))
 
     body = []
-    if marks.band:
-        begin, end = (x_of(layer) for layer in marks.band)
-        body.append(rect(begin, TOP, end - begin, inner, "band"))
     for tick in ticks:
         body.append(line(LEFT, y_of(tick), width - RIGHT, y_of(tick), "grid"))
         body.append(text(LEFT - 6, y_of(tick) + 4, f"{tick:g}", "soft", "end", 11))
-    numbered = range(0, len(values), 5 if len(values) <= 50 else 10)
+    numbered = range(0, last + 1, 5 if last <= 50 else 10)
     body += [text(x_of(layer), HEIGHT - 8, str(layer), "soft", "middle", 11) for layer in numbered]
     body.append(text(LEFT - 12, HEIGHT - 8, "layer", "soft", "end", 11))
     if marks.at is not None:
@@ -63,12 +61,12 @@ def line_chart(
 
 
 def log_ticks(values: Sequence[float]) -> list[float]:
-    """Powers of ten around the values.
+    """Powers of ten around the values; a value may be a little below the first.
 
-    >>> log_ticks([0.5, 170.0])
-    [0.1, 1.0, 10.0, 100.0, 1000.0]
+    >>> log_ticks([0.98, 170.0])
+    [1.0, 10.0, 100.0, 1000.0]
     """
-    first = math.floor(math.log10(min(values)))
+    first = math.floor(math.log10(min(values)) + 0.05)
     last = max(math.ceil(math.log10(max(values))), first + 1)
     return [float(f"1e{power}") for power in range(first, last + 1)]
 

@@ -48,14 +48,17 @@ def _subtitle(results: Results) -> str:
 def _table(results: Results) -> str:
     if not results.get("rows"):
         return ""
-    heads = ("", "layers changed", "perplexity", "tokens/s", "speed-up", "speed-up by FLOPs")
+    heads = ("", "layers changed", "perplexity", "tokens/s", "speed-up", "FLOP-ideal")
     rows = []
     for row in results["rows"]:
         cells = zip(heads[1:], words.cells(row)[1:], strict=True)
         data = "".join(f'<td data-label="{head}"><span>{escape(cell)}</span></td>' for head, cell in cells)
         rows.append(f'<tr><th scope="row"><span>{escape(words.TITLES[row["name"]])}</span></th>{data}</tr>')
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
-    note = "Perplexity: lower is better, measured on text that did not choose the layers. Speed: prefill of a prompt."
+    note = (
+        "Perplexity: lower is better, on text that did not choose the layers. Tokens/s: prefill of a prompt. "
+        "FLOP-ideal: the speed-up if time were proportional to floating-point operations."
+    )
     return (
         f"<h2>Result</h2>\n<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody>\n"
         f'</table>\n<p class="soft" style="margin-top:10px">{note}</p>'
@@ -80,7 +83,9 @@ def _measured(results: Results) -> str:
 
 
 def _layers(results: Results) -> str:
-    rows = [row | {"title": words.plan_title(row)} for row in results.get("rows", []) if row["layers"]]
+    plans = [{"name": name, **plan} for name, plan in results.get("plans", {}).items()]
+    changed = [row for row in results.get("rows") or plans if row["layers"]]
+    rows = [row | {"title": words.plan_title(row)} for row in changed]
     if not rows:
         return ""
     total = results["model_info"]["num_hidden_layers"]
@@ -97,7 +102,7 @@ def _sink(results: Results) -> str:
     if not sink:
         return ""
     at = sink.get("sink_layer")
-    marks = Marks(at=at, words="" if at is None else "the sink forms")
+    marks = Marks(at, words="" if at is None else "the sink forms", last=len(sink["ratios"]) - 1)
 
     def figure(key: str, caption: str, logarithmic: bool = False) -> str:
         picture = _both(lambda width: line_chart(sink[key], width, caption, marks, logarithmic))

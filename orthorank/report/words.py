@@ -88,7 +88,7 @@ def verdict(results: Results) -> str:
     if ortho.get("speedup"):
         sentences.append(
             f"Prefill runs {ortho['speedup']:.2f} times as fast as the dense model "
-            f"({ortho['flop_speedup']:.2f} by arithmetic alone)"
+            f"(by FLOPs alone it would be {ortho['flop_speedup']:.2f} times)"
         )
     return ". ".join(sentences) + "."
 
@@ -147,7 +147,7 @@ def shown(key: str, value: float | None) -> str:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """The row of the table: name, layers changed, perplexity, tokens/s, speed-up, speed-up by FLOPs."""
+    """The row of the table: name, layers changed, perplexity, tokens/s, speed-up, FLOP-ideal speed-up."""
     figures = ("perplexity", "tokens_per_second", "speedup", "flop_speedup")
     return [TITLES[row["name"]], changed(row), *(shown(key, row.get(key)) for key in figures)]
 
