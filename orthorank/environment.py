@@ -46,7 +46,7 @@ def environment() -> Environment:
     gpus = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     return Environment(
         python=platform.python_version(),
-        platform=platform.platform(aliased=True, terse=True),
+        platform=f"{platform.system()} {platform.machine()}",
         versions={name: _version(name) for name in DISTRIBUTIONS},
         processor=_processor(),
         threads=torch.get_num_threads(),

@@ -14,19 +14,26 @@ MODEL = "Hub id, folder or .gguf file. Default: the SmolLM2-135M-Instruct that t
 TEXT = "UTF-8 text file. Default: the documentation of Python inside its standard library."
 PLAN = "search, default (the plan shipped for the model), or the path of a plan."
 
+SPARSITY = (
+    "Share of token updates that a search leaves out, over all layers; layer pruning gets the same. Default: 0.2."
+)
+KEEP_RATIO = "Share of the tokens that a chosen layer still updates, in a search or with --layers. Default: 1/3."
+LAYERS = "Select in these layers instead of searching, such as 12,14 or 12-16,20."
+SINK_LAYER = "Search after this layer, instead of the one in which the sink was found to form."
+
 
 def command(
     model: Annotated[str | None, typer.Option(help=MODEL)] = None,
     text: Annotated[Path | None, typer.Option(help=TEXT)] = None,
     plan: Annotated[str, typer.Option(help=PLAN)] = "search",
     output: Annotated[Path, typer.Option(help="Folder for report.html, results.json and the plans.")] = OUTPUT,
-    sparsity: Annotated[str | None, typer.Option(help="Share that a search leaves out. Default: 0.2.")] = None,
-    keep_ratio: Annotated[str | None, typer.Option(help="Tokens that a layer updates. Default: 1/3.")] = None,
+    sparsity: Annotated[str | None, typer.Option(help=SPARSITY)] = None,
+    keep_ratio: Annotated[str | None, typer.Option(help=KEEP_RATIO)] = None,
     windows: Annotated[int, typer.Option(help="Calibration windows of a search.")] = 2,
     seq_len: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 256,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    layers: Annotated[str | None, typer.Option(help="Instead of a search: 12,14 or 12-16,20.")] = None,
-    sink_layer: Annotated[int | None, typer.Option(help="Instead of the detected layer.")] = None,
+    layers: Annotated[str | None, typer.Option(help=LAYERS)] = None,
+    sink_layer: Annotated[int | None, typer.Option(help=SINK_LAYER)] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt whose prefill is timed.")] = 2048,
     repeats: Annotated[int, typer.Option(help="Timed runs of each variant.")] = 5,
 ) -> int:

@@ -167,6 +167,18 @@ def test_the_page_is_there_and_names_the_layers(finished):
     ], "no part files are left"
 
 
+def test_the_usage_on_the_page_runs(finished, capsys):
+    from orthorank.report import words
+
+    _, _, results = finished
+    names: dict[str, Any] = {}
+    exec(words.usage(results), names)
+    out = capsys.readouterr().out
+    assert "The attention sink is" in out
+    assert "selected" in out, "the status of the plan"
+    assert names["handle"].stats[results["rows"][2]["layers"][0]].tokens_updated > 0
+
+
 def test_a_found_plan_can_be_measured_again(finished, tiny_folder, tmp_path):
     output, _, before = finished
     again = settings(tiny_folder, tmp_path, plan=str(output), sparsity=None, sink_layer=None)
