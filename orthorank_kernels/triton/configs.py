@@ -42,10 +42,10 @@ _TILES = {
         256: AttentionTile(64, 32, 4, 2),
     },
     "volta": {64: AttentionTile(64, 64, 4, 1), 128: AttentionTile(64, 32, 4, 1), 256: AttentionTile(32, 32, 4, 1)},
-    "amd": {64: AttentionTile(128, 64, 4, 1), 128: AttentionTile(128, 64, 8, 1), 256: AttentionTile(64, 32, 8, 1)},
+    "amd": {64: AttentionTile(128, 64, 4, 1), 128: AttentionTile(128, 32, 4, 1), 256: AttentionTile(64, 32, 8, 1)},
 }
 # Float32 has no tensor cores here (ieee products): larger tiles spill in the loop.
-_FLOAT32_TILES = {64: AttentionTile(64, 16, 4, 1), 128: AttentionTile(64, 16, 8, 1), 256: AttentionTile(32, 16, 8, 1)}
+_FLOAT32_TILES = {64: AttentionTile(64, 16, 4, 1), 128: AttentionTile(64, 16, 8, 2), 256: AttentionTile(32, 16, 8, 1)}
 _INTERPRETER = AttentionTile(32, 32, 1, 1)
 _LARGEST_PACK = 16  # heads in one tile; a group of 71 would leave 57 of 128 rows idle, in tiles of 15 it leaves 8
 
@@ -107,8 +107,8 @@ def _gpu_target(index: int) -> str:
 
 
 def fits_tma(x: torch.Tensor) -> bool:
-    """Whether a tensor descriptor can describe ``x``: 16-byte aligned base and strides, no empty dimension."""
+    """Whether a tensor descriptor can describe ``x``: 16-byte aligned base and strides, nothing empty or expanded."""
     if find_spec("triton.tools.tensor_descriptor") is None:  # Triton before 3.4
         return False
-    aligned = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+    aligned = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
     return aligned and x.data_ptr() % 16 == 0 and x.numel() > 0
