@@ -1,6 +1,6 @@
 """What `import orthorank_kernels` and `import orthorank` add to `import torch`, in fresh processes.
 
-    python benchmarks/bench_import.py [--runs 9]
+    python benchmarks/bench_import.py [--runs 9] [--json benchmarks/results/import.json]
 
 Each run is a new Python process that imports torch, then times one more import. Printed: the median and the range, in
 milliseconds, the median CPU time (which other work on the machine disturbs less), and the five modules that took
@@ -8,10 +8,12 @@ longest by themselves. Under 50 ms is wanted.
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 WANTED_MS = 50
 TIMED_IMPORT = """
@@ -47,7 +49,9 @@ def slowest_modules(module: str, count: int) -> list[tuple[float, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=9, help="fresh processes for each module")
-    runs = parser.parse_args().runs
+    parser.add_argument("--json", type=Path, help="also write the medians to this file")
+    options = parser.parse_args()
+    runs, result = options.runs, {"python": sys.version.split()[0], "runs": options.runs}
     print(f"Python {sys.version.split()[0]}, {runs} fresh processes each, after `import torch`; wanted: {WANTED_MS} ms")
     for module in ("orthorank_kernels", "orthorank"):
         milliseconds_to_import(module)  # the first run writes the byte code and fills the file cache
@@ -56,8 +60,11 @@ def main() -> None:
             f"{module:<18} median {statistics.median(wall):5.1f} ms ({min(wall):.1f} to {max(wall):.1f}), "
             f"CPU {statistics.median(cpu):.1f} ms"
         )
+        result[module] = {"wall_ms": statistics.median(wall), "cpu_ms": statistics.median(cpu)}
         for own, name in slowest_modules(module, 5):
             print(f"    {own:6.1f} ms  {name}")
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
