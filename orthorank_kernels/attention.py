@@ -26,7 +26,8 @@ def sparse_query_attention(
     tokens, keys and values of every token (OrthoRank, section 3.3 and Algorithm 1).
 
     No [selected, keys] mask is built, and keys outside a batch row's range (before its start or first window, after its
-    last position) never reach the result, whatever they hold.
+    last position) never reach the result, whatever they hold; the reference on a GPU or inside `torch.compile`, which
+    is what inputs that require grad take, asks that they be finite.
 
     Args:
         q: queries, float32, float16 or bfloat16 ``[batch, heads, selected, head_dim]``. Float64 runs on the reference.
