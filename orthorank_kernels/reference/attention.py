@@ -15,7 +15,7 @@ keys, with the same result.
 import torch
 import torch.nn.functional as F
 
-BLOCK = 192  # queries; fewer read the keys more often, more carry a larger mask (192 was fastest at 2048 and 8192 keys)
+BLOCK = 128  # queries; fewer read the keys more often, more meet keys that only the last of them sees
 
 
 def sparse_query_attention(
@@ -43,7 +43,8 @@ def sparse_query_attention(
             queries = slice(begin, begin + BLOCK)
             seen = _visible(positions[at, queries], k.shape[2], window, first_keys, query_offset)
             keys = _key_range(*seen) if reads else slice(0, k.shape[2])
-            blocks.append(_block(q[at, :, queries], k[at, :, keys], v[at, :, keys], *seen, keys.start, scale))
+            bounds = _bounds(*seen, keys, below=window is not None or not reads, blind=not reads)
+            blocks.append(_block(q[at, :, queries], k[at, :, keys], v[at, :, keys], *bounds, keys.start, scale))
         outputs.append(torch.cat(blocks, dim=1))
     return torch.cat(outputs).transpose(1, 2)
 
@@ -73,12 +74,27 @@ def _key_range(first: torch.Tensor, end: torch.Tensor) -> slice:
     return slice(int(first[sees].min()), int(end[sees].max()))
 
 
+def _bounds(
+    first: torch.Tensor, end: torch.Tensor, keys: slice, *, below: bool, blind: bool
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    """What a block's mask must say: first keys (None: all of its keys are late enough), ends, and the blind queries.
+
+    A softmax over nothing is NaN, in the gradient too, so a blind query attends to everything and is then set to 0.
+    """
+    none = first >= end
+    if not blind and not bool(none.any()):
+        return first if below else None, end, None
+    first, end = first.masked_fill(none, 0), end.masked_fill(none, keys.stop)
+    return first if below else None, end, none
+
+
 def _block(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    first: torch.Tensor,
+    first: torch.Tensor | None,
     end: torch.Tensor,
+    blind: torch.Tensor | None,
     key_offset: int,
     scale: float,
 ) -> torch.Tensor:
@@ -86,12 +102,12 @@ def _block(
     if k.shape[2] == 0:
         return torch.zeros_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
     key = torch.arange(key_offset, key_offset + k.shape[2], device=q.device, dtype=torch.int32)
-    blind = first >= end
-    # A softmax over nothing is NaN, in the gradient too: a blind query attends to everything and is then set to 0.
-    first, end = first.masked_fill(blind, 0), end.masked_fill(blind, key_offset + k.shape[2])
-    mask = (key >= first[..., None]) & (key < end[..., None])  # [batch, block, keys]
+    mask = key < end[..., None]  # [batch, block, keys]
+    if first is not None:
+        mask = mask & (key >= first[..., None])
     grouped = False
     if q.shape[1] != k.shape[1]:  # the comparison itself is no plain bool under tracing
         grouped = True
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=scale, enable_gqa=grouped)
-    return out.transpose(1, 2).masked_fill(blind[..., None, None], 0.0)
+    out = out.transpose(1, 2)
+    return out if blind is None else out.masked_fill(blind[..., None, None], 0.0)
