@@ -23,9 +23,9 @@ def html_page(results: Results) -> str:
         An HTML document as text.
     """
     parts = [
-        f"<h1>OrthoRank on {escape(results['model'])}</h1>",
+        f"<h1>OrthoRank on {escape(results['model']).replace('/', '/<wbr>').replace('-', '-<wbr>')}</h1>",
         f'<p class="soft">{escape(_subtitle(results))}</p>',
-        f'<p class="verdict">{escape(words.verdict(results))}</p>',
+        f'<p class="verdict">{escape(words.verdict(results)).replace(" %", "&nbsp;%")}</p>',
         *(section(results) for section in (_table, _measured, _layers, _sink, _usage, _method)),
     ]
     css = files("orthorank.report").joinpath("page.css").read_text(encoding="utf-8")

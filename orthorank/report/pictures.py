@@ -60,9 +60,8 @@ def layer_stacks(rows: Sequence[dict[str, Any]], num_layers: int, width: float) 
             share = row["keep_ratio"] if layer in row["layers"] else 1.0
             body.append(_column(layer, share, layer * step, y, wide, tall))
         y += tall + 13
-        if step >= 15:  # else the numbers would overlap
-            middles = [(layer, layer * step + wide / 2) for layer in row["layers"]]
-            body += [text(x, y, str(layer), "soft", "middle", 11) for layer, x in middles]
+        numbered = row["layers"] if step >= 15 else range(0, num_layers, 5)  # closer, the numbers would overlap
+        body += [text(layer * step + wide / 2, y, str(layer), "soft", "middle", 11) for layer in numbered]
         y += 18
     label = "; ".join(f"{row['title']}: layers {', '.join(map(str, row['layers']))}" for row in rows)
     return svg(width, y, body, label)

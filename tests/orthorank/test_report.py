@@ -11,7 +11,7 @@ from orthorank.report import html_page, words
 from orthorank.report.charts import Marks, line_chart, linear_ticks, log_ticks
 from orthorank.report.pictures import bars, layer_stacks
 
-VOID = {"meta", "br", "hr", "img", "link", "input"}
+VOID = {"meta", "br", "hr", "img", "link", "input", "wbr"}
 
 
 class Page(HTMLParser):
@@ -45,7 +45,7 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
+        return " ".join(" ".join(self.words).split())  # a space that does not break counts as a space
 
 
 def a_row(name: str, layers: list[int], keep_ratio: float, **figures: Any) -> dict[str, Any]:
@@ -146,6 +146,7 @@ def test_the_verdict_comes_first_and_the_table_second(results):
 def test_names_are_escaped(results):
     html = html_page(results)
     assert "owner/&lt;model&gt;" in html
+    assert "<h1>OrthoRank on owner/<wbr>&lt;model&gt;</h1>" in html
     assert "<model>" not in html
 
 
