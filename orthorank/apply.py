@@ -1,5 +1,6 @@
 """Apply a plan to one model instance, and undo it."""
 
+import copy
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from orthorank import sink_state
 from orthorank.calls import Call, Phase, phase_of, read_call
 from orthorank.config import OrthoRankConfig, hub_id
 from orthorank.errors import OrthoRankError
-from orthorank.families import Parts, decoder_of, family_of
+from orthorank.families import Family, decoder_of, family_of
 from orthorank.layer import removed_forward, selected_forward
 from orthorank.patching import Patch
 from orthorank.status import LayerCounts, Status, status_of
@@ -51,10 +52,10 @@ def apply(model: "PreTrainedModel", config: OrthoRankConfig) -> "Handle":
     family = family_of(model)
     if handle_of(model) is not None:
         raise OrthoRankError("a plan is applied to this model already; call handle.remove() first")
-    layers = decoder_of(model).layers
     check_plan(model, config)
-    parts = {index: family.parts(layers[index]) for index in config.layers}
-    return Handle(model, config, parts)
+    for index in config.layers:
+        family.parts(decoder_of(model).layers[index])  # raises when a layer does not look right
+    return Handle(model, copy.deepcopy(config), family)
 
 
 def handle_of(model: Any) -> "Handle | None":
@@ -106,11 +107,11 @@ class Handle(AbstractContextManager["Handle"]):
     """A plan that is applied to a model; made by `apply`.
 
     Attributes:
-        model, config: what `apply` was given.
+        model: what `apply` was given; config: a copy of the plan.
         stats: `LayerCounts` of each selected layer, by number.
     """
 
-    def __init__(self, model: "PreTrainedModel", config: OrthoRankConfig, parts: dict[int, Parts]) -> None:
+    def __init__(self, model: "PreTrainedModel", config: OrthoRankConfig, family: Family) -> None:
         decoder = decoder_of(model)
         self.model, self.config = model, config
         self.stats = {index: LayerCounts() for index in config.layers}
@@ -119,7 +120,7 @@ class Handle(AbstractContextManager["Handle"]):
         self._patches: list[Patch] = [DecoderForward(self, decoder)]
         if hasattr(model, "generate"):
             self._patches += [Generate(self, model), PrepareInputs(self, model)]
-        self._patches += [LayerForward(self, decoder.layers[i], i, parts[i]) for i in config.layers]
+        self._patches += [LayerForward(self, decoder.layers[i], i, family) for i in config.layers]
         model.__dict__[ATTRIBUTE] = self
 
     def remove(self) -> None:
@@ -184,10 +185,11 @@ class DecoderForward(Patch):
         if given is None:  # the model's own error is the better one
             return self.original(**kwargs)
         handle = self.handle
-        handle.call = read_call((given.shape[0], given.shape[1]), given.device, handle.phase, kwargs)
-        if handle.call is not None and not handle.call.first and 0 < handle.config.keep_ratio < 1:
+        call = read_call((given.shape[0], given.shape[1]), given.device, handle.phase, kwargs)
+        if not (call.first or call.decodes_only) and 0 < handle.config.keep_ratio < 1:
             # before any layer runs: a failure further up would leave the lower layers' cache longer than the others'
-            sink_state.check(past_key_values, handle.config.layers, given.shape[0])
+            sink_state.check(past_key_values, handle.config.layers, call.batch)
+        handle.call = call
         try:
             return self.original(input_ids=input_ids, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
         finally:
@@ -197,22 +199,29 @@ class DecoderForward(Patch):
 class LayerForward(Patch):
     """The forward of one selected layer."""
 
-    def __init__(self, handle: Handle, layer: Any, index: int, parts: Parts) -> None:
+    def __init__(self, handle: Handle, layer: Any, index: int, family: Family) -> None:
         super().__init__(layer, "forward")
-        self.handle, self.index, self.parts = handle, index, parts
+        self.handle, self.index, self.family = handle, index, family
 
     def __call__(self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
         config, call, counts = self.handle.config, self.handle.call, self.handle.stats[self.index]
-        valid = hidden_states.shape[0] * hidden_states.shape[1] if call is None else call.tokens_in()
+        if call is None:
+            raise OrthoRankError(
+                f"layer {self.index} selects tokens and was called outside its model's forward (by activation "
+                "checkpointing around the layer, for example), where padding and prompt are not known; call the model, "
+                "or handle.remove() first"
+            )
+        valid = call.tokens_in()
         if config.keep_ratio == 0:
             counts.add(valid, 0)
             return removed_forward(self.index, hidden_states, past_key_values)
-        if call is None or config.keep_ratio == 1:
+        if call.decodes_only or config.keep_ratio == 1:
             counts.add(valid, valid)
             return self.original(hidden_states, *args, past_key_values=past_key_values, **kwargs)
         counts.add(valid, call.tokens_updated(config))
-        cos_sin = kwargs["position_embeddings"]
-        return selected_forward(self.parts, self.index, config, call, hidden_states, cos_sin, past_key_values)
+        parts, cos_sin = self.family.parts(self.owner), kwargs["position_embeddings"]
+        call = call.on(hidden_states.device)
+        return selected_forward(parts, self.index, config, call, hidden_states, cos_sin, past_key_values)
 
 
 class Generate(Patch):
@@ -223,8 +232,9 @@ class Generate(Patch):
         self.handle = handle
 
     def __call__(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        phase = Phase(prompt=_prompt_length(inputs, kwargs), keep_last=self.handle.config.keep_last)
-        with phase_of(self.handle, phase):
+        handle = self.handle
+        prompt = 0 if handle.phase.prompt == 0 else _prompt_length(inputs, kwargs)  # 0: inside handle.decoding()
+        with phase_of(handle, Phase(prompt=prompt, keep_last=handle.config.keep_last)):
             return self.original(inputs, *args, **kwargs)
 
 

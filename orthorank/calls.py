@@ -4,9 +4,10 @@ Columns count the tokens of a row from its first one ever given, padding include
 call. A call is a *prefill* as far as its tokens belong to the prompt, and *decode* beyond it. Decode tokens are dense.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,14 +33,14 @@ class Phase:
     padding_mask: Tensor | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Call:
-    """What the selected layers need to know of one call. Tensors are int32 ``[batch]`` on the model's device.
+    """What the selected layers need to know of one call. Tensors are int32 ``[batch]`` on the device of the layer.
 
     Args:
         batch, tokens: shape of the call; past: tokens in the cache before it.
-        forced: how many tokens at the end of each row are updated whatever their score.
-        decode_tokens: how many tokens at the end of the call are no prompt: all updated, beyond the count.
+        prompt_tokens: how many tokens at the call's beginning are prompt; the others are decoded: all updated.
+        keep_last: how many tokens at the end of the prompt part are updated whatever their score.
         starts: first valid token of each row inside the call, lengths: how many; None without padding.
         key_starts: first valid column of each row; None without padding.
         sink_positions: the sink's index inside the call, -1 where it was in an earlier one; None: the first token.
@@ -48,31 +49,43 @@ class Call:
     batch: int
     tokens: int
     past: int
-    forced: int
-    decode_tokens: int
+    prompt_tokens: int
+    keep_last: int = 0
     starts: Tensor | None = None
     lengths: Tensor | None = None
     key_starts: Tensor | None = None
     sink_positions: Tensor | None = None
-    _counts: dict[float, tuple[int | Tensor, int]] = field(default_factory=dict)
+
+    @property
+    def decodes_only(self) -> bool:
+        """Whether no token of the call is prompt."""
+        return self.prompt_tokens <= 0
 
     @property
     def first(self) -> bool:
         """Whether nothing came before this call, so that every row's sink is in it (or not yet anywhere)."""
         return self.past == 0
 
+    @property
+    def decode_tokens(self) -> int:
+        """How many tokens at the end of the call are generated ones."""
+        return self.tokens - self.prompt_tokens
+
+    @property
+    def forced(self) -> int:
+        """How many tokens at the end of each row are updated whatever their score."""
+        return self.keep_last + self.decode_tokens
+
     def counts(self, config: OrthoRankConfig) -> tuple[int | Tensor, int]:
         """How many tokens of each row are updated (an int without padding), and the most that any row can have."""
-        if config.keep_ratio not in self._counts:
-            kept = self.forced - self.decode_tokens
-            most = keep_count(self.tokens - self.decode_tokens, config.keep_ratio, kept) + self.decode_tokens
-            each: int | Tensor = most
-            if self.lengths is not None:
-                prompt = (self.lengths - self.decode_tokens).clamp(min=0)
-                each = keep_count(prompt, config.keep_ratio, kept) + self.decode_tokens
-                each = torch.where(self.lengths > 0, each, torch.zeros_like(self.lengths))
-            self._counts[config.keep_ratio] = (each, most)
-        return self._counts[config.keep_ratio]
+        ratio, keep, extra = config.keep_ratio, self.keep_last, self.decode_tokens
+        most = extra + keep_count(self.prompt_tokens, ratio, keep, sink_inside=self.lengths is None and self.first)
+        if self.lengths is None:
+            return most, most
+        prompt = (self.lengths - extra).clamp(min=0)
+        inside = True if self.sink_positions is None else self.sink_positions >= 0
+        each = keep_count(prompt, ratio, keep, sink_inside=inside) + extra
+        return torch.where(self.lengths > 0, each, 0).int(), most
 
     def tokens_in(self) -> int | Tensor:
         """Valid tokens of the call."""
@@ -83,31 +96,40 @@ class Call:
         each, _ = self.counts(config)
         return each.sum() if isinstance(each, Tensor) else self.batch * each
 
+    def on(self, device: torch.device) -> "Call":
+        """The same with its tensors on ``device``, where another part of the model may lie."""
+        moved: dict[str, Any] = {
+            field.name: value.to(device)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor) and value.device != device
+        }
+        return dataclasses.replace(self, **moved) if moved else self
 
-def read_call(hidden_shape: tuple[int, int], device: torch.device, phase: Phase, kwargs: dict[str, Any]) -> Call | None:
-    """The call that ``kwargs`` of the decoder's forward describe, or None when it only decodes.
+
+def read_call(shape: tuple[int, int], device: torch.device, phase: Phase, kwargs: dict[str, Any]) -> Call:
+    """The call that ``kwargs`` of the decoder's forward describe.
 
     Args:
-        hidden_shape: batch and tokens of the call.
+        shape: batch and tokens of the call.
         phase: what the caller said before.
     """
-    batch, tokens = hidden_shape
+    batch, tokens = shape
     past = _past(kwargs.get("past_key_values"), phase, tokens)
-    prompt_tokens = _prompt_tokens(phase, past, tokens)
-    if prompt_tokens <= 0:
-        return None
+    call = Call(batch, tokens, past, _prompt_tokens(phase, past, tokens))
+    if call.decodes_only:
+        return call
     refuse_packed(kwargs)
-    ends_prompt = phase.prompt is None or past + tokens >= phase.prompt
-    decode_tokens = tokens - prompt_tokens
-    call = Call(batch, tokens, past, (phase.keep_last if ends_prompt else 0) + decode_tokens, decode_tokens)
+    if phase.prompt is None or past + tokens >= phase.prompt:
+        call = dataclasses.replace(call, keep_last=phase.keep_last)
     mask = kwargs.get("attention_mask")
     if phase.padding_mask is not None and phase.padding_mask.shape == (batch, past + tokens):
         mask = phase.padding_mask
     columns = valid_columns(mask, past + tokens)
     if columns is not None:
-        _add_padding(call, columns, device)
-    elif not call.first:
-        call.sink_positions = torch.full((batch,), -1, dtype=torch.int32, device=device)
+        return _padded(call, columns, device)
+    if not call.first:
+        absent = torch.full((batch,), -1, dtype=torch.int32, device=device)
+        call = dataclasses.replace(call, sink_positions=absent)
     return call
 
 
@@ -123,19 +145,22 @@ def _past(cache: Any, phase: Phase, tokens: int) -> int:
 def _prompt_tokens(phase: Phase, past: int, tokens: int) -> int:
     """How many of the call's tokens are prompt. A single token over a filled cache is a decode step."""
     if phase.prompt is not None:
-        return min(tokens, phase.prompt - past)
+        return max(0, min(tokens, phase.prompt - past))
     return 0 if past > 0 and tokens == 1 else tokens
 
 
-def _add_padding(call: Call, columns: Columns, device: torch.device) -> None:
-    start, end = (c.to(device) for c in columns)
+def _padded(call: Call, columns: Columns, device: torch.device) -> Call:
+    start, end = (c.to(device).expand(call.batch) for c in columns)  # one mask may serve all rows
     first = (start - call.past).clamp(0, call.tokens)
     last = (end - call.past).clamp(0, call.tokens)
-    call.lengths = (last - first).clamp(min=0).int()
-    call.starts = first.clamp(max=call.tokens - 1).int()  # a row without tokens may name any of them: its length is 0
-    call.key_starts = start.int()
     here = (start >= call.past) & (start < call.past + call.tokens)
-    call.sink_positions = torch.where(here, start - call.past, -1).int()
+    return dataclasses.replace(
+        call,
+        lengths=(last - first).clamp(min=0).int(),
+        starts=first.clamp(max=call.tokens - 1).int(),  # a row without tokens may name any of them: its length is 0
+        key_starts=start.int().contiguous(),
+        sink_positions=torch.where(here, start - call.past, -1).int(),
+    )
 
 
 @contextmanager

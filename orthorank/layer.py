@@ -8,6 +8,8 @@ h, positions, a --gather_add_rms_norm--> r = h[positions] + a, y = norm(r)
 y --mlp--> m;   h' = h with r + m at positions
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -70,10 +72,9 @@ def selected_forward(
         starts=None if call.key_starts is None else call.key_starts - first_key,
         query_offset=call.past - first_key,
     )
-    norm: Any = parts.norm_post
-    residual, normed = gather_add_rms_norm(
-        hidden_states, positions, parts.output(attended), norm.weight, norm.variance_epsilon
-    )
+    addend = parts.output(attended)
+    with loaded(parts.norm_post) as norm:
+        residual, normed = gather_add_rms_norm(hidden_states, positions, addend, norm.weight, norm.variance_epsilon)
     updated = hidden_states.clone()
     scatter_rows_(updated, positions, residual + parts.mlp(normed))
     return updated
@@ -83,34 +84,48 @@ def _norm_and_select(
     parts: Parts, index: int, config: OrthoRankConfig, call: Call, hidden_states: Tensor, cache: Any
 ) -> tuple[Tensor, Tensor]:
     """The layer's input norm of all tokens and the selected positions; stores the sinks' states with the cache."""
-    norm: Any = parts.norm_in
-    sink = None if call.first else sink_state.continued(call, cache, index, hidden_states, norm)
+    sink = None if call.first else sink_state.continued(call, cache, index, hidden_states, parts.norm_in)
     each, most = call.counts(config)
-    normed, positions = norm_and_select(
-        config.criterion,
-        hidden_states,
-        norm.weight,
-        norm.variance_epsilon,
-        k=each,
-        sink=sink,
-        starts=call.starts,
-        lengths=call.lengths,
-        sink_positions=call.sink_positions,
-        keep_last=call.forced,
-        max_selected=most,
-    )
+    with loaded(parts.norm_in) as norm:
+        normed, positions = norm_and_select(
+            config.criterion,
+            hidden_states,
+            norm.weight,
+            norm.variance_epsilon,
+            k=each,
+            sink=sink,
+            starts=call.starts,
+            lengths=call.lengths,
+            sink_positions=call.sink_positions,
+            keep_last=call.forced,
+            max_selected=most,
+        )
     if cache is not None:
         sink_state.keep(cache, index, sink_state.rows_at(normed, call.starts) if sink is None else sink)
     return normed, positions
 
 
+@contextmanager
+def loaded(norm: Any) -> Iterator[Any]:
+    """``norm`` with its weight on the device it runs on; ``accelerate`` keeps offloaded weights elsewhere before."""
+    hook = getattr(norm, "_hf_hook", None)
+    if hook is None:
+        yield norm
+        return
+    hook.pre_forward(norm)
+    try:
+        yield norm
+    finally:
+        hook.post_forward(norm, None)
+
+
 def removed_forward(index: int, hidden_states: Tensor, cache: Any = None) -> Tensor:
     """A layer of a plan with keep_ratio 0: nothing is computed.
 
-    Models read how many tokens are cached from the first layer of each kind (full, sliding). Where such a layer is
-    removed, a stand-in of one head and one channel keeps that count.
+    Models read how many tokens are cached from the first layer of each kind (full, sliding), and sliding layers cannot
+    be cropped before they hold something. There, a stand-in of one head and one channel keeps the count.
     """
-    if cache is not None and _tells_length(cache, index):
+    if cache is not None and _needs_stand_in(cache, index):
         batch, tokens = hidden_states.shape[:2]
         heads, channels = _initialised_shape(cache, index)
         stand_in = hidden_states.new_zeros(batch, heads, tokens, channels)
@@ -124,8 +139,8 @@ def _initialised_shape(cache: Any, index: int) -> tuple[int, int]:
     return (keys.shape[1], keys.shape[3]) if isinstance(keys, Tensor) and keys.dim() == 4 else (1, 1)
 
 
-def _tells_length(cache: Any, index: int) -> bool:
+def _needs_stand_in(cache: Any, index: int) -> bool:
     sliding: list[bool] = list(cache.is_sliding)
     if index >= len(sliding):  # a cache without a config grows a layer at the first update, and all are alike
         return index == 0
-    return sliding.index(sliding[index]) == index
+    return sliding[index] or sliding.index(False) == index

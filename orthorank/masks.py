@@ -31,17 +31,46 @@ def valid_columns(mask: Any, columns: int) -> Columns | None:
             f"attention_mask is a {type(mask).__name__}{shape}, from which padding cannot be read while a plan is "
             "applied; pass a [batch, tokens] mask with 1 for tokens and 0 for padding"
         )
-    if mask.dim() == 4:
-        last = mask[:, 0, -1]  # what the last query sees: every valid column up to its own
-        mask = last if last.dtype == torch.bool else last == 0
-    mask = mask[:, :columns] != 0
+    visible = _visible(mask) if mask.dim() == 4 else None
+    mask = mask != 0 if visible is None else visible[:, -1]  # the last query sees every valid column up to its own
+    mask = mask[:, :columns]
     if mask.shape[1] != columns:
         raise OrthoRankError(
             f"attention_mask covers {mask.shape[1]} tokens; it must cover all {columns}, cached ones included"
         )
-    if bool(mask.all()):
-        return None
-    return _contiguous(mask)
+    found = None if bool(mask.all()) else _contiguous(mask)
+    if visible is not None:
+        _check_causal(visible[:, :, :columns], found)
+    return found
+
+
+def _visible(mask: Tensor) -> Tensor:
+    """Bool ``[batch, queries, keys]`` of a causal mask ``[batch, heads, queries, keys]``."""
+    first_head = mask[:, 0]
+    return first_head if mask.dtype == torch.bool else first_head == 0
+
+
+def _check_causal(visible: Tensor, columns: Columns | None) -> None:
+    """A mask of which the last query was read says the same of all others: plain causal attention with padding.
+
+    Block-diagonal (packed), prefix and sliding masks do not; their rows begin elsewhere than the last query shows.
+    """
+    queries, keys = visible.shape[1:]
+    key = torch.arange(keys, device=visible.device)
+    query = key[keys - queries :, None]
+    expected, padding = (key <= query)[None], torch.zeros_like(query, dtype=torch.bool)[None]
+    if columns is not None:
+        start, end = (c[:, None, None] for c in columns)
+        expected = expected & (key >= start) & (key < end)
+        padding = (query < start) | (query >= end)
+    # What a padding query sees matters to nobody; some masks let it see everything, lest its softmax be NaN.
+    right = (visible == expected).all(-1) | (visible.all(-1) & padding.squeeze(-1))
+    if not bool(right.all()):
+        raise OrthoRankError(
+            "attention_mask is a [batch, heads, queries, keys] mask that is not causal attention with padding (packed "
+            "sequences, a prefix or a sliding window), so the rows cannot be read from it; pass a [batch, tokens] mask "
+            "with 1 for tokens and 0 for padding, one sequence a row"
+        )
 
 
 def _full_attention(mask: Any) -> Any:

@@ -38,15 +38,20 @@ class Patch:
     def undo(self) -> None:
         """Put the original back, the identical object."""
         self.check_on_top()
-        if self.replaced is None:
-            del self.owner.__dict__[self.name]
+        if self.replaced is None or self.name not in self._names():
+            del self.owner.__dict__[self._names()[0]]
         else:
             self.owner.__dict__[self.name] = self.replaced
 
     def check_on_top(self) -> None:
         """Nobody replaced the method after this patch, else undoing would lose that replacement."""
-        if self.owner.__dict__.get(self.name) is not self:
+        if not self._names():
             raise OrthoRankError(
                 f"{type(self.owner).__name__}.{self.name} was replaced again after the plan was applied; undo that "
                 "replacement first, then call handle.remove()"
             )
+
+    def _names(self) -> list[str]:
+        """Where this patch stands now. Taking an ``accelerate`` hook off moves it from one name to the other."""
+        names = {self.name, "forward"} if self.name == "_old_forward" else {self.name}
+        return [name for name in sorted(names) if self.owner.__dict__.get(name) is self]

@@ -4,6 +4,7 @@ Position 0 attends only to itself, so its state at a layer depends on the first 
 are scored against the vector that the first chunk left here.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from orthorank.calls import Call
 from orthorank.errors import OrthoRankError
+from orthorank.patching import Patch
 
 ATTRIBUTE = "orthorank_sinks"
 
@@ -40,7 +42,29 @@ def keep(cache: Any, layer: int, vectors: Tensor) -> None:
     """Store the normalised sink states ``[batch, hidden]`` of ``layer`` with ``cache``."""
     if not hasattr(cache, ATTRIBUTE):
         setattr(cache, ATTRIBUTE, {})
+        for name in REARRANGED:
+            if hasattr(cache, name):
+                _Rearrange(cache, name)
     getattr(cache, ATTRIBUTE)[layer] = vectors
+
+
+# What a cache can do to its rows (beam search, contrastive search, several sequences of one prompt).
+REARRANGED: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "reorder_cache": lambda vectors, rows: vectors.index_select(0, rows.to(vectors.device)),
+    "batch_repeat_interleave": lambda vectors, repeats: vectors.repeat_interleave(repeats, dim=0),
+    "batch_select_indices": lambda vectors, rows: vectors[rows],
+}
+
+
+class _Rearrange(Patch):
+    """One of these methods of a cache, which the sinks' states follow."""
+
+    def __call__(self, argument: Any) -> Any:
+        result = self.original(argument)
+        sinks: dict[int, Tensor] = getattr(self.owner, ATTRIBUTE)
+        for layer, vectors in sinks.items():
+            sinks[layer] = REARRANGED[self.name](vectors, argument)
+        return result
 
 
 def continued(call: Call, cache: Any, layer: int, hidden_states: Tensor, norm: nn.Module) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from orthorank.apply import handle_of
 from orthorank.calls import Call
 from orthorank.config import OrthoRankConfig
 from orthorank.errors import OrthoRankError
@@ -57,7 +58,7 @@ class LayerStack:
         self.model = model
         self.decoder: Any = decoder_of(model)
         self.family = family_of(model)
-        if "_orthorank_handle" in model.__dict__:
+        if handle_of(model) is not None:
             raise OrthoRankError("a plan is applied to this model; call handle.remove() first")
         self.parts: list[Parts] = [self.family.parts(layer) for layer in self.decoder.layers]
 
@@ -90,7 +91,7 @@ class LayerStack:
             output = self.decoder.layers[layer](hidden_states, **kwargs)
             return output[0] if isinstance(output, tuple) else output
         windows, tokens, _ = hidden_states.shape
-        call = Call(windows, tokens, past=0, forced=0, decode_tokens=0)
+        call = Call(windows, tokens, past=0, prompt_tokens=tokens)
         plan = OrthoRankConfig(layers=[layer], keep_ratio=keep_ratio, criterion=criterion)
         return selected_forward(self.parts[layer], layer, plan, call, hidden_states, kwargs["position_embeddings"])
 

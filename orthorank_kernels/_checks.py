@@ -68,6 +68,7 @@ def row_index(name: str, value: object, batch: int, like: torch.Tensor) -> None:
         raise ValueError(
             f"{name} has shape {list(value.shape)}; it must be [{batch}], one entry for each row of the batch"
         )
+    unit_last_stride(**{name: value})
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device}; it must be on {like.device} like the other tensors")
 

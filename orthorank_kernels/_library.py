@@ -36,7 +36,15 @@ def define(schema: str, *, cpu: Callable[..., Any], triton: str, fake: Callable[
 def launcher(path: str) -> Callable[..., Any]:
     """The Triton launcher named ``"module.function"`` inside ``orthorank_kernels.triton``."""
     module, function = path.rsplit(".", 1)
-    return getattr(import_module(f"orthorank_kernels.triton.{module}"), function)
+    try:
+        return getattr(import_module(f"orthorank_kernels.triton.{module}"), function)
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise RuntimeError(
+            "a GPU tensor needs Triton, which is not installed; run: pip install 'orthorank-kernels[triton]', or pass "
+            'backend="reference"'
+        ) from error
 
 
 def _lazy_launcher(path: str) -> Callable[..., Any]:

@@ -16,20 +16,26 @@ MAX_TOKENS = 2**30
 
 
 @overload
-def keep_count(n_valid: int, keep_ratio: float, keep_last: int = 0) -> int: ...
+def keep_count(n_valid: int, keep_ratio: float, keep_last: int = 0, *, sink_inside: bool = True) -> int: ...
 @overload
-def keep_count(n_valid: Tensor, keep_ratio: float, keep_last: int = 0) -> Tensor: ...
-def keep_count(n_valid: int | Tensor, keep_ratio: float, keep_last: int = 0) -> int | Tensor:
+def keep_count(
+    n_valid: Tensor, keep_ratio: float, keep_last: int = 0, *, sink_inside: bool | Tensor = True
+) -> Tensor: ...
+def keep_count(
+    n_valid: int | Tensor, keep_ratio: float, keep_last: int = 0, *, sink_inside: bool | Tensor = True
+) -> int | Tensor:
     """How many of ``n_valid`` tokens are selected: ``floor(keep_ratio * n_valid + 1e-6)``, in float64.
 
     Every path takes k from here, so a row alone selects what it selects in a batch. The 1e-6 repairs products such
     as ``0.29 * 100``, which is just below 29 in float64. With ``keep_last`` > 0 and a ratio strictly between 0 and 1,
-    at least ``keep_last`` tokens are selected, but never all: ``min(n_valid - 1, max(k, keep_last))``.
+    at least ``keep_last`` tokens are selected, but never the sink: ``min(n_valid - 1, max(k, keep_last))``. In a later
+    chunk of a prompt the sink is not among the tokens, and all of them may be: ``min(n_valid, max(k, keep_last))``.
 
     Args:
         n_valid: valid (unpadded) tokens of a row: an int, or an integer tensor with one number for each row.
         keep_ratio: from 0 to 1; Algorithm 1 of the paper calls it ``pruning_ratio``. 1 gives ``n_valid``.
         keep_last: how many of the last tokens must be among the selected.
+        sink_inside: whether the sink is one of the tokens; for a tensor ``n_valid`` also a bool tensor of its shape.
 
     Returns:
         An int for an int; for a tensor an int32 tensor of its shape, on its device, without waiting for it.
@@ -42,6 +48,8 @@ def keep_count(n_valid: int | Tensor, keep_ratio: float, keep_last: int = 0) -> 
         >>> from orthorank_kernels import keep_count
         >>> keep_count(2048, 1 / 3), keep_count(100, 0.29), keep_count(2, 0.1, keep_last=1)
         (682, 29, 1)
+        >>> keep_count(1, 1 / 3, keep_last=1), keep_count(1, 1 / 3, keep_last=1, sink_inside=False)
+        (0, 1)
         >>> keep_count(torch.tensor([100, 3, 0]), 1 / 3)
         tensor([33,  1,  0], dtype=torch.int32)
     """
@@ -54,12 +62,15 @@ def keep_count(n_valid: int | Tensor, keep_ratio: float, keep_last: int = 0) -> 
             raise TypeError(f"n_valid has dtype {n_valid.dtype}; it must be an integer dtype such as torch.int32")
         counts = (n_valid.double() * keep_ratio + 1e-6).floor().to(torch.int32)
         if at_least:
-            counts = torch.minimum(n_valid.to(torch.int32) - 1, counts.clamp(min=at_least))
+            inside = sink_inside.to(torch.int32) if isinstance(sink_inside, Tensor) else int(sink_inside)
+            counts = torch.minimum(n_valid.to(torch.int32) - inside, counts.clamp(min=at_least))
         return counts.clamp(min=0)
     if not isinstance(n_valid, int):
         raise TypeError(f"n_valid is a {type(n_valid).__name__}; it must be an int or an integer tensor")
+    if isinstance(sink_inside, Tensor):
+        raise TypeError("sink_inside is a tensor and n_valid an int; both must be tensors, or sink_inside a bool")
     count = math.floor(keep_ratio * n_valid + 1e-6)
-    return max(0, min(n_valid - 1, max(count, at_least)) if at_least else count)
+    return max(0, min(n_valid - sink_inside, max(count, at_least)) if at_least else count)
 
 
 def select_tokens(
@@ -198,6 +209,7 @@ def _check_request(
     if isinstance(k, Tensor):
         _checks.tensor("k", k, "[batch]", (torch.int32, torch.int64))
         _checks.shape("k", k, [batch], "the batch")
+        _checks.unit_last_stride(k=k)
         if k.device != rows.device:
             raise ValueError(f"k is on {k.device}; it must be on {rows.device} like the other tensors")
         width = tokens if max_selected is None else max_selected

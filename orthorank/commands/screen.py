@@ -61,7 +61,7 @@ def number(option: str, words: str | None) -> float | None:
         return None
     try:
         return float(Fraction(words.strip()))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise OrthoRankError(f"{option} is {words!r}; it must be a number such as 0.25 or 1/3") from None
 
 

@@ -173,6 +173,9 @@ def _run_round(
     evaluator: Evaluator, state: SearchState, on_evaluation: OnEvaluation | None, save_to: str | os.PathLike[str] | None
 ) -> None:
     remaining = [layer for layer in state.candidates if layer not in state.chosen]
+    if len(state.current) == len(remaining):  # stopped between the last evaluation and its consequence
+        _finish_round(state)
+        return
     evaluator.start(state.chosen, lowest=state.candidates[0])
     for layer in remaining:  # ascending: the evaluator's cheap order, and ties go to the lower layer
         if layer in state.current:

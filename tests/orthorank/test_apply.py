@@ -177,3 +177,60 @@ def test_an_error_in_a_call_leaves_the_model_usable(tiny_model: Any) -> None:
         with pytest.raises(ValueError, match="specify exactly one"):
             model.model()
         assert torch.equal(model(ids).logits, expected)
+
+
+def test_weights_that_accelerate_offloads(tiny_model: Any) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_model("llama")
+    ids = ids_of(2, 12)
+    with torch.no_grad():
+        with apply(model, PLAN):
+            expected = model(ids).logits
+            generated = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+        accelerate.cpu_offload(model, torch.device("cpu"))
+        assert model.model.layers[1].input_layernorm.weight.device.type == "meta"
+        with apply(model, PLAN):
+            assert torch.equal(model(ids).logits, expected)
+            assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0), generated)
+        assert model.model.layers[1].input_layernorm.weight.device.type == "meta"
+
+
+def test_removing_after_a_hook_was_taken_off(tiny_model: Any) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = tiny_model("llama")
+    ids = ids_of(1, 12)
+    with torch.no_grad():
+        dense = model(ids).logits
+        hooks.add_hook_to_module(model.model.layers[1], hooks.ModelHook())
+        handle = apply(model, PLAN)
+        hooks.remove_hook_from_module(model.model.layers[1])
+        assert not torch.equal(model(ids).logits, dense)
+        handle.remove()
+        assert torch.equal(model(ids).logits, dense)
+
+
+def test_a_layer_called_outside_its_model_is_an_error(tiny_model: Any) -> None:
+    """As activation checkpointing around a layer does in backward: silently dense would be a wrong gradient."""
+    model = tiny_model("llama")
+    captured: dict[str, Any] = {}
+    with apply(model, PLAN), torch.no_grad():
+        hook = model.model.layers[1].register_forward_pre_hook(
+            lambda m, args, kwargs: captured.update(args=args, kwargs=kwargs), with_kwargs=True
+        )
+        model(ids_of(1, 12), use_cache=False)
+        hook.remove()
+        with pytest.raises(OrthoRankError, match="layer 1 selects tokens and was called outside its model's forward"):
+            model.model.layers[1](*captured["args"], **captured["kwargs"])
+
+
+def test_the_plan_is_copied_and_modules_are_read_when_called(tiny_model: Any) -> None:
+    model = tiny_model("llama")
+    ids = ids_of(1, 12)
+    plan = OrthoRankConfig(layers=[1, 2])
+    with torch.no_grad(), apply(model, plan) as handle:
+        before = model(ids).logits
+        plan.keep_ratio = 2.0
+        assert torch.equal(model(ids).logits, before)
+        assert handle.config.keep_ratio == 1 / 3
+        model.model.layers[1].mlp = torch.nn.Identity()
+        assert not torch.equal(model(ids).logits, before)

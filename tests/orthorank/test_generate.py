@@ -1,5 +1,6 @@
 """`generate()` with a plan: the prompt is selected, generated tokens are dense, whatever the cache and the strategy."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from orthorank import Handle, OrthoRankConfig, OrthoRankError, apply
-from tests.orthorank.naive import assert_close
+from tests.orthorank.naive import assert_close, logits
 from tests.orthorank.test_layer import WINDOWS, ids_of
 
 PLAN = OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3)
@@ -32,23 +33,23 @@ def by_hand(
     for start in starts:
         part = slice(start, start + (chunk or ids.shape[1]))
         with handle.prefilling(keep_last=None if start == starts[-1] else 0):
-            logits = model(
+            scores = model(
                 ids[:, part],
                 attention_mask=mask[:, : part.stop],
                 position_ids=positions[:, part],
                 past_key_values=cache,
             ).logits
     for _ in range(steps):
-        token = logits[:, -1:].argmax(-1)
+        token = scores[:, -1:].argmax(-1)
         ids, mask = torch.cat([ids, token], 1), torch.cat([mask, torch.ones_like(token)], 1)
         positions = mask.sum(1, keepdim=True) - 1
         with handle.decoding():
-            logits = model(token, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+            scores = model(token, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
     return ids
 
 
 @pytest.mark.parametrize("windowed", [False, True])
-@pytest.mark.parametrize("chunk", [None, 4, 7])
+@pytest.mark.parametrize("chunk", [None, 4, 6, 7, 18, 40])
 def test_equals_the_loop_written_by_hand(tiny_model: Any, family: str, windowed: bool, chunk: int | None) -> None:
     model = tiny_model(family, **(WINDOWS[family] if windowed else {}))
     ids, mask = padded()
@@ -158,11 +159,11 @@ def test_keep_last_zero_leaves_the_last_token_to_its_score(tiny_model: Any) -> N
     model = tiny_model("llama")
     differs = 0
     for seed in range(6):
-        logits = []
+        results = []
         for keep in (0, 1):
             with apply(model, PLAN) as handle, handle.prefilling(keep_last=keep), torch.no_grad():
-                logits.append(model(ids_of(1, 20, seed)).logits)
-        differs += not torch.equal(*logits)
+                results.append(model(ids_of(1, 20, seed)).logits)
+        differs += not torch.equal(*results)
     assert differs > 0
 
 
@@ -204,6 +205,65 @@ def test_later_chunks_use_the_stored_sink(tiny_model: Any, family: str, kind: st
     expected = sorted((chunk @ sink).abs().argsort()[:4].tolist())
     changed = (seen[2] != seen[3]).any(dim=-1)[0].nonzero().flatten().tolist()
     assert changed == expected
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 6, 18, 19, 64])
+def test_the_last_prompt_token_is_always_updated(tiny_model: Any, family: str, chunk: int) -> None:
+    """Also where it is alone in its chunk, and the sink in another one."""
+    model = tiny_model(family)
+    ids, mask = padded()
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with apply(model, OrthoRankConfig(layers=[1], keep_ratio=0.05)):
+        model.model.layers[1].register_forward_hook(lambda m, a, out: seen.append((a[0][:, -1], out[:, -1])))
+        model.generate(ids, attention_mask=mask, prefill_chunk_size=chunk, **(GREEDY | {"max_new_tokens": 1}))
+    before, after = seen[-1]
+    assert (before != after).any(dim=-1).tolist() == [True, True, True]
+
+
+def test_the_prompt_of_generate_is_selected_as_stated(tiny_model: Any, family: str) -> None:
+    """The first token's logits against the statement that shares no code with the package."""
+    model = tiny_model(family)
+    for tokens in (1, 2, 7, 30):
+        ids = ids_of(1, tokens, seed=tokens)
+        k = min(tokens - 1, max(tokens // 3, 1))
+        expected = logits(model, ids, [1, 2], k=k, keep_last=1)[:, -1]
+        with apply(model, PLAN):
+            out = model.generate(
+                ids, output_logits=True, return_dict_in_generate=True, **(GREEDY | {"max_new_tokens": 1})
+            )
+        assert_close(out.logits[0], expected)
+
+
+@pytest.mark.parametrize("kind", ["reorder_cache", "batch_repeat_interleave", "batch_select_indices"])
+def test_the_sinks_follow_the_rows_of_the_cache(tiny_model: Any, kind: str) -> None:
+    model = tiny_model("llama")
+    ids, more = ids_of(3, 12), ids_of(3, 9, seed=4)
+    argument = {
+        "reorder_cache": torch.tensor([2, 0, 1]),
+        "batch_repeat_interleave": 2,
+        "batch_select_indices": torch.tensor([2, 1]),
+    }[kind]
+    rows = torch.arange(3).repeat_interleave(2) if kind == "batch_repeat_interleave" else argument
+    with apply(model, PLAN), torch.no_grad():
+        caches = [DynamicCache(), DynamicCache()]
+        model(ids, past_key_values=caches[0])
+        getattr(copy.deepcopy(caches[0]), kind)(argument)  # a copy of its own: the original stays as it is
+        getattr(caches[0], kind)(argument)
+        model(ids[rows], past_key_values=caches[1])
+        moved, own = (model(more[rows], past_key_values=cache).logits for cache in caches)
+    assert_close(moved, own)
+
+
+def test_generating_densely_over_a_dense_cache(tiny_model: Any) -> None:
+    """What the refusal of a dense cache advises works."""
+    model = tiny_model("llama")
+    ids = ids_of(1, 12)
+    with torch.no_grad():
+        expected = model.generate(ids, **GREEDY)
+        cache = DynamicCache()
+        model(ids[:, :6], past_key_values=cache)
+        with apply(model, PLAN) as handle, handle.decoding():
+            assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), expected)
 
 
 @pytest.mark.parametrize("windowed", [False, True])

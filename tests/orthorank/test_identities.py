@@ -52,6 +52,8 @@ def test_ratio_zero_removes_the_layer(tiny_model: Any, family: str, layers: list
             static = model.generate(ids, attention_mask=mask, cache_implementation="static", **settings)
             assert torch.equal(static, tokens)
             assert handle.stats[layers[0]].tokens_updated == 0
+            lookup = model.generate(ids[1:], prompt_lookup_num_tokens=3, **settings)
+            assert torch.equal(lookup, pruned.generate(ids[1:], **settings))
 
 
 def test_ratio_zero_computes_nothing(tiny_model: Any) -> None:

@@ -82,6 +82,28 @@ def test_a_block_mask_is_named(tiny_model: Any) -> None:
         model(ids_of(1, 8), attention_mask=mask)
 
 
+def test_a_causal_mask_that_is_not_plain_is_refused(tiny_model: Any) -> None:
+    packed = causal(torch.ones(1, 8))
+    packed[..., 4:, :4] = False
+    prefix = causal(torch.ones(1, 8))
+    prefix[..., :4, :4] = True
+    sliding = causal(torch.ones(1, 8)).triu(-2)
+    for mask in (packed, prefix, sliding, additive(packed)):
+        with pytest.raises(OrthoRankError, match="not causal attention with padding"):
+            valid_columns(mask, 8)
+
+
+def test_one_mask_for_all_rows(tiny_model: Any) -> None:
+    model = tiny_model("llama")
+    ids = ids_of(3, 5)
+    mask = torch.tensor([[0, 0, 1, 1, 1]])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with apply(model, OrthoRankConfig(layers=[1, 2], keep_ratio=0.5)), torch.no_grad():
+        shared = model(ids, attention_mask=additive(causal(mask)), position_ids=positions).logits
+        each = model(ids, attention_mask=mask.expand(3, -1), position_ids=positions).logits
+    assert_close(shared[:, 2:], each[:, 2:])
+
+
 def test_packed_rows_are_refused(tiny_model: Any) -> None:
     model = tiny_model("llama")
     ids = ids_of(1, 8)
