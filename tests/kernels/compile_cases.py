@@ -16,6 +16,11 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 HALF, FLOAT = torch.bfloat16, torch.float32
 # What one block may have. A launch beyond it fails; compiling does not.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+# AMD's assembly is read for what its metadata says. On Blackwell, a warp does not say how large a matrix product is.
+UNMEASURED: dict[str, set[str]] = {
+    "gfx942": {"instructions", "wide_loads", "wide_stores", "hot_spills", "ntm", "ntm_masked"},
+    "sm_100": {"ntm", "ntm_masked"},
+}
 MOST_WARPS = {"sm_80": 32, "sm_90": 32, "sm_100": 32, "gfx942": 16}
 
 
@@ -24,8 +29,8 @@ class Case:
     """One call of a launcher.
 
     ``limits`` name entries of a measurement (see `compile_worker`): an upper bound, or with ``min_`` before the name a
-    lower one. ``at`` replaces some of them on some targets; None there lifts a limit. An entry that a target does not
-    have is not checked.
+    lower one. ``at`` replaces some of them on some targets; None there lifts a limit. What cannot be measured on a
+    target (``UNMEASURED``) is not checked there; a measurement that is missing elsewhere breaks its limit.
     """
 
     group: str  # compiled by one child process, and one test
@@ -45,10 +50,14 @@ def broken_limits(measured: dict[str, Any], limits: dict[str, float], target: st
     hard = {"launches": 1, "shared": SHARED_LIMIT[target], "warps": MOST_WARPS[target]}
     broken = []
     for name, bound in {**hard, **limits}.items():
-        lower = name.startswith("min_")
-        value = measured.get(name.removeprefix("min_"))
-        if value is not None and (value < bound if lower else value > bound):
-            broken.append(f"{name.removeprefix('min_')} is {value:.4g}, {'at least' if lower else 'at most'} {bound}")
+        lower, name = name.startswith("min_"), name.removeprefix("min_")
+        value = measured.get(name)
+        if name in UNMEASURED.get(target, ()):
+            continue
+        if value is None:
+            broken.append(f"{name} was not measured")
+        elif value < bound if lower else value > bound:
+            broken.append(f"{name} is {value:.4g}, {'at least' if lower else 'at most'} {bound}")
     return broken
 
 
@@ -158,6 +167,7 @@ ATTENTION = {
     },
     128: {
         "sm_80": {"registers": 216, "spills": 0, "ntm": 680, "ntm_masked": 830},
+        # Measured 642 with the mask that compares keys; the one that compares columns gives 614, and 254 registers.
         "sm_90": {"registers": 216, "spills": 0, "ntm": 490, "ntm_masked": 645},
     },
 }
@@ -182,7 +192,7 @@ def attention(
 def attention_cases() -> Iterator[Case]:
     for dim, at in ATTENTION.items():
         yield Case("attention", f"dim {dim}, groups of 4", attention(dim), {"atomics": 0}, {**NO_SPILLS, **at})
-    quiet = {"atomics": 0, "spills_in_loop": 0}
+    quiet = {"atomics": 0, "hot_spills": 0}
     for dim in (32, 64, 80, 96, 128, 192, 256):
         for dtype in (HALF, torch.float16, FLOAT):
             for group in (1, 4):

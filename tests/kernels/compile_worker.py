@@ -6,9 +6,10 @@ Runs in a process of its own, because the interpreter replaces the compiler for 
 case on the standard output:
 
     case, seconds, launches, and of the kernel: warps, registers, spills (instructions; on AMD registers), shared
-    (bytes), instructions, atomics, wide_loads and wide_stores (share of bytes moved 128 bits at a time), spills_in_loop
-    (in loops with matrix instructions), and ntm and ntm_masked: instructions that are no matrix instructions, issued
-    per million floating-point operations of those, in the shortest and the longest such loop. Or: case, error.
+    (bytes), instructions, atomics, wide_loads and wide_stores (share of bytes moved 128 bits at a time), and of loops
+    with matrix instructions: hot_spills (in the shortest, attention's unmasked one), ntm and ntm_masked (instructions
+    other than matrix instructions, issued per million floating-point operations of those, in the shortest and the
+    longest of at least two). Or: case, error.
 """
 
 import argparse
@@ -88,14 +89,14 @@ def measure_nvidia(cubin: bytes, warps: int) -> dict[str, Any]:
         "spills": sass.count(code, sass.SPILLS),
         "atomics": sass.count(code, sass.ATOMICS),
         "instructions": len(code),
-        "wide_loads": sass.wide_share(code, ("LDG", "LDGSTS", "LD")),
+        "wide_loads": sass.wide_share(code, ("LDG", "LDGSTS", "LD", "UTMALDG")),
         "wide_stores": sass.wide_share(code, ("STG", "ST")),
     }
     loops = sass.matrix_loops(code)
     if loops:
-        measured["spills_in_loop"] = max(sass.count(loop, sass.SPILLS) for loop in loops)
-        per_flop = [issued_per_mflop(loop) for loop in loops]
-        measured["ntm"], measured["ntm_masked"] = per_flop[0], per_flop[-1]
+        measured["hot_spills"] = sass.count(loops[0], sass.SPILLS)
+        measured["ntm"] = issued_per_mflop(loops[0])
+        measured["ntm_masked"] = issued_per_mflop(loops[-1]) if len(loops) > 1 else None
     return measured
 
 
@@ -126,7 +127,7 @@ def row(measured: dict[str, Any]) -> str:
         "shared",
         "instructions",
         "wide_loads",
-        "spills_in_loop",
+        "hot_spills",
         "ntm",
         "ntm_masked",
     )
