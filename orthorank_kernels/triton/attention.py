@@ -85,7 +85,7 @@ def _attend(
         k = k_desc.load([batch, kv_head, n, 0]).reshape(BLOCK_N, BLOCK_D)
     else:
         k = _load_rows(k_ptr, rows, offs_d, STRIDE_K, HEAD_DIM, WIDE)
-    qk = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+    qk = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     if MASKED:
         if TMA:
             seen = key[None, :] <= last[:, None]
@@ -153,7 +153,7 @@ def sparse_query_attention_kernel(
     query, head, in_tile = _tile_rows(tl.arange(0, BLOCK_M), selected, GROUP, PACK, BLOCK_M)
 
     positions_ptr += batch.to(tl.int64) * stride_positions_batch
-    position = tl.load(positions_ptr + query * STRIDE_POSITIONS, mask=in_tile, other=-1)
+    position = tl.load(positions_ptr + query.to(tl.int64) * STRIDE_POSITIONS, mask=in_tile, other=-1)
     start = 0
     if HAS_STARTS:
         start = tl.maximum(tl.load(starts_ptr + batch), 0)

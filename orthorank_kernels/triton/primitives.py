@@ -24,4 +24,4 @@ def ascending_key(score):
     Not for NaN.
     """
     bits = score.to(tl.uint32, bitcast=True)
-    return tl.where((bits >> 31) != 0, ~bits + 1, bits | 0x80000000)
+    return tl.where((bits >> 31) != 0, 0 - bits, bits | 0x80000000)

@@ -5,6 +5,8 @@ selection: a histogram of the digit, the bin that holds the k-th, on to the next
 places every token below that key, and as many of those at it as are still needed.
 """
 
+import inspect
+
 import triton
 import triton.language as tl
 
@@ -17,6 +19,7 @@ SINK = tl.constexpr(0xFFFFFFFE)
 PADDING = tl.constexpr(0xFFFFFFFF)
 BITS = tl.constexpr(8)
 BINS = tl.constexpr(256)
+MASKED_HISTOGRAM = tl.constexpr("mask" in inspect.signature(tl.histogram).parameters)  # since Triton 3.4
 
 
 @triton.jit
@@ -29,6 +32,15 @@ def load_keys(scores_ptr, index, lead, n_valid, sink, keep_last):
     key = tl.where(token >= n_valid - keep_last, (n_valid - 1 - token).to(tl.uint32), key)
     key = tl.where(token == sink, SINK, key)
     return tl.where(valid, key, PADDING)  # [BLOCK]
+
+
+@triton.jit
+def count_digits(digits, counted):
+    """How often each value is among the ``digits`` [BLOCK] that are ``counted``: [BINS]."""
+    if MASKED_HISTOGRAM:
+        return tl.histogram(digits, BINS, mask=counted)
+    others = digits.shape[0] - tl.sum(counted.to(tl.int32), 0)  # counted as zeros, and taken off
+    return tl.histogram(tl.where(counted, digits, 0), BINS) - tl.where(tl.arange(0, BINS) == 0, others, 0)
 
 
 @triton.jit
@@ -71,7 +83,7 @@ def select_resident(scores_ptr, positions_ptr, begin, lead, n_valid, sink, k, ke
     for _level in range(32 // BITS):  # not unrolled: a third of the code, and of the instruction cache misses
         shift -= BITS
         digits = ((key >> shift) & (BINS - 1)).to(tl.int32)  # [BLOCK]
-        histogram = tl.histogram(digits, BINS, mask=(key & known) == threshold)
+        histogram = count_digits(digits, (key & known) == threshold)
         digit, need = enter_bin(histogram, need, tl.uint32)
         threshold |= digit.to(tl.uint32) << shift
         known |= (BINS - 1) << shift
@@ -92,7 +104,7 @@ def select_streamed(scores_ptr, positions_ptr, begin, lead, n_valid, sink, k, ke
             index = tile + tl.arange(0, 2 * BLOCK)  # [2 * BLOCK]: counting needs fewer registers than writing
             key = load_keys(scores_ptr, index, lead, n_valid, sink, keep_last)
             digits = ((key >> shift) & (BINS - 1)).to(tl.int32)
-            histogram += tl.histogram(digits, BINS, mask=(key & known) == threshold)
+            histogram += count_digits(digits, (key & known) == threshold)
         digit, need = enter_bin(histogram, need, tl.uint64)
         threshold |= digit.to(tl.uint32) << shift
         known |= (BINS - 1) << shift

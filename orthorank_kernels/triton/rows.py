@@ -147,6 +147,7 @@ def gather_rows(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             out_ptr=out,
             selected=selected,
             HIDDEN=hidden,
+            enable_fp_fusion=True,
             **settings,
         )
     return out
@@ -168,6 +169,7 @@ def scatter_rows_(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
             stride_rows_batch=rows.stride(0),
             stride_rows_entry=rows.stride(1),
             HIDDEN=hidden,
+            enable_fp_fusion=True,
             **settings,
         )
 

@@ -53,6 +53,7 @@ def norm_and_score(
         normed = rms_norm_row(x.to(tl.float32), weight, eps, HIDDEN)
         out = row * n_tokens + token
         tl.store(normed_ptr + out * HIDDEN + channel, normed, mask=inside)
+        # A scalar, which one thread stores: rms_norm_select_kernel relies on that.
         tl.store(scores_ptr + out, tl.abs(tl.sum(normed.to(tl.float32) * sink.to(tl.float32), 0)))
 
 
@@ -142,6 +143,7 @@ def rms_norm_score(
             stride_x_token=hidden_states.stride(1),
             stride_sink_row=0 if sink is None else sink.stride(0),
             HIDDEN=hidden,
+            enable_fp_fusion=True,
             **settings,
         )
     return normed, scores

@@ -149,9 +149,11 @@ def rms_norm_select_kernel(
         BLOCK=BLOCK,
     )
     # The program that counts itself last selects, whichever it is: none waits for another, so any order of execution
-    # is right. Release: the first barrier puts the score stores of all threads before the atomic, which one thread
-    # does. Acquire: the atomic of the last program reads a count that continues the releases of all others of the
-    # row, and the second barrier puts the loads of all threads after it. So they see every score of the row.
+    # is right. Release: a score is a scalar, and one thread stores all scalars of a program and does the atomic, so
+    # the atomic comes after its own stores. This must stay so: on AMD a barrier does not wait for the stores of other
+    # threads to reach memory (gfx942: s_waitcnt lgkmcnt(0), s_barrier), so scores stored by a block of threads would
+    # be a race there. Acquire: the last atomic reads a count that continues the releases of all others of the row,
+    # and the second barrier puts the loads of all threads after it. So they see every score of the row.
     tl.debug_barrier()
     finished = tl.atomic_add(finished_ptr + row, 1, sem="acq_rel", scope="gpu")
     if finished == n_blocks - 1:
@@ -235,6 +237,7 @@ def select_tokens(
             width=width,
             keep_last=keep_last,
             stride_scores_row=scores.stride(0),
+            enable_fp_fusion=True,
             **settings,
         )
     return positions, counts
@@ -286,6 +289,7 @@ def rms_norm_select(
             stride_x_token=hidden_states.stride(1),
             stride_sink_row=0 if sink is None else sink.stride(0),
             HIDDEN=hidden,
+            enable_fp_fusion=True,
             **settings,
             **fused_settings(occupied(batch, tokens, tokens), settings["num_warps"]),
         )
