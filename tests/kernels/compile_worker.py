@@ -54,6 +54,8 @@ def compile_instead_of_launch(target: str) -> list[Any]:
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        if "enable_fp_fusion" not in kwargs:
+            raise TypeError("the launch does not say enable_fp_fusion, whose default Triton 3.10 changes")
         compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
 
     JITFunction.run = compile_only

@@ -28,6 +28,8 @@ class Instruction:
     @property
     def bits(self) -> int:
         """Width of a memory access, for one thread."""
+        if self.base == "UTMALDG":  # a whole tile: at least so much for each thread of the block
+            return 128
         widths = [int(w) for w in re.findall(r"\.[US]?(8|16|64|128|256)(?=\.|$)", self.op)]
         return widths[-1] if widths else 32
 

@@ -3,6 +3,7 @@
 The interpreter checks what a kernel computes. It has no registers, no shared memory and no spills; this has.
 """
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -21,6 +22,11 @@ if not sass.tool("nvdisasm").exists():
     pytest.skip("this Triton comes without NVIDIA's disassembler", allow_module_level=True)
 
 
+VERSION = tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
+# An older compiler has other registers and loops: there everything need only compile, to what a GPU can launch.
+HAS_LIMITS = VERSION >= (3, 9)
+
+
 def compile_group(target: str, group: str, slow: bool, cache: Path) -> dict[str, dict]:
     """Measurements by case name, from a child process with the compiler in place of the interpreter."""
     command = [sys.executable, "-m", "tests.kernels.compile_worker", target, group, *(["--slow"] if slow else [])]
@@ -37,13 +43,19 @@ def complaints(target: str, cases: list[Case], measured: dict[str, dict]) -> lis
         result = measured.get(case.name, {"error": "was not compiled"})
         if "error" in result:
             found.append(f"{case.name}: {result['error']}")
-        found += [f"{case.name}: {broken}" for broken in broken_limits(result, case.limits_for(target), target)]
+            continue
+        limits = case.limits_for(target) if HAS_LIMITS else {}
+        found += [f"{case.name}: {broken}" for broken in broken_limits(result, limits, target)]
     return found
 
 
 def check(target: str, group: str, slow: bool, cache: Path) -> None:
+    if target == "sm_100" and VERSION < (3, 3):
+        pytest.skip("this Triton does not know sm_100")
     cases = [case for case in CASES if case.group == group and case.slow == slow]
     measured = compile_group(target, group, slow, cache)
+    if VERSION < (3, 9) and all("ROCm linker" in m.get("error", "") for m in measured.values()):
+        pytest.skip("this Triton comes without AMD's linker")
     assert cases
     assert set(measured) == {case.name for case in cases}
     assert not (found := complaints(target, cases, measured)), f"{target}\n" + "\n".join(found)
@@ -70,7 +82,7 @@ def test_names_are_unique_within_a_group():
     assert len(names) == len(set(names))
 
 
-GOOD = {"launches": 1, "shared": 0, "warps": 4, "registers": 60, "spills": 0, "wide_loads": 1.0}
+GOOD = {"launches": 1, "shared": 0, "warps": 4, "registers": 60, "spills": 0, "wide_loads": 1.0, "ntm": 850}
 
 
 @pytest.mark.parametrize(
@@ -80,14 +92,22 @@ GOOD = {"launches": 1, "shared": 0, "warps": 4, "registers": 60, "spills": 0, "w
         ({"registers": 65}, "registers is 65, at most 64"),
         ({"spills": 1}, "spills is 1, at most 0"),
         ({"wide_loads": 0.5}, "wide_loads is 0.5, at least 0.9"),
-        ({"shared": 70_000}, "shared is 7e+04, at most 65536"),
-        ({"warps": 32}, "warps is 32, at most 16"),
+        ({"shared": 170_000}, "shared is 1.7e+05, at most 166912"),
+        ({"warps": 33}, "warps is 33, at most 32"),
         ({"launches": 2}, "launches is 2, at most 1"),
+        ({"ntm": 901}, "ntm is 901, at most 900"),
+        ({"ntm": None}, "ntm was not measured"),
     ],
 )
 def test_a_broken_limit_is_named(changed, complaint):
     limits = {"registers": 64, "spills": 0, "min_wide_loads": 0.9, "ntm": 900}
-    assert broken_limits(GOOD | changed, limits, "gfx942") == ([complaint] if complaint else [])
+    assert broken_limits(GOOD | changed, limits, "sm_80") == ([complaint] if complaint else [])
+
+
+def test_what_a_target_cannot_measure_breaks_no_limit():
+    assert broken_limits(GOOD | {"ntm": None}, {"ntm": 900}, "gfx942") == []
+    assert broken_limits(GOOD | {"warps": 32}, {}, "gfx942") == ["warps is 32, at most 16"]
+    assert broken_limits(GOOD | {"registers": None}, {"registers": 64}, "gfx942") == ["registers was not measured"]
 
 
 def test_a_case_that_fails_to_compile_is_named():

@@ -1,7 +1,8 @@
 """Offsets are 64 bits wide by rule: a 32-bit product of an index and a stride is the field's most repeated bug.
 
 Read from the source of every kernel: each `tl.program_id` becomes int64 where it is called, and whatever is multiplied
-by a `stride_...` is int64. Exceptions stand below, with their reasons.
+by a stride or by a size of a tensor is int64. Exceptions stand below, with their reasons. Sums are not read: an index
+within one row or one tile is 32 bits wide everywhere, and `test_extents_past_32_bits_on_a_gpu` runs one launch beyond.
 """
 
 import ast
@@ -18,6 +19,12 @@ _ATTENTION = (
     "whatever meets a stride is widened there"
 )
 NARROW_PROGRAM_IDS = {"_tile_rows": _ATTENTION, "sparse_query_attention_kernel": _ATTENTION}
+# Functions that multiply 32 bits.
+NARROW_PRODUCTS = {
+    "_load_rows": "64-bit offsets of keys cost 40 registers; the launcher sets WIDE where keys * stride exceeds 32 bits"
+}
+# Besides strides, what an index is multiplied by: the sizes of tensors, and the tokens that a program takes.
+SIZES = {"n_tokens", "selected", "keys", "width", "rows", "rows_per_program", "HIDDEN", "HEAD_DIM", "STRIDE"}
 # Parameters that are int64 by contract; the test checks what callers pass.
 WIDE_PARAMETERS = {
     "norm_and_score": {"row", "first"},
@@ -69,7 +76,7 @@ def is_wide(expression: ast.AST, wide_names: set[str]) -> bool:
 def wide_names(function: ast.FunctionDef) -> set[str]:
     """Names that only ever hold int64: parameters by contract, results of wide expressions, loops over wide ranges."""
     names = set(WIDE_PARAMETERS.get(function.name, ()))
-    narrow: set[str] = set()
+    narrow = {argument.arg for argument in function.args.args} - names
     for node in ast.walk(function):  # in the order of the source, outer statements first
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             (names if is_wide(node.value, names) else narrow).add(node.targets[0].id)
@@ -78,19 +85,23 @@ def wide_names(function: ast.FunctionDef) -> set[str]:
     return names - narrow
 
 
-def stride_products(function: ast.FunctionDef) -> Iterator[tuple[ast.BinOp, ast.AST]]:
-    """Each product with a stride, and its other factor."""
+def is_extent(factor: ast.AST) -> bool:
+    return isinstance(factor, ast.Name) and (factor.id.lower().startswith("stride_") or factor.id in SIZES)
+
+
+def extent_products(function: ast.FunctionDef) -> Iterator[tuple[ast.BinOp, ast.AST]]:
+    """Each product with a stride or a size, and its other factor."""
     for node in ast.walk(function):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
             for one, other in ((node.left, node.right), (node.right, node.left)):
-                if isinstance(one, ast.Name) and one.id.startswith("stride_"):
+                if is_extent(one):
                     yield node, other
 
 
 def narrow_products(function: ast.FunctionDef) -> list[str]:
     names = wide_names(function)
     return [
-        f"line {p.lineno}: {ast.unparse(p)}" for p, factor in stride_products(function) if not is_wide(factor, names)
+        f"line {p.lineno}: {ast.unparse(p)}" for p, factor in extent_products(function) if not is_wide(factor, names)
     ]
 
 
@@ -108,8 +119,11 @@ def test_program_ids_are_widened_where_they_are_read(name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_what_meets_a_stride_is_64_bits_wide(name):
-    assert not narrow_products(FUNCTIONS[name]), "widen the index with .to(tl.int64) before the product"
+def test_what_meets_a_stride_or_a_size_is_64_bits_wide(name):
+    if name in NARROW_PRODUCTS:
+        assert narrow_products(FUNCTIONS[name]), "the exception is no longer needed: take it off the list"
+    else:
+        assert not narrow_products(FUNCTIONS[name]), "widen the index with .to(tl.int64) before the product"
 
 
 @pytest.mark.parametrize("name", WIDE_PARAMETERS)
@@ -123,8 +137,9 @@ def test_callers_pass_64_bits_where_the_contract_says_so(name):
 
 
 def test_exceptions_name_functions_that_exist():
-    assert set(NARROW_PROGRAM_IDS) | set(WIDE_PARAMETERS) <= set(FUNCTIONS)
+    assert set(NARROW_PROGRAM_IDS) | set(NARROW_PRODUCTS) | set(WIDE_PARAMETERS) <= set(FUNCTIONS)
     assert all(NARROW_PROGRAM_IDS.values())
+    assert {node.id for f in FUNCTIONS.values() for node in ast.walk(f) if isinstance(node, ast.Name)} >= SIZES
 
 
 def example(body: str) -> ast.FunctionDef:
@@ -143,6 +158,9 @@ def example(body: str) -> ast.FunctionDef:
         (" row = tl.load(x_ptr).to(tl.int64)\n x_ptr += (row + 1) * stride_x", 0, 0),
         (" for row in range(0, n):\n  x_ptr += row * stride_x", 0, 1),
         (" row = tl.load(x_ptr).to(tl.int64)\n row = 1\n x_ptr += row * stride_x", 0, 1),
+        (" row = tl.load(x_ptr)\n x_ptr += row * width", 0, 1),
+        (" row = tl.load(x_ptr)\n x_ptr += (row * HIDDEN) * STRIDE_X", 0, 2),
+        (" if WIDE:\n  n = n.to(tl.int64)\n x_ptr += n[:, None] * STRIDE", 0, 1),
     ],
 )
 def test_the_reader_itself(body, ids, products):
