@@ -1,14 +1,17 @@
 """Apply a plan to one model instance, and undo it."""
 
 import copy
+import dataclasses
 from contextlib import AbstractContextManager
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor
 
 from orthorank import sink_state
-from orthorank.calls import Call, Phase, phase_of, read_call
+from orthorank.calls import Call, Phase, phase_of, read_call, refuse_other_threads
 from orthorank.config import OrthoRankConfig, hub_id
 from orthorank.errors import OrthoRankError
 from orthorank.families import Family, decoder_of, family_of
@@ -55,12 +58,15 @@ def apply(model: "PreTrainedModel", config: OrthoRankConfig) -> "Handle":
     check_plan(model, config)
     for index in config.layers:
         family.parts(decoder_of(model).layers[index])  # raises when a layer does not look right
-    return Handle(model, copy.deepcopy(config), family)
+    return Handle(model, dataclasses.replace(copy.deepcopy(config)), family)  # checks its fields again
 
 
 def handle_of(model: Any) -> "Handle | None":
     """The handle of the plan that is applied to ``model``, or None. A deep copy of a patched model has its own."""
-    return model.__dict__.get(ATTRIBUTE)
+    for module in (model, getattr(model, "model", None)):  # the decoder carries the mark, too
+        if (handle := getattr(module, "__dict__", {}).get(ATTRIBUTE)) is not None:
+            return cast("Handle", handle)
+    return None
 
 
 def status(model: Any) -> Status:
@@ -116,12 +122,14 @@ class Handle(AbstractContextManager["Handle"]):
         self.model, self.config = model, config
         self.stats = {index: LayerCounts() for index in config.layers}
         self.phase = Phase()
+        self.thread: int | None = None  # the one whose phase this is
         self.call: Call | None = None
         self._patches: list[Patch] = [DecoderForward(self, decoder)]
         if hasattr(model, "generate"):
             self._patches += [Generate(self, model), PrepareInputs(self, model)]
         self._patches += [LayerForward(self, decoder.layers[i], i, family) for i in config.layers]
-        model.__dict__[ATTRIBUTE] = self
+        for module in {model, decoder}:
+            module.__dict__[ATTRIBUTE] = self
 
     def remove(self) -> None:
         """Undo the plan: the model gets back the identical objects it had.
@@ -134,7 +142,8 @@ class Handle(AbstractContextManager["Handle"]):
         for patch in reversed(self._patches):
             patch.undo()
         self._patches = []
-        self.model.__dict__.pop(ATTRIBUTE, None)
+        for module in {self.model, decoder_of(self.model)}:
+            module.__dict__.pop(ATTRIBUTE, None)
 
     def decoding(self) -> AbstractContextManager[None]:
         """Inside, every token of every call is a generated one, hence dense, however many come in one call."""
@@ -185,6 +194,13 @@ class DecoderForward(Patch):
         if given is None:  # the model's own error is the better one
             return self.original(**kwargs)
         handle = self.handle
+        if not torch.compiler.is_compiling():
+            refuse_other_threads(handle)
+        if handle.call is not None:
+            raise OrthoRankError(
+                "two calls of a model with a plan applied overlap; give each thread a copy.deepcopy of the patched "
+                "model, or take turns with a lock"
+            )
         call = read_call((given.shape[0], given.shape[1]), given.device, handle.phase, kwargs)
         if not (call.first or call.decodes_only) and 0 < handle.config.keep_ratio < 1:
             # before any layer runs: a failure further up would leave the lower layers' cache longer than the others'
@@ -220,8 +236,12 @@ class LayerForward(Patch):
             return self.original(hidden_states, *args, past_key_values=past_key_values, **kwargs)
         counts.add(valid, call.tokens_updated(config))
         parts, cos_sin = self.family.parts(self.owner), kwargs["position_embeddings"]
-        call = call.on(hidden_states.device)
-        return selected_forward(parts, self.index, config, call, hidden_states, cos_sin, past_key_values)
+        run = partial(selected_forward, parts, self.index, config, call.on(hidden_states.device))
+        if getattr(self.owner, "gradient_checkpointing", False) and self.owner.training:
+            # as transformers' own layers do it, without a cache: the recomputation would fill it twice
+            again = partial(run, position_embeddings=cos_sin)
+            return self.owner._gradient_checkpointing_func(again, hidden_states)
+        return run(hidden_states, cos_sin, past_key_values)
 
 
 class Generate(Patch):
@@ -254,9 +274,11 @@ class PrepareInputs(Patch):
 
 def _prompt_length(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
     """Columns that `generate()` is given: of its inputs, or of the mask where a cache holds the first ones."""
-    given = inputs if inputs is not None else kwargs.get("input_ids")
-    embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
-    lengths = [t.shape[1] for t in (given, embeds, mask) if isinstance(t, Tensor) and t.dim() >= 2]
+    given = [inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+    cache = kwargs.get("past_key_values")
+    if cache is not None and int(cache.get_seq_length()) > 0:
+        given.append(kwargs.get("attention_mask"))
+    lengths = [t.shape[1] for t in given if isinstance(t, Tensor) and t.dim() >= 2]
     return max(lengths, default=1)  # without inputs, generation starts from one BOS token
 
 

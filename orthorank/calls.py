@@ -5,6 +5,7 @@ call. A call is a *prefill* as far as its tokens belong to the prompt, and *deco
 """
 
 import dataclasses
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from orthorank.config import OrthoRankConfig
+from orthorank.errors import OrthoRankError
 from orthorank.masks import Columns, refuse_packed, valid_columns
 from orthorank_kernels import keep_count
 
@@ -124,7 +126,7 @@ def read_call(shape: tuple[int, int], device: torch.device, phase: Phase, kwargs
     mask = kwargs.get("attention_mask")
     if phase.padding_mask is not None and phase.padding_mask.shape == (batch, past + tokens):
         mask = phase.padding_mask
-    columns = valid_columns(mask, past + tokens)
+    columns = valid_columns(mask, past + tokens, batch)
     if columns is not None:
         return _padded(call, columns, device)
     if not call.first:
@@ -134,12 +136,13 @@ def read_call(shape: tuple[int, int], device: torch.device, phase: Phase, kwargs
 
 
 def _past(cache: Any, phase: Phase, tokens: int) -> int:
-    """Columns before this call. The mask of `generate()` covers all columns; a static cache would have to be read."""
+    """Columns before this call."""
     if cache is None:
         return 0
-    if phase.padding_mask is not None:
-        return phase.padding_mask.shape[1] - tokens
-    return int(cache.get_seq_length())
+    length = cache.get_seq_length()
+    if isinstance(length, Tensor) and length.device.type != "cpu" and phase.padding_mask is not None:
+        return phase.padding_mask.shape[1] - tokens  # the mask of `generate()` covers all columns: nothing waits
+    return int(length)
 
 
 def _prompt_tokens(phase: Phase, past: int, tokens: int) -> int:
@@ -166,8 +169,19 @@ def _padded(call: Call, columns: Columns, device: torch.device) -> Call:
 @contextmanager
 def phase_of(holder: Any, phase: Phase) -> Iterator[None]:
     """Inside, calls of the model are read by ``phase``."""
-    before, holder.phase = holder.phase, phase
+    refuse_other_threads(holder)
+    before = holder.phase, holder.thread
+    holder.phase, holder.thread = phase, threading.get_ident()
     try:
         yield
     finally:
-        holder.phase = before
+        holder.phase, holder.thread = before
+
+
+def refuse_other_threads(holder: Any) -> None:
+    """A phase holds for the thread that began it; another thread's calls would be read by it, too."""
+    if holder.thread is not None and holder.thread != threading.get_ident():
+        raise OrthoRankError(
+            "a model with a plan applied is in use by another thread (in generate(), decoding() or prefilling()); give "
+            "each thread a copy.deepcopy of the patched model, or take turns with a lock"
+        )

@@ -159,7 +159,7 @@ class OrthoRankConfig:
             values = json.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
             raise OrthoRankError(f"no plan can be read at {file}: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise OrthoRankError(f"{file} is not a JSON file: {error}") from error
         try:
             return cls.from_dict(values)

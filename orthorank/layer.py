@@ -72,7 +72,7 @@ def selected_forward(
         starts=None if call.key_starts is None else call.key_starts - first_key,
         query_offset=call.past - first_key,
     )
-    addend = parts.output(attended)
+    addend = parts.output(attended).to(hidden_states.dtype)  # autocast may have made it another
     with loaded(parts.norm_post) as norm:
         residual, normed = gather_add_rms_norm(hidden_states, positions, addend, norm.weight, norm.variance_epsilon)
     updated = hidden_states.clone()

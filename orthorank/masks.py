@@ -11,13 +11,13 @@ PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 Columns = tuple[Tensor, Tensor]  # first valid column and the one after the last, int64 [batch] each
 
 
-def valid_columns(mask: Any, columns: int) -> Columns | None:
+def valid_columns(mask: Any, columns: int, batch: int) -> Columns | None:
     """First and last-plus-one valid column of each row, or None when nothing is padding.
 
     Args:
         mask: ``[batch, columns]`` (1 = token), a causal mask ``[batch, 1, queries, keys]`` (bool, or float with 0 =
             visible), a dict of such by layer type, or None.
-        columns: columns that exist so far: cached tokens and the tokens of this call.
+        columns: columns that exist so far: cached tokens and the tokens of this call. batch: rows of the call.
 
     Raises:
         OrthoRankError: the mask is of another kind, or has holes.
@@ -31,6 +31,8 @@ def valid_columns(mask: Any, columns: int) -> Columns | None:
             f"attention_mask is a {type(mask).__name__}{shape}, from which padding cannot be read while a plan is "
             "applied; pass a [batch, tokens] mask with 1 for tokens and 0 for padding"
         )
+    if mask.shape[0] not in (1, batch):
+        raise OrthoRankError(f"attention_mask has {mask.shape[0]} rows and the call {batch}; give one row for each")
     visible = _visible(mask) if mask.dim() == 4 else None
     mask = mask != 0 if visible is None else visible[:, -1]  # the last query sees every valid column up to its own
     mask = mask[:, :columns]

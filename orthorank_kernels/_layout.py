@@ -14,9 +14,10 @@ def empty_ordered_like(x: torch.Tensor) -> torch.Tensor:
     (30, 2, 6, 1)
     """
     order: list[int] = []
-    for dim in range(x.dim()):  # insertion, because `sorted` cannot be traced when strides are symbolic
-        place = len(order)
+    for dim in range(x.dim() - 1):  # insertion, because `sorted` cannot be traced when strides are symbolic
+        place = len(order) if x.stride(dim) > 0 else 0  # an expanded dimension has no place in memory: outermost
         while place > 0 and x.stride(order[place - 1]) < x.stride(dim):
             place -= 1
         order.insert(place, dim)
+    order.append(x.dim() - 1)
     return torch.empty_permuted(x.shape, order, dtype=x.dtype, device=x.device)

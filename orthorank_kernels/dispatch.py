@@ -66,6 +66,9 @@ def run(
         backend: one of `BACKENDS`.
         device: where the tensors are.
     """
+    if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):  # the ops say themselves where they round
+            return run(op, reference, triton, args, backend=backend, device=device)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it may be one of {', '.join(map(repr, BACKENDS))}")
     needs_grad = torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)

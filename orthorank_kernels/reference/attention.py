@@ -62,6 +62,7 @@ def _visible(
     first = torch.zeros_like(at) if window is None else (at - (window - 1)).clamp(min=0)
     if starts is not None:
         first = torch.maximum(first, starts[:, None])
+    first = first.clamp(max=keys)
     end = (at + 1).clamp(min=0, max=keys).masked_fill(positions < 0, 0)
     return first.int(), end.int()
 

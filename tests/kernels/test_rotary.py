@@ -238,3 +238,13 @@ def test_rotation_keeps_lengths():
     assert math.isclose(turned.norm().item(), x.norm().item(), rel_tol=1e-6)
     assert not torch.equal(turned[:, :, 1:], x[:, :, 1:])
     assert torch.equal(turned[:, :, 0], x[:, :, 0])
+
+
+def test_expanded_heads():
+    x = torch.randn(1, 1, 3, 8, device=DEVICE).expand(1, 4, 3, 8)
+    angles = torch.randn(1, 3, 4, device=DEVICE).repeat(1, 1, 2)
+    expected = apply_rotary_at(x.contiguous(), angles.cos(), angles.sin(), backend="reference")
+    for backend in ("reference", "triton"):
+        out = apply_rotary_at(x, angles.cos(), angles.sin(), backend=backend)
+        assert out.stride(-1) == 1
+        torch.testing.assert_close(out, expected)

@@ -234,3 +234,70 @@ def test_the_plan_is_copied_and_modules_are_read_when_called(tiny_model: Any) ->
         assert handle.config.keep_ratio == 1 / 3
         model.model.layers[1].mlp = torch.nn.Identity()
         assert not torch.equal(model(ids).logits, before)
+
+
+def test_applying_to_the_decoder_of_a_patched_model(tiny_model: Any) -> None:
+    model = tiny_model("llama")
+    for first, second in ((model, model.model), (model.model, model)):
+        with apply(first, PLAN), pytest.raises(OrthoRankError, match="applied to this model already"):
+            apply(second, PLAN)
+    assert orthorank.handle_of(model) is None
+
+
+def test_a_plan_that_was_changed_is_checked_again(tiny_model: Any) -> None:
+    plan = OrthoRankConfig(layers=[1])
+    plan.criterion = "typo"
+    with pytest.raises(OrthoRankError, match="criterion is 'typo'"):
+        apply(tiny_model("llama"), plan)
+
+
+def test_autocast(tiny_model: Any) -> None:
+    """The plan under autocast is the plan in the lower precision: near its float32 result, and of the dtype it had."""
+    model = tiny_model("llama")
+    ids = ids_of(2, 16)
+    for criterion in ("orthogonal", "inverse"):
+        plan = OrthoRankConfig(layers=[1, 2], keep_ratio=1 - 1e-9, criterion=criterion)  # all: no near ties to flip
+        with torch.no_grad(), apply(model, plan):
+            exact = model(ids).logits
+            with torch.autocast("cpu", torch.bfloat16):
+                low = model(ids).logits
+        assert (low.float() - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_gradient_checkpointing_recomputes_selected_layers(tiny_model: Any) -> None:
+    ids = ids_of(1, 12)
+    gradients, runs = [], []
+    for checkpointing in (False, True):
+        model = tiny_model("llama").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        calls: list[int] = []
+        model.model.layers[1].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        with apply(model, PLAN):
+            model(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append(model.model.layers[1].mlp.down_proj.weight.grad)
+        runs.append(len(calls))
+    assert runs == [1, 2]
+    torch.testing.assert_close(*gradients)
+
+
+def test_two_threads_are_refused_by_name(tiny_model: Any) -> None:
+    import threading
+
+    model = tiny_model("llama")
+    errors: list[str] = []
+
+    def other() -> None:
+        try:
+            model(ids_of(1, 8))
+        except OrthoRankError as error:
+            errors.append(str(error))
+
+    with apply(model, PLAN) as handle:
+        with handle.decoding():
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+        assert len(errors) == 1
+        assert "in use by another thread" in errors[0]
+        model(ids_of(1, 8))

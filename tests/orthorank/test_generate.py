@@ -254,6 +254,14 @@ def test_the_sinks_follow_the_rows_of_the_cache(tiny_model: Any, kind: str) -> N
     assert_close(moved, own)
 
 
+def test_a_mask_longer_than_the_prompt(tiny_model: Any) -> None:
+    model = tiny_model("llama")
+    ids = ids_of(1, 13)
+    with apply(model, PLAN):
+        expected = model.generate(ids, **GREEDY)
+        assert torch.equal(model.generate(ids, attention_mask=torch.ones(1, 20, dtype=torch.long), **GREEDY), expected)
+
+
 def test_generating_densely_over_a_dense_cache(tiny_model: Any) -> None:
     """What the refusal of a dense cache advises works."""
     model = tiny_model("llama")

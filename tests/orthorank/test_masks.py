@@ -37,14 +37,14 @@ def additive(mask: torch.Tensor) -> torch.Tensor:
     ids=["2-D int", "2-D bool", "2-D float", "4-D bool", "4-D float", "dict", "2-D longer than the tokens"],
 )
 def test_left_padding_is_read(mask: Any) -> None:
-    columns = valid_columns(mask, 5)
+    columns = valid_columns(mask, 5, 3)
     assert columns is not None
     assert columns[0].tolist() == [2, 0, 4]
     assert columns[1].tolist() == [5, 5, 5]
 
 
 def test_right_padding_and_empty_rows() -> None:
-    columns = valid_columns(torch.tensor([[1, 1, 0], [0, 0, 0]]), 3)
+    columns = valid_columns(torch.tensor([[1, 1, 0], [0, 0, 0]]), 3, 2)
     assert columns is not None
     assert columns[0].tolist() == [0, 3]
     assert columns[1].tolist() == [2, 3]
@@ -52,7 +52,7 @@ def test_right_padding_and_empty_rows() -> None:
 
 @pytest.mark.parametrize("mask", [None, torch.ones(2, 4), causal(torch.ones(2, 4)), {"full_attention": None}])
 def test_no_padding_is_none(mask: Any) -> None:
-    assert valid_columns(mask, 4) is None
+    assert valid_columns(mask, 4, 2) is None
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_no_padding_is_none(mask: Any) -> None:
 )
 def test_what_cannot_be_read_is_named(mask: Any, words: str) -> None:
     with pytest.raises(OrthoRankError, match=words):
-        valid_columns(mask, 4)
+        valid_columns(mask, 4, len(mask) if isinstance(mask, torch.Tensor) else 1)
 
 
 def test_a_block_mask_is_named(tiny_model: Any) -> None:
@@ -90,7 +90,7 @@ def test_a_causal_mask_that_is_not_plain_is_refused(tiny_model: Any) -> None:
     sliding = causal(torch.ones(1, 8)).triu(-2)
     for mask in (packed, prefix, sliding, additive(packed)):
         with pytest.raises(OrthoRankError, match="not causal attention with padding"):
-            valid_columns(mask, 8)
+            valid_columns(mask, 8, 1)
 
 
 def test_one_mask_for_all_rows(tiny_model: Any) -> None:
