@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orthorank_kernels import keep_count, select_tokens
+from orthorank_kernels.dispatch import interpreting
 from orthorank_kernels.reference import selection as reference
+from orthorank_kernels.triton import radix
 from orthorank_kernels.triton import selection as kernels
 from tests.kernels.tools import DEVICE
 
@@ -170,6 +172,19 @@ def test_rows_longer_than_the_registers_are_streamed(monkeypatch, poisoned):
             actual = select_tokens(scores, k, starts=starts, lengths=lengths, keep_last=2, backend="triton")
             expected = [by_sort(scores[0].tolist(), k, last=2), by_sort(scores[1].tolist(), k, 3, tokens - 5, last=2)]
             assert_selects(actual, expected, k)
+
+
+@pytest.mark.skipif(not interpreting(), reason="a compiled kernel keeps the constants that it was compiled with")
+def test_counting_without_a_histogram_mask(monkeypatch, poisoned):
+    """As with Triton before 3.4."""
+    monkeypatch.setattr(radix, "MASKED_HISTOGRAM", False)
+    monkeypatch.setattr(kernels, "RESIDENT_SIZES", ((64, 8), (64, 16)))
+    monkeypatch.setattr(kernels, "STREAM_TILE", (32, 16))
+    for tokens in (60, 64, 127):
+        scores = random(2, tokens).mul(8).round()
+        for k in (1, tokens // 3, tokens - 1):
+            expected = [by_sort(row, k) for row in scores.tolist()]
+            assert_selects(select_tokens(scores, k, backend="triton"), expected, k)
 
 
 @pytest.mark.parametrize("tokens", [13, 14, 15, 16])
