@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(NOTHING_KEPT)
     except OrthoRankError as error:
         return _fail(str(error))
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # rich and click leave by SystemExit when nobody reads any more
         return _fail("the output was closed")
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""

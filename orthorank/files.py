@@ -9,13 +9,25 @@ from typing import Any
 from orthorank.errors import OrthoRankError
 
 
+def user_path(name: str, path: str | os.PathLike[str]) -> Path:
+    """``path`` with ``~`` written out.
+
+    Raises:
+        OrthoRankError: it begins with the home of a user that does not exist; ``name`` is the argument's.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise OrthoRankError(f"{name} is {str(path)!r}: there is no such home directory") from error
+
+
 def writable_folder(path: str | os.PathLike[str]) -> Path:
     """Make the folder ``path`` if it is not there, and check that files can be written into it.
 
     Raises:
         OrthoRankError: it cannot be made or written to.
     """
-    folder = Path(path).expanduser()
+    folder = user_path("output", path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".orthorank-"):
@@ -31,11 +43,14 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` so that a reader sees the old file or the new one, never a part."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="replace")  # file names need not be UTF-8
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
         raise OrthoRankError(f"{path} cannot be written: {error.strerror}") from error
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

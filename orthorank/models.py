@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthorank.errors import OrthoRankError
+from orthorank.files import user_path
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +109,7 @@ def locate(name_or_path: str | None) -> Location:
     """Where the model named by the user is; says what is missing without loading anything."""
     if name_or_path is None:
         return _packaged()
-    path = Path(name_or_path).expanduser()
+    path = user_path("model", name_or_path)
     if path.suffix == ".gguf" and path.is_file():
         return Location(str(path), str(path.parent), "GGUF file", path.name)
     if path.is_dir():

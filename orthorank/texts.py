@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orthorank.errors import OrthoRankError
+from orthorank.files import user_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +65,7 @@ def find_text(path: str | Path | None = None) -> Text:
     """
     if path is None:
         return _standard_library()
-    file = Path(path).expanduser()
+    file = user_path("text", path)
     try:
         content = file.read_text(encoding="utf-8")
     except OSError as error:

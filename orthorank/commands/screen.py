@@ -60,6 +60,8 @@ def number(option: str, words: str | None) -> float | None:
     if words is None:
         return None
     try:
+        if len(words) > 40 or "e" in words.lower():  # Fraction would write 1e99999999 out in full
+            raise ValueError
         return float(Fraction(words.strip()))
     except (ValueError, ZeroDivisionError, OverflowError):
         raise OrthoRankError(f"{option} is {words!r}; it must be a number such as 0.25 or 1/3") from None
@@ -77,6 +79,8 @@ def numbers(option: str, words: str | None) -> list[int] | None:
     try:
         for part in words.split(","):
             first, _, last = part.strip().partition("-")
+            if len(first) > 6 or len(last) > 6:
+                raise ValueError
             layers += range(int(first), int(last or first) + 1)
     except ValueError:
         raise OrthoRankError(f"{option} is {words!r}; it must be layer numbers such as 12,14 or 12-16,20") from None

@@ -4,7 +4,6 @@
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthorank.apply import check_plan
@@ -12,6 +11,7 @@ from orthorank.config import OrthoRankConfig
 from orthorank.demo.run import PLAN_FILES, Run
 from orthorank.demo.settings import KEEP_RATIO, SPARSITY, Settings
 from orthorank.errors import OrthoRankError
+from orthorank.files import user_path
 from orthorank.plans import default_plan
 from orthorank.report import words
 
@@ -43,7 +43,7 @@ def check_plan_file(settings: Settings) -> None:
     """A plan named by its path can be read. (Whether it fits the model is known when the model is.)"""
     if settings.plan in ("search", "default"):
         return
-    path = Path(settings.plan).expanduser()
+    path = user_path("plan", settings.plan)
     if not path.exists():
         raise OrthoRankError(
             f"plan is {settings.plan!r}, and there is no such file or folder; it may be search, default, or the path "
@@ -109,7 +109,7 @@ def _given_plan(run: Run) -> tuple[OrthoRankConfig | None, str]:
         return None, ""
     if settings.plan == "default":
         return default_plan(run.model), "shipped with the package"
-    plan = OrthoRankConfig.from_pretrained(Path(settings.plan).expanduser())
+    plan = OrthoRankConfig.from_pretrained(user_path("plan", settings.plan))
     check_plan(run.model, plan)
     if not plan.layers or not 0 < plan.keep_ratio < 1:
         raise OrthoRankError(
@@ -123,7 +123,7 @@ def _given_pruning(run: Run, removed: int) -> OrthoRankConfig | None:
     """Layers to remove that come with the given plan, if there are as many as wanted."""
     if run.settings.plan == "default":
         return default_plan(run.model, "layer-pruning")
-    path = Path(run.settings.plan).expanduser()
+    path = user_path("plan", run.settings.plan)
     file = (path if path.is_dir() else path.parent) / PLAN_FILES["layer-pruning"]
     if run.settings.plan == "search" or not file.is_file():
         return None

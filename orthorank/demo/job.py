@@ -40,8 +40,8 @@ def run_demo(settings: Settings, screen: Screen | None = None) -> dict[str, Any]
     run = _prepare(settings, screen or SilentScreen())
     sink = _look_at_sink(run)
     intentions = choose.intend(run, sink)
+    run.save()  # first: an earlier run's plans stay when it turns out that nothing can be written
     run.forget_plans()
-    run.save()  # from here on there is something to keep
     try:
         run.screen.heading("2  The layers")
         plans = {intention.method: choose.carry_out(run, intention) for intention in intentions}

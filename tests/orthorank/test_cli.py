@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orthorank import cli
+from orthorank import OrthoRankError, cli
 
 ROOT = Path(__file__).parents[2]
 
@@ -200,3 +200,33 @@ def test_doctor_says_yes_to_smollm2(orthorank, monkeypatch, smollm2):
     assert "OrthoRank applies" in flat
     assert "The sink forms in layer 11 of 30" in flat
     assert "Layers 12-27 may select tokens (16 of 30)" in flat
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["1e400", "1e99999999", "9" * 50, "0x1", "1/0", ""],
+    ids=["overflow", "huge", "long", "hex", "zero", "empty"],
+)
+def test_numbers_that_are_none(words: str) -> None:
+    from orthorank.commands.screen import number
+
+    with pytest.raises(OrthoRankError, match=r"sparsity is .*must be a number"):
+        number("sparsity", words)
+
+
+@pytest.mark.parametrize("words", ["0-9999999999", "a", "1,,2", "-"])
+def test_layer_numbers_that_are_none(words: str) -> None:
+    from orthorank.commands.screen import numbers
+
+    with pytest.raises(OrthoRankError, match=r"layers is .*must be layer numbers"):
+        numbers("layers", words)
+
+
+def test_no_such_home() -> None:
+    from orthorank.files import writable_folder
+    from orthorank.models import locate
+    from orthorank.texts import find_text
+
+    for use in (writable_folder, locate, find_text):
+        with pytest.raises(OrthoRankError, match="no such home directory"):
+            use("~nosuch-user/x")
