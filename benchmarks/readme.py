@@ -43,7 +43,8 @@ def demo_section() -> str:
     speed = results["speed"]
     note = (
         f"`{results['model']}` on a CPU ({speed['dtype']}, {speed['threads']} threads, prompts of {speed['prompt']:,} "
-        f"tokens); text: {results['text']}. From `make demo`, in `benchmarks/results/demo/results.json`."
+        f"tokens); text: {results['text']}. From "
+        f"`orthorank demo --repeats {results['settings']['repeats']}`, in `benchmarks/results/demo/results.json`."
     )
     return f"{table(head, rows)}\n\n{note}"
 
@@ -68,7 +69,8 @@ def prefill_rows() -> list[list[str]]:
         [
             what,
             figure,
-            "`python benchmarks/bench_prefill.py --threads 1 --rounds 5 --json benchmarks/results/prefill_smollm2.json`",
+            f"`python benchmarks/bench_prefill.py --threads {r['speed']['threads']} --json "
+            "benchmarks/results/prefill_smollm2.json`",
         ]
     ]
 
