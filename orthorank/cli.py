@@ -1,7 +1,7 @@
 """The command ``orthorank``: what it is called with, and how it ends.
 
 It ends with 0, with 1 where a command answers "no" (`orthorank doctor`), or with 2 and one sentence on stderr. Commands
-import torch and transformers when they run, so that ``--help`` does not wait for them.
+import transformers when they run, so that ``--help`` does not wait for it. (The package itself imports torch.)
 """
 
 import importlib.util

@@ -63,7 +63,7 @@ def command(
         prompt_tokens=prompt_tokens,
         repeats=repeats,
     )
-    from orthorank.demo import run_demo  # after the checks above: this waits for torch
+    from orthorank.demo import run_demo  # after the checks above, which are quick
     from orthorank.report import words
 
     console = Console()
