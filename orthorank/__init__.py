@@ -5,10 +5,38 @@
 1
 """
 
-from orthorank.apply import Handle, apply, handle_of, status
-from orthorank.config import OrthoRankConfig
-from orthorank.errors import OrthoRankError
-from orthorank.families import FAMILIES
-from orthorank_kernels._version import __version__
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orthorank.config import OrthoRankConfig
+    from orthorank.errors import OrthoRankError
+    from orthorank.families import FAMILIES
+    from orthorank.handle import Handle, apply, handle_of, status
+    from orthorank_kernels._version import __version__
 
 __all__ = ["FAMILIES", "Handle", "OrthoRankConfig", "OrthoRankError", "__version__", "apply", "handle_of", "status"]
+
+# Imported when first asked for: torch takes seconds, and the command line should answer, and stop, before that.
+_HOMES = {
+    "OrthoRankConfig": "orthorank.config",
+    "OrthoRankError": "orthorank.errors",
+    "FAMILIES": "orthorank.families",
+    "Handle": "orthorank.handle",
+    "apply": "orthorank.handle",
+    "handle_of": "orthorank.handle",
+    "status": "orthorank.handle",
+    "__version__": "orthorank_kernels._version",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,7 @@
 """The command ``orthorank``: what it is called with, and how it ends.
 
 It ends with 0, with 1 where a command answers "no" (`orthorank doctor`), or with 2 and one sentence on stderr. Commands
-import transformers when they run, so that ``--help`` does not wait for it. (The package itself imports torch.)
+import torch and transformers when they run, so that ``--help`` does not wait for them and Ctrl-C is always understood.
 """
 
 import importlib.util
@@ -46,7 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except (BrokenPipeError, SystemExit):  # rich and click leave by SystemExit when nobody reads any more
         return _fail("the output was closed")
-    except OSError as error:
+    except Exception as error:
+        if _interrupted(error):
+            return _fail(NOTHING_KEPT)
+        if not isinstance(error, OSError):
+            raise
         where = f" {error.filename}" if error.filename else ""
         return _fail(f"the file system says of{where or ' a file'}: {error.strerror or error}")
 
@@ -79,6 +83,15 @@ def _app() -> "typer.Typer":
         return 0
 
     return app
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: libraries wrap what stops them in the middle of an import or a download."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _command_of(error: Any) -> str:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from orthorank.apply import handle_of
 from orthorank.calls import Call
 from orthorank.config import OrthoRankConfig
 from orthorank.errors import OrthoRankError
 from orthorank.families import Parts, decoder_of, family_of
+from orthorank.handle import handle_of
 from orthorank.layer import selected_forward
 from orthorank.patching import Patch
 

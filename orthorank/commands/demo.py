@@ -35,7 +35,7 @@ def command(
     layers: Annotated[str | None, typer.Option(help=LAYERS)] = None,
     sink_layer: Annotated[int | None, typer.Option(help=SINK_LAYER)] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt whose prefill is timed.")] = 2048,
-    repeats: Annotated[int, typer.Option(help="Timed runs of each variant.")] = 5,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each variant.")] = 3,
 ) -> int:
     """Find a plan, measure it against layer pruning, and write a report.
 

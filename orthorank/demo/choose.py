@@ -6,18 +6,20 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from orthorank.apply import check_plan
 from orthorank.config import OrthoRankConfig
 from orthorank.demo.run import PLAN_FILES, Run
 from orthorank.demo.settings import KEEP_RATIO, SPARSITY, Settings
 from orthorank.errors import OrthoRankError
 from orthorank.files import user_path
+from orthorank.handle import check_plan
 from orthorank.plans import default_plan
 from orthorank.report import words
 
 if TYPE_CHECKING:
     from orthorank.search import SearchState
     from orthorank.sink import SinkReport
+
+TOKENS_AT_ONCE = 1024  # in one forward of the search: more save little on a CPU, and their logits take memory
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,12 @@ def _search(run: Run, intention: Intention) -> "SearchState":
 
     count = intention.count
     windows = run.samples.calibration.to(run.model.device)
-    evaluator = Evaluator(LayerStack(run.model), windows, keep_ratio=intention.keep_ratio)
+    evaluator = Evaluator(
+        LayerStack(run.model),
+        windows,
+        keep_ratio=intention.keep_ratio,
+        batch_size=max(1, TOKENS_AT_ONCE // windows.shape[1]),
+    )
     total = evaluation_count(len(intention.candidates), count)
     progress = run.screen.progress(words.TITLES[intention.method], total)
     with run.timed(f"search {intention.method}"), progress as advance:

@@ -43,8 +43,8 @@ def _row(run: Run, name: str, plan: OrthoRankConfig | None) -> dict[str, Any]:
 
 
 def _add_perplexity(run: Run, variants: Variants) -> None:
-    from orthorank.apply import apply
     from orthorank.evaluation import perplexity
+    from orthorank.handle import apply
 
     ids = run.samples.held_out
     losses: dict[str, Sequence[float]] = {}

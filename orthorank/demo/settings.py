@@ -45,10 +45,10 @@ class Settings:
     device: str = "auto"
     layers: list[int] | None = None
     sink_layer: int | None = None
-    held_out_windows: int = 16
+    held_out_windows: int = 8
     held_out_len: int = 512
     prompt_tokens: int = 2048
-    repeats: int = 5
+    repeats: int = 3
 
     def __post_init__(self) -> None:
         if self.sparsity is not None and not 0 < self.sparsity < 1:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from orthorank.apply import apply
 from orthorank.config import OrthoRankConfig
 from orthorank.errors import OrthoRankError
 from orthorank.families import device_of
+from orthorank.handle import apply
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels import sass
-from tests.kernels.compile_cases import CASES, GROUPS, TARGETS, Case, broken_limits
+from benchmarks.static import sass
+from benchmarks.static.case import TARGETS, Case, broken_limits
+from benchmarks.static.cases import CASES, GROUPS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,7 +30,7 @@ HAS_LIMITS = VERSION >= (3, 9)
 
 def compile_group(target: str, group: str, slow: bool, cache: Path) -> dict[str, dict]:
     """Measurements by case name, from a child process with the compiler in place of the interpreter."""
-    command = [sys.executable, "-m", "tests.kernels.compile_worker", target, group, *(["--slow"] if slow else [])]
+    command = [sys.executable, "-m", "benchmarks.static.worker", target, group, *(["--slow"] if slow else [])]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)  # empty, so that everything is compiled now
     child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -267,7 +267,7 @@ def test_a_plan_of_another_model_is_refused(finished, tiny_folder, tmp_path):
 
 @pytest.mark.parametrize(("method", "count", "ratio"), [("orthorank", 9, 1 / 3), ("layer-pruning", 6, 0.0)])
 def test_the_shipped_plans_are_at_20_percent_and_fit_smollm2(smollm2, method, count, ratio):
-    from orthorank.apply import check_plan
+    from orthorank.handle import check_plan
 
     plan = default_plan(smollm2[0], method)
     check_plan(smollm2[0], plan)

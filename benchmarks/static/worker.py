@@ -1,6 +1,6 @@
 """Compiles the cases of one group for one GPU, which need not be present, and measures the machine code.
 
-    python -m tests.kernels.compile_worker sm_90 attention [--slow] [--table]
+    python -m benchmarks.static.worker sm_90 attention [--slow] [--table]
 
 Runs in a process of its own, because the interpreter replaces the compiler for a whole process. One JSON object per
 case on the standard output:
@@ -18,8 +18,9 @@ import re
 import time
 from typing import Any
 
-from tests.kernels import sass
-from tests.kernels.compile_cases import CASES, Case
+from benchmarks.static import sass
+from benchmarks.static.case import Case
+from benchmarks.static.cases import CASES
 
 
 class AbsentGpu:

@@ -16,8 +16,8 @@ from orthorank.config import OrthoRankConfig, hub_id
 from orthorank.errors import OrthoRankError
 from orthorank.families import Family, decoder_of, family_of
 from orthorank.layer import removed_forward, selected_forward
+from orthorank.layer_status import LayerCounts, Status, status_of
 from orthorank.patching import Patch
-from orthorank.status import LayerCounts, Status, status_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,0 +1,1 @@
+"""What the kernels compile to, for GPUs that need not be present: cases, limits, measurements."""

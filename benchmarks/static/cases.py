@@ -1,0 +1,15 @@
+"""Every case, and the groups they are compiled in."""
+
+from benchmarks.static.case import Case
+from benchmarks.static.cases_attention import attention_cases
+from benchmarks.static.cases_rows import rotary_cases, row_cases
+from benchmarks.static.cases_scores import scoring_cases, selection_cases
+
+CASES: tuple[Case, ...] = (
+    *row_cases(),
+    *rotary_cases(),
+    *scoring_cases(),
+    *selection_cases(),
+    *attention_cases(),
+)
+GROUPS = tuple(dict.fromkeys(case.group for case in CASES))

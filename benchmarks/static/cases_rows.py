@@ -1,0 +1,52 @@
+"""Cases of the row kernels: gather, scatter, add and norm, rotary embedding."""
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.static.case import FLOAT, HALF, Case, empty, launch, name_of, some_positions
+
+# No spills, no atomics, rows move 128 bits at a time. Spill limits are for 16-bit types.
+COPY = {"registers": 48, "spills": 0, "atomics": 0, "min_wide_loads": 0.9, "min_wide_stores": 1.0}
+NORM = {**COPY, "registers": 64}
+# Of a hidden size that no power of two above 8 divides, or of a few hundred bytes, a thread moves few bytes at a time.
+NARROW = {"registers": 96, "min_wide_loads": 0.0, "min_wide_stores": 0.0}
+
+
+def row_cases() -> Iterator[Case]:
+    everyday = (576, 4096)
+    others = (64, 577, 896, 1000, 2048, 8192, 14336, 20480)
+    shapes = [(h, d) for h in (*everyday, *others) for d in (HALF, FLOAT)] + [(h, torch.float16) for h in everyday]
+    for hidden, dtype in shapes:
+        slow = hidden not in everyday or dtype != HALF
+        narrow = NARROW if hidden % 16 or hidden < 512 else {}
+        # A longer row takes more than 16 registers of each thread for each of its tensors.
+        long = {"registers": 128} if hidden * dtype.itemsize > 16384 else {}
+        if hidden * dtype.itemsize > 65536:
+            long["spills"] = 64
+        x, rows = empty(4, 2048, hidden, dtype=dtype), empty(4, 682, hidden, dtype=dtype)
+        positions, weight = some_positions(4, 682), empty(hidden, dtype=dtype)
+        for op, args, limits in (
+            ("gather_rows", (x, positions), COPY | narrow),
+            ("scatter_rows_", (x, positions, rows), COPY | narrow),
+            ("gather_add_rms_norm", (x, positions, rows, weight, 1e-5), NORM | narrow | long),
+        ):
+            yield Case("rows", f"{op} {hidden} {name_of(dtype)}", launch(f"rows.{op}", *args), limits, slow=slow)
+
+
+def rotary_cases() -> Iterator[Case]:
+    everyday = ((32, 128, 128), (32, 64, 64), (9, 64, 64))
+    others = ((8, 128, 128), (32, 32, 32), (71, 64, 64), (32, 80, 32), (24, 96, 96), (32, 80, 80), (8, 256, 256),
+              (16, 256, 64), (128, 128, 128), (1, 256, 256))  # fmt: skip
+    shapes = [(shape, dtype, True) for shape in (*everyday, *others) for dtype in (HALF, FLOAT)]
+    shapes += [(shape, dtype, False) for shape in everyday for dtype in (HALF, torch.float16)]
+    for (heads, head_dim, rotary_dim), dtype, gathered in shapes:
+        slow = (heads, head_dim, rotary_dim) not in everyday or dtype != HALF or not gathered
+        x, table = empty(4, 682, heads, head_dim, dtype=dtype).transpose(1, 2), empty(1, 682, rotary_dim, dtype=dtype)
+        yield Case(
+            "rows",
+            f"apply_rotary_at {heads} x {head_dim}/{rotary_dim} {name_of(dtype)}" + ("" if gathered else " all tokens"),
+            launch("rotary.apply_rotary_at", x, table, table, some_positions(4, 682) if gathered else None),
+            {"registers": 96, "spills": 0, "atomics": 0, "min_wide_stores": 0.0 if slow else 1.0},
+            slow=slow,
+        )
