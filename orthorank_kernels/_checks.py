@@ -81,3 +81,14 @@ def positions(value: object, batch: int, like: torch.Tensor) -> None:
         raise ValueError(f"positions has shape {list(value.shape)}; its first dimension must be the batch, {batch}")
     if value.device != like.device:
         raise ValueError(f"positions is on {value.device}; it must be on {like.device} like the other tensors")
+
+
+def output(name: str, value: object, expected: Sequence[int], dtype: torch.dtype, like: torch.Tensor) -> None:
+    """``value`` can take an op's output: shape ``expected``, ``dtype``, the device of ``like``, contiguous."""
+    tensor(name, value, "[" + ", ".join(map(str, expected)) + "]", (dtype,))
+    assert isinstance(value, torch.Tensor)
+    shape(name, value, expected, "the op's output")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}; it must be on {like.device} like the other tensors")
+    if not value.is_contiguous():
+        raise ValueError(f"{name} has strides {list(value.stride())}; an output must be contiguous")

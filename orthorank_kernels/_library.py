@@ -1,11 +1,14 @@
-"""The operator library: one torch operator per public op.
+"""The operator library: the torch operators of the public ops.
 
-Each public op has exactly one `torch.library` operator in the namespace `orthorank_kernels`. The CPU implementation is
-the PyTorch reference, the CUDA implementation is the Triton launcher (imported when it first runs), and the fake
-implementation states shapes, dtypes and strides, so that `torch.compile(fullgraph=True)` and `opcheck` work.
+Each public op has one functional `torch.library` operator in the namespace `orthorank_kernels`, and one more that
+writes into tensors of the caller (``out=``), so that a captured graph or a serving stack's pool owns the memory. The CPU
+implementation is the PyTorch reference, the CUDA implementation is the Triton launcher (imported when it first runs),
+and the fake implementation states shapes, dtypes and strides, so that `torch.compile(fullgraph=True)` and `opcheck`
+work.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -15,22 +18,67 @@ NAMESPACE = "orthorank_kernels"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
-def define(schema: str, *, cpu: Callable[..., Any], triton: str, fake: Callable[..., Any]) -> Any:
-    """Define the operator of one public op and return it.
+@dataclass(frozen=True)
+class Operator:
+    """One public op: its torch operators, its reference and its launcher.
+
+    Args:
+        functional: returns new tensors. reference: PyTorch, called with the schema's arguments in order.
+        launcher: ``"module.function"`` inside ``orthorank_kernels.triton``, called likewise; if the op has ``outputs``,
+            also with ``out=``: a tuple of tensors to write, one for each of them (None where it may be left out).
+        outputs: names of what the op returns; empty for ops that write to an argument.
+        into: writes to the tensors it gets by those names, and returns None.
+    """
+
+    functional: Any
+    reference: Callable[..., Any]
+    launcher: str
+    outputs: tuple[str, ...] = ()
+    into: Any = None
+
+
+def define(
+    schema: str, *, cpu: Callable[..., Any], triton: str, fake: Callable[..., Any], outputs: Sequence[str] = ()
+) -> Operator:
+    """Define the operators of one public op.
 
     Args:
         schema: name and signature in torch's schema language. Ops that write to an argument mark it ``(a!)`` and
             return ``()``.
-        cpu: the reference, called with the schema's arguments in order.
-        triton: name of the launcher as ``"module.function"`` inside ``orthorank_kernels.triton``.
+        cpu, triton, outputs: see `Operator`. An output whose name ends in ``?`` may be left out by the caller of the
+            variant with ``out=``; the functional operator returns an empty tensor where it is not asked for.
         fake: what the outputs look like, from the inputs alone.
     """
-    name = schema.split("(", 1)[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, cpu, "CPU")
-    _LIBRARY.impl(name, _lazy_launcher(triton), "CUDA")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.orthorank_kernels, name).default
+    name, arguments = schema.split("(", 1)
+    _implement(name, schema, cpu, _lazy_launcher(triton), fake)
+    functional = getattr(torch.ops.orthorank_kernels, name).default
+    if not outputs:
+        return Operator(functional, cpu, triton)
+    arguments = arguments[: arguments.rindex(") ->")]
+    writes = [
+        f"Tensor({chr(ord('a') + i)}!){'?' * o.endswith('?')} {o.removesuffix('?')}" for i, o in enumerate(outputs)
+    ]
+
+    def write_reference(*args: Any, **out: torch.Tensor | None) -> None:
+        copy_results(cpu(*args), tuple(out.values()))
+
+    def write_kernel(*args: Any, **out: torch.Tensor | None) -> None:
+        launcher(triton)(*args, out=tuple(out.values()))
+
+    into = f"{name}_out"
+    _implement(
+        into, f"{into}({arguments}, *, {', '.join(writes)}) -> ()", write_reference, write_kernel, lambda *a, **k: None
+    )
+    names = tuple(o.removesuffix("?") for o in outputs)
+    return Operator(functional, cpu, triton, names, getattr(torch.ops.orthorank_kernels, into).default)
+
+
+def copy_results(results: Any, out: Sequence[torch.Tensor | None]) -> None:
+    """Copy what a reference returned into the caller's tensors."""
+    results = results if isinstance(results, tuple) else (results,)
+    for result, target in zip(results, out, strict=True):
+        if target is not None:
+            target.copy_(result)
 
 
 def launcher(path: str) -> Callable[..., Any]:
@@ -45,6 +93,15 @@ def launcher(path: str) -> Callable[..., Any]:
             "a GPU tensor needs Triton, which is not installed; run: pip install 'orthorank-kernels[triton]', or pass "
             'backend="reference"'
         ) from error
+
+
+def _implement(
+    name: str, schema: str, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, cpu, "CPU")
+    _LIBRARY.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
 
 
 def _lazy_launcher(path: str) -> Callable[..., Any]:

@@ -60,7 +60,7 @@ def sparse_query_attention(
     if scale is None:
         scale = q.shape[-1] ** -0.5
     args = (q, k, v, positions, scale, window, starts, query_offset)
-    return dispatch.run(_OP, reference.sparse_query_attention, _LAUNCHER, args, backend=backend, device=q.device)
+    return dispatch.run(_OP, args, backend=backend, device=q.device)
 
 
 def _check(

@@ -12,8 +12,10 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from orthorank_kernels import _library
+from orthorank_kernels._library import Operator
 
 BACKENDS = ("auto", "triton", "reference")
 
@@ -50,41 +52,69 @@ def triton_unavailable(device: torch.device) -> str | None:
 
 
 def run(
-    op: Any,
-    reference: Callable[..., Any],
-    triton: str,
+    op: Operator,
     args: tuple[Any, ...],
     *,
     backend: str,
     device: torch.device,
+    out: tuple[torch.Tensor | None, ...] | None = None,
 ) -> Any:
     """Run one public op whose arguments were checked.
 
     Args:
-        op: its torch operator; reference: its PyTorch reference; triton: its launcher, as for `_library.define`.
-        args: the operator's arguments, in the schema's order, the same for all three.
+        op: from `_library.define`; args: its arguments, in the schema's order.
         backend: one of `BACKENDS`.
         device: where the tensors are.
+        out: tensors to write to, one for each of ``op.outputs``, checked; None allocates.
+
+    Returns:
+        What the op returns; with ``out``, the tuple of these tensors.
     """
     if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):  # the ops say themselves where they round
-            return run(op, reference, triton, args, backend=backend, device=device)
+            return run(op, args, backend=backend, device=device, out=out)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it may be one of {', '.join(map(repr, BACKENDS))}")
-    needs_grad = torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+    needs_grad = any(isinstance(a, torch.Tensor) and _is_differentiated(a) for a in args)
+    if needs_grad and out is not None:
+        raise BackendError(
+            "out= got an input that requires grad, and what is written to given memory has no gradient; call under "
+            "torch.no_grad(), or leave out= away"
+        )
     if backend == "triton":
-        reason = triton_unavailable(device)
-        if reason is not None:
-            raise BackendError(f'backend="triton" cannot run on device {device}: {reason}')
-        if needs_grad:
-            raise BackendError(
-                f'backend="triton" on device {device} got an input that requires grad, and the kernels have no '
-                'backward; call under torch.no_grad(), or use backend="reference"'
-            )
-        return _library.launcher(triton)(*args)
+        _require_triton(device, needs_grad)
+        launch = _library.launcher(op.launcher)
+        return launch(*args) if out is None else _into(out, lambda: launch(*args, out=out))
     if backend == "reference" or needs_grad:
-        return reference(*args)
-    return op(*args)
+        if out is None:
+            return op.reference(*args)
+        return _into(out, lambda: _library.copy_results(op.reference(*args), out))
+    if out is None:
+        return op.functional(*args)
+    return _into(out, lambda: op.into(*args, **dict(zip(op.outputs, out, strict=True))))
+
+
+def _is_differentiated(x: torch.Tensor) -> bool:
+    """Whether a gradient (backward mode) or a tangent (forward mode) of ``x`` is wanted."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+def _into(out: tuple[torch.Tensor | None, ...], write: Callable[[], Any]) -> tuple[torch.Tensor | None, ...]:
+    write()
+    return out
+
+
+def _require_triton(device: torch.device, needs_grad: bool) -> None:
+    reason = triton_unavailable(device)
+    if reason is not None:
+        raise BackendError(f'backend="triton" cannot run on device {device}: {reason}')
+    if needs_grad:
+        raise BackendError(
+            f'backend="triton" on device {device} got an input that requires grad, and the kernels have no '
+            'backward; call under torch.no_grad(), or use backend="reference"'
+        )
 
 
 def describe(device: torch.device | str) -> tuple[str, str]:

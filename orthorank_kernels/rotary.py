@@ -49,8 +49,6 @@ def apply_rotary_at(
     _check(x, cos, sin, positions)
     return dispatch.run(
         _APPLY_ROTARY_AT,
-        reference.apply_rotary_at,
-        "rotary.apply_rotary_at",
         (x, cos, sin, positions),
         backend=backend,
         device=x.device,

@@ -41,8 +41,6 @@ def gather_rows(x: torch.Tensor, positions: torch.Tensor, *, backend: str = "aut
     _checks.unit_last_stride(x=x, positions=positions)
     return dispatch.run(
         _GATHER_ROWS,
-        reference.gather_rows,
-        "rows.gather_rows",
         (x, positions),
         backend=backend,
         device=x.device,
@@ -102,8 +100,6 @@ def gather_add_rms_norm(
         raise ValueError(f"eps is {eps}; it must be above 0, or a row of zeros has no norm")
     return dispatch.run(
         _GATHER_ADD_RMS_NORM,
-        reference.gather_add_rms_norm,
-        "rows.gather_add_rms_norm",
         (hidden_states, positions, addend, weight, eps),
         backend=backend,
         device=hidden_states.device,
@@ -144,8 +140,6 @@ def scatter_rows_(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
         )
     dispatch.run(
         _SCATTER_ROWS,
-        reference.scatter_rows_,
-        "rows.scatter_rows_",
         (out, positions, rows),
         backend=backend,
         device=out.device,

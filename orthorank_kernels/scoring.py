@@ -57,8 +57,6 @@ def rms_norm_score(
     sink = check_norm(hidden_states, weight, sink, starts, lengths)
     return dispatch.run(
         _OP,
-        reference.rms_norm_score,
-        "scoring.rms_norm_score",
         (hidden_states, weight, eps, sink, starts),
         backend=backend,
         device=hidden_states.device,

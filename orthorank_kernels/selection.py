@@ -128,8 +128,6 @@ def select_tokens(
     request = _check_request(scores, k, starts, lengths, sink_positions, keep_last, max_selected)
     return dispatch.run(
         _SELECT,
-        reference.select_tokens,
-        "selection.select_tokens",
         (scores, *request, starts, lengths, sink_positions, keep_last),
         backend=backend,
         device=scores.device,
@@ -174,8 +172,6 @@ def rms_norm_select(
     request = _check_request(hidden_states, k, starts, lengths, sink_positions, keep_last, max_selected)
     return dispatch.run(
         _NORM_SELECT,
-        reference.rms_norm_select,
-        "selection.rms_norm_select",
         (hidden_states, weight, eps, *request, sink, starts, lengths, sink_positions, keep_last),
         backend=backend,
         device=hidden_states.device,
