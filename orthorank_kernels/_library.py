@@ -1,10 +1,10 @@
 """The operator library: the torch operators of the public ops.
 
 Each public op has one functional `torch.library` operator in the namespace `orthorank_kernels`, and one more that
-writes into tensors of the caller (``out=``), so that a captured graph or a serving stack's pool owns the memory. The CPU
-implementation is the PyTorch reference, the CUDA implementation is the Triton launcher (imported when it first runs),
-and the fake implementation states shapes, dtypes and strides, so that `torch.compile(fullgraph=True)` and `opcheck`
-work.
+writes into tensors of the caller (``out=``), so that a captured graph or a serving stack's pool owns the memory. The
+CPU implementation is the PyTorch reference, the CUDA implementation is the Triton launcher (imported when it first
+runs), and the fake implementation states shapes, dtypes and strides, so that `torch.compile(fullgraph=True)` and
+`opcheck` work.
 """
 
 from collections.abc import Callable, Sequence
@@ -69,7 +69,6 @@ def define(
     _implement(
         into, f"{into}({arguments}, *, {', '.join(writes)}) -> ()", write_reference, write_kernel, lambda *a, **k: None
     )
-    names = tuple(o.removesuffix("?") for o in outputs)
     return Operator(functional, cpu, triton, names, getattr(torch.ops.orthorank_kernels, into).default)
 
 
