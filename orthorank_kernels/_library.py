@@ -55,9 +55,8 @@ def define(
     if not outputs:
         return Operator(functional, cpu, triton)
     arguments = arguments[: arguments.rindex(") ->")]
-    writes = [
-        f"Tensor({chr(ord('a') + i)}!){'?' * o.endswith('?')} {o.removesuffix('?')}" for i, o in enumerate(outputs)
-    ]
+    names = tuple(o.removesuffix("?") for o in outputs)
+    writes = [f"Tensor({chr(97 + i)}!){'?' * o.endswith('?')} {names[i]}" for i, o in enumerate(outputs)]
 
     def write_reference(*args: Any, **out: torch.Tensor | None) -> None:
         copy_results(cpu(*args), tuple(out.values()))
