@@ -10,7 +10,7 @@ the host, so the functions also run inside a captured graph on a GPU.
 
 import torch
 
-from orthorank_kernels.reference.scoring import rms_norm
+from orthorank_kernels.reference.norms import rms_norm
 
 
 def batch_index(positions: torch.Tensor) -> torch.Tensor:

@@ -6,20 +6,7 @@ normed_i = weight * (x_i / sqrt(mean(x_i^2) + eps))        score_i = |<sink, nor
 import torch
 from torch import Tensor
 
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums run in: float32, or float64 for float64 inputs."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, rounded where Hugging Face's ``LlamaRMSNorm`` rounds.
-
-    float32 inside; the normalised value is rounded to the input's dtype before the weight multiplies it.
-    """
-    exact = x.to(wide(x.dtype))
-    normed = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * normed.to(x.dtype)
+from orthorank_kernels.reference.norms import rms_norm, wide
 
 
 def rms_norm_score(
