@@ -21,6 +21,7 @@ from torch import Tensor
 
 from orthorank.errors import OrthoRankError
 from orthorank.families import device_of
+from orthorank.texts import check_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -112,7 +113,8 @@ def detect_sink(
         The report; ``report.sink_layer`` is None, with a reason, when no layer passes.
 
     Raises:
-        OrthoRankError: an unknown family, a plan is applied, an argument is out of range, or the text is too short.
+        OrthoRankError: an unknown family, a plan is applied, an argument is out of range, the text is too short, or it
+            has ids that the model does not know.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -130,6 +132,7 @@ def detect_sink(
         raise OrthoRankError(f"tokens is {tokens}; a passage needs at least 8 tokens")
     stack = LayerStack(model)
     ids = _ids(model, tokenizer, input_ids, first_tokens, tokens)
+    check_ids(ids, model, "the tokenizer" if input_ids is None else "input_ids")
     passages = _passages(ids, first_tokens, tokens).to(device_of(model))
     measured = _measure(stack, passages)
     layer, reason = find_sink_layer(measured["ratios"], measured["cos_self"])

@@ -15,7 +15,7 @@ from orthorank.files import user_path
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,21 @@ def tokenize(text: Text, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
     import torch
 
     return torch.tensor(tokenizer(text.content, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def check_ids(ids: "Tensor", model: "PreTrainedModel", name: str = "the tokenizer") -> None:
+    """Every one of ``ids`` has an embedding in ``model``; ``name`` is what the error calls their source.
+
+    Raises:
+        OrthoRankError: an id is outside the model's vocabulary, as when a folder holds another model's tokenizer.
+    """
+    entries = model.get_input_embeddings().weight.shape[0]
+    wrong = ids[(ids < 0) | (ids >= entries)]
+    if wrong.numel():
+        raise OrthoRankError(
+            f"{name} gives the id {int(wrong[0])}, and the vocabulary of the model has {entries:,} entries, 0 to "
+            f"{entries - 1}: they do not belong together; name a model with its own tokenizer"
+        )
 
 
 def take_samples(

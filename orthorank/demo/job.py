@@ -17,7 +17,7 @@ from orthorank.errors import OrthoRankError
 from orthorank.files import writable_folder
 from orthorank.models import load_model, locate, pick_device
 from orthorank.report import words
-from orthorank.texts import find_text, take_samples, tokenize
+from orthorank.texts import check_ids, find_text, take_samples, tokenize
 from orthorank_kernels._version import __version__
 
 if TYPE_CHECKING:
@@ -68,8 +68,10 @@ def _prepare(settings: Settings, screen: Screen) -> Run:
         model, tokenizer, info = load_model(settings.model, settings.device)
         advance(1, "")
     settings.check_layers(info.num_hidden_layers)
+    tokens = tokenize(text, tokenizer)
+    check_ids(tokens, model)
     samples = take_samples(
-        tokenize(text, tokenizer),
+        tokens,
         windows=settings.windows,
         seq_len=settings.seq_len,
         held_out_windows=settings.held_out_windows,

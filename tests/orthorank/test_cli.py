@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,20 @@ def test_a_bug_is_not_hidden(monkeypatch):
     monkeypatch.setattr("orthorank.environment.environment", fail)
     with pytest.raises(ZeroDivisionError):
         cli.main(["env"])
+
+
+@pytest.mark.parametrize("arguments", [["doctor"], ["demo", "--windows", "1", "--seq-len", "16", "--model"]])
+def test_a_tokenizer_with_more_ids_than_the_vocabulary_is_named(orthorank, tiny_folder, tmp_path, arguments):
+    from tests.orthorank.conftest import make_tiny_model
+
+    folder = shutil.copytree(tiny_folder, tmp_path / "smaller")
+    make_tiny_model("llama", vocab_size=50, num_hidden_layers=6).save_pretrained(folder)
+    output = ["--output", str(tmp_path / "out")] if arguments[0] == "demo" else []
+    code, _, err = orthorank(*arguments, str(folder), *output)
+    assert code == 2
+    assert err.startswith("orthorank: the tokenizer gives the id ")
+    assert "the vocabulary of the model has 50 entries, 0 to 49: they do not belong together" in err
+    assert err.count("\n") == 1
 
 
 def test_version_is_the_packages(orthorank):
