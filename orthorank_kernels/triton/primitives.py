@@ -5,6 +5,35 @@ import triton.language as tl
 
 
 @triton.jit
+def norm_row(
+    x,  # [BLOCK] float32, zero past HIDDEN
+    weight,  # [BLOCK] or None, zero past HIDDEN
+    bias,  # [BLOCK] or None, zero past HIDDEN
+    inside,  # [BLOCK]: where a channel is below HIDDEN
+    eps,
+    dtype: tl.constexpr,
+    NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
+    HIDDEN: tl.constexpr,
+):
+    """One row normed, in ``dtype``: ``NORM`` is "rms", "layer" or "identity", ``OFFSET`` is added to the weight.
+
+    float32 inside. Llama's norm ("rms" without an offset) rounds before the weight too, the others only at the end.
+    """
+    if NORM == "layer":
+        x = tl.where(inside, x - tl.sum(x, 0) / HIDDEN, 0.0)
+    if NORM != "identity":
+        x *= tl.rsqrt(tl.sum(x * x, 0) / HIDDEN + eps)
+        if NORM == "rms" and OFFSET == 0:
+            x = x.to(dtype).to(tl.float32)
+        if weight is not None:
+            x *= weight.to(tl.float32) + OFFSET
+        if bias is not None:
+            x += bias.to(tl.float32)
+    return x.to(dtype)  # [BLOCK]
+
+
+@triton.jit
 def rms_norm_row(
     x,  # [BLOCK] float32, zero past HIDDEN
     weight,  # [BLOCK] in the model's dtype
@@ -15,39 +44,6 @@ def rms_norm_row(
     mean_square = tl.sum(x * x, 0) / HIDDEN
     normed = (x * tl.rsqrt(mean_square + eps)).to(weight.dtype)  # [BLOCK]
     return (normed.to(tl.float32) * weight.to(tl.float32)).to(weight.dtype)  # [BLOCK]
-
-
-@triton.jit
-def norm_row(
-    x,  # [BLOCK] float32, zero past HIDDEN
-    inside,  # [BLOCK] bool: columns < HIDDEN
-    weight,  # [BLOCK] in the model's dtype, or None for ones
-    bias,  # [BLOCK] likewise, or None for zeros
-    eps,
-    weight_offset,  # float32, added to the weight; read if HAS_OFFSET
-    NORM: tl.constexpr,  # "rms" or "layer"
-    HAS_OFFSET: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """The norm of one row in DTYPE, rounded where the models round.
-
-    LayerNorm, and RMSNorm with a weight offset (Gemma), round once, at the end. RMSNorm without one rounds before and
-    after the weight, as Llama does.
-    """
-    if NORM == "layer":
-        x = tl.where(inside, x - tl.sum(x, 0) / HIDDEN, 0.0)  # [BLOCK]
-    y = x * tl.rsqrt(tl.sum(x * x, 0) / HIDDEN + eps)  # [BLOCK]
-    if weight is not None:
-        if NORM == "rms" and not HAS_OFFSET:
-            y = y.to(DTYPE).to(tl.float32)
-        scale = weight.to(tl.float32)
-        if HAS_OFFSET:
-            scale += weight_offset
-        y *= scale
-    if bias is not None:
-        y += bias.to(tl.float32)
-    return y.to(DTYPE)
 
 
 @triton.jit
