@@ -8,6 +8,81 @@ from collections.abc import Sequence
 import torch
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_INFINITY = float("inf")
+
+
+def number(
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    none: str | None = None,
+    because: str = "",
+) -> None:
+    """``value`` is a finite number, not a bool, a tensor or a string, and above or at least the bound given.
+
+    Args:
+        none: what None stands for, where it may be given ("head_dim ** -0.5"). because: why the bound is there.
+    """
+    if value is None and none is not None:
+        return
+    bound = "" if at_least is None else f" of at least {at_least:g}"
+    bound = bound if above is None else f" above {above:g}"
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"{name} is {_shown(value)}; {_wanted('a number', bound, none, because)}")
+    # The comparisons are false for NaN.
+    if (above is not None and not value > above) or (at_least is not None and not value >= at_least):
+        raise ValueError(f"{name} is {value}; {_wanted('a number', bound, none, because)}")
+    if not -_INFINITY < value < _INFINITY:
+        raise ValueError(f"{name} is {value}; {_wanted('a finite number', bound, none, because)}")
+
+
+def integer(
+    name: str,
+    value: object,
+    *,
+    at_least: int | None = None,
+    at_most: int | None = None,
+    none: str | None = None,
+    because: str = "",
+) -> None:
+    """``value`` is an int, not a bool or a float, from ``at_least`` to ``at_most``. See `number` for the others."""
+    if value is None and none is not None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name} is {_shown(value)}; {_wanted('an int', _bounds(at_least, at_most), none, because)}")
+    if (at_least is not None and value < at_least) or (at_most is not None and value > at_most):
+        raise ValueError(f"{name} is {value}; {_wanted('an int', _bounds(at_least, at_most), none, because)}")
+
+
+def flag(name: str, value: object) -> None:
+    """``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {_shown(value)}; it must be True or False")
+
+
+def choice(name: str, value: object, legal: Sequence[str]) -> None:
+    """``value`` is one of the words in ``legal``."""
+    if not isinstance(value, str) or value not in legal:
+        raise ValueError(f"{name} is {_shown(value)}; it may be one of {', '.join(map(repr, legal))}")
+
+
+def _bounds(at_least: int | None, at_most: int | None) -> str:
+    if at_least is not None and at_most is not None:
+        return f" from {at_least} to {at_most}"
+    if at_least is None:
+        return "" if at_most is None else f" of at most {at_most}"
+    return f" of at least {at_least}"
+
+
+def _wanted(kind: str, bound: str, none: str | None, because: str) -> str:
+    return f"it must be {kind}{bound}" + (f", or None for {none}" if none else "") + (because and f", {because}")
+
+
+def _shown(value: object) -> str:
+    """A value in an error. Of a tensor not the numbers: printing them would wait for a GPU."""
+    return f"a tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
