@@ -10,6 +10,7 @@ y --mlp--> m;   h' = h with r + m at positions
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -122,8 +123,8 @@ def loaded(norm: Any) -> Iterator[Any]:
 def removed_forward(index: int, hidden_states: Tensor, cache: Any = None) -> Tensor:
     """A layer of a plan with keep_ratio 0: nothing is computed.
 
-    Models read how many tokens are cached from the first layer of each kind (full, sliding), and sliding layers cannot
-    be cropped before they hold something. There, a stand-in of one head and one channel keeps the count.
+    Models read how many tokens are cached from the first layer of each kind (full, sliding), and some layers of a cache
+    cannot be cropped before they hold something. There, a stand-in of one head and one channel keeps the count.
     """
     if cache is not None and _needs_stand_in(cache, index):
         batch, tokens = hidden_states.shape[:2]
@@ -143,4 +144,16 @@ def _needs_stand_in(cache: Any, index: int) -> bool:
     sliding: list[bool] = list(cache.is_sliding)
     if index >= len(sliding):  # a cache without a config grows a layer at the first update, and all are alike
         return index == 0
-    return sliding[index] or sliding.index(False) == index
+    return sliding[index] or sliding.index(False) == index or not _crops_empty_layers()
+
+
+@lru_cache
+def _crops_empty_layers() -> bool:
+    """Whether a layer of a growing cache can be cropped before its first update; not in transformers 5.16."""
+    from transformers.cache_utils import DynamicLayer
+
+    try:
+        DynamicLayer().crop(-1)
+    except TypeError:
+        return False
+    return True

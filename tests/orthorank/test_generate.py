@@ -312,6 +312,7 @@ def test_a_dense_cache_cannot_be_continued(tiny_model: Any) -> None:
 
 def test_generate_on_smollm2(smollm2: Any) -> None:
     model, tokenizer = smollm2
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # transformers 5.16 reads none from a GGUF
     texts = ["Water boils at a hundred degrees Celsius. " * 4, "The capital of France is"]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
     plan = OrthoRankConfig(layers=list(range(14, 20)), keep_ratio=1 / 3)
