@@ -122,7 +122,7 @@ def read_call(shape: tuple[int, int], device: torch.device, phase: Phase, kwargs
         return call
     refuse_packed(kwargs)
     if phase.prompt is None or past + tokens >= phase.prompt:
-        call = dataclasses.replace(call, keep_last=phase.keep_last)
+        call = dataclasses.replace(call, keep_last=min(phase.keep_last, call.prompt_tokens))
     mask = kwargs.get("attention_mask")
     if phase.padding_mask is not None and phase.padding_mask.shape == (batch, past + tokens):
         mask = phase.padding_mask

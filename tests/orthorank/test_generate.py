@@ -297,6 +297,14 @@ def test_a_second_turn_over_the_first_ones_cache(tiny_model: Any, family: str, w
     assert torch.equal(actual[:, -1], expected)
 
 
+def test_a_keep_last_beyond_the_prompt_updates_all_but_the_sink(tiny_model: Any) -> None:
+    model = tiny_model("llama")
+    ids = ids_of(2, 12)
+    with apply(model, OrthoRankConfig(layers=[1], keep_ratio=1 / 3, keep_last=2**40)) as handle:
+        model.generate(ids, **GREEDY | {"max_new_tokens": 1})
+    assert (handle.stats[1].tokens_in, handle.stats[1].tokens_updated) == (24, 22)
+
+
 def test_a_dense_cache_cannot_be_continued(tiny_model: Any) -> None:
     model = tiny_model("llama")
     ids = ids_of(2, 12)
