@@ -1,0 +1,149 @@
+"""A call of every public op and layout, for the tests that hold for all of them.
+
+`calls(tensors, sizes)` gives the arguments of each; ``tensors`` decides what they are made of: numbers on a CPU
+(`Numbers`), or nothing but shapes on a device that need not be there (`Shapes`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import orthorank_kernels as ok
+
+NOT_OPS = {"__version__", "keep_count"}
+IN_PLACE = {"scatter_rows_"}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a call. ``selected`` is k, and the number of positions."""
+
+    batch: int = 2
+    tokens: int = 48
+    selected: int = 16
+    hidden: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    dtype: torch.dtype = torch.float32
+
+    def with_(self, **changes: Any) -> "Sizes":
+        return replace(self, **changes)
+
+
+class Shapes:
+    """Tensors without numbers, on ``device``."""
+
+    def __init__(self, device: str):
+        self.device = device
+
+    def floats(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def ints(self, *values: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(len(values), dtype=dtype, device=self.device)
+
+    def positions(self, batch: int, selected: int, tokens: int) -> Tensor:
+        return torch.empty(batch, selected, dtype=torch.int32, device=self.device)
+
+
+class Numbers(Shapes):
+    """Seeded random tensors on a CPU or a GPU that is there."""
+
+    def __init__(self, device: str = "cpu", seed: int = 0):
+        super().__init__(device)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def floats(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device, dtype)
+
+    def ints(self, *values: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+    def positions(self, batch: int, selected: int, tokens: int) -> Tensor:
+        rows = [torch.randperm(tokens, generator=self.generator)[:selected].sort().values for _ in range(batch)]
+        return torch.stack(rows).to(self.device, torch.int32)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One public function and what it is called with."""
+
+    op: str
+    args: tuple[Any, ...]
+    options: Mapping[str, Any]
+
+    def __call__(self, **more: Any) -> Any:
+        return getattr(ok, self.op)(*self.args, **self.options, **more)
+
+    def tensors(self) -> dict[int | str, Tensor]:
+        """The tensors among the arguments, by place or name."""
+        given = {**dict(enumerate(self.args)), **self.options}
+        return {at: value for at, value in given.items() if isinstance(value, Tensor)}
+
+    def where(self, change: Callable[[Tensor], Tensor], *places: int | str) -> "Call":
+        """The call with some of its tensors changed."""
+        args = tuple(change(a) if i in places else a for i, a in enumerate(self.args))
+        return Call(self.op, args, {n: change(v) if n in places else v for n, v in self.options.items()})
+
+
+def calls(tensors: Shapes, sizes: Sizes = Sizes()) -> dict[str, Call]:
+    """Calls of every public op, by a name that begins with the op's."""
+    found = {**_selection(tensors, sizes), **_rows(tensors, sizes), **_attention(tensors, sizes)}
+    assert {call.op for call in found.values()} == set(ok.__all__) - NOT_OPS, "an op is missing here"
+    assert all(name.split(",")[0] == call.op for name, call in found.items())
+    return found
+
+
+def _selection(new: Shapes, s: Sizes) -> dict[str, Call]:
+    x, weight = new.floats(s.batch, s.tokens, s.hidden, dtype=s.dtype), new.floats(s.hidden, dtype=s.dtype)
+    scores, sink = new.floats(s.batch, s.tokens), new.floats(s.batch, s.hidden, dtype=s.dtype)
+    k = new.ints(*[s.selected] * s.batch)
+    starts, lengths = new.ints(*range(s.batch)), new.ints(*[s.tokens - s.batch] * s.batch)
+    rows: dict[str, Any] = {"starts": starts, "lengths": lengths}
+    choice = {**rows, "sink_positions": new.ints(*[-1] * s.batch), "keep_last": 1, "max_selected": s.selected}
+    return {
+        "rms_norm_score": Call("rms_norm_score", (x, weight, 1e-6), {}),
+        "rms_norm_score, stored sink, padding": Call("rms_norm_score", (x, weight, 1e-6), {"sink": sink, **rows}),
+        "select_tokens": Call("select_tokens", (scores, s.selected), {}),
+        "select_tokens, k on the device, padding": Call("select_tokens", (scores, k), choice),
+        "rms_norm_select": Call("rms_norm_select", (x, weight, 1e-6, s.selected), {}),
+        "rms_norm_select, k on the device, padding": Call(
+            "rms_norm_select", (x, weight, 1e-6, k), {"sink": sink, **choice}
+        ),
+    }
+
+
+def _rows(new: Shapes, s: Sizes) -> dict[str, Call]:
+    x, weight = new.floats(s.batch, s.tokens, s.hidden, dtype=s.dtype), new.floats(s.hidden, dtype=s.dtype)
+    rows = new.floats(s.batch, s.selected, s.hidden, dtype=s.dtype)
+    positions = new.positions(s.batch, s.selected, s.tokens)
+    q = new.floats(s.batch, s.selected, s.heads, s.head_dim, dtype=s.dtype).transpose(1, 2)
+    cos, sin = new.floats(1, s.tokens, s.head_dim, dtype=s.dtype), new.floats(1, s.tokens, s.head_dim, dtype=s.dtype)
+    return {
+        "gather_rows": Call("gather_rows", (x, positions), {}),
+        "gather_add_rms_norm": Call("gather_add_rms_norm", (x, positions, rows, weight, 1e-6), {}),
+        "scatter_rows_": Call("scatter_rows_", (x, positions, rows), {}),
+        "apply_rotary_at": Call("apply_rotary_at", (q, cos, sin, positions), {}),
+    }
+
+
+def _attention(new: Shapes, s: Sizes) -> dict[str, Call]:
+    q = new.floats(s.batch, s.selected, s.heads, s.head_dim, dtype=s.dtype).transpose(1, 2)
+    k, v = (new.floats(s.batch, s.kv_heads, s.tokens, s.head_dim, dtype=s.dtype) for _ in range(2))
+    positions = new.positions(s.batch, s.selected, s.tokens)
+    options = {"window": s.tokens // 2, "starts": new.ints(*range(s.batch)), "scale": 0.3, "query_offset": 0}
+    return {
+        "sparse_query_attention": Call("sparse_query_attention", (q, k, v, positions), {}),
+        "sparse_query_attention, window, padding": Call("sparse_query_attention", (q, k, v, positions), options),
+    }
+
+
+def flat(results: Any) -> list[Tensor]:
+    """The tensors among what an op returns."""
+    if isinstance(results, tuple | list):
+        return [tensor for result in results for tensor in flat(result)]
+    return [results] if isinstance(results, Tensor) else []
