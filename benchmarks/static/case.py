@@ -4,6 +4,7 @@ A case calls a launcher with tensors that have shapes, dtypes and strides but no
 compiled is what the launcher launches: its argument specialisation and its launch settings are not repeated here.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from orthorank_kernels import _library
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+REPORTED_TARGETS = (*TARGETS, "gfx1100")  # the last without limits: its matrix instructions want other tiles
 HALF, FLOAT = torch.bfloat16, torch.float32
 # What one block may have. A launch beyond it fails; compiling does not.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
@@ -59,6 +61,31 @@ def broken_limits(measured: dict[str, Any], limits: dict[str, float], target: st
         elif value < bound if lower else value > bound:
             broken.append(f"{name} is {value:.4g}, {'at least' if lower else 'at most'} {bound}")
     return broken
+
+
+def worst_ratio(measured: dict[str, Any], limits: dict[str, float], target: str) -> tuple[float, str]:
+    """How much of its limit the tightest measurement takes (1: all of it), and its name; (0, "") without any.
+
+    Limits that ask for the best there is (no spills, every byte wide) have no ratio: kept, they say nothing of the
+    room that is left. Broken, they are infinitely far off.
+    """
+    worst = (0.0, "")
+    for name, bound in limits.items():
+        lower, name = name.startswith("min_"), name.removeprefix("min_")
+        value = measured.get(name)
+        if name in UNMEASURED.get(target, ()) or (bound == 0 and lower):
+            continue
+        best_there_is = bound == 1 if lower else bound == 0
+        if value is None or (best_there_is and value != bound):
+            ratio = math.inf
+        elif best_there_is:
+            continue
+        elif lower:
+            ratio = bound / value if value else math.inf
+        else:
+            ratio = value / bound
+        worst = max(worst, (ratio, name))
+    return worst
 
 
 def empty(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:

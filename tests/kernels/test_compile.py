@@ -3,11 +3,6 @@
 The interpreter checks what a kernel computes. It has no registers, no shared memory and no spills; this has.
 """
 
-import importlib.metadata
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,27 +10,16 @@ import pytest
 from benchmarks.static import sass
 from benchmarks.static.case import TARGETS, Case, broken_limits
 from benchmarks.static.cases import CASES, GROUPS
-
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.static.run import measurements, triton_version
 
 pytest.importorskip("triton")
 if not sass.tool("nvdisasm").exists():
     pytest.skip("this Triton comes without NVIDIA's disassembler", allow_module_level=True)
 
 
-VERSION = tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
+VERSION = tuple(map(int, triton_version().split(".")[:2]))
 # An older compiler has other registers and loops: there everything need only compile, to what a GPU can launch.
 HAS_LIMITS = VERSION >= (3, 9)
-
-
-def compile_group(target: str, group: str, slow: bool, cache: Path) -> dict[str, dict]:
-    """Measurements by case name, from a child process with the compiler in place of the interpreter."""
-    command = [sys.executable, "-m", "benchmarks.static.worker", target, group, *(["--slow"] if slow else [])]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(cache)  # empty, so that everything is compiled now
-    child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert child.returncode == 0, child.stderr[-4000:]
-    return {m["case"]: m for m in map(json.loads, child.stdout.splitlines())}
 
 
 def complaints(target: str, cases: list[Case], measured: dict[str, dict]) -> list[str]:
@@ -54,7 +38,7 @@ def check(target: str, group: str, slow: bool, cache: Path) -> None:
     if target == "sm_100" and VERSION < (3, 3):
         pytest.skip("this Triton does not know sm_100")
     cases = [case for case in CASES if case.group == group and case.slow == slow]
-    measured = compile_group(target, group, slow, cache)
+    measured = {m["case"]: m for m in measurements(target, group, [case.name for case in cases], cache)}
     if VERSION < (3, 9) and all("ROCm linker" in m.get("error", "") for m in measured.values()):
         pytest.skip("this Triton comes without AMD's linker")
     assert cases

@@ -1,0 +1,113 @@
+"""The report on the compiled kernels: what it holds, and which of it is of today's sources."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytest.importorskip("rich")
+
+from benchmarks.static import fingerprint
+from benchmarks.static.case import Case, empty, launch, worst_ratio
+from benchmarks.static.occupancy import occupancy
+from benchmarks.static.run import ROOT
+from benchmarks.static.store import Store, wanted
+
+
+def case(**changes) -> Case:
+    x = empty(2, 8, 64, dtype=changes.get("dtype", torch.bfloat16))
+    return Case(
+        "rows", "gather", launch("rows.gather_rows", x, empty(2, 3, dtype=torch.int32)), changes.get("limits", {})
+    )
+
+
+def test_a_measurement_is_of_its_arguments_target_and_compiler_and_not_of_its_limits():
+    key = fingerprint.keys(case(), ["sm_80", "sm_90"], "3.9.0")
+    assert key == fingerprint.keys(case(limits={"spills": 0}), ["sm_80", "sm_90"], "3.9.0")
+    others = [
+        key["sm_90"],
+        fingerprint.keys(case(dtype=torch.float32), ["sm_80"], "3.9.0")["sm_80"],
+        fingerprint.keys(case(), ["sm_80"], "3.9.1")["sm_80"],
+    ]
+    assert len({key["sm_80"], *others}) == 4
+
+
+def test_a_measurement_is_of_the_code_and_not_of_its_notes():
+    source = "def f(x):\n    '''About it.'''\n    # why\n\n    return x + 1  # one\n"
+    assert fingerprint.stripped(source) == "def f(x):\n    return x + 1"
+    assert fingerprint.stripped(source.replace("About", "More about")) == fingerprint.stripped(source)
+    assert fingerprint.stripped(source.replace("+ 1", "+ 2")) != fingerprint.stripped(source)
+    assert fingerprint.stripped("x = '# no comment'\n") == "x = '# no comment'"
+
+
+def test_a_launcher_brings_what_it_imports_and_nothing_else():
+    rows = {path.name for path in fingerprint.launched_sources("'rows.gather_rows'")}
+    assert {"rows.py", "primitives.py"} <= rows
+    assert "attention.py" not in rows
+    everything = {path.name for path in fingerprint.launched_sources("nothing known")}
+    assert {"rows.py", "attention.py", "selection.py", "radix.py"} <= everything
+
+
+def test_a_store_keeps_what_is_current_and_drops_what_is_no_case(tmp_path):
+    path = tmp_path / "static.json"
+    want, other = wanted("3.9.0", peers=False)[:2]
+    store = Store(path)
+    assert store.stale([want, other]) == [want, other]
+    for w, key in ((want, want.key), (other, "0" * 16)):
+        store.rows[w.place] = {"target": w.target, "group": w.case.group, "case": w.case.name, "key": key}
+    store.rows["sm_80", "rows", "gone"] = {"target": "sm_80", "group": "rows", "case": "gone", "key": "0" * 16}
+    store.write([want, other], "3.9.0")
+    again = Store(path)
+    assert list(again.rows) == [want.place, other.place]
+    assert again.stale([want, other]) == [other]
+
+
+@pytest.mark.parametrize(
+    ("target", "warps", "registers", "shared", "share"),
+    [
+        ("sm_80", 8, 64, 0, 0.5),
+        ("sm_80", 8, 65, 0, 0.375),
+        ("sm_90", 8, 32, 114 << 10, 0.125),
+        ("sm_90", 8, 216, 100 << 10, 0.125),
+        ("sm_80", 4, 16, 0, 1.0),
+        ("gfx942", 4, 128, 0, 0.5),
+        ("gfx942", 4, 64, 33 << 10, 0.125),
+        ("gfx1100", 4, 96, 0, 1.0),
+    ],
+)
+def test_occupancy(target, warps, registers, shared, share):
+    assert occupancy(target, warps, registers, shared) == share
+
+
+@pytest.mark.parametrize(
+    ("limits", "ratio"),
+    [
+        ({"registers": 64}, (0.9375, "registers")),
+        ({"registers": 64, "ntm": 800}, (850 / 800, "ntm")),
+        ({"min_wide_loads": 0.8}, (0.8 / 0.9, "wide_loads")),
+        ({"spills": 0, "min_wide_stores": 1.0}, (0.0, "")),
+        ({"atomics": 0}, (float("inf"), "atomics")),
+        ({"missing": 5}, (float("inf"), "missing")),
+    ],
+)
+def test_the_tightest_limit(limits, ratio):
+    measured = {"registers": 60, "ntm": 850, "wide_loads": 0.9, "wide_stores": 1.0, "spills": 0, "atomics": 1}
+    assert worst_ratio(measured, limits, "sm_80") == ratio
+
+
+def test_check_compiles_a_case_and_prints_the_worst_ratio_last(tmp_path):
+    command = [
+        sys.executable,
+        "benchmarks/static_report.py",
+        "--check",
+        "--target",
+        "sm_80",
+        "--only",
+        "^gather_rows 576",
+    ]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert 0 < float(run.stdout.split()[-1]) <= 1
+    assert "1 kernels, 0 broken limits" in run.stdout
