@@ -1,8 +1,10 @@
 """Attention of the selected queries to all earlier keys."""
 
+from typing import Any
+
 import torch
 
-from orthorank_kernels import _checks, _library, dispatch
+from orthorank_kernels import _attention, _checks, _library
 from orthorank_kernels.reference import attention as reference
 
 
@@ -16,8 +18,12 @@ def sparse_query_attention(
     window: int | None = None,
     starts: torch.Tensor | None = None,
     query_offset: int = 0,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool = False,
+    out: _attention.Out = None,
     backend: str = "auto",
-) -> torch.Tensor:
+) -> Any:
     """Causal attention of selected queries, each at its own position, to the keys of all tokens.
 
     Query i of batch row b stands at ``p = positions[b, i] + query_offset`` on the key axis and attends to the keys j
@@ -38,11 +44,17 @@ def sparse_query_attention(
         window: how many keys a query sees at most, itself included (sliding window); None sees all.
         starts: int32 ``[batch]``, the first valid key of each row (left padding); 0 if None.
         query_offset: key index of the query axis's token 0: the number of cached keys in a chunked prefill.
+        softcap: above 0, or None: the logits ``s = scale * q k`` become ``softcap * tanh(s / softcap)`` (Gemma 2).
+        sinks: floating point ``[heads]``, one logit a head that joins the softmax's denominator alone (gpt-oss).
+        return_lse: also return the natural logarithm of the softmax's denominator, sink included; a query that sees no
+            key has -inf.
+        out: where to write, laid out as what is returned: a tensor, or with ``return_lse`` a pair. None allocates.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``. Inputs that require grad take the reference.
 
     Returns:
         ``[batch, heads, selected, head_dim]``, a view of contiguous ``[batch, selected, heads, head_dim]`` memory, so
-        that ``out.transpose(1, 2).reshape(batch, selected, -1)`` copies nothing.
+        that ``out.transpose(1, 2).reshape(batch, selected, -1)`` copies nothing. With ``return_lse`` a pair of it and
+        the lse, float32 ``[batch, heads, selected]``, contiguous.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or stride, or an illegal value.
@@ -56,22 +68,17 @@ def sparse_query_attention(
         >>> sparse_query_attention(q, k, v, positions)[0, 0, :, 0]
         tensor([1., 2.])
     """
-    _check(q, k, v, positions, scale, window, starts, query_offset)
+    _check(q, k, v, positions, starts)
+    _checks.integer("query_offset", query_offset)
+    _attention.check_options(q, scale, window, softcap, sinks, return_lse)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    args = (q, k, v, positions, scale, window, starts, query_offset)
-    return dispatch.run(_OP, args, backend=backend, device=q.device)
+    args = (q, k, v, positions, scale, window, starts, query_offset, softcap, sinks, return_lse)
+    return _attention.run(_OP, args, q, backend, return_lse, _check_out(q, out, return_lse))
 
 
 def _check(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    positions: torch.Tensor,
-    scale: float | None,
-    window: int | None,
-    starts: torch.Tensor | None,
-    query_offset: int,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, starts: torch.Tensor | None
 ) -> None:
     _checks.tensor("q", q, "[batch, heads, selected, head_dim]")
     for name, value in (("k", k), ("v", v)):
@@ -82,22 +89,32 @@ def _check(
     _checks.same_device("q", q, k=k, v=v)
     _checks.shape("k", k, [batch, kv_heads, k.shape[2], head_dim], "q")
     _checks.shape("v", v, list(k.shape), "k")
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"q has {heads} heads and k has {kv_heads}; the heads of k must divide those of q")
+    _attention.check_heads("k", kv_heads, heads)
     _checks.unit_last_stride(q=q, k=k, v=v)
     _checks.positions(positions, batch, q)
     _checks.shape("positions", positions, [batch, selected], "q")
     if starts is not None:
         _checks.row_index("starts", starts, batch, q)
-    for name, number in (("window", window), ("query_offset", query_offset)):
-        if not isinstance(number, int | torch.SymInt | None) or isinstance(number, bool):
-            raise TypeError(f"{name} is {number!r}; it must be an int")
-    if query_offset is None:
-        raise TypeError("query_offset is None; it must be an int, 0 without a cache")
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale is {scale}; it must be above 0, or None for head_dim ** -0.5")
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}; it must be at least 1 (a query sees itself), or None for no window")
+
+
+def _check_out(
+    q: torch.Tensor, out: _attention.Out, return_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    pair = _attention.split_out(out, return_lse)
+    if pair is None:
+        return None
+    batch, heads, selected, head_dim = q.shape
+    _checks.tensor("out", pair[0], "[batch, heads, selected, head_dim]", (q.dtype,))
+    _checks.shape("out", pair[0], list(q.shape), "the op's output")
+    _checks.same_device("q", q, out=pair[0])
+    if not pair[0].transpose(1, 2).is_contiguous():
+        raise ValueError(
+            f"out has strides {list(pair[0].stride())}; it must be a view of contiguous memory in the order [batch, "
+            f"selected, heads, head_dim]: torch.empty({batch}, {selected}, {heads}, {head_dim}).transpose(1, 2)"
+        )
+    if pair[1] is not None:
+        _checks.output("out[1]", pair[1], [batch, heads, selected], torch.float32, q)
+    return pair
 
 
 def _fake(
@@ -109,16 +126,21 @@ def _fake(
     window: int | None,
     starts: torch.Tensor | None,
     query_offset: int,
-) -> torch.Tensor:
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, selected, head_dim = q.shape
-    return q.new_empty(batch, selected, heads, head_dim).transpose(1, 2)
+    lse = q.new_empty((batch, heads, selected) if return_lse else (0,), dtype=torch.float32)
+    return q.new_empty(batch, selected, heads, head_dim).transpose(1, 2), lse
 
 
 _LAUNCHER = "attention.sparse_query_attention"
 _OP = _library.define(
     "sparse_query_attention(Tensor q, Tensor k, Tensor v, Tensor positions, float scale, SymInt? window, "
-    "Tensor? starts, SymInt query_offset) -> Tensor",
+    "Tensor? starts, SymInt query_offset, float? softcap, Tensor? sinks, bool return_lse) -> (Tensor, Tensor)",
     cpu=reference.sparse_query_attention,
     triton=_LAUNCHER,
     fake=_fake,
+    outputs=_attention.OUTPUTS,
 )

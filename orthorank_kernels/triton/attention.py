@@ -222,14 +222,23 @@ def sparse_query_attention(
     window: int | None,
     starts: torch.Tensor | None,
     query_offset: int,
-) -> torch.Tensor:
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool = False,
+    *,
+    out: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Launch the kernel; see `orthorank_kernels.sparse_query_attention`. Arguments are taken as checked."""
     batch, heads, selected, head_dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     _check_supported(head_dim, q.dtype)
-    out = torch.empty(batch, selected, heads, head_dim, dtype=q.dtype, device=q.device)
-    if out.numel() == 0:
-        return out.transpose(1, 2)
+    if softcap is not None or sinks is not None or return_lse:
+        raise NotImplementedError('softcap, sinks and return_lse run on the reference: pass backend="reference"')
+    if out is None:
+        out = q.new_empty(batch, selected, heads, head_dim).transpose(1, 2), q.new_empty(0, dtype=torch.float32)
+    result, lse = out
+    if result.numel() == 0:
+        return result, lse
     target = configs.target_of(q.device)
     constexprs, num_warps, num_stages = configs.launch_settings(head_dim, heads // kv_heads, q.dtype, target)
     use_tma = constexprs.pop("TMA") and configs.fits_tma(k) and configs.fits_tma(v)
@@ -245,7 +254,7 @@ def sparse_query_attention(
             v_desc=_descriptor(v, block) if use_tma else None,
             positions_ptr=positions,
             starts_ptr=starts,
-            out_ptr=out,
+            out_ptr=result,
             selected=selected,
             keys=keys,
             window=None if window is None else min(window, INT32_MAX),
@@ -272,7 +281,7 @@ def sparse_query_attention(
             enable_fp_fusion=True,
             **constexprs,
         )
-    return out.transpose(1, 2)
+    return result, lse
 
 
 def _check_supported(head_dim: int, dtype: torch.dtype) -> None:

@@ -243,7 +243,7 @@ def test_64_bit_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         positions = torch.empty(1, 2, dtype=torch.int32, device="meta")
         for stride in (2**29 - 1, 2**29):
             far = torch.empty_strided((1, 1, 4, 32), (0, 0, stride, 1), dtype=torch.float16, device="meta")
-            attention.sparse_query_attention(q, far, far, positions, 1.0, None, None, 0)
+            attention.sparse_query_attention(q, far, far, positions, 1.0, None, None, 0, None, None, False)
     assert [launch["WIDE"] for launch in launches] == [False, True]
     monkeypatch.setattr(attention, "INT32_MAX", 100)
     check(inputs(70, 20), "triton", window=50)
@@ -328,7 +328,15 @@ def test_gradients(_: str, options: dict[str, Any]) -> None:
 
 def arguments(tensors: Inputs, **options: Any) -> tuple[Any, ...]:
     """The operator's arguments."""
-    defaults = {"scale": 0.2, "window": None, "starts": None, "query_offset": 0}
+    defaults = {
+        "scale": 0.2,
+        "window": None,
+        "starts": None,
+        "query_offset": 0,
+        "softcap": None,
+        "sinks": None,
+        "return_lse": False,
+    }
     return (*tensors, *{**defaults, **options}.values())
 
 
@@ -369,10 +377,10 @@ def bad_inputs() -> Iterator[tuple[str, dict[str, Any], type[Exception], str]]:
     yield "long positions", {"positions": positions.long()}, TypeError, "positions has dtype int64; it may be int32"
     yield "selected", {"positions": positions[:, :5]}, ValueError, r"positions has shape \[1, 5\]"
     yield "starts", {"starts": torch.zeros(2, dtype=torch.int32, device=DEVICE)}, ValueError, "starts has shape"
-    yield "window of 0", {"window": 0}, ValueError, "window is 0; it must be at least 1"
+    yield "window of 0", {"window": 0}, ValueError, "window is 0; it must be an int of at least 1"
     yield "window", {"window": 2.0}, TypeError, "window is 2.0; it must be an int"
     yield "offset", {"query_offset": None}, TypeError, "query_offset is None; it must be an int"
-    yield "scale of 0", {"scale": 0.0}, ValueError, "scale is 0.0; it must be above 0"
+    yield "scale of 0", {"scale": 0.0}, ValueError, "scale is 0.0; it must be a number above 0"
     yield "device", {"v": v.to("meta")}, ValueError, "v is on meta"
     yield "backend", {"backend": "cuda"}, ValueError, "backend is 'cuda'; it may be one of 'auto'"
 
