@@ -5,6 +5,9 @@ writes into tensors of the caller (``out=``), so that a captured graph or a serv
 CPU implementation is the PyTorch reference, the CUDA implementation is the Triton launcher (imported when it first
 runs), and the fake implementation states shapes, dtypes and strides, so that `torch.compile(fullgraph=True)` and
 `opcheck` work.
+
+PyTorch takes an operator once in a process. So that importing these modules again (`importlib.reload`, a notebook that
+reloads what was edited) is harmless, an operator calls what is in a table, which a second import only refills.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +18,22 @@ from typing import Any
 import torch
 
 NAMESPACE = "orthorank_kernels"
-_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+@dataclass(frozen=True)
+class _Registered:
+    """What PyTorch was given: the operators by name, each with its schema and its implementations by kind."""
+
+    library: torch.library.Library
+    schemas: dict[str, str]
+    implementations: dict[str, dict[str, Callable[..., Any]]]
+
+
+def _registered() -> _Registered:
+    kept = vars(getattr(torch.ops, NAMESPACE))  # lives as long as the operators
+    if "registered" not in kept:
+        kept["registered"] = _Registered(torch.library.Library(NAMESPACE, "DEF"), {}, {})
+    return kept["registered"]
 
 
 @dataclass(frozen=True)
@@ -96,10 +114,23 @@ def launcher(path: str) -> Callable[..., Any]:
 def _implement(
     name: str, schema: str, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]
 ) -> None:
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, cpu, "CPU")
-    _LIBRARY.impl(name, cuda, "CUDA")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    registered = _registered()
+    registered.implementations[name] = {"cpu": cpu, "cuda": cuda, "fake": fake}
+    if name in registered.schemas:
+        if registered.schemas[name] != schema:
+            raise RuntimeError(
+                f"the operator {NAMESPACE}::{name} is registered with another schema, as after reloading another "
+                "version of the package; PyTorch keeps an operator for the life of a process: restart Python"
+            )
+        return
+    library, current = registered.library, registered.implementations
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, lambda *args, **kwargs: current[name]["cpu"](*args, **kwargs), "CPU")
+    library.impl(name, lambda *args, **kwargs: current[name]["cuda"](*args, **kwargs), "CUDA")
+    torch.library.register_fake(
+        f"{NAMESPACE}::{name}", lambda *args, **kwargs: current[name]["fake"](*args, **kwargs), lib=library
+    )
+    registered.schemas[name] = schema
 
 
 def _lazy_launcher(path: str) -> Callable[..., Any]:
