@@ -6,12 +6,14 @@ from orthorank_kernels.rotary import apply_rotary_at
 from orthorank_kernels.rows import gather_add_rms_norm, gather_rows, scatter_rows_
 from orthorank_kernels.scoring import rms_norm_score
 from orthorank_kernels.selection import keep_count, rms_norm_select, select_tokens
+from orthorank_kernels.support import is_supported
 
 __all__ = [
     "__version__",
     "apply_rotary_at",
     "gather_add_rms_norm",
     "gather_rows",
+    "is_supported",
     "keep_count",
     "rms_norm_score",
     "rms_norm_select",

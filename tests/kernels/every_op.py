@@ -13,7 +13,7 @@ from torch import Tensor
 
 import orthorank_kernels as ok
 
-NOT_OPS = {"__version__", "keep_count"}
+NOT_OPS = {"__version__", "is_supported", "keep_count"}
 IN_PLACE = {"scatter_rows_"}
 
 
