@@ -147,9 +147,7 @@ def _scale(name: str, value: object, k_cache: torch.Tensor, q: torch.Tensor) -> 
     assert isinstance(value, torch.Tensor)
     if k_cache.dtype not in FP8:
         dtype = str(k_cache.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"{name} is given and the cache has dtype {dtype}; only float8 caches are scaled: leave it out"
-        )
+        raise ValueError(f"{name} is given and k_cache has dtype {dtype}; only float8 is scaled: leave {name} out")
     if value.shape[0] != 1:
         _checks.shape(name, value, [k_cache.shape[2]], "the heads of k_cache")
     _checks.same_device("q", q, **{name: value})

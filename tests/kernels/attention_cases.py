@@ -40,7 +40,7 @@ def stated(
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def integers(values: Sequence[int] | torch.Tensor) -> torch.Tensor:
@@ -87,7 +87,7 @@ def packed(
     return Packed(q, k, v, positions, cumulative(counts), cumulative(lengths), tuple(lengths), tuple(counts))
 
 
-def stated_packed(case: Packed, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def stated_packed(case: Packed, max_seqlen_k: int | None = None, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition for every query of packed sequences; (out ``[n, heads, head_dim]``, lse ``[n, heads]``)."""
     out = torch.zeros(case.q.shape, dtype=torch.float64, device=case.q.device)
     lse = torch.full(case.q.shape[:2], float("-inf"), dtype=torch.float64, device=case.q.device)

@@ -1,0 +1,417 @@
+"""sparse_query_attention_paged: the caches of serving stacks as they are, against a loop over queries."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from orthorank_kernels import _library
+from orthorank_kernels.attention_paged import sparse_query_attention_paged
+from orthorank_kernels.attention_varlen import sparse_query_attention_varlen
+from orthorank_kernels.dispatch import BackendError
+from tests.kernels.attention_cases import FP8, Packed, assert_right, integers, packed, random, stated_packed
+from tests.kernels.cache_layouts import LAYOUTS, Paged, bits, paged
+from tests.kernels.test_attention_options import Largest
+from tests.kernels.tools import DEVICE, DTYPES, poisoned_outputs
+
+BACKENDS = ("reference",)
+OPS = torch.ops.orthorank_kernels
+LENGTHS, COUNTS = (50, 1, 0, 133, 20, 64), (17, 1, 0, 60, 0, 64)  # an empty sequence, one without queries, one dense
+
+
+def sinks(heads: int = 4) -> torch.Tensor:
+    return random(heads, seed=5) * 4
+
+
+def check(case: Packed, cache: Paged, backend: str, like: Packed | None = None, **options: Any) -> None:
+    """``like``: the keys and values that the cache stands for, where they are not those of ``case``."""
+
+    def run(backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+        with poisoned_outputs():
+            out, lse = sparse_query_attention_paged(*cache, return_lse=True, backend=backend, **options)
+        assert out.is_contiguous()
+        assert lse.is_contiguous()
+        return out, lse
+
+    scaled = options.get("k_scale") is not None
+    stated = {k: v for k, v in options.items() if k not in ("table_rows", "k_scale", "v_scale")}
+    exact = stated_packed(case if like is None else like, **stated)
+    assert_right(run, exact, case.q.dtype, backend, case.q.dtype if scaled else torch.float32)
+    out, _ = run(backend)
+    alone = sparse_query_attention_paged(*cache, backend=backend, **options)
+    torch.testing.assert_close(alone, out, rtol=2e-2, atol=2e-2)  # fused and written-out scores round differently
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str, backend: str) -> None:
+    case = packed(LENGTHS, COUNTS)
+    check(case, paged(case, 16, layout), backend, window=40)
+
+
+def test_the_layouts_differ_in_memory() -> None:
+    views = {layout: paged(packed((20,), (2,)), 16, layout).k_cache for layout in LAYOUTS}
+    assert all(view.shape == (5, 16, 2, 32) for view in views.values())
+    strides = [view.stride() for view in views.values()]
+    assert len(set(strides)) == len(strides) - 1  # split joint pages of heads and tokens: flash-attn's has its own
+    assert sum(view.is_contiguous() for view in views.values()) == 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("block_size", [1, 16, 32, 48, 128, 256])
+def test_block_sizes(block_size: int, backend: str) -> None:
+    case = packed((300, 1, 0, 133), (40, 1, 0, 60))
+    for layout in ("vllm LBHNC", "sglang NHD"):
+        check(case, paged(case, block_size, layout), backend)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "window of 1": {"window": 1},
+    "window over everything": {"window": 2**40},
+    "softcap": {"softcap": 1.5},
+    "sinks": {"sinks": sinks()},
+    "everything": {"window": 30, "softcap": 3.0, "sinks": sinks(), "scale": 0.5, "max_seqlen_k": 133},
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options(options: dict[str, Any], backend: str) -> None:
+    case = packed(LENGTHS, COUNTS, tail=3)
+    check(case, paged(case, 16), backend, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_dtypes(dtype: torch.dtype, backend: str) -> None:
+    if dtype == torch.float64 and backend != "reference":
+        pytest.skip("float64 runs on the reference")
+    case = packed(LENGTHS, COUNTS, dtype=dtype)
+    check(case, paged(case, 16), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 192, 256])
+def test_head_dims(dim: int, backend: str) -> None:
+    case = packed((40, 9), (15, 3), (2, 1), dim)
+    check(case, paged(case, 16), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (6, 2), (12, 4), (16, 1), (7, 1)], ids=str)
+def test_groups_of_query_heads(heads: tuple[int, int], backend: str) -> None:
+    case = packed((40, 9), (15, 3), heads)
+    check(case, paged(case, 16, "vllm LBNHC"), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_few_queries_over_long_keys(backend: str) -> None:
+    case = packed((900, 3, 700), (1, 1, 2))
+    check(case, paged(case, 16), backend)
+    check(case, paged(case, 32), backend, max_seqlen_k=900, window=500)
+
+
+def dequantised(case: Packed, k_scale: torch.Tensor, v_scale: torch.Tensor) -> Packed:
+    """What a float8 cache of these keys and values stands for."""
+    k, v = (x.to(FP8).double() * s.double().reshape(-1, 1) for x, s in ((case.k, k_scale), (case.v, v_scale)))
+    return case._replace(k=k, v=v)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scales", ["none", "number", "one", "heads"])
+def test_float8_caches(scales: str, dtype: torch.dtype, backend: str) -> None:
+    case = packed(LENGTHS, COUNTS, dtype=dtype)
+    shape = {"none": (1,), "number": (), "one": (1,), "heads": (2,)}[scales]
+    k_scale, v_scale = (random(*shape, seed=seed).abs() + 0.3 for seed in (11, 12))
+    options: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
+    if scales == "none":
+        k_scale = v_scale = torch.ones(1, device=DEVICE)
+        options = {}
+    for layout in ("vllm LBHNC", "sglang NHD"):
+        cache = paged(case, 16, layout, dtype=FP8)
+        check(case, cache, backend, dequantised(case, k_scale, v_scale), softcap=5.0, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_scale_of_two(backend: str) -> None:
+    case = packed((30, 20), (9, 5))
+    one, other = torch.ones(1, device=DEVICE), torch.full((1,), 0.25, device=DEVICE)
+    cache = paged(case, 16, dtype=FP8)
+    check(case, cache, backend, dequantised(case, other, one), k_scale=other)
+    plain, halved = (sparse_query_attention_paged(*cache, v_scale=s, backend=backend) for s in (None, other))
+    torch.testing.assert_close(halved, plain / 4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_the_block_table_by_number(backend: str) -> None:
+    case = packed((50, 33, 20), (17, 12, 4))
+    cache = paged(case, 16)
+    expected = sparse_query_attention_paged(*cache, backend=backend)
+    pool = torch.full((9, cache.block_table.shape[1] + 5), 2**31 - 1, dtype=torch.int32, device=DEVICE)
+    rows = integers([6, 0, 3])
+    pool[rows, : cache.block_table.shape[1]] = cache.block_table
+    for table in (pool, pool[:, : cache.block_table.shape[1]]):
+        wide = cache._replace(block_table=table)
+        assert torch.equal(sparse_query_attention_paged(*wide, table_rows=rows, backend=backend), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_slots_of_one_token(backend: str) -> None:
+    """SGLang: a pool of slots, and ``req_to_token`` with a row for each request that may be alive."""
+    case = packed((50, 33), (17, 12))
+    slots = torch.randperm(120, generator=torch.Generator().manual_seed(3))[:83].to(DEVICE)
+    k_pool, v_pool = (torch.full((121, 2, 32), float("nan"), device=DEVICE) for _ in range(2))
+    k_pool[slots], v_pool[slots] = case.k, case.v
+    req_to_token = torch.full((7, 60), -1, dtype=torch.int32, device=DEVICE)
+    req_to_token[4, :50], req_to_token[1, :33] = slots[:50].int(), slots[50:].int()
+    cache = Paged(
+        case.q, k_pool.view(-1, 1, 2, 32), v_pool.view(-1, 1, 2, 32), case.positions, case.cu_selected,
+        req_to_token, integers([50, 33]),
+    )  # fmt: skip
+    check(case, cache, backend, table_rows=integers([4, 1]), window=20)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tail", [1, 150])
+def test_queries_past_the_selected_ones_give_nothing(tail: int, backend: str) -> None:
+    case = packed(LENGTHS, COUNTS, tail=tail)
+    check(case, paged(case, 16), backend)
+    case.positions[-tail:] = 5  # whatever stands there
+    case.q[-tail:] = float("nan")
+    out, lse = sparse_query_attention_paged(*paged(case, 16), sinks=sinks(), return_lse=True, backend=backend)
+    assert (out[-tail:] == 0).all()
+    assert (lse[-tail:] == float("-inf")).all()
+    assert out[:-tail].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_at_all(backend: str) -> None:
+    for lengths, counts, tail in (((), (), 0), ((), (), 3), ((5,), (0,), 0), ((0, 0), (0, 0), 4), ((7, 5), (0, 0), 2)):
+        case = packed(lengths, counts, tail=tail)
+        cache = paged(case, 16)
+        no_pages = cache._replace(
+            k_cache=cache.k_cache[:0], v_cache=cache.v_cache[:0], block_table=cache.block_table[:, :0]
+        )
+        for tensors in (cache, no_pages):
+            with poisoned_outputs():
+                out, lse = sparse_query_attention_paged(*tensors, return_lse=True, backend=backend)
+            assert out.shape == (tail, 4, 32)
+            assert lse.shape == (tail, 4)
+            assert (out == 0).all()
+            assert (lse == float("-inf")).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("block_size", [16, 48])
+def test_packed_keys_are_pages_gathered(block_size: int, backend: str) -> None:
+    case = packed(LENGTHS, COUNTS, tail=2)
+    for options in ({}, {"window": 40, "softcap": 2.0, "sinks": sinks()}):
+        ours = sparse_query_attention_paged(*paged(case, block_size), return_lse=True, backend=backend, **options)
+        theirs = sparse_query_attention_varlen(*case.tensors, return_lse=True, backend=backend, **options)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_prompt_in_chunks_equals_the_prompt_at_once(backend: str) -> None:
+    """The cache as it is at the last chunk: earlier chunks must not see what later ones wrote."""
+    case = packed((150, 70), (60, 33))
+    cache = paged(case, 16)
+    once = sparse_query_attention_paged(*cache, return_lse=True, backend=backend)
+    owner = torch.tensor([0] * 60 + [1] * 33, device=DEVICE)
+    for begin, end in ((0, 41), (41, 42), (42, 150)):
+        here = (case.positions >= begin) & (case.positions < end)
+        counts = [int((here & (owner == s)).sum()) for s in (0, 1)]
+        chunk = cache._replace(
+            q=case.q[here],
+            positions=case.positions[here],
+            cu_selected=integers([0, counts[0], sum(counts)]),
+            seq_lens=integers([min(150, end), min(70, end)]),
+        )
+        for a, b in zip(sparse_query_attention_paged(*chunk, return_lse=True, backend=backend), once, strict=True):
+            torch.testing.assert_close(a, b[here], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pages_that_no_query_sees_are_not_read(backend: str) -> None:
+    case = packed((160, 96), (6, 4))
+    case.positions[:] = integers([70, 75, 80, 90, 92, 95, 32, 40, 41, 60])
+    cache = paged(case, 16)
+    clean = sparse_query_attention_paged(*cache, window=20, backend=backend)
+    for s, (first, last) in enumerate(((70 - 19, 95), (32 - 19, 60))):
+        for page, block in enumerate(cache.block_table[s, : (160, 96)[s] // 16].tolist()):
+            token = torch.arange(page * 16, page * 16 + 16, device=DEVICE)
+            for x in (cache.k_cache, cache.v_cache):
+                x[block, (token < first) | (token > last)] = float("nan")
+    assert torch.equal(sparse_query_attention_paged(*cache, window=20, backend=backend), clean)
+
+
+def test_the_reference_reads_what_is_needed_alone() -> None:
+    case = packed((4000, 16), (3, 2), (2, 1), 16)
+    case.positions[:] = integers([2000, 2001, 2040, 3, 9])
+    cache = Paged(*(x.cpu() for x in paged(case, 16)))
+    with Largest() as largest:
+        sparse_query_attention_paged(*cache, window=64, backend="reference")
+    assert largest.elements <= (41 + 64 + 32) * 16  # keys in sight, in whole pages
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_launcher_gets_the_views_as_they_are(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[tuple[Any, ...]] = []
+
+    def launch(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        got.append(args)
+        return args[0], args[0].new_empty(0)
+
+    monkeypatch.setattr(_library, "launcher", lambda path: launch)
+    monkeypatch.setattr("orthorank_kernels.dispatch.triton_unavailable", lambda device: None)
+    case = packed((50, 33), (17, 12))
+    fused = torch.zeros(29, 8, 32, device=DEVICE)
+    cache = paged(case, 16, layout)._replace(q=fused[:, :4])
+    sparse_query_attention_paged(*cache, backend="triton")
+    for ours, theirs in zip(got[0], cache, strict=False):
+        assert ours.data_ptr() == theirs.data_ptr()
+        assert ours.stride() == theirs.stride()
+        assert ours.shape == theirs.shape
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_queries_are_a_slice_of_a_padded_projection(backend: str) -> None:
+    case = packed((60, 45), (25, 20))
+    fused = torch.full((64, 8 * 32), float("nan"), device=DEVICE)  # more rows than tokens
+    q = fused[:45, : 4 * 32].view(45, 4, 32)
+    q[:] = case.q
+    check(case, paged(case, 16)._replace(q=q), backend)
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_out_is_written_and_returned(backend: str) -> None:
+    case = packed(LENGTHS, COUNTS, dtype=torch.float16, tail=3)
+    cache = paged(case, 16)
+    options = {"softcap": 2.0, "sinks": sinks(), "backend": backend}
+    expected = sparse_query_attention_paged(*cache, return_lse=True, **options)
+    out, lse = torch.full_like(case.q, float("nan")), torch.full(case.q.shape[:2], float("nan"), device=DEVICE)
+    got = sparse_query_attention_paged(*cache, return_lse=True, out=(out, lse), **options)
+    assert got[0] is out
+    assert got[1] is lse
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    pool = torch.full((500, 4 * 32), float("nan"), dtype=torch.float16, device=DEVICE)  # rows of a larger buffer
+    view = pool[: case.q.shape[0]].view(-1, 4, 32)
+    sparse_query_attention_paged(*cache, out=view, **options)
+    torch.testing.assert_close(view, expected[0], rtol=1e-2, atol=1e-2)
+    assert pool[case.q.shape[0] :].isnan().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 9, "softcap": 2.0, "sinks": sinks()}], ids=["plain", "options"])
+def test_gradients_into_the_cache(options: dict[str, Any]) -> None:
+    case = packed((30, 0, 25), (12, 0, 9), tail=2)
+    cache = paged(case, 16)
+    leaves = [x.double().requires_grad_() for x in (case.q, cache.k_cache, cache.v_cache)]
+    weights = random(23, 4, 32, seed=9).double()
+    out = sparse_query_attention_paged(*leaves, *cache[3:], **options)
+    ours = torch.autograd.grad((out * weights).sum(), leaves)
+    stated_leaves = [x.double().requires_grad_() for x in case[:3]]
+    out, _ = stated_packed(case._replace(q=stated_leaves[0], k=stated_leaves[1], v=stated_leaves[2]), **options)
+    exact = torch.autograd.grad((out * weights).sum(), stated_leaves)
+    torch.testing.assert_close(ours[0], exact[0], rtol=1e-6, atol=1e-6)
+    pages = [cache.block_table[0, :2].long(), cache.block_table[2, :2].long()]
+    for got, want in zip(ours[1:], exact[1:], strict=True):
+        rows = torch.cat([got[pages[0]].flatten(0, 1)[:30], got[pages[1]].flatten(0, 1)[:25]])
+        torch.testing.assert_close(rows, want, rtol=1e-6, atol=1e-6)
+        assert got.count_nonzero() == rows.count_nonzero(), "other slots have no gradient"
+
+
+def arguments(case: Packed, cache: Paged, **options: Any) -> tuple[Any, ...]:
+    defaults = {
+        "table_rows": None, "max_seqlen_k": None, "scale": 0.2, "window": None, "softcap": None, "sinks": None,
+        "k_scale": None, "v_scale": None, "return_lse": False,
+    }  # fmt: skip
+    return (*cache, *{**defaults, **options}.values())
+
+
+@pytest.mark.parametrize("options", ["plain", "options", "float8"])
+def test_opcheck(options: str) -> None:
+    case = packed((30, 12), (9, 4), tail=1)
+    cache = paged(case, 16, dtype=FP8 if options == "float8" else None)
+    more: dict[str, Any] = {}
+    out = {"attended": torch.empty_like(case.q), "lse": None}
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if options == "options":
+        cache = cache._replace(block_table=cache.block_table.flip(0))
+        more = {"table_rows": integers([1, 0]), "max_seqlen_k": 30, "window": 9, "softcap": 2.0, "sinks": sinks()}
+        more["return_lse"] = True
+        out["lse"] = torch.empty(case.q.shape[:2], device=DEVICE)
+    if options == "float8":
+        more = {"k_scale": random(2).abs(), "v_scale": random(1).abs()}
+        checks = checks[1:]  # which multiplies every argument, and torch multiplies no float8
+    args = arguments(case, cache, **more)
+    torch.library.opcheck(OPS.sparse_query_attention_paged.default, args, test_utils=checks)
+    torch.library.opcheck(OPS.sparse_query_attention_paged_out.default, args, out, test_utils=checks)
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_compiles_into_one_graph(needs_grad: bool) -> None:
+    case = packed((60, 0, 25), (20, 0, 9), tail=4)
+    cache = paged(case, 16)
+    logits = sinks()
+    q = case.q.requires_grad_(needs_grad)
+
+    def attend(q: torch.Tensor, window: int, softcap: float | None, bound: int | None) -> torch.Tensor:
+        out, lse = sparse_query_attention_paged(
+            q, *cache[1:], window=window, softcap=softcap, sinks=logits, max_seqlen_k=bound, return_lse=True
+        )
+        return out + lse.clamp(min=0)[..., None]
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=True)
+    for args in ((30, 2.0, None), (9, None, 60)):
+        torch.testing.assert_close(compiled(q, *args), attend(q, *args), rtol=1e-5, atol=1e-5)
+    if needs_grad:
+        gradients = [torch.autograd.grad(f(q, 9, 2.0, 60).square().sum(), q)[0] for f in (compiled, attend)]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+def bad_inputs() -> Iterator[tuple[str, dict[str, Any], type[Exception], str]]:
+    case = packed((20, 9), (6, 4))
+    q, k_cache, v_cache, positions, _, block_table, seq_lens = paged(case, 16)
+    fp8 = {x: bits(y).to(torch.uint8).view(FP8) for x, y in (("k_cache", k_cache.nan_to_num()), ("v_cache", v_cache))}
+    one = torch.ones(1, device=DEVICE)
+    yield "batch", {"q": q[None]}, ValueError, r"q has shape \[1, 10, 4, 32\]; it must be \[n, heads, head_dim\]"
+    yield "joint", {"k_cache": k_cache[:, :, 0]}, ValueError, r"k_cache .* must be \[blocks, block_size, kv_heads, head"
+    yield "heads", {"q": q[:, :3]}, ValueError, "q has 3 heads and k_cache has 2; the heads of k_cache must divide"
+    yield "dtype", {"k_cache": k_cache.half()}, TypeError, "k_cache has dtype float16 and q float32"
+    yield "bytes", {"k_cache": bits(fp8["k_cache"])}, TypeError, "k_cache has dtype uint8; .* float8_e4m3fn"
+    yield "values", {"v_cache": v_cache[:, :9]}, ValueError, r"v_cache has shape .* k_cache asks for \[6, 16, 2, 32\]"
+    yield "mixed", {"k_cache": fp8["k_cache"]}, TypeError, "v_cache has dtype float32 and k_cache float8_e4m3fn"
+    yield "head_dim", {"q": q[..., :16]}, ValueError, r"k_cache has shape .* q asks for \[6, 16, 2, 16\]"
+    yield "stride", {"k_cache": k_cache.mT.contiguous().mT}, ValueError, r"k_cache has strides .* k_cache.contiguous"
+    yield "positions", {"positions": positions[:5]}, ValueError, r"positions has shape \[5\]; q asks for \[10\]"
+    yield "long table", {"block_table": block_table.long()}, TypeError, "block_table has dtype int64; it may be int32"
+    yield "flat table", {"block_table": block_table[0]}, ValueError, r"block_table .* must be \[rows, max_blocks\]"
+    yield "rows", {"block_table": block_table[:1]}, ValueError, r"block_table has shape .* each of the 2 sequences"
+    yield "table's stride", {"block_table": block_table.mT.contiguous().mT}, ValueError, "block_table has strides"
+    yield "lengths", {"seq_lens": seq_lens[:1]}, ValueError, r"seq_lens has shape \[1\]; cu_selected asks for \[2\]"
+    yield "row numbers", {"table_rows": integers([0])}, ValueError, r"table_rows .* cu_selected asks for \[2\]"
+    yield "device", {"block_table": block_table.to("meta")}, ValueError, "block_table is on meta"
+    yield "no float8", {"k_scale": one}, ValueError, "k_scale is given and k_cache has dtype float32; only float8 is"
+    yield "scale", {**fp8, "v_scale": one.repeat(3)}, ValueError, r"v_scale has shape \[3\]; .* k_cache asks for \[2\]"
+    yield "scales", {**fp8, "k_scale": 0.5}, TypeError, r"k_scale is a float; it must be a tensor \[1\] or \[kv_heads\]"
+    yield "double scale", {**fp8, "k_scale": one.double()}, TypeError, "k_scale has dtype float64; it may be float32"
+    yield "bound", {"max_seqlen_k": "x"}, TypeError, "max_seqlen_k is 'x'; it must be an int"
+    yield "out", {"out": q[:, :2]}, ValueError, r"out has shape \[10, 2, 32\]; the op's output asks for \[10, 4, 32\]"
+    yield "backend", {"backend": "cuda"}, ValueError, "backend is 'cuda'; it may be one of 'auto'"
+
+
+@pytest.mark.parametrize(("_", "changes", "error", "words"), list(bad_inputs()), ids=[case[0] for case in bad_inputs()])
+def test_bad_inputs(_: str, changes: dict[str, Any], error: type[Exception], words: str) -> None:
+    good = paged(packed((20, 9), (6, 4)), 16)._asdict()
+    with pytest.raises(error, match=words):
+        sparse_query_attention_paged(**{**good, **changes})
+
+
+def test_out_has_no_gradient() -> None:
+    cache = paged(packed((20, 9), (6, 4)), 16)
+    with pytest.raises(BackendError, match="out= got an input that requires grad"):
+        sparse_query_attention_paged(cache.q.requires_grad_(), *cache[1:], out=torch.empty_like(cache.q))
