@@ -24,6 +24,6 @@ def norm_and_select(
         normed, _, positions, _ = rms_norm_select(hidden_states, weight, eps, **request)
         return normed, positions
     sink, starts, lengths = request.pop("sink", None), request.get("starts"), request.get("lengths")
-    normed, scores = rms_norm_score(hidden_states, weight, eps, sink=sink, starts=starts, lengths=lengths)
-    positions, _ = select_tokens(-scores, **request)
-    return normed, positions
+    result = rms_norm_score(hidden_states, weight, eps, sink=sink, starts=starts, lengths=lengths)
+    positions, _ = select_tokens(-result.scores, **request)
+    return result.normed, positions

@@ -21,3 +21,18 @@ def empty_ordered_like(x: torch.Tensor) -> torch.Tensor:
         order.insert(place, dim)
     order.append(x.dim() - 1)
     return torch.empty_permuted(x.shape, order, dtype=x.dtype, device=x.device)
+
+
+def norm_outputs(
+    hidden_states: torch.Tensor, residual: torch.Tensor | None, norm: str, write_norm: bool, copy_input: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """New tensors for what the norm with score writes: normed, scores, the summed (or copied) hidden states.
+
+    What is not written gets an empty tensor, because an operator returns tensors.
+    """
+
+    def states(wanted: bool) -> torch.Tensor:
+        return hidden_states.new_empty(hidden_states.shape if wanted else 0)
+
+    scores = hidden_states.new_empty(hidden_states.shape[:-1], dtype=torch.float32)
+    return states(write_norm and norm != "identity"), scores, states(residual is not None or copy_input)

@@ -168,7 +168,7 @@ def rms_norm_select(
         >>> positions
         tensor([[1, 2]], dtype=torch.int32)
     """
-    sink = check_norm(hidden_states, weight, sink, starts, lengths)
+    check_norm(hidden_states, weight, None, "rms", None, 0.0, "inner", sink, starts, lengths, None)
     request = _check_request(hidden_states, k, starts, lengths, sink_positions, keep_last, max_selected)
     return dispatch.run(
         _NORM_SELECT,

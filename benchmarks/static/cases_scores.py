@@ -1,10 +1,40 @@
 """Cases of the norm with score, the selection, and the two in one launch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 from benchmarks.static.case import FLOAT, HALF, Case, empty, launch, name_of
+
+
+def score_launch(x: torch.Tensor, weight: torch.Tensor | None, **options: Any) -> Callable[[], Any]:
+    """Calls the launcher of rms_norm_score with the public defaults of what is not given."""
+    arguments = {
+        "residual": None,
+        "norm": "rms",
+        "bias": None,
+        "weight_offset": 0.0,
+        "score": "inner",
+        "sink": None,
+        "starts": None,
+        "cu_seqlens": None,
+        "write_norm": True,
+        "copy_input": False,
+    }
+    assert options.keys() <= arguments.keys()
+    return launch("scoring.rms_norm_score", x, weight, 1e-5, *{**arguments, **options}.values())
+
+
+def score_options(x: torch.Tensor, weight: torch.Tensor, sink: torch.Tensor) -> dict[str, dict[str, Any]]:
+    """x is [batch, tokens, hidden]."""
+    batch = x.shape[0]
+    sinks, starts = empty(batch, x.shape[2], dtype=x.dtype), empty(batch, dtype=torch.int32)
+    return {
+        "residual, own sink": {"weight": weight, "residual": x, "starts": starts},
+        "Gemma, cosine": {"weight": weight, "weight_offset": 1.0, "score": "cosine", "sink": sinks, "copy_input": True},
+        "LayerNorm": {"weight": weight, "norm": "layer", "bias": weight, "sink": sink, "write_norm": False},
+    }
 
 
 def scoring_cases() -> Iterator[Case]:
@@ -19,8 +49,13 @@ def scoring_cases() -> Iterator[Case]:
         # In the selection, which one program of a row runs once, not in the norm that all run.
         streamed = {"sm_80": {"spills": 2}} if tokens > 2048 else {}
         name = f"{hidden} {tokens} tokens {name_of(dtype)}"
-        score = launch("scoring.rms_norm_score", x, weight, 1e-5, sink.expand(32, hidden), None)
+        score = score_launch(x, weight, sink=sink.expand(32, hidden))
         yield Case("scores", f"rms_norm_score {name}", score, {**limits, "atomics": 0}, slow=slow)
+        if not slow:
+            for what, options in score_options(x, weight, sink).items():
+                yield Case(
+                    "scores", f"rms_norm_score {name}, {what}", score_launch(x, **options), {**limits, "atomics": 0}
+                )
         fused = launch(
             "selection.rms_norm_select", x, weight, 1e-5, tokens // 3, None, tokens // 3, None, row, row, None, 1
         )

@@ -82,6 +82,6 @@ def rms_norm_select(
     keep_last: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The two above, one after the other; `orthorank_kernels.rms_norm_select`."""
-    normed, scores = rms_norm_score(hidden_states, weight, eps, sink, starts)
+    normed, scores, _ = rms_norm_score(hidden_states, weight, eps, sink=sink, starts=starts)
     positions, counts = select_tokens(scores, k, row_k, width, starts, lengths, sink_positions, keep_last)
     return normed, scores, positions, counts

@@ -27,7 +27,10 @@ def norm_row(
         if NORM == "rms" and OFFSET == 0:
             x = x.to(dtype).to(tl.float32)
         if weight is not None:
-            x *= weight.to(tl.float32) + OFFSET
+            weight = weight.to(tl.float32)
+            if OFFSET != 0:
+                weight += OFFSET
+            x *= weight
         if bias is not None:
             x += bias.to(tl.float32)
     return x.to(dtype)  # [BLOCK]
@@ -44,6 +47,17 @@ def rms_norm_row(
     mean_square = tl.sum(x * x, 0) / HIDDEN
     normed = (x * tl.rsqrt(mean_square + eps)).to(weight.dtype)  # [BLOCK]
     return (normed.to(tl.float32) * weight.to(tl.float32)).to(weight.dtype)  # [BLOCK]
+
+
+@triton.jit
+def sequence_of(cu_seqlens_ptr, token, n_seqs):
+    """Which sequence of a packed batch holds ``token``, as int64: the number of sequences that end before it."""
+    sequence = tl.zeros([], tl.int32)
+    for tile in range(0, n_seqs, 256):
+        entry = tile + tl.arange(0, 256)
+        end = tl.load(cu_seqlens_ptr + 1 + entry, mask=entry < n_seqs, other=0x7FFFFFFF)  # [256]
+        sequence += tl.sum((end <= token).to(tl.int32), 0)
+    return sequence.to(tl.int64)
 
 
 @triton.jit

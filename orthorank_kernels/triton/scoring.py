@@ -1,112 +1,233 @@
-"""RMSNorm fused with the sink score.
+"""The norm fused with the residual add before it and the sink score after it.
 
-    normed[b, t, :] = weight * x[b, t, :] * rsqrt(mean(x[b, t, :]^2) + eps)       [batch, tokens, hidden]
-    scores[b, t]    = |<sink[b, :], normed[b, t, :]>|                             [batch, tokens], float32
+    h[t, :]      = x[t, :] + residual[t, :]                  rounded to the dtype; x alone without a residual
+    normed[t, :] = norm(h[t, :]) * weight + bias             RMSNorm, LayerNorm, or h as it is
+    scores[t]    = |<sink, normed[t, :]>|                    float32; or divided by both lengths (cosine)
+
+Layouts, one kernel: batch ``[batch, tokens, HIDDEN]``, and packed ``[total, HIDDEN]`` with ``cu_seqlens``. In the
+packed layout the row strides are 0 and tokens count through all sequences, so a sequence is a row of the batch that
+starts later. A program may take the end of one sequence and the beginning of others; it reads the sink anew for each.
 
 x is read once. Each program normalises several rows and holds weight and sink in registers meanwhile. A row lives in
 registers as one block, so a hidden size above 16384 is right but spills.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from orthorank_kernels.triton.primitives import rms_norm_row
+from orthorank_kernels._layout import norm_outputs
+from orthorank_kernels.triton.primitives import norm_row, sequence_of
+
+
+@triton.jit
+def load_vector(ptr, channel, inside):
+    """A vector [BLOCK] that all rows share, zero past its end; None stays None."""
+    vector = None
+    if ptr is not None:
+        vector = tl.load(ptr + channel, mask=inside, other=0.0)
+    return vector
+
+
+@triton.jit
+def load_state(x_ptr, residual_ptr, x_offset, residual_offset, channel, inside):
+    """One token's hidden state [BLOCK], after the addition of the residual, in the dtype of ``x``."""
+    h = tl.load(x_ptr + x_offset + channel, mask=inside, other=0.0)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + residual_offset + channel, mask=inside, other=0.0)
+        h = (h.to(tl.float32) + residual.to(tl.float32)).to(h.dtype)
+    return h
+
+
+@triton.jit
+def length(x):
+    """Euclidean length of a vector, not below what keeps a division by it finite; the bound is PyTorch's."""
+    return tl.maximum(tl.sqrt(tl.sum(x * x, 0)), 1e-8)
 
 
 @triton.jit
 def norm_and_score(
     x_ptr,
-    weight_ptr,
-    sink_ptr,
-    starts_ptr,
-    normed_ptr,
+    residual_ptr,  # None: nothing is added
+    weight,  # [BLOCK] or None
+    bias,  # [BLOCK] or None
+    sink_ptr,  # None: the token `sink_token` after the norm
+    normed_ptr,  # None: only scores are wanted
     scores_ptr,
+    sum_ptr,  # None, or where h goes
     row,
     first,
-    n_tokens,
-    rows,
+    end,
+    sink_token,
     eps,
     stride_x_row,
     stride_x_token,
+    stride_residual_row,
+    stride_residual_token,
     stride_sink_row,
+    stride_out_row,  # in tokens, of all outputs
+    NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
+    COSINE: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Tokens ``first`` to ``first + rows`` of one row of the batch; both int64."""
-    eps = tl.cast(eps, tl.float32)
+    """Tokens ``first`` to ``end`` (exclusive) of one sequence; ``row``, ``first``, ``end``, ``sink_token`` int64."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     channel = tl.arange(0, BLOCK)  # [BLOCK]
     inside = channel < HIDDEN
-    weight = tl.load(weight_ptr + channel, mask=inside, other=0.0)
     x_ptr += row * stride_x_row
+    if residual_ptr is not None:
+        residual_ptr += row * stride_residual_row
     if sink_ptr is None:
-        state_ptr = x_ptr
-        if starts_ptr is not None:
-            start = tl.load(starts_ptr + row).to(tl.int64)
-            state_ptr += tl.minimum(tl.maximum(start, 0), n_tokens - 1) * stride_x_token
-        state = tl.load(state_ptr + channel, mask=inside, other=0.0)
-        sink = rms_norm_row(state.to(tl.float32), weight, eps, HIDDEN)
+        state = load_state(
+            x_ptr,
+            residual_ptr,
+            sink_token * stride_x_token,
+            sink_token * stride_residual_token,
+            channel,
+            inside,
+        )
+        sink = norm_row(state.to(tl.float32), weight, bias, inside, eps, dtype, NORM, OFFSET, HIDDEN)
     else:
         sink = tl.load(sink_ptr + row * stride_sink_row + channel, mask=inside, other=0.0)
-    for token in range(first, tl.minimum(first + rows, n_tokens)):
-        x = tl.load(x_ptr + token * stride_x_token + channel, mask=inside, other=0.0)
-        normed = rms_norm_row(x.to(tl.float32), weight, eps, HIDDEN)
-        out = row * n_tokens + token
-        tl.store(normed_ptr + out * HIDDEN + channel, normed, mask=inside)
+    if COSINE:
+        sink_length = length(sink.to(tl.float32))
+    for token in range(first, end):
+        h = load_state(x_ptr, residual_ptr, token * stride_x_token, token * stride_residual_token, channel, inside)
+        out = row * stride_out_row + token
+        if sum_ptr is not None:
+            tl.store(sum_ptr + out * HIDDEN + channel, h, mask=inside)
+        normed = norm_row(h.to(tl.float32), weight, bias, inside, eps, dtype, NORM, OFFSET, HIDDEN)
+        if normed_ptr is not None:
+            tl.store(normed_ptr + out * HIDDEN + channel, normed, mask=inside)
+        score = tl.abs(tl.sum(normed.to(tl.float32) * sink.to(tl.float32), 0))
+        if COSINE:
+            score /= sink_length * length(normed.to(tl.float32))
         # A scalar, which one thread stores: rms_norm_select_kernel relies on that.
-        tl.store(scores_ptr + out, tl.abs(tl.sum(normed.to(tl.float32) * sink.to(tl.float32), 0)))
+        tl.store(scores_ptr + out, score)
 
 
-@triton.jit(do_not_specialize=["n_tokens", "n_blocks", "rows"])
+@triton.jit
+def first_piece(cu_seqlens_ptr, n_tokens, n_seqs, n_blocks, rows):
+    """The row of the batch, or the sequence, with which a program begins, and its tokens: row, first, end; int64.
+
+    In the packed layout, the tokens may continue in later sequences.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    if cu_seqlens_ptr is None:
+        row = program // n_blocks
+        first = program % n_blocks * rows
+    else:
+        first = program * rows
+        row = sequence_of(cu_seqlens_ptr, first, n_seqs)
+    return row, first, tl.minimum(first + rows, n_tokens)
+
+
+@triton.jit
+def bounds(starts_ptr, cu_seqlens_ptr, row, end, n_tokens):
+    """The first valid token of a row of the batch, or of a sequence, and where its tokens below ``end`` end; int64."""
+    if cu_seqlens_ptr is not None:
+        begin = tl.load(cu_seqlens_ptr + row).to(tl.int64)
+        end = tl.minimum(tl.load(cu_seqlens_ptr + row + 1).to(tl.int64), end)
+    elif starts_ptr is not None:
+        begin = tl.minimum(tl.maximum(tl.load(starts_ptr + row).to(tl.int64), 0), n_tokens - 1)
+    else:
+        begin = row * 0
+    return begin, end
+
+
+@triton.jit(do_not_specialize=["n_tokens", "n_seqs", "n_blocks", "rows", "stride_out_row"])
 def rms_norm_score_kernel(
     x_ptr,
+    residual_ptr,
     weight_ptr,
+    bias_ptr,
     sink_ptr,
     starts_ptr,
+    cu_seqlens_ptr,  # None in the batch layout
     normed_ptr,
     scores_ptr,
-    n_tokens,
+    sum_ptr,
+    n_tokens,  # of a row of the batch, or of all sequences
+    n_seqs,
     n_blocks,
     rows,
     eps,
     stride_x_row,
     stride_x_token,
+    stride_residual_row,
+    stride_residual_token,
     stride_sink_row,
+    stride_out_row,
+    NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
+    COSINE: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    norm_and_score(
-        x_ptr,
-        weight_ptr,
-        sink_ptr,
-        starts_ptr,
-        normed_ptr,
-        scores_ptr,
-        row=program // n_blocks,
-        first=program % n_blocks * rows,
-        n_tokens=n_tokens,
-        rows=rows,
-        eps=eps,
-        stride_x_row=stride_x_row,
-        stride_x_token=stride_x_token,
-        stride_sink_row=stride_sink_row,
-        HIDDEN=HIDDEN,
-        BLOCK=BLOCK,
-    )
+    eps = tl.cast(eps, tl.float32)
+    channel = tl.arange(0, BLOCK)  # [BLOCK]
+    inside = channel < HIDDEN
+    weight = load_vector(weight_ptr, channel, inside)
+    bias = load_vector(bias_ptr, channel, inside)
+    row, token, end = first_piece(cu_seqlens_ptr, n_tokens, n_seqs, n_blocks, rows)
+    # Once in the batch layout; in the packed one, once for each sequence that has tokens here, and each empty one
+    # between them.
+    while (token < end) & (row < n_seqs):
+        begin, stop = bounds(starts_ptr, cu_seqlens_ptr, row=row, end=end, n_tokens=n_tokens)
+        if stop > token:
+            norm_and_score(
+                x_ptr,
+                residual_ptr,
+                weight,
+                bias,
+                sink_ptr,
+                normed_ptr,
+                scores_ptr,
+                sum_ptr,
+                row=row,
+                first=token,
+                end=stop,
+                sink_token=begin,
+                eps=eps,
+                stride_x_row=stride_x_row,
+                stride_x_token=stride_x_token,
+                stride_residual_row=stride_residual_row,
+                stride_residual_token=stride_residual_token,
+                stride_sink_row=stride_sink_row,
+                stride_out_row=stride_out_row,
+                NORM=NORM,
+                OFFSET=OFFSET,
+                COSINE=COSINE,
+                HIDDEN=HIDDEN,
+                BLOCK=BLOCK,
+            )
+            token = stop
+        row += 1
 
 
 # More rows a program save reads of weight and sink, but a GPU has to be filled first.
 ENOUGH_PROGRAMS = 2048
+# One part in so many of a program's traffic may be vectors that all of its rows share.
+SHARED_PART = 16
 
 
-def launch_settings(batch: int, tokens: int, hidden: int) -> dict[str, int]:
+def launch_settings(n_rows: int, tokens: int, hidden: int, row_bytes: int, shared_bytes: int) -> dict[str, int]:
     """Rows a program takes, programs for each row of the batch, block size and warps.
 
-    The norm alone and the norm with selection share them: the order of a sum, and so its last bit, depends on them.
+    The norm alone and the norm with selection share block and warps: the order of a sum, and so its last bit, depends
+    on them.
+
+    Args:
+        n_rows: rows of the batch (1 in the packed layout); tokens: of each (or of all sequences); hidden.
+        row_bytes: what a token reads and writes; shared_bytes: what a program reads once.
     """
     block = triton.next_power_of_2(hidden)
-    rows = max(1, min(16, batch * tokens // ENOUGH_PROGRAMS))
+    most = triton.cdiv(SHARED_PART * shared_bytes, row_bytes)
+    rows = max(1, min(most, n_rows * tokens // ENOUGH_PROGRAMS))
     return {
         "rows": rows,
         "n_blocks": triton.cdiv(tokens, rows),
@@ -115,35 +236,115 @@ def launch_settings(batch: int, tokens: int, hidden: int) -> dict[str, int]:
     }
 
 
-def rms_norm_score(
+def norm_arguments(
     hidden_states: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     eps: float,
+    residual: torch.Tensor | None,
+    norm: str,
+    bias: torch.Tensor | None,
+    weight_offset: float,
+    score: str,
     sink: torch.Tensor | None,
     starts: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    cu_seqlens: torch.Tensor | None,
+    *,
+    normed: torch.Tensor | None,
+    scores: torch.Tensor,
+    summed: torch.Tensor | None,
+) -> tuple[int, dict[str, Any]]:
+    """Number of programs, and the arguments of a kernel that norms and scores, alone or before a selection.
+
+    Args:
+        normed, scores, summed: to be written; None: not wanted.
+    """
+    hidden = hidden_states.shape[-1]
+    if cu_seqlens is None:
+        n_rows, tokens = hidden_states.shape[:2]
+        stride_x_row, stride_residual_row = hidden_states.stride(0), 0 if residual is None else residual.stride(0)
+    else:
+        n_rows, tokens, stride_x_row, stride_residual_row = 1, hidden_states.shape[0], 0, 0
+    states = hidden * hidden_states.element_size()
+    reads = 1 + (residual is not None)
+    writes = (normed is not None) + (summed is not None)
+    sink_bytes = reads * states if sink is None else hidden * sink.element_size()
+    settings = launch_settings(
+        n_rows,
+        tokens,
+        hidden,
+        row_bytes=(reads + writes) * states,
+        shared_bytes=sink_bytes + ((weight is not None) + (bias is not None)) * states,
+    )
+    return n_rows * settings["n_blocks"], {
+        "x_ptr": hidden_states,
+        "residual_ptr": residual,
+        "weight_ptr": weight,
+        "bias_ptr": bias,
+        "sink_ptr": sink,
+        "starts_ptr": starts,
+        "cu_seqlens_ptr": cu_seqlens,
+        "normed_ptr": normed,
+        "scores_ptr": scores,
+        "sum_ptr": summed,
+        "n_tokens": tokens,
+        "n_seqs": n_rows if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        "eps": eps,
+        "stride_x_row": stride_x_row,
+        "stride_x_token": hidden_states.stride(-2),
+        "stride_residual_row": stride_residual_row,
+        "stride_residual_token": 0 if residual is None else residual.stride(-2),
+        "stride_sink_row": sink.stride(0) if sink is not None and sink.dim() == 2 else 0,
+        "stride_out_row": tokens if cu_seqlens is None else 0,
+        "NORM": norm,
+        "OFFSET": weight_offset,
+        "COSINE": score == "cosine",
+        "HIDDEN": hidden,
+        "enable_fp_fusion": True,
+        **settings,
+    }
+
+
+def rms_norm_score(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None,
+    norm: str,
+    bias: torch.Tensor | None,
+    weight_offset: float,
+    score: str,
+    sink: torch.Tensor | None,
+    starts: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    write_norm: bool,
+    copy_input: bool,
+    out: tuple[torch.Tensor | None, ...] | None = None,
+) -> tuple[torch.Tensor | None, ...]:
     """Launcher of the operator ``rms_norm_score``; arguments are checked in the public function."""
-    batch, tokens, hidden = hidden_states.shape
-    normed = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-    scores = hidden_states.new_empty(batch, tokens, dtype=torch.float32)
-    if scores.numel() == 0:
-        return normed, scores
-    settings = launch_settings(batch, tokens, hidden)
+    results = norm_outputs(hidden_states, residual, norm, write_norm, copy_input) if out is None else out
+    if results[1].numel() == 0:
+        return results
+    normed, scores, summed = results
+    if sink is not None and sink.dim() == 1 and cu_seqlens is not None:
+        # With one sink for all sequences, where they end does not matter.
+        hidden_states, cu_seqlens = hidden_states.unsqueeze(0), None
+        residual = None if residual is None else residual.unsqueeze(0)
+    programs, arguments = norm_arguments(
+        hidden_states,
+        weight,
+        eps,
+        residual,
+        norm,
+        bias,
+        weight_offset,
+        score,
+        sink,
+        starts,
+        cu_seqlens,
+        normed=normed if write_norm and norm != "identity" else None,
+        scores=scores,
+        summed=summed if residual is not None or copy_input else None,
+    )
     with torch.cuda.device_of(hidden_states):
-        rms_norm_score_kernel[(batch * settings["n_blocks"],)](
-            x_ptr=hidden_states,
-            weight_ptr=weight,
-            sink_ptr=sink,
-            starts_ptr=starts,
-            normed_ptr=normed,
-            scores_ptr=scores,
-            n_tokens=tokens,
-            eps=eps,
-            stride_x_row=hidden_states.stride(0),
-            stride_x_token=hidden_states.stride(1),
-            stride_sink_row=0 if sink is None else sink.stride(0),
-            HIDDEN=hidden,
-            enable_fp_fusion=True,
-            **settings,
-        )
-    return normed, scores
+        rms_norm_score_kernel[(programs,)](**arguments)
+    return results

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from orthorank_kernels.triton.radix import select_resident, select_streamed
-from orthorank_kernels.triton.scoring import launch_settings, norm_and_score
+from orthorank_kernels.triton.scoring import bounds, first_piece, load_vector, norm_and_score, norm_arguments
 
 
 @triton.jit
@@ -99,14 +99,18 @@ def select_tokens_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["n_tokens", "n_blocks", "rows", "k", "width", "keep_last"])
+@triton.jit(do_not_specialize=["n_tokens", "n_seqs", "n_blocks", "rows", "k", "width", "keep_last", "stride_out_row"])
 def rms_norm_select_kernel(
     x_ptr,
+    residual_ptr,
     weight_ptr,
+    bias_ptr,
     sink_ptr,
     starts_ptr,
+    cu_seqlens_ptr,
     normed_ptr,
     scores_ptr,
+    sum_ptr,
     positions_ptr,
     counts_ptr,
     lengths_ptr,
@@ -114,6 +118,7 @@ def rms_norm_select_kernel(
     row_k_ptr,
     finished_ptr,
     n_tokens,
+    n_seqs,
     n_blocks,
     rows,
     eps,
@@ -122,29 +127,48 @@ def rms_norm_select_kernel(
     keep_last,
     stride_x_row,
     stride_x_token,
+    stride_residual_row,
+    stride_residual_token,
     stride_sink_row,
+    stride_out_row,
+    NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
+    COSINE: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     RESIDENT: tl.constexpr,
     SELECT_BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    row = program // n_blocks
+    eps = tl.cast(eps, tl.float32)
+    channel = tl.arange(0, BLOCK)  # [BLOCK]
+    inside = channel < HIDDEN
+    weight = load_vector(weight_ptr, channel, inside)
+    bias = load_vector(bias_ptr, channel, inside)
+    row, first, end = first_piece(cu_seqlens_ptr, n_tokens, n_seqs, n_blocks, rows)
+    begin, end = bounds(starts_ptr, cu_seqlens_ptr, row=row, end=end, n_tokens=n_tokens)
     norm_and_score(
         x_ptr,
-        weight_ptr,
+        residual_ptr,
+        weight,
+        bias,
         sink_ptr,
-        starts_ptr,
         normed_ptr,
         scores_ptr,
+        sum_ptr,
         row=row,
-        first=program % n_blocks * rows,
-        n_tokens=n_tokens,
-        rows=rows,
+        first=first,
+        end=end,
+        sink_token=begin,
         eps=eps,
         stride_x_row=stride_x_row,
         stride_x_token=stride_x_token,
+        stride_residual_row=stride_residual_row,
+        stride_residual_token=stride_residual_token,
         stride_sink_row=stride_sink_row,
+        stride_out_row=stride_out_row,
+        NORM=NORM,
+        OFFSET=OFFSET,
+        COSINE=COSINE,
         HIDDEN=HIDDEN,
         BLOCK=BLOCK,
     )
@@ -257,7 +281,7 @@ def rms_norm_select(
     keep_last: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launcher of the operator ``rms_norm_select``; arguments are checked in the public function."""
-    batch, tokens, hidden = hidden_states.shape
+    batch, tokens, _ = hidden_states.shape
     normed = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
     scores = hidden_states.new_empty(batch, tokens, dtype=torch.float32)
     if scores.numel() == 0:
@@ -265,32 +289,34 @@ def rms_norm_select(
     positions = hidden_states.new_empty(batch, width, dtype=torch.int32)
     counts = hidden_states.new_empty(batch, dtype=torch.int32)
     finished = hidden_states.new_zeros(batch, dtype=torch.int32)
-    settings = launch_settings(batch, tokens, hidden)
+    programs, arguments = norm_arguments(
+        hidden_states,
+        weight,
+        eps,
+        residual=None,
+        norm="rms",
+        bias=None,
+        weight_offset=0.0,
+        score="inner",
+        sink=sink,
+        starts=starts,
+        cu_seqlens=None,
+        normed=normed,
+        scores=scores,
+        summed=None,
+    )
     with torch.cuda.device_of(hidden_states):
-        rms_norm_select_kernel[(batch * settings["n_blocks"],)](
-            x_ptr=hidden_states,
-            weight_ptr=weight,
-            sink_ptr=sink,
-            starts_ptr=starts,
-            normed_ptr=normed,
-            scores_ptr=scores,
+        rms_norm_select_kernel[(programs,)](
+            **arguments,
             positions_ptr=positions,
             counts_ptr=counts,
             lengths_ptr=lengths,
             sinks_ptr=sink_positions,
             row_k_ptr=row_k,
             finished_ptr=finished,
-            n_tokens=tokens,
-            eps=eps,
             k=k,
             width=width,
             keep_last=keep_last,
-            stride_x_row=hidden_states.stride(0),
-            stride_x_token=hidden_states.stride(1),
-            stride_sink_row=0 if sink is None else sink.stride(0),
-            HIDDEN=hidden,
-            enable_fp_fusion=True,
-            **settings,
-            **fused_settings(occupied(batch, tokens, tokens), settings["num_warps"]),
+            **fused_settings(occupied(batch, tokens, tokens), arguments["num_warps"]),
         )
     return normed, scores, positions, counts

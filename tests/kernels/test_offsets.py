@@ -27,9 +27,12 @@ NARROW_PRODUCTS = {
 SIZES = {"n_tokens", "selected", "keys", "width", "rows", "rows_per_program", "HIDDEN", "HEAD_DIM", "STRIDE"}
 # Parameters that are int64 by contract; the test checks what callers pass.
 WIDE_PARAMETERS = {
-    "norm_and_score": {"row", "first"},
+    "norm_and_score": {"row", "first", "end", "sink_token"},
+    "bounds": {"row", "end"},
     "select_row": {"row"},
 }
+# Functions that return int64 only; the test checks what they return.
+WIDE_RESULTS = {"first_piece", "bounds", "sequence_of"}
 
 
 def is_jit(node: ast.AST) -> bool:
@@ -70,6 +73,8 @@ def is_wide(expression: ast.AST, wide_names: set[str]) -> bool:
         return is_wide(expression.value, wide_names)
     if isinstance(expression, ast.Call) and ast.unparse(expression.func) in ("tl.minimum", "tl.maximum"):
         return any(is_wide(a, wide_names) for a in expression.args)
+    if isinstance(expression, ast.Call) and ast.unparse(expression.func) in WIDE_RESULTS:
+        return True
     return isinstance(expression, ast.Call) and bool(widened(expression) & {getattr(expression.func, "value", None)})
 
 
@@ -78,11 +83,16 @@ def wide_names(function: ast.FunctionDef) -> set[str]:
     names = set(WIDE_PARAMETERS.get(function.name, ()))
     narrow = {argument.arg for argument in function.args.args} - names
     for node in ast.walk(function):  # in the order of the source, outer statements first
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            (names if is_wide(node.value, names) else narrow).add(node.targets[0].id)
+        if isinstance(node, ast.Assign):
+            found = {target.id for target in ast.walk(node.targets[0]) if is_assigned(target)}
+            (names if is_wide(node.value, names) else narrow).update(found)
         elif isinstance(node, ast.For) and isinstance(node.target, ast.Name) and isinstance(node.iter, ast.Call):
             (names if any(is_wide(a, names) for a in node.iter.args) else narrow).add(node.target.id)
     return names - narrow
+
+
+def is_assigned(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
 
 
 def is_extent(factor: ast.AST) -> bool:
@@ -136,8 +146,16 @@ def test_callers_pass_64_bits_where_the_contract_says_so(name):
             assert is_wide(passed[parameter], wide_names(function)), f"{function.name} passes a narrow {parameter}"
 
 
+@pytest.mark.parametrize("name", sorted(WIDE_RESULTS))
+def test_functions_return_64_bits_where_the_contract_says_so(name):
+    function = FUNCTIONS[name]
+    (returned,) = (n.value for n in ast.walk(function) if isinstance(n, ast.Return))
+    for value in returned.elts if isinstance(returned, ast.Tuple) else [returned]:
+        assert is_wide(value, wide_names(function)), f"{name} returns a narrow {ast.unparse(value)}"
+
+
 def test_exceptions_name_functions_that_exist():
-    assert set(NARROW_PROGRAM_IDS) | set(NARROW_PRODUCTS) | set(WIDE_PARAMETERS) <= set(FUNCTIONS)
+    assert set(NARROW_PROGRAM_IDS) | set(NARROW_PRODUCTS) | set(WIDE_PARAMETERS) | WIDE_RESULTS <= set(FUNCTIONS)
     assert all(NARROW_PROGRAM_IDS.values())
     assert {node.id for f in FUNCTIONS.values() for node in ast.walk(f) if isinstance(node, ast.Name)} >= SIZES
 

@@ -25,7 +25,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
 
 
 def one_after_the_other(x, weight, k, *, backend, sink=None, **selection):
-    normed, scores = rms_norm_score(x, weight, EPS, sink=sink, starts=selection.get("starts"), backend=backend)
+    normed, scores, _ = rms_norm_score(x, weight, EPS, sink=sink, starts=selection.get("starts"), backend=backend)
     return normed, scores, *select_tokens(scores, k, backend=backend, **selection)
 
 
