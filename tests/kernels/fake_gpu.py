@@ -52,7 +52,6 @@ def fake_gpus(target: str = "sm_90", *, note: bool = True) -> Iterator[Gpus]:
         if note:
             patch.setattr(KernelInterface, "__getitem__", noted)
         patch.setattr(configs, "_gpu_target", lambda index: target)
-        patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "_exchange_device", gpus.exchange)
         patch.setattr(torch.cuda, "_maybe_exchange_device", gpus.exchange)
         yield gpus

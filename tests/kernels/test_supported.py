@@ -12,6 +12,12 @@ from tests.kernels.fake_gpu import fake_gpus
 
 pytest.importorskip("triton")
 
+
+@pytest.fixture(autouse=True)
+def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.float8_e4m3fn)
 SIZES: list[dict[str, int]] = [
     {},
