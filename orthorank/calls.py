@@ -116,11 +116,12 @@ def read_call(shape: tuple[int, int], device: torch.device, phase: Phase, kwargs
         phase: what the caller said before.
     """
     batch, tokens = shape
-    past = _past(kwargs.get("past_key_values"), phase, tokens)
+    cache = cache_of(kwargs)
+    past = _past(cache, phase, tokens)
     call = Call(batch, tokens, past, _prompt_tokens(phase, past, tokens))
     if call.decodes_only:
         return call
-    refuse_packed(kwargs)
+    refuse_packed(kwargs, cached=cache is not None)
     if phase.prompt is None or past + tokens >= phase.prompt:
         call = dataclasses.replace(call, keep_last=min(phase.keep_last, call.prompt_tokens))
     mask = kwargs.get("attention_mask")
@@ -133,6 +134,12 @@ def read_call(shape: tuple[int, int], device: torch.device, phase: Phase, kwargs
         absent = torch.full((batch,), -1, dtype=torch.int32, device=device)
         call = dataclasses.replace(call, sink_positions=absent)
     return call
+
+
+def cache_of(kwargs: dict[str, Any]) -> Any:
+    """The cache among a call's arguments: ``cache`` since transformers 5.24, before that ``past_key_values``."""
+    cache = kwargs.get("cache")
+    return kwargs.get("past_key_values") if cache is None else cache
 
 
 def _past(cache: Any, phase: Phase, tokens: int) -> int:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from contextlib import AbstractContextManager
 from functools import partial
+from inspect import signature
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from orthorank import sink_state
-from orthorank.calls import Call, Phase, phase_of, read_call, refuse_other_threads
+from orthorank.calls import Call, Phase, cache_of, phase_of, read_call, refuse_other_threads
 from orthorank.config import OrthoRankConfig, hub_id
 from orthorank.errors import OrthoRankError
 from orthorank.families import Family, decoder_of, family_of
@@ -173,6 +174,8 @@ class DecoderForward(Patch):
     def __init__(self, handle: Handle, decoder: Any) -> None:
         super().__init__(decoder, "forward")
         self.handle = handle
+        # the name since transformers 5.24, and before
+        self.cache_name = "cache" if "cache" in signature(type(decoder).forward).parameters else "past_key_values"
 
     def __call__(
         self,
@@ -185,11 +188,9 @@ class DecoderForward(Patch):
         **kwargs: Any,
     ) -> Any:
         _refuse_attentions(self.owner, kwargs)
-        kwargs |= {
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-        }
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
+        if "cache" not in kwargs or past_key_values is not None:
+            kwargs[self.cache_name] = past_key_values
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:  # the model's own error is the better one
             return self.original(**kwargs)
@@ -204,7 +205,7 @@ class DecoderForward(Patch):
         call = read_call((given.shape[0], given.shape[1]), given.device, handle.phase, kwargs)
         if not (call.first or call.decodes_only) and 0 < handle.config.keep_ratio < 1:
             # before any layer runs: a failure further up would leave the lower layers' cache longer than the others'
-            sink_state.check(past_key_values, handle.config.layers, call.batch)
+            sink_state.check(cache_of(kwargs), handle.config.layers, call.batch)
         handle.call = call
         try:
             return self.original(input_ids=input_ids, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
@@ -219,7 +220,7 @@ class LayerForward(Patch):
         super().__init__(layer, "forward")
         self.handle, self.index, self.family = handle, index, family
 
-    def __call__(self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         config, call, counts = self.handle.config, self.handle.call, self.handle.stats[self.index]
         if call is None:
             raise OrthoRankError(
@@ -230,10 +231,10 @@ class LayerForward(Patch):
         valid = call.tokens_in()
         if config.keep_ratio == 0:
             counts.add(valid, 0)
-            return removed_forward(self.index, hidden_states, past_key_values)
+            return removed_forward(self.index, hidden_states, cache_of(kwargs))
         if call.decodes_only or config.keep_ratio == 1:
             counts.add(valid, valid)
-            return self.original(hidden_states, *args, past_key_values=past_key_values, **kwargs)
+            return self.original(hidden_states, *args, **kwargs)
         counts.add(valid, call.tokens_updated(config))
         parts, cos_sin = self.family.parts(self.owner), kwargs["position_embeddings"]
         run = partial(selected_forward, parts, self.index, config, call.on(hidden_states.device))
@@ -241,7 +242,7 @@ class LayerForward(Patch):
             # as transformers' own layers do it, without a cache: the recomputation would fill it twice
             again = partial(run, position_embeddings=cos_sin)
             return self.owner._gradient_checkpointing_func(again, hidden_states)
-        return run(hidden_states, cos_sin, past_key_values)
+        return run(hidden_states, cos_sin, cache_of(kwargs))
 
 
 class Generate(Patch):
@@ -275,7 +276,7 @@ class PrepareInputs(Patch):
 def _prompt_length(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
     """Columns that `generate()` is given: of its inputs, or of the mask where a cache holds the first ones."""
     given = [inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     if cache is not None and int(cache.get_seq_length()) > 0:
         given.append(kwargs.get("attention_mask"))
     lengths = [t.shape[1] for t in given if isinstance(t, Tensor) and t.dim() >= 2]

@@ -102,15 +102,15 @@ def _contiguous(mask: Tensor) -> Columns:
     return torch.where(count > 0, start, mask.shape[1]), torch.where(count > 0, end, mask.shape[1])
 
 
-def refuse_packed(kwargs: dict[str, Any]) -> None:
-    """Several sequences in one row have several sinks: refuse them by name."""
+def refuse_packed(kwargs: dict[str, Any], *, cached: bool) -> None:
+    """Several sequences in one row have several sinks: refuse them by name. ``cached``: whether a cache was given."""
     if named := [name for name in PACKED if kwargs.get(name) is not None]:
         raise OrthoRankError(
             f"{', '.join(named)} was given: packed sequences (several in one row) are not supported while a plan is "
             "applied; pass one sequence a row, padded, with a [batch, tokens] attention_mask"
         )
     positions = kwargs.get("position_ids")
-    if positions is None or kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
+    if positions is None or kwargs.get("attention_mask") is not None or cached:
         return
     if positions.shape[-1] > 1 and bool((positions.diff(dim=-1) != 1).any()):
         raise OrthoRankError(

@@ -27,13 +27,13 @@ def check(cache: Any, layers: list[int], batch: int) -> None:
     for layer in layers:
         if layer not in sinks:
             raise OrthoRankError(
-                f"past_key_values was filled without layer {layer} selecting tokens (by the dense model, or by another "
+                f"the cache was filled without layer {layer} selecting tokens (by the dense model, or by another "
                 "plan), so the sink token's state is not known; prefill from an empty cache with the plan applied, or "
                 "continue inside `with handle.decoding():` to process the new tokens densely"
             )
         if sinks[layer].shape[0] != batch:
             raise OrthoRankError(
-                f"past_key_values holds the sinks of {sinks[layer].shape[0]} rows and the call has {batch}; "
+                f"the cache holds the sinks of {sinks[layer].shape[0]} rows and the call has {batch}; "
                 "prefill the batch that you continue"
             )
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
+from orthorank.calls import cache_of
 from orthorank.masks import valid_columns
 from tests.orthorank.naive import assert_close
 from tests.orthorank.test_layer import ids_of
@@ -124,3 +125,10 @@ def test_a_four_dimensional_mask_gives_what_the_plain_one_gives(tiny_model: Any,
         plain = model(ids, attention_mask=LEFT, position_ids=positions).logits
         full = model(ids, attention_mask=additive(causal(LEFT)), position_ids=positions).logits
     assert_close(full[LEFT.bool()], plain[LEFT.bool()])
+
+
+def test_the_cache_is_found_under_either_name() -> None:
+    cache = object()
+    assert cache_of({"past_key_values": cache}) is cache_of({"cache": cache}) is cache
+    assert cache_of({"past_key_values": cache, "cache": None}) is cache
+    assert cache_of({}) is None
