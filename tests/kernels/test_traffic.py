@@ -4,59 +4,22 @@ A kernel that is bound by memory is as fast as its traffic is small. What is cou
 or atomic does not mask off, in every program, so a row that two programs read counts twice.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import json
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.byte_report import RESULTS, pair_complaints, pair_limits
+from benchmarks.static.case import TARGETS
+from benchmarks.static.pairs import Pairs, count_pairs, selected_positions
+from benchmarks.traffic.cases import broken_limits, cases, count
+from benchmarks.traffic.counting import Traffic, bytes_of, counted
 from orthorank_kernels import apply_rotary_at, gather_add_rms_norm, gather_rows, scatter_rows_, select_tokens
 from orthorank_kernels.dispatch import interpreting
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="counts in Triton's interpreter")
 HALF = torch.bfloat16
-
-
-@dataclass
-class Traffic:
-    requested: int = 0
-    launches: int = 0
-
-
-@contextlib.contextmanager
-def counted() -> Iterator[Traffic]:
-    """Counts what kernels do inside the block."""
-    from triton.runtime import interpreter
-
-    builder, traffic = interpreter.interpreter_builder, Traffic()
-    launch = interpreter.GridExecutor.__call__
-
-    def counting(access: Callable, element_size: Callable) -> Callable:
-        def call(ptrs, *args):
-            mask = args[0 if access.__name__ == "create_masked_load" else 1]
-            traffic.requested += int(np.broadcast_to(mask.data, ptrs.data.shape).sum()) * element_size(ptrs)
-            return access(ptrs, *args)
-
-        return call
-
-    def size(ptrs) -> int:
-        return ptrs.get_element_ty().primitive_bitwidth // 8
-
-    def counted_launch(self, *args, **kwargs):
-        traffic.launches += 1
-        return launch(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("create_masked_load", "create_masked_store"):
-            patch.setattr(builder, name, counting(getattr(builder, name), size), raising=True)
-        patch.setattr(interpreter.GridExecutor, "__call__", counted_launch)
-        yield traffic
-
-
-def bytes_of(*tensors: torch.Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def every_third(tokens: int) -> torch.Tensor:
@@ -72,7 +35,8 @@ def test_gather_and_scatter_move_every_byte_once(hidden):
         gather_rows(x, positions, backend="triton")
     with counted() as scattered:
         scatter_rows_(x, positions, rows, backend="triton")
-    assert gathered == scattered == Traffic(requested=fewest, launches=1)
+    for traffic in (gathered, scattered):
+        assert (traffic.requested, traffic.unique, traffic.launches) == (fewest, fewest, 1)
 
 
 def test_missing_entries_read_nothing():
@@ -109,7 +73,8 @@ def test_rotary_reads_each_angle_once_for_all_heads(heads, head_dim, rotary_dim)
     with counted() as traffic:
         apply_rotary_at(x, table, table, positions, backend="triton")
     angles = 10 * rotary_dim // 2 * table.element_size()
-    assert traffic == Traffic(requested=2 * bytes_of(x) + 2 * angles + bytes_of(positions), launches=1)
+    assert traffic.requested == 2 * bytes_of(x) + 2 * angles + bytes_of(positions)
+    assert traffic.launches == 1
 
 
 @pytest.mark.parametrize(("tokens", "allowed"), [(2000, 1.01), (8192, 1.01), (20_000, 5.0)])
@@ -119,3 +84,65 @@ def test_selection_reads_scores_once_while_a_row_fits_in_registers(tokens, allow
         positions, counts = select_tokens(scores, tokens // 3, backend="triton")
     assert traffic.launches == 1
     assert traffic.requested <= allowed * bytes_of(scores, positions, counts)
+
+
+# The wide selection takes half a minute; `make bench` and the report's --check count it.
+GATED = [case for case in cases() if "131,072" not in case.shape]
+
+
+@pytest.mark.parametrize("case", GATED, ids=lambda case: case.name)
+def test_limits_of_the_byte_report(case):
+    assert not broken_limits(case, count(case))
+
+
+def test_the_committed_byte_report_keeps_the_limits_and_is_complete():
+    report = json.loads(RESULTS.read_text(encoding="utf-8"))
+    counts = {(row["op"], row["shape"]): row for row in report["ops"]}
+    assert set(counts) == {(case.op, case.shape) for case in cases()}, "run: python benchmarks/byte_report.py"
+    assert not [broken for case in cases() for broken in broken_limits(case, counts[case.op, case.shape])]
+    assert {row["target"] for row in report["attention_pairs"]} == set(TARGETS)
+    assert not [broken for row in report["attention_pairs"] for broken in pair_complaints(row)]
+
+
+def test_a_broken_limit_is_named():
+    case = GATED[0]
+    counts = {"launches": 1, "unique": 1.0, "requested": 1.01, "atomics": 0}
+    assert broken_limits(case, counts) == [f"{case.name}: requested is 1.01, at most 1.0"]
+    figures = {"target": "sm_80", "head_dim": 64, "tokens": 32768, "group": 4, "block_n": 64}
+    assert pair_complaints(figures | {"executed_over_needed": 1.02}) == [
+        "attention on sm_80, head_dim 64, 32,768 tokens: executed_over_needed is 1.02, at most 1.01"
+    ]
+    assert pair_limits(figures | {"group": 1}) == {}
+
+
+def test_what_is_unique_counts_once_and_what_is_outside_is_an_error():
+    x, traffic = torch.zeros(8, dtype=torch.float32), Traffic()
+    traffic.add_tensors((x[2:],))
+    addresses = x.data_ptr() + 4 * np.array([[0, 1], [1, 7]])
+    traffic.record("read", addresses, np.array([True, True]), 4)
+    traffic.record("written", addresses, np.array([[True, False], [False, False]]), 4)
+    assert (traffic.requested, traffic.unique) == (4 * 5, 4 * 3 + 4)
+    with pytest.raises(LookupError, match="none of its arguments"):
+        traffic.record("read", addresses + 32, np.array([True, True]), 4)
+
+
+def brute_force(positions, block_m, block_n, pack, group):
+    """Pairs and blocks by looking at every tile and every block of keys."""
+    queries, executed, blocks, masked = block_m // pack, 0, 0, 0
+    for first in range(0, len(positions), queries):
+        tile = positions[first : first + queries]
+        for n in range(0, max(tile) + 1, block_n):
+            blocks += 1
+            masked += any(n + block_n - 1 > position for position in tile)
+            executed += block_m * block_n
+    tiles = -(-group // pack)
+    return Pairs(group * sum(p + 1 for p in positions), executed * tiles, blocks * tiles, masked * tiles)
+
+
+@pytest.mark.parametrize(("block_m", "block_n", "pack", "group"), [(16, 8, 4, 4), (16, 8, 1, 1), (8, 32, 3, 7)])
+def test_query_key_pairs(block_m, block_n, pack, group):
+    settings = {"block_m": block_m, "block_n": block_n, "pack": pack, "group": group}
+    positions = selected_positions(200, 67)
+    assert positions == sorted(set(positions))
+    assert positions[0] > 0
+    assert count_pairs(positions, **settings) == brute_force(positions, **settings)

@@ -1,0 +1,59 @@
+"""Query-key pairs that attention computes against those it needs, from its launch settings alone.
+
+A tile of queries is as long as its last query asks for: what lies past the others' own positions is computed and thrown
+away, and so are the rest of the last key block and the rows of a tile that hold no query. The first key blocks of a
+tile, which all of its queries see whole, need no mask.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Of one group of query heads that share a key/value head."""
+
+    needed: int
+    executed: int
+    blocks: int
+    masked_blocks: int
+
+    @property
+    def ratio(self) -> float:
+        """Executed over needed: 1 at best."""
+        return self.executed / self.needed
+
+    @property
+    def masked_share(self) -> float:
+        return self.masked_blocks / self.blocks
+
+
+def count_pairs(positions: Sequence[int], *, block_m: int, block_n: int, pack: int = 1, group: int = 1) -> Pairs:
+    """Count them for one sequence.
+
+    Args:
+        positions: ascending, of the queries on the key axis. A query sees the keys up to its own position.
+        block_m: rows of a tile, of which each ``pack`` hold the heads of one query. block_n: keys of a block.
+        group: query heads that share a key/value head, in tiles of ``pack`` heads.
+
+    >>> count_pairs([0, 1, 2, 3], block_m=2, block_n=2)
+    Pairs(needed=10, executed=12, blocks=3, masked_blocks=2)
+    """
+    needed = group * sum(position + 1 for position in positions)
+    queries, head_tiles = block_m // pack, -(-group // pack)
+    blocks = masked = 0
+    for first in range(0, len(positions), queries):
+        low, high = positions[first], positions[min(first + queries, len(positions)) - 1]
+        whole = (low + 1) // block_n
+        all_blocks = -(-(high + 1) // block_n)
+        blocks += all_blocks
+        masked += all_blocks - whole
+    return Pairs(needed, blocks * block_m * block_n * head_tiles, blocks * head_tiles, masked * head_tiles)
+
+
+def selected_positions(tokens: int, selected: int, seed: int = 0) -> list[int]:
+    """A random choice of so many tokens, ascending, without token 0: the sink is never selected."""
+    chosen = np.random.default_rng(seed).choice(np.arange(1, tokens), size=selected, replace=False)
+    return sorted(int(position) for position in chosen)

@@ -1,0 +1,1 @@
+"""Bytes that the kernels ask memory for, counted in Triton's interpreter."""

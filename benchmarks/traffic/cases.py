@@ -1,0 +1,196 @@
+"""What is counted: each op on a shape of its own, the fewest bytes that it could move, and its limits."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+
+import orthorank_kernels as ops
+from benchmarks.static.pairs import selected_positions
+from benchmarks.traffic.counting import bytes_of, counted
+
+HALF = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op.
+
+    ``build`` returns the call, the bytes that any kernel has to read, and those that it has to write. ``limits`` are
+    upper bounds of what `count` returns, by name.
+    """
+
+    op: str
+    shape: str
+    build: Callable[[], tuple[Callable[[], Any], int, int]]
+    limits: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.shape}"
+
+
+def count(case: Case) -> dict[str, Any]:
+    """Counts of one case, by name; ``requested`` and ``unique`` are bytes, and ratios to the minimum."""
+    call, read, written = case.build()
+    with counted() as traffic:
+        call()
+    minimum = read + written
+    return {
+        "op": case.op,
+        "shape": case.shape,
+        "launches": traffic.launches,
+        "programs": traffic.programs,
+        "minimum_bytes": minimum,
+        "unique_bytes": traffic.unique,
+        "requested_bytes": traffic.requested,
+        "unique": round(traffic.unique / minimum, 4),
+        "requested": round(traffic.requested / minimum, 4),
+        "atomics": traffic.atomics,
+    }
+
+
+def broken_limits(case: Case, counts: dict[str, Any]) -> list[str]:
+    return [
+        f"{case.name}: {name} is {counts[name]:.4g}, at most {bound}"
+        for name, bound in case.limits.items()
+        if counts[name] > bound
+    ]
+
+
+def positions_of(tokens: int, selected: int) -> torch.Tensor:
+    return torch.tensor([selected_positions(tokens, selected)], dtype=torch.int32)
+
+
+MANY = ", rows as in a large batch"
+ONCE = {"launches": 1, "unique": 1.0}
+
+
+def with_setting(module: str, name: str, value: Any, call: Callable[[], Any]) -> Callable[[], Any]:
+    """``call`` with a launch setting of `orthorank_kernels.triton` that it would choose for a larger problem."""
+
+    def changed() -> None:
+        with mock.patch(f"orthorank_kernels.triton.{module}.{name}", value):
+            call()
+
+    return changed
+
+
+def gather(hidden: int) -> Case:
+    def build() -> tuple[Callable[[], Any], int, int]:
+        x, positions = torch.zeros(1, 512, hidden, dtype=HALF), positions_of(512, 170)
+        moved = 170 * hidden * x.element_size()
+        return lambda: ops.gather_rows(x, positions, backend="triton"), moved + bytes_of(positions), moved
+
+    return Case("gather_rows", f"170 of 512 x {hidden}", build, {**ONCE, "requested": 1.0, "atomics": 0})
+
+
+def scatter(hidden: int) -> Case:
+    def build() -> tuple[Callable[[], Any], int, int]:
+        x, positions = torch.zeros(1, 512, hidden, dtype=HALF), positions_of(512, 170)
+        rows = torch.ones(1, 170, hidden, dtype=HALF)
+        return (
+            lambda: ops.scatter_rows_(x, positions, rows, backend="triton"),
+            bytes_of(rows, positions),
+            bytes_of(rows),
+        )
+
+    return Case("scatter_rows_", f"170 of 512 x {hidden}", build, {**ONCE, "requested": 1.0, "atomics": 0})
+
+
+def gather_add_norm(hidden: int, many: bool) -> Case:
+    def build() -> tuple[Callable[[], Any], int, int]:
+        x, positions = torch.ones(1, 512, hidden, dtype=HALF), positions_of(512, 170)
+        rows, weight = torch.ones(1, 170, hidden, dtype=HALF), torch.ones(hidden, dtype=HALF)
+        call = lambda: ops.gather_add_rms_norm(x, positions, rows, weight, 1e-5, backend="triton")  # noqa: E731
+        call = with_setting("rows", "rows_per_program", lambda *_: 8, call) if many else call
+        return call, 2 * bytes_of(rows) + bytes_of(positions, weight), 2 * bytes_of(rows)
+
+    limits = {**ONCE, "requested": 1.05 if many else 1.26, "atomics": 0}
+    return Case("gather_add_rms_norm", f"170 of 512 x {hidden}{MANY if many else ''}", build, limits)
+
+
+def rotary(heads: int, head_dim: int) -> Case:
+    def build() -> tuple[Callable[[], Any], int, int]:
+        x = torch.ones(1, 170, heads, head_dim, dtype=HALF).transpose(1, 2)
+        cos, positions = torch.ones(1, 512, head_dim, dtype=HALF), positions_of(512, 170)
+        sin, angles = torch.ones_like(cos), 170 * head_dim // 2 * cos.element_size()
+        return (
+            lambda: ops.apply_rotary_at(x, cos, sin, positions, backend="triton"),
+            bytes_of(x, positions) + 2 * angles,
+            bytes_of(x),
+        )
+
+    return Case("apply_rotary_at", f"170 x {heads} x {head_dim}", build, {**ONCE, "requested": 1.0, "atomics": 0})
+
+
+def norm_score(hidden: int, many: bool) -> Case:
+    def build() -> tuple[Callable[[], Any], int, int]:
+        x, weight = torch.ones(1, 256, hidden, dtype=HALF), torch.ones(hidden, dtype=HALF)
+        call = lambda: ops.rms_norm_score(x, weight, 1e-5, backend="triton")  # noqa: E731
+        call = with_setting("scoring", "ENOUGH_PROGRAMS", 16, call) if many else call
+        return call, bytes_of(x, weight), bytes_of(x) + 4 * 256
+
+    limits = {**ONCE, "requested": 1.10 if many else 2.05, "atomics": 0}
+    return Case("rms_norm_score", f"256 x {hidden}{MANY if many else ''}", build, limits)
+
+
+def norm_select(hidden: int) -> Case:
+    def build() -> tuple[Callable[[], Any], int, int]:
+        x, weight = torch.ones(1, 256, hidden, dtype=HALF), torch.ones(hidden, dtype=HALF)
+        scores, k = 4 * 256, 85
+        call = lambda: ops.rms_norm_select(x, weight, 1e-5, k, backend="triton")  # noqa: E731
+        call = with_setting("scoring", "ENOUGH_PROGRAMS", 16, call)
+        return call, bytes_of(x, weight) + scores, bytes_of(x) + scores + 4 * (k + 1)
+
+    # Of the scores, which the program that finishes a row reads back, and the counter of finished programs.
+    return Case(
+        "rms_norm_select", f"256 x {hidden}, k 85{MANY}", build, {"launches": 1, "unique": 1.001, "requested": 1.10}
+    )
+
+
+def select(tokens: int, requested: float) -> Case:
+    def build() -> tuple[Callable[[], Any], int, int]:
+        scores, k = torch.rand(1, tokens, generator=torch.Generator().manual_seed(0)), tokens // 3
+        return lambda: ops.select_tokens(scores, k, backend="triton"), bytes_of(scores), 4 * (k + 1)
+
+    return Case("select_tokens", f"{tokens // 3:,} of {tokens:,}", build, {**ONCE, "requested": requested})
+
+
+def attention(target: str, tokens: int, heads: int, kv_heads: int, head_dim: int) -> Case:
+    """With the tile of a GPU in place of the interpreter's: what is requested depends on it."""
+
+    def build() -> tuple[Callable[[], Any], int, int]:
+        selected = tokens // 3
+        positions = positions_of(tokens, selected)
+        q = torch.ones(1, heads, selected, head_dim, dtype=torch.float16)
+        k = torch.ones(1, kv_heads, tokens, head_dim, dtype=torch.float16)
+        v = torch.ones_like(k)
+        seen = int(positions[0, -1]) + 1
+
+        call = lambda: ops.sparse_query_attention(q, k, v, positions, backend="triton")  # noqa: E731
+        call = with_setting("configs", "target_of", lambda device: target, call)
+        return call, bytes_of(q, positions, k[:, :, :seen], v[:, :, :seen]), bytes_of(q)
+
+    shape = f"{target} {tokens // 3} of {tokens:,}, {heads}/{kv_heads} heads of {head_dim}"
+    return Case("sparse_query_attention", shape, build, {**ONCE, "atomics": 0})
+
+
+def cases() -> Iterator[Case]:
+    """Every case of the report, in its order."""
+    for hidden in (576, 4096):
+        yield gather(hidden)
+        yield scatter(hidden)
+    for many in (False, True):
+        yield gather_add_norm(4096, many)
+        yield norm_score(4096, many)
+    yield norm_select(4096)
+    yield rotary(9, 64)
+    yield rotary(32, 128)
+    for tokens, requested in ((2048, 1.0), (8192, 1.0), (32768, 5.0), (131072, 5.0)):
+        yield select(tokens, requested)
+    for target in ("sm_80", "sm_90"):
+        yield attention(target, 768, 8, 2, 64)
+        yield attention(target, 768, 4, 1, 128)
