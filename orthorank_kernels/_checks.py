@@ -148,22 +148,47 @@ def row_index(name: str, value: object, batch: int, like: torch.Tensor) -> None:
         raise ValueError(f"{name} is on {value.device}; it must be on {like.device} like the other tensors")
 
 
-def positions(value: object, batch: int, like: torch.Tensor) -> None:
-    """``positions`` is int32 ``[batch, selected]`` on the device of ``like``."""
-    tensor("positions", value, "[batch, selected]", (torch.int32,))
+def positions(value: object, batch: int | None, like: torch.Tensor) -> None:
+    """``positions`` is int32 ``[batch, selected]``, ``[selected]`` if ``batch`` is None, on the device of ``like``."""
+    tensor("positions", value, "[selected]" if batch is None else "[batch, selected]", (torch.int32,))
     assert isinstance(value, torch.Tensor)
-    if value.shape[0] != batch:
+    if batch is not None and value.shape[0] != batch:
         raise ValueError(f"positions has shape {list(value.shape)}; its first dimension must be the batch, {batch}")
     if value.device != like.device:
         raise ValueError(f"positions is on {value.device}; it must be on {like.device} like the other tensors")
+    unit_last_stride(positions=value)
 
 
 def output(name: str, value: object, expected: Sequence[int], dtype: torch.dtype, like: torch.Tensor) -> None:
     """``value`` can take an op's output: shape ``expected``, ``dtype``, the device of ``like``, contiguous."""
-    tensor(name, value, "[" + ", ".join(map(str, expected)) + "]", (dtype,))
-    assert isinstance(value, torch.Tensor)
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor to write the op's output to")
     shape(name, value, expected, "the op's output")
+    if value.dtype != dtype:
+        raise TypeError(f"{name} has dtype {str(value.dtype).removeprefix('torch.')}; it must be {_names((dtype,))}")
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device}; it must be on {like.device} like the other tensors")
     if not value.is_contiguous():
         raise ValueError(f"{name} has strides {list(value.stride())}; an output must be contiguous")
+
+
+def no_overlap(name: str, value: torch.Tensor) -> None:
+    """No two elements of ``value`` share memory, so that whatever order they are written in gives one result."""
+    inner_first: list[int] = []
+    for dim in range(value.dim()):  # insertion, because `sorted` cannot be traced when strides are symbolic
+        if value.shape[dim] == 0:
+            return
+        if value.shape[dim] == 1:
+            continue
+        place = len(inner_first)
+        while place > 0 and value.stride(inner_first[place - 1]) > value.stride(dim):
+            place -= 1
+        inner_first.insert(place, dim)
+    span = 1
+    for dim in inner_first:
+        if value.stride(dim) < span:
+            raise ValueError(
+                f"{name} has shape {list(value.shape)} and strides {list(value.stride())}; a stride smaller than what "
+                f"it steps over makes elements share memory, and it is written to: pass {name}.clone()"
+            )
+        span += value.stride(dim) * (value.shape[dim] - 1)

@@ -1,16 +1,14 @@
 """Rows in and out of the residual stream, in PyTorch: the definition of correct, and the CPU path.
 
     gather_rows           y[b, i] = x[b, positions[b, i]]
-    gather_add_rms_norm   r[b, i] = hidden_states[b, positions[b, i]] + addend[b, i];  y = RMSNorm(r)
     scatter_rows_         out[b, positions[b, i]] = rows[b, i]
+    scatter_add_rows_     out[b, positions[b, i]] = residual[b, i] + scale * rows[b, i]
 
-A position of -1 marks a missing entry: gathers give zeros there, the scatter skips it. Nothing here reads a value on
-the host, so the functions also run inside a captured graph on a GPU.
+A position of -1 marks a missing entry: gathers give zeros there, scatters skip it. Nothing here reads a value on the
+host, so the functions also run inside a captured graph on a GPU. The packed layout is a batch of one.
 """
 
 import torch
-
-from orthorank_kernels.reference.norms import rms_norm
 
 
 def batch_index(positions: torch.Tensor) -> torch.Tensor:
@@ -19,17 +17,15 @@ def batch_index(positions: torch.Tensor) -> torch.Tensor:
 
 
 def gather_rows(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    return _take(x, positions).masked_fill_((positions < 0)[..., None], 0)
+    return take(x, positions).masked_fill_((positions < 0)[..., None], 0)
 
 
-def gather_add_rms_norm(
-    hidden_states: torch.Tensor, positions: torch.Tensor, addend: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    residual = _take(hidden_states, positions).add_(addend).masked_fill_((positions < 0)[..., None], 0)
-    return residual, rms_norm(residual, weight, eps)
+def scaled(rows: torch.Tensor, scale: float) -> torch.Tensor:
+    """The product, rounded to the dtype before anything is added, as models with a residual multiplier do it."""
+    return rows if scale == 1.0 else rows * scale
 
 
-def _take(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def take(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Rows of ``x`` at ``positions``, and some row where that is -1: new memory, [batch, selected, hidden]."""
     if x.shape[1] == 0:  # nothing to read, so every position is -1
         return x.new_zeros(*positions.shape, x.shape[2])
@@ -56,3 +52,9 @@ def scatter_rows_(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
     if torch.is_grad_enabled() and out.requires_grad:
         values[:, :1] = torch.where(empty_row, token_0, values[:, :1])
     out[batch, target] = values
+
+
+def scatter_add_rows_(
+    out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, residual: torch.Tensor, scale: float = 1.0
+) -> None:
+    scatter_rows_(out, positions, residual + scaled(rows, scale))

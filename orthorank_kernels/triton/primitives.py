@@ -1,7 +1,21 @@
-"""Small device functions that several kernels use."""
+"""Small device functions that several kernels use, and what their launchers refuse alike."""
 
+import torch
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def load_vector(ptr, columns, inside):
+    """A vector [BLOCK] that all rows share; None stays None."""
+    return None if ptr is None else tl.load(ptr + columns, mask=inside, other=0.0)
+
+
+@triton.jit
+def add_scaled(row, addend, scale):
+    """row + scale * addend in the dtype of ``row``; the product is rounded to it, too, as the models do."""
+    product = (addend.to(tl.float32) * scale).to(row.dtype)
+    return (row.to(tl.float32) + product.to(tl.float32)).to(row.dtype)
 
 
 @triton.jit
@@ -68,3 +82,11 @@ def ascending_key(score):
     """
     bits = score.to(tl.uint32, bitcast=True)
     return tl.where((bits >> 31) != 0, 0 - bits, bits | 0x80000000)
+
+
+def refuse_float64(name: str, x: torch.Tensor) -> None:
+    if x.dtype == torch.float64:
+        raise TypeError(
+            f"{name} has dtype float64; the Triton kernel takes float32, float16 and bfloat16: "
+            'convert it with .float(), or use backend="reference"'
+        )

@@ -1,23 +1,21 @@
-"""Rows in and out of the residual stream: gather, gather + add + RMSNorm, scatter.
+"""Rows in and out of the residual stream: gather, gather + add + norm, scatter, add + scatter.
 
     gather_rows           y[b, i] = x[b, positions[b, i]]
-    gather_add_rms_norm   r[b, i] = hidden_states[b, positions[b, i]] + addend[b, i];  y = RMSNorm(r)
+    gather_add_rms_norm   r[b, i] = hidden_states[b, positions[b, i]] + scale * addend[b, i];  y = norm(r)
     scatter_rows_         out[b, positions[b, i]] = rows[b, i]
+    scatter_add_rows_     out[b, positions[b, i]] = residual[b, i] + scale * rows[b, i]
 
 x, hidden_states, out [batch, tokens, hidden]; positions int32 [batch, selected], -1 = missing; the rest [batch,
-selected, hidden] or weight [hidden]. One launch each, no atomics: the positions of a batch row differ. The grid is
-(selected, batch, ...), so a batch is at most 65,535. gather_add_rms_norm holds a row in registers, so a hidden size
-well above 20480 is right but spills; it computes in float32, so float64 is not supported.
+selected, hidden] or [hidden] (weights, bias). The packed layout comes as a batch of one. One launch each, no atomics:
+the positions of a batch row differ. The grid is (selected, batch, ...), so a batch is at most 65,535. Sums are float32,
+so float64 is supported only where nothing is summed.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from orthorank_kernels.triton.primitives import rms_norm_row
-
-_FEW_ROWS = 1024  # about what fills a large GPU with one row per program
-_MAX_ROWS_PER_PROGRAM = 8
+from orthorank_kernels.triton.primitives import add_scaled, refuse_float64
 
 
 @triton.jit(do_not_specialize=["stride_positions_batch", "selected"])
@@ -56,6 +54,10 @@ def scatter_rows_kernel(
     rows_ptr,  # [batch, selected, HIDDEN]
     stride_rows_batch,
     stride_rows_entry,
+    residual_ptr,  # [batch, selected, HIDDEN], or None: rows are written as they are
+    stride_residual_batch,
+    stride_residual_entry,
+    scale,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -70,48 +72,11 @@ def scatter_rows_kernel(
     rows_ptr += batch * stride_rows_batch + entry * stride_rows_entry + first_column
     out_ptr += batch * stride_out_batch + position * stride_out_token + first_column
     row = tl.load(rows_ptr + columns, mask=mask)  # [BLOCK]
+    if residual_ptr is not None:
+        residual_ptr += batch * stride_residual_batch + entry * stride_residual_entry + first_column
+        residual = tl.load(residual_ptr + columns, mask=mask)  # [BLOCK]
+        row = add_scaled(residual, row, tl.cast(scale, tl.float32))
     tl.store(out_ptr + columns, row, mask=mask)
-
-
-@triton.jit(do_not_specialize=["stride_positions_batch", "selected", "rows_per_program"])
-def gather_add_rms_norm_kernel(
-    hidden_ptr,  # [batch, tokens, HIDDEN]
-    stride_hidden_batch,
-    stride_hidden_token,
-    positions_ptr,  # [batch, selected]
-    stride_positions_batch,
-    addend_ptr,  # [batch, selected, HIDDEN]
-    stride_addend_batch,
-    stride_addend_entry,
-    weight_ptr,  # [HIDDEN]
-    residual_ptr,  # [batch, selected, HIDDEN], contiguous
-    normed_ptr,  # [batch, selected, HIDDEN], contiguous
-    selected,
-    rows_per_program,
-    eps,
-    HIDDEN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    first = tl.program_id(0).to(tl.int64) * rows_per_program
-    batch = tl.program_id(1).to(tl.int64)
-    positions_ptr += batch * stride_positions_batch
-    hidden_ptr += batch * stride_hidden_batch
-    addend_ptr += batch * stride_addend_batch
-    eps = tl.cast(eps, tl.float32)
-    columns = tl.arange(0, BLOCK)  # [BLOCK]
-    inside = columns < HIDDEN
-    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)  # [BLOCK], read once for all rows
-
-    for entry in range(first, tl.minimum(first + rows_per_program, selected)):
-        position = tl.load(positions_ptr + entry).to(tl.int64)
-        read = columns < tl.where(position >= 0, HIDDEN, 0)  # a missing entry reads nothing: both outputs are zeros
-        hidden = tl.load(hidden_ptr + position * stride_hidden_token + columns, mask=read, other=0.0)
-        addend = tl.load(addend_ptr + entry * stride_addend_entry + columns, mask=read, other=0.0)
-        residual = (hidden.to(tl.float32) + addend.to(tl.float32)).to(hidden.dtype)  # [BLOCK]
-        out = (batch * selected + entry) * HIDDEN
-        tl.store(residual_ptr + out + columns, residual, mask=inside)
-        normed = rms_norm_row(residual.to(tl.float32), weight, eps, HIDDEN)  # [BLOCK]
-        tl.store(normed_ptr + out + columns, normed, mask=inside)
 
 
 def copy_settings(hidden: int, itemsize: int) -> dict[str, int]:
@@ -120,22 +85,13 @@ def copy_settings(hidden: int, itemsize: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": max(1, block * itemsize // 2048), "num_stages": 1}
 
 
-def norm_settings(hidden: int) -> dict[str, int]:
-    """Launch settings of gather_add_rms_norm: a row in the registers of a program, 16 elements per thread or more."""
-    block = triton.next_power_of_2(hidden)
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512)), "num_stages": 1}
-
-
-def rows_per_program(n_rows: int) -> int:
-    """1 while rows are few, to fill the GPU; up to 8 when they are many, to read the weight once for 8 rows."""
-    return min(_MAX_ROWS_PER_PROGRAM, max(1, n_rows // _FEW_ROWS))
-
-
-def gather_rows(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def gather_rows(
+    x: torch.Tensor, positions: torch.Tensor, *, out: tuple[torch.Tensor, ...] | None = None
+) -> torch.Tensor:
     (batch, selected), hidden = positions.shape, x.shape[2]
-    out = x.new_empty(batch, selected, hidden)
-    if out.numel() == 0:
-        return out
+    target = x.new_empty(batch, selected, hidden) if out is None else out[0]
+    if target.numel() == 0:
+        return target
     settings = copy_settings(hidden, x.element_size())
     with torch.cuda.device_of(x):
         gather_rows_kernel[(selected, batch, triton.cdiv(hidden, settings["BLOCK"]))](
@@ -144,16 +100,29 @@ def gather_rows(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             stride_x_token=x.stride(1),
             positions_ptr=positions,
             stride_positions_batch=positions.stride(0),
-            out_ptr=out,
+            out_ptr=target,
             selected=selected,
             HIDDEN=hidden,
             enable_fp_fusion=True,
             **settings,
         )
-    return out
+    return target
 
 
 def scatter_rows_(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> None:
+    _scatter(out, positions, rows, None, 1.0)
+
+
+def scatter_add_rows_(
+    out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, residual: torch.Tensor, scale: float = 1.0
+) -> None:
+    refuse_float64("out", out)
+    _scatter(out, positions, rows, residual, scale)
+
+
+def _scatter(
+    out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, residual: torch.Tensor | None, scale: float
+) -> None:
     batch, selected, hidden = rows.shape
     if rows.numel() == 0:
         return
@@ -168,44 +137,11 @@ def scatter_rows_(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
             rows_ptr=rows,
             stride_rows_batch=rows.stride(0),
             stride_rows_entry=rows.stride(1),
+            residual_ptr=residual,
+            stride_residual_batch=0 if residual is None else residual.stride(0),
+            stride_residual_entry=0 if residual is None else residual.stride(1),
+            scale=scale,
             HIDDEN=hidden,
             enable_fp_fusion=True,
             **settings,
         )
-
-
-def gather_add_rms_norm(
-    hidden_states: torch.Tensor, positions: torch.Tensor, addend: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, selected, hidden = addend.shape
-    if hidden_states.dtype == torch.float64:
-        raise TypeError(
-            "hidden_states has dtype float64; the Triton kernel takes float32, float16 and bfloat16: "
-            'convert it with .float(), or use backend="reference"'
-        )
-    residual = hidden_states.new_empty(batch, selected, hidden)
-    normed = torch.empty_like(residual)
-    if residual.numel() == 0:
-        return residual, normed
-    rows = rows_per_program(batch * selected)
-    with torch.cuda.device_of(hidden_states):
-        gather_add_rms_norm_kernel[(triton.cdiv(selected, rows), batch)](
-            hidden_ptr=hidden_states,
-            stride_hidden_batch=hidden_states.stride(0),
-            stride_hidden_token=hidden_states.stride(1),
-            positions_ptr=positions,
-            stride_positions_batch=positions.stride(0),
-            addend_ptr=addend,
-            stride_addend_batch=addend.stride(0),
-            stride_addend_entry=addend.stride(1),
-            weight_ptr=weight,
-            residual_ptr=residual,
-            normed_ptr=normed,
-            selected=selected,
-            rows_per_program=rows,
-            eps=eps,
-            HIDDEN=hidden,
-            enable_fp_fusion=True,
-            **norm_settings(hidden),
-        )
-    return residual, normed

@@ -1,0 +1,88 @@
+"""The gate of the MLP.
+
+    out[b, i, :] = silu(gate[b, i, :]) * up[b, i, :],        silu(x) = x / (1 + exp(-x))
+
+gate, up [batch, selected, WIDTH], slices of one merged projection or two tensors; positions int32 [batch, selected] or
+None, -1 = zeros that are not computed; out [batch, selected, WIDTH], contiguous. The packed layout comes as a batch of
+one. The grid is (selected, batch, column blocks), so a batch is at most 65,535. Computed in float32, so float64 is not
+supported.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from orthorank_kernels.triton.primitives import refuse_float64
+
+
+@triton.jit(do_not_specialize=["stride_positions_batch", "selected"])
+def silu_and_mul_kernel(
+    gate_ptr,  # [batch, selected, WIDTH]
+    stride_gate_batch,
+    stride_gate_entry,
+    up_ptr,  # [batch, selected, WIDTH]
+    stride_up_batch,
+    stride_up_entry,
+    positions_ptr,  # [batch, selected] or None
+    stride_positions_batch,
+    out_ptr,  # [batch, selected, WIDTH], contiguous
+    selected,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    entry = tl.program_id(0).to(tl.int64)
+    batch = tl.program_id(1).to(tl.int64)
+    first_column = tl.program_id(2).to(tl.int64) * BLOCK
+    n_columns = (WIDTH - first_column).to(tl.int32)
+    n_read = n_columns
+    if positions_ptr is not None:
+        n_read = tl.where(tl.load(positions_ptr + batch * stride_positions_batch + entry) >= 0, n_columns, 0)
+
+    columns = tl.arange(0, BLOCK)  # [BLOCK]
+    gate_ptr += batch * stride_gate_batch + entry * stride_gate_entry + first_column
+    up_ptr += batch * stride_up_batch + entry * stride_up_entry + first_column
+    out_ptr += (batch * selected + entry) * WIDTH + first_column
+    gate = tl.load(gate_ptr + columns, mask=columns < n_read, other=0.0)  # [BLOCK]
+    up = tl.load(up_ptr + columns, mask=columns < n_read, other=0.0)  # [BLOCK]
+    x = gate.to(tl.float32)
+    activated = (x / (1.0 + tl.exp(-x))).to(gate.dtype)  # [BLOCK]
+    product = (activated.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)  # [BLOCK]
+    tl.store(out_ptr + columns, product, mask=columns < n_columns)
+
+
+def launch_settings(width: int, itemsize: int) -> dict[str, int]:
+    """4 KiB of each input per program, 32 bytes of each in flight per thread."""
+    block = min(triton.next_power_of_2(width), 4096 // itemsize)
+    return {"BLOCK": block, "num_warps": max(1, block * itemsize // 1024), "num_stages": 1}
+
+
+def silu_and_mul(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    *,
+    out: tuple[torch.Tensor, ...] | None = None,
+) -> torch.Tensor:
+    refuse_float64("gate", gate)
+    batch, selected, width = gate.shape
+    target = torch.empty_like(gate, memory_format=torch.contiguous_format) if out is None else out[0]
+    if target.numel() == 0:
+        return target
+    settings = launch_settings(width, gate.element_size())
+    with torch.cuda.device_of(gate):
+        silu_and_mul_kernel[(selected, batch, triton.cdiv(width, settings["BLOCK"]))](
+            gate_ptr=gate,
+            stride_gate_batch=gate.stride(0),
+            stride_gate_entry=gate.stride(1),
+            up_ptr=up,
+            stride_up_batch=up.stride(0),
+            stride_up_entry=up.stride(1),
+            positions_ptr=positions,
+            stride_positions_batch=0 if positions is None else positions.stride(0),
+            out_ptr=target,
+            selected=selected,
+            WIDTH=width,
+            enable_fp_fusion=True,
+            **settings,
+        )
+    return target

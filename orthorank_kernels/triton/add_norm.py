@@ -1,0 +1,128 @@
+"""Gather, add and norm: what stands between attention and MLP in a selected layer."""
+
+import torch
+import triton
+import triton.language as tl
+
+from orthorank_kernels.triton.primitives import add_scaled, load_vector, norm_row, refuse_float64
+
+_FEW_ROWS = 1024  # about what fills a large GPU with one row per program
+_MAX_ROWS_PER_PROGRAM = 8
+
+
+@triton.jit(do_not_specialize=["stride_positions_batch", "selected", "rows_per_program"])
+def gather_add_rms_norm_kernel(
+    hidden_ptr,  # [batch, tokens, HIDDEN]
+    stride_hidden_batch,
+    stride_hidden_token,
+    positions_ptr,  # [batch, selected]
+    stride_positions_batch,
+    addend_ptr,  # [batch, selected, HIDDEN]
+    stride_addend_batch,
+    stride_addend_entry,
+    addend_weight_ptr,  # [HIDDEN], or None: the addend is added as it is
+    weight_ptr,  # [HIDDEN] or None
+    bias_ptr,  # [HIDDEN] or None
+    residual_ptr,  # [batch, selected, HIDDEN], contiguous
+    normed_ptr,  # [batch, selected, HIDDEN], contiguous, or None if NORM is "identity"
+    selected,
+    rows_per_program,
+    eps,
+    scale,
+    NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * rows_per_program
+    batch = tl.program_id(1).to(tl.int64)
+    positions_ptr += batch * stride_positions_batch
+    hidden_ptr += batch * stride_hidden_batch
+    addend_ptr += batch * stride_addend_batch
+    eps = tl.cast(eps, tl.float32)
+    scale = tl.cast(scale, tl.float32)
+    columns = tl.arange(0, BLOCK)  # [BLOCK]
+    inside = columns < HIDDEN
+    dtype: tl.constexpr = hidden_ptr.dtype.element_ty
+    weight = load_vector(weight_ptr, columns, inside)  # [BLOCK], read once for all rows
+    bias = load_vector(bias_ptr, columns, inside)
+    addend_weight = load_vector(addend_weight_ptr, columns, inside)
+
+    for entry in range(first, tl.minimum(first + rows_per_program, selected)):
+        position = tl.load(positions_ptr + entry).to(tl.int64)
+        read = columns < tl.where(position >= 0, HIDDEN, 0)  # a missing entry reads nothing: both outputs are zeros
+        hidden = tl.load(hidden_ptr + position * stride_hidden_token + columns, mask=read, other=0.0)
+        addend = tl.load(addend_ptr + entry * stride_addend_entry + columns, mask=read, other=0.0)
+        if addend_weight_ptr is not None:
+            addend = norm_row(
+                addend.to(tl.float32), addend_weight, None, inside, eps, dtype, NORM="rms", OFFSET=OFFSET, HIDDEN=HIDDEN
+            )
+        residual = add_scaled(hidden, addend, scale)  # [BLOCK]
+        out = (batch * selected + entry) * HIDDEN
+        tl.store(residual_ptr + out + columns, residual, mask=inside)
+        if NORM != "identity":
+            normed = norm_row(residual.to(tl.float32), weight, bias, inside, eps, dtype, NORM, OFFSET, HIDDEN)
+            if bias_ptr is not None:
+                normed = tl.where(read, normed, 0.0)
+            tl.store(normed_ptr + out + columns, normed, mask=inside)
+
+
+def norm_settings(hidden: int) -> dict[str, int]:
+    """Launch settings of gather_add_rms_norm: a row in the registers of a program, 16 elements per thread or more."""
+    block = triton.next_power_of_2(hidden)
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512)), "num_stages": 1}
+
+
+def rows_per_program(n_rows: int) -> int:
+    """1 while rows are few, to fill the GPU; up to 8 when they are many, to read the weight once for 8 rows."""
+    return min(_MAX_ROWS_PER_PROGRAM, max(1, n_rows // _FEW_ROWS))
+
+
+def gather_add_rms_norm(
+    hidden_states: torch.Tensor,
+    positions: torch.Tensor,
+    addend: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    norm: str = "rms",
+    bias: torch.Tensor | None = None,
+    weight_offset: float = 0.0,
+    scale: float = 1.0,
+    addend_weight: torch.Tensor | None = None,
+    *,
+    out: tuple[torch.Tensor | None, ...] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    refuse_float64("hidden_states", hidden_states)
+    batch, selected, hidden = addend.shape
+    residual, normed = out or (hidden_states.new_empty(addend.shape), None)
+    if out is None:
+        normed = hidden_states.new_empty(addend.shape if norm != "identity" else 0)
+    if residual.numel() == 0:
+        return residual, normed
+    rows = rows_per_program(batch * selected)
+    with torch.cuda.device_of(hidden_states):
+        gather_add_rms_norm_kernel[(triton.cdiv(selected, rows), batch)](
+            hidden_ptr=hidden_states,
+            stride_hidden_batch=hidden_states.stride(0),
+            stride_hidden_token=hidden_states.stride(1),
+            positions_ptr=positions,
+            stride_positions_batch=positions.stride(0),
+            addend_ptr=addend,
+            stride_addend_batch=addend.stride(0),
+            stride_addend_entry=addend.stride(1),
+            addend_weight_ptr=addend_weight,
+            weight_ptr=weight,
+            bias_ptr=bias,
+            residual_ptr=residual,
+            normed_ptr=None if norm == "identity" else normed,
+            selected=selected,
+            rows_per_program=rows,
+            eps=eps,
+            scale=scale,
+            NORM=norm,
+            OFFSET=weight_offset,
+            HIDDEN=hidden,
+            enable_fp_fusion=True,
+            **norm_settings(hidden),
+        )
+    return residual, normed
