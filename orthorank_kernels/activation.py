@@ -48,9 +48,7 @@ def silu_and_mul(
     _checks.tensor("gate", gate, layout)
     if up is None:
         if gate.shape[-1] % 2:
-            raise ValueError(
-                f"gate has shape {list(gate.shape)}; without up, its last dimension must be even, 2 * width"
-            )
+            raise ValueError(f"gate has shape {list(gate.shape)}; its last dimension, gate and up, must be even")
         width = gate.shape[-1] // 2
         gate, up = gate[..., :width], gate[..., width:]
     else:

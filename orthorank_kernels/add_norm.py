@@ -82,7 +82,7 @@ def gather_add_rms_norm(
     _checks.tensor("addend", addend, "[selected, hidden]" if packed else "[batch, selected, hidden]")
     hidden = hidden_states.shape[-1]
     _checks.shape("addend", addend, (*positions.shape, hidden), "the shape of positions and hidden_states")
-    _check_norm(hidden_states, weight, eps, norm, bias, weight_offset, addend_weight)
+    _check_norm(hidden_states, weight, eps, norm, bias, weight_offset, scale, addend_weight)
     _checks.same_dtype("hidden_states", hidden_states, addend=addend)
     _checks.same_device("hidden_states", hidden_states, addend=addend)
     _checks.unit_last_stride(hidden_states=hidden_states, addend=addend)
@@ -97,7 +97,7 @@ def gather_add_rms_norm(
         out=out if out is None or not packed else tuple(None if t is None else t.unsqueeze(0) for t in out),
     )
     residual, normed = out if out is not None else [r.squeeze(0) if packed else r for r in results]
-    return AddNorm(residual, residual if norm == "identity" else normed)
+    return AddNorm(residual, residual if normed is None or norm == "identity" else normed)
 
 
 def _check_norm(
@@ -107,10 +107,13 @@ def _check_norm(
     norm: str,
     bias: Tensor | None,
     weight_offset: float,
+    scale: float,
     addend_weight: Tensor | None,
 ) -> None:
-    if norm not in NORMS:
-        raise ValueError(f"norm is {norm!r}; it may be one of {', '.join(map(repr, NORMS))}")
+    _checks.choice("norm", norm, NORMS)
+    _checks.number("eps", eps, above=0, because="or a row of zeros has no norm")
+    _checks.number("weight_offset", weight_offset)
+    _checks.number("scale", scale)
     for name, vector in (("weight", weight), ("bias", bias), ("addend_weight", addend_weight)):
         if vector is not None:
             _checks.tensor(name, vector, "[hidden]")
@@ -124,8 +127,6 @@ def _check_norm(
         raise ValueError("weight is given and norm is 'identity', which has none; pass weight=None")
     if weight_offset and weight is None and addend_weight is None:
         raise ValueError(f"weight_offset is {weight_offset} and no weight is given that it could be added to")
-    if not eps > 0:
-        raise ValueError(f"eps is {eps}; it must be above 0, or a row of zeros has no norm")
 
 
 def _check_out(out: tuple[Tensor, Tensor | None], addend: Tensor, norm: str) -> None:

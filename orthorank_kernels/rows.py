@@ -126,6 +126,7 @@ def scatter_add_rows_(
             [1.5000, 2.5000]])
     """
     packed = _check_scatter(out, positions, rows)
+    _checks.number("scale", scale)
     _checks.tensor("residual", residual, "[selected, hidden]" if packed else "[batch, selected, hidden]")
     _checks.shape("residual", residual, rows.shape, "the shape of rows")
     _checks.same_dtype("out", out, residual=residual)

@@ -7,8 +7,8 @@ import torch
 from benchmarks.static.case import FLOAT, HALF, Case, empty, launch, name_of, some_positions
 
 # No spills, no atomics, rows move 128 bits at a time. Spill limits are for 16-bit types.
-COPY = {"registers": 48, "spills": 0, "atomics": 0, "min_wide_loads": 0.9, "min_wide_stores": 1.0}
-NORM = {**COPY, "registers": 64}
+COPY = {"registers": 48, "spills": 0, "atomics": 0, "min_wide_loads": 0.969, "min_wide_stores": 1.0}
+NORM = {**COPY, "registers": 64, "min_wide_loads": 0.95}
 # Of a hidden size that no power of two above 8 divides, or of a few hundred bytes, a thread moves few bytes at a time.
 NARROW = {"registers": 96, "min_wide_loads": 0.0, "min_wide_stores": 0.0}
 
@@ -20,18 +20,82 @@ def row_cases() -> Iterator[Case]:
     for hidden, dtype in shapes:
         slow = hidden not in everyday or dtype != HALF
         narrow = NARROW if hidden % 16 or hidden < 512 else {}
+        if hidden * dtype.itemsize < 4096:
+            narrow = {"min_wide_loads": 0.9} | narrow  # the one load of a position weighs more
         # A longer row takes more than 16 registers of each thread for each of its tensors.
         long = {"registers": 128} if hidden * dtype.itemsize > 16384 else {}
         if hidden * dtype.itemsize > 65536:
             long["spills"] = 64
         x, rows = empty(4, 2048, hidden, dtype=dtype), empty(4, 682, hidden, dtype=dtype)
         positions, weight = some_positions(4, 682), empty(hidden, dtype=dtype)
-        for op, args, limits in (
-            ("gather_rows", (x, positions), COPY | narrow),
-            ("scatter_rows_", (x, positions, rows), COPY | narrow),
-            ("gather_add_rms_norm", (x, positions, rows, weight, 1e-5), NORM | narrow | long),
+        for module, op, args, limits in (
+            ("rows", "gather_rows", (x, positions), COPY | narrow),
+            ("rows", "scatter_rows_", (x, positions, rows), COPY | narrow),
+            ("rows", "scatter_add_rows_", (x, positions, rows, rows), COPY | {"registers": 64} | narrow),
+            ("add_norm", "gather_add_rms_norm", (x, positions, rows, weight, 1e-5), NORM | narrow | long),
         ):
-            yield Case("rows", f"{op} {hidden} {name_of(dtype)}", launch(f"rows.{op}", *args), limits, slow=slow)
+            yield Case("rows", f"{op} {hidden} {name_of(dtype)}", launch(f"{module}.{op}", *args), limits, slow=slow)
+
+
+def add_norm_cases() -> Iterator[Case]:
+    """What other families add: norms, biases, a scale, a norm of the addend."""
+    variants = {
+        "layer": ("layer", True, 0.0, 1.0, False),
+        "sandwich": ("rms", False, 1.0, 1.0, True),
+        "addend's norm alone": ("identity", False, 0.0, 0.22, True),
+    }
+    for hidden, dtype in ((4096, HALF), (4096, FLOAT), (576, HALF), (2304, HALF), (8192, HALF)):
+        x, rows, vector = (
+            empty(4, 2048, hidden, dtype=dtype),
+            empty(4, 682, hidden, dtype=dtype),
+            empty(hidden, dtype=dtype),
+        )
+        for name, (norm, bias, offset, scale, addend_norm) in variants.items():
+            arguments = (
+                x,
+                some_positions(4, 682),
+                rows,
+                None if norm == "identity" else vector,
+                1e-5,
+                norm,
+                vector if bias else None,
+                offset,
+                scale,
+                vector if addend_norm else None,
+            )
+            yield Case(
+                "rows",
+                f"gather_add_rms_norm {name} {hidden} {name_of(dtype)}",
+                launch("add_norm.gather_add_rms_norm", *arguments),
+                {"registers": 96, "spills": 0, "atomics": 0, "min_wide_stores": 1.0},
+                slow=(hidden, dtype) != (4096, HALF),
+            )
+
+
+def activation_cases() -> Iterator[Case]:
+    """Two projections and a merged one, with positions to stop at and without."""
+    for width, dtype in (
+        (14336, HALF),
+        (14336, FLOAT),
+        (1536, HALF),
+        (11008, torch.float16),
+        (577, HALF),
+        (28672, HALF),
+    ):
+        merged = empty(4, 682, 2 * width, dtype=dtype)
+        for name, gate, up in (
+            ("", empty(4, 682, width, dtype=dtype), empty(4, 682, width, dtype=dtype)),
+            (" merged", merged[..., :width], merged[..., width:]),
+        ):
+            wide = width % 16 == 0
+            yield Case(
+                "rows",
+                f"silu_and_mul{name} {width} {name_of(dtype)}",
+                launch("activation.silu_and_mul", gate, up, some_positions(4, 682) if name else None),
+                {"registers": 64, "spills": 0, "atomics": 0}
+                | ({"min_wide_loads": 0.96, "min_wide_stores": 1.0} if wide else {}),
+                slow=(width, dtype) != (14336, HALF),
+            )
 
 
 def rotary_cases() -> Iterator[Case]:

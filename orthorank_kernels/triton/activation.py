@@ -51,9 +51,9 @@ def silu_and_mul_kernel(
 
 
 def launch_settings(width: int, itemsize: int) -> dict[str, int]:
-    """4 KiB of each input per program, 32 bytes of each in flight per thread."""
+    """4 KiB of each input per program, 64 bytes of each in flight per thread."""
     block = min(triton.next_power_of_2(width), 4096 // itemsize)
-    return {"BLOCK": block, "num_warps": max(1, block * itemsize // 1024), "num_stages": 1}
+    return {"BLOCK": block, "num_warps": max(1, block * itemsize // 2048), "num_stages": 1}
 
 
 def silu_and_mul(

@@ -80,9 +80,9 @@ def scatter_rows_kernel(
 
 
 def copy_settings(hidden: int, itemsize: int) -> dict[str, int]:
-    """Launch settings of the gather and the scatter: 8 KiB per program, 64 bytes in flight per thread."""
+    """Launch settings of the gather and the scatters: 8 KiB per program, 128 bytes in flight per thread."""
     block = min(triton.next_power_of_2(hidden), 8192 // itemsize)
-    return {"BLOCK": block, "num_warps": max(1, block * itemsize // 2048), "num_stages": 1}
+    return {"BLOCK": block, "num_warps": max(1, block * itemsize // 4096), "num_stages": 1}
 
 
 def gather_rows(

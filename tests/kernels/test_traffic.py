@@ -53,7 +53,7 @@ def test_missing_entries_read_nothing():
 @pytest.mark.parametrize(("n_rows", "allowed"), [(24, 1.25), (10_000, 1.04)])
 def test_many_rows_share_one_read_of_the_weight(n_rows, allowed, monkeypatch):
     """Of five rows' worth of bytes for each row, the weight is one, unless eight rows share it."""
-    from orthorank_kernels.triton import rows as launcher
+    from orthorank_kernels.triton import add_norm as launcher
 
     many = launcher.rows_per_program(n_rows)
     monkeypatch.setattr(launcher, "rows_per_program", lambda _: many)
