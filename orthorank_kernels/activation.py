@@ -50,7 +50,7 @@ def silu_and_mul(
         if gate.shape[-1] % 2:
             raise ValueError(f"gate has shape {list(gate.shape)}; its last dimension, gate and up, must be even")
         width = gate.shape[-1] // 2
-        gate, up = gate[..., :width], gate[..., width:]
+        gate, up = gate.narrow(-1, 0, width), gate.narrow(-1, width, width)
     else:
         _checks.tensor("up", up, layout)
         _checks.shape("up", up, gate.shape, "the shape of gate")
@@ -72,7 +72,7 @@ def silu_and_mul(
     )
     if out is not None:
         return out
-    return result[0] if packed else result
+    return result.squeeze(0) if packed else result
 
 
 _SILU_AND_MUL = _library.define(

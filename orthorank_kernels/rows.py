@@ -59,7 +59,7 @@ def gather_rows(
     )
     if out is not None:
         return out
-    return result[0] if packed else result
+    return result.squeeze(0) if packed else result
 
 
 def scatter_rows_(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, *, backend: str = "auto") -> None:

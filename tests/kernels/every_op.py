@@ -14,7 +14,7 @@ from torch import Tensor
 import orthorank_kernels as ok
 
 NOT_OPS = {"__version__", "is_supported", "keep_count"}
-IN_PLACE = {"scatter_rows_"}
+IN_PLACE = {"scatter_rows_", "scatter_add_rows_"}
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,24 @@ def _rows(new: Shapes, s: Sizes) -> dict[str, Call]:
     x, weight = new.floats(s.batch, s.tokens, s.hidden, dtype=s.dtype), new.floats(s.hidden, dtype=s.dtype)
     rows = new.floats(s.batch, s.selected, s.hidden, dtype=s.dtype)
     positions = new.positions(s.batch, s.selected, s.tokens)
+    residual, bias = new.floats(*rows.shape, dtype=s.dtype), new.floats(s.hidden, dtype=s.dtype)
     q = new.floats(s.batch, s.selected, s.heads, s.head_dim, dtype=s.dtype).transpose(1, 2)
     cos, sin = new.floats(1, s.tokens, s.head_dim, dtype=s.dtype), new.floats(1, s.tokens, s.head_dim, dtype=s.dtype)
+    layer = {"norm": "layer", "bias": bias, "weight_offset": 1.0, "scale": 0.5, "addend_weight": weight}
+    # Not x[0]: indexing asks a fake GPU for its driver.
+    x_, positions_, rows_, residual_ = (t.select(0, 0) for t in (x, positions, rows, residual))
     return {
         "gather_rows": Call("gather_rows", (x, positions), {}),
+        "gather_rows, packed": Call("gather_rows", (x_, positions_), {}),
         "gather_add_rms_norm": Call("gather_add_rms_norm", (x, positions, rows, weight, 1e-6), {}),
+        "gather_add_rms_norm, options": Call("gather_add_rms_norm", (x, positions, rows, weight, 1e-6), layer),
+        "gather_add_rms_norm, packed": Call("gather_add_rms_norm", (x_, positions_, rows_, weight, 1e-6), {}),
         "scatter_rows_": Call("scatter_rows_", (x, positions, rows), {}),
+        "scatter_rows_, packed": Call("scatter_rows_", (x_, positions_, rows_), {}),
+        "scatter_add_rows_": Call("scatter_add_rows_", (x, positions, rows, residual), {"scale": 0.5}),
+        "scatter_add_rows_, packed": Call("scatter_add_rows_", (x_, positions_, rows_, residual_), {}),
+        "silu_and_mul": Call("silu_and_mul", (rows, residual), {}),
+        "silu_and_mul, merged, packed": Call("silu_and_mul", (rows_,), {"positions": positions_}),
         "apply_rotary_at": Call("apply_rotary_at", (q, cos, sin, positions), {}),
     }
 
