@@ -30,6 +30,8 @@ OPS = {
     "gather_rows": _Op(kernel=_WITH_DOUBLE),
     "gather_add_rms_norm": _Op(),
     "scatter_rows_": _Op(kernel=_WITH_DOUBLE),
+    "scatter_add_rows_": _Op(),
+    "silu_and_mul": _Op(),
     "apply_rotary_at": _Op(asks=("head_dim", "heads")),
     "sparse_query_attention": _Op(asks=_ATTENTION, largest_head_dim=256),
 }

@@ -51,19 +51,6 @@ def norm_row(
 
 
 @triton.jit
-def rms_norm_row(
-    x,  # [BLOCK] float32, zero past HIDDEN
-    weight,  # [BLOCK] in the model's dtype
-    eps,
-    HIDDEN: tl.constexpr,
-):
-    """RMSNorm of one row in the dtype of ``weight``: float32 inside, rounded before and after the weight."""
-    mean_square = tl.sum(x * x, 0) / HIDDEN
-    normed = (x * tl.rsqrt(mean_square + eps)).to(weight.dtype)  # [BLOCK]
-    return (normed.to(tl.float32) * weight.to(tl.float32)).to(weight.dtype)  # [BLOCK]
-
-
-@triton.jit
 def sequence_of(cu_seqlens_ptr, token, n_seqs):
     """Which sequence of a packed batch holds ``token``, as int64: the number of sequences that end before it."""
     sequence = tl.zeros([], tl.int32)

@@ -19,16 +19,7 @@ import triton
 import triton.language as tl
 
 from orthorank_kernels._layout import norm_outputs
-from orthorank_kernels.triton.primitives import norm_row, sequence_of
-
-
-@triton.jit
-def load_vector(ptr, channel, inside):
-    """A vector [BLOCK] that all rows share, zero past its end; None stays None."""
-    vector = None
-    if ptr is not None:
-        vector = tl.load(ptr + channel, mask=inside, other=0.0)
-    return vector
+from orthorank_kernels.triton.primitives import load_vector, norm_row, sequence_of
 
 
 @triton.jit
