@@ -7,7 +7,7 @@ import torch
 from orthorank_kernels import _attention, _checks, _library
 from orthorank_kernels.reference import attention_paged as reference
 
-FP8 = (torch.float8_e4m3fn,)
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def sparse_query_attention_paged(
@@ -51,8 +51,9 @@ def sparse_query_attention_paged(
 
     Args:
         q: queries, float32, float16 or bfloat16 ``[n, heads, head_dim]``, last stride 1. Float64 runs on the reference.
-        k_cache, v_cache: ``[blocks, block_size, kv_heads, head_dim]``, of the dtype of q or float8_e4m3fn; kv_heads
-            divides heads, and consecutive query heads share a key/value head. Any strides whose last one is 1.
+        k_cache, v_cache: ``[blocks, block_size, kv_heads, head_dim]``, of the dtype of q, float8_e4m3fn or
+            float8_e5m2; kv_heads divides heads, and consecutive query heads share a key/value head. Any strides whose
+            last one is 1.
         positions: int32 ``[n]``, ascending in each sequence: positions in the whole sequence, cached part included.
         cu_selected: int32 ``[seqs + 1]``, from 0, never falling, as `select_tokens` returns it.
         block_table: int32 ``[rows, max_blocks]``, last stride 1.

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from tests.kernels.attention_cases import FP8, Packed, integers
+from tests.kernels.attention_cases import Packed, integers
 from tests.kernels.tools import DEVICE
 
 Views = tuple[torch.Tensor, torch.Tensor]
@@ -76,4 +76,4 @@ def paged(case: Packed, block_size: int, layout: str = "vllm LBHNC", dtype: torc
 
 def bits(x: torch.Tensor) -> torch.Tensor:
     """A view that torch can index and assign: float8 as bytes."""
-    return x.view(torch.uint8) if x.dtype == FP8 else x
+    return x.view(torch.uint8) if x.element_size() == 1 else x

@@ -113,9 +113,9 @@ def test_few_queries_over_long_keys(backend: str) -> None:
     check(case, paged(case, 32), backend, max_seqlen_k=900, window=500)
 
 
-def dequantised(case: Packed, k_scale: torch.Tensor, v_scale: torch.Tensor) -> Packed:
+def dequantised(case: Packed, k_scale: torch.Tensor, v_scale: torch.Tensor, kind: torch.dtype = FP8) -> Packed:
     """What a float8 cache of these keys and values stands for."""
-    k, v = (x.to(FP8).double() * s.double().reshape(-1, 1) for x, s in ((case.k, k_scale), (case.v, v_scale)))
+    k, v = (x.to(kind).double() * s.double().reshape(-1, 1) for x, s in ((case.k, k_scale), (case.v, v_scale)))
     return case._replace(k=k, v=v)
 
 
@@ -133,6 +133,14 @@ def test_float8_caches(scales: str, dtype: torch.dtype, backend: str) -> None:
     for layout in ("vllm LBHNC", "sglang NHD"):
         cache = paged(case, 16, layout, dtype=FP8)
         check(case, cache, backend, dequantised(case, k_scale, v_scale), softcap=5.0, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float8_with_more_exponents(backend: str) -> None:
+    case, kind = packed(LENGTHS, COUNTS, dtype=torch.bfloat16), torch.float8_e5m2
+    scales = [random(2, seed=seed).abs() + 0.3 for seed in (11, 12)]
+    cache = paged(case, 16, dtype=kind)
+    check(case, cache, backend, dequantised(case, *scales, kind), k_scale=scales[0], v_scale=scales[1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -355,6 +363,7 @@ def test_opcheck(options: str) -> None:
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_compiles_into_one_graph(needs_grad: bool) -> None:
     case = packed((60, 0, 25), (20, 0, 9), tail=4)
+    case.positions[-4:] = 5  # whatever stands there
     cache = paged(case, 16)
     logits = sinks()
     q = case.q.requires_grad_(needs_grad)

@@ -249,6 +249,7 @@ def test_opcheck(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_compiles_into_one_graph(needs_grad: bool) -> None:
     case = packed((60, 0, 25), (20, 0, 9), tail=4)
+    case.positions[-4:] = 5  # whatever stands there
     logits = sinks()
     q = case.q.requires_grad_(needs_grad)
 
