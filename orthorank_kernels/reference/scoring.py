@@ -41,12 +41,12 @@ def rms_norm_score(
     h = hidden_states if residual is None else hidden_states + residual
     normed = h if norm == "identity" else normalise(h, weight, eps, norm, bias, weight_offset)
     scores = sink_scores(normed, score, sink, starts, cu_seqlens)
-    nothing = hidden_states.new_empty(0)
-    return (
-        normed.contiguous() if write_norm and norm != "identity" else nothing,
+    return (  # an operator's outputs have memory of their own, empty ones too
+        normed.contiguous() if write_norm and norm != "identity" else hidden_states.new_empty(0),
         scores,
-        # An operator's outputs have memory of their own.
-        h.clone(memory_format=torch.contiguous_format) if residual is not None or copy_input else nothing,
+        h.clone(memory_format=torch.contiguous_format)
+        if residual is not None or copy_input
+        else hidden_states.new_empty(0),
     )
 
 

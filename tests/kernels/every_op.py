@@ -46,6 +46,9 @@ class Shapes:
     def ints(self, *values: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(len(values), dtype=dtype, device=self.device)
 
+    def cumulative(self, sequences: int, tokens: int) -> Tensor:
+        return self.ints(*range(0, (sequences + 1) * tokens, tokens))
+
     def positions(self, batch: int, selected: int, tokens: int) -> Tensor:
         return torch.empty(batch, selected, dtype=torch.int32, device=self.device)
 
@@ -98,6 +101,26 @@ def calls(tensors: Shapes, sizes: Sizes = Sizes()) -> dict[str, Call]:
     return found
 
 
+def _scores(new: Shapes, s: Sizes) -> dict[str, Call]:
+    op = "rms_norm_score"
+    x, residual = (new.floats(s.batch, s.tokens, s.hidden, dtype=s.dtype) for _ in range(2))
+    weight, bias, shared = (new.floats(s.hidden, dtype=s.dtype) for _ in range(3))
+    sink, cu_seqlens = new.floats(s.batch, s.hidden, dtype=s.dtype), new.cumulative(s.batch, s.tokens)
+    rows = {"starts": new.ints(*range(s.batch)), "lengths": new.ints(*[s.tokens - s.batch] * s.batch)}
+    packed = {"residual": residual.flatten(0, 1), "sink": sink, "cu_seqlens": cu_seqlens}
+    layer = {"norm": "layer", "bias": bias, "score": "cosine", "copy_input": True}
+    return {
+        op: Call(op, (x, weight, 1e-6), {}),
+        f"{op}, stored sink, padding": Call(op, (x, weight, 1e-6), {"sink": sink, **rows}),
+        f"{op}, Gemma, residual": Call(op, (x, weight, 1e-6), {"weight_offset": 1.0, "residual": residual}),
+        f"{op}, LayerNorm, cosine, copy": Call(op, (x, weight, 1e-6), layer),
+        f"{op}, packed, residual": Call(op, (x.flatten(0, 1), weight, 1e-6), packed),
+        f"{op}, packed, scores alone": Call(
+            op, (x.flatten(0, 1), None, 1e-6), {"sink": shared, "cu_seqlens": cu_seqlens, "write_norm": False}
+        ),
+    }
+
+
 def _selection(new: Shapes, s: Sizes) -> dict[str, Call]:
     x, weight = new.floats(s.batch, s.tokens, s.hidden, dtype=s.dtype), new.floats(s.hidden, dtype=s.dtype)
     scores, sink = new.floats(s.batch, s.tokens), new.floats(s.batch, s.hidden, dtype=s.dtype)
@@ -106,8 +129,7 @@ def _selection(new: Shapes, s: Sizes) -> dict[str, Call]:
     rows: dict[str, Any] = {"starts": starts, "lengths": lengths}
     choice = {**rows, "sink_positions": new.ints(*[-1] * s.batch), "keep_last": 1, "max_selected": s.selected}
     return {
-        "rms_norm_score": Call("rms_norm_score", (x, weight, 1e-6), {}),
-        "rms_norm_score, stored sink, padding": Call("rms_norm_score", (x, weight, 1e-6), {"sink": sink, **rows}),
+        **_scores(new, s),
         "select_tokens": Call("select_tokens", (scores, s.selected), {}),
         "select_tokens, k on the device, padding": Call("select_tokens", (scores, k), choice),
         "rms_norm_select": Call("rms_norm_select", (x, weight, 1e-6, s.selected), {}),
