@@ -37,30 +37,16 @@ assert not torch.cuda.is_initialized(), "importing started a GPU context"
 EVERY_OP = """
 import torch
 import orthorank_kernels as ok
+from tests.kernels.every_op import Numbers, calls, flat
 
-x, w = torch.randn(2, 6, 8), torch.ones(8)
-positions = torch.tensor([[0, 3, 5], [1, 4, -1]], dtype=torch.int32)
-rows, q, k = torch.randn(2, 3, 8), torch.randn(2, 4, 3, 8), torch.randn(2, 2, 6, 8)
-table = torch.ones(1, 6, 8)
-calls = {
-    "rms_norm_score": lambda b: ok.rms_norm_score(x, w, 1e-6, backend=b),
-    "select_tokens": lambda b: ok.select_tokens(torch.rand(2, 6), 2, backend=b),
-    "rms_norm_select": lambda b: ok.rms_norm_select(x, w, 1e-6, 2, backend=b),
-    "gather_rows": lambda b: ok.gather_rows(x, positions, backend=b),
-    "gather_add_rms_norm": lambda b: ok.gather_add_rms_norm(x, positions, rows, w, 1e-6, backend=b),
-    "scatter_rows_": lambda b: ok.scatter_rows_(x, positions, rows, backend=b),
-    "apply_rotary_at": lambda b: ok.apply_rotary_at(q, table, table, positions, backend=b),
-    "sparse_query_attention": lambda b: ok.sparse_query_attention(q, k, k, positions, backend=b),
-}
-assert set(calls) == set(ok.__all__) - {"__version__", "is_supported", "keep_count"}, "an op is missing here"
 for backend in ("auto", "reference"):
-    for call in calls.values():
-        out = call(backend)
-        for tensor in (out,) if isinstance(out, torch.Tensor) else out or ():
-            assert tensor is None or not tensor.is_floating_point() or tensor.isfinite().all()
+    for name, call in calls(Numbers()).items():
+        for tensor in flat(call(backend=backend)):
+            assert not tensor.is_floating_point() or tensor.isfinite().all(), name
 assert ok.keep_count(6, 0.5) == 3
+assert ok.is_supported("gather_rows", device="cpu", dtype=torch.float32)[0]
 try:
-    calls["gather_rows"]("triton")
+    calls(Numbers())["gather_rows"](backend="triton")
 except ok.dispatch.BackendError as error:
     assert "Triton is not installed; run: pip install" in str(error), error
 else:
