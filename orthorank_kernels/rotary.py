@@ -1,6 +1,6 @@
 """Rotary position embedding of tokens that were gathered out of their sequence."""
 
-import torch
+from torch import Tensor
 
 from orthorank_kernels import _checks, _library, dispatch
 from orthorank_kernels._layout import empty_ordered_like
@@ -8,84 +8,145 @@ from orthorank_kernels.reference import rotary as reference
 
 
 def apply_rotary_at(
-    x: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    positions: torch.Tensor | None = None,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
     *,
+    interleaved: bool = False,
+    rotary_dim: int | None = None,
+    out: Tensor | None = None,
     backend: str = "auto",
-) -> torch.Tensor:
+) -> Tensor:
     """Rotate queries or keys by the angles of their original positions (Su et al. 2021, RoFormer, equation 34).
 
     Entry ``i`` of batch row ``b`` is rotated by ``cos[b, positions[b, i]]`` and ``sin[b, positions[b, i]]``. The
-    pairing is half-split, as in Hugging Face's ``rotate_half``: element ``j`` turns with element ``j + rotary_dim/2``.
-    Computed in float32 and rounded once, so a bfloat16 result is closer to the exact one than when each product and
-    the sum are rounded.
+    pairing is half-split, as in Hugging Face's ``rotate_half``: element ``j`` turns with element ``j + rotary_dim/2``;
+    or interleaved, as in GPT-J and GLM: element ``2j`` turns with ``2j + 1``. Angle ``j`` is column ``j`` of the tables
+    in both. Computed in float32 and rounded once, so a bfloat16 result is closer to the exact one than when each
+    product and the sum are rounded.
 
     Args:
-        x: ``[batch, heads, selected, head_dim]``, floating point. Any strides, the last one 1: the transposed view of
-            a projection's output is the normal case.
-        cos: ``[batch or 1, tokens, rotary_dim]``, floating point, as Hugging Face's rotary modules return it: the
-            second half of the last dimension repeats the first (only the first is read). ``rotary_dim`` is even and at
-            most ``head_dim``; elements of ``x`` from there on pass through. Any strides, the last one 1.
+        x: ``[batch, heads, selected, head_dim]`` or packed ``[selected, heads, head_dim]``, floating point. Any
+            strides, the last one 1: the transposed view of a projection's output is the normal case.
+        cos: ``[batch or 1, tokens, rotary_dim]`` or packed ``[tokens, rotary_dim]``, floating point, as Hugging Face's
+            rotary modules return it: the second half of the last dimension repeats the first (only the first is read).
+            ``rotary_dim`` is even and at most ``head_dim``; elements of ``x`` from there on pass through. Any strides,
+            the last one 1.
         sin: like ``cos``.
-        positions: int32 ``[batch, selected]``, indices into the token axis of ``cos``; -1 gives zeros. None: ``x``
-            holds all tokens, in order. A position past the token axis is an IndexError on a CPU, undefined on a GPU.
+        positions: int32 ``[batch, selected]`` or ``[selected]``, indices into the token axis of ``cos``; -1 gives
+            zeros. None: ``x`` holds all tokens, in order. A position past the token axis is an IndexError on a CPU,
+            undefined on a GPU.
+        interleaved: which elements are a pair.
+        rotary_dim: elements of a head that are rotated, where ``cos`` and ``sin`` are half as wide, without the
+            repetition (the two halves of vLLM's ``cos_sin_cache``, for example). None: the width of ``cos``.
+        out: where to write the result: its shape, dtype and strides; it may be ``x`` itself. None: new memory.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``.
 
     Returns:
-        Shape and dtype of ``x``; dense, with the dimensions in the same order in memory as in ``x``. Differentiable
-        in ``x``, ``cos`` and ``sin``.
+        Shape and dtype of ``x``; dense, with the dimensions in the same order in memory as in ``x``; ``out`` if it is
+        given. Differentiable in ``x``, ``cos`` and ``sin``.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, stride or device.
-        BackendError: ``backend="triton"`` cannot run here.
+        BackendError: ``backend="triton"`` cannot run here, or ``out`` is given and an input requires grad.
 
+    >>> import torch
     >>> angle = torch.tensor([0.0, torch.pi / 2]).reshape(1, 2, 1).expand(1, 2, 4)
     >>> x = torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)
     >>> apply_rotary_at(x, angle.cos(), angle.sin(), torch.tensor([[1]], dtype=torch.int32)).round(decimals=3)
     tensor([[[[-3., -4.,  1.,  2.]]]])
+    >>> quarter = torch.tensor([[torch.pi / 2, torch.pi / 2]])
+    >>> apply_rotary_at(x[0, 0][None], quarter.cos(), quarter.sin(), interleaved=True, rotary_dim=4).round(decimals=3)
+    tensor([[[-2.,  1., -4.,  3.]]])
     """
-    _check(x, cos, sin, positions)
-    return dispatch.run(
+    packed = isinstance(x, Tensor) and x.dim() == 3
+    width = _check(x, cos, sin, positions, packed, interleaved, rotary_dim)
+    if out is not None:
+        _check_out(out, x)
+    args = (x, cos, sin, positions, out)
+    if packed:  # a batch of one, as views; [selected, heads, head_dim] is [1, heads, selected, head_dim]
+        args = tuple(None if t is None else t.unsqueeze(0) for t in args)  # type: ignore[assignment]
+        args = (args[0].transpose(1, 2), *args[1:4], None if args[4] is None else args[4].transpose(1, 2))
+    result = dispatch.run(
         _APPLY_ROTARY_AT,
-        (x, cos, sin, positions),
+        (*args[:4], interleaved, width),
         backend=backend,
         device=x.device,
+        out=None if out is None else args[4:],
     )
+    if out is not None:
+        return out
+    return result.transpose(1, 2).squeeze(0) if packed else result
 
 
-def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor | None) -> None:
-    _checks.tensor("x", x, "[batch, heads, selected, head_dim]")
-    batch, _, selected, head_dim = x.shape
-    _checks.tensor("cos", cos, "[batch or 1, tokens, rotary_dim]")
-    _checks.tensor("sin", sin, "[batch or 1, tokens, rotary_dim]")
+def _check(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    packed: bool,
+    interleaved: bool,
+    rotary_dim: int | None,
+) -> int:
+    """Check everything but ``out``; returns how many elements of a head are rotated."""
+    _checks.tensor("x", x, "[selected, heads, head_dim]" if packed else "[batch, heads, selected, head_dim]")
+    _checks.flag("interleaved", interleaved)
+    batch, selected, head_dim = 1 if packed else x.shape[0], x.shape[0 if packed else 2], x.shape[-1]
+    table = "[tokens, rotary_dim]" if packed else "[batch or 1, tokens, rotary_dim]"
+    _checks.tensor("cos", cos, table)
+    _checks.tensor("sin", sin, table)
     _checks.shape("sin", sin, cos.shape, "the shape of cos")
     _checks.same_dtype("cos", cos, sin=sin)
     _checks.same_device("x", x, cos=cos, sin=sin)
     _checks.unit_last_stride(x=x, cos=cos, sin=sin)
-    rotary_dim = cos.shape[2]
-    if cos.shape[0] not in (1, batch):
+    if not packed and cos.shape[0] not in (1, batch):
         raise ValueError(f"cos has shape {list(cos.shape)}; its first dimension must be the batch of x, {batch}, or 1")
-    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
-        raise ValueError(
-            f"cos has shape {list(cos.shape)}; its last dimension, rotary_dim, must be even, "
-            f"above 0 and at most the head_dim of x, {head_dim}"
-        )
+    width = _rotated(cos, rotary_dim, head_dim)
     if positions is None:
-        if cos.shape[1] != selected:
+        if cos.shape[-2] != selected:
             raise ValueError(
-                f"cos has {cos.shape[1]} tokens and x {selected}; pass positions to say which tokens x holds"
+                f"cos has {cos.shape[-2]} tokens and x {selected}; pass positions to say which tokens x holds"
             )
-        return
-    _checks.positions(positions, batch, x)
-    _checks.shape("positions", positions, (batch, selected), "the shape of x")
-    _checks.unit_last_stride(positions=positions)
+        return width
+    _checks.positions(positions, None if packed else batch, x)
+    _checks.shape("positions", positions, (selected,) if packed else (batch, selected), "the shape of x")
+    return width
+
+
+def _rotated(cos: Tensor, rotary_dim: int | None, head_dim: int) -> int:
+    if rotary_dim is None:
+        width = cos.shape[-1]
+        if width % 2 or not 0 < width <= head_dim:
+            raise ValueError(
+                f"cos has shape {list(cos.shape)}; its last dimension, rotary_dim, must be even, "
+                f"above 0 and at most the head_dim of x, {head_dim}"
+            )
+        return width
+    _checks.integer("rotary_dim", rotary_dim, at_least=2, at_most=head_dim, none="the width of cos")
+    if rotary_dim % 2 or cos.shape[-1] < rotary_dim // 2:
+        raise ValueError(
+            f"rotary_dim is {rotary_dim} and cos has shape {list(cos.shape)}; rotary_dim must be even, and the last "
+            "dimension of cos at least half of it"
+        )
+    return rotary_dim
+
+
+def _check_out(out: Tensor, x: Tensor) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out is a {type(out).__name__}; it must be a tensor to write the op's output to")
+    _checks.shape("out", out, x.shape, "the shape of x")
+    _checks.same_dtype("x", x, out=out)
+    _checks.same_device("x", x, out=out)
+    _checks.unit_last_stride(out=out)
+    _checks.no_overlap("out", out)
 
 
 _APPLY_ROTARY_AT = _library.define(
-    "apply_rotary_at(Tensor x, Tensor cos, Tensor sin, Tensor? positions=None) -> Tensor",
+    "apply_rotary_at(Tensor x, Tensor cos, Tensor sin, Tensor? positions=None, bool interleaved=False,"
+    " SymInt? rotary_dim=None) -> Tensor",
     cpu=reference.apply_rotary_at,
     triton="rotary.apply_rotary_at",
-    fake=lambda x, cos, sin, positions=None: empty_ordered_like(x),
+    fake=lambda x, cos, sin, positions=None, interleaved=False, rotary_dim=None: empty_ordered_like(x),
+    outputs=("out",),
 )

@@ -104,6 +104,7 @@ def rotary_cases() -> Iterator[Case]:
               (16, 256, 64), (128, 128, 128), (1, 256, 256))  # fmt: skip
     shapes = [(shape, dtype, True) for shape in (*everyday, *others) for dtype in (HALF, FLOAT)]
     shapes += [(shape, dtype, False) for shape in everyday for dtype in (HALF, torch.float16)]
+    yield from interleaved_cases()
     for (heads, head_dim, rotary_dim), dtype, gathered in shapes:
         slow = (heads, head_dim, rotary_dim) not in everyday or dtype != HALF or not gathered
         x, table = empty(4, 682, heads, head_dim, dtype=dtype).transpose(1, 2), empty(1, 682, rotary_dim, dtype=dtype)
@@ -113,4 +114,18 @@ def rotary_cases() -> Iterator[Case]:
             launch("rotary.apply_rotary_at", x, table, table, some_positions(4, 682) if gathered else None),
             {"registers": 96, "spills": 0, "atomics": 0, "min_wide_stores": 0.0 if slow else 1.0},
             slow=slow,
+        )
+
+
+def interleaved_cases() -> Iterator[Case]:
+    shapes = ((32, 128, 64), (32, 128, 128), (9, 64, 64), (32, 80, 32), (8, 256, 256))
+    for shape, dtype in ((shape, dtype) for shape in shapes for dtype in (HALF, FLOAT)):
+        heads, head_dim, rotary_dim = shape
+        x, table = empty(4, 682, heads, head_dim, dtype=dtype).transpose(1, 2), empty(1, 682, rotary_dim, dtype=dtype)
+        yield Case(
+            "rows",
+            f"apply_rotary_at interleaved {heads} x {head_dim}/{rotary_dim} {name_of(dtype)}",
+            launch("rotary.apply_rotary_at", x, table, table, some_positions(4, 682), True),
+            {"registers": 96, "spills": 0, "atomics": 0, "min_wide_stores": 1.0},
+            slow=(shape, dtype) != (shapes[0], HALF),
         )

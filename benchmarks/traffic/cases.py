@@ -100,12 +100,33 @@ def scatter(hidden: int) -> Case:
     return Case("scatter_rows_", f"170 of 512 x {hidden}", build, {**ONCE, "requested": 1.0, "atomics": 0})
 
 
+def scatter_add(hidden: int) -> Case:
+    def build() -> tuple[Callable[[], Any], int, int]:
+        x, positions = torch.zeros(1, 512, hidden, dtype=HALF), positions_of(512, 170)
+        rows, residual = torch.ones(1, 170, hidden, dtype=HALF), torch.ones(1, 170, hidden, dtype=HALF)
+        return (
+            lambda: ops.scatter_add_rows_(x, positions, rows, residual, backend="triton"),
+            bytes_of(rows, residual, positions),
+            bytes_of(rows),
+        )
+
+    return Case("scatter_add_rows_", f"170 of 512 x {hidden}", build, {**ONCE, "requested": 1.0, "atomics": 0})
+
+
+def gate(width: int) -> Case:
+    def build() -> tuple[Callable[[], Any], int, int]:
+        merged = torch.ones(1, 60, 2 * width, dtype=HALF)
+        return lambda: ops.silu_and_mul(merged, backend="triton"), bytes_of(merged), bytes_of(merged) // 2
+
+    return Case("silu_and_mul", f"60 x {width}", build, {**ONCE, "requested": 1.0, "atomics": 0})
+
+
 def gather_add_norm(hidden: int, many: bool) -> Case:
     def build() -> tuple[Callable[[], Any], int, int]:
         x, positions = torch.ones(1, 512, hidden, dtype=HALF), positions_of(512, 170)
         rows, weight = torch.ones(1, 170, hidden, dtype=HALF), torch.ones(hidden, dtype=HALF)
         call = lambda: ops.gather_add_rms_norm(x, positions, rows, weight, 1e-5, backend="triton")  # noqa: E731
-        call = with_setting("rows", "rows_per_program", lambda *_: 8, call) if many else call
+        call = with_setting("add_norm", "rows_per_program", lambda *_: 8, call) if many else call
         return call, 2 * bytes_of(rows) + bytes_of(positions, weight), 2 * bytes_of(rows)
 
     limits = {**ONCE, "requested": 1.05 if many else 1.26, "atomics": 0}
@@ -183,6 +204,9 @@ def cases() -> Iterator[Case]:
     for hidden in (576, 4096):
         yield gather(hidden)
         yield scatter(hidden)
+        yield scatter_add(hidden)
+    yield gate(1536)
+    yield gate(14336)
     for many in (False, True):
         yield gather_add_norm(4096, many)
         yield norm_score(4096, many)

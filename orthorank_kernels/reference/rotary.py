@@ -2,8 +2,8 @@
 
     out1 = x1 * cos - x2 * sin;   out2 = x2 * cos + x1 * sin
 
-where x1 and x2 are the two halves of the first ``rotary_dim`` elements of a head; the rest passes through. Computed in
-float32 and rounded once.
+where x1 and x2 are the two halves of the first ``rotary_dim`` elements of a head, or interleaved its even and its odd
+elements; the rest passes through. Computed in float32 and rounded once.
 """
 
 import torch
@@ -12,19 +12,27 @@ from orthorank_kernels._layout import empty_ordered_like
 
 
 def apply_rotary_at(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor | None = None
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    interleaved: bool = False,
+    rotary_dim: int | None = None,
 ) -> torch.Tensor:
-    rotary_dim = cos.shape[-1]
+    rotary_dim = cos.shape[-1] if rotary_dim is None else rotary_dim
     half = rotary_dim // 2
     wide = torch.promote_types(x.dtype, torch.float32)
-    # The second half of cos and sin repeats the first.
+    # Where the tables are wider, their second half repeats the first.
     cos = _rows_at(cos[..., :half], positions)[:, None].to(wide)  # [batch or 1, 1, selected, half]
     sin = _rows_at(sin[..., :half], positions)[:, None].to(wide)
-    x1, x2 = x[..., :half].to(wide), x[..., half:rotary_dim].to(wide)  # [batch, heads, selected, half]
+    first, second = (
+        (slice(0, rotary_dim, 2), slice(1, rotary_dim, 2)) if interleaved else (slice(half), slice(half, rotary_dim))
+    )
+    x1, x2 = x[..., first].to(wide), x[..., second].to(wide)  # [batch, heads, selected, half]
 
     out = empty_ordered_like(x)
-    out[..., :half] = torch.addcmul(x1 * cos, x2, sin, value=-1)
-    out[..., half:rotary_dim] = torch.addcmul(x2 * cos, x1, sin)
+    out[..., first] = torch.addcmul(x1 * cos, x2, sin, value=-1)
+    out[..., second] = torch.addcmul(x2 * cos, x1, sin)
     out[..., rotary_dim:] = x[..., rotary_dim:]
     if positions is not None:
         out.masked_fill_((positions < 0)[:, None, :, None], 0)

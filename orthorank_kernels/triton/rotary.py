@@ -4,8 +4,15 @@
 
 x, out [batch, heads, selected, head_dim]; cos, sin [batch or 1, tokens, rotary_dim], of which the first half is read;
 positions int32 [batch, selected], -1 = missing, or None. x1 and x2 are the halves of the first rotary_dim elements of
-a head, the rest is copied. One program rotates all heads of one token, so cos and sin are read once. The grid is
-(selected, batch), so a batch is at most 65,535. Computed in float32, so float64 is not supported.
+a head, or interleaved its even and odd elements; the rest is copied. The packed layout comes as a batch of one. The
+grid is (selected, batch), so a batch is at most 65,535. Computed in float32, so float64 is not supported.
+
+Design. Bytes: x once each way, the angles of a token once (half a row of cos and of sin), its position: requested /
+minimal 1.000. One program rotates all heads of one token, at most 8 KiB of x in registers at a time, so the angles are
+read once for all heads and no two programs share anything. 16 bytes of each half for a thread make every access 128
+bits wide (interleaved: 16 or 32 bytes of neighbouring pairs, split in registers). A missing entry reads nothing: what
+is masked is the bound of a range, not each element, which would narrow the loads. A thread writes where it read, so
+that out may be x.
 """
 
 import torch
@@ -13,6 +20,7 @@ import triton
 import triton.language as tl
 
 from orthorank_kernels._layout import empty_ordered_like
+from orthorank_kernels.triton.primitives import refuse_float64
 
 
 @triton.jit(do_not_specialize=["stride_positions_batch"])
@@ -37,6 +45,7 @@ def apply_rotary_at_kernel(
     HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
@@ -63,13 +72,22 @@ def apply_rotary_at_kernel(
         heads = first_head + tl.arange(0, BLOCK_HEADS)[:, None]  # [BLOCK_HEADS, 1]
         x = x_ptr + heads.to(tl.int64) * stride_x_head
         out = out_ptr + heads.to(tl.int64) * stride_out_head
-        in_half = columns[None, :] < HALF  # [1, BLOCK_HALF]
-        read = (heads < heads_read) & in_half  # [BLOCK_HEADS, BLOCK_HALF]
-        mask = (heads < HEADS) & in_half
-        x1 = tl.load(x + columns[None, :], mask=read, other=0.0).to(tl.float32)
-        x2 = tl.load(x + HALF + columns[None, :], mask=read, other=0.0).to(tl.float32)
-        tl.store(out + columns[None, :], (x1 * cos - x2 * sin).to(out_ptr.dtype.element_ty), mask=mask)
-        tl.store(out + HALF + columns[None, :], (x2 * cos + x1 * sin).to(out_ptr.dtype.element_ty), mask=mask)
+        if INTERLEAVED:
+            pair = tl.arange(0, 2 * BLOCK_HALF)[None, :]  # [1, 2 * BLOCK_HALF]: both elements of each pair
+            mask = (heads < HEADS) & (pair < ROTARY_DIM)  # [BLOCK_HEADS, 2 * BLOCK_HALF]
+            both = tl.load(x + pair, mask=(heads < heads_read) & (pair < ROTARY_DIM), other=0.0).to(tl.float32)
+            x1, x2 = tl.split(tl.reshape(both, [BLOCK_HEADS, BLOCK_HALF, 2]))  # [BLOCK_HEADS, BLOCK_HALF]
+            turned = tl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin)  # [BLOCK_HEADS, BLOCK_HALF, 2]
+            turned = tl.reshape(turned, [BLOCK_HEADS, 2 * BLOCK_HALF])
+            tl.store(out + pair, turned.to(out_ptr.dtype.element_ty), mask=mask)
+        else:
+            in_half = columns[None, :] < HALF  # [1, BLOCK_HALF]
+            read = (heads < heads_read) & in_half  # [BLOCK_HEADS, BLOCK_HALF]
+            mask = (heads < HEADS) & in_half
+            x1 = tl.load(x + columns[None, :], mask=read, other=0.0).to(tl.float32)
+            x2 = tl.load(x + HALF + columns[None, :], mask=read, other=0.0).to(tl.float32)
+            tl.store(out + columns[None, :], (x1 * cos - x2 * sin).to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(out + HALF + columns[None, :], (x2 * cos + x1 * sin).to(out_ptr.dtype.element_ty), mask=mask)
         if ROTARY_DIM < HEAD_DIM:
             rest = ROTARY_DIM + tl.arange(0, BLOCK_REST)[None, :]  # [1, BLOCK_REST]
             in_rest = rest < HEAD_DIM
@@ -93,18 +111,21 @@ def launch_settings(heads: int, head_dim: int, rotary_dim: int, itemsize: int) -
 
 
 def apply_rotary_at(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor | None = None
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    interleaved: bool = False,
+    rotary_dim: int | None = None,
+    *,
+    out: tuple[torch.Tensor, ...] | None = None,
 ) -> torch.Tensor:
-    if x.dtype == torch.float64:
-        raise TypeError(
-            "x has dtype float64; the Triton kernel takes float32, float16 and bfloat16: "
-            'convert it with .float(), or use backend="reference"'
-        )
+    refuse_float64("x", x)
     batch, heads, selected, head_dim = x.shape
-    rotary_dim = cos.shape[2]
-    out = empty_ordered_like(x)
-    if out.numel() == 0:
-        return out
+    rotary_dim = cos.shape[2] if rotary_dim is None else rotary_dim
+    target = empty_ordered_like(x) if out is None else out[0]
+    if target.numel() == 0:
+        return target
     one_table = cos.shape[0] == 1
     with torch.cuda.device_of(x):
         apply_rotary_at_kernel[(selected, batch)](
@@ -120,15 +141,16 @@ def apply_rotary_at(
             stride_sin_token=sin.stride(1),
             positions_ptr=positions,
             stride_positions_batch=0 if positions is None else positions.stride(0),
-            out_ptr=out,
-            stride_out_batch=out.stride(0),
-            stride_out_head=out.stride(1),
-            stride_out_entry=out.stride(2),
+            out_ptr=target,
+            stride_out_batch=target.stride(0),
+            stride_out_head=target.stride(1),
+            stride_out_entry=target.stride(2),
             HEADS=heads,
             HEAD_DIM=head_dim,
             ROTARY_DIM=rotary_dim,
             HAS_POSITIONS=positions is not None,
+            INTERLEAVED=interleaved,
             enable_fp_fusion=True,
             **launch_settings(heads, head_dim, rotary_dim, x.element_size()),
         )
-    return out
+    return target

@@ -162,6 +162,10 @@ def _rows(new: Shapes, s: Sizes) -> dict[str, Call]:
         "silu_and_mul": Call("silu_and_mul", (rows, residual), {}),
         "silu_and_mul, merged, packed": Call("silu_and_mul", (rows_,), {"positions": positions_}),
         "apply_rotary_at": Call("apply_rotary_at", (q, cos, sin, positions), {}),
+        "apply_rotary_at, interleaved": Call("apply_rotary_at", (q, cos, sin, positions), {"interleaved": True}),
+        "apply_rotary_at, packed": Call(
+            "apply_rotary_at", (q.transpose(1, 2).select(0, 0), cos.squeeze(0), sin.squeeze(0), positions_), {}
+        ),
     }
 
 

@@ -1,6 +1,7 @@
 """apply_rotary_at: both backends against a loop in float64 and against Hugging Face's own function."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -33,10 +34,14 @@ def positions_with_gaps(batch: int, tokens: int, selected: int) -> torch.Tensor:
     return positions.to(DEVICE)
 
 
-def rotated_by_loop(x, cos, sin, positions):
+def rotated_by_loop(x, cos, sin, positions, interleaved=False):
     """Float64, one token at a time, as complex numbers."""
     batch, heads, selected, head_dim = x.shape
     half = cos.shape[-1] // 2
+    if interleaved:  # half-split, between two permutations of the elements
+        order = [*range(0, 2 * half, 2), *range(1, 2 * half, 2), *range(2 * half, head_dim)]
+        turned = rotated_by_loop(x[..., order], cos, sin, positions)
+        return torch.empty_like(turned).index_copy_(-1, torch.tensor(order, device=x.device), turned)
     out = torch.zeros(batch, heads, selected, head_dim, dtype=torch.float64)
     for b in range(batch):
         for i in range(selected):
@@ -78,6 +83,78 @@ def test_rotation_is_as_exact_as_eager(backend, tokens, heads, head_dim, rotary_
     kept = x[..., rotary_dim:].masked_fill((positions < 0)[:, None, :, None], 0)
     assert torch.equal(actual[..., rotary_dim:], kept)
     assert actual.transpose(1, 2).is_contiguous(), "as x: a transposed view"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "heads", "head_dim", "rotary_dim"),
+    [(1, 9, 64, 64), (63, 5, 80, 32), (127, 2, 20, 10), (2, 1, 3, 2), (6, 3, 256, 64), (5, 71, 64, 64)],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_interleaved_pairs(backend, tokens, heads, head_dim, rotary_dim, dtype, poisoned):
+    selected = min(tokens, 5)
+    x = random(2, selected, heads, head_dim, dtype=dtype).transpose(1, 2)
+    cos, sin = tables(1, tokens, rotary_dim, dtype)
+    positions = positions_with_gaps(2, tokens, selected)
+    actual = apply_rotary_at(x, cos, sin, positions, interleaved=True, backend=backend)
+    exact = rotated_by_loop(x, cos, sin, positions, interleaved=True)
+    assert_within_budget(actual, reference.apply_rotary_at(x, cos, sin, positions, True), exact, dtype)
+    kept = x[..., rotary_dim:].masked_fill((positions < 0)[:, None, :, None], 0)
+    assert torch.equal(actual[..., rotary_dim:], kept)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_interleaved_is_hugging_face_s_glm(backend):
+    glm = pytest.importorskip("transformers.models.glm.modeling_glm")
+    q, (cos, sin) = random(1, 12, 4, 64).transpose(1, 2), tables(1, 12, 32, torch.float32)
+    expected, _ = glm.apply_rotary_pos_emb(q, q, cos, sin)
+    actual = apply_rotary_at(q, cos, sin, interleaved=True, backend=backend)
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_is_a_batch_of_one(backend, interleaved, poisoned):
+    x = random(9, 3, 2 * 16, dtype=torch.bfloat16)[..., 16:]  # [selected, heads, head_dim], part of a projection
+    cos, sin = (t[0] for t in tables(1, 40, 8, torch.float32))
+    positions = positions_with_gaps(1, 40, 9)[0]
+    positions[-2:] = -1
+    actual = apply_rotary_at(x, cos, sin, positions, interleaved=interleaved, backend=backend)
+    batch = apply_rotary_at(
+        x.transpose(0, 1)[None], cos[None], sin[None], positions[None], interleaved=interleaved, backend=backend
+    )
+    assert torch.equal(actual, batch[0].transpose(0, 1))
+    assert actual.is_contiguous()
+    everyone = apply_rotary_at(x, cos[:9], sin[:9], interleaved=interleaved, backend=backend)
+    assert torch.equal(everyone[0], actual[0])
+    assert not torch.equal(everyone[1], actual[1])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tables_without_the_repetition(backend, interleaved):
+    """As a serving stack keeps them: the cosines of a position, then its sines."""
+    x, (cos, sin) = random(5, 3, 40), (t[0] for t in tables(1, 30, 32, torch.float32))
+    cache, positions = torch.cat([cos[:, :16], sin[:, :16]], -1), positions_with_gaps(1, 30, 5)[0]
+    actual = apply_rotary_at(
+        x, cache[:, :16], cache[:, 16:], positions, interleaved=interleaved, rotary_dim=32, backend=backend
+    )
+    assert torch.equal(actual, apply_rotary_at(x, cos, sin, positions, interleaved=interleaved, backend=backend))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+def test_out_is_written_and_returned_and_may_be_x(backend, in_place, packed, interleaved):
+    x = random(7, 3, 16) if packed else random(2, 7, 3, 16).transpose(1, 2)
+    cos, sin = (t[0] if packed else t for t in tables(1, 20, 8, torch.float32))
+    positions = positions_with_gaps(2, 20, 7)
+    args = (cos, sin, positions[0] if packed else positions)
+    expected = apply_rotary_at(x, *args, interleaved=interleaved, backend=backend)
+    out = x if in_place else torch.full((*x.shape[:-1], 20), float("nan"), device=DEVICE)[..., 2:18]
+    assert apply_rotary_at(x, *args, interleaved=interleaved, out=out, backend=backend) is out
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("tokens", [1, 63])
@@ -171,7 +248,9 @@ def test_gradients_are_exact():
     positions = torch.tensor([[0, 3], [1, -1]], dtype=torch.int32)
     x = torch.randn(2, 2, 3, 6, dtype=torch.float64).transpose(1, 2).requires_grad_()
     cos, sin = (t.cpu().requires_grad_() for t in tables(1, 5, 4, torch.float64))
-    assert torch.autograd.gradcheck(lambda *a: apply_rotary_at(*a, positions), (x, cos, sin))
+    for interleaved in (False, True):
+        turn = partial(apply_rotary_at, positions=positions, interleaved=interleaved)
+        assert torch.autograd.gradcheck(turn, (x, cos, sin))
 
 
 def test_the_operator_keeps_its_promises_to_torch():
@@ -180,6 +259,9 @@ def test_the_operator_keeps_its_promises_to_torch():
     x = random(2, 4, 3, 8).transpose(1, 2)
     torch.library.opcheck(op, (x, cos, sin, positions_with_gaps(2, 9, 4)))
     torch.library.opcheck(op, (x[:, :, :, :8], cos[:, :4], sin[:, :4], None))
+    torch.library.opcheck(op, (x, cos, sin, positions_with_gaps(2, 9, 4), True, 6))
+    into = torch.ops.orthorank_kernels.apply_rotary_at_out.default
+    torch.library.opcheck(into, (x, cos, sin, positions_with_gaps(2, 9, 4)), {"out": torch.zeros_like(x)})
     torch.library.opcheck(op, (random(2, 4, 3, 24).transpose(1, 2)[..., 8:16], cos[:, :4], sin[:, :4], None))
 
 
@@ -198,10 +280,12 @@ def test_it_compiles_into_one_graph(requires_grad):
 
 X, COS, POSITIONS = torch.zeros(2, 3, 4, 8), torch.zeros(1, 6, 8), torch.zeros(2, 4, dtype=torch.int32)
 BAD_CALLS = {
-    "x has three dimensions": (
-        (X[0], COS, COS, POSITIONS),
+    "x has two dimensions": ((X[0, 0], COS, COS), ValueError, r"x has shape \[4, 8\]; it must be \[batch, heads, sel"),
+    "tables of the other layout": ((X[0], COS, COS), ValueError, r"cos has shape \[1, 6, 8\]; it must be \[tokens, ro"),
+    "positions of the other layout": (
+        (X[0], COS[0], COS[0], POSITIONS),
         ValueError,
-        r"x has shape \[3, 4, 8\]; it must be \[batch, he",
+        r"positions has shape \[2, 4\]; it must be \[selected\]",
     ),
     "sin of another shape": (
         (X, COS, COS[:, :5], POSITIONS),
@@ -224,6 +308,29 @@ def test_errors_name_the_argument_and_the_fix(name):
     args, error, message = BAD_CALLS[name]
     with pytest.raises(error, match=message):
         apply_rotary_at(*args)
+
+
+BAD_OPTIONS = {
+    "interleaved is a word": ({"interleaved": "yes"}, TypeError, "interleaved is 'yes'; it must be True or False"),
+    "odd rotary_dim": ({"rotary_dim": 5}, ValueError, "rotary_dim is 5 and cos has .* rotary_dim must be even"),
+    "rotary_dim above head_dim": ({"rotary_dim": 10}, ValueError, "rotary_dim is 10; it must be an int from 2 to 8"),
+    "out of another shape": ({"out": X[:1]}, ValueError, "out has shape .* the shape of x"),
+    "out of another dtype": ({"out": X.half()}, TypeError, "out has dtype float16 and x float32"),
+    "out shares memory": ({"out": X[:, :1].expand(-1, 3, -1, -1)}, ValueError, "share memory, and it is written to"),
+    "out is no tensor": ({"out": [X]}, TypeError, "out is a list; it must be a tensor"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_errors_name_the_option_and_the_fix(name):
+    options, error, message = BAD_OPTIONS[name]
+    with pytest.raises(error, match=message):
+        apply_rotary_at(X, COS, COS, POSITIONS, **options)
+
+
+def test_tables_too_narrow():
+    with pytest.raises(ValueError, match="the last dimension of cos at least half of it"):
+        apply_rotary_at(X, COS[..., :2], COS[..., :2], POSITIONS, rotary_dim=6)
 
 
 def test_float64_has_no_kernel():
