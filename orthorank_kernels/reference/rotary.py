@@ -25,9 +25,9 @@ def apply_rotary_at(
     # Where the tables are wider, their second half repeats the first.
     cos = _rows_at(cos[..., :half], positions)[:, None].to(wide)  # [batch or 1, 1, selected, half]
     sin = _rows_at(sin[..., :half], positions)[:, None].to(wide)
-    first, second = (
-        (slice(0, rotary_dim, 2), slice(1, rotary_dim, 2)) if interleaved else (slice(half), slice(half, rotary_dim))
-    )
+    first, second = slice(half), slice(half, rotary_dim)
+    if interleaved:
+        first, second = slice(0, rotary_dim, 2), slice(1, rotary_dim, 2)
     x1, x2 = x[..., first].to(wide), x[..., second].to(wide)  # [batch, heads, selected, half]
 
     out = empty_ordered_like(x)
