@@ -26,14 +26,31 @@ def score_launch(x: torch.Tensor, weight: torch.Tensor | None, **options: Any) -
     return launch("scoring.rms_norm_score", x, weight, 1e-5, *{**arguments, **options}.values())
 
 
-def score_options(x: torch.Tensor, weight: torch.Tensor, sink: torch.Tensor) -> dict[str, dict[str, Any]]:
-    """x is [batch, tokens, hidden]."""
-    batch = x.shape[0]
-    sinks, starts = empty(batch, x.shape[2], dtype=x.dtype), empty(batch, dtype=torch.int32)
+def score_options(batch: int, tokens: int, hidden: int) -> dict[str, tuple[dict[str, float], Callable[[], Any]]]:
+    """Options of rms_norm_score in 16 bits, with the registers that a row of 4096 takes.
+
+    A bias, and a weight plus an offset, stay in registers as float32 through the loop over rows.
+    """
+    x, packed, vector = empty(batch, tokens, hidden), empty(batch * tokens, hidden), empty(hidden)
+    sinks, starts = empty(batch, hidden), empty(batch, dtype=torch.int32)
+    ends = empty(batch + 1, dtype=torch.int32)
+    layer = {"norm": "layer", "bias": vector}
     return {
-        "residual, own sink": {"weight": weight, "residual": x, "starts": starts},
-        "Gemma, cosine": {"weight": weight, "weight_offset": 1.0, "score": "cosine", "sink": sinks, "copy_input": True},
-        "LayerNorm": {"weight": weight, "norm": "layer", "bias": weight, "sink": sink, "write_norm": False},
+        "residual, own sink": ({"registers": 64}, score_launch(x, vector, residual=x, starts=starts)),
+        "packed, residual": (
+            {"registers": 64},
+            score_launch(packed, vector, residual=packed, sink=sinks, cu_seqlens=ends),
+        ),
+        "Gemma, cosine": (
+            {"registers": 80},
+            score_launch(x, vector, weight_offset=1.0, score="cosine", sink=sinks, copy_input=True),
+        ),
+        "LayerNorm, scores alone": ({"registers": 96}, score_launch(x, vector, **layer, sink=vector, write_norm=False)),
+        "packed LayerNorm, residual, own sink, cosine": (
+            {"registers": 128},
+            score_launch(packed, vector, **layer, residual=packed, score="cosine", cu_seqlens=ends),
+        ),
+        "scores of the hidden states": ({"registers": 64}, score_launch(x, None, norm="identity", sink=sinks)),
     }
 
 
@@ -51,15 +68,16 @@ def scoring_cases() -> Iterator[Case]:
         name = f"{hidden} {tokens} tokens {name_of(dtype)}"
         score = score_launch(x, weight, sink=sink.expand(32, hidden))
         yield Case("scores", f"rms_norm_score {name}", score, {**limits, "atomics": 0}, slow=slow)
-        if not slow:
-            for what, options in score_options(x, weight, sink).items():
-                yield Case(
-                    "scores", f"rms_norm_score {name}, {what}", score_launch(x, **options), {**limits, "atomics": 0}
-                )
         fused = launch(
             "selection.rms_norm_select", x, weight, 1e-5, tokens // 3, None, tokens // 3, None, row, row, None, 1
         )
         yield Case("scores", f"rms_norm_select {name}", fused, {**limits, "registers": 128}, streamed, slow=slow)
+    for hidden in (4096, 576, 8192):
+        for option, (limits, score) in score_options(32, 2048, hidden).items():
+            limits = limits if hidden <= 4096 else {"registers": 128}
+            slow = hidden != 4096 or "cosine" in option
+            name = f"rms_norm_score {hidden} {option}"
+            yield Case("scores", name, score, {**limits, "spills": 0, "atomics": 0}, slow=slow)
 
 
 def selection_cases() -> Iterator[Case]:
