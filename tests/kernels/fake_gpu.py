@@ -52,13 +52,14 @@ def fake_gpus(target: str = "sm_90", *, note: bool = True) -> Iterator[Gpus]:
         if note:
             patch.setattr(KernelInterface, "__getitem__", noted)
         patch.setattr(configs, "_gpu_target", lambda index: target)
+        patch.setattr(configs, "_count", lambda index: 132, raising=False)  # multiprocessors
         patch.setattr(torch.cuda, "_exchange_device", gpus.exchange)
         patch.setattr(torch.cuda, "_maybe_exchange_device", gpus.exchange)
         yield gpus
 
 
 class Allocations(TorchDispatchMode):
-    """Names of the operations inside that returned new memory."""
+    """Names of the operations inside that returned new memory; an empty tensor has none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +69,7 @@ class Allocations(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         given = {memory(x) for x in (*args, *(kwargs or {}).values()) if isinstance(x, torch.Tensor)}
         made = [x for x in (result if isinstance(result, tuple | list) else (result,)) if isinstance(x, torch.Tensor)]
-        self.operations += [str(func) for x in made if memory(x) not in given]
+        self.operations += [str(func) for x in made if x.numel() and memory(x) not in given]
         return result
 
 

@@ -24,11 +24,12 @@ ORDINARY = {
     "an odd k": {"batch": 1, "tokens": 2048, "selected": 511},
     "a batch": {"batch": 3, "tokens": 1777, "selected": 33},
     "a larger batch": {"batch": 16, "tokens": 1024, "selected": 48},
+}
+# Beyond them a launcher may choose another setting: for scores that no longer fit registers, for strides beyond 32
+# bits, for so few queries that they leave most of a tile empty or the GPU idle.
+EXTREME = {
     "one selected": {"batch": 2, "tokens": 1024, "selected": 1},
     "two tokens": {"batch": 2, "tokens": 2, "selected": 1},
-}
-# Beyond them a launcher may choose another setting: scores that no longer fit registers, strides beyond 32 bits.
-LONG = {
     "8k": {"batch": 2, "tokens": 8191, "selected": 2730},
     "32k": {"batch": 1, "tokens": 32768, "selected": 10922},
     "a million": {"batch": 1, "tokens": 1_000_001, "selected": 333_333},
@@ -50,7 +51,7 @@ def main() -> None:
 
     JITFunction._do_compile = note
     with fake_gpus(target, note=False):
-        for sizes, changes in {**ORDINARY, **LONG}.items():
+        for sizes, changes in {**ORDINARY, **EXTREME}.items():
             for name, call in calls(Shapes("cuda:0"), MODEL.with_(**changes)).items():
                 keys.clear()
                 call(backend="triton")

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.specialisation_worker import LONG, ORDINARY
+from tests.kernels.specialisation_worker import EXTREME, ORDINARY
 
 pytest.importorskip("triton.knobs", reason="an older Triton has no key to note")
 
 ROOT = Path(__file__).resolve().parents[2]
 # Variants of a kernel over all lengths to a million, where there is more than one: the sizes of a selection that stays
-# in registers, and its stream; 64-bit strides of a batch row; on AMD, tensors of more than 2 GB.
-VARIANTS = {"select_tokens_kernel": 3, "rms_norm_select_kernel": 3}
+# in registers, and its stream; tiles of attention for few rows, each with and without splits; 64-bit strides of a batch
+# row; on AMD, tensors of more than 2 GB.
+VARIANTS = {"select_tokens_kernel": 3, "rms_norm_select_kernel": 3, "sparse_query_attention_kernel": 5}
 MOST_VARIANTS = 2
 
 
@@ -42,7 +43,7 @@ def variants(noted: list[dict], sizes: dict) -> dict[tuple[str, str], dict[str, 
 
 
 def test_every_call_launches(noted):
-    assert {one["sizes"] for one in noted} == ORDINARY.keys() | LONG.keys()
+    assert {one["sizes"] for one in noted} == ORDINARY.keys() | EXTREME.keys()
     assert all(one["keys"] for one in noted), [one["call"] for one in noted if not one["keys"]]
 
 
@@ -51,6 +52,6 @@ def test_prompts_batches_and_k_share_one_compilation(noted):
     assert not split, "\n".join(f"{at}: {sizes}" for at, sizes in split.items())
 
 
-def test_no_length_up_to_a_million_makes_more_than_a_few(noted):
-    for (call, kernel), keys in variants(noted, {**ORDINARY, **LONG}).items():
+def test_nothing_up_to_a_million_tokens_makes_more_than_a_few(noted):
+    for (call, kernel), keys in variants(noted, {**ORDINARY, **EXTREME}).items():
         assert len(keys) <= VARIANTS.get(kernel, MOST_VARIANTS), f"{call}: {list(keys.values())}"
