@@ -6,7 +6,7 @@ WORKERS ?= 2
 DEMO_ARGS ?= --output orthorank-demo
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help install demo lint format test test-slow test-gpu bench clean
+.PHONY: help install demo lint format test test-slow test-gpu check report bench bench-install bench-model bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,12 +41,34 @@ test: install ## what CI runs: everything but slow and gpu
 test-slow: install ## the full compile matrix and the long runs
 	$(PYTEST) -n $(WORKERS) -m slow
 
-test-gpu: install ## on a machine with a GPU: the parity tests on real hardware
-	$(BIN)/python -m pytest -m 'gpu or not slow' tests/kernels
+test-gpu: install ## on a machine with a GPU: the kernel tests on real hardware, in less than 8 minutes
+	$(BIN)/python benchmarks/on_gpu.py tests
 
-bench: install ## CPU benchmarks; each prints what it measured and how
+check: install ## the limits on compiled kernels and on bytes, without a GPU, in a few minutes
+	$(BIN)/python benchmarks/byte_report.py --check
+	$(BIN)/python benchmarks/static_report.py --check
+
+report: bench-install ## measure again what changed: benchmarks/results/static.json, static.md, bytes.json
+	$(BIN)/python benchmarks/byte_report.py
+	$(BIN)/python benchmarks/static_report.py
+
+# FlagGems asks for one exact version of NumPy and others, older than ours: its top-k runs with ours.
+bench-install: $(VENV)/.bench-installed ## what the benchmarks need: pytest-benchmark, matplotlib, kernels of others
+
+$(VENV)/.bench-installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	-$(BIN)/python -m pip install --quiet --no-deps flag-gems
+	@touch $@
+
+bench: bench-install ## benchmarks of every op and of the import; each prints what it measured and how
+	$(BIN)/python benchmarks/bench_ops.py
 	$(BIN)/python benchmarks/bench_import.py
+
+bench-model: install ## prefill of a whole model on the CPU, against what its floating-point operations allow
 	$(BIN)/python benchmarks/bench_prefill.py
+
+bench-gpu: bench-install ## on a machine with a GPU: every op beside FlexAttention, SDPA, flash-attn, in less than 8 minutes
+	$(BIN)/python benchmarks/on_gpu.py bench
 
 clean: ## remove what the targets above made
 	rm -rf $(VENV) build dist orthorank-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,91 @@
+"""What needs a GPU, each in less than eight minutes: the kernel tests on hardware, and the microbenchmarks.
+
+    python benchmarks/on_gpu.py tests      # make test-gpu
+    python benchmarks/on_gpu.py bench      # make bench-gpu
+
+Results go to ``benchmarks/results/<name of the GPU>/``. Without a GPU that torch can use it says so and exits with 2.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks.bench_ops import RESULTS, device_name, versions
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 480.0  # seconds
+WORKERS = 4  # most of the time goes to compiling, on the CPU
+
+
+def refusal() -> str | None:
+    """Why nothing can be run here, or None."""
+    if torch.cuda.is_available():
+        return None
+    build = torch.version.cuda or torch.version.hip
+    reason = f"torch {torch.__version__} finds none" if build else f"torch {torch.__version__} is a build without GPUs"
+    return f"this needs a GPU, and {reason}; `make test` and `make bench` do what a CPU can"
+
+
+def summary(report: Path) -> dict[str, Any]:
+    """Counts of a JUnit file, and the names of what failed."""
+    suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
+    counts = {name: sum(int(s.get(name, 0)) for s in suites) for name in ("tests", "failures", "errors", "skipped")}
+    failed = [
+        f"{case.get('classname')}::{case.get('name')}"
+        for suite in suites
+        for case in suite.iter("testcase")
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    return {**counts, "failed": failed}
+
+
+def tests(output: Path) -> int:
+    """The kernel tests, with real kernels in place of the interpreter's."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "junit.xml"
+        command = [
+            sys.executable, "-m", "pytest", "-q", "-n", str(WORKERS), "-m", "gpu or not slow", "tests/kernels",
+            f"--junitxml={report}",
+        ]  # fmt: skip
+        try:
+            code = subprocess.run(command, cwd=ROOT, timeout=LIMIT, check=False).returncode
+        except subprocess.TimeoutExpired:
+            print(f"the tests took more than {LIMIT:.0f} s and were stopped", file=sys.stderr)
+            return 1
+        counts = summary(report)
+    about = {"device": device_name("cuda"), **versions(), "seconds": round(time.monotonic() - began, 1), **counts}
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "tests.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {output / 'tests.json'}")
+    return code
+
+
+def bench() -> int:
+    """The microbenchmarks; the last minute is for what has begun, and for writing."""
+    command = [sys.executable, "benchmarks/bench_ops.py", "--device", "cuda", "--seconds", f"{LIMIT - 60:.0f}"]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("tests", "bench"))
+    options = parser.parse_args()
+    if (reason := refusal()) is not None:
+        print(f"on_gpu: {reason}", file=sys.stderr)
+        return 2
+    return bench() if options.what == "bench" else tests(RESULTS / device_name("cuda"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
