@@ -59,7 +59,13 @@ def _gpu_target(index: int) -> str:
 
 def fits_tma(x: torch.Tensor) -> bool:
     """Whether a tensor descriptor can describe ``x``: 16-byte aligned base and strides, nothing empty or expanded."""
-    if find_spec("triton.tools.tensor_descriptor") is None:  # Triton before 3.4
+    if not _has_descriptors():
         return False
     aligned = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
     return aligned and x.data_ptr() % 16 == 0 and x.numel() > 0
+
+
+@lru_cache
+def _has_descriptors() -> bool:
+    """Triton has them from 3.4 on. Looked up once: finding a module takes longer than a launch."""
+    return find_spec("triton.tools.tensor_descriptor") is not None
