@@ -1,4 +1,20 @@
-"""Gather, add and norm: what stands between attention and MLP in a selected layer."""
+"""Gather, add and norm: what stands between attention and MLP in a selected layer.
+
+    residual[b, i] = hidden_states[b, positions[b, i]] + scale * addend[b, i];        normed = norm(residual)
+
+hidden_states [batch, tokens, hidden]; positions int32 [batch, selected], -1 = missing; addend, residual, normed [batch,
+selected, hidden]; weights and bias [hidden]. The packed layout comes as a batch of one. The grid is (selected / rows,
+batch), so a batch is at most 65,535. A row is held in registers, so a hidden size well above 20480 is right but spills.
+Computed in float32, so float64 is not supported.
+
+Design. Bytes: two rows in, two rows out, and the vectors once for each program: requested / minimal 1.03 where a
+program takes eight rows, which it does when there are enough of them to fill a GPU; with one row each 1.25, from L2.
+The norm needs its whole row before it writes, so a row stays in the registers of one program (16 elements a thread and
+tensor, 8 warps at hidden 4096), and nothing is read twice. Options are constexprs or absent pointers: what is not
+asked for is not in the machine code. Compiled at hidden 4096 in bfloat16, without spills: Llama 39 registers on sm_80
+(38 on sm_90), LayerNorm with bias 63 (64), Gemma's sandwich, which reduces twice, 64 (71); 96 % of load bytes and all
+store bytes move 128 bits at a time.
+"""
 
 import torch
 import triton

@@ -1,14 +1,24 @@
-"""Rows in and out of the residual stream: gather, gather + add + norm, scatter, add + scatter.
+"""Rows in and out of the residual stream: gather, scatter, add + scatter.
 
     gather_rows           y[b, i] = x[b, positions[b, i]]
-    gather_add_rms_norm   r[b, i] = hidden_states[b, positions[b, i]] + scale * addend[b, i];  y = norm(r)
     scatter_rows_         out[b, positions[b, i]] = rows[b, i]
     scatter_add_rows_     out[b, positions[b, i]] = residual[b, i] + scale * rows[b, i]
 
-x, hidden_states, out [batch, tokens, hidden]; positions int32 [batch, selected], -1 = missing; the rest [batch,
-selected, hidden] or [hidden] (weights, bias). The packed layout comes as a batch of one. One launch each, no atomics:
-the positions of a batch row differ. The grid is (selected, batch, ...), so a batch is at most 65,535. Sums are float32,
-so float64 is supported only where nothing is summed.
+x, out [batch, tokens, hidden]; positions int32 [batch, selected], -1 = missing; the rest [batch, selected, hidden]. The
+packed layout comes as a batch of one. One launch each, no atomics: the positions of a batch row differ. The grid is
+(selected, batch, column blocks), so a batch is at most 65,535. Sums are float32, so float64 is supported only where
+nothing is summed.
+
+Design. Bytes: each selected row is read and written once, and each position once for a block of columns: requested /
+minimal 1.000. The index is one for a row: no index tensor as wide as the rows, as torch.gather and scatter have it. A
+program moves 8 KiB, each thread 128 bytes of it in eight 16-byte accesses in flight: at hidden 4096 in bfloat16, 97 %
+of the load instructions' bytes move 128 bits at a time (the rest is the position) and all of the stores'. With half of
+that for a thread (four warps instead of two) it was 94 %, with fewer bytes in flight in one SM. A missing entry lowers
+the bound of the row instead of masking each element, which would narrow the loads to 32 bits. Compiled for sm_80 and
+sm_90: gather and scatter 40 registers, add and scatter 48, no spills, no shared memory.
+
+Adding in the scatter costs nothing that the scatter does not: it spares the launch of the addition, and writing and
+reading its result (2 of 5 passes over the rows).
 """
 
 import torch
