@@ -1,0 +1,180 @@
+"""What the test suite runs: calls of public ops, by group. One row of a table is one call; add rows freely.
+
+A case names an op of `orthorank_kernels` and makes its arguments from a dtype. It is run with ``backend="triton"``,
+which here is the compiled PTX, and compared with ``backend="reference"`` by the error budget of `tests.kernels.tools`.
+Shapes are odd and small: the kernels are as they are, so a program costs the same whatever it leaves idle.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HALF, FLOAT, HALF16 = torch.bfloat16, torch.float32, torch.float16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. ``writes``: the argument that the op changes, if it returns nothing."""
+
+    group: str
+    op: str
+    name: str
+    dtype: torch.dtype
+    arguments: Callable[[torch.dtype], dict[str, Any]]
+    slow: bool = False
+    writes: str | None = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.op}, {self.name}, {str(self.dtype).removeprefix('torch.')}"
+
+
+def random(*shape: int, dtype: torch.dtype = FLOAT, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+
+
+def ints(*values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def some_positions(batch: int, selected: int, tokens: int) -> Tensor:
+    """Ascending; the last row ends with missing entries."""
+    generator = torch.Generator().manual_seed(selected)
+    rows = [torch.randperm(tokens, generator=generator)[:selected].sort().values for _ in range(batch)]
+    positions = torch.stack(rows).int()
+    positions[-1, -(selected // 4 + 1) :] = -1
+    return positions
+
+
+POSITIONS = ints([0, 3, 6, 8], [1, 5, -1, -1])
+
+
+def weight(hidden: int, dtype: torch.dtype) -> Tensor:
+    return (1 + random(hidden, seed=7) / 8).to(dtype)
+
+
+def row_cases() -> Iterator[Case]:
+    def gather(dtype: torch.dtype, hidden: int = 200) -> dict[str, Any]:
+        return {"x": random(2, 9, hidden, dtype=dtype), "positions": POSITIONS}
+
+    def gather_add(dtype: torch.dtype, hidden: int = 200) -> dict[str, Any]:
+        return {
+            "hidden_states": random(2, 9, hidden, dtype=dtype),
+            "positions": POSITIONS,
+            "addend": random(2, 4, hidden, dtype=dtype, seed=1),
+            "weight": weight(hidden, dtype),
+            "eps": 1e-5,
+        }
+
+    def scatter(dtype: torch.dtype, hidden: int = 200) -> dict[str, Any]:
+        rows = random(2, 4, hidden, dtype=dtype, seed=1)
+        return {"out": random(2, 9, hidden, dtype=dtype), "positions": POSITIONS, "rows": rows}
+
+    for hidden in (200, 577, 4096):
+        for dtype in (HALF, HALF16, FLOAT):
+            slow = (hidden, dtype) not in ((200, HALF), (577, HALF16), (200, FLOAT), (4096, HALF))
+            name = f"hidden {hidden}"
+            yield Case("rows", "gather_rows", name, dtype, lambda d, h=hidden: gather(d, h), slow)
+            yield Case("rows", "gather_add_rms_norm", name, dtype, lambda d, h=hidden: gather_add(d, h), slow)
+            yield Case("rows", "scatter_rows_", name, dtype, lambda d, h=hidden: scatter(d, h), slow, writes="out")
+
+
+def rotary_cases() -> Iterator[Case]:
+    shapes = ((3, 64, 64, True), (2, 80, 32, True), (9, 128, 128, False), (1, 256, 256, True))
+    for heads, head_dim, rotary_dim, gathered in shapes:
+        for dtype in (HALF, HALF16, FLOAT):
+            slow = (heads, dtype) not in ((3, HALF), (2, FLOAT), (9, HALF16))
+
+            def rotary(d: torch.dtype, h: int = heads, n: int = head_dim, r: int = rotary_dim, g: bool = gathered):
+                angles = random(1, 9, r)
+                x = random(2, 4 if g else 9, h, n, dtype=d).transpose(1, 2)
+                positions = {"positions": POSITIONS} if g else {}
+                return {"x": x, "cos": angles.cos().to(d), "sin": angles.sin().to(d), **positions}
+
+            name = f"{heads} heads of {head_dim}, {rotary_dim} turned" + ("" if gathered else ", all tokens")
+            yield Case("rows", "apply_rotary_at", name, dtype, rotary, slow)
+
+
+def score_cases() -> Iterator[Case]:
+    def score(dtype: torch.dtype, hidden: int, tokens: int, **more: Any) -> dict[str, Any]:
+        return {
+            "hidden_states": random(2, tokens, hidden, dtype=dtype),
+            "weight": weight(hidden, dtype),
+            "eps": 1e-5,
+            **{key: value(dtype) if callable(value) else value for key, value in more.items()},
+        }
+
+    own_sink = {"sink": lambda d: random(2, 200, dtype=d, seed=3)}
+    padded = {"starts": ints(0, 2)}
+    for name, hidden, tokens, more in (
+        ("own sink", 200, 5, own_sink),
+        ("padded", 64, 7, padded),
+        ("hidden 577", 577, 3, {}),
+        ("hidden 4096", 4096, 3, {}),
+    ):
+        for dtype in (HALF, HALF16, FLOAT):
+            slow = (hidden, dtype) not in ((200, HALF), (64, FLOAT), (577, HALF16))
+            arguments = lambda d, h=hidden, t=tokens, m=more: score(d, h, t, **m)  # noqa: E731
+            yield Case("scores", "rms_norm_score", name, dtype, arguments, slow)
+            if hidden < 577:
+                ends = {"lengths": ints(5, 3)} if name == "padded" else {}
+                fused = lambda d, h=hidden, t=tokens, m=more, e=ends: {**score(d, h, t, **m), "k": 3, **e}  # noqa: E731
+                yield Case("scores", "rms_norm_select", name, dtype, fused, slow)
+
+
+def selection_cases() -> Iterator[Case]:
+    ties = torch.randint(0, 4, (2, 101), generator=torch.Generator().manual_seed(0)).float()
+    special = random(2, 101)
+    special[0, 3:40:3] = float("nan")
+    special[1, ::7], special[1, 1::7] = 0.0, -0.0
+    special[0, 50], special[1, 50] = float("inf"), -float("inf")
+    for name, scores, more in (
+        ("ties", ties, {"k": 33}),
+        ("NaN, zeros of both signs, infinities", special, {"k": 70, "keep_last": 2}),
+        ("ragged", random(3, 101), {"k": 40, "starts": ints(0, 9, 50), "lengths": ints(101, 17, 60)}),
+        ("k for each row", random(2, 63), {"k": ints(0, 63), "max_selected": 63}),
+    ):
+        arguments = lambda d, s=scores, m=more: {"scores": s, **m}  # noqa: E731
+        yield Case("scores", "select_tokens", name, FLOAT, arguments, slow=name == "k for each row")
+    for tokens in (2500, 9001):
+        arguments = lambda d, t=tokens: {"scores": random(1, t), "k": 700}  # noqa: E731
+        yield Case("scores", "select_tokens", f"{tokens} tokens", FLOAT, arguments, slow=True)
+
+
+def attention_cases() -> Iterator[Case]:
+    def attention(dtype: torch.dtype, dim: int, selected: int, keys: int, kv: int = 1, group: int = 4, **more: Any):
+        fused = more.pop("fused", False)
+        q = random(1, selected, kv * group, dim, dtype=dtype).transpose(1, 2)
+        k, v = (random(1, kv, keys, dim, dtype=dtype, seed=s) for s in (1, 2))
+        if fused:  # keys and values as slices of one projection
+            k, v = (random(1, keys, 3, kv, dim, dtype=dtype)[:, :, i].transpose(1, 2) for i in (1, 2))
+        return {"q": q, "k": k, "v": v, "positions": some_positions(1, selected, keys), **more}
+
+    window = {"window": 50, "starts": ints(9)}
+    for name, dim, selected, keys, dtype, more in (
+        ("dim 64", 64, 37, 300, HALF, {}),
+        ("dim 128, window and padding", 128, 9, 150, HALF16, window),
+        ("dim 64", 64, 5, 20, FLOAT, {"group": 1}),
+    ):
+        arguments = lambda d, n=dim, s=selected, t=keys, m=more: attention(d, n, s, t, **m)  # noqa: E731
+        yield Case("attention", "sparse_query_attention", name, dtype, arguments, slow=dtype == FLOAT)
+    for dim in (32, 64, 80, 96, 128, 192, 256):
+        for dtype in (HALF, HALF16, FLOAT):
+            for group, more in ((4, {"fused": True}), (1, {}), (7, window)):
+                arguments = lambda d, n=dim, g=group, m=more: attention(d, n, 9, 150, group=g, **m)  # noqa: E731
+                name = f"dim {dim}, groups of {group}" + "".join(f", {key}" for key in more)
+                if group == 4 or dim in (64, 128):
+                    yield Case("attention", "sparse_query_attention", name, dtype, arguments, slow=True)
+
+
+CASES: tuple[Case, ...] = (
+    *row_cases(),
+    *rotary_cases(),
+    *score_cases(),
+    *selection_cases(),
+    *attention_cases(),
+)
+GROUPS = tuple(dict.fromkeys(case.group for case in CASES))

@@ -1,0 +1,12 @@
+"""Fills the table: importing this module imports every file of instructions."""
+
+from tests.ptx import (  # noqa: F401
+    ops_copy,
+    ops_float,
+    ops_integer,
+    ops_matrix,
+    ops_memory,
+    ops_tma,
+    ops_warp,
+    ops_wgmma,
+)

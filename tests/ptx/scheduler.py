@@ -1,0 +1,227 @@
+"""Who runs next: programs that are resident together, their warps, and the lanes of a warp that took a branch.
+
+Without a seed all warps that stand at the same instruction run it together. With a seed a random group of them runs a
+random number of instructions, now of one program, now of another. Lanes of a warp that took different branches run
+apart, the ones furthest behind first, until they meet; an instruction for the whole warp waits for them.
+
+A warp whose mbarrier wait failed is left alone while others can run. Copies and matrix products in flight arrive only
+when nobody can go on without them: as late as the rules allow.
+"""
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+
+from tests.ptx.bits import WARP
+from tests.ptx.block import Block
+from tests.ptx.errors import PtxError, Stuck
+from tests.ptx.mbarriers import Mbarriers
+from tests.ptx.table import Step
+
+QUANTA = (1, 4, 32, 256)  # instructions that a group runs before another is chosen
+STEPS = 4_000_000  # of one program, before a wait counts as endless
+
+
+class Warp:
+    """Where the lanes of a warp stand: one program counter for each set of lanes that are together."""
+
+    def __init__(self, number: int):
+        self.number = number
+        self.parts: dict[int, np.ndarray] = {0: np.ones(WARP, bool)}
+        self.at_barrier: str | None = None
+
+    @property
+    def done(self) -> bool:
+        return not self.parts
+
+    def move(self, lanes: np.ndarray, pc: int) -> None:
+        """Put lanes, which were taken out before, at an instruction."""
+        if lanes.any():
+            self.parts[pc] = self.parts[pc] | lanes if pc in self.parts else lanes
+
+
+class BlockRun:
+    """One program instance on its way."""
+
+    def __init__(self, block: Block, trace: "Trace | None" = None):
+        self.block, self.random, self.trace = block, block.random, trace
+        self.warps = [Warp(number) for number in range(block.warps)]
+        self.steps = 0
+
+    @property
+    def done(self) -> bool:
+        return all(warp.done for warp in self.warps)
+
+    def advance(self) -> None:
+        """Let some of the warps run for a while."""
+        stalled = self.block.keep(Mbarriers).stalled
+        live = [w for w in self.warps if not w.done]
+        ready = [w for w in live if w.at_barrier is None]
+        awake = [w for w in ready if w.number not in stalled]
+        if awake:
+            self._run(awake)
+        elif ready:
+            if not self.block.keep(Mbarriers).arrive_late(self.block, self.random):
+                warp = ready[0]
+                raise self._located(Stuck("every warp waits for an mbarrier that nobody will complete"), warp)
+        else:
+            self._release(live)
+
+    def _release(self, live: list[Warp]) -> None:
+        """All that live wait at a barrier: let them through, if it is the same one and nobody is missing."""
+        if len({w.at_barrier for w in live}) > 1:
+            raise self._located(Stuck("warps wait at different barriers"), live[0])
+        if len(live) < len(self.warps):
+            raise self._located(Stuck("a barrier waits for warps that have exited"), live[0])
+        for warp in live:
+            warp.at_barrier = None
+        self.block.clocks.barrier([w.number for w in live])
+
+    def _run(self, awake: list[Warp]) -> None:
+        chance = self.random
+        leader = awake[0] if chance is None else chance.choice(awake)
+        if len(leader.parts) > 1:
+            self._run_apart(leader)
+            return
+        (pc,) = leader.parts
+        group = [w for w in awake if len(w.parts) == 1 and pc in w.parts]
+        if chance is not None:
+            share = chance.choice((0.0, 0.5, 1.0, 1.0))
+            group = [w for w in group if w is leader or chance.random() < share]
+        quantum = QUANTA[-1] if chance is None else chance.choice(QUANTA)
+        active = None
+        if len(group) < self.block.warps or not all(w.parts[pc].all() for w in group):
+            active = np.zeros((self.block.warps, WARP), bool)
+            for warp in group:
+                active[warp.number] = warp.parts[pc]
+            active = active.reshape(-1)
+        for warp in group:
+            del warp.parts[pc]
+        self._run_group(group, pc, active, quantum)
+
+    def _run_group(self, group: list[Warp], pc: int, active: np.ndarray | None, quantum: int) -> None:
+        """Run instructions of warps that stand together, until they part or the quantum is used up."""
+        steps, block, stalled = self.block.program.steps, self.block, self.block.keep(Mbarriers).stalled
+        try:
+            for _ in range(quantum):
+                step = steps[pc] if pc < len(steps) else _END
+                block.pc = pc
+                self.steps += 1
+                if self.trace is not None:
+                    self.trace.show(block, pc, active)
+                if step.kind == "plain":
+                    step.run(block, active)
+                    pc += 1
+                    if stalled and any(w.number in stalled for w in group):
+                        break
+                    continue
+                before = active if active is not None else np.ones(block.threads, bool)
+                if step.kind == "branch" and (taken := self._taken(step, active)) is not None:
+                    if not taken.any():
+                        pc += 1
+                        continue
+                    if (taken == before).all():
+                        pc = step.target
+                        continue
+                    self._part(group, before, taken, pc + 1, step.target)
+                    return
+                if step.kind == "warp barrier":
+                    for warp in group:
+                        block.clocks.tick(warp.number)
+                    pc += 1
+                    continue
+                if step.kind == "barrier":
+                    for warp in group:
+                        warp.at_barrier = step.barrier
+                    pc += 1
+                    break
+                taken = self._taken(step, active)  # exit
+                self._part(group, before, taken, pc + 1, None)
+                return
+            for warp in group:
+                lanes = np.ones(WARP, bool) if active is None else active.reshape(-1, WARP)[warp.number]
+                warp.move(lanes, pc)
+        except PtxError as error:
+            raise self._located(error, group[0], active) from None
+        if self.steps > STEPS:
+            raise self._located(Stuck(f"still running after {STEPS} steps: a wait that never ends?"), group[0])
+
+    def _taken(self, step: Step, active: np.ndarray | None) -> np.ndarray:
+        every = np.ones(self.block.threads, bool) if active is None else active
+        if step.predicate is None:
+            return every
+        return self.block.value(step.predicate, active, "a branch") & every
+
+    def _part(self, group: list[Warp], before: np.ndarray, taken: np.ndarray, stay: int, target: int | None) -> None:
+        """Lanes go two ways; with no target the taken ones exit."""
+        for warp in group:
+            lanes, gone = before.reshape(-1, WARP)[warp.number], taken.reshape(-1, WARP)[warp.number]
+            warp.move(lanes & ~gone, stay)
+            if target is not None:
+                warp.move(lanes & gone, target)
+
+    def _run_apart(self, warp: Warp) -> None:
+        """One step of some lanes of a warp whose lanes are at different instructions."""
+        steps = self.block.program.steps
+        for pc in sorted(warp.parts):
+            if pc >= len(steps) or not steps[pc].together:
+                active = np.zeros((self.block.warps, WARP), bool)
+                active[warp.number] = warp.parts.pop(pc)
+                self._run_group([warp], pc, active.reshape(-1), 1)
+                return
+        where = [self.block.describe(pc) for pc in sorted(warp.parts)]
+        raise self._located(Stuck(f"lanes of one warp wait for each other at {' and '.join(where)}"), warp)
+
+    def _located(self, error: PtxError, warp: Warp, active: np.ndarray | None = None) -> PtxError:
+        if not error.where:
+            pc = next(iter(warp.parts), self.block.pc)
+            if active is not None or not warp.parts:
+                pc = self.block.pc
+            warps = sorted(self.block.active_warps(active)) if active is not None else [warp.number]
+            error.where = (
+                f"  in program {self.block.position} (number {self.block.index}), warps {warps}, at instruction {pc}: "
+                f"{self.block.describe(pc)}"
+            )
+        return error
+
+
+_END = Step(lambda block, active: None, "exit", False)
+
+
+class Trace:
+    """Prints what runs: for people who look for a fault."""
+
+    def __init__(self, program: int | None = None):
+        self.program = program
+
+    def show(self, block: Block, pc: int, active: np.ndarray | None) -> None:
+        if self.program is None or block.index == self.program:
+            count = block.threads if active is None else int(active.sum())
+            warps = ",".join(map(str, block.active_warps(active)))
+            print(f"{block.index:>4} {pc:>5}  {count:>4} threads of warps {warps:<16} {block.describe(pc)}")
+
+
+def run_all(
+    blocks: Iterator[Block], resident: int, random_source: random.Random | None, trace: Trace | None = None
+) -> int:
+    """Run the programs, at most ``resident`` at a time. Returns the number of steps."""
+    live: list[BlockRun] = []
+    total, more = 0, True
+    with np.errstate(all="ignore"):
+        while True:
+            while more and len(live) < resident:
+                block = next(blocks, None)
+                more = block is not None
+                if block is not None:
+                    live.append(BlockRun(block, trace))
+            if not live:
+                return total
+            run = live[0] if random_source is None else random_source.choice(live)
+            run.advance()
+            if run.done:
+                run.block.keep(Mbarriers).check_finished()
+                total += run.steps
+                live.remove(run)
+            elif random_source is None:
+                live.append(live.pop(0))

@@ -1,0 +1,151 @@
+"""Shared memory of one program: bytes, who wrote and read them, and which are being written by a copy in flight."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tests.ptx import shadow
+from tests.ptx.errors import Misuse, OutOfBounds, Race, Uninitialised
+
+if TYPE_CHECKING:
+    from tests.ptx.block import Block
+
+
+def differs(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """[lanes, size]: bytes of words that are not the same value.
+
+    Warps that hold copies of one tensor store it several times. With fused multiply-adds the lanes of a butterfly sum
+    do not all get the same last bits (fma(a, a, b * b) is not fma(b, b, a * a)), so floats count as the same within a
+    4096th of their size (sums may cancel); results must be within the error budget whichever stays.
+    """
+    bad = old != new
+    if old.shape[1] % 4 == 0 and bad.any():
+        a, b = (np.ascontiguousarray(x).view(np.float32) for x in (old, new))
+        close = (np.abs(a - b) <= np.abs(a) * np.float32(2**-12)) & (np.abs(a) > np.finfo(np.float32).tiny)
+        bad &= ~np.repeat(close, 4, 1)
+    return bad
+
+
+class SharedMemory:
+    def __init__(self, size: int):
+        self.size = size
+        self.data = np.full(size, 0xCD, np.uint8)
+        self.written = np.zeros(size, bool)
+        self.in_flight = np.zeros(size, bool)
+        self.writes = np.zeros(size, np.int64)  # stamps, see `shadow`
+        self.reads = np.zeros(size, np.int64)
+
+    def index(self, address: np.ndarray, size: int, alignment: int | None = None) -> np.ndarray:
+        """[lanes, size] indices of the bytes of an access."""
+        address = address.astype(np.int64)
+        if ((address < 0) | (address + size > self.size)).any():
+            raise OutOfBounds(f"shared memory has {self.size} bytes; bytes {address.min()} to {address.max() + size}")
+        if (address % (alignment or size)).any():
+            raise OutOfBounds(f"an access of {size} bytes to shared memory at {address[address % size != 0][0]}")
+        return address[:, None] + np.arange(size)
+
+    def load(
+        self, block: "Block", address: np.ndarray, size: int, lanes: np.ndarray, atomic: bool = False
+    ) -> np.ndarray:
+        """[lanes, size] bytes at ``address`` [lanes], read by the threads ``lanes``."""
+        index = self.index(address, size)
+        self.check_read(block, index, lanes, atomic)
+        return self.data[index]
+
+    def check_read(self, block: "Block", index: np.ndarray, lanes: np.ndarray, atomic: bool = False) -> None:
+        warps, inside = (lanes // 32)[:, None], (lanes % 32)[:, None]
+        if self.in_flight[index].any():
+            raise Race("reads shared memory that a copy in flight is going to write")
+        if not self.written[index].all():
+            byte = int(index[~self.written[index]][0])
+            raise Uninitialised(f"reads byte {byte} of shared memory, which nobody wrote")
+        writes = self.writes[index]
+        bad = shadow.unordered(writes, warps, inside, block.clocks)
+        if atomic:
+            bad &= ~shadow.is_atomic(writes)
+        if bad.any():
+            raise Race(block.race("reads", "written", writes[bad][0], index[bad][0]))
+        if not atomic:
+            own = shadow.stamp(warps, inside, False, block.pc, block.clocks.seen[warps, warps])
+            shadow.merge_readers(self.reads, index, np.broadcast_to(own, index.shape), block.clocks, warps)
+
+    def check_write(
+        self, block: "Block", index: np.ndarray, lanes: np.ndarray, data: np.ndarray | None = None, atomic: bool = False
+    ) -> None:
+        """Raise if something that nothing orders before touched these bytes; writing what is there is no race."""
+        warps, inside = (lanes // 32)[:, None], (lanes % 32)[:, None]
+        if self.in_flight[index].any():
+            raise Race("writes shared memory that a copy in flight is going to write")
+        reads = self.reads[index]
+        bad = shadow.unordered(reads, warps, inside, block.clocks)
+        if bad.any():
+            raise Race(block.race("writes", "read", reads[bad][0], index[bad][0]))
+        writes = self.writes[index]
+        bad = shadow.unordered(writes, warps, inside, block.clocks)
+        if atomic:
+            bad &= ~shadow.is_atomic(writes)
+        if data is not None:
+            bad &= differs(self.data[index], data)
+        if bad.any():
+            raise Race(block.race("writes", "written", writes[bad][0], index[bad][0]))
+
+    def store(
+        self,
+        block: "Block",
+        address: np.ndarray,
+        data: np.ndarray,
+        lanes: np.ndarray,
+        atomic: bool = False,
+        undefined: np.ndarray | None = None,
+        alignment: int | None = None,
+    ) -> None:
+        """Write ``data`` [lanes, size]. Where ``undefined`` [lanes], the bytes count as never written.
+
+        Lanes of one warp may write different values to one place in one instruction: one of them stays, and the ISA
+        leaves open which (9.7.9.12). The seed chooses.
+        """
+        index = self.index(address, data.shape[1], alignment)
+        self.check_write(block, index, lanes, data, atomic)
+        self.write(block, index, data, lanes, atomic)
+        if undefined is not None:
+            self.written[index[undefined]] = False
+        elif not atomic and (lost := (self.data[index] != data).any(1)).any():
+            warps = shadow.agent_of(self.writes[index[lost]])
+            others = warps != (lanes[lost] // 32)[:, None]
+            if (others & differs(self.data[index[lost]], data[lost])).any():
+                raise Race("two warps write different values to one byte of shared memory in the same instruction")
+            if block.random is not None:
+                order = np.array(block.random.sample(range(len(lanes)), len(lanes)))
+                self.write(block, index[order], data[order], lanes[order])
+
+    def write(
+        self, block: "Block", index: np.ndarray, data: np.ndarray, lanes: np.ndarray, atomic: bool = False
+    ) -> None:
+        warps = (lanes // 32)[:, None]
+        self.data[index] = data
+        self.written[index] = True
+        own = shadow.stamp(warps, (lanes % 32)[:, None], atomic, block.pc, block.clocks.seen[warps, warps])
+        self.writes[index] = np.broadcast_to(own, index.shape)
+
+    def check_async_read(self, block: "Block", index: np.ndarray, warp: int) -> None:
+        """wgmma and tcgen05 read through the asynchronous proxy, on behalf of a warp."""
+        index = index.reshape(1, -1)
+        self.check_read(block, index, np.array([warp * 32]))
+        self._check_proxied(block, index, warp)
+
+    def check_async_write(self, block: "Block", index: np.ndarray, warp: int) -> None:
+        """TMA writes through the asynchronous proxy, on behalf of a warp."""
+        index = index.reshape(1, -1)
+        self.check_write(block, index, np.array([warp * 32]))
+        self._check_proxied(block, index, warp)
+
+    def _check_proxied(self, block: "Block", index: np.ndarray, warp: int) -> None:
+        writes = self.writes[index]
+        agent = shadow.agent_of(writes)
+        generic = (agent < block.clocks.warps) | (agent == shadow.MANY)
+        bad = generic & (shadow.time_of(writes) > block.clocks.proxied[warp, agent])
+        if bad.any():
+            raise Misuse(
+                block.race("touches asynchronously", "written", writes[bad][0], index[bad][0])
+                + ", and no fence.proxy.async lies between"
+            )

@@ -1,0 +1,171 @@
+"""The table of instructions: opcode -> a function that makes an instruction runnable.
+
+An entry is a builder: it gets an instruction and the kernel's operands and returns ``run(block, active)``, where
+``active`` is a mask over all threads of the block, or None for all. It refuses (`unknown`) what it does not know, with
+the instruction's text, so that nothing is skipped silently. Control flow (branches, barriers, exit) belongs to the
+scheduler and only has its kind here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tests.ptx.decode import Instruction, Kernel, decode
+from tests.ptx.errors import PtxError, UnknownInstruction
+from tests.ptx.operands import Operands, Source
+
+if TYPE_CHECKING:
+    from tests.ptx.block import Block
+
+Run = Callable[["Block", np.ndarray | None], Any]
+Builder = Callable[[Instruction, Operands], Run]
+
+TABLE: dict[str, Builder] = {}
+# Instructions that all lanes of a warp, which have not exited, execute together.
+TOGETHER = {"shfl", "redux", "vote", "ldmatrix", "stmatrix", "mma", "wgmma", "elect", "tcgen05"}
+CONTROL = {"bra": "branch", "ret": "exit", "exit": "exit", "bar": "barrier", "barrier": "barrier"}
+
+
+def entry(*opcodes: str) -> Callable[[Builder], Builder]:
+    """Put a builder into the table, for these first words of the opcode."""
+
+    def add(builder: Builder) -> Builder:
+        for opcode in opcodes:
+            if opcode in TABLE:
+                raise ValueError(f"two entries for {opcode}")
+            TABLE[opcode] = builder
+        return builder
+
+    return add
+
+
+def unknown(instruction: Instruction) -> UnknownInstruction:
+    return UnknownInstruction(f"the table does not know this instruction, or not in this form: {instruction.text}")
+
+
+def modifiers(instruction: Instruction, *known: str) -> set[str]:
+    """What stands after the first word of the opcode; raise if it is not all ``known``."""
+    found = set(instruction.opcode[1:])
+    if not found <= set(known):
+        raise unknown(instruction)
+    return found
+
+
+@dataclass(frozen=True)
+class Step:
+    """A runnable instruction. ``kind`` is "plain", or what the scheduler does itself."""
+
+    run: Run
+    kind: str
+    together: bool
+    predicate: Source | None = None  # of control flow; other instructions look at theirs themselves
+    target: int = -1  # of a branch
+    barrier: str = "0"
+
+
+class Program:
+    """A kernel made runnable."""
+
+    def __init__(self, ptx: str, replaced: dict[int, Instruction | None] | None = None):
+        """``replaced`` puts other instructions, or none, in place of some: to break a kernel on purpose."""
+        self.kernel: Kernel = decode(ptx)
+        for at, instruction in (replaced or {}).items():
+            self.kernel.instructions[at] = instruction or NOTHING
+        self.operands = Operands(self.kernel)
+        self.steps = [self._step(instruction) for instruction in self.kernel.instructions]
+
+    def _step(self, instruction: Instruction) -> Step:
+        try:
+            return self._build(instruction)
+        except UnknownInstruction:
+            raise
+        except (PtxError, KeyError, ValueError, IndexError, TypeError) as error:
+            raise UnknownInstruction(f"{unknown(instruction)} ({type(error).__name__}: {error})") from error
+
+    def _build(self, instruction: Instruction) -> Step:
+        opcode, predicate = instruction.opcode[0], None
+        if instruction.predicate is not None:
+            predicate = self.operands.read("!" * instruction.negated + instruction.predicate, "pred")
+        kind = CONTROL.get(opcode, "plain")
+        if kind != "plain":
+            return self._control(instruction, kind, predicate)
+        if opcode not in TABLE:
+            raise unknown(instruction)
+        run = TABLE[opcode](instruction, self.operands)
+        return Step(run if predicate is None else predicated(run, predicate), kind, opcode in TOGETHER)
+
+    def _control(self, instruction: Instruction, kind: str, predicate: Source | None) -> Step:
+        if kind == "branch":
+            modifiers(instruction, "uni")
+            return Step(nothing, kind, False, predicate, self.kernel.labels[instruction.operands[0]])
+        if kind == "barrier":
+            modifiers(instruction, "sync", "warp", "aligned")
+            warp = "warp" in instruction.opcode
+            if predicate is not None or "sync" not in instruction.opcode or len(instruction.operands) != 1:
+                raise unknown(instruction)
+            return Step(nothing, "warp barrier" if warp else kind, True, barrier=instruction.operands[0])
+        modifiers(instruction)
+        return Step(nothing, kind, False, predicate)
+
+
+def nothing(block: "Block", active: np.ndarray | None) -> None:
+    """What a removed instruction does."""
+
+
+NOTHING = Instruction("(removed)", ("removed",), (), None, False, "")
+
+
+@entry("removed")
+def _removed(instruction: Instruction, operands: Operands) -> Run:
+    return nothing
+
+
+def predicated(run: Run, predicate: Source) -> Run:
+    """Run for the active threads whose predicate holds, if there are any."""
+
+    def guarded(block: "Block", active: np.ndarray | None) -> Any:
+        holds = block.value(predicate, active, "a predicate")
+        if active is None:
+            if holds.all():
+                return run(block, None)
+        else:
+            holds = holds & active
+        return run(block, holds) if holds.any() else None
+
+    return guarded
+
+
+def compute(
+    instruction: Instruction,
+    operands: Operands,
+    function: Callable[..., np.ndarray],
+    result: str,
+    *kinds: str,
+    by_halves: bool = False,
+) -> Run:
+    """An instruction whose first operand is ``function`` of the others, which are of these ``kinds``.
+
+    ``by_halves``: each half of the result depends on the same half of the operands alone.
+    """
+    if len(instruction.operands) != len(kinds) + 1:
+        raise unknown(instruction)
+    target = operands.write(instruction.operands[0], result)
+    sources = [operands.read(text, kind) for text, kind in zip(instruction.operands[1:], kinds, strict=True)]
+    slots = tuple(slot for source in sources for slot in source.slots)
+    getters = [source.get for source in sources]
+    put = target.put
+
+    def run(block: "Block", active: np.ndarray | None) -> None:
+        bad, undefined, locked = None, block.undefined, block.locked
+        for slot in slots:
+            if slot in locked:
+                block.check_unlocked(slot, active)
+            if bad is None and slot in undefined:
+                bad = block.taint(sources, active, by_halves)
+        put(block, function(*[get(block) for get in getters]), active)
+        if bad is not None:
+            target.mark_undefined(block, bad)
+
+    return run

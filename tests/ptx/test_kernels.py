@@ -1,0 +1,62 @@
+"""Every kernel's PTX runs, for GPUs that need not be present, and gives what the reference gives.
+
+Under random schedules, with several programs at a time, and with every check on: see `docs/ptx.md`.
+"""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ptx.cases import CASES, GROUPS
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGETS = ("sm_80", "sm_90", "sm_100")
+
+pytest.importorskip("triton")
+if tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) != (3, 9):
+    pytest.skip("the table holds the instructions that Triton 3.9 emits", allow_module_level=True)
+
+
+def run_group(target: str, group: str, *more: str) -> list[dict]:
+    """Results of the cases, from a child process with the compiler in place of the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.ptx.worker", target, group, *more]
+    child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr[-4000:]
+    return list(map(json.loads, child.stdout.splitlines()))
+
+
+def check(target: str, group: str, slow: bool) -> None:
+    results = run_group(target, group, *(["--slow"] if slow else []))
+    titles = [case.title for case in CASES if case.group == group and case.slow == slow]
+    assert titles
+    assert [result["case"] for result in results] == titles
+    failed = [f"{r['case']}, seed {r['seed']}: {r['error']}" for r in results if "error" in r]
+    assert not failed, f"{target}\n" + "\n".join(failed)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_default_settings(group, target):
+    if (group, target) == ("attention", "sm_100"):
+        pytest.skip("tcgen05 is not in the table: see `uncovered`")
+    check(target, group, slow=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_everything_a_launcher_can_choose(group, target):
+    if (group, target) == ("attention", "sm_100"):
+        pytest.skip("tcgen05 is not in the table: see `uncovered`")
+    check(target, group, slow=True)
+
+
+def test_titles_are_unique():
+    titles = [(case.group, case.title) for case in CASES]
+    assert len(titles) == len(set(titles))

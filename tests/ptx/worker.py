@@ -1,0 +1,109 @@
+"""Runs cases for one GPU, which need not be present, and compares them with their references.
+
+    python -m tests.ptx.worker sm_90 attention [--slow] [--only REGEX] [--seeds 0 1 2]
+
+Runs in a process of its own, because the interpreter replaces the compiler for a whole process. One JSON object per
+case on the standard output: case, seconds, kernels, steps; or: case, seed, error. Seed 0 runs programs in order.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import orthorank_kernels
+from orthorank_kernels import dispatch
+from tests.kernels.tools import assert_within_budget, poisoned_outputs
+from tests.ptx.cases import CASES, Case
+from tests.ptx.launchers import Settings, run_instead_of_launch
+
+RESIDENT = 3
+
+
+def prepare(target: str) -> Settings:
+    """Let ``backend="triton"`` take CPU tensors, for kernels that run here."""
+    dispatch.triton_unavailable = lambda device: None
+    return run_instead_of_launch(target)
+
+
+@contextlib.contextmanager
+def in_float64() -> Iterator[None]:
+    """Inside, references get their tensors in float64, which the public functions would refuse."""
+
+    def run(op: Any, args: tuple[Any, ...], **_: Any) -> Any:
+        wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+        result = op.reference(*wide)
+        for narrow, changed in zip(args, wide, strict=True):
+            if result is None and changed is not narrow and isinstance(narrow, torch.Tensor):
+                narrow.copy_(changed)  # what an op without a result wrote into
+        return result
+
+    plain, dispatch.run = dispatch.run, run
+    try:
+        yield
+    finally:
+        dispatch.run = plain
+
+
+def call(case: Case, backend: str, exact: bool = False) -> list[torch.Tensor]:
+    """What the case's op gives; ``exact``: in float64."""
+    arguments = case.arguments(case.dtype)
+    arguments = {n: v.clone() if n == case.writes else v for n, v in arguments.items()}
+    with poisoned_outputs(), in_float64() if exact else contextlib.nullcontext():
+        result = getattr(orthorank_kernels, case.op)(**arguments, backend=backend)
+    if case.writes:
+        result = arguments[case.writes]
+    results = result if isinstance(result, tuple) else (result,)
+    return [x for x in results if isinstance(x, torch.Tensor)]
+
+
+def compare(case: Case, results: list[torch.Tensor]) -> None:
+    """Integers are equal, floats within the error budget; a value that nobody wrote is NaN and so neither."""
+    eager, exact = call(case, "reference"), call(case, "reference", exact=True)
+    assert len(results) == len(eager) == len(exact)
+    for number, (x, e, double) in enumerate(zip(results, eager, exact, strict=True)):
+        if x.is_floating_point():
+            assert_within_budget(x, e, double, x.dtype, f"result {number}")
+        else:
+            assert torch.equal(x, e), f"result {number}: {int((x != e).sum())} of {x.numel()} integers differ"
+
+
+def run_case(case: Case, settings: Settings, seeds: list[int]) -> dict[str, Any]:
+    began = time.perf_counter()
+    settings.launches.clear()
+    for seed in seeds:
+        settings.seed, settings.resident = seed or None, RESIDENT
+        try:
+            compare(case, call(case, "triton"))
+        except Exception as error:  # a case that fails is a result like the others
+            return {"case": case.title, "seed": seed, "error": f"{type(error).__name__}: {error}"[:4000]}
+    return {
+        "case": case.title,
+        "seconds": round(time.perf_counter() - began, 2),
+        "kernels": sorted({launch.name for launch in settings.launches}),
+        "steps": sum(launch.steps for launch in settings.launches),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", help="sm_80, sm_90 or sm_100")
+    parser.add_argument("group", help="rows, scores or attention")
+    parser.add_argument("--slow", action="store_true", help="the cases marked slow instead of the others")
+    parser.add_argument("--only", default="", help="cases whose title matches this expression")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    options = parser.parse_args()
+    settings = prepare(options.target)
+    for case in CASES:
+        chosen = case.group == options.group and case.slow == options.slow
+        if chosen and re.search(options.only, case.title):
+            print(json.dumps(run_case(case, settings, options.seeds)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
