@@ -296,5 +296,5 @@ _OP: Any = _library.define(
     cpu=reference.rms_norm_score,
     triton="scoring.rms_norm_score",
     fake=_fake,
-    outputs=("normed?", "scores", "residual?"),
+    outputs=("normed?", "scores", "summed?"),  # an operator has no two arguments of one name
 )
