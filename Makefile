@@ -57,7 +57,7 @@ bench-install: $(VENV)/.bench-installed ## what the benchmarks need: pytest-benc
 
 $(VENV)/.bench-installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
-	-$(BIN)/python -m pip install --quiet --no-deps flag-gems
+	-$(BIN)/python -m pip install --quiet --no-deps flag-gems sqlalchemy
 	@touch $@
 
 bench: bench-install ## benchmarks of every op and of the import; each prints what it measured and how

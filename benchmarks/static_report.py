@@ -39,7 +39,7 @@ from benchmarks.static.tables import markdown
 RESULTS = Path(__file__).resolve().parent / "results"
 COMMAND = "python benchmarks/static_report.py"
 CHUNK = 24  # cases of one process: its start takes as long as a few of them
-PACKAGES = {"Liger-Kernel": "liger_kernel", "FlagGems": "flag_gems"}
+PACKAGES = {"Liger-Kernel": "liger_kernel", "FlagGems": "flag_gems", "FlexAttention": "torch"}
 
 
 def arguments() -> argparse.Namespace:

@@ -25,6 +25,8 @@ from benchmarks.static.case import Case
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "orthorank_kernels"
 MEASURING = [Path(__file__).with_name(name) for name in ("sass.py", "measure.py", "occupancy.py")]
+SETTINGS = PACKAGE / "_settings.py"  # reads the default launch settings
+SHARED = (SETTINGS, PACKAGE / "_layout.py")  # what kernels and launchers use of the rest of the package
 VENDORS = ("nvidia-", "amd-")  # settings tuned on one GPU start so; what is compiled here takes those of a family
 
 
@@ -36,8 +38,9 @@ def keys(case: Case, targets: Iterable[str], triton_version: str) -> dict[str, s
 
 def _case_text(case: Case) -> str:
     asked = "\n".join(describe(case.launch))
-    sources = launched_sources(asked) if case.group != "peers" else ()
-    return digest(case.group, case.name, asked, *(code_of(path) for path in (*sources, *MEASURING)), _settings())
+    sources = launched_sources(asked) if case.group != "peers" else [Path(__file__).with_name("flex.py")]
+    settings = _settings() if SETTINGS in sources else ""
+    return digest(case.group, case.name, asked, *(code_of(path) for path in (*sources, *MEASURING)), settings)
 
 
 def describe(value: Any) -> Iterator[str]:
@@ -80,7 +83,7 @@ def launched_sources(asked: str) -> list[Path]:
 
 
 def imported(paths: set[Path]) -> list[Path]:
-    """``paths`` and the files of the package that they import, directly or not."""
+    """``paths`` and the files with kernels, launchers and what they share that they import, directly or not."""
     found, work = set(paths), list(paths)
     while work:
         for path in _imports(work.pop()) - found:
@@ -97,8 +100,8 @@ def _imports(path: Path) -> frozenset[Path]:
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.update([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
-    files = {ROOT / (name.replace(".", "/") + ".py") for name in names if name.split(".")[0] == PACKAGE.name}
-    return frozenset(file for file in files if file.exists())
+    files = {ROOT / (name.replace(".", "/") + ".py") for name in names}
+    return frozenset(file for file in files if file.exists() and (file.parent == PACKAGE / "triton" or file in SHARED))
 
 
 @functools.cache

@@ -63,7 +63,20 @@ def _let_flag_gems_import() -> None:
     torch.cuda.get_device_properties = lambda *_: Absent
 
 
+def flex_attention(head_dim: int) -> Any:
+    """FlexAttention with a block mask by positions, grouped heads, and a number of keys that its blocks divide."""
+
+    def launch() -> None:
+        from benchmarks.static.flex import launch
+
+        launch(head_dim, 4)
+
+    return launch
+
+
 PEERS: tuple[Case, ...] = (
+    Case("peers", "FlexAttention dim 64, groups of 4", flex_attention(64)),
+    Case("peers", "FlexAttention dim 128, groups of 4", flex_attention(128)),
     Case("peers", "Liger-Kernel rms_norm 4096 bfloat16", liger_rms_norm),
     Case("peers", "FlagGems topk 682 of 2048 tokens, launch 1 of 2", flag_gems_top_k("launch 1")),
     Case("peers", "FlagGems topk 682 of 2048 tokens, launch 2 of 2", flag_gems_top_k("launch 2")),
