@@ -37,6 +37,15 @@ def device_name(device: str) -> str:
     return re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
 
 
+def refusal() -> str | None:
+    """Why nothing can be run here, or None."""
+    if torch.cuda.is_available():
+        return None
+    build = torch.version.cuda or torch.version.hip
+    reason = f"torch {torch.__version__} finds none" if build else f"torch {torch.__version__} is a build without GPUs"
+    return f"this needs a GPU, and {reason}; `make test` and `make bench` do what a CPU can"
+
+
 def versions() -> dict[str, str]:
     return {"torch": torch.__version__, "triton": triton_version(), "python": sys.version.split()[0]}
 
@@ -67,6 +76,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=420.0, help="no benchmark begins after so many (default: 420)")
     parser.add_argument("--output", type=Path, help="folder for the results")
     options = parser.parse_args()
+    if options.device == "cuda" and (reason := refusal()) is not None:
+        print(f"bench_ops: {reason}", file=sys.stderr)
+        return 2
     try:
         import matplotlib  # noqa: F401
         import pytest_benchmark  # noqa: F401

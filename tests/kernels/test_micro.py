@@ -137,9 +137,10 @@ def test_rows_and_files(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-@pytest.mark.parametrize("what", ["tests", "bench"])
+@pytest.mark.parametrize("what", ["on_gpu.py tests", "on_gpu.py bench", "bench_ops.py --device=cuda"])
 def test_without_a_gpu_the_gpu_commands_refuse(what):
-    command = [sys.executable, "benchmarks/on_gpu.py", what]
+    script, argument = what.split()
+    command = [sys.executable, f"benchmarks/{script}", argument]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 2
     assert "this needs a GPU" in run.stderr

@@ -1,5 +1,6 @@
 """The report on the compiled kernels: what it holds, and which of it is of today's sources."""
 
+import ast
 import subprocess
 import sys
 
@@ -111,3 +112,16 @@ def test_check_compiles_a_case_and_prints_the_worst_ratio_last(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     assert 0 < float(run.stdout.split()[-1]) <= 1
     assert "1 kernels, 0 broken limits" in run.stdout
+
+
+def test_the_template_of_flex_attention_is_filled_with_the_mask_of_selected_queries():
+    from benchmarks.static.flex import options, source
+
+    constants, warps, stages = options(128, 4, "sm_90")
+    text = source(constants)
+    functions = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+    assert {"kernel", "forward_inner", "forward_block_mn"} <= set(functions)
+    assert "mask_mod_output = n <= tl.load(arg_POSITIONS + off_z * QLEN_ + m)" in text
+    assert f"BLOCK_M: tl.constexpr = {constants['BLOCK_M']}" in text
+    assert warps in (4, 8)
+    assert stages >= 2
