@@ -34,7 +34,18 @@ def attention(
         k = empty(2, keys, 3, kv_heads, dim, dtype=dtype)[:, :, 1].transpose(1, 2)
     starts = empty(2, dtype=torch.int32) if padded else None
     return launch(
-        "attention.sparse_query_attention", q, k, k, some_positions(2, 681), dim**-0.5, window, starts, keys - 681
+        "attention.sparse_query_attention",
+        q,
+        k,
+        k,
+        some_positions(2, 681),
+        dim**-0.5,
+        window,
+        starts,
+        keys - 681,
+        layout.get("softcap"),
+        empty(kv_heads * group) if layout.get("sinks") else None,
+        bool(layout.get("lse")),
     )
 
 

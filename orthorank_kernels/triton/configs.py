@@ -18,19 +18,20 @@ from orthorank_kernels import _settings
 from orthorank_kernels._settings import family
 
 _LARGEST_PACK = 16  # heads in one tile; a group of 71 would leave 57 of 128 rows idle, in tiles of 15 it leaves 8
+FEW_ROWS = (16, 64)  # queries times heads for which there are settings of their own
 
 
 def launch_settings(
-    head_dim: int, group: int, dtype: torch.dtype, target: str
+    head_dim: int, group: int, dtype: torch.dtype, target: str, queries: int | None = None
 ) -> tuple[dict[str, int | bool], int, int]:
     """Settings of the attention kernel: (constexprs, num_warps, num_stages).
 
     Args:
         head_dim: 1 to 256; group: query heads for each key/value head; dtype: of q, k and v.
         target: ``target_of(device)``.
+        queries: of a batch row or sequence, on average; None: many.
     """
-    padded = max(64, triton.next_power_of_2(head_dim))
-    tile = _settings.look_up("sparse_query_attention", f"{8 * dtype.itemsize}-bit, head_dim {padded}", target)
+    tile = _settings.look_up("sparse_query_attention", attention_kind(head_dim, group, dtype, queries), target)
     head_tiles = triton.cdiv(group, min(_LARGEST_PACK, tile["block_m"]))
     constexprs = {
         "GROUP": group,
@@ -42,6 +43,50 @@ def launch_settings(
         "TMA": family(target) in ("hopper", "blackwell") and dtype.itemsize == 2,
     }
     return constexprs, tile["num_warps"], tile["num_stages"]
+
+
+def attention_kind(head_dim: int, group: int, dtype: torch.dtype, queries: int | None = None) -> str:
+    """The kind of problem, as the files of settings name it: by dtype, head_dim, and whether a tile would be full.
+
+    >>> attention_kind(80, 4, torch.bfloat16), attention_kind(80, 4, torch.bfloat16, queries=3)
+    ('16-bit, head_dim 128', '16-bit, head_dim 128, 16 rows')
+    """
+    kind = f"{8 * dtype.itemsize}-bit, head_dim {max(64, triton.next_power_of_2(head_dim))}"
+    if queries is not None:
+        rows = queries * min(group, _LARGEST_PACK)
+        for few in FEW_ROWS:
+            if rows <= few:
+                return f"{kind}, {few} rows"
+    return kind
+
+
+def tiles(queries: int, queries_per_tile: int, n_seqs: int, *, packed: bool) -> int:
+    """Tiles of one batch row, or at most so many of all packed sequences and what lies past the last of them.
+
+    >>> tiles(100, 32, 0, packed=False), tiles(100, 32, 5, packed=True)
+    (4, 9)
+    """
+    return queries // queries_per_tile + n_seqs + 1 if packed else triton.cdiv(queries, queries_per_tile)
+
+
+def splits(programs: int, keys: int, block_m: int, block_n: int, device: torch.device) -> int:
+    """How many programs share the keys of a tile: as many as make one wave, each with at least four blocks of keys.
+
+    Args:
+        programs: without splits; keys: of the longest sequence.
+    """
+    wave = _multiprocessors(device) * (1 if block_m > FEW_ROWS[-1] else 2)
+    return max(1, min(wave // programs, keys // (4 * block_n)))
+
+
+def _multiprocessors(device: torch.device) -> int:
+    """Of an H100 where there is no GPU to ask."""
+    return _count(device.index or 0) if device.type == "cuda" else 132
+
+
+@lru_cache
+def _count(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def target_of(device: torch.device) -> str:

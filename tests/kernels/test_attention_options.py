@@ -14,7 +14,7 @@ from orthorank_kernels.reference import attention as reference
 from tests.kernels.attention_cases import assert_right, integers, random, stated
 from tests.kernels.tools import DEVICE, DTYPES, poisoned_outputs
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "triton")
 OPS = torch.ops.orthorank_kernels
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -15,7 +15,7 @@ from tests.kernels.cache_layouts import LAYOUTS, Paged, bits, paged
 from tests.kernels.test_attention_options import Largest
 from tests.kernels.tools import DEVICE, DTYPES, poisoned_outputs
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "triton")
 OPS = torch.ops.orthorank_kernels
 LENGTHS, COUNTS = (50, 1, 0, 133, 20, 64), (17, 1, 0, 60, 0, 64)  # an empty sequence, one without queries, one dense
 

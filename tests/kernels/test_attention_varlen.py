@@ -12,7 +12,7 @@ from orthorank_kernels.dispatch import BackendError
 from tests.kernels.attention_cases import Packed, assert_right, integers, packed, random, stated_packed
 from tests.kernels.tools import DEVICE, DTYPES, poisoned_outputs
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "triton")
 OPS = torch.ops.orthorank_kernels
 LENGTHS, COUNTS = (50, 1, 0, 133, 20, 64), (17, 1, 0, 60, 0, 64)  # an empty sequence, one without queries, one dense
 

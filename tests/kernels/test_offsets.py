@@ -18,10 +18,10 @@ _ATTENTION = (
     "64-bit indices across the key loop cost 40 registers on sm_80; the numbers of a tile and of a head are small, and "
     "whatever meets a stride is widened there"
 )
-NARROW_PROGRAM_IDS = {"_tile_rows": _ATTENTION, "sparse_query_attention_kernel": _ATTENTION}
+NARROW_PROGRAM_IDS = {"sparse_query_attention_kernel": _ATTENTION}
 # Functions that multiply 32 bits.
 NARROW_PRODUCTS = {
-    "_load_rows": "64-bit offsets of keys cost 40 registers; the launcher sets WIDE where keys * stride exceeds 32 bits"
+    "load_rows": "64-bit offsets of keys cost 40 registers; the launcher sets WIDE where keys * stride exceeds 32 bits"
 }
 # Besides strides, what an index is multiplied by: the sizes of tensors, and the tokens that a program takes.
 SIZES = {"n_tokens", "selected", "keys", "width", "rows", "rows_per_program", "HIDDEN", "HEAD_DIM", "STRIDE"}

@@ -1,0 +1,121 @@
+"""Keys split over programs: how many splits, where they leave their results, and the kernel that joins these.
+
+    out = sum_s 2^(peak_s - peak) acc_s / total,   total = sum_s 2^(peak_s - peak) total_s,   peak = max_s peak_s
+
+Splits are joined in order, so the result is the same, bit by bit, from run to run. Few queries over many keys are bound
+by the reading of keys and values; the workspace adds (head_dim + 2) * 4 bytes written and read for each split, query
+and head, which for 4 queries of a group is less than 1 % of what a split of 1000 keys reads.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+NOTHING = tl.constexpr(float("-inf"))
+LN_2 = tl.constexpr(0.6931471805599453)
+ROWS = 8  # of one program
+
+
+class Workspace(NamedTuple):
+    """What splits leave, float32: sums of values, not yet divided, ``[splits, batch, selected, heads, head_dim]``;
+    largest scores in bits and sums of weights, ``[splits, batch, selected, heads]`` each."""
+
+    sums: torch.Tensor
+    peaks: torch.Tensor
+    totals: torch.Tensor
+
+
+def workspace(splits: int, batch: int, selected: int, heads: int, head_dim: int, device: torch.device) -> Workspace:
+    shape = (splits, batch, selected, heads)
+    sums = torch.empty(*shape, head_dim, dtype=torch.float32, device=device)
+    peaks, totals = torch.empty(2, *shape, dtype=torch.float32, device=device)
+    return Workspace(sums, peaks, totals)
+
+
+@triton.jit(do_not_specialize=["splits", "rows", "selected", "stride_lse_batch", "stride_lse_head", "stride_lse_token"])
+def combine_kernel(
+    sums_ptr,  # [splits, rows, head_dim], a row for each of batch, query and head
+    peaks_ptr,  # [splits, rows]
+    totals_ptr,
+    out_ptr,
+    lse_ptr,
+    splits,
+    rows,
+    selected,
+    stride_out_batch,
+    stride_out_head,
+    stride_out_token,
+    stride_lse_batch,
+    stride_lse_head,
+    stride_lse_token,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+):
+    """One program: BLOCK_ROWS rows, grid (row blocks)."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    offs_d = tl.arange(0, BLOCK_D)
+    in_rows = row < rows
+    mask = in_rows[:, None] & (offs_d < HEAD_DIM)[None, :]
+    acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    peak = tl.full([BLOCK_ROWS], NOTHING, tl.float32)
+    at = row  # of this split: [BLOCK_ROWS]
+    for _ in range(splits):
+        split_peak = tl.load(peaks_ptr + at, mask=in_rows, other=NOTHING)
+        split_total = tl.load(totals_ptr + at, mask=in_rows, other=0.0)
+        split_sums = tl.load(sums_ptr + at[:, None] * HEAD_DIM + offs_d[None, :], mask=mask, other=0.0)
+        new_peak = tl.maximum(peak, split_peak)
+        finite = tl.where(new_peak == NOTHING, 0.0, new_peak)  # -inf minus -inf is NaN
+        shrink = tl.math.exp2(peak - finite)
+        weight = tl.math.exp2(split_peak - finite)
+        total = total * shrink + split_total * weight
+        acc = acc * shrink[:, None] + split_sums * weight[:, None]
+        peak = new_peak
+        at += rows
+    some = total > 0
+    out = tl.where(some[:, None], acc / tl.where(some, total, 1.0)[:, None], 0.0)
+
+    token = row // HEADS
+    head = row % HEADS
+    batch = token // selected
+    token = token % selected
+    out_rows = batch * stride_out_batch + head * stride_out_head + token * stride_out_token
+    tl.store(out_ptr + out_rows[:, None] + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+    if HAS_LSE:
+        lse_rows = batch * stride_lse_batch + head * stride_lse_head + token * stride_lse_token
+        lse = tl.where(some, (peak + tl.math.log2(tl.where(some, total, 1.0))) * LN_2, NOTHING)
+        tl.store(lse_ptr + lse_rows, lse, mask=in_rows)
+
+
+def combine(parts: Workspace, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+    """Join ``parts`` into ``out`` [batch, heads, selected, head_dim] and ``lse`` [batch, heads, selected]."""
+    splits, batch, selected, heads, head_dim = parts.sums.shape
+    rows = batch * selected * heads
+    combine_kernel[(triton.cdiv(rows, ROWS),)](
+        sums_ptr=parts.sums,
+        peaks_ptr=parts.peaks,
+        totals_ptr=parts.totals,
+        out_ptr=out,
+        lse_ptr=lse,
+        splits=splits,
+        rows=rows,
+        selected=selected,
+        stride_out_batch=out.stride(0),
+        stride_out_head=out.stride(1),
+        stride_out_token=out.stride(2),
+        stride_lse_batch=0 if lse is None else lse.stride(0),
+        stride_lse_head=0 if lse is None else lse.stride(1),
+        stride_lse_token=0 if lse is None else lse.stride(2),
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_ROWS=ROWS,
+        HAS_LSE=lse is not None,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )

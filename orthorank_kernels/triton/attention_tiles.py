@@ -1,0 +1,77 @@
+"""Which queries, heads and keys a program of the attention kernel has: device functions.
+
+A tile holds QUERIES = BLOCK_M // PACK queries times PACK query heads of one key/value head. The queries of a batch row
+or sequence fill its tiles from the last one backwards, so tile 0 has the last queries, and the tile that is not full
+is the one with the fewest keys.
+"""
+
+import triton
+import triton.language as tl
+
+SEARCH = tl.constexpr(256)  # sequences that one step of the search reads
+
+
+@triton.jit
+def find_sequence(cu_selected_ptr, n_seqs, n_queries, tile, QUERIES: tl.constexpr):
+    """Sequence of a tile of packed queries, its first query and its end, and the tile's number in the sequence.
+
+    Sequence s owns the tiles from ``cu_selected[s] // QUERIES + s`` on: at least as many as it needs, so nobody has to
+    count the tiles of the sequences before it. What lies past the last sequence is one more, number ``n_seqs``.
+    """
+    sequence = -1
+    for first in range(0, n_seqs + 1, SEARCH):
+        number = first + tl.arange(0, SEARCH)
+        begins = tl.load(cu_selected_ptr + number, mask=number <= n_seqs, other=0)  # [SEARCH]
+        sequence += tl.sum(((number <= n_seqs) & (begins // QUERIES + number <= tile)).to(tl.int32))
+    begin = tl.load(cu_selected_ptr + sequence)
+    end = tl.load(cu_selected_ptr + sequence + 1, mask=sequence < n_seqs, other=n_queries)
+    return sequence, begin, end, tile - (begin // QUERIES + sequence)
+
+
+@triton.jit
+def tile_rows(row, tile, begin, end, column, GROUP: tl.constexpr, PACK: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Query and head of each row of a tile of the queries begin .. end, and whether there is one: [BLOCK_M] each."""
+    QUERIES: tl.constexpr = BLOCK_M // PACK
+    HEAD_TILES: tl.constexpr = (GROUP + PACK - 1) // PACK
+    query = end - (tile + 1) * QUERIES + row // PACK
+    group_head = (column % HEAD_TILES) * PACK + row % PACK
+    head = (column // HEAD_TILES) * GROUP + group_head
+    return query, head, (row < QUERIES * PACK) & (query >= begin) & (group_head < GROUP)
+
+
+@triton.jit
+def visible_keys(
+    position,  # [BLOCK_M], -1 for none
+    query_offset,
+    keys,
+    start,  # first key there is
+    window,
+    BLOCK_N: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    ALIGNED: tl.constexpr,  # blocks begin at multiples of BLOCK_N
+):
+    """What the rows of a tile see, as: sees, first, last: [BLOCK_M] each; begin, middle, unmasked_end, high.
+
+    The blocks of begin .. middle and unmasked_end .. high are masked, those between every row sees whole. A row that
+    sees nothing (``sees`` is 0) stands at ``high`` and computes something finite that nobody uses.
+    """
+    at = position + query_offset
+    last = tl.minimum(at, keys - 1)
+    first = tl.zeros_like(position) + start
+    if HAS_WINDOW:
+        first = tl.maximum(first, at - window + 1)
+    sees = (position >= 0) & (first <= last)
+    high = tl.max(tl.where(sees, last, -1))  # -1: no row of this tile sees anything, no loop runs
+    last = tl.where(sees, last, high)
+    low = tl.min(last)
+    begin = start
+    middle = start
+    if HAS_WINDOW:
+        highest_first = tl.max(tl.where(sees, first, 0))
+        begin = tl.min(tl.where(sees, first, highest_first))
+        first = tl.where(sees, first, begin)
+        if ALIGNED:
+            begin = begin // BLOCK_N * BLOCK_N
+        middle = begin + tl.cdiv(tl.maximum(highest_first - begin, 0), BLOCK_N) * BLOCK_N
+    unmasked_end = middle + tl.maximum(low + 1 - middle, 0) // BLOCK_N * BLOCK_N
+    return sees, first, last, begin, middle, unmasked_end, high
