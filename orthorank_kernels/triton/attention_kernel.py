@@ -38,18 +38,18 @@ def load_queries(
 ):
     """Rows of q, [BLOCK_M, BLOCK_D], and the factor from q k to bits: one number, with FP8 one for each row.
 
-    Float16 holds fp8 numbers exactly and bfloat16 would take twice the instructions to make, so the rows are scaled
-    into its range, to at most 1; its rounding is finer than that of bfloat16.
+    Float16 holds fp8 numbers exactly and bfloat16 would take twice the instructions to make. So rows of bfloat16 are
+    scaled into its range by a power of two, to less than 2: what is lost is less than 2^-24 of a row's largest number.
     """
     q = tl.load(ptrs, mask=mask, other=0.0)
     if HAS_K_SCALE:
         to_bits *= tl.load(k_scale_ptr + kv_head.to(tl.int64) * stride_k_scale).to(tl.float32)
     if FP8 != "":
         wide = q.to(tl.float32)
-        largest = tl.max(tl.abs(wide), 1)
-        largest = tl.where(largest > 0, largest, 1.0)
-        to_bits = largest * to_bits
-        wide = wide / largest[:, None]
+        power = (tl.max(tl.abs(wide), 1).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        power = tl.where(power > 0, power, 1.0)
+        to_bits = power * to_bits
+        wide = wide * (1.0 / power)[:, None]
         q = wide if q.dtype == tl.float32 else wide.to(tl.float16)
         if FP8 == "e4m3":
             to_bits *= 256.0
@@ -139,16 +139,17 @@ def sparse_query_attention_kernel(
     SPLIT: tl.constexpr,
     TMA: tl.constexpr,
     WIDE: tl.constexpr,  # keys * stride exceeds 32 bits
+    VECTOR: tl.constexpr,  # neighbours in a row of K or V that are aligned to 16 bytes, where the compiler is to be told
 ):
-    """One program: one tile of queries and heads, grid (tiles, kv_heads * head tiles, batch * splits)."""
+    """One program: one tile of queries and heads, grid (tiles * splits, kv_heads * head tiles, batch)."""
     tile = tl.program_id(0)
     column = tl.program_id(1)
     kv_head = column // ((GROUP + PACK - 1) // PACK)
     batch = tl.program_id(2)
     split = 0
     if SPLIT:
-        split = batch % splits
-        batch = batch // splits
+        split = tile % splits
+        tile = tile // splits
     to_bits = tl.cast(to_bits, tl.float32)
     cap = tl.cast(cap, tl.float32)
     offs_d = tl.arange(0, BLOCK_D)
@@ -173,8 +174,8 @@ def sparse_query_attention_kernel(
     query, head, in_tile = tile_rows(tl.arange(0, BLOCK_M), tile, query_begin, query_end, column, GROUP, PACK, BLOCK_M)
     positions_ptr += batch.to(tl.int64) * stride_positions_batch
     position = tl.load(positions_ptr + query.to(tl.int64) * STRIDE_POSITIONS, mask=in_tile, other=-1)
-    sees, first, last, begin, middle, unmasked_end, high = visible_keys(
-        position, query_offset, keys, start, window, BLOCK_N, HAS_WINDOW, PAGE_SIZE > 0
+    sees, first, last, lowest, begin, middle, unmasked_end, high = visible_keys(
+        position, query_offset, keys, start, window, BLOCK_N, HAS_WINDOW, PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N == 0
     )
 
     q_ptrs = q_ptr + batch.to(tl.int64) * stride_q_batch
@@ -195,29 +196,30 @@ def sparse_query_attention_kernel(
     total, peak = starting_point(sinks_ptr, head, in_tile, split, BLOCK_M, HAS_SINKS, SPLIT)
     end = high + 1
     if SPLIT:  # whole blocks, so that the splits' ends are ends of blocks
-        share = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N), splits) * BLOCK_N
-        end = tl.minimum(end, begin + (split + 1) * share)
-        begin += split * share
+        blocks = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N).to(tl.int64)
+        split_begin = begin + (blocks * split // splits).to(tl.int32) * BLOCK_N
+        end = tl.minimum(end, begin + (blocks * (split + 1) // splits).to(tl.int32) * BLOCK_N)
+        begin = split_begin
         middle = tl.minimum(tl.maximum(middle, begin), end)
         unmasked_end = tl.minimum(tl.maximum(unmasked_end, begin), end)
     if HAS_WINDOW:
         for n in range(begin, tl.minimum(middle, end), BLOCK_N):
             acc, total, peak = attend(
                 acc, total, peak, q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, batch, kv_head, key_base, n, first, last,
-                high, to_bits, cap, stride_k_batch, stride_v_batch, STRIDE_K, STRIDE_V, PAGE_SIZE, HEAD_DIM, BLOCK_D,
-                BLOCK_N, True, HAS_WINDOW, SOFTCAP, FP8, TMA, WIDE,
+                lowest, high, to_bits, cap, stride_k_batch, stride_v_batch, STRIDE_K, STRIDE_V, PAGE_SIZE, HEAD_DIM, BLOCK_D,
+                BLOCK_N, True, HAS_WINDOW, SOFTCAP, FP8, TMA, WIDE, VECTOR,
             )  # fmt: skip
     for n in range(middle, unmasked_end, BLOCK_N):
         acc, total, peak = attend(
             acc, total, peak, q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, batch, kv_head, key_base, n, first, last,
-            high, to_bits, cap, stride_k_batch, stride_v_batch, STRIDE_K, STRIDE_V, PAGE_SIZE, HEAD_DIM, BLOCK_D,
-            BLOCK_N, False, HAS_WINDOW, SOFTCAP, FP8, TMA, WIDE,
+            lowest, high, to_bits, cap, stride_k_batch, stride_v_batch, STRIDE_K, STRIDE_V, PAGE_SIZE, HEAD_DIM, BLOCK_D,
+            BLOCK_N, False, HAS_WINDOW, SOFTCAP, FP8, TMA, WIDE, VECTOR,
         )  # fmt: skip
     for n in range(unmasked_end, end, BLOCK_N):
         acc, total, peak = attend(
             acc, total, peak, q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, batch, kv_head, key_base, n, first, last,
-            high, to_bits, cap, stride_k_batch, stride_v_batch, STRIDE_K, STRIDE_V, PAGE_SIZE, HEAD_DIM, BLOCK_D,
-            BLOCK_N, True, HAS_WINDOW, SOFTCAP, FP8, TMA, WIDE,
+            lowest, high, to_bits, cap, stride_k_batch, stride_v_batch, STRIDE_K, STRIDE_V, PAGE_SIZE, HEAD_DIM, BLOCK_D,
+            BLOCK_N, True, HAS_WINDOW, SOFTCAP, FP8, TMA, WIDE, VECTOR,
         )  # fmt: skip
 
     factor = 1.0

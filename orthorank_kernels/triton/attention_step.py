@@ -25,20 +25,34 @@ def from_fp8(x, FP8: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, rows, offs_d, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE: tl.constexpr):
+def load_rows(
+    ptr,
+    rows,
+    offs_d,
+    STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDE: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
     """Rows of K or V: [BLOCK_N, BLOCK_D], zeros past HEAD_DIM."""
     if WIDE:
         rows = rows.to(tl.int64)
     ptrs = ptr + rows[:, None] * STRIDE + offs_d[None, :]
+    if VECTOR > 1:
+        ptrs = tl.max_contiguous(tl.multiple_of(ptrs, [1, 16]), [1, VECTOR])
     if HEAD_DIM == offs_d.shape[0]:
         return tl.load(ptrs)
     return tl.load(ptrs, mask=offs_d[None, :] < HEAD_DIM, other=0.0)
 
 
 @triton.jit
-def load_paged_rows(ptr, pages, slots, offs_d, stride_page, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr):
+def load_paged_rows(
+    ptr, pages, slots, offs_d, stride_page, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, VECTOR: tl.constexpr
+):
     """Rows of a paged K or V, each from a page of its own: [BLOCK_N, BLOCK_D], zeros past HEAD_DIM."""
     ptrs = ptr + (pages.to(tl.int64) * stride_page + slots.to(tl.int64) * STRIDE)[:, None] + offs_d[None, :]
+    if VECTOR > 1:
+        ptrs = tl.max_contiguous(tl.multiple_of(ptrs, [1, 16]), [1, VECTOR])
     if HEAD_DIM == offs_d.shape[0]:
         return tl.load(ptrs)
     return tl.load(ptrs, mask=offs_d[None, :] < HEAD_DIM, other=0.0)
@@ -61,6 +75,7 @@ def attend(
     n,  # first key of the block
     first,  # [BLOCK_M] first key that each query sees
     last,  # [BLOCK_M] last key that each query sees
+    lowest,  # first key that some query of the tile sees
     high,  # last key that some query of the tile sees
     to_bits,  # q k to bits, or with SOFTCAP to what its exponential takes; one number, with FP8 [BLOCK_M]
     cap,  # with SOFTCAP: the largest score, in bits
@@ -78,15 +93,18 @@ def attend(
     FP8: tl.constexpr,
     TMA: tl.constexpr,
     WIDE: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """One step of the online softmax: the keys n .. n + BLOCK_N."""
     ONE_PAGE: tl.constexpr = PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N == 0
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     key = n + offs_n
-    # Rows past `high` are clamped, not masked off: they are never read, and the loads keep their full width.
+    # Rows past `high`, and in pages those before `lowest`, are clamped, not masked off: they are never read, and the loads keep their full width.
     rows = tl.minimum(key, high) if MASKED else key
     if ONE_PAGE:
+        if MASKED and HAS_WINDOW:
+            rows = tl.maximum(rows, lowest)
         page = tl.load(table_ptr + n // PAGE_SIZE).to(tl.int64)
         k_ptr += page * stride_k_page
         v_ptr += page * stride_v_page
@@ -97,9 +115,9 @@ def attend(
     if TMA and not MASKED:
         k = k_desc.load([batch, kv_head, key_base + n, 0]).reshape(BLOCK_N, BLOCK_D)
     elif PAGE_SIZE > 0 and not ONE_PAGE:
-        k = load_paged_rows(k_ptr, pages, rows, offs_d, stride_k_page, STRIDE_K, HEAD_DIM)
+        k = load_paged_rows(k_ptr, pages, rows, offs_d, stride_k_page, STRIDE_K, HEAD_DIM, VECTOR)
     else:
-        k = load_rows(k_ptr, rows, offs_d, STRIDE_K, HEAD_DIM, WIDE)
+        k = load_rows(k_ptr, rows, offs_d, STRIDE_K, HEAD_DIM, WIDE, VECTOR)
     if FP8 != "":
         k = from_fp8(k, FP8).to(q.dtype)
     qk = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
@@ -126,9 +144,9 @@ def attend(
     if TMA and not MASKED:
         v = v_desc.load([batch, kv_head, key_base + n, 0]).reshape(BLOCK_N, BLOCK_D)
     elif PAGE_SIZE > 0 and not ONE_PAGE:
-        v = load_paged_rows(v_ptr, pages, rows, offs_d, stride_v_page, STRIDE_V, HEAD_DIM)
+        v = load_paged_rows(v_ptr, pages, rows, offs_d, stride_v_page, STRIDE_V, HEAD_DIM, VECTOR)
     else:
-        v = load_rows(v_ptr, rows, offs_d, STRIDE_V, HEAD_DIM, WIDE)
+        v = load_rows(v_ptr, rows, offs_d, STRIDE_V, HEAD_DIM, WIDE, VECTOR)
     if FP8 != "":
         v = from_fp8(v, FP8).to(q.dtype)
     acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")

@@ -50,9 +50,9 @@ def visible_keys(
     HAS_WINDOW: tl.constexpr,
     ALIGNED: tl.constexpr,  # blocks begin at multiples of BLOCK_N
 ):
-    """What the rows of a tile see, as: sees, first, last: [BLOCK_M] each; begin, middle, unmasked_end, high.
+    """What the rows of a tile see, as: sees, first, last: [BLOCK_M] each; lowest, begin, middle, unmasked_end, high.
 
-    The blocks of begin .. middle and unmasked_end .. high are masked, those between every row sees whole. A row that
+    Some row sees the keys ``lowest`` and ``high``, none one outside. The blocks of begin .. middle and unmasked_end .. high are masked, those between every row sees whole. A row that
     sees nothing (``sees`` is 0) stands at ``high`` and computes something finite that nobody uses.
     """
     at = position + query_offset
@@ -70,8 +70,10 @@ def visible_keys(
         highest_first = tl.max(tl.where(sees, first, 0))
         begin = tl.min(tl.where(sees, first, highest_first))
         first = tl.where(sees, first, begin)
+    lowest = begin
+    if HAS_WINDOW:
         if ALIGNED:
             begin = begin // BLOCK_N * BLOCK_N
         middle = begin + tl.cdiv(tl.maximum(highest_first - begin, 0), BLOCK_N) * BLOCK_N
     unmasked_end = middle + tl.maximum(low + 1 - middle, 0) // BLOCK_N * BLOCK_N
-    return sees, first, last, begin, middle, unmasked_end, high
+    return sees, first, last, lowest, begin, middle, unmasked_end, high

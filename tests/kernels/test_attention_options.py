@@ -143,10 +143,10 @@ def test_a_large_softcap_and_a_low_sink_change_nothing(backend: str) -> None:
     tensors = inputs()
     plain = sparse_query_attention(*tensors, return_lse=True, backend=backend)
     nearly = sparse_query_attention(
-        *tensors, softcap=1e5, sinks=torch.full((4,), -1e4, device=DEVICE), return_lse=True, backend=backend
+        *tensors, softcap=1e3, sinks=torch.full((4,), -1e4, device=DEVICE), return_lse=True, backend=backend
     )
     for a, b in zip(plain, nearly, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(a, b, rtol=5e-4, atol=5e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
