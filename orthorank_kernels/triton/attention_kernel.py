@@ -139,7 +139,7 @@ def sparse_query_attention_kernel(
     SPLIT: tl.constexpr,
     TMA: tl.constexpr,
     WIDE: tl.constexpr,  # keys * stride exceeds 32 bits
-    VECTOR: tl.constexpr,  # neighbours in a row of K or V that are aligned to 16 bytes, where the compiler is to be told
+    VECTOR: tl.constexpr,  # above 1: so many neighbours in a row of K or V are aligned to 16 bytes
 ):
     """One program: one tile of queries and heads, grid (tiles * splits, kv_heads * head tiles, batch)."""
     tile = tl.program_id(0)
@@ -206,20 +206,20 @@ def sparse_query_attention_kernel(
         for n in range(begin, tl.minimum(middle, end), BLOCK_N):
             acc, total, peak = attend(
                 acc, total, peak, q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, batch, kv_head, key_base, n, first, last,
-                lowest, high, to_bits, cap, stride_k_batch, stride_v_batch, STRIDE_K, STRIDE_V, PAGE_SIZE, HEAD_DIM, BLOCK_D,
-                BLOCK_N, True, HAS_WINDOW, SOFTCAP, FP8, TMA, WIDE, VECTOR,
+                lowest, high, to_bits, cap, stride_k_batch, stride_v_batch, STRIDE_K, STRIDE_V, PAGE_SIZE, HEAD_DIM,
+                BLOCK_D, BLOCK_N, True, HAS_WINDOW, SOFTCAP, FP8, TMA, WIDE, VECTOR,
             )  # fmt: skip
     for n in range(middle, unmasked_end, BLOCK_N):
         acc, total, peak = attend(
             acc, total, peak, q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, batch, kv_head, key_base, n, first, last,
-            lowest, high, to_bits, cap, stride_k_batch, stride_v_batch, STRIDE_K, STRIDE_V, PAGE_SIZE, HEAD_DIM, BLOCK_D,
-            BLOCK_N, False, HAS_WINDOW, SOFTCAP, FP8, TMA, WIDE, VECTOR,
+            lowest, high, to_bits, cap, stride_k_batch, stride_v_batch, STRIDE_K, STRIDE_V, PAGE_SIZE, HEAD_DIM,
+            BLOCK_D, BLOCK_N, False, HAS_WINDOW, SOFTCAP, FP8, TMA, WIDE, VECTOR,
         )  # fmt: skip
     for n in range(unmasked_end, end, BLOCK_N):
         acc, total, peak = attend(
             acc, total, peak, q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, batch, kv_head, key_base, n, first, last,
-            lowest, high, to_bits, cap, stride_k_batch, stride_v_batch, STRIDE_K, STRIDE_V, PAGE_SIZE, HEAD_DIM, BLOCK_D,
-            BLOCK_N, True, HAS_WINDOW, SOFTCAP, FP8, TMA, WIDE, VECTOR,
+            lowest, high, to_bits, cap, stride_k_batch, stride_v_batch, STRIDE_K, STRIDE_V, PAGE_SIZE, HEAD_DIM,
+            BLOCK_D, BLOCK_N, True, HAS_WINDOW, SOFTCAP, FP8, TMA, WIDE, VECTOR,
         )  # fmt: skip
 
     factor = 1.0

@@ -100,7 +100,8 @@ def attend(
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     key = n + offs_n
-    # Rows past `high`, and in pages those before `lowest`, are clamped, not masked off: they are never read, and the loads keep their full width.
+    # Rows past `high`, and in pages those before `lowest`, are clamped, not masked off: they are never read, and the
+    # loads keep their full width.
     rows = tl.minimum(key, high) if MASKED else key
     if ONE_PAGE:
         if MASKED and HAS_WINDOW:

@@ -52,8 +52,9 @@ def visible_keys(
 ):
     """What the rows of a tile see, as: sees, first, last: [BLOCK_M] each; lowest, begin, middle, unmasked_end, high.
 
-    Some row sees the keys ``lowest`` and ``high``, none one outside. The blocks of begin .. middle and unmasked_end .. high are masked, those between every row sees whole. A row that
-    sees nothing (``sees`` is 0) stands at ``high`` and computes something finite that nobody uses.
+    Some row sees the key ``lowest`` and some the key ``high``, none a key outside. The blocks of begin .. middle and
+    unmasked_end .. high are masked, those between every row sees whole. A row that sees nothing (``sees`` is 0) stands
+    at ``high`` and computes something finite that nobody uses.
     """
     at = position + query_offset
     last = tl.minimum(at, keys - 1)
