@@ -11,8 +11,6 @@ Not here: a backward pass, float64.
 """
 
 import math
-from typing import Any
-
 import torch
 import triton
 
@@ -166,8 +164,7 @@ def _launch(
     parts = workspace(splits, batch, selected, heads, head_dim, q.device) if splits > 1 else None
     if parts is not None:
         out, lse, totals = parts
-        strides = _output_strides(out[0].transpose(1, 2), lse[0].transpose(1, 2))
-        strides |= {"stride_out_split": out.stride(0), "stride_lse_split": lse.stride(0)}
+        strides = _output_strides(out.transpose(2, 3), lse.transpose(2, 3), split=True)
     with torch.cuda.device_of(q):
         sparse_query_attention_kernel[(tiles * splits, columns, batch)](
             q_ptr=q,
@@ -254,12 +251,13 @@ def _rows_of_a_sequence(q: torch.Tensor, cu_selected: torch.Tensor) -> int:
     return triton.cdiv(q.shape[0], max(1, cu_selected.shape[0] - 1))
 
 
-def _output_strides(out: torch.Tensor, lse: torch.Tensor | None) -> dict[str, Any]:
-    """Of ``[batch, heads, selected, head_dim]`` and ``[batch, heads, selected]``."""
-    names = ("batch", "head", "token")
-    of_out = {f"stride_out_{name}": out.stride(i) for i, name in enumerate(names)}
-    of_lse = {f"stride_lse_{name}": 0 if lse is None else lse.stride(i) for i, name in enumerate(names)}
-    return {"stride_out_split": 0, "stride_lse_split": 0, **of_out, **of_lse}
+def _output_strides(out: torch.Tensor, lse: torch.Tensor | None, *, split: bool = False) -> dict[str, int]:
+    """Of ``[batch, heads, selected, head_dim]`` and ``[batch, heads, selected]``, or those of ``[splits, ...]``."""
+    strides = {"stride_out_split": 0, "stride_lse_split": 0}
+    for i, name in enumerate(("split", "batch", "head", "token") if split else ("batch", "head", "token")):
+        strides[f"stride_out_{name}"] = out.stride(i)
+        strides[f"stride_lse_{name}"] = 0 if lse is None else lse.stride(i)
+    return strides
 
 
 def _check_supported(head_dim: int, dtype: torch.dtype) -> None:

@@ -30,7 +30,7 @@ class Workspace(NamedTuple):
 def workspace(splits: int, batch: int, selected: int, heads: int, head_dim: int, device: torch.device) -> Workspace:
     shape = (splits, batch, selected, heads)
     sums = torch.empty(*shape, head_dim, dtype=torch.float32, device=device)
-    peaks, totals = torch.empty(2, *shape, dtype=torch.float32, device=device)
+    peaks, totals = torch.empty(2, *shape, dtype=torch.float32, device=device).unbind()
     return Workspace(sums, peaks, totals)
 
 

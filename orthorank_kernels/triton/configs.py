@@ -18,6 +18,7 @@ from orthorank_kernels import _settings
 from orthorank_kernels._settings import family
 
 _LARGEST_PACK = 16  # heads in one tile; a group of 71 would leave 57 of 128 rows idle, in tiles of 15 it leaves 8
+LEAST_SPLITS = 3
 FEW_ROWS = (16, 64)  # queries times heads for which there are settings of their own
 
 
@@ -72,11 +73,15 @@ def tiles(queries: int, queries_per_tile: int, n_seqs: int, *, packed: bool) -> 
 def splits(programs: int, keys: int, block_m: int, block_n: int, device: torch.device) -> int:
     """How many programs share the keys of a tile: as many as make one wave, each with at least four blocks of keys.
 
+    Not two: that leaves more than a third of the GPU busy as it is, and saves less than the second launch, the
+    workspace and one more compilation are worth.
+
     Args:
         programs: without splits; keys: of the longest sequence.
     """
     wave = _multiprocessors(device) * (1 if block_m > FEW_ROWS[-1] else 2)
-    return max(1, min(wave // programs, keys // (4 * block_n)))
+    count = min(wave // programs, keys // (4 * block_n))
+    return count if count >= LEAST_SPLITS else 1
 
 
 def _multiprocessors(device: torch.device) -> int:
