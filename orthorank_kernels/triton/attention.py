@@ -11,6 +11,7 @@ Not here: a backward pass, float64.
 """
 
 import math
+
 import torch
 import triton
 
