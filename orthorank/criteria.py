@@ -21,9 +21,8 @@ def norm_and_select(
         normed ``[batch, tokens, hidden]``, positions int32 ``[batch, max_selected]``. The sink ranks last in both.
     """
     if criterion == "orthogonal":
-        normed, _, positions, _ = rms_norm_select(hidden_states, weight, eps, **request)
-        return normed, positions
+        selection = rms_norm_select(hidden_states, weight, eps, **request)
+        return selection.normed, selection.positions
     sink, starts, lengths = request.pop("sink", None), request.get("starts"), request.get("lengths")
     result = rms_norm_score(hidden_states, weight, eps, sink=sink, starts=starts, lengths=lengths)
-    positions, _ = select_tokens(-result.scores, **request)
-    return result.normed, positions
+    return result.normed, select_tokens(-result.scores, **request).positions

@@ -4,10 +4,12 @@ from orthorank_kernels._version import __version__
 from orthorank_kernels.activation import silu_and_mul
 from orthorank_kernels.add_norm import gather_add_rms_norm
 from orthorank_kernels.attention import sparse_query_attention
+from orthorank_kernels.counts import keep_count
+from orthorank_kernels.norm_selection import rms_norm_select
 from orthorank_kernels.rotary import apply_rotary_at
 from orthorank_kernels.rows import gather_rows, scatter_add_rows_, scatter_rows_
 from orthorank_kernels.scoring import rms_norm_score
-from orthorank_kernels.selection import keep_count, rms_norm_select, select_tokens
+from orthorank_kernels.selection import select_tokens
 from orthorank_kernels.support import is_supported
 
 __all__ = [

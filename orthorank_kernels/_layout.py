@@ -36,3 +36,18 @@ def norm_outputs(
 
     scores = hidden_states.new_empty(hidden_states.shape[:-1], dtype=torch.float32)
     return states(write_norm and norm != "identity"), scores, states(residual is not None or copy_input)
+
+
+def selection_outputs(like: torch.Tensor, width: int, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """New tensors for what a selection writes: positions, counts, rows, cu_selected.
+
+    The last two are empty in the batch layout, because an operator returns tensors. ``like`` is ``[batch, ...]`` there.
+    """
+
+    def integers(*shape: int) -> torch.Tensor:
+        return like.new_empty(shape, dtype=torch.int32)
+
+    if cu_seqlens is None:
+        return integers(like.shape[0], width), integers(like.shape[0]), integers(0), integers(0)
+    sequences = cu_seqlens.shape[0] - 1
+    return integers(width), integers(sequences), integers(width), integers(sequences + 1)

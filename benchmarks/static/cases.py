@@ -3,7 +3,8 @@
 from benchmarks.static.case import Case
 from benchmarks.static.cases_attention import attention_cases
 from benchmarks.static.cases_rows import activation_cases, add_norm_cases, rotary_cases, row_cases
-from benchmarks.static.cases_scores import scoring_cases, selection_cases
+from benchmarks.static.cases_scores import scoring_cases
+from benchmarks.static.cases_selection import norm_selection_cases, selection_cases
 
 CASES: tuple[Case, ...] = (
     *row_cases(),
@@ -12,6 +13,7 @@ CASES: tuple[Case, ...] = (
     *rotary_cases(),
     *scoring_cases(),
     *selection_cases(),
+    *norm_selection_cases(),
     *attention_cases(),
 )
 GROUPS = tuple(dict.fromkeys(case.group for case in CASES))

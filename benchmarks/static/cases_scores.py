@@ -1,4 +1,4 @@
-"""Cases of the norm with score, the selection, and the two in one launch."""
+"""Cases of the norm with score."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -55,40 +55,18 @@ def score_options(batch: int, tokens: int, hidden: int) -> dict[str, tuple[dict[
 
 
 def scoring_cases() -> Iterator[Case]:
-    """The norm with score, alone and with the selection that the last program of a row runs."""
     shapes = [(h, d, 2048) for h in (4096, 64, 576, 577, 896, 2048, 8192, 14336) for d in (HALF, FLOAT)]
     shapes += [(h, d, n) for h in (576, 4096) for d, n in ((torch.float16, 2048), (HALF, 8192), (HALF, 40000))]
     for hidden, dtype, tokens in shapes:
         slow = (hidden, dtype, tokens) != (4096, HALF, 2048)
         x, weight, sink = empty(32, tokens, hidden, dtype=dtype), empty(hidden, dtype=dtype), empty(hidden, dtype=dtype)
-        row = empty(32, dtype=torch.int32)
         limits = {"registers": 64 if hidden <= 4096 and dtype != FLOAT else 128, "spills": 0}
-        # In the selection, which one program of a row runs once, not in the norm that all run.
-        streamed = {"sm_80": {"spills": 2}} if tokens > 2048 else {}
         name = f"{hidden} {tokens} tokens {name_of(dtype)}"
         score = score_launch(x, weight, sink=sink.expand(32, hidden))
         yield Case("scores", f"rms_norm_score {name}", score, {**limits, "atomics": 0}, slow=slow)
-        fused = launch(
-            "selection.rms_norm_select", x, weight, 1e-5, tokens // 3, None, tokens // 3, None, row, row, None, 1
-        )
-        yield Case("scores", f"rms_norm_select {name}", fused, {**limits, "registers": 128}, streamed, slow=slow)
     for hidden in (4096, 576, 8192):
         for option, (limits, score) in score_options(32, 2048, hidden).items():
             limits = limits if hidden <= 4096 else {"registers": 128}
             slow = hidden != 4096 or "cosine" in option
             name = f"rms_norm_score {hidden} {option}"
             yield Case("scores", name, score, {**limits, "spills": 0, "atomics": 0}, slow=slow)
-
-
-def selection_cases() -> Iterator[Case]:
-    for tokens in (2048, 8192, 40000):
-        for ragged in (False, True):
-            row = empty(8, dtype=torch.int32) if ragged else None
-            scores, k = empty(8, tokens, dtype=FLOAT), tokens // 3
-            yield Case(
-                "scores",
-                f"select_tokens {tokens} tokens" + (" ragged" if ragged else ""),
-                launch("selection.select_tokens", scores, k, row, k, row, row, row, 1),
-                {"registers": 128, "spills": 0, "atomics": 0} | ({"instructions": 1000} if tokens == 2048 else {}),
-                slow=ragged or tokens == 8192,
-            )

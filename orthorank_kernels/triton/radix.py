@@ -57,22 +57,28 @@ def enter_bin(histogram, need, WIDE: tl.constexpr):
 
 
 @triton.jit
-def write_positions(positions_ptr, position, below, equal, need, n_below, n_equal):
-    """Store the selected of ``position`` [BLOCK], given which keys are below and which at the threshold.
+def write_selected(positions_ptr, rows_ptr, position, row, index, below, equal, need, n_below, n_equal):
+    """Store the selected of ``index`` [BLOCK], given which keys are below and which at the threshold.
 
-    ``n_below`` and ``n_equal`` count those of earlier blocks; returns them with this block's added.
+    ``position`` and ``row`` are those of index 0. ``n_below`` and ``n_equal`` count the tokens of earlier blocks;
+    returns them with this block's added.
     """
     packed = (below.to(tl.int32) << 16) | equal.to(tl.int32)  # one scan instead of two: a block has < 2^15 tokens
     scan = tl.cumsum(packed, 0)  # [BLOCK]
     rank_equal = n_equal + (scan & 0xFFFF)
     slot = n_below + (scan >> 16) + tl.minimum(rank_equal, need) - 1
-    tl.store(positions_ptr + slot, position, mask=below | (equal & (rank_equal <= need)))
+    taken = below | (equal & (rank_equal <= need))
+    tl.store(positions_ptr + slot, position + index, mask=taken)
+    if rows_ptr is not None:
+        tl.store(rows_ptr + slot, row + index, mask=taken)
     total = tl.sum(packed, 0)
     return n_below + (total >> 16), n_equal + (total & 0xFFFF)
 
 
 @triton.jit
-def select_resident(scores_ptr, positions_ptr, begin, lead, n_valid, sink, k, keep_last, BLOCK: tl.constexpr):
+def select_resident(
+    scores_ptr, positions_ptr, rows_ptr, position, row, lead, n_valid, sink, k, keep_last, BLOCK: tl.constexpr
+):
     """Select from a row of at most BLOCK tokens, read once."""
     index = tl.arange(0, BLOCK)  # [BLOCK]
     key = load_keys(scores_ptr, index, lead, n_valid, sink, keep_last)
@@ -87,11 +93,13 @@ def select_resident(scores_ptr, positions_ptr, begin, lead, n_valid, sink, k, ke
         digit, need = enter_bin(histogram, need, tl.uint32)
         threshold |= digit.to(tl.uint32) << shift
         known |= (BINS - 1) << shift
-    write_positions(positions_ptr, begin - lead + index, key < threshold, key == threshold, need, 0, 0)
+    write_selected(positions_ptr, rows_ptr, position, row, index, key < threshold, key == threshold, need, 0, 0)
 
 
 @triton.jit
-def select_streamed(scores_ptr, positions_ptr, begin, lead, n_valid, sink, k, keep_last, BLOCK: tl.constexpr):
+def select_streamed(
+    scores_ptr, positions_ptr, rows_ptr, position, row, lead, n_valid, sink, k, keep_last, BLOCK: tl.constexpr
+):
     """Select from a row of any number of tokens, read once for each digit and once to write."""
     need = k
     threshold = tl.zeros([], tl.uint32)
@@ -113,6 +121,45 @@ def select_streamed(scores_ptr, positions_ptr, begin, lead, n_valid, sink, k, ke
     for tile in range(0, n_valid + lead, BLOCK):
         index = tile + tl.arange(0, BLOCK)  # [BLOCK]
         key = load_keys(scores_ptr, index, lead, n_valid, sink, keep_last)
-        n_below, n_equal = write_positions(
-            positions_ptr, begin - lead + index, key < threshold, key == threshold, need, n_below, n_equal
+        below, equal = key < threshold, key == threshold
+        n_below, n_equal = write_selected(
+            positions_ptr, rows_ptr, position, row, index, below, equal, need, n_below, n_equal
         )
+
+
+@triton.jit
+def select_smallest(
+    scores_ptr,
+    positions_ptr,
+    rows_ptr,
+    first,
+    position,
+    row,
+    n_valid,
+    sink,
+    k,
+    keep_last,
+    RESIDENT: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The k smallest of ``n_valid`` scores, which begin ``first`` (int64) elements from ``scores_ptr``.
+
+    Written are their positions, of which the first token has ``position``, and where ``rows_ptr`` is given also their
+    rows, of which it has ``row``. ``sink`` and ``keep_last`` count from the first token too. Up to RESIDENT tokens
+    stay in registers; more are streamed in tiles of TILE; 0 leaves that path out.
+    """
+    # Reading starts at the multiple of four below the first valid token: known alignment gives each thread four
+    # neighbours, which makes the scans cheap, for any stride and any start.
+    aligned = tl.multiple_of(first // 4 * 4, 4)
+    lead = (first - aligned).to(tl.int32)
+    scores_ptr += aligned
+    position -= lead
+    row -= lead
+    if TILE == 0:
+        select_resident(scores_ptr, positions_ptr, rows_ptr, position, row, lead, n_valid, sink, k, keep_last, RESIDENT)
+    elif RESIDENT == 0:
+        select_streamed(scores_ptr, positions_ptr, rows_ptr, position, row, lead, n_valid, sink, k, keep_last, TILE)
+    elif n_valid + lead <= RESIDENT:
+        select_resident(scores_ptr, positions_ptr, rows_ptr, position, row, lead, n_valid, sink, k, keep_last, RESIDENT)
+    else:
+        select_streamed(scores_ptr, positions_ptr, rows_ptr, position, row, lead, n_valid, sink, k, keep_last, TILE)

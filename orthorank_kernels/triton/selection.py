@@ -1,18 +1,51 @@
-"""Exact selection of the k most orthogonal tokens of each row, and its fusion with the norm and the score.
+"""Exact selection of tokens: the k of smallest score in each row, or all that score less than a threshold.
 
     scores [batch, tokens] float32  ->  positions [batch, width] int32, ascending, -1 past counts [batch] int32
+    scores [total] float32          ->  positions, rows [width] int32, ascending, -1 past cu_selected[-1]
 
-One program selects a row, by the radix selection in `radix.py`: up to 8192 tokens (in the fusion 2048) stay in its
-registers, longer rows are streamed in tiles, five times. Two sizes and a tile serve every length, so no prompt length
-makes Triton compile anew.
+With k, one program selects one row or sequence, by the radix selection in `radix.py`: up to 8192 tokens stay in its
+registers, longer ones are streamed in tiles, four times to find the k-th score and once to write. Two sizes and a tile
+serve every length, so no prompt length makes Triton compile anew. Packed outputs have no gaps, and still no program
+waits for another: where a sequence begins follows from the lengths and k alone (`packing.py`). By a threshold that
+depends on the scores; there one program compacts all sequences, tile after tile (`threshold.py`).
+
+Bytes: 4 of each token's score, read once up to 8192 tokens and five times (four of them from L2) beyond, and 4 of each
+selected position (8 packed). Besides, each program of a packed selection reads all of ``cu_seqlens`` and k, 12 bytes a
+sequence, from L2: 0.8 MB in all for 256 sequences.
+
+Why so: digits of eight bits make four levels and 256 bins, one for each thread, which one scan and one reduction walk;
+the histogram is `tl.histogram`, shared-memory atomics that do not mind how concentrated a digit is. Whole rows on one
+program need one launch and no memory between programs, and a row of 2048 takes an estimated 4 us beside a layer's
+milliseconds; several programs for a row would begin to pay at some 128k tokens. Known alternatives cost more: sorting
+networks 16,000 instructions at 2048 tokens, selection by bins 2.8 times the bytes and ties out of order.
+
+Compiled for sm_80 / sm_90 / sm_100 / gfx942, without spills:
+
+=============================  ===================  =========================
+case                           registers            instructions
+=============================  ===================  =========================
+k of 2048, 8 warps             45 / 46 / 47 / 58    722 / 756 / 772 / 787
+k of 40000, 16 warps           60 / 63 / 71 / 68    763 / 830 / 842 / 962
+k, packed, 16 warps            96 / 106 / 106 / 80  2323 / 2510 / 2538 / 2568
+threshold, 2048, 8 warps       64 / 70 / 70 / 45    506 / 538 / 537 / 394
+threshold, packed, 16 warps    64 / 52 / 52 / 44    687 / 758 / 763 / 516
+=============================  ===================  =========================
+
+Tried and lost: unrolling the four levels (three times the code); a packed threshold in tiles of 4096 (82 registers, and
+on AMD 25 scalar registers spilled: each mask takes one or two, which is also why the searches clamp instead of mask);
+a setting for few packed tokens (another compilation, for tokens that say little about how long a sequence is).
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from orthorank_kernels.triton.radix import select_resident, select_streamed
-from orthorank_kernels.triton.scoring import bounds, first_piece, load_vector, norm_and_score, norm_arguments
+from orthorank_kernels._layout import selection_outputs
+from orthorank_kernels._settings import family
+from orthorank_kernels.triton.configs import target_of
+from orthorank_kernels.triton.packing import fill_missing, quotas_around, sink_of, write_quotas
+from orthorank_kernels.triton.radix import select_smallest
+from orthorank_kernels.triton.threshold import select_below, select_below_packed
 
 
 @triton.jit
@@ -24,14 +57,17 @@ def select_row(
     lengths_ptr,
     sinks_ptr,
     row_k_ptr,
+    row_threshold_ptr,
     row,
     n_tokens,
     k,
+    threshold,
     width,
     keep_last,
     stride_scores_row,
+    THRESHOLD: tl.constexpr,
     RESIDENT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """All of one row of the batch (int64): its bounds, its selection, its count, and -1 past that."""
     begin = tl.zeros([], tl.int32)
@@ -43,145 +79,95 @@ def select_row(
     sink = 0
     if sinks_ptr is not None:
         sink = tl.maximum(tl.load(sinks_ptr + row), -1) - begin
-    count = tl.minimum(tl.minimum(k, width), n_valid)
-    if row_k_ptr is not None:
-        count = tl.minimum(tl.maximum(tl.load(row_k_ptr + row), 0), count).to(tl.int32)
-    # Reading starts at the multiple of four below the first valid token: known alignment gives each thread four
-    # neighbours, which makes the scans cheap, for any stride and any start.
     first = row * stride_scores_row + begin
-    aligned = tl.multiple_of(first // 4 * 4, 4)
-    lead = (first - aligned).to(tl.int32)
-    scores_ptr += aligned
     positions_ptr += row * width
-    if RESIDENT:
-        select_resident(scores_ptr, positions_ptr, begin, lead, n_valid, sink, count, keep_last, BLOCK)
+    if THRESHOLD:
+        if row_threshold_ptr is not None:
+            threshold = tl.load(row_threshold_ptr + row)
+        count = select_below(scores_ptr, positions_ptr, first, begin, n_valid, sink, threshold, width, keep_last, TILE)
     else:
-        select_streamed(scores_ptr, positions_ptr, begin, lead, n_valid, sink, count, keep_last, BLOCK)
+        count = tl.minimum(tl.minimum(k, width), n_valid)
+        if row_k_ptr is not None:
+            count = tl.minimum(tl.maximum(tl.load(row_k_ptr + row), 0), count).to(tl.int32)
+        select_smallest(
+            scores_ptr, positions_ptr, None, first, begin, 0, n_valid, sink, count, keep_last, RESIDENT, TILE
+        )
     tl.store(counts_ptr + row, count)
-    for tile in range(count, width, 256):
-        slot = tile + tl.arange(0, 256)
-        tl.store(positions_ptr + slot, -1, mask=slot < width)
+    fill_missing(positions_ptr, None, count, width)
 
 
-@triton.jit(do_not_specialize=["n_tokens", "k", "width", "keep_last", "stride_scores_row"])
+@triton.jit
+def select_sequence(
+    scores_ptr,
+    positions_ptr,
+    rows_ptr,
+    sinks_ptr,
+    row_k_ptr,
+    cu_seqlens_ptr,
+    offsets_ptr,
+    seq,
+    n_seqs,
+    k,
+    width,
+    keep_last,
+    RESIDENT: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The k smallest of one packed sequence (int64), and its share of the -1: the slots numbered like its tokens."""
+    begin = tl.load(cu_seqlens_ptr + seq)
+    end = tl.load(cu_seqlens_ptr + seq + 1)
+    before, count, total = quotas_around(cu_seqlens_ptr, row_k_ptr, seq, n_seqs, k)
+    slot = tl.minimum(before, width)
+    count = tl.minimum(count, width - slot)
+    if count > 0:
+        position = tl.zeros([], tl.int32)
+        if offsets_ptr is not None:
+            position = tl.load(offsets_ptr + seq)
+        select_smallest(
+            scores_ptr,
+            positions_ptr + slot,
+            rows_ptr + slot,
+            begin.to(tl.int64),
+            position,
+            begin,
+            end - begin,
+            sink_of(sinks_ptr, offsets_ptr, seq),
+            count,
+            keep_last,
+            RESIDENT,
+            TILE,
+        )
+    fill_missing(positions_ptr, rows_ptr, tl.maximum(total, begin), tl.minimum(end, width))
+
+
+@triton.jit(do_not_specialize=["n_seqs", "n_tokens", "k", "width", "keep_last", "stride_scores_row"])
 def select_tokens_kernel(
     scores_ptr,
     positions_ptr,
     counts_ptr,
+    rows_ptr,
+    cu_selected_ptr,
     starts_ptr,
     lengths_ptr,
     sinks_ptr,
     row_k_ptr,
+    row_threshold_ptr,
+    cu_seqlens_ptr,
+    offsets_ptr,
+    n_seqs,
     n_tokens,
     k,
+    threshold,
     width,
     keep_last,
     stride_scores_row,
+    THRESHOLD: tl.constexpr,
     RESIDENT: tl.constexpr,
-    SELECT_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    select_row(
-        scores_ptr,
-        positions_ptr,
-        counts_ptr,
-        starts_ptr,
-        lengths_ptr,
-        sinks_ptr,
-        row_k_ptr,
-        row=tl.program_id(0).to(tl.int64),
-        n_tokens=n_tokens,
-        k=k,
-        width=width,
-        keep_last=keep_last,
-        stride_scores_row=stride_scores_row,
-        RESIDENT=RESIDENT,
-        BLOCK=SELECT_BLOCK,
-    )
-
-
-@triton.jit(do_not_specialize=["n_tokens", "n_seqs", "n_blocks", "rows", "k", "width", "keep_last", "stride_out_row"])
-def rms_norm_select_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    bias_ptr,
-    sink_ptr,
-    starts_ptr,
-    cu_seqlens_ptr,
-    normed_ptr,
-    scores_ptr,
-    sum_ptr,
-    positions_ptr,
-    counts_ptr,
-    lengths_ptr,
-    sinks_ptr,
-    row_k_ptr,
-    finished_ptr,
-    n_tokens,
-    n_seqs,
-    n_blocks,
-    rows,
-    eps,
-    k,
-    width,
-    keep_last,
-    stride_x_row,
-    stride_x_token,
-    stride_residual_row,
-    stride_residual_token,
-    stride_sink_row,
-    stride_out_row,
-    NORM: tl.constexpr,
-    OFFSET: tl.constexpr,
-    COSINE: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    BLOCK: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    SELECT_BLOCK: tl.constexpr,
-):
-    eps = tl.cast(eps, tl.float32)
-    channel = tl.arange(0, BLOCK)  # [BLOCK]
-    inside = channel < HIDDEN
-    weight = load_vector(weight_ptr, channel, inside)
-    bias = load_vector(bias_ptr, channel, inside)
-    row, first, end = first_piece(cu_seqlens_ptr, n_tokens, n_seqs, n_blocks, rows)
-    begin, end = bounds(starts_ptr, cu_seqlens_ptr, row=row, end=end, n_tokens=n_tokens)
-    norm_and_score(
-        x_ptr,
-        residual_ptr,
-        weight,
-        bias,
-        sink_ptr,
-        normed_ptr,
-        scores_ptr,
-        sum_ptr,
-        row=row,
-        first=first,
-        end=end,
-        sink_token=begin,
-        eps=eps,
-        stride_x_row=stride_x_row,
-        stride_x_token=stride_x_token,
-        stride_residual_row=stride_residual_row,
-        stride_residual_token=stride_residual_token,
-        stride_sink_row=stride_sink_row,
-        stride_out_row=stride_out_row,
-        NORM=NORM,
-        OFFSET=OFFSET,
-        COSINE=COSINE,
-        HIDDEN=HIDDEN,
-        BLOCK=BLOCK,
-    )
-    # The program that counts itself last selects, whichever it is: none waits for another, so any order of execution
-    # is right. Release: a score is a scalar, and one thread stores all scalars of a program and does the atomic, so
-    # the atomic comes after its own stores. This must stay so: on AMD a barrier does not wait for the stores of other
-    # threads to reach memory (gfx942: s_waitcnt lgkmcnt(0), s_barrier), so scores stored by a block of threads would
-    # be a race there. Acquire: the last atomic reads a count that continues the releases of all others of the row,
-    # and the second barrier puts the loads of all threads after it. So they see every score of the row.
-    tl.debug_barrier()
-    finished = tl.atomic_add(finished_ptr + row, 1, sem="acq_rel", scope="gpu")
-    if finished == n_blocks - 1:
-        tl.debug_barrier()
+    row = tl.program_id(0).to(tl.int64)
+    threshold = tl.cast(threshold, tl.float32)
+    if cu_seqlens_ptr is None:
         select_row(
             scores_ptr,
             positions_ptr,
@@ -190,22 +176,66 @@ def rms_norm_select_kernel(
             lengths_ptr,
             sinks_ptr,
             row_k_ptr,
+            row_threshold_ptr,
             row=row,
             n_tokens=n_tokens,
             k=k,
+            threshold=threshold,
             width=width,
             keep_last=keep_last,
-            stride_scores_row=n_tokens,
+            stride_scores_row=stride_scores_row,
+            THRESHOLD=THRESHOLD,
             RESIDENT=RESIDENT,
-            BLOCK=SELECT_BLOCK,
+            TILE=TILE,
         )
+    elif THRESHOLD:
+        select_below_packed(
+            scores_ptr,
+            positions_ptr,
+            rows_ptr,
+            counts_ptr,
+            cu_selected_ptr,
+            sinks_ptr,
+            row_threshold_ptr,
+            cu_seqlens_ptr,
+            offsets_ptr,
+            n_seqs=n_seqs,
+            threshold=threshold,
+            width=width,
+            keep_last=keep_last,
+            TILE=TILE,
+        )
+    else:
+        if row == 0:
+            write_quotas(
+                positions_ptr, rows_ptr, counts_ptr, cu_selected_ptr, cu_seqlens_ptr, row_k_ptr, n_seqs, k, width
+            )
+        if row < n_seqs:
+            select_sequence(
+                scores_ptr,
+                positions_ptr,
+                rows_ptr,
+                sinks_ptr,
+                row_k_ptr,
+                cu_seqlens_ptr,
+                offsets_ptr,
+                seq=row,
+                n_seqs=n_seqs,
+                k=k,
+                width=width,
+                keep_last=keep_last,
+                RESIDENT=RESIDENT,
+                TILE=TILE,
+            )
 
 
-# Tokens that so many warps hold in registers, and the tile of longer rows. The fusion takes smaller tiles, for fewer
-# registers: more rows are normed at once.
+# Tokens that so many warps hold in registers, and the tile of longer rows.
 RESIDENT_SIZES = ((2048, 8), (8192, 16))
 STREAM_TILE = (2048, 16)
-FUSED_TILE_PER_WARP = 64
+# Likewise of rows that a threshold selects from, and of packed sequences; there AMD's compiler runs out of scalar
+# registers, which hold its masks.
+THRESHOLD_TILES = ((2048, 8), (4096, 16))
+PACKED_THRESHOLD_TILE, PACKED_THRESHOLD_TILE_AMD = (2048, 16), (1024, 8)
 
 
 def occupied(batch: int, tokens: int, stride: int) -> int:
@@ -213,110 +243,70 @@ def occupied(batch: int, tokens: int, stride: int) -> int:
     return tokens if batch == 1 or stride % 4 == 0 else tokens + 3
 
 
-def select_settings(elements: int) -> dict[str, int | bool]:
-    """Settings of the selection alone, for rows that occupy so many ``elements``."""
-    for size, warps in RESIDENT_SIZES:
-        if elements <= size:
-            return {"RESIDENT": True, "SELECT_BLOCK": size, "num_warps": warps}
-    size, warps = STREAM_TILE
-    return {"RESIDENT": False, "SELECT_BLOCK": size, "num_warps": warps}
-
-
-def fused_settings(elements: int, num_warps: int) -> dict[str, int | bool]:
-    """Settings of the selection after the norm, which chooses the warps."""
-    size = RESIDENT_SIZES[0][0]
-    if elements <= size:
-        return {"RESIDENT": True, "SELECT_BLOCK": size}
-    return {"RESIDENT": False, "SELECT_BLOCK": FUSED_TILE_PER_WARP * num_warps}
+def select_settings(elements: int, packed: bool, by_threshold: bool, target: str) -> dict[str, int | bool]:
+    """Settings of the selection, for rows that occupy so many ``elements``, or packed sequences that all do."""
+    if by_threshold:
+        tile, warps = next((t for t in THRESHOLD_TILES if elements <= t[0]), THRESHOLD_TILES[-1])
+        if packed:
+            tile, warps = PACKED_THRESHOLD_TILE_AMD if family(target) == "amd" else PACKED_THRESHOLD_TILE
+        return {"THRESHOLD": True, "RESIDENT": 0, "TILE": tile, "num_warps": warps}
+    tile, warps = STREAM_TILE
+    if packed:  # one setting for all numbers of tokens, which say little about the lengths of the sequences
+        return {"THRESHOLD": False, "RESIDENT": RESIDENT_SIZES[-1][0], "TILE": tile, "num_warps": warps}
+    for resident, resident_warps in RESIDENT_SIZES:
+        if elements <= resident:
+            return {"THRESHOLD": False, "RESIDENT": resident, "TILE": 0, "num_warps": resident_warps}
+    return {"THRESHOLD": False, "RESIDENT": 0, "TILE": tile, "num_warps": warps}
 
 
 def select_tokens(
     scores: torch.Tensor,
-    k: int,
+    k: int | None,
     row_k: torch.Tensor | None,
+    threshold: float | None,
+    row_threshold: torch.Tensor | None,
     width: int,
     starts: torch.Tensor | None,
     lengths: torch.Tensor | None,
     sink_positions: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    position_offsets: torch.Tensor | None,
     keep_last: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    out: tuple[torch.Tensor | None, ...] | None = None,
+) -> tuple[torch.Tensor | None, ...]:
     """Launcher of the operator ``select_tokens``; arguments are checked in the public function."""
-    batch, tokens = scores.shape
-    positions = scores.new_empty(batch, width, dtype=torch.int32)
-    counts = scores.new_empty(batch, dtype=torch.int32)
-    if batch == 0:
-        return positions, counts
-    settings = select_settings(occupied(batch, tokens, scores.stride(0)))
+    packed, by_threshold = cu_seqlens is not None, k is None
+    tokens = scores.shape[-1]
+    rows = cu_seqlens.shape[0] - 1 if packed else scores.shape[0]
+    stride = 1 if packed else scores.stride(0)  # packed sequences may begin anywhere
+    out = selection_outputs(scores, width, cu_seqlens) if out is None else out
+    positions, counts, row_indices, cu_selected = out
+    programs = 1 if packed and by_threshold else max(rows, packed)
+    if programs == 0:
+        return out
+    settings = select_settings(occupied(rows, tokens, stride), packed, by_threshold, target_of(scores.device))
     with torch.cuda.device_of(scores):
-        select_tokens_kernel[(batch,)](
+        select_tokens_kernel[(programs,)](
             scores_ptr=scores,
             positions_ptr=positions,
             counts_ptr=counts,
+            rows_ptr=row_indices if packed else None,
+            cu_selected_ptr=cu_selected if packed else None,
             starts_ptr=starts,
             lengths_ptr=lengths,
             sinks_ptr=sink_positions,
             row_k_ptr=row_k,
+            row_threshold_ptr=row_threshold,
+            cu_seqlens_ptr=cu_seqlens,
+            offsets_ptr=position_offsets,
+            n_seqs=rows,
             n_tokens=tokens,
-            k=k,
+            k=k or 0,
+            threshold=threshold or 0.0,
             width=width,
             keep_last=keep_last,
-            stride_scores_row=scores.stride(0),
+            stride_scores_row=stride,
             enable_fp_fusion=True,
             **settings,
         )
-    return positions, counts
-
-
-def rms_norm_select(
-    hidden_states: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    k: int,
-    row_k: torch.Tensor | None,
-    width: int,
-    sink: torch.Tensor | None,
-    starts: torch.Tensor | None,
-    lengths: torch.Tensor | None,
-    sink_positions: torch.Tensor | None,
-    keep_last: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launcher of the operator ``rms_norm_select``; arguments are checked in the public function."""
-    batch, tokens, _ = hidden_states.shape
-    normed = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-    scores = hidden_states.new_empty(batch, tokens, dtype=torch.float32)
-    if scores.numel() == 0:
-        return normed, scores, *select_tokens(scores, k, row_k, width, starts, lengths, sink_positions, keep_last)
-    positions = hidden_states.new_empty(batch, width, dtype=torch.int32)
-    counts = hidden_states.new_empty(batch, dtype=torch.int32)
-    finished = hidden_states.new_zeros(batch, dtype=torch.int32)
-    programs, arguments = norm_arguments(
-        hidden_states,
-        weight,
-        eps,
-        residual=None,
-        norm="rms",
-        bias=None,
-        weight_offset=0.0,
-        score="inner",
-        sink=sink,
-        starts=starts,
-        cu_seqlens=None,
-        normed=normed,
-        scores=scores,
-        summed=None,
-    )
-    with torch.cuda.device_of(hidden_states):
-        rms_norm_select_kernel[(programs,)](
-            **arguments,
-            positions_ptr=positions,
-            counts_ptr=counts,
-            lengths_ptr=lengths,
-            sinks_ptr=sink_positions,
-            row_k_ptr=row_k,
-            finished_ptr=finished,
-            k=k,
-            width=width,
-            keep_last=keep_last,
-            **fused_settings(occupied(batch, tokens, tokens), arguments["num_warps"]),
-        )
-    return normed, scores, positions, counts
+    return out

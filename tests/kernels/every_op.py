@@ -128,13 +128,26 @@ def _selection(new: Shapes, s: Sizes) -> dict[str, Call]:
     starts, lengths = new.ints(*range(s.batch)), new.ints(*[s.tokens - s.batch] * s.batch)
     rows: dict[str, Any] = {"starts": starts, "lengths": lengths}
     choice = {**rows, "sink_positions": new.ints(*[-1] * s.batch), "keep_last": 1, "max_selected": s.selected}
+    packed = {"cu_seqlens": new.ints(*[i * s.tokens for i in range(s.batch + 1)])}
+    chosen = {**packed, "position_offsets": new.ints(*[0] * s.batch), "max_selected": s.batch * s.selected}
+    every, each = new.floats(s.batch * s.tokens, s.hidden, dtype=s.dtype), new.floats(s.batch * s.tokens)
+    workspace = {"workspace": new.ints(*[0] * s.batch)}
     return {
         **_scores(new, s),
         "select_tokens": Call("select_tokens", (scores, s.selected), {}),
         "select_tokens, k on the device, padding": Call("select_tokens", (scores, k), choice),
-        "rms_norm_select": Call("rms_norm_select", (x, weight, 1e-6, s.selected), {}),
+        "select_tokens, threshold": Call("select_tokens", (scores,), {"threshold": 0.5, **choice}),
+        "select_tokens, packed": Call("select_tokens", (each, k), packed),
+        "select_tokens, packed, threshold": Call("select_tokens", (each,), {"threshold": 0.5, **chosen}),
+        "rms_norm_select": Call("rms_norm_select", (x, weight, 1e-6, s.selected), workspace),
         "rms_norm_select, k on the device, padding": Call(
-            "rms_norm_select", (x, weight, 1e-6, k), {"sink": sink, **choice}
+            "rms_norm_select", (x, weight, 1e-6, k), {"sink": sink, **choice, **workspace}
+        ),
+        "rms_norm_select, packed": Call(
+            "rms_norm_select", (every, weight, 1e-6, k), {"sink": sink, **chosen, **workspace}
+        ),
+        "rms_norm_select, packed, threshold": Call(
+            "rms_norm_select", (every, weight, 1e-6), {"threshold": 0.5, "sink": sink, **packed, **workspace}
         ),
     }
 

@@ -30,6 +30,7 @@ WIDE_PARAMETERS = {
     "norm_and_score": {"row", "first", "end", "sink_token"},
     "bounds": {"row", "end"},
     "select_row": {"row"},
+    "select_sequence": {"seq"},
 }
 # Functions that return int64 only; the test checks what they return.
 WIDE_RESULTS = {"first_piece", "bounds", "sequence_of"}

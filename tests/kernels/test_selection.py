@@ -1,6 +1,4 @@
-"""keep_count and select_tokens: both backends against a Python sort."""
-
-import math
+"""select_tokens with k on a batch: both backends against a Python sort."""
 
 import pytest
 import torch
@@ -13,42 +11,8 @@ from orthorank_kernels.dispatch import interpreting
 from orthorank_kernels.reference import selection as reference
 from orthorank_kernels.triton import radix
 from orthorank_kernels.triton import selection as kernels
+from tests.kernels.selections import BACKENDS, INF, NAN, assert_selects, by_sort, int32, random
 from tests.kernels.tools import DEVICE
-
-BACKENDS = ("reference", "triton")
-NAN, INF = math.nan, math.inf
-
-
-def int32(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
-def by_sort(
-    row: list[float], k: int, start: int = 0, length: int | None = None, sink: int | None = None, last: int = 0
-):
-    """The documented order, word by word."""
-    end = len(row) if length is None else min(len(row), start + length)
-    sink = start if sink is None else sink
-
-    def turn(i: int) -> tuple:
-        if i == sink:
-            return (3, 0, i)
-        if i >= end - last:
-            return (0, end - i, i)
-        return (2, 0, i) if math.isnan(row[i]) else (1, row[i], i)
-
-    return sorted(sorted(range(start, end), key=turn)[:k])
-
-
-def assert_selects(actual: tuple[torch.Tensor, torch.Tensor], expected: list[list[int]], width: int) -> None:
-    positions, counts = actual
-    assert positions.dtype == counts.dtype == torch.int32
-    assert counts.tolist() == [len(row) for row in expected]
-    assert positions.tolist() == [row + [-1] * (width - len(row)) for row in expected]
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 127, 1000, 2048, 4097, 8192, 8193])
@@ -235,14 +199,14 @@ def test_empty_inputs(backend, poisoned):
 
 def test_scores_that_require_grad_are_selected_from():
     scores = random(1, 6).requires_grad_()
-    positions, _ = select_tokens(scores, 2)
+    positions = select_tokens(scores, 2).positions
     assert positions.tolist() == [by_sort(scores[0].tolist(), 2)]
 
 
 def test_the_reference_reads_no_value_on_the_host():
     with FakeTensorMode():
         scores, one = torch.empty(3, 50), torch.empty(3, dtype=torch.int32)
-        positions, counts = reference.select_tokens(scores, 50, one, 50, one, one, one, 2)
+        positions, counts, _, _ = reference.select_tokens(scores, 50, one, None, None, 50, one, one, one, None, None, 2)
         assert list(positions.shape) == [3, 50]
         assert list(counts.shape) == [3]
 
@@ -250,9 +214,11 @@ def test_the_reference_reads_no_value_on_the_host():
 @pytest.mark.parametrize("keep_last", [0, 1])
 def test_operator_passes_opcheck(keep_last):
     op = torch.ops.orthorank_kernels.select_tokens.default
-    torch.library.opcheck(op, (random(2, 9), 3, None, 3, None, None, None, keep_last))
-    k = torch.tensor([2, 50], device=DEVICE)
-    torch.library.opcheck(op, (random(2, 9), 9, k, 12, int32(0, 2), int32(9, 4), int32(-1, 3), keep_last))
+    nothing = (None,) * 5
+    torch.library.opcheck(op, (random(2, 9), 3, None, None, None, 3, *nothing, keep_last))
+    k, rows = torch.tensor([2, 50], device=DEVICE), (int32(0, 2), int32(9, 4), int32(-1, 3), None, None)
+    torch.library.opcheck(op, (random(2, 9), 9, k, None, None, 12, *rows, keep_last))
+    torch.library.opcheck(op, (random(2, 9), None, None, 0.5, None, 12, *rows, keep_last))
 
 
 def test_compiles_as_one_graph():
@@ -264,56 +230,6 @@ def test_compiles_as_one_graph():
     for tokens in (20, 15):
         scores, lengths = random(2, tokens), int32(tokens, 10)
         assert str(compiled(scores, lengths)) == str(select(scores, lengths))
-
-
-@pytest.mark.parametrize(
-    ("n", "ratio", "keep_last", "expected"),
-    [
-        (2048, 1 / 3, 0, 682),
-        (100, 0.29, 0, 29),
-        (3, 1 / 3, 0, 1),
-        (30, 0.1, 0, 3),
-        (0, 0.5, 3, 0),
-        (1, 0.5, 3, 0),
-        (5, 0.2, 3, 3),
-        (5, 0.2, 9, 4),
-        (5, 0.9, 1, 4),
-        (7, 1.0, 3, 7),
-        (7, 0.0, 3, 0),
-        (7, 1, 0, 7),
-    ],
-)
-def test_keep_count(n, ratio, keep_last, expected):
-    assert keep_count(n, ratio, keep_last) == expected
-    for dtype in (torch.int32, torch.int64):
-        counts = keep_count(torch.tensor([n, n], dtype=dtype), ratio, keep_last)
-        assert counts.dtype == torch.int32
-        assert counts.tolist() == [expected, expected]
-
-
-@given(n=st.integers(0, 10**6), ratio=st.floats(0, 1), keep_last=st.integers(0, 10))
-@settings(max_examples=200, deadline=None, derandomize=True)
-def test_keep_count_is_one_function_for_ints_and_tensors(n, ratio, keep_last):
-    count = keep_count(n, ratio, keep_last)
-    assert 0 <= count <= n
-    assert keep_count(torch.tensor(n), ratio, keep_last).item() == count
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "words"),
-    [
-        ((3.0, 0.5), TypeError, ["n_valid", "float", "int"]),
-        ((torch.ones(2), 0.5), TypeError, ["n_valid", "float32", "int32"]),
-        ((3, 1.5), ValueError, ["keep_ratio", "1.5", "0 to 1"]),
-        ((3, NAN), ValueError, ["keep_ratio", "nan", "0 to 1"]),
-        ((3, 0.5, -1), ValueError, ["keep_last", "-1"]),
-    ],
-)
-def test_keep_count_errors_name_the_argument(arguments, error, words):
-    with pytest.raises(error) as raised:
-        keep_count(*arguments)
-    for word in words:
-        assert word in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,78 @@
+"""Cases of the selection, alone and in one launch with the norm and the score."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.static.case import FLOAT, HALF, Case, empty, launch, name_of
+
+MANY = 32  # rows or sequences of a launch
+
+
+def index(n: int = MANY) -> torch.Tensor:
+    return empty(n, dtype=torch.int32)
+
+
+def requested(width: int, **request: Any) -> list[Any]:
+    """The launchers' arguments of a selection, in order."""
+    arguments: dict[str, Any] = dict.fromkeys(("k", "row_k", "threshold", "row_threshold", "width"))
+    arguments |= dict.fromkeys(("starts", "lengths", "sink_positions", "cu_seqlens", "position_offsets"))
+    assert request.keys() <= arguments.keys()
+    return list({**arguments, **request, "width": width, "keep_last": 1}.values())
+
+
+def of_a_batch() -> dict[str, torch.Tensor]:
+    return {"starts": index(), "lengths": index(), "sink_positions": index()}
+
+
+def packed() -> dict[str, torch.Tensor]:
+    return {"cu_seqlens": index(MANY + 1), "sink_positions": index(), "position_offsets": index()}
+
+
+def select_launch(scores: torch.Tensor, **request: Any) -> Callable[[], Any]:
+    return launch("selection.select_tokens", scores, *requested(**request))
+
+
+def fused_launch(x: torch.Tensor, weight: torch.Tensor, **request: Any) -> Callable[[], Any]:
+    sinks = empty(MANY, weight.shape[0], dtype=weight.dtype)
+    of_the_norm = (None, "rms", None, 0.0, "inner", sinks, True, False)
+    return launch("norm_selection.rms_norm_select", x, weight, 1e-5, *of_the_norm, *requested(**request), index())
+
+
+def selection_cases() -> Iterator[Case]:
+    limits = {"registers": 128, "spills": 0, "atomics": 0}
+    for tokens in (2048, 8192, 40000):
+        scores, thresholds = empty(MANY, tokens, dtype=FLOAT), empty(MANY, dtype=FLOAT)
+        k, slow, few = tokens // 3, tokens == 8192, {"instructions": 1000} if tokens == 2048 else {}
+        name = f"select_tokens {tokens} tokens"
+        plain = select_launch(scores, k=k, width=k)
+        yield Case("scores", name, plain, limits | few, slow=slow)
+        ragged = select_launch(scores, k=k, row_k=index(), width=k, **of_a_batch())
+        yield Case("scores", f"{name} ragged", ragged, limits | few, slow=True)
+        below = select_launch(scores, row_threshold=thresholds, width=tokens, **of_a_batch())
+        yield Case("scores", f"{name} threshold", below, limits | few, slow=slow)
+    smallest = select_launch(scores[0], k=tokens, row_k=index(), width=tokens, **packed())
+    yield Case("scores", "select_tokens packed", smallest, limits)
+    below = select_launch(scores[0], row_threshold=thresholds, width=tokens, **packed())
+    yield Case("scores", "select_tokens packed threshold", below, limits | {"instructions": 1000})
+
+
+def norm_selection_cases() -> Iterator[Case]:
+    """The norm with score and selection. All programs norm, few select: their registers are the norm's, at 4096."""
+    shapes = [(h, d, 2048) for h in (4096, 64, 576, 577, 896, 2048, 8192, 14336) for d in (HALF, FLOAT)]
+    shapes += [(h, d, n) for h in (576, 4096) for d, n in ((torch.float16, 2048), (HALF, 8192), (HALF, 40000))]
+    for hidden, dtype, tokens in shapes:
+        slow = (hidden, dtype, tokens) != (4096, HALF, 2048)
+        x, weight = empty(MANY, tokens, hidden, dtype=dtype), empty(hidden, dtype=dtype)
+        name = f"rms_norm_select {hidden} {tokens} tokens {name_of(dtype)}"
+        limits = {"registers": 128 if slow else 64, "spills": 0}
+        fused = fused_launch(x, weight, k=tokens // 3, width=tokens // 3, **of_a_batch())
+        yield Case("scores", name, fused, limits, slow=slow)
+        if tokens == 2048:
+            below = fused_launch(x, weight, threshold=0.5, width=tokens, **of_a_batch())
+            yield Case("scores", f"{name} threshold", below, limits, slow=slow)
+            smallest = fused_launch(x[0], weight, k=tokens, row_k=index(), width=tokens, **packed())
+            yield Case("scores", f"{name} packed", smallest, limits | {"registers": 128 if slow else 96}, slow=slow)
+            below = fused_launch(x[0], weight, threshold=0.5, width=tokens, **packed())
+            yield Case("scores", f"{name} packed threshold", below, limits, slow=slow)

@@ -1,0 +1,315 @@
+"""Norm, score and selection in one launch: the program that scores the last token of a sequence also selects from it.
+
+    h, normed, scores of all tokens as in `scoring`; positions, counts, rows, cu_selected as in `selection`
+
+Every program norms and scores its tokens, then counts them; see `is_last`. Beside the two launches one after the other
+this saves one, and the wait between them. With a threshold and packed sequences, one count of all tokens decides, and
+one program compacts them when the others are done: an estimated microsecond for each tile of 1024.
+
+All programs norm and only few select, so the selection may not take registers that the norm does not need. Hence the
+norm ends before the counting begins, for all sequences of a program: selecting inside that loop kept weight and sink
+alive, 95 registers instead of 56 on sm_90, and half as many programs at a time. Hence also the small tiles: resident
+packed sequences of 1024 and 2048 tokens took 80 and 104 registers, and spilled on sm_100 and AMD.
+
+Compiled for 4096 channels in bfloat16 and 2048 tokens, 8 warps, for sm_80 / sm_90 / sm_100 / gfx942, without spills:
+63 / 56 / 59 / 59 registers for a batch, 64 / 76 / 76 / 90 for packed sequences, 64 / 64 / 64 / 61 for those with a
+threshold. The norm alone takes 64 on sm_90.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from orthorank_kernels._layout import norm_outputs, selection_outputs
+from orthorank_kernels.triton.packing import write_quotas
+from orthorank_kernels.triton.scoring import bounds, first_piece, load_vector, norm_and_score, norm_arguments
+from orthorank_kernels.triton.selection import RESIDENT_SIZES, occupied, select_row, select_sequence, select_tokens
+from orthorank_kernels.triton.threshold import select_below_packed
+
+
+@triton.jit
+def is_last(done_ptr, done, total):
+    """Count ``done`` more tokens; whether they are the last of ``total``. Then the counter is back at zero.
+
+    The program that counts the last tokens goes on to select, whichever it is: none waits for another, so any order of
+    execution is right.
+
+    Release: a score is a scalar, and one thread stores all scalars of a program and does the atomic, so the atomic
+    comes after its own stores. This must stay so: on AMD a barrier does not wait for the stores of other threads to
+    reach memory (gfx942: s_waitcnt lgkmcnt(0), s_barrier), so scores stored by a block of threads would be a race
+    there. Acquire: the last atomic reads a count that continues the releases of all others, and the second barrier
+    puts the loads of all threads after it. So they see every score that was counted. No program counts here again in
+    this launch, so the zero is an ordinary store, which the next launch sees.
+    """
+    tl.debug_barrier()
+    before = tl.atomic_add(done_ptr, done.to(tl.int32), sem="acq_rel", scope="gpu")
+    last = before + done == total
+    if last:
+        tl.debug_barrier()
+        tl.store(done_ptr, 0)
+    return last
+
+
+@triton.jit(
+    do_not_specialize=["n_tokens", "n_seqs", "n_blocks", "rows", "k", "width", "keep_last", "stride_out_row"],
+)
+def rms_norm_select_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    sink_ptr,
+    starts_ptr,
+    cu_seqlens_ptr,  # None in the batch layout
+    normed_ptr,
+    scores_ptr,
+    sum_ptr,
+    positions_ptr,
+    counts_ptr,
+    rows_ptr,
+    cu_selected_ptr,
+    lengths_ptr,
+    sinks_ptr,
+    row_k_ptr,
+    row_threshold_ptr,
+    offsets_ptr,
+    done_ptr,  # tokens scored so far: of each row or sequence; of all sequences where a threshold selects
+    n_tokens,  # of a row of the batch, or of all sequences
+    n_seqs,
+    n_blocks,
+    rows,
+    eps,
+    k,
+    threshold,
+    width,
+    keep_last,
+    stride_x_row,
+    stride_x_token,
+    stride_residual_row,
+    stride_residual_token,
+    stride_sink_row,
+    stride_out_row,
+    NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
+    COSINE: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    eps = tl.cast(eps, tl.float32)
+    threshold = tl.cast(threshold, tl.float32)
+    channel = tl.arange(0, BLOCK)  # [BLOCK]
+    inside = channel < HIDDEN
+    weight = load_vector(weight_ptr, channel, inside)
+    bias = load_vector(bias_ptr, channel, inside)
+    if cu_seqlens_ptr is not None:
+        if not THRESHOLD:
+            if tl.program_id(0).to(tl.int64) == 0:
+                write_quotas(
+                    positions_ptr, rows_ptr, counts_ptr, cu_selected_ptr, cu_seqlens_ptr, row_k_ptr, n_seqs, k, width
+                )
+    first_row, first, end = first_piece(cu_seqlens_ptr, n_tokens, n_seqs, n_blocks, rows)
+    row = first_row
+    token = first
+    # Once in the batch layout; in the packed one, once for each sequence that has tokens here, and each empty one
+    # between them.
+    while (token < end) & (row < n_seqs):
+        begin, stop = bounds(starts_ptr, cu_seqlens_ptr, row=row, end=end, n_tokens=n_tokens)
+        if stop > token:
+            norm_and_score(
+                x_ptr,
+                residual_ptr,
+                weight,
+                bias,
+                sink_ptr,
+                normed_ptr,
+                scores_ptr,
+                sum_ptr,
+                row=row,
+                first=token,
+                end=stop,
+                sink_token=begin,
+                eps=eps,
+                stride_x_row=stride_x_row,
+                stride_x_token=stride_x_token,
+                stride_residual_row=stride_residual_row,
+                stride_residual_token=stride_residual_token,
+                stride_sink_row=stride_sink_row,
+                stride_out_row=stride_out_row,
+                NORM=NORM,
+                OFFSET=OFFSET,
+                COSINE=COSINE,
+                HIDDEN=HIDDEN,
+                BLOCK=BLOCK,
+            )
+            token = stop
+        row += 1
+    if cu_seqlens_ptr is None:
+        if is_last(done_ptr + first_row, end - first, n_tokens):
+            select_row(
+                scores_ptr,
+                positions_ptr,
+                counts_ptr,
+                starts_ptr,
+                lengths_ptr,
+                sinks_ptr,
+                row_k_ptr,
+                row_threshold_ptr,
+                row=first_row,
+                n_tokens=n_tokens,
+                k=k,
+                threshold=threshold,
+                width=width,
+                keep_last=keep_last,
+                stride_scores_row=n_tokens,
+                THRESHOLD=THRESHOLD,
+                RESIDENT=RESIDENT,
+                TILE=TILE,
+            )
+    elif THRESHOLD:
+        if is_last(done_ptr, end - first, n_tokens):
+            select_below_packed(
+                scores_ptr,
+                positions_ptr,
+                rows_ptr,
+                counts_ptr,
+                cu_selected_ptr,
+                sinks_ptr,
+                row_threshold_ptr,
+                cu_seqlens_ptr,
+                offsets_ptr,
+                n_seqs=n_seqs,
+                threshold=threshold,
+                width=width,
+                keep_last=keep_last,
+                TILE=TILE,
+            )
+    else:
+        seq = first_row
+        while seq < row:  # the sequences that had tokens here
+            seq_begin = tl.load(cu_seqlens_ptr + seq)
+            seq_end = tl.load(cu_seqlens_ptr + seq + 1)
+            done = tl.minimum(seq_end, end) - tl.maximum(seq_begin, first)
+            if done > 0:
+                if is_last(done_ptr + seq, done, seq_end - seq_begin):
+                    select_sequence(
+                        scores_ptr,
+                        positions_ptr,
+                        rows_ptr,
+                        sinks_ptr,
+                        row_k_ptr,
+                        cu_seqlens_ptr,
+                        offsets_ptr,
+                        seq=seq,
+                        n_seqs=n_seqs,
+                        k=k,
+                        width=width,
+                        keep_last=keep_last,
+                        RESIDENT=RESIDENT,
+                        TILE=TILE,
+                    )
+            seq += 1
+
+
+# The fusion takes smaller tiles than the selection alone, so that it needs no more registers than the norm, and as many
+# tokens are normed at once. Tokens for each warp; packed sequences of one tile stay in registers.
+STREAM_TILE = 64
+THRESHOLD_TILE = 128
+
+
+def select_settings(elements: int, packed: bool, by_threshold: bool, num_warps: int) -> dict[str, int | bool]:
+    """Settings of the selection after the norm, which chooses the warps."""
+    if by_threshold:
+        return {"THRESHOLD": True, "RESIDENT": 0, "TILE": THRESHOLD_TILE * num_warps}
+    tile = STREAM_TILE * num_warps
+    if packed:
+        return {"THRESHOLD": False, "RESIDENT": tile, "TILE": tile}
+    resident = RESIDENT_SIZES[0][0]
+    if elements <= resident:
+        return {"THRESHOLD": False, "RESIDENT": resident, "TILE": 0}
+    return {"THRESHOLD": False, "RESIDENT": 0, "TILE": tile}
+
+
+def rms_norm_select(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None,
+    norm: str,
+    bias: torch.Tensor | None,
+    weight_offset: float,
+    score: str,
+    sink: torch.Tensor | None,
+    write_norm: bool,
+    copy_input: bool,
+    k: int | None,
+    row_k: torch.Tensor | None,
+    threshold: float | None,
+    row_threshold: torch.Tensor | None,
+    width: int,
+    starts: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    sink_positions: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    position_offsets: torch.Tensor | None,
+    keep_last: int,
+    workspace: torch.Tensor | None,
+    out: tuple[Any, ...] | None = None,
+) -> tuple[Any, ...]:
+    """Launcher of the operator ``rms_norm_select``; arguments are checked in the public function."""
+    if out is None:
+        out = (
+            *norm_outputs(hidden_states, residual, norm, write_norm, copy_input),
+            *selection_outputs(hidden_states, width, cu_seqlens),
+        )
+    normed, scores, summed, positions, counts, row_indices, cu_selected = out
+    request = (starts, lengths, sink_positions, cu_seqlens, position_offsets, keep_last)
+    if scores.numel() == 0:
+        select_tokens(scores, k, row_k, threshold, row_threshold, width, *request, out=out[3:])
+        return out
+    packed, by_threshold = cu_seqlens is not None, k is None
+    tokens = scores.shape[-1]
+    rows = cu_seqlens.shape[0] - 1 if packed else scores.shape[0]
+    if workspace is None:
+        workspace = hidden_states.new_zeros(max(rows, 1), dtype=torch.int32)
+    programs, arguments = norm_arguments(
+        hidden_states,
+        weight,
+        eps,
+        residual,
+        norm,
+        bias,
+        weight_offset,
+        score,
+        sink,
+        starts,
+        cu_seqlens,
+        normed=normed if write_norm and norm != "identity" else None,
+        scores=scores,
+        summed=summed if residual is not None or copy_input else None,
+    )
+    settings = select_settings(occupied(rows, tokens, tokens), packed, by_threshold, arguments["num_warps"])
+    with torch.cuda.device_of(hidden_states):
+        rms_norm_select_kernel[(programs,)](
+            **arguments,
+            **settings,
+            positions_ptr=positions,
+            counts_ptr=counts,
+            rows_ptr=row_indices if packed else None,
+            cu_selected_ptr=cu_selected if packed else None,
+            lengths_ptr=lengths,
+            sinks_ptr=sink_positions,
+            row_k_ptr=row_k,
+            row_threshold_ptr=row_threshold,
+            offsets_ptr=position_offsets,
+            done_ptr=workspace,
+            k=k or 0,
+            threshold=threshold or 0.0,
+            width=width,
+            keep_last=keep_last,
+        )
+    return out
