@@ -46,6 +46,8 @@ class Call:
         starts: first valid token of each row inside the call, lengths: how many; None without padding.
         key_starts: first valid column of each row; None without padding.
         sink_positions: the sink's index inside the call, -1 where it was in an earlier one; None: the first token.
+        each, valid, updated: `counts` with padding, and the sums of lengths and counts, computed once for all layers.
+        workspace: zeros for `rms_norm_select`, which leaves them zero, so that one serves all layers.
     """
 
     batch: int
@@ -57,6 +59,10 @@ class Call:
     lengths: Tensor | None = None
     key_starts: Tensor | None = None
     sink_positions: Tensor | None = None
+    each: Tensor | None = None
+    valid: Tensor | None = None
+    updated: Tensor | None = None
+    workspace: Tensor | None = None
 
     @property
     def decodes_only(self) -> bool:
@@ -84,6 +90,8 @@ class Call:
         most = extra + keep_count(self.prompt_tokens, ratio, keep, sink_inside=self.lengths is None and self.first)
         if self.lengths is None:
             return most, most
+        if self.each is not None:
+            return self.each, most
         prompt = (self.lengths - extra).clamp(min=0)
         inside = True if self.sink_positions is None else self.sink_positions >= 0
         each = keep_count(prompt, ratio, keep, sink_inside=inside) + extra
@@ -91,12 +99,24 @@ class Call:
 
     def tokens_in(self) -> int | Tensor:
         """Valid tokens of the call."""
+        if self.valid is not None:
+            return self.valid
         return self.batch * self.tokens if self.lengths is None else self.lengths.sum()
 
     def tokens_updated(self, config: OrthoRankConfig) -> int | Tensor:
         """Tokens that a selected layer updates in this call."""
+        if self.updated is not None:
+            return self.updated
         each, _ = self.counts(config)
         return each.sum() if isinstance(each, Tensor) else self.batch * each
+
+    def prepared(self, config: OrthoRankConfig, device: torch.device) -> "Call":
+        """The same with what every layer that selects by ``config`` would compute anew."""
+        call = dataclasses.replace(self, workspace=torch.zeros(self.batch, dtype=torch.int32, device=device))
+        each, _ = call.counts(config)
+        if call.lengths is None or isinstance(each, int):
+            return call
+        return dataclasses.replace(call, each=each, valid=call.lengths.sum(), updated=each.sum())
 
     def on(self, device: torch.device) -> "Call":
         """The same with its tensors on ``device``, where another part of the model may lie."""

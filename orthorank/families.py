@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from orthorank.errors import OrthoRankError
+from orthorank_kernels import silu_and_mul
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -107,6 +108,37 @@ class Parts:
         batch, _, tokens, _ = attended.shape
         attention: Any = self.attention
         return attention.o_proj(attended.transpose(1, 2).reshape(batch, tokens, -1))
+
+    def feed_forward(self, normed: Tensor) -> Tensor:
+        """The MLP of ``normed`` ``[batch, tokens, hidden]``, with activation and product in one pass if it is SwiGLU.
+
+        The projections are called as modules, so that quantised and adapted ones, and their hooks, are what they are.
+        """
+        mlp: Any = self.mlp
+        if not _is_swiglu(mlp):
+            return mlp(normed)
+        return mlp.down_proj(silu_and_mul(mlp.gate_proj(normed), mlp.up_proj(normed)))
+
+
+# Whose forward is down_proj(silu(gate_proj(x)) * up_proj(x)), if nobody changed it.
+SWIGLU = ("LlamaMLP", "MistralMLP", "Qwen2MLP")
+
+
+def _is_swiglu(mlp: Any) -> bool:
+    kind, activation = type(mlp), getattr(mlp, "act_fn", None)
+    return (
+        kind.__name__ in SWIGLU
+        and all(m.startswith("transformers.models.") for m in (kind.__module__, kind.forward.__module__))
+        and type(activation).__name__ in ("SiLU", "SiLUActivation")
+        and not _is_changed(mlp)
+        and not _is_changed(activation)
+    )
+
+
+def _is_changed(module: Any) -> bool:
+    """Whether calling ``module`` runs more, or something else, than its class says."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "forward" in vars(module) or any(hooks)
 
 
 NORM = ("weight", "variance_epsilon")

@@ -206,6 +206,8 @@ class DecoderForward(Patch):
         if not (call.first or call.decodes_only) and 0 < handle.config.keep_ratio < 1:
             # before any layer runs: a failure further up would leave the lower layers' cache longer than the others'
             sink_state.check(cache_of(kwargs), handle.config.layers, call.batch)
+        if not call.decodes_only and 0 < handle.config.keep_ratio < 1:
+            call = call.prepared(handle.config, given.device)
         handle.call = call
         try:
             return self.original(input_ids=input_ids, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)

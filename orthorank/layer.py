@@ -5,7 +5,7 @@ x --k_proj, v_proj--> K, V of all tokens --rotary--> cache
 x --gather_rows--> x_sel --q_proj, apply_rotary_at--> Q of the selected
 Q, K, V, positions --sparse_query_attention--> o --o_proj--> a
 h, positions, a --gather_add_rms_norm--> r = h[positions] + a, y = norm(r)
-y --mlp--> m;   h' = h with r + m at positions
+y --mlp--> m;   h' --scatter_add_rows_--> r + m at positions (h' began as a copy of h)
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from orthorank_kernels import (
     apply_rotary_at,
     gather_add_rms_norm,
     gather_rows,
-    scatter_rows_,
+    scatter_add_rows_,
     sparse_query_attention,
 )
 
@@ -51,7 +51,7 @@ def selected_forward(
         ``[batch, tokens, hidden]``: unselected tokens as they came.
     """
     cos, sin = position_embeddings
-    normed, positions = _norm_and_select(parts, index, config, call, hidden_states, cache)
+    normed, positions, updated = _norm_and_select(parts, index, config, call, hidden_states, cache)
 
     keys, values = parts.keys_and_values(normed)
     keys = apply_rotary_at(keys, cos, sin)
@@ -70,25 +70,27 @@ def selected_forward(
         positions,
         scale=parts.attention.scaling,  # type: ignore[arg-type]
         window=parts.window,
-        starts=None if call.key_starts is None else call.key_starts - first_key,
+        starts=call.key_starts if call.key_starts is None or first_key == 0 else call.key_starts - first_key,
         query_offset=call.past - first_key,
     )
     addend = parts.output(attended).to(hidden_states.dtype)  # autocast may have made it another
     with loaded(parts.norm_post) as norm:
         residual, normed = gather_add_rms_norm(hidden_states, positions, addend, norm.weight, norm.variance_epsilon)
-    updated = hidden_states.clone()
-    scatter_rows_(updated, positions, residual + parts.mlp(normed))
+    scatter_add_rows_(updated, positions, parts.feed_forward(normed).to(residual.dtype), residual)
     return updated
 
 
 def _norm_and_select(
     parts: Parts, index: int, config: OrthoRankConfig, call: Call, hidden_states: Tensor, cache: Any
-) -> tuple[Tensor, Tensor]:
-    """The layer's input norm of all tokens and the selected positions; stores the sinks' states with the cache."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer's input norm of all tokens, the selected positions, and a copy of the input to write the result into.
+
+    Stores the sinks' states with the cache.
+    """
     sink = None if call.first else sink_state.continued(call, cache, index, hidden_states, parts.norm_in)
     each, most = call.counts(config)
     with loaded(parts.norm_in) as norm:
-        normed, positions = norm_and_select(
+        normed, positions, updated = norm_and_select(
             config.criterion,
             hidden_states,
             norm.weight,
@@ -100,10 +102,11 @@ def _norm_and_select(
             sink_positions=call.sink_positions,
             keep_last=call.forced,
             max_selected=most,
+            workspace=call.workspace,
         )
     if cache is not None:
         sink_state.keep(cache, index, sink_state.rows_at(normed, call.starts) if sink is None else sink)
-    return normed, positions
+    return normed, positions, updated
 
 
 @contextmanager
