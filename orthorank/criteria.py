@@ -26,7 +26,5 @@ def norm_and_select(
         return chosen.normed, chosen.positions, chosen.residual
     del request["workspace"]
     sink, starts, lengths = request.pop("sink", None), request.get("starts"), request.get("lengths")
-    scored = rms_norm_score(
-        hidden_states, weight, eps, sink=sink, starts=starts, lengths=lengths, copy_input=True
-    )
+    scored = rms_norm_score(hidden_states, weight, eps, sink=sink, starts=starts, lengths=lengths, copy_input=True)
     return scored.normed, select_tokens(-scored.scores, **request).positions, scored.residual
