@@ -135,3 +135,39 @@ def test_gradients_flow_through_the_reference(tiny_model: Any) -> None:
             weight.sub_(sign * step * direction)
     numeric = (values[0] - values[1]) / (2 * step)
     assert abs(numeric - float(weight.grad.norm())) < 0.02 * abs(numeric)
+
+
+class Doubled(torch.nn.Module):
+    """Stands for what replaces a projection: a quantised or an adapted one."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.inner(x)
+
+
+@pytest.mark.parametrize("changed", ["gate_proj", "up_proj", "down_proj", "act_fn", "mlp", "activation", "hook"])
+def test_a_changed_mlp_is_what_it_was_changed_to(tiny_model: Any, family: str, changed: str) -> None:
+    """Activation and product are one op where the MLP is plain SwiGLU; a projection, a hook or more may be changed."""
+    model = tiny_model(family)
+    seen = []
+    for layer in model.model.layers:
+        mlp = layer.mlp
+        if changed == "mlp":
+            layer.mlp = Doubled(mlp)
+        elif changed == "activation":
+            mlp.act_fn = torch.nn.GELU()
+        elif changed == "hook":
+            mlp.register_forward_hook(lambda module, given, result: seen.append(result.shape) or 2 * result)
+        else:
+            setattr(mlp, changed, Doubled(getattr(mlp, changed)))
+    ids = ids_of(1, 12)
+    plain, expected = logits(tiny_model(family), ids, [1, 2], k=4), logits(model, ids, [1, 2], k=4)
+    assert (plain - expected).abs().max() > 0.1
+    seen.clear()
+    with apply(model, OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3)), torch.no_grad():
+        assert_close(model(ids).logits, expected)
+    if changed == "hook":
+        assert [shape[1] for shape in seen] == [12, 4, 4, 12]
