@@ -9,7 +9,7 @@ from orthorank_kernels import rms_norm_score, rms_norm_select, select_tokens
 
 def norm_and_select(
     criterion: str, hidden_states: Tensor, weight: Tensor, eps: float, **request: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Any, Any, Any]:
     """The input norm of all tokens, and the tokens that ``criterion`` selects.
 
     Args:
