@@ -180,12 +180,12 @@ def rms_norm_select(device: torch.device, batch: int, tokens: int, hidden: int) 
 
     def call(backend: str) -> Any:
         result = ops.rms_norm_select(x, weight, EPS, k, backend=backend)
-        return result[0], result[1], result.positions if hasattr(result, "positions") else result[2]
+        return result.normed, result.scores, result.positions
 
     def check(result: tuple[torch.Tensor, ...]) -> None:
         normed, scores, positions = result
         check_norm_score(x, weight, normed, scores)
-        chosen = ops.select_tokens(scores, k, backend="reference")[0]
+        chosen = ops.select_tokens(scores, k, backend="reference").positions
         assert torch.equal(positions, chosen), "other tokens than the smallest scores"
 
     shape = f"{batch} x {tokens} x {hidden}"
@@ -199,7 +199,7 @@ def select_tokens(device: torch.device, batch: int, tokens: int, hidden: int) ->
     expected = scores.topk(k, largest=False).indices.sort().values.to(torch.int32)
 
     def call(backend: str) -> torch.Tensor:
-        return ops.select_tokens(scores, k, backend=backend)[0]
+        return ops.select_tokens(scores, k, backend=backend).positions
 
     def flag_gems() -> Callable[[], Any]:
         needs("flag_gems", device, "FlagGems")

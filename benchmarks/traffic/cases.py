@@ -193,10 +193,28 @@ def attention(target: str, tokens: int, heads: int, kv_heads: int, head_dim: int
 
         call = lambda: ops.sparse_query_attention(q, k, v, positions, backend="triton")  # noqa: E731
         call = with_setting("configs", "target_of", lambda device: target, call)
+        call = with_setting("configs", "splits", lambda *_, **__: 1, call)
         return call, bytes_of(q, positions, k[:, :, :seen], v[:, :, :seen]), bytes_of(q)
 
-    shape = f"{target} {tokens // 3} of {tokens:,}, {heads}/{kv_heads} heads of {head_dim}"
+    shape = f"{target} {tokens // 3} of {tokens:,}, {heads}/{kv_heads} heads of {head_dim}{MANY}"
     return Case("sparse_query_attention", shape, build, {**ONCE, "atomics": 0})
+
+
+def few_queries(target: str, queries: int, tokens: int) -> Case:
+    """Programs share the keys of a tile, and a second launch combines what each of them found."""
+
+    def build() -> tuple[Callable[[], Any], int, int]:
+        positions = torch.arange(tokens - queries, tokens, dtype=torch.int32)[None]
+        q = torch.ones(1, 8, queries, 128, dtype=torch.float16)
+        k = torch.ones(1, 2, tokens, 128, dtype=torch.float16)
+        v = torch.ones_like(k)
+        call = lambda: ops.sparse_query_attention(q, k, v, positions, backend="triton")  # noqa: E731
+        call = with_setting("configs", "target_of", lambda device: target, call)
+        return call, bytes_of(q, positions, k, v), bytes_of(q)
+
+    # What the programs hand over is written and read once.
+    limits = {"launches": 2, "unique": 1.2, "requested": 1.2, "atomics": 0}
+    return Case("sparse_query_attention", f"{target} {queries} of {tokens:,}, 8/2 heads of 128", build, limits)
 
 
 def cases() -> Iterator[Case]:
@@ -218,3 +236,4 @@ def cases() -> Iterator[Case]:
     for target in ("sm_80", "sm_90"):
         yield attention(target, 768, 8, 2, 64)
         yield attention(target, 768, 4, 1, 128)
+        yield few_queries(target, 4, 4096)
