@@ -142,6 +142,27 @@ def selection_cases() -> Iterator[Case]:
     for tokens in (2500, 9001):
         arguments = lambda d, t=tokens: {"scores": random(1, t), "k": 700}  # noqa: E731
         yield Case("scores", "select_tokens", f"{tokens} tokens", FLOAT, arguments, slow=True)
+    yield from threshold_and_packed_cases(special)
+
+
+def threshold_and_packed_cases(special: Tensor) -> Iterator[Case]:
+    """``special``: two rows of 101 scores. Packed, they are five sequences, two of them empty."""
+    split = {"cu_seqlens": ints(0, 0, 40, 41, 101, 101), "keep_last": 1}
+    later = {**split, "position_offsets": ints(9, 0, 3, 0, 7), "sink_positions": ints(-1, 2, -1, 0, 0)}
+    for name, scores, more, slow in (
+        ("threshold", special, {"threshold": 0.5, "keep_last": 2, "lengths": ints(101, 60)}, False),
+        ("packed", special[0], {"k": ints(3, 13, 0, 99, 4), "max_selected": 64, **split}, False),
+        ("packed, threshold", special[1], {"threshold": torch.tensor([0.0, 0.5, 1.0, -0.5, 0.0]), **later}, False),
+        ("packed, k in later chunks", special[1], {"k": 5, **later}, True),
+        ("packed, small room", special[1], {"threshold": 0.5, "max_selected": 20, **split}, True),
+    ):
+        arguments = lambda d, s=scores, m=more: {"scores": s, **m}  # noqa: E731
+        yield Case("scores", "select_tokens", name, FLOAT, arguments, slow)
+    states = {"hidden_states": random(11, 64), "weight": weight(64, FLOAT), "eps": 1e-5, "keep_last": 1}
+    ends = {"cu_seqlens": ints(0, 0, 4, 5, 11)}
+    for name, more in (("packed", {"k": 2}), ("packed, threshold", {"threshold": 4.0})):
+        arguments = lambda d, m=more: {**states, **ends, **m}  # noqa: E731
+        yield Case("scores", "rms_norm_select", name, FLOAT, arguments)
 
 
 def attention_cases() -> Iterator[Case]:

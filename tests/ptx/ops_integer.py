@@ -118,6 +118,19 @@ def _shift(instruction: Instruction, operands: Operands) -> Run:
     return compute(instruction, operands, shift, kind, kind, "u32")
 
 
+@entry("popc")
+def _count_bits(instruction: Instruction, operands: Operands) -> Run:
+    kind = instruction.opcode[-1]
+    modifiers(instruction, kind)
+    if kind not in ("b32", "b64"):
+        raise unknown(instruction)
+
+    def count(x: np.ndarray) -> np.ndarray:
+        return np.unpackbits(np.ascontiguousarray(x).view(np.uint8).reshape(x.size, -1), axis=1).sum(1, dtype=np.uint32)
+
+    return compute(instruction, operands, count, "u32", kind)
+
+
 @entry("bfe")
 def _bit_field(instruction: Instruction, operands: Operands) -> Run:
     """Position and length are their low 8 bits; past the top stand zeros, or the sign (bit of the field's end)."""

@@ -151,6 +151,13 @@ def test_shifts_beyond_the_width_are_clamped(kind):
         assert apply(f"shr.{kind}", [(bits, x), (32, by)], bits) == want
 
 
+@pytest.mark.parametrize("bits", [32, 64])
+def test_population_count(bits):
+    """9.7.1.15 popc."""
+    values = list(EDGES[bits])
+    assert apply(f"popc.b{bits}", [(bits, values)], 32) == [x.bit_count() for x in values]
+
+
 @pytest.mark.parametrize("kind", ["u32", "s32"])
 def test_bit_field_as_the_isa_writes_it(kind):
     """9.7.1.18 bfe: the ISA's own loop over bits."""
