@@ -194,13 +194,16 @@ def check_fences(kernel: Kernel) -> None:
             if earlier.opcode[:2] == ("wgmma", "fence"):
                 break
             if earlier.opcode[0] in ("bra", "ret") or before + 1 in starts:
-                raise Misuse(f"no wgmma.fence before `{instruction.text[:80]}...` ({instruction.source})")
-            if (
-                earlier.opcode[0] != "wgmma"
-                and earlier.operands
-                and used & set(re.findall(r"%\w+", earlier.operands[0]))
-            ):
+                raise _unfenced(instruction)
+            written = re.findall(r"%\w+", earlier.operands[0]) if earlier.operands else []
+            if earlier.opcode[0] != "wgmma" and used.intersection(written):
                 raise Misuse(
                     f"`{earlier.text}` writes a register between wgmma.fence and the product that uses it "
                     f"({instruction.source})"
                 )
+        else:
+            raise _unfenced(instruction)
+
+
+def _unfenced(instruction: Instruction) -> Misuse:
+    return Misuse(f"no wgmma.fence before `{instruction.text[:80]}...` ({instruction.source})")

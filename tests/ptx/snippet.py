@@ -10,6 +10,7 @@ from tests.ptx import instructions  # noqa: F401  (fills the table)
 from tests.ptx.bits import raw
 from tests.ptx.block import Block
 from tests.ptx.global_memory import GlobalMemory
+from tests.ptx.mbarriers import Mbarriers
 from tests.ptx.ops_wgmma import check_fences
 from tests.ptx.scheduler import BlockRun
 from tests.ptx.table import Program
@@ -111,3 +112,4 @@ def finish(block: Block) -> None:
     with np.errstate(all="ignore"):
         while not blocks.done:
             blocks.advance()
+    block.keep(Mbarriers).check_finished()

@@ -1,0 +1,144 @@
+"""Breaks kernels on purpose, one instruction at a time, to see whether the checks notice.
+
+    python -m tests.ptx.mutate sm_90 [--only REGEX] [--table]     # drop each barrier, wait, fence and bound
+    python -m tests.ptx.mutate sm_90 --ordering                   # weaken the atomic of rms_norm_select
+
+One JSON object per mutant on the standard output: case, kernel, kind, at, instruction, source, and how it was noticed:
+error (the checks), wrong (another result), or neither. A mutant that dies of neither is noticed by nobody.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from tests.ptx.cases import CASES, Case
+from tests.ptx.decode import Instruction, decode
+from tests.ptx.errors import PtxError
+from tests.ptx.launchers import Settings
+from tests.ptx.table import Program
+from tests.ptx.worker import RESIDENT, call, compare, prepare
+
+# Cases whose kernels are broken: each kernel once, and what makes it take its other paths.
+MUTATED = (
+    r"^gather_rows, hidden 200, bfloat16",
+    r"^scatter_rows_, hidden 200, bfloat16",
+    r"^gather_add_rms_norm, hidden 4096, bfloat16",
+    r"^apply_rotary_at, 2 heads of 80, 32 turned, float32",
+    r"^rms_norm_score, own sink, bfloat16",
+    r"^rms_norm_select, own sink, bfloat16",
+    r"^select_tokens, ragged, float32",
+    r"^sparse_query_attention, dim 64, bfloat16",
+    r"^sparse_query_attention, dim 128, window and padding, float16",
+)
+DROPPED = {
+    "barrier": r"bar\.sync|barrier\.sync",
+    "wait for copies": r"cp\.async\.wait_group",
+    "wait for products": r"wgmma\.wait_group",
+    "fence": r"fence\.proxy\.async|wgmma\.fence",
+    "mbarrier": r"mbarrier\.(init|arrive)",
+}
+SEEDS = (None, 1)
+
+
+def mutants(ptx: str) -> Iterator[tuple[str, int, Instruction | None]]:
+    """(kind, index, replacement or None to drop) of each mutant of a kernel."""
+    instructions = decode(ptx).instructions
+    for at, instruction in enumerate(instructions):
+        opcode = ".".join(instruction.opcode)
+        for kind, pattern in DROPPED.items():
+            if re.match(pattern, opcode):
+                yield kind, at, None
+        if opcode.startswith("mbarrier.try_wait"):
+            always = replace(instruction, opcode=("setp", "eq", "s32"), operands=(instruction.operands[0], "0", "0"))
+            yield "wait for an mbarrier", at, always
+        if re.match(r"(ld|st)\.global|cp\.async\.c[ag]|atom", opcode) and instruction.predicate:
+            yield "bound", at, replace(instruction, predicate=None, negated=False)
+
+
+def bounded(ptx: str) -> set[int]:
+    """Masked accesses whose predicate is not constant; the others' is no bound."""
+    constant = {i.operands[0] for i in decode(ptx).instructions if i.opcode == ("mov", "pred")}
+    return {at for at, i in enumerate(decode(ptx).instructions) if i.predicate not in constant}
+
+
+def outcome(case: Case, settings: Settings, seeds: tuple[int | None, ...] = SEEDS) -> dict[str, str]:
+    """What a case says of a kernel: nothing when all is right."""
+    for seed in seeds:
+        settings.seed, settings.resident = seed, RESIDENT
+        try:
+            compare(case, call(case, "triton"))
+        except PtxError as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+        except AssertionError as error:
+            return {"wrong": str(error)}
+    return {}
+
+
+def mutate(case: Case, settings: Settings) -> Iterator[dict[str, Any]]:
+    settings.edit, settings.launches = None, []
+    if found := outcome(case, settings, (None,)):
+        raise AssertionError(f"{case.title} fails unbroken: {found}")
+    launched = settings.launches[0]
+    listing = decode(launched.ptx).instructions
+    for kind, at, instruction in mutants(launched.ptx):
+        if kind == "bound" and at not in bounded(launched.ptx):
+            continue
+        program = Program(launched.ptx, {at: instruction})
+        settings.edit = lambda ptx, program=program: program
+        yield {
+            "case": case.title,
+            "kernel": launched.name,
+            "kind": kind,
+            "at": at,
+            "instruction": listing[at].text[:100],
+            "source": listing[at].source,
+            **outcome(case, settings),
+        }
+    settings.edit = None
+
+
+def weakened(settings: Settings) -> Iterator[dict[str, str]]:
+    """rms_norm_select with each weaker order of its one atomic in global memory."""
+    (case,) = (c for c in CASES if re.match(MUTATED[5], c.title))
+    for order in ("acq_rel.gpu", "release.gpu", "acquire.gpu", "relaxed.gpu", "acq_rel.cta"):
+        strength, scope = order.split(".")
+        text = f"atom.global.{scope}.{strength}.add.u32"
+
+        def edit(ptx: str, text: str = text) -> Program:
+            changed, count = re.subn(r"atom\.global\.gpu\.acq_rel\.add\.u32", text, ptx)
+            assert count == 1, f"{count} atomics in global memory instead of one"
+            return Program(changed)
+
+        settings.edit = edit
+        yield {"order": order, **outcome(case, settings, (None, 1, 2))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", help="sm_80, sm_90 or sm_100")
+    parser.add_argument("--only", default="", help="cases whose title matches this expression")
+    parser.add_argument("--ordering", action="store_true", help="weaken the atomic instead of dropping instructions")
+    parser.add_argument("--table", action="store_true", help="for people instead of JSON")
+    options = parser.parse_args()
+    settings = prepare(options.target)
+    if options.ordering:
+        for result in weakened(settings):
+            print(json.dumps(result), flush=True)
+        return
+    chosen = [c for c in CASES if any(re.match(m, c.title) for m in MUTATED) and re.search(options.only, c.title)]
+    for case in chosen:
+        for result in mutate(case, settings):
+            print(row(result) if options.table else json.dumps(result), flush=True)
+
+
+def row(result: dict[str, Any]) -> str:
+    how = result.get("error") or (result.get("wrong") and f"wrong: {result['wrong']}") or "NOT NOTICED"
+    where = f"{result['kernel']} {result['at']:>5} {result['source']:<18}"
+    return f"{where} {result['kind']:<20} {result['instruction'][:50]:<50} {how.splitlines()[0][:90]}"
+
+
+if __name__ == "__main__":
+    main()
