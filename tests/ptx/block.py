@@ -156,8 +156,8 @@ class Block:
         text = instruction.text if len(instruction.text) < 120 else instruction.text[:117] + "..."
         return f"`{text}`" + (f" ({instruction.source})" if instruction.source else "")
 
-    def race(self, verb: str, done: str, stamp: int, byte: int) -> str:
-        """Two accesses of a race on shared memory, in words."""
+    def race(self, verb: str, done: str, stamp: int, byte: int, memory: str = "shared memory") -> str:
+        """Two accesses of a race, in words."""
         from tests.ptx import shadow
 
         agent = int(shadow.agent_of(stamp))
@@ -165,6 +165,6 @@ class Block:
         lane = int(shadow.lane_of(stamp))
         who += f" lane {lane}" if agent < self.warps and lane < WARP else ""
         return (
-            f"{verb} byte {int(byte)} of shared memory, which {who} has {done} by "
+            f"{verb} byte {int(byte)} of {memory}, which {who} has {done} by "
             f"{self.describe(int(shadow.pc_of(stamp)))}; no barrier lies between"
         )

@@ -6,6 +6,7 @@ from tests.ptx import (  # noqa: F401
     ops_integer,
     ops_matrix,
     ops_memory,
+    ops_tcgen05,
     ops_tma,
     ops_warp,
     ops_wgmma,

@@ -69,6 +69,9 @@ def _arithmetic(instruction: Instruction, operands: Operands) -> Run:
             if "NaN" in words
             else numbers
         )
+        if kind == "f32" and len(instruction.operands) == 4:  # of three numbers (sm_100)
+            two, count = function, 3
+            function = lambda x, y, z: two(two(x, y), z)  # noqa: E731
     return compute(instruction, operands, _in_single(function, kind), kind, *([kind] * count))
 
 

@@ -94,6 +94,15 @@ def _load_matrix(instruction: Instruction, operands: Operands) -> Run:
             value = np.zeros((block.warps, WARP), np.uint32)
             value[warps] = values[:, i]
             target.put(block, value.reshape(-1), active)
+        rows = block.shared.undefined_at(where, 16)
+        if rows is not None:
+            bad = np.repeat(rows.reshape(len(warps), count, 8, 1), 8, 3)
+            bad = bad.swapaxes(2, 3) if "trans" in words else bad
+            lanes = bad[:, :, GROUP, 2 * IN_GROUP] | bad[:, :, GROUP, 2 * IN_GROUP + 1]
+            for i, target in enumerate(targets):
+                every = np.zeros((block.warps, WARP), bool)
+                every[warps] = lanes[:, i]
+                block.mark_undefined(target.slots[0], every.reshape(-1))
 
     return run
 
@@ -104,23 +113,28 @@ def _store_matrix(instruction: Instruction, operands: Operands) -> Run:
     words = modifiers(instruction, "sync", "aligned", "m8n8", "shared", "b16", "trans", *COUNTS)
     count = next(COUNTS[w] for w in words if w in COUNTS)
     address, sources = operands.address(instruction.operands[0]), operands.vector(instruction.operands[1], "b32")
-    slots = tuple(slot for source in sources for slot in source.slots)
     if len(sources) != count:
         raise unknown(instruction)
 
     def run(block: "Block", active: np.ndarray | None) -> None:
-        block.require(slots, active, "stmatrix")
         warps = block.active_warps(active)
         threads = _rows(block, count, warps)
         where = _addresses(block, address, threads, active)
         values = np.stack([source.get(block).reshape(-1, WARP)[warps] for source in sources], 1)
         pairs = values.view(np.uint16).reshape(len(warps), count, WARP, 2)
-        matrices = np.zeros((len(warps), count, 8, 8), np.uint16)
-        matrices[:, :, GROUP, 2 * IN_GROUP] = pairs[..., 0]
-        matrices[:, :, GROUP, 2 * IN_GROUP + 1] = pairs[..., 1]
+        # A register that was never written makes the rows undefined to which it belongs.
+        bad = [block.undefined_in(source.slots, active) for source in sources]
+        missing = np.stack([np.zeros(block.threads, bool) if one is None else one for one in bad], 1)
+        missing = np.moveaxis(missing.reshape(-1, WARP, count)[warps], 2, 1)
+        matrices, undefined = np.zeros((2, len(warps), count, 8, 8), np.uint16)
+        for half in range(2):
+            matrices[:, :, GROUP, 2 * IN_GROUP + half] = pairs[..., half]
+            undefined[:, :, GROUP, 2 * IN_GROUP + half] = missing
         if "trans" in words:
-            matrices = matrices.swapaxes(2, 3)
-        block.shared.store(block, where, np.ascontiguousarray(matrices).view(np.uint8).reshape(-1, 16), threads)
+            matrices, undefined = matrices.swapaxes(2, 3), undefined.swapaxes(2, 3)
+        data = np.ascontiguousarray(matrices).view(np.uint8).reshape(-1, 16)
+        rows = undefined.any(3).reshape(-1) if undefined.any() else None
+        block.shared.store(block, where, data, threads, undefined=rows)
 
     return run
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from tests.ptx.bits import TYPES, raw
 from tests.ptx.decode import Instruction
+from tests.ptx.errors import Uninitialised
 from tests.ptx.operands import Operands
 from tests.ptx.table import Run, entry, modifiers, unknown
 
@@ -51,6 +52,12 @@ def _load(instruction: Instruction, operands: Operands) -> Run:
         values = data.view(dtype)
         for i, target in enumerate(targets):
             target.put(block, np.ascontiguousarray(values[:, i]), active)
+        if space == "shared" and (bad := block.shared.undefined_at(where, size)) is not None:
+            every = np.zeros(block.threads, bool)
+            every[lanes] = bad
+            for target in targets:
+                for slot in target.slots:
+                    block.mark_undefined(slot, every)
 
     return load_parameter if space == "param" else load
 
@@ -114,6 +121,8 @@ def _atomic(instruction: Instruction, operands: Operands) -> Run:
         where = block.value(address, active, "an address")[lanes]
         block.require(slots, active, "an atomic")
         memory = block.memory if space == "global" else block.shared
+        if space == "shared" and block.shared.undefined_at(where, dtype.itemsize) is not None:
+            raise Uninitialised("an atomic depends on undefined bytes of shared memory")
         old = memory.load(block, where, dtype.itemsize, lanes, atomic=True).view(dtype)[:, 0]
         before, after = update_in_turn(name, where, old, [value.get(block)[lanes] for value in values])
         memory.store(block, where, after[:, None].view(np.uint8), lanes, atomic=True)

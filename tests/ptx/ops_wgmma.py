@@ -12,7 +12,7 @@ import numpy as np
 
 from tests.ptx.bits import WARP, widen_bfloat16
 from tests.ptx.decode import Instruction, Kernel, split_operands
-from tests.ptx.errors import Misuse, OutOfBounds
+from tests.ptx.errors import Misuse, OutOfBounds, PtxError
 from tests.ptx.operands import Operands
 from tests.ptx.ops_copy import for_each_warp
 from tests.ptx.ops_matrix import A_COLUMN, A_ROW, GROUP, IN_GROUP, fragments
@@ -22,20 +22,20 @@ from tests.ptx.table import Run, entry, unknown
 if TYPE_CHECKING:
     from tests.ptx.block import Block
 
-SWIZZLES = {0: 0, 1: 128, 2: 64, 3: 32}  # bytes, by bits 62 and 63 of a descriptor
+SWIZZLES = {1: 128, 2: 64, 3: 32}  # bytes, by bits 62 and 63 of a descriptor
 DEPTH = 16  # of one product of 16-bit elements
 
 
-def operand_index(descriptor: int, rows: np.ndarray, transposed: bool) -> np.ndarray:
+def operand_index(descriptor: int, rows: np.ndarray, transposed: bool, width: int | None) -> np.ndarray:
     """[rows, 16] shared-memory addresses of the elements of an operand (PTX ISA 9.7.15.5.1: matrix descriptor).
 
     Args:
         rows: along M or N. transposed: those lie next to each other (MN-major), not the depth (K-major).
+        width: bytes of the swizzle, which wgmma and tcgen05 encode differently.
     """
     start, leading, stride = ((descriptor >> at & 0x3FFF) << 4 for at in (0, 16, 32))
-    width = SWIZZLES[descriptor >> 62]
-    if not width or descriptor >> 49 & 7:
-        raise Misuse("an operand without swizzle, or with a base offset, is not known here")
+    if width is None or descriptor >> 49 & 7:
+        raise PtxError("an operand without swizzle, or with a base offset, is not known here")
     k = np.arange(DEPTH)[None, :]
     rows = rows[:, None]
     if transposed:
@@ -55,18 +55,20 @@ def read_operand(block: "Block", index: np.ndarray, kind: str) -> np.ndarray:
 class Operand:
     """A tile in shared memory that a product in flight is going to read."""
 
-    def __init__(self, block: "Block", warp: int, descriptor: int, rows: np.ndarray, transposed: bool):
-        self.elements = operand_index(descriptor, rows, transposed)
+    def __init__(
+        self, block: "Block", warp: int, descriptor: int, rows: np.ndarray, transposed: bool, width: int | None
+    ):
+        self.elements = operand_index(descriptor, rows, transposed, width)
         self.bytes = (self.elements[..., None] + np.arange(2)).reshape(-1)
         if self.bytes.min() < 0 or self.bytes.max() >= block.shared.size:
-            raise OutOfBounds("wgmma reads outside of shared memory")
+            raise OutOfBounds("a matrix operand lies outside of shared memory")
         block.shared.check_async_read(block, self.bytes, warp)
         self.before = block.shared.writes[self.bytes]
 
-    def read(self, block: "Block", warp: int, kind: str) -> np.ndarray:
-        if (block.shared.writes[self.bytes] != self.before).any():
-            raise Misuse("shared memory was overwritten while a wgmma in flight reads it")
-        block.shared.check_async_read(block, self.bytes, warp)
+    def read(self, block: "Block", kind: str) -> np.ndarray:
+        """The elements, once the product is due."""
+        if (block.shared.writes[self.bytes] != self.before).any() or block.shared.in_flight[self.bytes].any():
+            raise Misuse("shared memory was overwritten while a matrix product in flight reads it")
         return read_operand(block, self.elements, kind)
 
 
@@ -145,18 +147,22 @@ def _multiply(instruction: Instruction, operands: Operands) -> Run:
         if in_registers:
             a = np.stack([source.get(block)[mine] for source in left])
         else:
-            a = Operand(block, warp, int(left[0].get(block)[lane]), rows, transposed[0])
-        b = Operand(block, warp, int(right.get(block)[lane]), np.arange(columns), transposed[-1])
+            one = int(left[0].get(block)[lane])
+            a = Operand(block, warp, one, rows, transposed[0], SWIZZLES.get(one >> 62))
+        other = int(right.get(block)[lane])
+        b = Operand(block, warp, other, np.arange(columns), transposed[-1], SWIZZLES.get(other >> 62))
 
         def finish() -> None:
             if isinstance(a, Operand):
-                first = a.read(block, warp, kind).astype(np.float64)
+                first = a.read(block, kind).astype(np.float64)
+                block.shared.check_async_read(block, a.bytes, warp)
             else:
                 if any((source.get(block)[mine] != was).any() for source, was in zip(left, a, strict=True)):
                     raise Misuse("registers were overwritten while a wgmma in flight reads them")
                 first = np.zeros((16, DEPTH))
                 first[A_ROW, A_COLUMN] = fragments(block, left, kind, [warp])[0]
-            product = first @ b.read(block, warp, kind).T.astype(np.float64)
+            product = first @ b.read(block, kind).T.astype(np.float64)
+            block.shared.check_async_read(block, b.bytes, warp)
             value = product[row, column]
             if adds:
                 value = value + np.stack([block.registers[s.slots[0]].view(np.float32)[mine] for s in results])

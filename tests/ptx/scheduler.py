@@ -103,10 +103,12 @@ class BlockRun:
     def _run_group(self, group: list[Warp], pc: int, active: np.ndarray | None, quantum: int) -> None:
         """Run instructions of warps that stand together, until they part or the quantum is used up."""
         steps, block, stalled = self.block.program.steps, self.block, self.block.keep(Mbarriers).stalled
+        executed = block.program.executed
         try:
             for _ in range(quantum):
                 step = steps[pc] if pc < len(steps) else _END
                 block.pc = pc
+                executed[pc] = 1
                 self.steps += 1
                 if self.trace is not None:
                     self.trace.show(block, pc, active)

@@ -27,10 +27,13 @@ def differs(old: np.ndarray, new: np.ndarray) -> np.ndarray:
 
 
 class SharedMemory:
-    def __init__(self, size: int):
+    name = "shared memory"
+
+    def __init__(self, size: int, dtype: type = np.uint8):
         self.size = size
-        self.data = np.full(size, 0xCD, np.uint8)
+        self.data = np.full(size, 0xCD, dtype)
         self.written = np.zeros(size, bool)
+        self.undefined = np.zeros(size, bool)  # written, but from a register that never was
         self.in_flight = np.zeros(size, bool)
         self.writes = np.zeros(size, np.int64)  # stamps, see `shadow`
         self.reads = np.zeros(size, np.int64)
@@ -52,19 +55,21 @@ class SharedMemory:
         self.check_read(block, index, lanes, atomic)
         return self.data[index]
 
-    def check_read(self, block: "Block", index: np.ndarray, lanes: np.ndarray, atomic: bool = False) -> None:
+    def check_read(
+        self, block: "Block", index: np.ndarray, lanes: np.ndarray, atomic: bool = False, all_written: bool = True
+    ) -> None:
         warps, inside = (lanes // 32)[:, None], (lanes % 32)[:, None]
         if self.in_flight[index].any():
-            raise Race("reads shared memory that a copy in flight is going to write")
-        if not self.written[index].all():
+            raise Race(f"reads {self.name} that an operation in flight is going to write")
+        if all_written and not self.written[index].all():
             byte = int(index[~self.written[index]][0])
-            raise Uninitialised(f"reads byte {byte} of shared memory, which nobody wrote")
+            raise Uninitialised(f"reads byte {byte} of {self.name}, which nobody wrote")
         writes = self.writes[index]
         bad = shadow.unordered(writes, warps, inside, block.clocks)
         if atomic:
             bad &= ~shadow.is_atomic(writes)
         if bad.any():
-            raise Race(block.race("reads", "written", writes[bad][0], index[bad][0]))
+            raise Race(block.race("reads", "written", writes[bad][0], index[bad][0], self.name))
         if not atomic:
             own = shadow.stamp(warps, inside, False, block.pc, block.clocks.seen[warps, warps])
             shadow.merge_readers(self.reads, index, np.broadcast_to(own, index.shape), block.clocks, warps)
@@ -75,11 +80,11 @@ class SharedMemory:
         """Raise if something that nothing orders before touched these bytes; writing what is there is no race."""
         warps, inside = (lanes // 32)[:, None], (lanes % 32)[:, None]
         if self.in_flight[index].any():
-            raise Race("writes shared memory that a copy in flight is going to write")
+            raise Race(f"writes {self.name} that an operation in flight is going to write")
         reads = self.reads[index]
         bad = shadow.unordered(reads, warps, inside, block.clocks)
         if bad.any():
-            raise Race(block.race("writes", "read", reads[bad][0], index[bad][0]))
+            raise Race(block.race("writes", "read", reads[bad][0], index[bad][0], self.name))
         writes = self.writes[index]
         bad = shadow.unordered(writes, warps, inside, block.clocks)
         if atomic:
@@ -87,7 +92,7 @@ class SharedMemory:
         if data is not None:
             bad &= differs(self.data[index], data)
         if bad.any():
-            raise Race(block.race("writes", "written", writes[bad][0], index[bad][0]))
+            raise Race(block.race("writes", "written", writes[bad][0], index[bad][0], self.name))
 
     def store(
         self,
@@ -99,7 +104,7 @@ class SharedMemory:
         undefined: np.ndarray | None = None,
         alignment: int | None = None,
     ) -> None:
-        """Write ``data`` [lanes, size]. Where ``undefined`` [lanes], the bytes count as never written.
+        """Write ``data`` [lanes, size]. Where ``undefined`` [lanes], who reads the bytes gets undefined registers.
 
         Lanes of one warp may write different values to one place in one instruction: one of them stays, and the ISA
         leaves open which (9.7.9.12). The seed chooses.
@@ -108,7 +113,7 @@ class SharedMemory:
         self.check_write(block, index, lanes, data, atomic)
         self.write(block, index, data, lanes, atomic)
         if undefined is not None:
-            self.written[index[undefined]] = False
+            self.undefined[index[undefined]] = True
         elif not atomic and (lost := (self.data[index] != data).any(1)).any():
             warps = shadow.agent_of(self.writes[index[lost]])
             others = warps != (lanes[lost] // 32)[:, None]
@@ -124,11 +129,19 @@ class SharedMemory:
         warps = (lanes // 32)[:, None]
         self.data[index] = data
         self.written[index] = True
+        self.undefined[index] = False
         own = shadow.stamp(warps, (lanes % 32)[:, None], atomic, block.pc, block.clocks.seen[warps, warps])
         self.writes[index] = np.broadcast_to(own, index.shape)
 
+    def undefined_at(self, address: np.ndarray, size: int) -> np.ndarray | None:
+        """[lanes]: of which accesses some byte is undefined, or None if there are none."""
+        bad = self.undefined[address.astype(np.int64)[:, None] + np.arange(size)].any(1)
+        return bad if bad.any() else None
+
     def check_async_read(self, block: "Block", index: np.ndarray, warp: int) -> None:
         """wgmma and tcgen05 read through the asynchronous proxy, on behalf of a warp."""
+        if self.undefined[index].any():
+            raise Uninitialised(f"a matrix product depends on undefined bytes of {self.name}")
         index = index.reshape(1, -1)
         self.check_read(block, index, np.array([warp * 32]))
         self._check_proxied(block, index, warp)

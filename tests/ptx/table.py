@@ -75,6 +75,7 @@ class Program:
             self.kernel.instructions[at] = instruction or NOTHING
         self.operands = Operands(self.kernel)
         self.steps = [self._step(instruction) for instruction in self.kernel.instructions]
+        self.executed = bytearray(len(self.steps) + 1)  # 1 for what some block has run
 
     def _step(self, instruction: Instruction) -> Step:
         try:

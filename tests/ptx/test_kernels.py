@@ -43,8 +43,6 @@ def check(target: str, group: str, slow: bool) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("group", GROUPS)
 def test_default_settings(group, target):
-    if (group, target) == ("attention", "sm_100"):
-        pytest.skip("tcgen05 is not in the table: see `uncovered`")
     check(target, group, slow=False)
 
 
@@ -52,8 +50,6 @@ def test_default_settings(group, target):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("group", GROUPS)
 def test_everything_a_launcher_can_choose(group, target):
-    if (group, target) == ("attention", "sm_100"):
-        pytest.skip("tcgen05 is not in the table: see `uncovered`")
     check(target, group, slow=True)
 
 

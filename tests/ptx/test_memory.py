@@ -106,8 +106,24 @@ def test_undefined_stays_in_the_lanes_that_were_not_written():
 def test_shared_memory_that_nobody_wrote():
     with pytest.raises(Uninitialised, match="byte 4"):
         snippet.run("mov.b32 %r1, 0; st.shared.b32 [%r1], 7; ld.shared.b64 %rd1, [%r1];", shared=8, threads=32)
-    with pytest.raises(Uninitialised):  # stored, but from an undefined register
-        snippet.run(f"{TID} st.shared.b32 [%r31], %r2; ld.shared.b32 %r3, [%r31];", shared=128)
+
+
+def test_undefined_values_travel_through_shared_memory():
+    store = f"{TID} st.shared.b32 [%r31], %r2; bar.sync 0; "
+    out = snippet.run(
+        store + "ld.shared.b32 %r3, [%r31]; st.shared.b32 [%r31], 1; ld.shared.b32 %r4, [%r31];", shared=128
+    )
+    assert out.undefined("%r3").all()
+    assert not out.undefined("%r4").any()
+    with pytest.raises(Uninitialised, match="undefined bytes"):
+        snippet.run(store + "atom.shared.add.u32 %r3, [%r31], 1;", shared=128)
+    rows = "shl.b32 %r32, %r30, 4; ldmatrix.sync.aligned.m8n8.x1{}.shared.b16 {{%r3}}, [%r32];"
+    part = f"{TID} st.shared.b32 [%r31], 7; setp.eq.u32 %p1, %r30, 9; @%p1 st.shared.b32 [%r31], %r2; bar.sync 0; "
+    # Word 9 lies in row 2 of the 8 rows of 16 bytes.
+    assert snippet.run(part + rows.format(""), shared=128).undefined("%r3").tolist() == [i // 4 == 2 for i in range(32)]
+    assert snippet.run(part + rows.format(".trans"), shared=128).undefined("%r3").tolist() == [
+        i % 4 == 1 for i in range(32)
+    ]
 
 
 EXCHANGE = f"{TID} xor.b32 %r32, %r31, 128; st.shared.b32 [%r31], %r30; {{sync}} ld.shared.b32 %r1, [%r32];"

@@ -2,7 +2,6 @@
 
 # An instruction of each kind, and where it would be needed.
 UNCOVERED = {
-    "tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 256;": "attention in 16 bits on sm_100",
     "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%r1,%r2,%r3,%r4}, {%r5,%r6,%r7,%r8}, {%r9,%r10}, "
     "{%r1,%r2,%r3,%r4};": "tf32 products: the kernels ask for ieee",
     "cvt.rn.f16x2.e4m3x2 %r1, %rs1;": "fp8 key and value caches",
