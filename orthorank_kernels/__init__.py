@@ -4,6 +4,8 @@ from orthorank_kernels._version import __version__
 from orthorank_kernels.activation import silu_and_mul
 from orthorank_kernels.add_norm import gather_add_rms_norm
 from orthorank_kernels.attention import sparse_query_attention
+from orthorank_kernels.attention_paged import sparse_query_attention_paged
+from orthorank_kernels.attention_varlen import sparse_query_attention_varlen
 from orthorank_kernels.counts import keep_count
 from orthorank_kernels.norm_selection import rms_norm_select
 from orthorank_kernels.rotary import apply_rotary_at
@@ -26,4 +28,6 @@ __all__ = [
     "select_tokens",
     "silu_and_mul",
     "sparse_query_attention",
+    "sparse_query_attention_paged",
+    "sparse_query_attention_varlen",
 ]

@@ -4,12 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from orthorank_kernels import _library, dispatch
+from orthorank_kernels import dispatch
 
 _HALVES = (torch.float32, torch.float16, torch.bfloat16)
 _WITH_DOUBLE = (*_HALVES, torch.float64)
-_FP8 = (torch.float8_e4m3fn,)
-_FP8_CAPABILITY = 89  # the first with instructions for it
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # the kernel converts them itself, so every GPU takes them
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,8 @@ OPS = {
     "silu_and_mul": _Op(),
     "apply_rotary_at": _Op(asks=("head_dim", "heads")),
     "sparse_query_attention": _Op(asks=_ATTENTION, largest_head_dim=256),
+    "sparse_query_attention_varlen": _Op(asks=_ATTENTION, largest_head_dim=256),
+    "sparse_query_attention_paged": _Op(asks=(*_ATTENTION, "block_size", "kv_dtype"), largest_head_dim=256),
 }
 
 
@@ -87,7 +88,7 @@ def is_supported(
         limits.kernel if backend == "triton" else limits.reference, dtype, kv_dtype
     )
     if refusal is None and backend == "triton":
-        refusal = _kernel_refuses(device, limits.largest_head_dim, head_dim, kv_dtype)
+        refusal = _kernel_refuses(device, limits.largest_head_dim, head_dim)
     return (True, reason) if refusal is None else (False, refusal)
 
 
@@ -114,20 +115,16 @@ def _wrong_dtypes(legal: tuple[torch.dtype, ...], dtype: torch.dtype, kv_dtype: 
     if dtype not in legal:
         return f"dtype is {_name(dtype)}; it may be {', '.join(map(_name, legal))}"
     if kv_dtype is not None and kv_dtype != dtype and kv_dtype not in _FP8:
-        return f"kv_dtype is {_name(kv_dtype)}; it may be that of the queries, {_name(dtype)}, or {_name(_FP8[0])}"
+        fp8 = " or ".join(map(_name, _FP8))
+        return f"kv_dtype is {_name(kv_dtype)}; it may be that of the queries, {_name(dtype)}, or {fp8}"
     return None
 
 
-def _kernel_refuses(
-    device: torch.device, largest: int | None, head_dim: int | None, kv_dtype: torch.dtype | None
-) -> str | None:
+def _kernel_refuses(device: torch.device, largest: int | None, head_dim: int | None) -> str | None:
     if not torch.cuda.is_available():
         return f"device is {device}, and PyTorch sees no GPU here; use device cpu"
     if head_dim is not None and largest is not None and head_dim > largest:
         return f'head_dim is {head_dim}; the kernel takes at most {largest}: pass backend="reference"'
-    target = _library.launcher("configs.target_of")(device)
-    if kv_dtype in _FP8 and target.startswith("sm_") and int(target.split(" ")[0][3:]) < _FP8_CAPABILITY:
-        return f"kv_dtype is {_name(_FP8[0])}; {target} has no instructions for it (sm_{_FP8_CAPABILITY} has)"
     return None
 
 

@@ -73,9 +73,9 @@ def sparse_query_attention_varlen(
     out = out or _packed_outputs(q, return_lse)
     longest = k.shape[0] if max_seqlen_k is None else min(k.shape[0], max_seqlen_k)
     _launch(
-        *(x.transpose(0, 1)[None] for x in (q, k, v)), positions[None], _batch_of_one(out), cu_selected=cu_selected,
-        cu_keys=cu_seqlens_k, rows=_rows_of_a_sequence(q, cu_selected), longest=longest, scale=scale, window=window,
-        softcap=softcap, sinks=sinks,
+        *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)), positions.unsqueeze(0), _batch_of_one(out),
+        cu_selected=cu_selected, cu_keys=cu_seqlens_k, rows=_rows_of_a_sequence(q, cu_selected), longest=longest,
+        scale=scale, window=window, softcap=softcap, sinks=sinks,
     )  # fmt: skip
     return _returned(out)
 
@@ -104,10 +104,10 @@ def sparse_query_attention_paged(
     out = out or _packed_outputs(q, return_lse)
     capacity = block_table.shape[1] * k_cache.shape[1]
     _launch(
-        q.transpose(0, 1)[None], k_cache.transpose(1, 2), v_cache.transpose(1, 2), positions[None], _batch_of_one(out),
-        cu_selected=cu_selected, seq_lens=seq_lens, block_table=block_table, table_rows=table_rows, k_scale=k_scale,
-        v_scale=v_scale, rows=_rows_of_a_sequence(q, cu_selected), scale=scale, window=window, softcap=softcap,
-        longest=capacity if max_seqlen_k is None else min(capacity, max_seqlen_k), sinks=sinks,
+        q.transpose(0, 1).unsqueeze(0), k_cache.transpose(1, 2), v_cache.transpose(1, 2), positions.unsqueeze(0),
+        _batch_of_one(out), cu_selected=cu_selected, seq_lens=seq_lens, block_table=block_table, table_rows=table_rows,
+        k_scale=k_scale, v_scale=v_scale, rows=_rows_of_a_sequence(q, cu_selected), scale=scale, window=window,
+        longest=capacity if max_seqlen_k is None else min(capacity, max_seqlen_k), softcap=softcap, sinks=sinks,
     )  # fmt: skip
     return _returned(out)
 
@@ -240,7 +240,7 @@ def _packed_outputs(q: torch.Tensor, return_lse: bool) -> Outputs:
 
 def _batch_of_one(out: Outputs) -> Outputs:
     """Packed outputs, ``[selected, heads, head_dim]`` and ``[selected, heads]``, as those of a batch."""
-    return out[0].transpose(0, 1)[None], None if out[1] is None else out[1].transpose(0, 1)[None]
+    return out[0].transpose(0, 1).unsqueeze(0), None if out[1] is None else out[1].transpose(0, 1).unsqueeze(0)
 
 
 def _returned(out: Outputs) -> tuple[torch.Tensor, torch.Tensor]:

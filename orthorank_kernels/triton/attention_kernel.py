@@ -65,6 +65,7 @@ def load_queries(
         "window",
         "query_offset",
         "stride_positions_batch",
+        "stride_table_row",
         "stride_lse_batch",
         "stride_lse_head",
         "stride_lse_token",

@@ -114,10 +114,10 @@ def assert_right(
     dtype: torch.dtype,
     backend: str,
     lse_dtype: torch.dtype = torch.float32,
-) -> None:
+) -> torch.Tensor:
     """``run(backend)`` gives (out, lse) as `exact`: the reference by tolerance, a kernel by the error budget.
 
-    Sums are in float32 or wider, so the lse is as good as that, unless keys are rounded (``lse_dtype``).
+    Sums are in float32 or wider, so the lse is as good as that, unless keys are rounded (``lse_dtype``). Returns out.
     """
     out, lse = run(backend)
     blind = exact[1] == float("-inf")
@@ -135,3 +135,4 @@ def assert_right(
         eager_seen = torch.where(blind, 0.0, eager_lse)
         assert_within_budget(seen, eager_seen, exact_seen, lse_dtype, "lse")
     assert (out[exact[0] == 0] == 0).all(), "a query without keys must give exactly 0"
+    return out

@@ -14,6 +14,7 @@ from torch import Tensor
 import orthorank_kernels as ok
 
 NOT_OPS = {"__version__", "is_supported", "keep_count"}
+PAGE = 16  # tokens of a page of the caches
 IN_PLACE = {"scatter_rows_", "scatter_add_rows_"}
 
 
@@ -190,6 +191,40 @@ def _attention(new: Shapes, s: Sizes) -> dict[str, Call]:
     return {
         "sparse_query_attention": Call("sparse_query_attention", (q, k, v, positions), {}),
         "sparse_query_attention, window, padding": Call("sparse_query_attention", (q, k, v, positions), options),
+        "sparse_query_attention, cap, sinks, lse": Call(
+            "sparse_query_attention", (q, k, v, positions), _of_scores(new, s)
+        ),
+        **_packed_attention(new, s),
+    }
+
+
+def _of_scores(new: Shapes, s: Sizes) -> dict[str, Any]:
+    return {"softcap": 5.0, "sinks": new.floats(s.heads), "return_lse": True}
+
+
+def _packed_attention(new: Shapes, s: Sizes) -> dict[str, Call]:
+    """Sequences of one length, so that all sizes are those of a batch; pages in order."""
+    q = new.floats(s.batch * s.selected, 3 * s.heads, s.head_dim, dtype=s.dtype).narrow(1, 0, s.heads)
+    k, v = (new.floats(s.batch * s.tokens, s.kv_heads, s.head_dim, dtype=s.dtype) for _ in range(2))
+    positions = new.positions(s.batch, s.selected, s.tokens).flatten()
+    cu_selected, cu_seqlens_k = (new.ints(*range(0, s.batch * n + 1, n)) for n in (s.selected, s.tokens))
+    packed = (q, k, v, positions, cu_selected, cu_seqlens_k)
+    options = {"window": s.tokens // 2 + 1, "scale": 0.3, "max_seqlen_k": s.tokens, **_of_scores(new, s)}
+
+    pages = -(-s.tokens // PAGE)
+    joint = new.floats(s.batch * pages, s.kv_heads, PAGE, 2 * s.head_dim, dtype=s.dtype).transpose(1, 2)
+    table = new.ints(*range(s.batch * pages)).view(s.batch, pages)
+    tables = (positions, cu_selected, table, new.ints(*[s.tokens] * s.batch))
+    paged = (q, *joint.split(s.head_dim, -1), *tables)
+    small = (q, *joint.to(torch.float8_e4m3fn).split(s.head_dim, -1), *tables)
+    rows = {"table_rows": new.ints(*range(s.batch))}
+    scales = {"k_scale": new.floats(1), "v_scale": new.floats(s.kv_heads)}
+    return {
+        "sparse_query_attention_varlen": Call("sparse_query_attention_varlen", packed, {}),
+        "sparse_query_attention_varlen, everything": Call("sparse_query_attention_varlen", packed, options),
+        "sparse_query_attention_paged": Call("sparse_query_attention_paged", paged, {}),
+        "sparse_query_attention_paged, everything": Call("sparse_query_attention_paged", paged, {**options, **rows}),
+        "sparse_query_attention_paged, float8": Call("sparse_query_attention_paged", small, scales),
     }
 
 

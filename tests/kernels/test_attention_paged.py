@@ -17,14 +17,14 @@ from tests.kernels.tools import DEVICE, DTYPES, poisoned_outputs
 
 BACKENDS = ("reference", "triton")
 OPS = torch.ops.orthorank_kernels
-LENGTHS, COUNTS = (50, 1, 0, 133, 20, 64), (17, 1, 0, 60, 0, 64)  # an empty sequence, one without queries, one dense
+LENGTHS, COUNTS = (37, 1, 0, 70, 9, 20), (12, 1, 0, 33, 0, 20)  # an empty sequence, one without queries, one dense
 
 
 def sinks(heads: int = 4) -> torch.Tensor:
     return random(heads, seed=5) * 4
 
 
-def check(case: Packed, cache: Paged, backend: str, like: Packed | None = None, **options: Any) -> None:
+def check(case: Packed, cache: Paged, backend: str, like: Packed | None = None, **options: Any) -> torch.Tensor:
     """``like``: the keys and values that the cache stands for, where they are not those of ``case``."""
 
     def run(backend: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,10 +37,7 @@ def check(case: Packed, cache: Paged, backend: str, like: Packed | None = None, 
     scaled = options.get("k_scale") is not None
     stated = {k: v for k, v in options.items() if k not in ("table_rows", "k_scale", "v_scale")}
     exact = stated_packed(case if like is None else like, **stated)
-    assert_right(run, exact, case.q.dtype, backend, case.q.dtype if scaled else torch.float32)
-    out, _ = run(backend)
-    alone = sparse_query_attention_paged(*cache, backend=backend, **options)
-    torch.testing.assert_close(alone, out, rtol=2e-2, atol=2e-2)  # fused and written-out scores round differently
+    return assert_right(run, exact, case.q.dtype, backend, case.q.dtype if scaled else torch.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -61,9 +58,8 @@ def test_the_layouts_differ_in_memory() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("block_size", [1, 16, 32, 48, 128, 256])
 def test_block_sizes(block_size: int, backend: str) -> None:
-    case = packed((300, 1, 0, 133), (40, 1, 0, 60))
-    for layout in ("vllm LBHNC", "sglang NHD"):
-        check(case, paged(case, block_size, layout), backend)
+    case = packed((300, 1, 0, 70), (20, 1, 0, 33))
+    check(case, paged(case, block_size), backend)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -72,7 +68,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "window over everything": {"window": 2**40},
     "softcap": {"softcap": 1.5},
     "sinks": {"sinks": sinks()},
-    "everything": {"window": 30, "softcap": 3.0, "sinks": sinks(), "scale": 0.5, "max_seqlen_k": 133},
+    "everything": {"window": 30, "softcap": 3.0, "sinks": sinks(), "scale": 0.5, "max_seqlen_k": 70},
 }
 
 
@@ -80,7 +76,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options(options: dict[str, Any], backend: str) -> None:
     case = packed(LENGTHS, COUNTS, tail=3)
-    check(case, paged(case, 16), backend, **options)
+    out = check(case, paged(case, 16), backend, **options)
+    alone = sparse_query_attention_paged(*paged(case, 16), backend=backend, **options)
+    torch.testing.assert_close(alone, out, rtol=1e-5, atol=1e-5)  # without the lse, torch's fused attention
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -108,9 +106,9 @@ def test_groups_of_query_heads(heads: tuple[int, int], backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_few_queries_over_long_keys(backend: str) -> None:
-    case = packed((900, 3, 700), (1, 1, 2))
+    case = packed((500, 3, 270), (1, 1, 2))
     check(case, paged(case, 16), backend)
-    check(case, paged(case, 32), backend, max_seqlen_k=900, window=500)
+    check(case, paged(case, 32), backend, max_seqlen_k=500, window=300)
 
 
 def dequantised(case: Packed, k_scale: torch.Tensor, v_scale: torch.Tensor, kind: torch.dtype = FP8) -> Packed:
@@ -130,9 +128,8 @@ def test_float8_caches(scales: str, dtype: torch.dtype, backend: str) -> None:
     if scales == "none":
         k_scale = v_scale = torch.ones(1, device=DEVICE)
         options = {}
-    for layout in ("vllm LBHNC", "sglang NHD"):
-        cache = paged(case, 16, layout, dtype=FP8)
-        check(case, cache, backend, dequantised(case, k_scale, v_scale), softcap=5.0, **options)
+    cache = paged(case, 16, dtype=FP8)
+    check(case, cache, backend, dequantised(case, k_scale, v_scale), softcap=5.0, **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -14,14 +14,14 @@ from tests.kernels.tools import DEVICE, DTYPES, poisoned_outputs
 
 BACKENDS = ("reference", "triton")
 OPS = torch.ops.orthorank_kernels
-LENGTHS, COUNTS = (50, 1, 0, 133, 20, 64), (17, 1, 0, 60, 0, 64)  # an empty sequence, one without queries, one dense
+LENGTHS, COUNTS = (37, 1, 0, 70, 9, 20), (12, 1, 0, 33, 0, 20)  # an empty sequence, one without queries, one dense
 
 
 def sinks(heads: int = 4) -> torch.Tensor:
     return random(heads, seed=5) * 4
 
 
-def check(case: Packed, backend: str, **options: Any) -> None:
+def check(case: Packed, backend: str, **options: Any) -> torch.Tensor:
     def run(backend: str) -> tuple[torch.Tensor, torch.Tensor]:
         with poisoned_outputs():
             out, lse = sparse_query_attention_varlen(*case.tensors, return_lse=True, backend=backend, **options)
@@ -29,10 +29,7 @@ def check(case: Packed, backend: str, **options: Any) -> None:
         assert lse.is_contiguous()
         return out, lse
 
-    assert_right(run, stated_packed(case, **options), case.q.dtype, backend)
-    out, _ = run(backend)
-    alone = sparse_query_attention_varlen(*case.tensors, backend=backend, **options)
-    torch.testing.assert_close(alone, out, rtol=2e-2, atol=2e-2)  # fused and written-out scores round differently
+    return assert_right(run, stated_packed(case, **options), case.q.dtype, backend)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -42,14 +39,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "window over everything": {"window": 2**40},
     "softcap": {"softcap": 1.5},
     "sinks": {"sinks": sinks()},
-    "everything": {"window": 30, "softcap": 3.0, "sinks": sinks(), "scale": 0.5, "max_seqlen_k": 133},
+    "everything": {"window": 30, "softcap": 3.0, "sinks": sinks(), "scale": 0.5, "max_seqlen_k": 70},
 }
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options(options: dict[str, Any], backend: str) -> None:
-    check(packed(LENGTHS, COUNTS), backend, **options)
+    case = packed(LENGTHS, COUNTS)
+    out = check(case, backend, **options)
+    alone = sparse_query_attention_varlen(*case.tensors, backend=backend, **options)
+    torch.testing.assert_close(alone, out, rtol=1e-5, atol=1e-5)  # without the lse, torch's fused attention
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -74,8 +74,8 @@ def test_groups_of_query_heads(heads: tuple[int, int], backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_few_queries_over_long_keys(backend: str) -> None:
-    check(packed((900, 3, 700), (1, 1, 2)), backend)
-    check(packed((900, 3, 700), (1, 1, 2)), backend, max_seqlen_k=900, window=500)
+    check(packed((500, 3, 270), (1, 1, 2)), backend)
+    check(packed((500, 3, 270), (1, 1, 2)), backend, max_seqlen_k=500, window=300)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -132,13 +132,13 @@ def test_one_sequence_is_a_batch_of_one(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_sequence_alone_equals_the_sequence_among_others(backend: str) -> None:
     case = packed(LENGTHS, COUNTS)
-    together = sparse_query_attention_varlen(*case.tensors, max_seqlen_k=133, backend=backend)
+    together = sparse_query_attention_varlen(*case.tensors, max_seqlen_k=70, backend=backend)
     query, key = 0, 0
     for length, count in zip(LENGTHS, COUNTS, strict=True):
         queries, keys = slice(query, query + count), slice(key, key + length)
         alone = sparse_query_attention_varlen(
             case.q[queries], case.k[keys], case.v[keys], case.positions[queries],
-            integers([0, count]), integers([0, length]), max_seqlen_k=133, backend=backend,
+            integers([0, count]), integers([0, length]), max_seqlen_k=70, backend=backend,
         )  # fmt: skip
         torch.testing.assert_close(alone, together[queries], rtol=1e-6, atol=1e-6)
         query, key = query + count, key + length

@@ -66,6 +66,22 @@ def test_answers_are_what_happens(op: str, dtype: torch.dtype) -> None:
             same(is_supported(op, device="cuda:1", **asked), refusal(op, "cuda:1", sizes, "triton"), asked)
 
 
+@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.uint8], ids=str)
+def test_dtypes_of_caches(kv_dtype: torch.dtype) -> None:
+    op, asked = "sparse_query_attention_paged", {"dtype": torch.bfloat16, "kv_dtype": kv_dtype, "block_size": 48}
+    for device, backend in (("cpu", "auto"), ("cuda:1", "triton")):
+        with fake_gpus("sm_80"):
+            call = calls(Shapes(device), Sizes(dtype=torch.bfloat16))[op].where(lambda x: x.to(kv_dtype), 1, 2)
+            said = None
+            try:
+                call(backend=backend)
+            except TypeError as error:
+                said = str(error)
+            supported, reason = is_supported(op, device=device, **asked)
+        assert supported == (said is None) == (kv_dtype.itemsize == 1 and kv_dtype.is_floating_point)
+        assert supported or "it may be" in reason
+
+
 def test_every_public_op_has_an_answer() -> None:
     import orthorank_kernels
 

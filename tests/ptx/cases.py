@@ -5,16 +5,12 @@ which here is the compiled PTX, and compared with ``backend="reference"`` by the
 Shapes are odd and small: the kernels are as they are, so a program costs the same whatever it leaves idle.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-
-import orthorank_kernels
-from tests.kernels.every_op import IN_PLACE, Numbers, Sizes, calls
 
 HALF, FLOAT, HALF16 = torch.bfloat16, torch.float32, torch.float16
 
@@ -195,38 +191,11 @@ def attention_cases() -> Iterator[Case]:
                     yield Case("attention", "sparse_query_attention", name, dtype, arguments, slow=True)
 
 
-# Of `tests.kernels.every_op`, which has a call of every op and layout: so none can be missing here.
-SMALL = Sizes(batch=2, tokens=11, selected=5, hidden=64, heads=4, kv_heads=2, head_dim=32)
-
-
-def every_op_cases() -> Iterator[Case]:
-    for name, call in calls(Numbers(), SMALL).items():
-        for dtype in (HALF, FLOAT):
-
-            def arguments(d: torch.dtype, name: str = name) -> dict[str, Any]:
-                made = calls(Numbers(), SMALL.with_(dtype=d))[name]
-                names = inspect.signature(getattr(orthorank_kernels, made.op)).parameters
-                return {**dict(zip(names, made.args, strict=False)), **made.options}
-
-            title = name.partition(", ")[2] or "plain"
-            attention = call.op.startswith("sparse")
-            yield Case(
-                "attention" if attention else "every op",
-                call.op,
-                f"as in every_op: {title}",
-                dtype,
-                arguments,
-                slow=dtype == FLOAT or (attention and (call.op == "sparse_query_attention" or title != "plain")),
-                writes="out" if call.op in IN_PLACE else None,
-            )
-
-
 CASES: tuple[Case, ...] = (
     *row_cases(),
     *rotary_cases(),
     *score_cases(),
     *selection_cases(),
     *attention_cases(),
-    *every_op_cases(),
 )
 GROUPS = tuple(dict.fromkeys(case.group for case in CASES))

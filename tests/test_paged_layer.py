@@ -1,0 +1,121 @@
+"""The example `examples/paged_layer.py` against the same layer computed for every token, one at a time."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+HEADS, KV_HEADS, DIM, HIDDEN, WIDTH, EPS = 4, 2, 16, 48, 80, 1e-5
+BLOCK_SIZE = 16
+LENGTHS, CHUNKS = (50, 9, 33), ((20, 9, 0), (30, 0, 33))  # tokens of each sequence, and new ones in each step
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    path = Path(__file__).resolve().parents[1] / "examples" / "paged_layer.py"
+    spec = importlib.util.spec_from_file_location("paged_layer", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return weight * x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
+
+
+def rotary(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = positions[:, None] * 10000.0 ** (-torch.arange(0, DIM, 2) / DIM)
+    return torch.cat([angles.cos()] * 2, -1), torch.cat([angles.sin()] * 2, -1)
+
+
+def rotated(x: torch.Tensor, position: int) -> torch.Tensor:
+    cos, sin = (t.double()[0] for t in rotary(torch.tensor([position])))
+    return x * cos + torch.cat([-x[..., DIM // 2 :], x[..., : DIM // 2]], -1) * sin
+
+
+def chosen(scores: list[float], count: int, first: int) -> list[int]:
+    """The ``count`` smallest of ``scores``, never the sink at position 0; ``first`` is where the chunk begins."""
+    ranked = sorted(range(len(scores)), key=lambda i: (float("inf") if first + i == 0 else scores[i], i))
+    return sorted(ranked[:count])
+
+
+def naive(states: torch.Tensor, sink: torch.Tensor, w: dict[str, torch.Tensor], chunks: list[tuple[int, int]]):
+    """One sequence ``[tokens, hidden]`` in chunks of ``(new tokens, how many of them are selected)``."""
+    normed = norm(states, w["norm_in"])
+    keys, values = (normed @ w["kv"].T).unflatten(-1, (2, KV_HEADS, DIM)).unbind(1)
+    keys = torch.stack([rotated(key, i) for i, key in enumerate(keys)])
+    out, first = states.clone(), 0
+    for new, count in chunks:
+        scores = [abs(float(normed[i] @ sink)) for i in range(first, first + new)]
+        for i in (first + j for j in chosen(scores, count, first)):
+            query = rotated((w["q"] @ normed[i]).view(HEADS, DIM), i)
+            attended = []
+            for head in range(HEADS):
+                seen, of = slice(0, i + 1), head // (HEADS // KV_HEADS)
+                attended.append((keys[seen, of] @ query[head] / DIM**0.5).softmax(0) @ values[seen, of])
+            residual = states[i] + w["o"] @ torch.cat(attended)
+            gate, up = (w["gate_up"] @ norm(residual, w["norm_post"])).chunk(2)
+            out[i] = residual + w["down"] @ (gate / (1 + (-gate).exp()) * up)
+        first += new
+    return out
+
+
+def test_two_steps_of_three_sequences_equal_the_dense_layer_at_the_selected_tokens(example: ModuleType) -> None:
+    shapes = {
+        "norm_in": (HIDDEN,), "q": (HEADS * DIM, HIDDEN), "kv": (2 * KV_HEADS * DIM, HIDDEN),
+        "o": (HIDDEN, HEADS * DIM), "norm_post": (HIDDEN,), "gate_up": (2 * WIDTH, HIDDEN), "down": (HIDDEN, WIDTH),
+    }  # fmt: skip
+    w = {name: random(*shape, seed=i) * shape[-1] ** -0.5 for i, (name, shape) in enumerate(shapes.items())}
+    sequences = [random(n, HIDDEN, seed=20 + i) for i, n in enumerate(LENGTHS)]
+    sink = random(HIDDEN, seed=30)
+    counts = [[int(0.4 * new) for new in chunk] for chunk in CHUNKS]
+    doubles = {name: x.double() for name, x in w.items()}
+    expected = [
+        naive(x.double(), sink.double(), doubles, [(chunk[s], counts[c][s]) for c, chunk in enumerate(CHUNKS)])
+        for s, x in enumerate(sequences)
+    ]
+
+    blocks = [-(-n // BLOCK_SIZE) for n in LENGTHS]
+    table = torch.full((3, max(blocks) + 1), -1, dtype=torch.int32)
+    order = iter(torch.randperm(sum(blocks) + 2, generator=torch.Generator().manual_seed(9)).tolist())
+    for s, n in enumerate(blocks):
+        table[s, :n] = torch.tensor([next(order) for _ in range(n)])
+    cache = torch.full((sum(blocks) + 2, KV_HEADS, BLOCK_SIZE, 2 * DIM), float("nan"))  # as vLLM has it
+    k_cache, v_cache = cache.transpose(1, 2).split(DIM, -1)
+
+    cached = [0, 0, 0]
+    for chunk, count in zip(CHUNKS, counts, strict=True):
+        positions = [torch.arange(c, c + new) for c, new in zip(cached, chunk, strict=True)]
+        slots = [table[s, p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for s, p in enumerate(positions)]
+        cos, sin = rotary(torch.cat(positions))
+        lengths = [c + new for c, new in zip(cached, chunk, strict=True)]
+        step = example.Step(
+            cu_seqlens=torch.tensor([0, *chunk]).cumsum(0).int(),
+            cached=torch.tensor(cached, dtype=torch.int32),
+            seq_lens=torch.tensor(lengths, dtype=torch.int32),
+            k=torch.tensor(count, dtype=torch.int32),
+            sink_positions=torch.tensor([0 if c == 0 else -1 for c in cached], dtype=torch.int32),
+            slots=torch.cat(slots).long(),
+            block_table=table,
+            cos=cos,
+            sin=sin,
+            selected=sum(count) + 5,
+            longest=max(lengths),
+        )
+        hidden_states = torch.cat([x[p] for x, p in zip(sequences, positions, strict=True)])
+        example.selected_layer(hidden_states, sink, k_cache, v_cache, example.Weights(**w), step, EPS)
+        for s, rows in enumerate(hidden_states.split(list(chunk))):
+            wanted = expected[s][positions[s]].float()
+            torch.testing.assert_close(rows, wanted, rtol=1e-4, atol=1e-4)
+            changed = (rows != sequences[s][positions[s]]).any(-1)
+            assert int(changed.sum()) == count[s], "the selected tokens, and no others"
+        cached = lengths
