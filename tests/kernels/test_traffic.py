@@ -15,7 +15,14 @@ from benchmarks.static.case import TARGETS
 from benchmarks.static.pairs import Pairs, count_pairs, selected_positions
 from benchmarks.traffic.cases import broken_limits, cases, count
 from benchmarks.traffic.counting import Traffic, bytes_of, counted
-from orthorank_kernels import apply_rotary_at, gather_add_rms_norm, gather_rows, scatter_rows_, select_tokens
+from orthorank_kernels import (
+    apply_rotary_at,
+    gather_add_rms_norm,
+    gather_rows,
+    rms_norm_score,
+    scatter_rows_,
+    select_tokens,
+)
 from orthorank_kernels.dispatch import interpreting
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="counts in Triton's interpreter")
@@ -64,6 +71,44 @@ def test_many_rows_share_one_read_of_the_weight(n_rows, allowed, monkeypatch):
         gather_add_rms_norm(x, positions, rows, weight, 1e-5, backend="triton")
     assert traffic.launches == 1
     assert fewest <= traffic.requested <= allowed * fewest
+
+
+PACKED, SINGLE = (100, 0, 60, 96), (1,) * 256
+SCORED = {
+    "batch": (None, {}),
+    "batch, stored sink": (None, {"sink": True}),
+    "batch, LayerNorm and a copy": (None, {"norm": "layer", "bias": True, "copy_input": True}),
+    "batch, scores alone": (None, {"write_norm": False}),
+    "batch, scores of hidden states": (None, {"norm": "identity", "sink": True}),
+    "packed": (PACKED, {"sink": True}),
+    "packed, residual": (PACKED, {"residual": True, "sink": True}),
+    "packed, residual, first token": (PACKED, {"residual": True}),
+    "packed, one token each": (SINGLE, {"residual": True, "sink": True}),
+}
+
+
+@pytest.mark.parametrize(("lengths", "options"), SCORED.values(), ids=SCORED)
+def test_the_norm_with_score_reads_shared_vectors_for_many_rows(lengths, options, monkeypatch):
+    from orthorank_kernels.triton import scoring as launcher
+
+    monkeypatch.setattr(launcher, "ENOUGH_PROGRAMS", 1)  # as many rows as a program ever takes
+    hidden, options = 576, dict(options)
+    x = torch.ones(256, hidden, dtype=HALF) if lengths else torch.ones(2, 128, hidden, dtype=HALF)
+    weight = None if options.get("norm") == "identity" else torch.ones(hidden, dtype=HALF)
+    sequences = len(lengths) if lengths else 2
+    for name, shape in (("residual", x.shape), ("bias", (hidden,)), ("sink", (sequences, hidden))):
+        if name in options:
+            options[name] = torch.ones(shape, dtype=HALF)
+    if lengths:
+        options["cu_seqlens"] = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    with counted() as traffic:
+        result = rms_norm_score(x, weight, 1e-5, **options, backend="triton")
+    written = [y for y in result if y is not None and y is not x]
+    fewest = bytes_of(*(t for t in (x, weight, *options.values(), *written) if isinstance(t, torch.Tensor)))
+    if lengths == PACKED and "sink" in options:
+        fewest -= bytes_of(options["sink"][:1])  # that of the empty sequence
+    assert traffic.launches == 1
+    assert fewest <= traffic.requested <= 1.10 * fewest, traffic.requested / fewest
 
 
 @pytest.mark.parametrize(("heads", "head_dim", "rotary_dim"), [(9, 64, 64), (32, 128, 128), (4, 80, 32)])
