@@ -8,8 +8,36 @@ Layouts, one kernel: batch ``[batch, tokens, HIDDEN]``, and packed ``[total, HID
 packed layout the row strides are 0 and tokens count through all sequences, so a sequence is a row of the batch that
 starts later. A program may take the end of one sequence and the beginning of others; it reads the sink anew for each.
 
-x is read once. Each program normalises several rows and holds weight and sink in registers meanwhile. A row lives in
-registers as one block, so a hidden size above 16384 is right but spills.
+A row lives in registers as one block, so a hidden size above 16384 is right but spills.
+
+Bytes. The fewest are one read of x (and the residual), one write of each output, and the vectors once: for a token of
+4096 in bfloat16 16 KB, or 32 KB with a residual. A program normalises several tokens and holds weight, bias and sink
+meanwhile, so what it reads beside the tokens is divided by ``rows``. The launcher takes as many as make that 1/16 of
+the traffic (`SHARED_PART`): 16 tokens for x, normed, weight and sink, 32 if no norm is written, 8 with a residual.
+Counted with that many: 1.05 to 1.07 times the fewest in every layout, sequences of one token included. Few tokens are
+spread over 2048 programs (`ENOUGH_PROGRAMS`; an H100 runs 528 at a time) and read the vectors more often, mostly from
+L2. The loop over rows is not pipelined, and loads of the next row do not
+overlap with this one's sums; other programs on the multiprocessor fill the gap, so registers matter:
+
+    registers at 4096, bfloat16, 8 warps, no spills        sm_80   sm_90   sm_100   gfx942
+    RMSNorm and score, batch                                  64      64       62       41
+    the same with a residual, sink from its own token         64      60       62       43
+    packed, residual, stored sinks                            64      62       64       60
+    scores of the hidden states, no norm                      39      39       38       24
+    1 + weight and cosine (72 without cosine)                 75      64       64       41
+    LayerNorm with bias                                       80      80       88       47
+    packed LayerNorm, residual, own sink, cosine             121     119       96       69
+
+Up to 64, four programs share a multiprocessor, up to 80 three. Weight, bias and sink are loaded in 16 bits, but the
+compiler moves their conversion to float32 out of the loop. Tried against that, and left: a limit on registers (64
+costs LayerNorm 20 spills, and packed variants of 8192 up to 127), `disable_licm` (LayerNorm takes 64 on sm_90, but 94
+on sm_80, and older Tritons lack it), 16 warps (54 registers, but two programs), inline assembly that hides the
+conversion (64, on NVIDIA alone). At 8192, with 16 warps, packed variants take 86 to 126 registers, so a
+multiprocessor has one program where it has two of the batch layout (64).
+
+A packed program finds its first sequence by counting, 256 entries of ``cu_seqlens`` at a time: n_seqs / 256 loads that
+all programs share, where a bisection would be log2(n_seqs) loads that wait for each other. In the kernel the walk over
+sequences is one ``while`` for both layouts (once around in the batch layout), so that the body is compiled once.
 """
 
 from typing import Any
