@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from orthorank_kernels.triton.primitives import add_scaled, load_vector, norm_row, refuse_float64
+from orthorank_kernels.triton.primitives import add_scaled, norm_row, refuse_float64
 
 _FEW_ROWS = 1024  # about what fills a large GPU with one row per program
 _MAX_ROWS_PER_PROGRAM = 8
@@ -60,9 +60,10 @@ def gather_add_rms_norm_kernel(
     columns = tl.arange(0, BLOCK)  # [BLOCK]
     inside = columns < HIDDEN
     dtype: tl.constexpr = hidden_ptr.dtype.element_ty
-    weight = load_vector(weight_ptr, columns, inside)  # [BLOCK], read once for all rows
-    bias = load_vector(bias_ptr, columns, inside)
-    addend_weight = load_vector(addend_weight_ptr, columns, inside)
+    # [BLOCK], read once for all rows
+    weight = None if weight_ptr is None else tl.load(weight_ptr + columns, mask=inside, other=0.0)
+    bias = None if bias_ptr is None else tl.load(bias_ptr + columns, mask=inside, other=0.0)
+    addend_weight = None if addend_weight_ptr is None else tl.load(addend_weight_ptr + columns, mask=inside, other=0.0)
 
     for entry in range(first, tl.minimum(first + rows_per_program, selected)):
         position = tl.load(positions_ptr + entry).to(tl.int64)

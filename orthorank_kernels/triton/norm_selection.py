@@ -23,8 +23,9 @@ import triton
 import triton.language as tl
 
 from orthorank_kernels._layout import norm_outputs, selection_outputs
+from orthorank_kernels.triton.norm_score import bounds, first_piece, norm_and_score
 from orthorank_kernels.triton.packing import write_quotas
-from orthorank_kernels.triton.scoring import bounds, first_piece, load_vector, norm_and_score, norm_arguments
+from orthorank_kernels.triton.scoring import norm_arguments
 from orthorank_kernels.triton.selection import RESIDENT_SIZES, occupied, select_row, select_sequence, select_tokens
 from orthorank_kernels.triton.threshold import select_below_packed
 
@@ -104,8 +105,8 @@ def rms_norm_select_kernel(
     threshold = tl.cast(threshold, tl.float32)
     channel = tl.arange(0, BLOCK)  # [BLOCK]
     inside = channel < HIDDEN
-    weight = load_vector(weight_ptr, channel, inside)
-    bias = load_vector(bias_ptr, channel, inside)
+    weight = None if weight_ptr is None else tl.load(weight_ptr + channel, mask=inside, other=0.0)
+    bias = None if bias_ptr is None else tl.load(bias_ptr + channel, mask=inside, other=0.0)
     if cu_seqlens_ptr is not None:
         if not THRESHOLD:
             if tl.program_id(0).to(tl.int64) == 0:

@@ -6,12 +6,6 @@ import triton.language as tl
 
 
 @triton.jit
-def load_vector(ptr, columns, inside):
-    """A vector [BLOCK] that all rows share; None stays None."""
-    return None if ptr is None else tl.load(ptr + columns, mask=inside, other=0.0)
-
-
-@triton.jit
 def add_scaled(row, addend, scale):
     """row + scale * addend in the dtype of ``row``; the product is rounded to it, too, as the models do."""
     product = (addend.to(tl.float32) * scale).to(row.dtype)

@@ -47,115 +47,7 @@ import triton
 import triton.language as tl
 
 from orthorank_kernels._layout import norm_outputs
-from orthorank_kernels.triton.primitives import load_vector, norm_row, sequence_of
-
-
-@triton.jit
-def load_state(x_ptr, residual_ptr, x_offset, residual_offset, channel, inside):
-    """One token's hidden state [BLOCK], after the addition of the residual, in the dtype of ``x``."""
-    h = tl.load(x_ptr + x_offset + channel, mask=inside, other=0.0)
-    if residual_ptr is not None:
-        residual = tl.load(residual_ptr + residual_offset + channel, mask=inside, other=0.0)
-        h = (h.to(tl.float32) + residual.to(tl.float32)).to(h.dtype)
-    return h
-
-
-@triton.jit
-def length(x):
-    """Euclidean length of a vector, not below what keeps a division by it finite; the bound is PyTorch's."""
-    return tl.maximum(tl.sqrt(tl.sum(x * x, 0)), 1e-8)
-
-
-@triton.jit
-def norm_and_score(
-    x_ptr,
-    residual_ptr,  # None: nothing is added
-    weight,  # [BLOCK] or None
-    bias,  # [BLOCK] or None
-    sink_ptr,  # None: the token `sink_token` after the norm
-    normed_ptr,  # None: only scores are wanted
-    scores_ptr,
-    sum_ptr,  # None, or where h goes
-    row,
-    first,
-    end,
-    sink_token,
-    eps,
-    stride_x_row,
-    stride_x_token,
-    stride_residual_row,
-    stride_residual_token,
-    stride_sink_row,
-    stride_out_row,  # in tokens, of all outputs
-    NORM: tl.constexpr,
-    OFFSET: tl.constexpr,
-    COSINE: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Tokens ``first`` to ``end`` (exclusive) of one sequence; ``row``, ``first``, ``end``, ``sink_token`` int64."""
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    channel = tl.arange(0, BLOCK)  # [BLOCK]
-    inside = channel < HIDDEN
-    x_ptr += row * stride_x_row
-    if residual_ptr is not None:
-        residual_ptr += row * stride_residual_row
-    if sink_ptr is None:
-        state = load_state(
-            x_ptr,
-            residual_ptr,
-            sink_token * stride_x_token,
-            sink_token * stride_residual_token,
-            channel,
-            inside,
-        )
-        sink = norm_row(state.to(tl.float32), weight, bias, inside, eps, dtype, NORM, OFFSET, HIDDEN)
-    else:
-        sink = tl.load(sink_ptr + row * stride_sink_row + channel, mask=inside, other=0.0)
-    if COSINE:
-        sink_length = length(sink.to(tl.float32))
-    for token in range(first, end):
-        h = load_state(x_ptr, residual_ptr, token * stride_x_token, token * stride_residual_token, channel, inside)
-        out = row * stride_out_row + token
-        if sum_ptr is not None:
-            tl.store(sum_ptr + out * HIDDEN + channel, h, mask=inside)
-        normed = norm_row(h.to(tl.float32), weight, bias, inside, eps, dtype, NORM, OFFSET, HIDDEN)
-        if normed_ptr is not None:
-            tl.store(normed_ptr + out * HIDDEN + channel, normed, mask=inside)
-        score = tl.abs(tl.sum(normed.to(tl.float32) * sink.to(tl.float32), 0))
-        if COSINE:
-            score /= sink_length * length(normed.to(tl.float32))
-        # A scalar, which one thread stores: rms_norm_select_kernel relies on that.
-        tl.store(scores_ptr + out, score)
-
-
-@triton.jit
-def first_piece(cu_seqlens_ptr, n_tokens, n_seqs, n_blocks, rows):
-    """The row of the batch, or the sequence, with which a program begins, and its tokens: row, first, end; int64.
-
-    In the packed layout, the tokens may continue in later sequences.
-    """
-    program = tl.program_id(0).to(tl.int64)
-    if cu_seqlens_ptr is None:
-        row = program // n_blocks
-        first = program % n_blocks * rows
-    else:
-        first = program * rows
-        row = sequence_of(cu_seqlens_ptr, first, n_seqs)
-    return row, first, tl.minimum(first + rows, n_tokens)
-
-
-@triton.jit
-def bounds(starts_ptr, cu_seqlens_ptr, row, end, n_tokens):
-    """The first valid token of a row of the batch, or of a sequence, and where its tokens below ``end`` end; int64."""
-    if cu_seqlens_ptr is not None:
-        begin = tl.load(cu_seqlens_ptr + row).to(tl.int64)
-        end = tl.minimum(tl.load(cu_seqlens_ptr + row + 1).to(tl.int64), end)
-    elif starts_ptr is not None:
-        begin = tl.minimum(tl.maximum(tl.load(starts_ptr + row).to(tl.int64), 0), n_tokens - 1)
-    else:
-        begin = row * 0
-    return begin, end
+from orthorank_kernels.triton.norm_score import bounds, first_piece, norm_and_score
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_seqs", "n_blocks", "rows", "stride_out_row"])
@@ -190,8 +82,8 @@ def rms_norm_score_kernel(
     eps = tl.cast(eps, tl.float32)
     channel = tl.arange(0, BLOCK)  # [BLOCK]
     inside = channel < HIDDEN
-    weight = load_vector(weight_ptr, channel, inside)
-    bias = load_vector(bias_ptr, channel, inside)
+    weight = None if weight_ptr is None else tl.load(weight_ptr + channel, mask=inside, other=0.0)
+    bias = None if bias_ptr is None else tl.load(bias_ptr + channel, mask=inside, other=0.0)
     row, token, end = first_piece(cu_seqlens_ptr, n_tokens, n_seqs, n_blocks, rows)
     # Once in the batch layout; in the packed one, once for each sequence that has tokens here, and each empty one
     # between them.
