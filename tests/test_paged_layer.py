@@ -78,8 +78,10 @@ def test_three_steps_of_three_sequences_equal_the_dense_layer_at_the_selected_to
     w = {name: random(*shape, seed=i) * shape[-1] ** -0.5 for i, (name, shape) in enumerate(shapes.items())}
     sequences = [random(n, HIDDEN, seed=20 + i) for i, n in enumerate(LENGTHS)]
     sink = random(HIDDEN, seed=30)
-    for x in sequences:  # the lowest score: it would be selected, were it not the sink
-        x[0] -= (x[0] @ (w["norm_in"] * sink)) / (w["norm_in"] * sink).square().sum() * (w["norm_in"] * sink)
+    against = w["norm_in"] * sink
+    # The lowest scores: the first tokens would be selected, were they not the sinks, and the one that begins a chunk is.
+    for row in (*(x[0] for x in sequences), sequences[0][CHUNKS[0][0]]):
+        row -= (row @ against) / against.square().sum() * against
     counts = [[new if new == 1 else int(0.4 * new) for new in chunk] for chunk in CHUNKS]  # decoding is dense
     doubles = {name: x.double() for name, x in w.items()}
     expected = [
