@@ -32,7 +32,6 @@ class Step:
     cached: torch.Tensor  # int32 [seqs], tokens of each sequence that are in the cache already
     seq_lens: torch.Tensor  # int32 [seqs], cached and new
     k: torch.Tensor  # int32 [seqs], how many to select in each
-    sink_positions: torch.Tensor  # int32 [seqs], 0 where the new tokens begin with the sink, else -1
     slots: torch.Tensor  # [total], block * block_size + offset of each new token
     block_table: torch.Tensor  # int32 [seqs, max_blocks]
     cos: torch.Tensor  # [total, head_dim], rotary tables at each token's position
@@ -52,8 +51,8 @@ def selected_layer(
 ) -> None:
     _, block_size, kv_heads, head_dim = k_cache.shape
     chosen = ok.rms_norm_select(
-        hidden_states, w.norm_in, eps, step.k, sink=sink, sink_positions=step.sink_positions,
-        cu_seqlens=step.cu_seqlens, position_offsets=step.cached, max_selected=step.selected,
+        hidden_states, w.norm_in, eps, step.k, sink=sink, cu_seqlens=step.cu_seqlens, position_offsets=step.cached,
+        max_selected=step.selected,
     )  # fmt: skip
     keys, values = (chosen.normed @ w.kv.T).unflatten(-1, (2 * kv_heads, head_dim)).split(kv_heads, 1)
     at = step.slots // block_size, step.slots % block_size

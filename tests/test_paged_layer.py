@@ -79,7 +79,7 @@ def test_three_steps_of_three_sequences_equal_the_dense_layer_at_the_selected_to
     sequences = [random(n, HIDDEN, seed=20 + i) for i, n in enumerate(LENGTHS)]
     sink = random(HIDDEN, seed=30)
     against = w["norm_in"] * sink
-    # The lowest scores: the first tokens would be selected, were they not the sinks, and the one that begins a chunk is.
+    # The lowest scores: first tokens would be selected, were they not the sinks; the one that begins a chunk is.
     for row in (*(x[0] for x in sequences), sequences[0][CHUNKS[0][0]]):
         row -= (row @ against) / against.square().sum() * against
     counts = [[new if new == 1 else int(0.4 * new) for new in chunk] for chunk in CHUNKS]  # decoding is dense
@@ -108,7 +108,6 @@ def test_three_steps_of_three_sequences_equal_the_dense_layer_at_the_selected_to
             cached=torch.tensor(cached, dtype=torch.int32),
             seq_lens=torch.tensor(lengths, dtype=torch.int32),
             k=torch.tensor(count, dtype=torch.int32),
-            sink_positions=torch.tensor([0 if c == 0 else -1 for c in cached], dtype=torch.int32),
             slots=torch.cat(slots).long(),
             block_table=table,
             cos=cos,
