@@ -1,8 +1,9 @@
 """Query-key pairs that attention computes against those it needs, from its launch settings alone.
 
 A tile of queries is as long as its last query asks for: what lies past the others' own positions is computed and thrown
-away, and so are the rest of the last key block and the rows of a tile that hold no query. The first key blocks of a
-tile, which all of its queries see whole, need no mask.
+away, and so are the rest of the last key block and the rows of a tile that hold no query. Tiles are filled from the last
+query backwards, so that these are in the tile with the fewest keys. The first key blocks of a tile, which all of its
+queries see whole, need no mask.
 """
 
 from collections.abc import Sequence
@@ -40,12 +41,14 @@ def count_pairs(positions: Sequence[int], *, block_m: int, block_n: int, pack: i
 
     >>> count_pairs([0, 1, 2, 3], block_m=2, block_n=2)
     Pairs(needed=10, executed=12, blocks=3, masked_blocks=2)
+    >>> count_pairs([0, 1, 2], block_m=2, block_n=2)  # the tile of query 0 alone is the one with an idle row
+    Pairs(needed=6, executed=12, blocks=3, masked_blocks=2)
     """
     needed = group * sum(position + 1 for position in positions)
     queries, head_tiles = block_m // pack, -(-group // pack)
     blocks = masked = 0
-    for first in range(0, len(positions), queries):
-        low, high = positions[first], positions[min(first + queries, len(positions)) - 1]
+    for end in range(len(positions), 0, -queries):
+        low, high = positions[max(0, end - queries)], positions[end - 1]
         whole = (low + 1) // block_n
         all_blocks = -(-(high + 1) // block_n)
         blocks += all_blocks

@@ -211,6 +211,7 @@ def _launch(
             STRIDE_POSITIONS=positions.stride(1) if selected > 1 else 1,
             PACKED=cu_selected is not None,
             PAGE_SIZE=keys if paged else 0,
+            LIKE_K=paged and k.stride(0) == v.stride(0),
             HAS_STARTS=starts is not None,
             HAS_WINDOW=window is not None,
             HAS_SINKS=sinks is not None,

@@ -122,6 +122,7 @@ def sparse_query_attention_kernel(
     STRIDE_POSITIONS: tl.constexpr,
     PACKED: tl.constexpr,
     PAGE_SIZE: tl.constexpr,  # 0: keys are not in pages
+    LIKE_K: tl.constexpr,  # pages of v are as far apart as those of k, so that rows have one offset in both
     GROUP: tl.constexpr,  # query heads that share a key/value head
     PACK: tl.constexpr,  # of these, how many share a tile
     HEAD_DIM: tl.constexpr,
@@ -143,6 +144,8 @@ def sparse_query_attention_kernel(
     VECTOR: tl.constexpr,  # above 1: so many neighbours in a row of K or V are aligned to 16 bytes
 ):
     """One program: one tile of queries and heads, grid (tiles * splits, kv_heads * head tiles, batch)."""
+    if LIKE_K:
+        stride_v_batch = stride_k_batch
     tile = tl.program_id(0)
     column = tl.program_id(1)
     kv_head = column // ((GROUP + PACK - 1) // PACK)
@@ -175,8 +178,9 @@ def sparse_query_attention_kernel(
     query, head, in_tile = tile_rows(tl.arange(0, BLOCK_M), tile, query_begin, query_end, column, GROUP, PACK, BLOCK_M)
     positions_ptr += batch.to(tl.int64) * stride_positions_batch
     position = tl.load(positions_ptr + query.to(tl.int64) * STRIDE_POSITIONS, mask=in_tile, other=-1)
+    ALIGNED: tl.constexpr = PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N == 0
     sees, first, last, lowest, begin, middle, unmasked_end, high = visible_keys(
-        position, query_offset, keys, start, window, BLOCK_N, HAS_WINDOW, PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N == 0
+        position, query_offset, keys, start, window, BLOCK_N, HAS_WINDOW, ALIGNED
     )
 
     q_ptrs = q_ptr + batch.to(tl.int64) * stride_q_batch

@@ -47,10 +47,20 @@ def load_rows(
 
 @triton.jit
 def load_paged_rows(
-    ptr, pages, slots, offs_d, stride_page, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, VECTOR: tl.constexpr
+    ptr,
+    pages,
+    slots,
+    offs_d,
+    stride_page,
+    STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDE: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """Rows of a paged K or V, each from a page of its own: [BLOCK_N, BLOCK_D], zeros past HEAD_DIM."""
-    ptrs = ptr + (pages.to(tl.int64) * stride_page + slots.to(tl.int64) * STRIDE)[:, None] + offs_d[None, :]
+    if WIDE:
+        slots = slots.to(tl.int64)
+    ptrs = ptr + (pages.to(tl.int64) * stride_page + slots * STRIDE)[:, None] + offs_d[None, :]
     if VECTOR > 1:
         ptrs = tl.max_contiguous(tl.multiple_of(ptrs, [1, 16]), [1, VECTOR])
     if HEAD_DIM == offs_d.shape[0]:
@@ -116,7 +126,7 @@ def attend(
     if TMA and not MASKED:
         k = k_desc.load([batch, kv_head, key_base + n, 0]).reshape(BLOCK_N, BLOCK_D)
     elif PAGE_SIZE > 0 and not ONE_PAGE:
-        k = load_paged_rows(k_ptr, pages, rows, offs_d, stride_k_page, STRIDE_K, HEAD_DIM, VECTOR)
+        k = load_paged_rows(k_ptr, pages, rows, offs_d, stride_k_page, STRIDE_K, HEAD_DIM, WIDE, VECTOR)
     else:
         k = load_rows(k_ptr, rows, offs_d, STRIDE_K, HEAD_DIM, WIDE, VECTOR)
     if FP8 != "":
@@ -145,7 +155,7 @@ def attend(
     if TMA and not MASKED:
         v = v_desc.load([batch, kv_head, key_base + n, 0]).reshape(BLOCK_N, BLOCK_D)
     elif PAGE_SIZE > 0 and not ONE_PAGE:
-        v = load_paged_rows(v_ptr, pages, rows, offs_d, stride_v_page, STRIDE_V, HEAD_DIM, VECTOR)
+        v = load_paged_rows(v_ptr, pages, rows, offs_d, stride_v_page, STRIDE_V, HEAD_DIM, WIDE, VECTOR)
     else:
         v = load_rows(v_ptr, rows, offs_d, STRIDE_V, HEAD_DIM, WIDE, VECTOR)
     if FP8 != "":

@@ -174,8 +174,9 @@ def test_what_is_unique_counts_once_and_what_is_outside_is_an_error():
 def brute_force(positions, block_m, block_n, pack, group):
     """Pairs and blocks by looking at every tile and every block of keys."""
     queries, executed, blocks, masked = block_m // pack, 0, 0, 0
+    backwards = positions[::-1]
     for first in range(0, len(positions), queries):
-        tile = positions[first : first + queries]
+        tile = backwards[first : first + queries]
         for n in range(0, max(tile) + 1, block_n):
             blocks += 1
             masked += any(n + block_n - 1 > position for position in tile)
