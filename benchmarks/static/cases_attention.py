@@ -1,7 +1,7 @@
 """Cases of the attention kernel."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,6 +49,72 @@ def attention(
     )
 
 
+class Pages(NamedTuple):
+    """A paged cache: tokens of a page, its dtype, and whether heads are outside of pages and K and V side by side."""
+
+    size: int
+    dtype: torch.dtype = HALF
+    heads_outside: bool = False
+
+
+def packed_attention(
+    dim: int, queries: int = 681, seqs: int = 5, pages: Pages | None = None, window: int | None = None
+) -> Callable[[], Any]:
+    """Queries of ragged sequences over packed keys, or over pages, with scales where these are fp8."""
+    kv_heads, group, keys = 8, 4, 30_001
+    q, positions = empty(queries, kv_heads * group, dim), empty(queries, dtype=torch.int32)
+    ends = empty(seqs + 1, dtype=torch.int32)
+    options = (dim**-0.5, window, None, None)
+    if pages is None:
+        k = empty(keys, kv_heads, dim)
+        return launch("attention.sparse_query_attention_varlen", q, k, k, positions, ends, ends, None, *options, False)
+    if pages.heads_outside:
+        both = empty(999, kv_heads, pages.size, 2 * dim, dtype=pages.dtype).transpose(1, 2)
+        k, v = both.split(dim, -1)
+    else:
+        k = v = empty(999, pages.size, kv_heads, dim, dtype=pages.dtype)
+    scale = empty(1, dtype=FLOAT) if pages.dtype != HALF else None
+    table = empty(seqs, keys // pages.size, dtype=torch.int32)
+    return launch(
+        "attention.sparse_query_attention_paged", q, k, v, positions, ends, table, empty(seqs, dtype=torch.int32),
+        None, None, *options, scale, scale, False,
+    )  # fmt: skip
+
+
+def at_most(factor: float, dim: int) -> dict[str, dict[str, float | None]]:
+    """So many times the instructions of the gated cases' unmasked loop."""
+    return {target: {"ntm": factor * limits["ntm"]} for target, limits in ATTENTION[dim].items()}
+
+
+def packed_cases() -> Iterator[Case]:
+    """Packed and paged keys, and few queries: more instructions than the gated cases only where a comment says so."""
+    quiet = {"atomics": 0, "hot_spills": 0}
+    for dim in (64, 128):
+        slow = dim == 64
+        yield Case("attention", f"dim {dim}, packed", packed_attention(dim), quiet, at_most(1.0, dim), slow=slow)
+        window = packed_attention(dim, window=1000)
+        yield Case("attention", f"dim {dim}, packed, window", window, quiet, at_most(1.15, dim), slow=True)
+        for size, outside in ((1, False), (16, False), (16, True), (24, False), (64, False), (128, False), (256, True)):
+            # A pointer for each row, where batch and packed keys on sm_90 have one descriptor for the block; a page of
+            # another size than a power of two takes a division.
+            factor = 1.3 if size == 24 else 1.2 if size in (1, 16) else 1.15
+            name = f"dim {dim}, pages of {size}{', heads outside' if outside else ''}"
+            launched = packed_attention(dim, pages=Pages(size, heads_outside=outside))
+            first = dim == 128 and size == 16 and not outside
+            yield Case("attention", name, launched, quiet, at_most(factor, dim), slow=not first)
+        for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+            # Two numbers of K and V are converted for each score with 128 rows and head_dim 128, before sm_89 by hand.
+            launched = packed_attention(dim, pages=Pages(16, dtype))
+            yield Case("attention", f"dim {dim}, pages of 16, {name_of(dtype)}", launched, quiet, slow=True)
+        for queries in (4, 64):  # of four sequences: tiles of 16 and of 64 rows, keys split, and a second launch
+            limits = {**quiet, "launches": 2}
+            few = packed_attention(dim, queries, 4)
+            yield Case("attention", f"dim {dim}, {queries} queries, packed", few, limits, slow=True)
+            few = packed_attention(dim, queries, 4, Pages(16))
+            first = dim == 128 and queries == 4
+            yield Case("attention", f"dim {dim}, {queries} queries, pages of 16", few, limits, slow=not first)
+
+
 def attention_cases() -> Iterator[Case]:
     wide = {"atomics": 0, "min_wide_loads": 0.95, "min_wide_stores": 1.0}
     for dim, at in ATTENTION.items():
@@ -71,6 +137,11 @@ def attention_cases() -> Iterator[Case]:
             "groups of 71": {"group": 71, "kv_heads": 1},
             "fused layout": {"fused": 1},
             "64-bit rows": {"keys": 2**26, "kv_heads": 1, "fused": 1},
+            "sinks": {"sinks": 1},
+            "log-sum-exp": {"lse": 1},
+            "soft-capping": {"softcap": 50},
         }.items():
-            at = {target: {"ntm": 1.15 * limits["ntm"]} for target, limits in ATTENTION[dim].items()}
+            # The hyperbolic tangent is an exponential and a division more for each score.
+            at = at_most(2.15 if "softcap" in options else 1.15, dim)
             yield Case("attention", f"dim {dim}, {name}", attention(dim, **options), quiet, at, slow=True)
+    yield from packed_cases()

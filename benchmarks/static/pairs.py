@@ -1,9 +1,9 @@
 """Query-key pairs that attention computes against those it needs, from its launch settings alone.
 
 A tile of queries is as long as its last query asks for: what lies past the others' own positions is computed and thrown
-away, and so are the rest of the last key block and the rows of a tile that hold no query. Tiles are filled from the last
-query backwards, so that these are in the tile with the fewest keys. The first key blocks of a tile, which all of its
-queries see whole, need no mask.
+away, and so are the rest of the last key block and the rows of a tile that hold no query. Tiles are filled from the
+last query backwards, so that these rows are in the tile with the fewest keys. The first key blocks of a tile, which all
+of its queries see whole, need no mask.
 """
 
 from collections.abc import Sequence

@@ -1,13 +1,53 @@
-"""Attention of selected queries: flash attention in which every query brings its own position.
+"""Attention of selected queries: flash attention in which every query brings its own position. The launchers.
 
     out[i] = softmax(scale * q[i] k[first..p]^T) v[first..p],   p = positions[i] + query_offset
 
-An M tile holds BLOCK_M // PACK queries times PACK query heads of one key/value head, so K and V are read once for the
-heads that share them. Positions ascend, so a tile's lowest and highest position, ``low`` and ``high``, split its keys
-into blocks that every query sees whole (no mask at all), and the blocks between, which are masked. The tile with the
-longest key range runs first.
+One kernel (`attention_kernel.py`) for keys in a batch, packed keys and keys in pages; `attention_tiles.py` says which
+queries and keys a program has, `attention_step.py` is what it does with a block of keys, `attention_combine.py` joins
+keys that were split. Not here: a backward pass, float64.
 
-Not here: a backward pass, float64.
+DESIGN. All figures are of compiled code (bfloat16, Triton 3.9); none is a time. "ntm" is instructions that are not
+matrix products, for each million operations of those: below 977 on an H100 and 1953 on an A100 issuing is not the bound.
+
+Work. A query at position p needs 4 * head_dim * (p + 1) operations for each head. Selecting a third of the tokens costs
+a third of dense attention, if nothing is computed in vain: tiles hold 32 neighbouring selected queries of about 96
+tokens and the four heads of a group, so K and V are read once for the group, and computed pairs are 1.098 times the
+needed ones at 2048 tokens and 1.007 at 32768 (`benchmarks/static/pairs.py`; one head alone 1.25 and 1.015). K and V come
+from the L2 cache at 1 / BLOCK_M bytes for each operation: 3.5 TB/s on an H100 at full speed with 128 rows, 7 with 64.
+
+No mask but at the end. A tile's lowest and highest position split its keys into blocks that every query sees whole and
+the two or three blocks behind them. Those are masked by comparing, and clamped: rows past the highest position are
+never read, loads keep their 128 bits, and lengths are no part of what is compiled. The tile with the most keys runs
+first; the tile that is not full is the one with the fewest keys (filled from the front it was 1.172, not 1.098).
+
+    registers, spills, ntm, ntm with mask      sm_80                  sm_90
+    head_dim 64, batch                         241, 0,  856, 1129     172, 0,  879, 1165
+    head_dim 128, batch                        206, 0,  650,  803     214, 0,  482,  642
+    head_dim 128, packed                       254, 0,  649,  803     230, 0,  483,  632
+    head_dim 128, pages of 16 (of 128)         255, 0,  744 (725)     255, 10 (none in the loops), 576 (519)
+    head_dim 128, soft-capping                 207, 0, 1137           216, 0,  963
+    head_dim 128, e4m3 (e5m2) in pages of 16   248, 0, 6319 (3222)    255, 0, 1248 (790)
+
+Pages take a pointer for each row, where batch and packed keys on sm_90 have one descriptor for the block. A page that
+holds whole blocks is one base pointer and runs like a batch. Soft-capping is a hyperbolic tangent, through an
+exponential and a division: `tanh.approx` would be half of it, with errors of softcap * 2^-11 in a score; this has
+softcap * 2^-23. fp8 numbers become float16 by shifting bits: on sm_80 each warp converts the whole block, and it is the
+reads of a long decode that fp8 halves. Keys' scales go into the softmax's scale, values' into the output.
+
+Few queries. Where less than a third of the GPU would be busy, the keys of a tile are split over programs, as many as
+make one wave (`configs.splits`, from shapes alone), and tiles of 16 or 64 rows take 4 warps: the bound is then the
+reading of K and V. Results do not depend on the order of programs, but the number of splits, and so the rounding, does
+depend on the batch's size.
+
+Tried, and lost:
+- 64-bit offsets in the key loop: 40 registers, and on sm_80 28 spills. The base is 64-bit, offsets inside are 32-bit.
+- Rows and heads of the tile kept for the store: 40 registers. They are computed again, from an index that the compiler
+  cannot know to be the same.
+- On sm_90, the mask that compares columns: ntm 614, but 254 registers. K of masked blocks by descriptor: ntm 657.
+- Where keys are split, the compiler's analysis loses the alignment of K and V and loads them by 16 bits; it is told
+  (`VECTOR`). Other ways to write the loop's bounds did not help.
+- Half as many keys in masked blocks: fewer pairs (1.08), but the accumulator is scaled twice as often there.
+- float32 products are exact (`input_precision="ieee"`; TF32 has errors of 1e-3), without tensor cores: small tiles.
 """
 
 import math

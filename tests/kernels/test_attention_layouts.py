@@ -50,6 +50,29 @@ def test_splits(splits: int, layout: str, monkeypatch: pytest.MonkeyPatch) -> No
         check(some([(4, 130), (0, 5), (1, 3)], **OPTIONS[name]), LAYOUTS[layout])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_same_bits_in_any_order_of_programs(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits are joined in order, whichever ends first."""
+    from triton.runtime import interpreter
+
+    monkeypatch.setattr(configs, "splits", lambda *_: 3)
+    sequences = some([(4, 130), (1, 60)], sinks=True)
+    first = LAYOUTS[layout](sequences)
+    launch = interpreter.GridExecutor.__call__
+    place = interpreter.interpreter_builder.set_grid_idx
+
+    def backwards(self: Any, *args: Any, **kwargs: Any) -> Any:
+        builder = interpreter.interpreter_builder
+        turned = lambda *at: place(*(n - 1 - i for n, i in zip(builder.grid_dim, at, strict=True)))  # noqa: E731
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(builder, "set_grid_idx", turned)
+            return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", backwards)
+    for a, b in zip(first, LAYOUTS[layout](sequences), strict=True):
+        assert torch.equal(a, b)
+
+
 @given(data=st.data())
 @settings(max_examples=12, deadline=None)
 def test_any_shape(data: st.DataObject) -> None:

@@ -20,9 +20,8 @@ _ATTENTION = (
 )
 NARROW_PROGRAM_IDS = {"sparse_query_attention_kernel": _ATTENTION}
 # Functions that multiply 32 bits.
-NARROW_PRODUCTS = {
-    "load_rows": "64-bit offsets of keys cost 40 registers; the launcher sets WIDE where keys * stride exceeds 32 bits"
-}
+_KEYS = "64-bit offsets of keys cost 40 registers; the launcher sets WIDE where keys * stride exceeds 32 bits"
+NARROW_PRODUCTS = {"load_rows": _KEYS, "load_paged_rows": _KEYS.replace("keys * stride", "a page")}
 # Besides strides, what an index is multiplied by: the sizes of tensors, and the tokens that a program takes.
 SIZES = {"n_tokens", "selected", "keys", "width", "rows", "rows_per_program", "HIDDEN", "HEAD_DIM", "STRIDE"}
 # Parameters that are int64 by contract; the test checks what callers pass.
