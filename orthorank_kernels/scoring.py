@@ -75,7 +75,8 @@ def rms_norm_score(
         lengths: int32 ``[batch]``, valid tokens of each row. No score depends on it; the argument is there so that
             the batch-layout ops can be called alike. Not with ``cu_seqlens``.
         cu_seqlens: int32 ``[sequences + 1]``, where each sequence of a packed batch begins, and ``total`` at the end.
-            Sequences may be empty. The values are not read on the host.
+            Sequences may be empty. The values are not read on the host. Where the end is below ``total`` (a captured
+            graph), results of the tokens past it mean nothing.
         write_norm: False: scores (and the residual) alone; ``normed`` is None and nothing is written for it.
         copy_input: return a plain copy of ``hidden_states`` as ``residual`` when no ``residual`` is given.
         out: ``(normed, scores, residual)`` to write to, contiguous, None where nothing is written. It may not overlap

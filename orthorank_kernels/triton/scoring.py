@@ -16,8 +16,8 @@ meanwhile, so what it reads beside the tokens is divided by ``rows``. The launch
 the traffic (`SHARED_PART`): 16 tokens for x, normed, weight and sink, 32 if no norm is written, 8 with a residual.
 Counted with that many: 1.05 to 1.07 times the fewest in every layout, sequences of one token included. Few tokens are
 spread over 2048 programs (`ENOUGH_PROGRAMS`; an H100 runs 528 at a time) and read the vectors more often, mostly from
-L2. The loop over rows is not pipelined, and loads of the next row do not
-overlap with this one's sums; other programs on the multiprocessor fill the gap, so registers matter:
+L2. The loop over rows is not pipelined: loads of the next row do not overlap with this one's sums. Other programs on
+the multiprocessor fill the gap, so registers matter:
 
     registers at 4096, bfloat16, 8 warps, no spills        sm_80   sm_90   sm_100   gfx942
     RMSNorm and score, batch                                  64      64       62       41

@@ -225,10 +225,11 @@ def test_a_copy_of_the_input(norm, backend, poisoned):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_sum_is_rounded_before_it_is_normed(backend, poisoned):
     x = torch.full((1, 3, 16), 256.0, dtype=torch.bfloat16, device=DEVICE)
-    added = torch.full_like(x, 0.5)  # bfloat16 has no 256.5
-    added[..., 0] = 300
+    added = torch.full_like(x, 0.9)
+    added[..., ::2] = 1.1  # near 256, bfloat16 has even numbers alone: the sums become 256 and 258
     normed, scores, summed = rms_norm_score(x, None, EPS, residual=added, backend=backend)
     assert torch.equal(summed, x + added)
+    assert normed.unique().numel() == 2
     again = rms_norm_score(x + added, None, EPS, backend=backend)
     assert torch.equal(normed, again.normed)
     assert torch.equal(scores, again.scores)
