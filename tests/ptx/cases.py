@@ -5,12 +5,16 @@ which here is the compiled PTX, and compared with ``backend="reference"`` by the
 Shapes are odd and small: the kernels are as they are, so a program costs the same whatever it leaves idle.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+import orthorank_kernels
+from tests.kernels.every_op import IN_PLACE, Numbers, Sizes, calls
 
 HALF, FLOAT, HALF16 = torch.bfloat16, torch.float32, torch.float16
 
@@ -47,6 +51,14 @@ def some_positions(batch: int, selected: int, tokens: int, missing: int = 1) -> 
     positions = torch.stack(rows).int()
     positions[-1, selected - missing :] = -1
     return positions
+
+
+def late_positions(selected: int, tokens: int) -> Tensor:
+    """[1, selected]: a few early ones, then a crowd at the end, so that a tile of queries sees whole blocks of keys."""
+    generator = torch.Generator().manual_seed(selected)
+    early = torch.randperm(60, generator=generator)[:5].sort().values
+    late = tokens - 1 - torch.randperm(150, generator=generator)[: selected - 6].sort(descending=True).values
+    return torch.cat([early, late, ints(-1)]).int()[None]
 
 
 POSITIONS = ints([0, 3, 6, 8], [1, 5, -1, -1])
@@ -176,7 +188,7 @@ def attention_cases() -> Iterator[Case]:
 
     window = {"window": 50, "starts": ints(9)}
     for name, dim, selected, keys, dtype, more in (
-        ("dim 64", 64, 37, 560, HALF, {}),  # the second tile sees four whole blocks of keys
+        ("dim 64", 64, 37, 560, HALF, {"positions": late_positions(37, 560)}),
         ("dim 128, window and padding", 128, 9, 150, HALF16, window),
         ("dim 64", 64, 5, 20, FLOAT, {"group": 1}),
     ):
@@ -191,11 +203,38 @@ def attention_cases() -> Iterator[Case]:
                     yield Case("attention", "sparse_query_attention", name, dtype, arguments, slow=True)
 
 
+# Of `tests.kernels.every_op`, which has a call of every op and layout: so none can be missing here.
+SMALL = Sizes(batch=2, tokens=11, selected=5, hidden=64, heads=4, kv_heads=2, head_dim=32)
+
+
+def every_op_cases() -> Iterator[Case]:
+    for name, call in calls(Numbers(), SMALL).items():
+        for dtype in (HALF, FLOAT):
+
+            def arguments(d: torch.dtype, name: str = name) -> dict[str, Any]:
+                made = calls(Numbers(), SMALL.with_(dtype=d))[name]
+                names = inspect.signature(getattr(orthorank_kernels, made.op)).parameters
+                return {**dict(zip(names, made.args, strict=False)), **made.options}
+
+            title = name.partition(", ")[2] or "plain"
+            attention = call.op.startswith("sparse")
+            yield Case(
+                "attention" if attention else "every op",
+                call.op,
+                f"as in every_op: {title}",
+                dtype,
+                arguments,
+                slow=dtype == FLOAT or (attention and (call.op == "sparse_query_attention" or title != "plain")),
+                writes="out" if call.op in IN_PLACE else None,
+            )
+
+
 CASES: tuple[Case, ...] = (
     *row_cases(),
     *rotary_cases(),
     *score_cases(),
     *selection_cases(),
     *attention_cases(),
+    *every_op_cases(),
 )
 GROUPS = tuple(dict.fromkeys(case.group for case in CASES))

@@ -1,6 +1,7 @@
 """Fills the table: importing this module imports every file of instructions."""
 
 from tests.ptx import (  # noqa: F401
+    ops_convert,
     ops_copy,
     ops_float,
     ops_integer,

@@ -9,9 +9,11 @@ error (the checks), wrong (another result), or neither. A mutant that dies of ne
 
 import argparse
 import json
+import linecache
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tests.ptx.cases import CASES, Case
@@ -41,11 +43,13 @@ DROPPED = {
     "mbarrier": r"mbarrier\.(init|arrive)",
 }
 SEEDS = (None, 1)
+KERNELS = Path(__file__).resolve().parents[2] / "orthorank_kernels" / "triton"
 
 
 def mutants(ptx: str) -> Iterator[tuple[str, int, Instruction | None]]:
     """(kind, index, replacement or None to drop) of each mutant of a kernel."""
     instructions = decode(ptx).instructions
+    constant = {i.operands[0] for i in instructions if i.opcode == ("mov", "pred")}  # such a predicate is no bound
     for at, instruction in enumerate(instructions):
         opcode = ".".join(instruction.opcode)
         for kind, pattern in DROPPED.items():
@@ -54,14 +58,9 @@ def mutants(ptx: str) -> Iterator[tuple[str, int, Instruction | None]]:
         if opcode.startswith("mbarrier.try_wait"):
             always = replace(instruction, opcode=("setp", "eq", "s32"), operands=(instruction.operands[0], "0", "0"))
             yield "wait for an mbarrier", at, always
-        if re.match(r"(ld|st)\.global|cp\.async\.c[ag]|atom", opcode) and instruction.predicate:
+        bounded = instruction.predicate and instruction.predicate not in constant
+        if bounded and re.match(r"(ld|st)\.global|cp\.async\.c[ag]|atom", opcode):
             yield "bound", at, replace(instruction, predicate=None, negated=False)
-
-
-def bounded(ptx: str) -> set[int]:
-    """Masked accesses whose predicate is not constant; the others' is no bound."""
-    constant = {i.operands[0] for i in decode(ptx).instructions if i.opcode == ("mov", "pred")}
-    return {at for at, i in enumerate(decode(ptx).instructions) if i.predicate not in constant}
 
 
 def outcome(case: Case, settings: Settings, seeds: tuple[int | None, ...] = SEEDS) -> dict[str, str]:
@@ -78,16 +77,25 @@ def outcome(case: Case, settings: Settings, seeds: tuple[int | None, ...] = SEED
 
 
 def mutate(case: Case, settings: Settings) -> Iterator[dict[str, Any]]:
-    settings.edit, settings.launches = None, []
-    if found := outcome(case, settings, (None,)):
+    """Break what the case executes, one instruction after the other."""
+    unbroken: list[Program] = []
+
+    def remember(ptx: str) -> Program:
+        unbroken.append(Program(ptx))
+        return unbroken[-1]
+
+    settings.edit, settings.launches = remember, []
+    if found := outcome(case, settings):
         raise AssertionError(f"{case.title} fails unbroken: {found}")
-    launched = settings.launches[0]
-    listing = decode(launched.ptx).instructions
+    launched, executed = settings.launches[0], unbroken[0].executed
+    listing = unbroken[0].kernel.instructions
     for kind, at, instruction in mutants(launched.ptx):
-        if kind == "bound" and at not in bounded(launched.ptx):
+        if not executed[at]:
             continue
         program = Program(launched.ptx, {at: instruction})
         settings.edit = lambda ptx, program=program: program
+        file, _, line = listing[at].source.partition(":")
+        path = KERNELS / file
         yield {
             "case": case.title,
             "kernel": launched.name,
@@ -95,6 +103,7 @@ def mutate(case: Case, settings: Settings) -> Iterator[dict[str, Any]]:
             "at": at,
             "instruction": listing[at].text[:100],
             "source": listing[at].source,
+            "line": linecache.getline(str(path), int(line)).strip() if path.exists() else "",
             **outcome(case, settings),
         }
     settings.edit = None

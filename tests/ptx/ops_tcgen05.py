@@ -2,7 +2,7 @@
 
 Tensor memory is 128 lanes of 512 columns of 32 bits. One thread issues products, which run in order, read their
 operands and write tensor memory only when the mbarrier of their commit is waited for. What the warps store is not there
-before tcgen05.wait::st. Known are products of 128 rows of 16-bit elements, which sum in float32.
+before tcgen05.wait::st. Known are products of 64 or 128 rows of 16-bit elements, which sum in float32.
 
 Not checked: tcgen05.wait::ld. Triton 3.9 lets LLVM use the registers of tcgen05.ld before it.
 """
@@ -54,9 +54,9 @@ class TensorMemory(SharedMemory):
 class Product:
     """One product in flight."""
 
-    left: "Operand | np.ndarray"  # in shared memory, or words of tensor memory [128, 8]
+    left: "Operand | np.ndarray"  # in shared memory, or words of tensor memory [rows, 8]
     right: Operand
-    result: np.ndarray  # words [128, N]
+    result: np.ndarray  # words [rows, N]
     adds: bool
     kind: str
     pc: int
@@ -69,7 +69,7 @@ class Product:
         if isinstance(self.left, Operand):
             left = self.left.read(block, self.kind)
         else:
-            left = halves(memory.data[self.left].reshape(-1), self.kind).reshape(LANES, DEPTH)
+            left = halves(memory.data[self.left].reshape(-1), self.kind).reshape(-1, DEPTH)
         product = left.astype(np.float64) @ self.right.read(block, self.kind).T.astype(np.float64)
         if self.adds:
             product = product + memory.data[self.result].view(np.float32)
@@ -221,15 +221,17 @@ def _multiply(instruction: Instruction, operands: Operands) -> Run:
         kind, rows, columns = FORMATS.get(how >> 7 & 7), (how >> 24 & 31) << 4, (how >> 17 & 63) << 3
         # All but formats, transpositions and sizes: only "the result is float32" (bit 4).
         known = how & 0xE080607F == 0x10 and how >> 10 & 7 == how >> 7 & 7
-        if kind is None or rows != LANES or not known:
+        if kind is None or rows not in (64, LANES) or not known:
             raise PtxError(f"the instruction descriptor {how:#x} is not known here")
-        memory, lanes = block.keep(TensorMemory), np.arange(LANES)[:, None]
+        memory, row = block.keep(TensorMemory), np.arange(rows)[:, None]
+        # 9.7.16.10.5: 128 rows take a lane each, 64 rows the first (or, by the address, second) 16 of every 32 lanes.
+        lanes = row if rows == LANES else row // 16 * 32 + row % 16
         left: Operand | np.ndarray
         if in_tensor_memory:
             left = memory.words((a >> 16) + lanes, (a & 0xFFFF) + np.arange(DEPTH // 2)[None, :])
             memory.check_read(block, left.reshape(1, -1), np.array([warp * WARP]))
         else:
-            left = Operand(block, warp, a, np.arange(LANES), bool(how >> 15 & 1), SWIZZLES.get(a >> 61))
+            left = Operand(block, warp, a, np.arange(rows), bool(how >> 15 & 1), SWIZZLES.get(a >> 61))
         right = Operand(block, warp, b, np.arange(columns), bool(how >> 16 & 1), SWIZZLES.get(b >> 61))
         words = memory.words((d >> 16) + lanes, (d & 0xFFFF) + np.arange(columns)[None, :])
         mine = [p for p in memory.products if not p.done and np.array_equal(p.result, words)]
