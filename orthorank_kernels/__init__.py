@@ -13,6 +13,7 @@ from orthorank_kernels.rows import gather_rows, scatter_add_rows_, scatter_rows_
 from orthorank_kernels.scoring import rms_norm_score
 from orthorank_kernels.selection import select_tokens
 from orthorank_kernels.support import is_supported
+from orthorank_kernels.warming import warmup
 
 __all__ = [
     "__version__",
@@ -30,4 +31,5 @@ __all__ = [
     "sparse_query_attention",
     "sparse_query_attention_paged",
     "sparse_query_attention_varlen",
+    "warmup",
 ]

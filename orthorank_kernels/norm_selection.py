@@ -9,7 +9,7 @@ from torch import Tensor
 from orthorank_kernels import _checks, _library, dispatch
 from orthorank_kernels._layout import norm_outputs, selection_outputs
 from orthorank_kernels.reference import norm_selection as reference
-from orthorank_kernels.scoring import check_norm, check_norm_out, norm_result
+from orthorank_kernels.scoring import check_norm, check_norm_out, check_numbers, norm_result
 from orthorank_kernels.selection import OUTPUTS, REQUEST, select_request, select_result
 
 
@@ -86,6 +86,7 @@ def rms_norm_select(
         (tensor([ 1,  2, -1], dtype=torch.int32), tensor([2, 0], dtype=torch.int32))
     """
     check_norm(hidden_states, weight, residual, norm, bias, weight_offset, score, sink, starts, lengths, cu_seqlens)
+    check_numbers(eps, weight_offset, write_norm, copy_input)
     if out is not None and (not isinstance(out, tuple | list) or len(out) != len(NormSelection._fields)):
         raise TypeError(f"out is {type(out).__name__}; it must be a tuple ({', '.join(NormSelection._fields)})")
     request = select_request(

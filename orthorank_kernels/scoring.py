@@ -117,6 +117,7 @@ def rms_norm_score(
                 [ 1., -1.]])
     """
     check_norm(hidden_states, weight, residual, norm, bias, weight_offset, score, sink, starts, lengths, cu_seqlens)
+    check_numbers(eps, weight_offset, write_norm, copy_input)
     if out is not None:
         out = check_norm_out(out, hidden_states, residual, norm, write_norm, copy_input)
     normed, scores, summed = dispatch.run(
@@ -159,6 +160,14 @@ def norm_result(
     return NormScore(normed if write_norm else None, scores, summed if residual is not None or copy_input else None)
 
 
+def check_numbers(eps: float, weight_offset: float, write_norm: bool, copy_input: bool) -> None:
+    """Check the numbers and flags of the norm."""
+    _checks.number("eps", eps, at_least=0)
+    _checks.number("weight_offset", weight_offset)
+    _checks.flag("write_norm", write_norm)
+    _checks.flag("copy_input", copy_input)
+
+
 def check_norm(
     hidden_states: Tensor,
     weight: Tensor | None,
@@ -179,9 +188,8 @@ def check_norm(
     if hidden == 0:
         raise ValueError("hidden_states has hidden size 0; it must be at least 1")
     _checks.unit_last_stride(hidden_states=hidden_states)
-    for name, choice, legal in (("norm", norm, NORMS), ("score", score, SCORES)):
-        if choice not in legal:
-            raise ValueError(f"{name} is {choice!r}; it may be one of {', '.join(map(repr, legal))}")
+    _checks.choice("norm", norm, NORMS)
+    _checks.choice("score", score, SCORES)
     _check_vectors(hidden_states, weight, bias, norm, weight_offset)
     if residual is not None:
         _checks.tensor("residual", residual, layout, DTYPES)

@@ -214,7 +214,7 @@ def _which(
     if isinstance(k, Tensor):
         _per_row("k", k, (torch.int32, torch.int64), rows, like)
         return tokens, k, None, None
-    if not isinstance(k, int):
+    if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"k is a {type(k).__name__}; it must be an int or an int32 or int64 tensor [batch]")
     if not 0 <= k <= tokens:
         raise ValueError(f"k is {k}; it must be from 0 to the number of tokens, {tokens}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import orthorank_kernels as ok
 
-NOT_OPS = {"__version__", "is_supported", "keep_count"}
+NOT_OPS = {"__version__", "is_supported", "keep_count", "warmup"}
 PAGE = 16  # tokens of a page of the caches
 IN_PLACE = {"scatter_rows_", "scatter_add_rows_"}
 

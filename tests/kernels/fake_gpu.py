@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -53,9 +53,57 @@ def fake_gpus(target: str = "sm_90", *, note: bool = True) -> Iterator[Gpus]:
             patch.setattr(KernelInterface, "__getitem__", noted)
         patch.setattr(configs, "_gpu_target", lambda index: target)
         patch.setattr(configs, "_count", lambda index: 132, raising=False)  # multiprocessors
+        if not torch.backends.cuda.is_built():
+            patch.setattr(torch.Tensor, "__getitem__", indexed)
         patch.setattr(torch.cuda, "_exchange_device", gpus.exchange)
         patch.setattr(torch.cuda, "_maybe_exchange_device", gpus.exchange)
         yield gpus
+
+
+def indexed(x: torch.Tensor, index: Any) -> torch.Tensor:
+    """``x[index]``, which a PyTorch without CUDA refuses to a fake CUDA tensor; views by ints, slices and None."""
+    index = index if isinstance(index, tuple) else (index,)
+    if not isinstance(x, FakeTensor) or any(isinstance(i, torch.Tensor | list) for i in index):
+        return torch._C.TensorBase.__getitem__(x, index)
+    if Ellipsis in index:
+        at = index.index(Ellipsis)
+        whole = x.dim() - sum(i is not None for i in index) + 1
+        index = (*index[:at], *[slice(None)] * whole, *index[at + 1 :])
+    dim = 0
+    for i in index:
+        if isinstance(i, int):
+            x = x.select(dim, i)
+            continue
+        if i is None:
+            x = x.unsqueeze(dim)
+        elif i != slice(None):
+            first, stop, step = i.indices(x.shape[dim])
+            assert step == 1, "write another view"
+            x = x.narrow(dim, first, max(0, stop - first))
+        dim += 1
+    return x
+
+
+@contextlib.contextmanager
+def noted_keys(target: str) -> Iterator[list[tuple[str, str]]]:
+    """Inside, what would be compiled for ``target`` is noted instead: ``(kernel, key of Triton's cache)``.
+
+    For a process without the interpreter, which cannot launch afterwards.
+    """
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    from benchmarks.static.worker import AbsentGpu
+
+    keys: list[tuple[str, str]] = []
+
+    def note(self: Any, key: Any, *args: Any, **kwargs: Any) -> None:
+        keys.append((self.fn.__name__, str(key)))
+
+    driver.set_active(AbsentGpu(target))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "_do_compile", note)
+        yield keys
 
 
 class Allocations(TorchDispatchMode):

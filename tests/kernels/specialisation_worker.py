@@ -8,12 +8,11 @@ Runs in a process of its own, without the interpreter. One JSON object per call 
 
 import json
 import sys
-from typing import Any
 
 import torch
 
 from tests.kernels.every_op import Shapes, Sizes, calls
-from tests.kernels.fake_gpu import fake_gpus
+from tests.kernels.fake_gpu import fake_gpus, noted_keys
 
 # A model of ordinary sizes; what varies is what a serving stack varies from call to call.
 MODEL = Sizes(hidden=4096, heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16)
@@ -37,20 +36,8 @@ EXTREME = {
 
 
 def main() -> None:
-    from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
-
-    from benchmarks.static.worker import AbsentGpu
-
     target = sys.argv[1]
-    driver.set_active(AbsentGpu(target))
-    keys: list[tuple[str, str]] = []
-
-    def note(self: Any, key: Any, *args: Any, **kwargs: Any) -> None:
-        keys.append((self.fn.__name__, str(key)))
-
-    JITFunction._do_compile = note
-    with fake_gpus(target, note=False):
+    with fake_gpus(target, note=False), noted_keys(target) as keys:
         for sizes, changes in {**ORDINARY, **EXTREME}.items():
             for name, call in calls(Shapes("cuda:0"), MODEL.with_(**changes)).items():
                 keys.clear()

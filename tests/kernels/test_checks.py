@@ -1,12 +1,15 @@
 """The argument checks that the public ops share: what passes, what they say, that a compiler reads them."""
 
+import inspect
 import re
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+import orthorank_kernels as ok
 from orthorank_kernels import _checks
+from tests.kernels.every_op import NOT_OPS, Numbers, calls
 
 
 @pytest.mark.parametrize(
@@ -67,6 +70,44 @@ def test_flags_and_words() -> None:
     for wrong in ("Rms", None, 3, ["rms"]):
         with pytest.raises(ValueError, match="it may be one of 'rms', 'layer'"):
             _checks.choice("norm", wrong, ("rms", "layer"))
+
+
+WRONG = {
+    "eps": ["a", True, None, torch.ones(1), float("nan")],
+    "weight_offset": ["a", True, float("inf")],
+    "scale": ["a", True, torch.ones(1), float("nan")],
+    "softcap": ["a", True, 0, -1.0],
+    "threshold": ["a", True, float("nan")],
+    "k": ["a", True, 1.5, -1, 10**6],
+    "keep_last": ["a", True, 1.5, -1],
+    "max_selected": ["a", True, 1.5, -1],
+    "window": ["a", True, 1.5, 0, -3],
+    "query_offset": ["a", True, 1.5, None],
+    "max_seqlen_k": ["a", True, 1.5, -1],
+    "rotary_dim": ["a", True, 1.5, 3, 0],
+    "write_norm": [1, "a", None],
+    "copy_input": [1, "a", None],
+    "interleaved": [1, "a", None],
+    "return_lse": [1, "a", None],
+    "norm": [1, "Rms", None],
+    "score": [1, "Inner", None],
+    "backend": [1, "cuda", None],
+}
+
+
+@pytest.mark.parametrize("op", sorted(set(ok.__all__) - NOT_OPS))
+def test_every_number_flag_and_word_of_every_op_is_refused_with_its_name(op: str) -> None:
+    call, parameters = calls(Numbers())[op], inspect.signature(getattr(ok, op)).parameters
+    asked = {**dict(zip(parameters, call.args, strict=False)), **call.options}
+    checked = [name for name in parameters if name in WRONG]
+    assert "backend" in checked
+    for name in checked:
+        for value in WRONG[name]:
+            given = {**asked, name: value}
+            if name == "threshold":
+                given.pop("k")
+            with pytest.raises((TypeError, ValueError), match=rf"^{name} (is|has) .*; (it|{name}) (must|may) be"):
+                getattr(ok, op)(**given)
 
 
 def test_a_compiler_reads_them_with_sizes_that_are_not_known() -> None:
