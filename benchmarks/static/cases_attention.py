@@ -113,6 +113,10 @@ def packed_cases() -> Iterator[Case]:
             few = packed_attention(dim, queries, 4, Pages(16))
             first = dim == 128 and queries == 4
             yield Case("attention", f"dim {dim}, {queries} queries, pages of 16", few, limits, slow=not first)
+    for dim in (96, 256):
+        for queries in (4, 64):
+            few = packed_attention(dim, queries, 4)
+            yield Case("attention", f"dim {dim}, {queries} queries, packed", few, {**quiet, "launches": 2}, slow=True)
 
 
 def attention_cases() -> Iterator[Case]:
