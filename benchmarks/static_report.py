@@ -57,12 +57,12 @@ def installed(want: Wanted) -> bool:
 
 
 def chunks(wants: Sequence[Wanted]) -> list[list[Wanted]]:
-    """Cases that share a process: of one target and group; those that take longest first."""
-    groups: dict[tuple[str, str], list[Wanted]] = defaultdict(list)
+    """Cases that share a process: the default settings first, then those that take longest."""
+    groups: dict[tuple[bool, str, str], list[Wanted]] = defaultdict(list)
     for want in wants:
-        groups[want.target, want.case.group].append(want)
+        groups[want.case.slow, want.target, want.case.group].append(want)
     cut = [group[i : i + CHUNK] for group in groups.values() for i in range(0, len(group), CHUNK)]
-    return sorted(cut, key=lambda chunk: chunk[0].case.group not in ("attention", "peers"))
+    return sorted(cut, key=lambda chunk: (chunk[0].case.slow, chunk[0].case.group not in ("attention", "peers")))
 
 
 def measure_all(wants: Sequence[Wanted], jobs: int, cache: Path | None, keep: Callable[[Wanted, Row], None]) -> None:
