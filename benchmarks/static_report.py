@@ -177,7 +177,11 @@ def main() -> int:
     chosen = [w for w in everything if w.target in targets and re.search(options.only, w.case.name)]
     if options.check:
         return check(chosen, options.jobs)
-    return report(options, everything, chosen, version)
+    try:
+        return report(options, everything, chosen, version)
+    except KeyboardInterrupt:
+        print("stopped; what was measured is kept, and the same command goes on from there")
+        return 130
 
 
 if __name__ == "__main__":
