@@ -31,13 +31,16 @@ class Pairs:
         return self.masked_blocks / self.blocks
 
 
-def count_pairs(positions: Sequence[int], *, block_m: int, block_n: int, pack: int = 1, group: int = 1) -> Pairs:
+def count_pairs(
+    positions: Sequence[int], *, block_m: int, block_n: int, pack: int = 1, group: int = 1, from_last: bool = True
+) -> Pairs:
     """Count them for one sequence.
 
     Args:
         positions: ascending, of the queries on the key axis. A query sees the keys up to its own position.
         block_m: rows of a tile, of which each ``pack`` hold the heads of one query. block_n: keys of a block.
         group: query heads that share a key/value head, in tiles of ``pack`` heads.
+        from_last: tiles are filled from the last query backwards, as ours are; False: from the first one, as others'.
 
     >>> count_pairs([0, 1, 2, 3], block_m=2, block_n=2)
     Pairs(needed=10, executed=12, blocks=3, masked_blocks=2)
@@ -47,8 +50,9 @@ def count_pairs(positions: Sequence[int], *, block_m: int, block_n: int, pack: i
     needed = group * sum(position + 1 for position in positions)
     queries, head_tiles = block_m // pack, -(-group // pack)
     blocks = masked = 0
-    for end in range(len(positions), 0, -queries):
-        low, high = positions[max(0, end - queries)], positions[end - 1]
+    over = 0 if from_last else -len(positions) % queries  # idle rows of the tile that ends with the last query
+    for end in range(len(positions) + over, 0, -queries):
+        low, high = positions[max(0, end - queries)], positions[min(end, len(positions)) - 1]
         whole = (low + 1) // block_n
         all_blocks = -(-(high + 1) // block_n)
         blocks += all_blocks

@@ -171,12 +171,12 @@ def test_what_is_unique_counts_once_and_what_is_outside_is_an_error():
         traffic.record("read", addresses + 32, np.array([True, True]), 4)
 
 
-def brute_force(positions, block_m, block_n, pack, group):
+def brute_force(positions, block_m, block_n, pack, group, from_last):
     """Pairs and blocks by looking at every tile and every block of keys."""
     queries, executed, blocks, masked = block_m // pack, 0, 0, 0
-    backwards = positions[::-1]
+    ordered = positions[::-1] if from_last else positions
     for first in range(0, len(positions), queries):
-        tile = backwards[first : first + queries]
+        tile = ordered[first : first + queries]
         for n in range(0, max(tile) + 1, block_n):
             blocks += 1
             masked += any(n + block_n - 1 > position for position in tile)
@@ -185,9 +185,10 @@ def brute_force(positions, block_m, block_n, pack, group):
     return Pairs(group * sum(p + 1 for p in positions), executed * tiles, blocks * tiles, masked * tiles)
 
 
+@pytest.mark.parametrize("from_last", [True, False])
 @pytest.mark.parametrize(("block_m", "block_n", "pack", "group"), [(16, 8, 4, 4), (16, 8, 1, 1), (8, 32, 3, 7)])
-def test_query_key_pairs(block_m, block_n, pack, group):
-    settings = {"block_m": block_m, "block_n": block_n, "pack": pack, "group": group}
+def test_query_key_pairs(block_m, block_n, pack, group, from_last):
+    settings = {"block_m": block_m, "block_n": block_n, "pack": pack, "group": group, "from_last": from_last}
     positions = selected_positions(200, 67)
     assert positions == sorted(set(positions))
     assert positions[0] > 0
