@@ -189,6 +189,7 @@ def attention_cases() -> Iterator[Case]:
     window = {"window": 50, "starts": ints(9)}
     for name, dim, selected, keys, dtype, more in (
         ("dim 64", 64, 37, 560, HALF, {"positions": late_positions(37, 560)}),
+        ("dim 64, one tile", 64, 4, 410, HALF, {"positions": ints([390, 401, 409, -1])}),
         ("dim 128, window and padding", 128, 9, 150, HALF16, window),
         ("dim 64", 64, 5, 20, FLOAT, {"group": 1}),
     ):

@@ -4,7 +4,7 @@
     python -m tests.ptx.mutate sm_90 --ordering                   # weaken the atomic of rms_norm_select
 
 One JSON object per mutant on the standard output: case, kernel, kind, at, instruction, source, and how it was noticed:
-error (the checks), wrong (another result), or neither. A mutant that dies of neither is noticed by nobody.
+error (the checks), wrong (another result), redundant (only together with another that alone is not missed), or none.
 """
 
 import argparse
@@ -32,7 +32,7 @@ MUTATED = (
     r"^rms_norm_score, own sink, bfloat16",
     r"^rms_norm_select, own sink, bfloat16",
     r"^select_tokens, ragged, float32",
-    r"^sparse_query_attention, dim 64, bfloat16",
+    r"^sparse_query_attention, dim 64, one tile, bfloat16",
     r"^sparse_query_attention, dim 128, window and padding, float16",
 )
 DROPPED = {
@@ -42,7 +42,7 @@ DROPPED = {
     "fence": r"fence\.proxy\.async|wgmma\.fence",
     "mbarrier": r"mbarrier\.(init|arrive)",
 }
-SEEDS = (None, 1)
+SEEDS = (1,)  # what the checks notice does not depend on the schedule
 KERNELS = Path(__file__).resolve().parents[2] / "orthorank_kernels" / "triton"
 
 
@@ -87,13 +87,26 @@ def mutate(case: Case, settings: Settings) -> Iterator[dict[str, Any]]:
     settings.edit, settings.launches = remember, []
     if found := outcome(case, settings):
         raise AssertionError(f"{case.title} fails unbroken: {found}")
-    launched, executed = settings.launches[0], unbroken[0].executed
+    launched, executed, masked = settings.launches[0], unbroken[0].executed, unbroken[0].masked
     listing = unbroken[0].kernel.instructions
-    for kind, at, instruction in mutants(launched.ptx):
-        if not executed[at]:
-            continue
-        program = Program(launched.ptx, {at: instruction})
-        settings.edit = lambda ptx, program=program: program
+    # Broken or not, a case runs the same if it never comes there, or if a bound is always met.
+    found = [m for m in mutants(launched.ptx) if executed[m[1]] and (m[0] != "bound" or masked[m[1]])]
+
+    def broken(replaced: dict[int, Instruction | None]) -> dict[str, str]:
+        program = Program(launched.ptx, replaced)
+        settings.edit = lambda ptx: program
+        return outcome(case, settings)
+
+    results = {at: broken({at: instruction}) for _, at, instruction in found}
+    missed = [m for m in found if not results[m[1]] and m[0] != "bound"]
+    for kind, at, instruction in missed:
+        # The compiler puts one barrier beside another, so that neither is missed. Are both?
+        twins = [m for m in missed if m[0] == kind and m[1] != at]
+        for _, other, replaced in sorted(twins, key=lambda m, at=at: abs(m[1] - at))[:2]:
+            if how := broken({at: instruction, other: replaced}):
+                results[at] = {"redundant": f"with {other}: {how.get('error') or how.get('wrong')}"}
+                break
+    for kind, at, _ in found:
         file, _, line = listing[at].source.partition(":")
         path = KERNELS / file
         yield {
@@ -104,7 +117,7 @@ def mutate(case: Case, settings: Settings) -> Iterator[dict[str, Any]]:
             "instruction": listing[at].text[:100],
             "source": listing[at].source,
             "line": linecache.getline(str(path), int(line)).strip() if path.exists() else "",
-            **outcome(case, settings),
+            **results[at],
         }
     settings.edit = None
 
@@ -144,7 +157,7 @@ def main() -> None:
 
 
 def row(result: dict[str, Any]) -> str:
-    how = result.get("error") or (result.get("wrong") and f"wrong: {result['wrong']}") or "NOT NOTICED"
+    how = next((f"{word}: {result[word]}" for word in ("error", "wrong", "redundant") if word in result), "NOT NOTICED")
     where = f"{result['kernel']} {result['at']:>5} {result['source']:<18}"
     return f"{where} {result['kind']:<20} {result['instruction'][:50]:<50} {how.splitlines()[0][:90]}"
 

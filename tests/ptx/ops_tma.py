@@ -131,7 +131,7 @@ def _start(block: "Block", tensor: "Descriptor", first: tuple[int, ...], target:
     if target + count > block.shared.size:
         raise OutOfBounds(f"a tensor copy to bytes {target} to {target + count} of {block.shared.size} shared ones")
     index = swizzle(line, tensor.swizzle_bytes)
-    barrier = block.keep(Mbarriers).find(block, at, warp, asynchronous=True)
+    barrier = block.keep(Mbarriers).find(block, at, warp)
     block.shared.check_async_write(block, index, warp)
     block.shared.in_flight[index] = True
     pc = block.pc

@@ -75,7 +75,8 @@ class Program:
             self.kernel.instructions[at] = instruction or NOTHING
         self.operands = Operands(self.kernel)
         self.steps = [self._step(instruction) for instruction in self.kernel.instructions]
-        self.executed = bytearray(len(self.steps) + 1)  # 1 for what some block has run
+        # By instruction: 1 for what some block has run; 1 for whose predicate kept some thread from it.
+        self.executed, self.masked = bytearray(len(self.steps) + 1), bytearray(len(self.steps) + 1)
 
     def _step(self, instruction: Instruction) -> Step:
         try:
@@ -131,8 +132,11 @@ def predicated(run: Run, predicate: Source) -> Run:
         if active is None:
             if holds.all():
                 return run(block, None)
+            block.program.masked[block.pc] = 1
         else:
             holds = holds & active
+            if (holds != active).any():
+                block.program.masked[block.pc] = 1
         return run(block, holds) if holds.any() else None
 
     return guarded

@@ -74,7 +74,6 @@ READ = "shl.b32 %r31, %r30, 2; ld.shared.b32 %r1, [%r31];"
         ("the wait", [*GOOD[:-1], READ], Race),
         ("the wait, but with a barrier", [*GOOD[:-1], SYNC, READ], Race),
         ("the wait of others than the leader", [*GOOD[:-1], "@!%p9 bra $X;", FIRST, "$X:", READ], Race),
-        ("the fence after mbarrier.init", [LEADER, INIT, SYNC, EXPECT, COPY, FIRST], Misuse),
         ("mbarrier.init", [LEADER, EXPECT, COPY, FIRST], Misuse),
         ("the arrival", [LEADER, INIT, SYNC, FENCE, SYNC, COPY, FIRST], Stuck),
         ("the copy", [LEADER, INIT, SYNC, EXPECT, FENCE, SYNC, FIRST], Stuck),

@@ -22,11 +22,15 @@ if tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) != (3, 9
     pytest.skip("the table holds the instructions that Triton 3.9 emits", allow_module_level=True)
 
 
+def compiler_environment() -> dict[str, str]:
+    """That of a child process which compiles, where this one interprets."""
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+
+
 def run_group(target: str, group: str, *more: str) -> list[dict]:
     """Results of the cases, from a child process with the compiler in place of the interpreter."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.ptx.worker", target, group, *more]
-    child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    child = subprocess.run(command, cwd=ROOT, env=compiler_environment(), capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr[-4000:]
     return list(map(json.loads, child.stdout.splitlines()))
 

@@ -5,7 +5,6 @@ because each releases its scores and the last one acquires them all; on a GPU, l
 """
 
 import json
-import os
 import subprocess
 import sys
 
@@ -15,7 +14,7 @@ import pytest
 from tests.ptx.errors import Race
 from tests.ptx.launch import launch
 from tests.ptx.table import Program
-from tests.ptx.test_kernels import ROOT
+from tests.ptx.test_kernels import ROOT, compiler_environment
 
 PROGRAMS = 6
 # Each program stores a number, counts itself, and the last one adds all of them up.
@@ -110,9 +109,8 @@ def test_reading_what_another_program_overwrites():
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_the_selection_in_the_same_launch_needs_its_release_and_its_acquire(target):
     """The real kernel, with its one atomic weakened."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.ptx.mutate", target, "--ordering"]
-    child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    child = subprocess.run(command, cwd=ROOT, env=compiler_environment(), capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr[-4000:]
     results = list(map(json.loads, child.stdout.splitlines()))
     assert [r["order"] for r in results] == ["acq_rel.gpu", "release.gpu", "acquire.gpu", "relaxed.gpu", "acq_rel.cta"]
