@@ -85,6 +85,11 @@ def test_results_are_new_memory(name):
 WITH_OUT = [name for name, call in calls(Shapes("meta")).items() if takes_out(call.op)]
 
 
+def test_every_op_that_returns_something_takes_memory_of_the_caller():
+    found = calls(Shapes("meta"))
+    assert {found[name].op for name in WITH_OUT} == {call.op for call in found.values()} - IN_PLACE
+
+
 @pytest.mark.parametrize("name", WITH_OUT)
 def test_with_memory_of_the_caller_nothing_is_allocated(name):
     with fake_gpus() as gpus:
