@@ -51,8 +51,84 @@ def demo_section() -> str:
 
 def results_section() -> str:
     """One line for each benchmark: what, how much, by which command."""
-    rows = [line for make in (prefill_rows, criteria_rows, import_rows) for line in make()]
+    rows = [line for make in (static_rows, byte_rows, prefill_rows, criteria_rows, import_rows) for line in make()]
     return table(["what", "measured", "command"], rows)
+
+
+def static_rows() -> list[list[str]]:
+    """What the kernels compile to: attention and selection by name, everything else as counts."""
+    report = load("static.json")
+    command = "`python benchmarks/static_report.py`, all of it in [static.md](benchmarks/results/static.md)"
+    found = {(row["target"], row["case"]): row for row in report["rows"]}
+    lines = []
+    for target in ("sm_80", "sm_90"):
+        for head_dim in (64, 128):
+            name = f"dim {head_dim}, groups of 4"
+            row, peer = found[target, name], found.get((target, f"FlexAttention {name}"), {})
+            figure = f"{row['registers']} registers, {row['spills']} spills, {row['ntm']:.0f} ({row['ntm_masked']:.0f})"
+            if "ntm" in peer:
+                beside = f"{peer['registers']}, {peer['spills']}, {peer['ntm']:.0f} ({peer['ntm_masked']:.0f})"
+                figure += f"; FlexAttention: {beside}"
+            what = (
+                f"attention compiled for {target}, bf16, head_dim {head_dim}, 4 heads for each key/value head: "
+                "instructions besides matrix instructions for each MFLOP of those (in masked blocks)"
+            )
+            lines.append([what, figure, command])
+    row = found["sm_90", "select_tokens 2048 tokens"]
+    peer = [r for (at, name), r in found.items() if at == "sm_90" and name.startswith("FlagGems") and "error" not in r]
+    figure = f"{row['instructions']:,} instructions, one launch"
+    if peer:
+        total = sum(r["instructions"] for r in peer)
+        figure += f"; FlagGems' top-k: {total:,} in {len(peer)} launches, not in position order"
+    lines.append(["selection of k among 2,048 compiled for sm_90", figure, command])
+    ours = [row for row in report["rows"] if row["group"] != "peers" and row["target"] != "gfx1100"]
+    spilling = sum(bool(row.get("hot_spills")) for row in ours)
+    clean = sum(row.get("spills") == 0 for row in ours)
+    lines.append(
+        [
+            f"every launch setting of every kernel on {len({row['target'] for row in ours})} targets",
+            f"{len(ours):,} compiled, {clean:,} of them without any spill, {spilling} with spills in attention's loop",
+            command,
+        ]
+    )
+    return lines
+
+
+def byte_rows() -> list[list[str]]:
+    """Bytes over the fewest that could be moved, and query-key pairs over those that are needed."""
+    report, command = load("bytes.json"), "`python benchmarks/byte_report.py`"
+    ops = {f"{row['op']} {row['shape']}": row for row in report["ops"]}
+    many = "rows as in a large batch"
+    norm = ops[f"rms_norm_score 256 x 4096, {many}"]["requested"]
+    peer = next((r["requested"] for r in report["peers"] if r["op"].startswith("Liger")), None)
+    beside = f"; Liger-Kernel's norm, without a score: {peer:.2f}" if peer is not None else ""
+    lines = [
+        ["bytes that norm + score asks for, over the fewest possible", f"{norm:.2f}{beside}", command],
+        [
+            "the same of gather, scatter and rotary",
+            f"{ops['gather_rows 170 of 512 x 4096']['requested']:.2f}, "
+            f"{ops['scatter_rows_ 170 of 512 x 4096']['requested']:.2f}, "
+            f"{ops['apply_rotary_at 170 x 32 x 128']['requested']:.2f}",
+            command,
+        ],
+        [
+            "the same of selection, 2,048 and 32,768 scores",
+            f"{ops['select_tokens 682 of 2,048']['requested']:.2f}, "
+            f"{ops['select_tokens 10,922 of 32,768']['requested']:.2f} (from the L2 cache); "
+            f"`torch.topk` and `sort`: at least {report['peers'][-1]['requested_at_least']:.2f}",
+            command,
+        ],
+    ]
+    pairs = [r for r in report["attention_pairs"] if (r["target"], r["head_dim"], r["group"]) == ("sm_90", 128, 4)]
+    others = {(r["op"].split()[0], r["tokens"]): r["executed_over_needed"] for r in report["attention_peers"]}
+    for row in pairs:
+        flex, masked = (others[name, row["tokens"]] for name in ("FlexAttention,", "scaled_dot_product_attention"))
+        figure = f"{row['executed_over_needed']:.2f}; FlexAttention {flex:.2f}, SDPA with a mask {masked:.2f}"
+        lines.append(
+            [f"query-key pairs computed over needed, a third of {row['tokens']:,} tokens, sm_90, head_dim 128",
+             figure, command]
+        )  # fmt: skip
+    return lines
 
 
 def prefill_rows() -> list[list[str]]:

@@ -33,7 +33,7 @@ from benchmarks.static import sass
 from benchmarks.static.case import REPORTED_TARGETS, TARGETS, broken_limits, worst_ratio
 from benchmarks.static.occupancy import occupancy
 from benchmarks.static.run import measurements, triton_version
-from benchmarks.static.store import Row, Store, Wanted, wanted
+from benchmarks.static.store import Row, Store, Wanted, is_current, wanted
 from benchmarks.static.tables import markdown
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -156,7 +156,7 @@ def report(options: argparse.Namespace, everything: Sequence[Wanted], chosen: Se
         (options.output / "static.md").write_text(markdown(store.rows, everything, version, COMMAND), encoding="utf-8")
     for name in missing:
         print(f"not measured: {name} is not installed; run: make bench-install")
-    found = [c for w in everything if w.place in store.rows for c in complaints(w, store.rows[w.place])]
+    found = [c for w in everything if is_current(row := store.rows.get(w.place), w) for c in complaints(w, row)]
     for complaint in found:
         print(f"broken: {complaint}")
     left = len(store.stale(everything))

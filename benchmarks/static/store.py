@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from benchmarks.static import fingerprint
 from benchmarks.static.case import REPORTED_TARGETS, TARGETS, Case
@@ -44,7 +44,7 @@ def place(row: Row) -> Place:
     return row["target"], row["group"], row["case"]
 
 
-def is_current(row: Row | None, want: Wanted) -> bool:
+def is_current(row: Row | None, want: Wanted) -> TypeGuard[Row]:
     return row is not None and row["key"] == want.key
 
 
