@@ -39,11 +39,11 @@ A packed program finds its first sequence by counting, 256 entries of ``cu_seqle
 all programs share, where a bisection would be log2(n_seqs) loads that wait for each other. In the kernel the walk over
 sequences is one ``while`` for both layouts (once around in the batch layout), so that the body is compiled once.
 
-Without fused multiply-adds (`enable_fp_fusion`): a sum over a row ends in shuffles between lanes, and the compiler would
-fuse the product of the last step into the first exchange, x * x + (the other lane's x * x, rounded). Then two lanes of
-a pair hold different last bits of one sum, and which of them a program stores is left to the hardware. Equal states
-must have equal scores, whatever the lane, since ranks of a tensor-parallel group select by them. The kernel waits for
-memory; the instructions it would save cost nothing.
+Without fused multiply-adds (`enable_fp_fusion`): a sum over a row ends in shuffles between lanes, and the compiler
+would fuse a product into the first exchange, x * x + (the other lane's x * x, rounded). Then the two lanes of a pair
+hold different last bits of one sum, and which of them a program stores is left to the hardware. Equal states must have
+equal scores, since the ranks of a tensor-parallel group select by them. The kernel waits for memory, so the
+instructions that fusing would save cost nothing.
 """
 
 from typing import Any
