@@ -7,7 +7,7 @@ what is not. The way through it:
     decode.py        text -> instructions        operands.py   an operand -> how to read or write it
     table.py         opcode -> what it does      ops_*.py      the entries of the table, one file for each kind
     clocks.py        what happened before what   shadow.py     who touched a byte last
-    shared_memory.py, global_memory.py, mbarriers.py, tensor_memory.py
+    shared_memory.py, global_memory.py, mbarriers.py (tensor memory is in ops_tcgen05.py)
     block.py         a program instance: registers, warps, memory       scheduler.py   who runs next
     launch.py        runs one kernel             launchers.py  runs the launchers of `orthorank_kernels.triton`
     cases.py         what the test suite runs    worker.py     runs cases in a process of its own

@@ -4,7 +4,7 @@
     python -m tests.ptx.mutate sm_90 --ordering                   # weaken the atomic of rms_norm_select
 
 One JSON object per mutant on the standard output: case, kernel, kind, at, instruction, source, and how it was noticed:
-error (the checks), wrong (another result), redundant (only together with another that alone is not missed), or none.
+error (the checks), wrong (another result), redundant (once others of which none is missed are gone), or none.
 """
 
 import argparse
@@ -90,7 +90,8 @@ def mutate(case: Case, settings: Settings) -> Iterator[dict[str, Any]]:
     launched, executed, masked = settings.launches[0], unbroken[0].executed, unbroken[0].masked
     listing = unbroken[0].kernel.instructions
     # Broken or not, a case runs the same if it never comes there, or if a bound is always met.
-    found = [m for m in mutants(launched.ptx) if executed[m[1]] and (m[0] != "bound" or masked[m[1]])]
+    reached = [a if i.predicate else e for i, a, e in zip(listing, unbroken[0].acted, executed, strict=False)]
+    found = [m for m in mutants(launched.ptx) if reached[m[1]] and (m[0] != "bound" or masked[m[1]])]
 
     def broken(replaced: dict[int, Instruction | None]) -> dict[str, str]:
         program = Program(launched.ptx, replaced)
@@ -98,14 +99,16 @@ def mutate(case: Case, settings: Settings) -> Iterator[dict[str, Any]]:
         return outcome(case, settings)
 
     results = {at: broken({at: instruction}) for _, at, instruction in found}
-    missed = [m for m in found if not results[m[1]] and m[0] != "bound"]
-    for kind, at, instruction in missed:
-        # The compiler puts one barrier beside another, so that neither is missed. Are both?
-        twins = [m for m in missed if m[0] == kind and m[1] != at]
-        for _, other, replaced in sorted(twins, key=lambda m, at=at: abs(m[1] - at))[:2]:
-            if how := broken({at: instruction, other: replaced}):
-                results[at] = {"redundant": f"with {other}: {how.get('error') or how.get('wrong')}"}
-                break
+    # The compiler puts one barrier beside another, so that none of them is missed alone. Take away one after the other
+    # as long as nobody notices: what is noticed then did the same as some that are gone.
+    gone: dict[int, Instruction | None] = {}
+    for kind, at, instruction in found:
+        if results[at] or kind == "bound":
+            continue
+        if how := broken({**gone, at: instruction}):
+            results[at] = {"redundant": f"without {sorted(gone)}: {how.get('error') or how.get('wrong')}"}
+        else:
+            gone[at] = instruction
     for kind, at, _ in found:
         file, _, line = listing[at].source.partition(":")
         path = KERNELS / file

@@ -132,6 +132,8 @@ def _allocation(instruction: Instruction, operands: Operands) -> Run:
         if action == "dealloc":
             if int(where) != 0 or columns != memory.allocated or not all(p.done for p in memory.products):
                 raise Misuse("tensor memory is given back that was not allocated, or with a product in flight")
+            every = memory.words(np.arange(LANES)[:, None], np.arange(columns)[None, :])
+            memory.check_write(block, every.reshape(1, -1), np.array([warp * WARP]))  # nobody may still use them
             memory.allocated = 0
             return
         if memory.allocated or columns not in (32, 64, 128, 256, 512):

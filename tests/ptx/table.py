@@ -75,8 +75,8 @@ class Program:
             self.kernel.instructions[at] = instruction or NOTHING
         self.operands = Operands(self.kernel)
         self.steps = [self._step(instruction) for instruction in self.kernel.instructions]
-        # By instruction: 1 for what some block has run; 1 for whose predicate kept some thread from it.
-        self.executed, self.masked = bytearray(len(self.steps) + 1), bytearray(len(self.steps) + 1)
+        # By instruction: 1 for what some block has run; whose predicate let some thread do it; kept some from it.
+        self.executed, self.acted, self.masked = (bytearray(len(self.steps) + 1) for _ in range(3))
 
     def _step(self, instruction: Instruction) -> Step:
         try:
@@ -129,15 +129,16 @@ def predicated(run: Run, predicate: Source) -> Run:
 
     def guarded(block: "Block", active: np.ndarray | None) -> Any:
         holds = block.value(predicate, active, "a predicate")
-        if active is None:
-            if holds.all():
-                return run(block, None)
-            block.program.masked[block.pc] = 1
-        else:
-            holds = holds & active
-            if (holds != active).any():
-                block.program.masked[block.pc] = 1
-        return run(block, holds) if holds.any() else None
+        holds = holds if active is None else holds & active
+        program, pc = block.program, block.pc
+        if not (holds.all() if active is None else (holds == active).all()):
+            program.masked[pc] = 1
+        elif active is None:
+            holds = None
+        if holds is not None and not holds.any():
+            return None
+        program.acted[pc] = 1
+        return run(block, holds)
 
     return guarded
 

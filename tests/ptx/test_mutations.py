@@ -9,6 +9,7 @@ import pytest
 
 from tests.ptx.test_kernels import ROOT, TARGETS, compiler_environment
 
+ATTENTION = "sparse_query_attention_kernel"
 # What may go unnoticed: kernel, kind, the line of the kernel's source (or the file), and why that is harmless.
 HARMLESS = (
     ("scatter_rows_kernel", "bound", r"tl\.load\((rows|residual)_ptr", "a missing entry has a row; it is not stored"),
@@ -17,8 +18,15 @@ HARMLESS = (
     (".*_norm.*", "barrier", r"standard\.py", "keeps a sum from the row before it; a program has one row here"),
     ("rms_norm_select_kernel", "barrier", r"debug_barrier|atomic_add", "one thread stores all scores of a program and "
      "does the atomic, whose own barriers stand beside (AMD needs it: see the kernel)"),
+    # Of attention, what is left over after `mutate` has taken away one after the other. Without all of it the kernel
+    # still passes every check.
+    (ATTENTION, "barrier", r"for n in range|_desc\.load|= attend\(|tl\.load\(ptrs\)|tl\.dot\(", "between steps of the "
+     "one warp that initialises, arrives and copies; or at the end of a loop, where the next step has a barrier"),
+    (ATTENTION, "fence", r"_desc\.load|tl\.dot\(", "nothing was stored to shared memory since the fence before it"),
+    (ATTENTION, "wait for .*", r"for n in range|acc, total, peak = attend", "ends a loop, whose last step has waited"),
 )  # fmt: skip
 SHARE = 0.95
+LISTED = 0.25  # at most so many of all may be excused by the list, or it would excuse blind checks
 
 
 def is_harmless(result: dict) -> bool:
@@ -53,6 +61,7 @@ def test_what_is_dropped_is_noticed(target):
         print(f"  {r['kernel']} {r['kind']} at {r['at']}, {r['source']}: {r['instruction']} | {r['line']}")
     assert len(results) > 150
     assert share >= SHARE
+    assert sum("redundant" not in r for r in missed) <= LISTED * len(results)
     assert by_value < 0.1 * len(noticed), "a check should notice, not luck with the numbers"
 
 

@@ -144,6 +144,7 @@ def test_half_rows():
         ("tcgen05.wait::st", without(FROM_TENSOR_MEMORY, "tcgen05.wait::st.sync.aligned;"), Race),
         ("the barrier after the stores", without(FROM_TENSOR_MEMORY, STORED, STORED[:-12]), (Race, Uninitialised)),
         ("a wait before dealloc", [*GOOD[:6], FREE, WAIT], Misuse),
+        ("the barrier before dealloc", [*GOOD[:-1], FREE.replace("bar.sync 0;", "")], Race),
         ("enough columns", without(GOOD, "[%r44 + 0]", "[%r44 + 40]"), OutOfBounds),
         ("its own lanes", without(GOOD, "add.s32 %r44, %r41, %r43", "mov.b32 %r44, %r41"), Misuse),
         ("the barrier before the next product", [*GOOD[:8], MMA, COMMIT, SECOND, FREE], Race),
