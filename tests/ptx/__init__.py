@@ -12,4 +12,6 @@ what is not. The way through it:
     launch.py        runs one kernel             launchers.py  runs the launchers of `orthorank_kernels.triton`
     cases.py         what the test suite runs    worker.py     runs cases in a process of its own
     mutate.py        breaks a kernel on purpose, to see whether the checks notice
+    snippet.py       a few instructions alone    exact.py      floating point with rational numbers
+    uncovered.py     what is not run
 """

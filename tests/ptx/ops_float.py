@@ -39,6 +39,11 @@ def _arithmetic(instruction: Instruction, operands: Operands) -> Run:
     name, kind = instruction.opcode[0], instruction.opcode[-1]
     if kind in INTEGERS:
         return integer_arithmetic(instruction, operands)
+    if instruction.opcode[1:3] == ("rn", "f32") and kind in ("f16", "bf16") and name in ("add", "sub"):
+        # A half and a float32 (sm_100).
+        up, single = widen_bfloat16 if kind == "bf16" else (lambda x: x.astype(np.float32)), _ARITHMETIC[name]
+        mixed = lambda x, y: canonical(single(up(x), y), "f32")  # noqa: E731
+        return compute(instruction, operands, mixed, "f32", kind, "f32")
     words = modifiers(
         instruction, kind, *(("rn",) if name in _ARITHMETIC else ("NaN",) if name in ("min", "max") else ())
     )

@@ -11,21 +11,6 @@ if TYPE_CHECKING:
     from tests.ptx.block import Block
 
 
-def differs(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """[lanes, size]: bytes of words that are not the same value.
-
-    Warps that hold copies of one tensor store it several times. With fused multiply-adds the lanes of a butterfly sum
-    do not all get the same last bits (fma(a, a, b * b) is not fma(b, b, a * a)), so floats count as the same within a
-    4096th of their size (sums may cancel); results must be within the error budget whichever stays.
-    """
-    bad = old != new
-    if old.shape[1] % 4 == 0 and bad.any():
-        a, b = (np.ascontiguousarray(x).view(np.float32) for x in (old, new))
-        close = (np.abs(a - b) <= np.abs(a) * np.float32(2**-12)) & (np.abs(a) > np.finfo(np.float32).tiny)
-        bad &= ~np.repeat(close, 4, 1)
-    return bad
-
-
 class SharedMemory:
     name = "shared memory"
 
@@ -90,7 +75,7 @@ class SharedMemory:
         if atomic:
             bad &= ~shadow.is_atomic(writes)
         if data is not None:
-            bad &= differs(self.data[index], data)
+            bad &= self.data[index] != data
         if bad.any():
             raise Race(block.race("writes", "written", writes[bad][0], index[bad][0], self.name))
 
@@ -117,7 +102,7 @@ class SharedMemory:
         elif not atomic and (lost := (self.data[index] != data).any(1)).any():
             warps = shadow.agent_of(self.writes[index[lost]])
             others = warps != (lanes[lost] // 32)[:, None]
-            if (others & differs(self.data[index[lost]], data[lost])).any():
+            if (others & (self.data[index[lost]] != data[lost])).any():
                 raise Race("two warps write different values to one byte of shared memory in the same instruction")
             if block.random is not None:
                 order = np.array(block.random.sample(range(len(lanes)), len(lanes)))

@@ -92,6 +92,16 @@ def test_fused_multiply_and_add_rounds_once(form, kind, addend):
     assert apply(form, [(BITS[kind], x), (BITS[kind], y), (BITS[addend], z)], BITS[addend]) == want
 
 
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+@pytest.mark.parametrize("name", ["add", "sub"])
+def test_a_half_and_a_single(name, kind):
+    """9.7.5.1 add, 9.7.5.2 sub of mixed precision."""
+    pairs = list(itertools.product(samples(kind), samples("f32")))
+    x, y = map(list, zip(*pairs, strict=True))
+    want = [exact.bits(FUNCTIONS[name](exact.value(a, kind), exact.value(b, "f32")), "f32") for a, b in pairs]
+    assert apply(f"{name}.rn.f32.{kind}", [(16, x), (32, y)], 32) == want
+
+
 @pytest.mark.parametrize("kind", ["f16", "bf16", "f32"])
 def test_packed_pairs_are_two_numbers(kind):
     """9.7.3.3 add.f32x2 and its kin, 9.7.4 for f16x2 and bf16x2: low half and high half apart."""
@@ -140,6 +150,10 @@ def test_minimum_and_maximum(name, kind):
     columns = [(BITS[kind], x), (BITS[kind], y)]
     assert apply(f"{name}.{kind}", columns, BITS[kind]) == [pick(a, b, False) for a, b in pairs]
     assert apply(f"{name}.NaN.{kind}", columns, BITS[kind]) == [pick(a, b, True) for a, b in pairs]
+    if kind == "f32":  # of three numbers (sm_100)
+        third = y[5:] + y[:5]
+        want = [pick(pick(a, b, False), c, False) for (a, b), c in zip(pairs, third, strict=True)]
+        assert apply(f"{name}.f32", [*columns, (32, third)], 32) == want
 
 
 def test_sign_bits():
