@@ -34,6 +34,11 @@ def flush(x: np.ndarray) -> np.ndarray:
     return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
 
 
+def flushing(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """With arguments and result flushed."""
+    return lambda *x: flush(function(*map(flush, x)))
+
+
 @entry("add", "sub", "mul", "min", "max", "neg", "abs")
 def _arithmetic(instruction: Instruction, operands: Operands) -> Run:
     name, kind = instruction.opcode[0], instruction.opcode[-1]
@@ -45,10 +50,10 @@ def _arithmetic(instruction: Instruction, operands: Operands) -> Run:
         mixed = lambda x, y: canonical(single(up(x), y), "f32")  # noqa: E731
         return compute(instruction, operands, mixed, "f32", kind, "f32")
     words = modifiers(
-        instruction, kind, *(("rn",) if name in _ARITHMETIC else ("NaN",) if name in ("min", "max") else ())
+        instruction, kind, *(("rn", "ftz") if name in _ARITHMETIC else ("NaN",) if name in ("min", "max") else ())
     )
     count = 1 if name in ONE_OPERAND else 2
-    if name in _ARITHMETIC and kind in PACKED:
+    if name in _ARITHMETIC and kind in PACKED and "ftz" not in words:
         function = _ARITHMETIC[name]
         return compute(
             instruction,
@@ -64,7 +69,11 @@ def _arithmetic(instruction: Instruction, operands: Operands) -> Run:
         bits = np.uint32(0x80000000)
         change = (lambda x: x ^ bits) if name == "neg" else (lambda x: x & ~bits)
         return compute(instruction, operands, change, "b32", "b32")
-    if name in _ARITHMETIC:
+    if "ftz" in words:
+        if kind != "f32":
+            raise unknown(instruction)
+        function = flushing(_ARITHMETIC[name])
+    elif name in _ARITHMETIC:
         function = _ARITHMETIC[name]
     else:
         numbers = {"min": minimum, "max": maximum}[name]
@@ -95,6 +104,8 @@ def _fused(instruction: Instruction, operands: Operands) -> Run:
     *words, kind = instruction.opcode[1:]
     if words == ["rn"] and kind == "f32":
         return compute(instruction, operands, lambda x, y, z: canonical(fma(x, y, z), "f32"), kind, kind, kind, kind)
+    if words == ["rn", "ftz"] and kind == "f32":
+        return compute(instruction, operands, lambda *x: canonical(flushing(fma)(*x), "f32"), kind, kind, kind, kind)
     if words == ["rn"] and kind in PACKED:
 
         def packed(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:

@@ -70,8 +70,8 @@ def _multiplication(instruction: Instruction, operands: Operands, words: set[str
             function = lambda x, y, z: x.astype(wide) * y.astype(wide) + z  # noqa: E731
             return compute(instruction, operands, function, WIDE[kind], kind, kind, WIDE[kind])
         return compute(instruction, operands, lambda x, y: x.astype(wide) * y.astype(wide), WIDE[kind], kind, kind)
-    if words == {"hi"} and kind in ("u32", "s32") and not adds:
-        wide, shift = TYPES[WIDE[kind]], TYPES[WIDE[kind]].type(32)
+    if words == {"hi"} and kind in WIDE and not adds:
+        wide, shift = TYPES[WIDE[kind]], TYPES[WIDE[kind]].type(8 * TYPES[kind].itemsize)
         return compute(
             instruction,
             operands,

@@ -156,6 +156,24 @@ def test_minimum_and_maximum(name, kind):
         assert apply(f"{name}.f32", [*columns, (32, third)], 32) == want
 
 
+def test_flushed_arithmetic():
+    """9.7.3, .ftz: subnormal arguments and results become zeros of their sign."""
+
+    def flushed_bits(bits: int) -> int:
+        return bits & 1 << 31 if bits & 0x7F800000 == 0 else bits
+
+    near = [0x00800000, 0x00800001, 0x80C00000, 0x00FFFFFF, 0x3F000000]  # whose sums and products are subnormal
+    some = [*samples("f32", 8), *near]
+    x, y = map(list, zip(*itertools.product(some, some), strict=True))
+    z = x[7:] + x[:7]
+    p, q, r = ([exact.value(flushed_bits(a), "f32") for a in side] for side in (x, y, z))
+    for name, function in FUNCTIONS.items():
+        want = [flushed_bits(exact.bits(function(a, b), "f32")) for a, b in zip(p, q, strict=True)]
+        assert apply(f"{name}.ftz.f32", [(32, x), (32, y)], 32) == want
+    want = [flushed_bits(exact.bits(exact.fused(*abc), "f32")) for abc in zip(p, q, r, strict=True)]
+    assert apply("fma.rn.ftz.f32", [(32, x), (32, y), (32, z)], 32) == want
+
+
 def test_sign_bits():
     """9.7.3.10 neg, 9.7.3.9 abs."""
     x = samples("f32")

@@ -89,6 +89,14 @@ def test_wide_and_high_products(kind):
     assert apply(f"mad.wide.{kind}", [(32, x), (32, y), (64, addend)], 64) == sums
 
 
+@pytest.mark.parametrize("kind", ["s16", "u16"])
+def test_products_of_16_bits(kind):
+    x, y = map(list, zip(*PAIRS[16], strict=True))
+    products = [number(a, kind) * number(b, kind) for a, b in PAIRS[16]]
+    assert apply(f"mul.wide.{kind}", [(16, x), (16, y)], 32) == [p % 2**32 for p in products]
+    assert apply(f"mul.hi.{kind}", [(16, x), (16, y)], 16) == [(p >> 16) % 2**16 for p in products]
+
+
 @pytest.mark.parametrize("kind", ["s32", "s64"])
 def test_multiply_and_add_keeps_the_low_half(kind):
     bits = int(kind[1:])

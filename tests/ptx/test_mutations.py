@@ -26,7 +26,7 @@ HARMLESS = (
     (ATTENTION, "wait for .*", r"for n in range|acc, total, peak = attend", "ends a loop, whose last step has waited"),
 )  # fmt: skip
 SHARE = 0.95
-LISTED = 0.25  # at most so many of all may be excused by the list, or it would excuse blind checks
+LISTED = 0.3  # at most so many of all may be excused by the list, or it would excuse blind checks
 
 
 def is_harmless(result: dict) -> bool:
