@@ -1,6 +1,7 @@
 """Integer and logic instructions (PTX ISA 9.7.1, 9.7.6, 9.7.8), comparison and selection."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -8,6 +9,9 @@ from tests.ptx.bits import FLOATS, TYPES, widen_bfloat16
 from tests.ptx.decode import Instruction
 from tests.ptx.operands import Operands
 from tests.ptx.table import Run, compute, entry, modifiers, unknown
+
+if TYPE_CHECKING:
+    from tests.ptx.block import Block
 
 INTEGERS = ("u16", "s16", "u32", "s32", "u64", "s64")
 BITS = ("b16", "b32", "b64", "pred")
@@ -98,7 +102,7 @@ def _logic(instruction: Instruction, operands: Operands) -> Run:
     if kind not in BITS:
         raise unknown(instruction)
     count = 1 if instruction.opcode[0] in ONE_OPERAND else 2
-    return compute(instruction, operands, _LOGIC[instruction.opcode[0]], kind, *([kind] * count))
+    return compute(instruction, operands, _LOGIC[instruction.opcode[0]], kind, *([kind] * count), by_halves=True)
 
 
 @entry("shl", "shr")
@@ -172,7 +176,29 @@ def _permute(instruction: Instruction, operands: Operands) -> Run:
         signs = np.where(chosen & 128, 255, 0)
         return np.ascontiguousarray(np.where(picks & 8, signs, chosen).astype(np.uint8)).view(np.uint32).reshape(-1)
 
-    return compute(instruction, operands, permute, "b32", "u32", "u32", "u32")
+    whole = compute(instruction, operands, permute, "b32", "u32", "u32", "u32")
+    if operands.is_register(instruction.operands[3]):
+        return whole
+    # Undefined is only what comes from an undefined half: 16-bit numbers are packed this way.
+    target, sources = operands.write(instruction.operands[0], "b32"), instruction.operands[1:3]
+    slots = [operands.slot(text) if operands.is_register(text) else None for text in sources]
+    selector = int(instruction.operands[3].removesuffix("U"), 0)
+    picks = [(slots[pick >> 2], pick >> 1 & 1) for pick in ((selector >> 4 * i) & 7 for i in range(4))]
+
+    def run(block: "Block", active: np.ndarray | None) -> None:
+        bad = np.zeros(block.threads, np.uint8)
+        for byte, (slot, half) in enumerate(picks):
+            if slot in block.undefined:
+                bad |= ((block.undefined[slot] >> half) & 1) << (byte // 2)
+        whole(block, active)
+        for slot in target.slots:
+            kept = block.undefined.pop(slot, None)
+            if kept is not None and active is not None:
+                bad = np.where(active, bad, kept)
+            if bad.any():
+                block.mark_undefined(slot, bad.astype(np.uint8))
+
+    return run
 
 
 _COMPARE: dict[str, Callable[..., np.ndarray]] = {

@@ -98,6 +98,21 @@ def test_the_halves_of_a_pair_are_undefined_apart():
     assert out.undefined("%r3").all()
 
 
+def test_picked_bytes_are_as_defined_as_they_were():
+    """16-bit numbers are packed by prmt, of which one may be undefined."""
+    body = (
+        "prmt.b32 %r3, %r1, %r2, 0x5410; or.b32 %r4, %r3, 256; prmt.b32 %r5, %r4, 0, 0x7771;"
+        "prmt.b32 %r6, %r4, 0, 0x7772; setp.eq.s32 %p1, %r5, 1; @%p1 mov.b32 %r7, 1;"
+    )
+    out = snippet.run(body, {"%r1": 0x1234})
+    assert not out.undefined("%r5").any()
+    assert int(out["%r5"][0]) == 0x13
+    assert out.undefined("%r6").all()
+    part = "setp.lt.u32 %p1, %r2, 8; mov.b32 %r4, 0; @%p1 prmt.b32 %r4, %r3, %r1, 0x5410;"
+    out = snippet.run(part, {"%r1": 5, "%r2": np.arange(32)})
+    assert out.undefined("%r4").tolist() == [i < 8 for i in range(32)]
+
+
 def test_undefined_stays_in_the_lanes_that_were_not_written():
     out = snippet.run("setp.lt.u32 %p1, %r1, 5; @%p1 mov.b32 %r2, 1; add.s32 %r3, %r2, %r1;", {"%r1": np.arange(32)})
     assert out.undefined("%r3").tolist() == [i >= 5 for i in range(32)]
