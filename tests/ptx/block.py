@@ -4,7 +4,7 @@ A register is one array over all threads, never changed in place, so reading is 
 was. ``undefined`` says of which threads a register was never written. That follows a value through the instructions
 that move or compute with it, and is an error where something depends on it: an address, a predicate, a store to global
 memory, a matrix product. (A masked load leaves registers undefined that a masked store then does not store.) It is kept
-for the two halves of a register apart, because a pair may be packed of which one is never looked at.
+for the four quarters of a register apart, because numbers may be packed of which some are never looked at.
 """
 
 import random
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from tests.ptx.table import Program
 
 
-BOTH_HALVES = np.uint8(3)  # bit 0 for the low half of a register, bit 1 for the high one
+WHOLE = np.uint8(15)  # a bit for each quarter of a register, the lowest first: bytes of 32 bits
+LOW, HIGH = np.uint8(3), np.uint8(12)
 
 
 class Block:
@@ -48,7 +49,7 @@ class Block:
         self.warps = self.threads // WARP
         self.thread = np.arange(self.threads)
         self.registers = [np.zeros(self.threads, kind) for kind in operands.types]
-        never = np.full(self.threads, BOTH_HALVES)
+        never = np.full(self.threads, WHOLE)
         self.undefined: dict[int, np.ndarray] = dict.fromkeys(range(len(operands.types)), never)
         self.locked: dict[int, set[int]] = {}  # register -> warps whose wgmma in flight writes it
         self.shared = SharedMemory(shared_bytes)
@@ -89,10 +90,10 @@ class Block:
                 del self.undefined[slot]
 
     def mark_undefined(self, slot: int, where: np.ndarray) -> None:
-        """``where``: threads, or for each thread which halves of the register."""
-        halves = where * BOTH_HALVES if where.dtype == np.bool_ else where
+        """``where``: threads, or for each thread which quarters of the register."""
+        quarters = where * WHOLE if where.dtype == np.bool_ else where
         before = self.undefined.get(slot)
-        self.undefined[slot] = halves if before is None else before | halves
+        self.undefined[slot] = quarters if before is None else before | quarters
 
     def undefined_in(self, slots: tuple[int, ...], active: np.ndarray | None) -> np.ndarray | None:
         """Active threads of which one of the registers is undefined, or None if there are none."""
@@ -109,7 +110,7 @@ class Block:
         return bad if bad.any() else None
 
     def taint(self, sources: Sequence[Source], active: np.ndarray | None, by_halves: bool) -> np.ndarray | None:
-        """Which halves of a result are undefined, for each thread, or None: those that come from undefined ones."""
+        """Which quarters of a result are undefined, for each thread, or None: those that come from undefined ones."""
         total = None
         for source in sources:
             if source.parts is None or not by_halves:
@@ -117,12 +118,12 @@ class Block:
             else:
                 low, high = source.parts
             bad = np.zeros(self.threads, np.uint8)
-            for bit, slots in ((1, low), (2, high)):
+            for bit, slots in ((LOW, low), (HIGH, high)):
                 for slot in slots:
                     one = self.undefined.get(slot)
                     if one is not None:
                         # A part of a vector fills its half; of a whole register the halves stay what they are.
-                        bad |= one & bit if source.parts is None and by_halves else (one != 0) * np.uint8(bit)
+                        bad |= one & bit if source.parts is None and by_halves else (one != 0) * bit
             total = bad if total is None else total | bad
         if total is None:
             return None

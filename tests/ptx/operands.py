@@ -53,16 +53,16 @@ class Target:
     slots: tuple[int, ...] = ()
     parts: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
-    def mark_undefined(self, block: "Block", halves: np.ndarray) -> None:
-        """``halves``: which halves of the value written are undefined, for each thread."""
+    def mark_undefined(self, block: "Block", quarters: np.ndarray) -> None:
+        """``quarters``: which quarters of the value written are undefined, for each thread."""
         if self.parts is None:
             for slot in self.slots:
-                block.mark_undefined(slot, halves)
+                block.mark_undefined(slot, quarters)
             return
-        for bit, slots in ((1, self.parts[0]), (2, self.parts[1])):
-            if (halves & bit).any():
+        for half, slots in ((3, self.parts[0]), (12, self.parts[1])):
+            if (quarters & half).any():
                 for slot in slots:
-                    block.mark_undefined(slot, halves & bit != 0)
+                    block.mark_undefined(slot, quarters & half != 0)
 
 
 def _halves(slots: list[tuple[int, ...]]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -102,7 +102,7 @@ def _logic(instruction: Instruction, operands: Operands) -> Run:
     if kind not in BITS:
         raise unknown(instruction)
     count = 1 if instruction.opcode[0] in ONE_OPERAND else 2
-    return compute(instruction, operands, _LOGIC[instruction.opcode[0]], kind, *([kind] * count), by_halves=True)
+    return compute(instruction, operands, _LOGIC[instruction.opcode[0]], kind, *([kind] * count), by_bits=True)
 
 
 @entry("shl", "shr")
@@ -179,17 +179,17 @@ def _permute(instruction: Instruction, operands: Operands) -> Run:
     whole = compute(instruction, operands, permute, "b32", "u32", "u32", "u32")
     if operands.is_register(instruction.operands[3]):
         return whole
-    # Undefined is only what comes from an undefined half: 16-bit numbers are packed this way.
+    # Undefined is only what comes from undefined bytes: small numbers are packed this way.
     target, sources = operands.write(instruction.operands[0], "b32"), instruction.operands[1:3]
     slots = [operands.slot(text) if operands.is_register(text) else None for text in sources]
     selector = int(instruction.operands[3].removesuffix("U"), 0)
-    picks = [(slots[pick >> 2], pick >> 1 & 1) for pick in ((selector >> 4 * i) & 7 for i in range(4))]
+    picks = [(slots[pick >> 2], pick & 3) for pick in ((selector >> 4 * i) & 7 for i in range(4))]
 
     def run(block: "Block", active: np.ndarray | None) -> None:
         bad = np.zeros(block.threads, np.uint8)
-        for byte, (slot, half) in enumerate(picks):
+        for byte, (slot, quarter) in enumerate(picks):
             if slot in block.undefined:
-                bad |= ((block.undefined[slot] >> half) & 1) << (byte // 2)
+                bad |= ((block.undefined[slot] >> quarter) & 1) << byte
         whole(block, active)
         for slot in target.slots:
             kept = block.undefined.pop(slot, None)
@@ -271,4 +271,4 @@ def _select(instruction: Instruction, operands: Operands) -> Run:
 def _move(instruction: Instruction, operands: Operands) -> Run:
     kind = instruction.opcode[-1]
     modifiers(instruction, kind)
-    return compute(instruction, operands, lambda x: x, kind, kind, by_halves=True)
+    return compute(instruction, operands, lambda x: x, kind, kind, by_bits=True)

@@ -150,10 +150,11 @@ def compute(
     result: str,
     *kinds: str,
     by_halves: bool = False,
+    by_bits: bool = False,
 ) -> Run:
     """An instruction whose first operand is ``function`` of the others, which are of these ``kinds``.
 
-    ``by_halves``: each half of the result depends on the same half of the operands alone.
+    ``by_halves``: each half of the result depends on the same half of the operands alone; ``by_bits``: each bit.
     """
     if len(instruction.operands) != len(kinds) + 1:
         raise unknown(instruction)
@@ -169,7 +170,9 @@ def compute(
             if slot in locked:
                 block.check_unlocked(slot, active)
             if bad is None and slot in undefined:
-                bad = block.taint(sources, active, by_halves)
+                bad = block.taint(sources, active, by_halves or by_bits)
+                if bad is not None and by_halves:
+                    bad = ((bad & 3) != 0) * np.uint8(3) | ((bad & 12) != 0) * np.uint8(12)
         put(block, function(*[get(block) for get in getters]), active)
         if bad is not None:
             target.mark_undefined(block, bad)

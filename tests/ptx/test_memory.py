@@ -108,6 +108,11 @@ def test_picked_bytes_are_as_defined_as_they_were():
     assert not out.undefined("%r5").any()
     assert int(out["%r5"][0]) == 0x13
     assert out.undefined("%r6").all()
+    packed = "prmt.b32 %r3, %r1, %r2, 0x3340; prmt.b32 %r4, %r1, %r3, 0x5410; prmt.b32 %r5, %r4, 0, 0x7772;"
+    out = snippet.run(packed + "prmt.b32 %r6, %r4, 0, 0x7773;", {"%r1": 0x56})
+    assert int(out["%r5"][0]) == 0x56
+    assert not out.undefined("%r5").any()
+    assert out.undefined("%r6").all()
     part = "setp.lt.u32 %p1, %r2, 8; mov.b32 %r4, 0; @%p1 prmt.b32 %r4, %r3, %r1, 0x5410;"
     out = snippet.run(part, {"%r1": 5, "%r2": np.arange(32)})
     assert out.undefined("%r4").tolist() == [i < 8 for i in range(32)]
