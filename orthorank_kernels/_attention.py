@@ -8,6 +8,8 @@ from orthorank_kernels import _checks, dispatch
 from orthorank_kernels._library import Operator
 
 Out = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
+SMALLEST_SCALE = 1e-10
+LARGEST_SOFTCAP = 1e4
 OUTPUTS = ("attended", "lse?")  # none is called `out`: torch.compile takes that for an `out=` of its own kind
 
 
@@ -26,9 +28,16 @@ def check_options(
     return_lse: bool,
 ) -> None:
     """The options that all layouts share are of the right kind and legal; dimension 1 of ``q`` is the heads."""
-    _checks.number("scale", scale, above=0, none="head_dim ** -0.5")
+    _checks.number(
+        "scale", scale, at_least=SMALLEST_SCALE, none="head_dim ** -0.5", because="to keep masked scores lowest"
+    )
     _checks.integer("window", window, at_least=1, none="no window", because="since a query sees itself")
     _checks.number("softcap", softcap, above=0, none="no soft-capping")
+    if softcap is not None and softcap > LARGEST_SOFTCAP:
+        raise ValueError(
+            f"softcap is {softcap}; it must be at most {LARGEST_SOFTCAP:g}, since scores lose softcap * 2^-23 of their "
+            "precision: pass None for no soft-capping"
+        )
     if sinks is not None:
         _checks.tensor("sinks", sinks, "[heads]")
         _checks.shape("sinks", sinks, [q.shape[1]], "q")

@@ -27,6 +27,7 @@ SHIPPED = Path(__file__).with_name("configs")
 INTERPRETER = "interpreter"
 
 Settings = Mapping[str, int]
+NAMES = {"block_m", "block_n", "num_stages", "num_warps"}
 _OVERRIDES: dict[tuple[str, str], Settings] = {}
 
 
@@ -115,6 +116,8 @@ def read(path: Path) -> dict[str, dict[str, int]]:
         return {}
     try:
         settings = json.loads(text)["settings"]
+        if missing := sorted({f"{kind}: {n}" for kind, values in settings.items() for n in NAMES - set(values)}):
+            raise LookupError(f"no {missing[0]}")
         if all(type(n) is int and n > 0 for values in settings.values() for n in values.values()):
             return settings
         fault = "a setting is not an int above 0"

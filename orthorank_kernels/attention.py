@@ -40,11 +40,11 @@ def sparse_query_attention(
         k, v: keys and values ``[batch, kv_heads, keys, head_dim]`` of the dtype of q; kv_heads divides heads, and
             consecutive query heads share a key/value head. q, k and v may have any strides whose last one is 1.
         positions: int32 ``[batch, selected]``, ascending in each row; -1 marks the unused tail.
-        scale: factor on q k^T before the softmax, above 0; ``head_dim ** -0.5`` if None.
+        scale: factor on q k^T before the softmax, at least 1e-10; ``head_dim ** -0.5`` if None.
         window: how many keys a query sees at most, itself included (sliding window); None sees all.
         starts: int32 ``[batch]``, the first valid key of each row (left padding); 0 if None.
         query_offset: key index of the query axis's token 0: the number of cached keys in a chunked prefill.
-        softcap: above 0, or None: the logits ``s = scale * q k`` become ``softcap * tanh(s / softcap)`` (Gemma 2).
+        softcap: above 0 and at most 1e4, or None: the logits ``s = scale * q k`` become ``softcap * tanh(s / softcap)`` (Gemma 2).
         sinks: floating point ``[heads]``, one logit a head that joins the softmax's denominator alone (gpt-oss).
         return_lse: also return the natural logarithm of the softmax's denominator, sink included; a query that sees no
             key has -inf.

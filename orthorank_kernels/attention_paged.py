@@ -61,9 +61,9 @@ def sparse_query_attention_paged(
         table_rows: int32 ``[seqs]``, the row of the block table of each sequence; its own number if None.
         max_seqlen_k: the largest of ``seq_lens`` or more, known on the host: how far few queries are split over the
             keys. None takes ``max_blocks * block_size``. A smaller number gives undefined results.
-        scale: factor on q k^T before the softmax, above 0; ``head_dim ** -0.5`` if None.
+        scale: factor on q k^T before the softmax, at least 1e-10; ``head_dim ** -0.5`` if None.
         window: how many keys a query sees at most, itself included (sliding window); None sees all.
-        softcap: above 0, or None: the logits ``s = scale * q k`` become ``softcap * tanh(s / softcap)`` (Gemma 2).
+        softcap: above 0 and at most 1e4, or None: the logits ``s = scale * q k`` become ``softcap * tanh(s / softcap)`` (Gemma 2).
         sinks: floating point ``[heads]``, one logit a head that joins the softmax's denominator alone (gpt-oss).
         k_scale, v_scale: float32, what the values of a float8 cache are multiplied by: ``[1]`` or a tensor without
             dimensions for all heads, or ``[kv_heads]``; 1 if None.

@@ -45,9 +45,9 @@ def sparse_query_attention_varlen(
         cu_seqlens_k: int32 ``[seqs + 1]``.
         max_seqlen_k: keys of the longest sequence or more, known on the host: how far few queries are split over the
             keys. None takes total_k. A smaller number than the longest sequence's gives undefined results.
-        scale: factor on q k^T before the softmax, above 0; ``head_dim ** -0.5`` if None.
+        scale: factor on q k^T before the softmax, at least 1e-10; ``head_dim ** -0.5`` if None.
         window: how many keys a query sees at most, itself included (sliding window); None sees all.
-        softcap: above 0, or None: the logits ``s = scale * q k`` become ``softcap * tanh(s / softcap)`` (Gemma 2).
+        softcap: above 0 and at most 1e4, or None: the logits ``s = scale * q k`` become ``softcap * tanh(s / softcap)`` (Gemma 2).
         sinks: floating point ``[heads]``, one logit a head that joins the softmax's denominator alone (gpt-oss).
         return_lse: also return the natural logarithm of the softmax's denominator, sink included; a query that sees no
             key has -inf.

@@ -102,6 +102,11 @@ def rms_norm_select(
         max_selected,
         None if out is None else out[3:],
     )
+    if position_offsets is not None and sink is None:
+        raise ValueError(
+            "position_offsets was given without sink: a sequence that goes on has its sink before these tokens; pass "
+            "the stored normed state of each sequence's sink, [hidden] or [seqs, hidden]"
+        )
     if out is not None:
         check_norm_out(out[:3], hidden_states, residual, norm, write_norm, copy_input)
     if workspace is not None:

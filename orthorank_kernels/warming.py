@@ -18,6 +18,8 @@ LAYOUTS = ("batch", "packed", "paged")
 EPS = 1e-6
 # A selection of each size that has its own kernel, and a stream.
 TOKENS = (64, 2048, 8192, 16384)
+# Few queries have tiles of their own, and a few more share the keys of a long sequence among programs.
+FEW = (1, 8, 32, 100)
 
 
 def warmup(
@@ -38,8 +40,8 @@ def warmup(
     """Launch every op of a selected layer once for each kernel that prompts of any length need, on tensors of zeros.
 
     A kernel is compiled when it is first launched, which takes seconds; then it is kept, on disk for later processes
-    too. What is compiled depends on the model and on which optional arguments a call has, not on prompt lengths, batch
-    sizes or k.
+    too. What is compiled depends on the model and on which optional arguments a call has; of prompt lengths, batch sizes
+    and k on a few steps alone (rows that registers hold, few queries, keys split among programs).
 
     Args:
         dtype: of the hidden states. hidden: their size. heads, kv_heads, head_dim: of the attention, on this GPU alone
@@ -86,7 +88,7 @@ def warmup(
             raise ValueError(f"op {name!r} is not among those of layout {layout!r}: {', '.join(sorted(known))}")
     for n in tokens:
         _checks.integer("tokens", n, at_least=1)
-        for selected in sorted({1, min(n, 8), max(1, n // 3)}):  # few queries have tiles of their own
+        for selected in sorted({min(n, few) for few in FEW} | {max(1, n // 3)}):
             for name, call in _calls(model, layout, n, selected).items():
                 if ops is None or name in ops:
                     began = time.perf_counter()

@@ -113,6 +113,11 @@ def packed_cases() -> Iterator[Case]:
             few = packed_attention(dim, queries, 4, Pages(16))
             first = dim == 128 and queries == 4
             yield Case("attention", f"dim {dim}, {queries} queries, pages of 16", few, limits, slow=not first)
+        # Whole tiles whose keys are split: the end of a prompt, or what a threshold leaves of a long one.
+        for name, pages, factor in (("packed", None, 1.15), ("pages of 16", Pages(16), 1.35)):
+            some = packed_attention(dim, 100, 1, pages)
+            limits = {**quiet, "launches": 2}
+            yield Case("attention", f"dim {dim}, 100 queries, {name}", some, limits, at_most(factor, dim), slow=True)
     for dim in (96, 256):
         for queries in (4, 64):
             few = packed_attention(dim, queries, 4)

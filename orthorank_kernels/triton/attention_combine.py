@@ -30,7 +30,8 @@ class Workspace(NamedTuple):
 def workspace(splits: int, batch: int, selected: int, heads: int, head_dim: int, device: torch.device) -> Workspace:
     shape = (splits, batch, selected, heads)
     sums = torch.empty(*shape, head_dim, dtype=torch.float32, device=device)
-    peaks, totals = torch.empty(2, *shape, dtype=torch.float32, device=device).unbind()
+    # Each on its own, so that all are aligned alike: else alignment, and so compilation, would depend on lengths.
+    peaks, totals = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
     return Workspace(sums, peaks, totals)
 
 
@@ -77,7 +78,7 @@ def combine_kernel(
         acc = acc * shrink[:, None] + split_sums * weight[:, None]
         peak = new_peak
         at += rows
-    some = total > 0
+    some = total != 0  # NaN among them: a fault must be seen
     out = tl.where(some[:, None], acc / tl.where(some, total, 1.0)[:, None], 0.0)
 
     token = row // HEADS

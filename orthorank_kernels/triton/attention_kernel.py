@@ -9,6 +9,7 @@ from orthorank_kernels.triton.attention_tiles import find_sequence, tile_rows, v
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 NOTHING = tl.constexpr(float("-inf"))
+SMALLEST_POWER = tl.constexpr(2.0**-40)  # a masked score, which is a multiple of it, must stay below all others
 
 
 @triton.jit
@@ -39,7 +40,8 @@ def load_queries(
     """Rows of q, [BLOCK_M, BLOCK_D], and the factor from q k to bits: one number, with FP8 one for each row.
 
     Float16 holds fp8 numbers exactly and bfloat16 would take twice the instructions to make. So rows of bfloat16 are
-    scaled into its range by a power of two, to less than 2: what is lost is less than 2^-24 of a row's largest number.
+    scaled into its range by a power of two, to less than 2: what is lost is less than 2^-24 of a row's largest number,
+    or of 2^-40, whose products are nothing beside the scores of other rows.
     """
     q = tl.load(ptrs, mask=mask, other=0.0)
     if HAS_K_SCALE:
@@ -47,7 +49,7 @@ def load_queries(
     if FP8 != "":
         wide = q.to(tl.float32)
         power = (tl.max(tl.abs(wide), 1).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        power = tl.where(power > 0, power, 1.0)
+        power = tl.maximum(power, SMALLEST_POWER)
         to_bits = power * to_bits
         wide = wide * (1.0 / power)[:, None]
         q = wide if q.dtype == tl.float32 else wide.to(tl.float16)
@@ -65,6 +67,7 @@ def load_queries(
         "window",
         "query_offset",
         "stride_positions_batch",
+        "stride_lse_split",
         "stride_table_row",
         "stride_lse_batch",
         "stride_lse_head",
@@ -119,7 +122,6 @@ def sparse_query_attention_kernel(
     stride_lse_token,
     STRIDE_K: tl.constexpr,  # between tokens: belongs to the model's layout, not to the prompt
     STRIDE_V: tl.constexpr,
-    STRIDE_POSITIONS: tl.constexpr,
     PACKED: tl.constexpr,
     PAGE_SIZE: tl.constexpr,  # 0: keys are not in pages
     LIKE_K: tl.constexpr,  # pages of v are as far apart as those of k, so that rows have one offset in both
@@ -177,7 +179,7 @@ def sparse_query_attention_kernel(
         start = tl.maximum(tl.load(starts_ptr + batch), 0)
     query, head, in_tile = tile_rows(tl.arange(0, BLOCK_M), tile, query_begin, query_end, column, GROUP, PACK, BLOCK_M)
     positions_ptr += batch.to(tl.int64) * stride_positions_batch
-    position = tl.load(positions_ptr + query.to(tl.int64) * STRIDE_POSITIONS, mask=in_tile, other=-1)
+    position = tl.load(positions_ptr + query, mask=in_tile, other=-1)
     ALIGNED: tl.constexpr = PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N == 0
     sees, first, last, lowest, begin, middle, unmasked_end, high = visible_keys(
         position, query_offset, keys, start, window, BLOCK_N, HAS_WINDOW, ALIGNED

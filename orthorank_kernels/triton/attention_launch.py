@@ -111,7 +111,6 @@ def launch(
             **strides,
             STRIDE_K=_token_stride(k),
             STRIDE_V=_token_stride(v),
-            STRIDE_POSITIONS=positions.stride(1) if selected > 1 else 1,
             PACKED=cu_selected is not None,
             PAGE_SIZE=keys if paged else 0,
             LIKE_K=paged and k.stride(0) == v.stride(0),

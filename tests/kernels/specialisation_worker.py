@@ -28,6 +28,7 @@ ORDINARY = {
 # bits, for so few queries that they leave most of a tile empty or the GPU idle.
 EXTREME = {
     "one selected": {"batch": 2, "tokens": 1024, "selected": 1},
+    "a few of many": {"batch": 1, "tokens": 8192, "selected": 100},
     "two tokens": {"batch": 2, "tokens": 2, "selected": 1},
     "8k": {"batch": 2, "tokens": 8191, "selected": 2730},
     "32k": {"batch": 1, "tokens": 32768, "selected": 10922},

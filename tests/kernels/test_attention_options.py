@@ -127,6 +127,29 @@ def test_a_query_without_keys_gives_nothing_even_with_a_sink(backend: str) -> No
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_fault_is_seen(splits: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A query of NaN gives NaN, whether or not its keys are split; the others give what they gave."""
+    from orthorank_kernels.triton import configs
+
+    monkeypatch.setattr(configs, "splits", lambda *_: splits)
+    q, k, v, positions = inputs(most=3)
+    sound = sparse_query_attention(q, k, v, positions, backend=backend)
+    q[0, 1, 2] = float("nan")
+    out, lse = sparse_query_attention(q, k, v, positions, return_lse=True, backend=backend)
+    assert out[0, 1, 2].isnan().all()
+    assert lse[0, 1, 2].isnan()
+    assert torch.equal(out.isnan().any(-1), lse.isnan())
+    torch.testing.assert_close(out[~lse.isnan()], sound[~lse.isnan()])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_scale_lets_a_query_see_later_keys(backend: str) -> None:
+    q, k, v, positions = inputs()
+    check((q, k, v, positions), backend, scale=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_sink_equals_one_more_key_without_a_value(backend: str) -> None:
     q, k, v, positions = inputs((2, 2))
     zero = torch.zeros(2, 2, 1, 32, device=DEVICE)
@@ -291,6 +314,8 @@ def bad_options() -> Iterator[tuple[str, dict[str, Any], type[Exception], str]]:
     out, lse = outputs(inputs()[0])
     yield "softcap of 0", {"softcap": 0.0}, ValueError, "softcap is 0.0; it must be a number above 0, or None"
     yield "softcap of none", {"softcap": float("nan")}, ValueError, "softcap is nan; it must be a number above 0"
+    yield "softcap of too much", {"softcap": 1e6}, ValueError, "softcap is 1000000.0; it must be at most 10000"
+    yield "scale of too little", {"scale": 1e-30}, ValueError, "scale is 1e-30; it must be a number of at least 1e-10"
     yield "sinks of a group", {"sinks": sinks(2)}, ValueError, r"sinks has shape \[2\]; q asks for \[4\]"
     yield "sinks", {"sinks": 1.0}, TypeError, r"sinks is a float; it must be a tensor \[heads\]"
     yield "integer sinks", {"sinks": sinks(4).int()}, TypeError, "sinks has dtype int32; it may be"

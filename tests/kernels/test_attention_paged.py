@@ -133,6 +133,14 @@ def test_float8_caches(scales: str, dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_float8_keys_and_queries_near_nothing_see_no_later_key(backend: str) -> None:
+    case = packed(LENGTHS, COUNTS, dtype=torch.bfloat16)
+    case = case._replace(q=case.q * 1e-34)
+    small, one = torch.full((1,), 1e-3, device=DEVICE), torch.ones(1, device=DEVICE)
+    check(case, paged(case, 16, dtype=FP8), backend, dequantised(case, small, one), k_scale=small)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_float8_with_more_exponents(backend: str) -> None:
     case, kind = packed(LENGTHS, COUNTS, dtype=torch.bfloat16), torch.float8_e5m2
     scales = [random(2, seed=seed).abs() + 0.3 for seed in (11, 12)]

@@ -105,6 +105,8 @@ def test_packed_sequences(backend, lengths, request_, small_tiles, poisoned):
     later = options | {"position_offsets": int32(*range(len(lengths))), "sink_positions": int32(*[-1] * len(lengths))}
     actual = rms_norm_select(x, weight, EPS, sink=random(24, seed=2), **later)
     assert_same_bits(actual, one_after_the_other(x, weight, sink=random(24, seed=2), **later))
+    with pytest.raises(ValueError, match="position_offsets was given without sink"):
+        rms_norm_select(x, weight, EPS, **later)
 
 
 @pytest.mark.parametrize("request_", [{"k": 2}, {"threshold": 0.5}], ids=str)

@@ -105,7 +105,8 @@ def test_without_the_variable_the_users_folder_is_read(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "{}", '{"settings": 1}', '{"settings": {"kind": 1}}', '{"settings": {"kind": {"block_m": 0}}}',
-     '{"settings": {"kind": {"block_m": 1.5}}}', '{"settings": {"kind": {"block_m": true}}}'],
+     '{"settings": {"kind": {"block_m": 1.5}}}', '{"settings": {"kind": {"block_m": true}}}',
+     '{"settings": {"kind": {"block_m": 64, "block_n": 64, "num_warps": 4}}}'],
 )  # fmt: skip
 def test_a_broken_file_is_named_with_the_remedy(text: str, tmp_path: Path) -> None:
     path = tmp_path / _settings.file_name(OP, "Some GPU")
