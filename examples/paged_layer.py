@@ -32,7 +32,7 @@ class Step:
     cached: torch.Tensor  # int32 [seqs], tokens of each sequence that are in the cache already
     seq_lens: torch.Tensor  # int32 [seqs], cached and new
     k: torch.Tensor  # int32 [seqs], how many to select in each
-    slots: torch.Tensor  # [total], block * block_size + offset of each new token
+    slots: torch.Tensor  # [total], block * block_size + offset of each new token; of padding: in a page of no sequence
     block_table: torch.Tensor  # int32 [seqs, max_blocks]
     cos: torch.Tensor  # [total, head_dim], rotary tables at each token's position
     sin: torch.Tensor

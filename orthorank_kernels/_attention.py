@@ -38,6 +38,8 @@ def check_options(
             f"softcap is {softcap}; it must be at most {LARGEST_SOFTCAP:g}, since scores lose softcap * 2^-23 of their "
             "precision: pass None for no soft-capping"
         )
+    if q.shape[-1] == 0:
+        raise ValueError(f"q has shape {list(q.shape)}; its head_dim must be at least 1")
     if sinks is not None:
         _checks.tensor("sinks", sinks, "[heads]")
         _checks.shape("sinks", sinks, [q.shape[1]], "q")
@@ -78,6 +80,7 @@ def check_packed(q: torch.Tensor, positions: torch.Tensor, cu_selected: torch.Te
     check_index("cu_selected", cu_selected, "[seqs + 1]", q)
     if cu_selected.shape[0] == 0:
         raise ValueError("cu_selected has shape [0]; it must be [seqs + 1], beginning with a 0")
+    _checks.boundaries("cu_selected", cu_selected, q.shape[0], "q")
 
 
 def check_index(

@@ -1,14 +1,17 @@
 """Argument checks that the public ops share.
 
-They read shapes, dtypes, devices and strides, never values: no check waits for a GPU.
+They read shapes, dtypes, devices and strides, and values only where they lie on a CPU: no check waits for a GPU.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _INFINITY = float("inf")
+_LARGEST_FLOAT = 10**38  # an int beyond float32; torch reads the larger ones as no number at all
+_INT64 = 2**63
 
 
 def number(
@@ -31,6 +34,8 @@ def number(
     bound = bound if above is None else f" above {above:g}"
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{name} is {_shown(value)}; {_wanted('a number', bound, none, because)}")
+    if isinstance(value, int) and abs(value) > _LARGEST_FLOAT:
+        raise ValueError(f"{name} is an int of {value.bit_length()} bits; {_wanted('a number', bound, none, because)}")
     # The comparisons are false for NaN.
     if (above is not None and not value > above) or (at_least is not None and not value >= at_least):
         raise ValueError(f"{name} is {value}; {_wanted('a number', bound, none, because)}")
@@ -52,6 +57,9 @@ def integer(
         return
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{name} is {_shown(value)}; {_wanted('an int', _bounds(at_least, at_most), none, because)}")
+    if isinstance(value, int) and not -_INT64 <= value < _INT64:
+        wanted = _wanted("an int", _bounds(at_least, at_most), none, because)
+        raise ValueError(f"{name} is an int of {value.bit_length()} bits; {wanted}")
     if (at_least is not None and value < at_least) or (at_most is not None and value > at_most):
         raise ValueError(f"{name} is {value}; {_wanted('an int', _bounds(at_least, at_most), none, because)}")
 
@@ -93,6 +101,11 @@ def tensor(name: str, value: object, layout: str, dtypes: Sequence[torch.dtype] 
     """``value`` is a tensor with the dimensions of ``layout`` (such as ``"[batch, hidden]"``) and one of ``dtypes``."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor {layout}")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(
+            f"{name} is a {kind} tensor; it must be a dense one {layout}: pad it, or pass {name}.to_dense()"
+        )
     dims = layout.count(",") + 1
     if value.dim() != dims:
         raise ValueError(f"{name} has shape {list(value.shape)}; it must be {layout}, {dims} dimensions")
@@ -192,3 +205,35 @@ def no_overlap(name: str, value: torch.Tensor) -> None:
                 f"it steps over makes elements share memory, and it is written to: pass {name}.clone()"
             )
         span += value.stride(dim) * (value.shape[dim] - 1)
+
+
+def readable(*values: torch.Tensor | None) -> bool:
+    """Whether values can be looked at for nothing: real tensors on a CPU, outside tracing and `torch.func`."""
+    return not torch.compiler.is_compiling() and all(
+        value is None
+        or (
+            type(value) is torch.Tensor
+            and value.device.type == "cpu"
+            and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+        )
+        for value in values
+    )
+
+
+def boundaries(name: str, value: torch.Tensor, most: int, of: str) -> None:
+    """``value`` says where sequences begin and end on an axis of ``most``: from 0, never falling. Seen on a CPU."""
+    if not readable(value):
+        return
+    ends = value.tolist()
+    falls = next((i for i, (a, b) in enumerate(pairwise(ends)) if b < a), None)
+    if ends[0] != 0:
+        raise ValueError(f"{name} begins with {ends[0]}; it must begin with 0, where the first sequence does")
+    if falls is not None:
+        raise ValueError(f"{name} falls from {ends[falls]} to {ends[falls + 1]}; no sequence ends before it begins")
+    if ends[-1] > most:
+        raise ValueError(f"{name} ends with {ends[-1]}; {of} has {most}")
+
+
+def kind_of(value: object) -> str:
+    """What was given where a tuple of a certain length is wanted."""
+    return f"a tuple of {len(value)}" if isinstance(value, tuple | list) else f"a {type(value).__name__}"

@@ -131,7 +131,7 @@ def _check_norm(
 
 def _check_out(out: tuple[Tensor, Tensor | None], addend: Tensor, norm: str) -> None:
     if not isinstance(out, tuple) or len(out) != 2:
-        raise TypeError(f"out is a {type(out).__name__}; it must be a tuple (residual, normed)")
+        raise TypeError(f"out is {_checks.kind_of(out)}; it must be a tuple (residual, normed)")
     residual, normed = out
     _checks.output("out[0]", residual, addend.shape, addend.dtype, addend)
     if norm != "identity":

@@ -7,6 +7,8 @@ import torch
 from orthorank_kernels import _attention, _checks, _library
 from orthorank_kernels.reference import attention as reference
 
+MAX_OFFSET = 2**30  # a position and an offset together must fit 32 bits
+
 
 def sparse_query_attention(
     q: torch.Tensor,
@@ -44,8 +46,10 @@ def sparse_query_attention(
         window: how many keys a query sees at most, itself included (sliding window); None sees all.
         starts: int32 ``[batch]``, the first valid key of each row (left padding); 0 if None.
         query_offset: key index of the query axis's token 0: the number of cached keys in a chunked prefill.
-        softcap: above 0 and at most 1e4, or None: the logits ``s = scale * q k`` become ``softcap * tanh(s / softcap)`` (Gemma 2).
-        sinks: floating point ``[heads]``, one logit a head that joins the softmax's denominator alone (gpt-oss).
+        softcap: above 0 and at most 1e4, or None: the logits ``s = scale * q k`` become ``softcap * tanh(s / softcap)``
+            (Gemma 2).
+        sinks: floating point ``[heads]``, one finite logit a head that joins the softmax's denominator alone
+            (gpt-oss).
         return_lse: also return the natural logarithm of the softmax's denominator, sink included; a query that sees no
             key has -inf.
         out: where to write, laid out as what is returned: a tensor, or with ``return_lse`` a pair. None allocates.
@@ -69,7 +73,7 @@ def sparse_query_attention(
         tensor([1., 2.])
     """
     _check(q, k, v, positions, starts)
-    _checks.integer("query_offset", query_offset)
+    _checks.integer("query_offset", query_offset, at_least=-MAX_OFFSET, at_most=MAX_OFFSET)
     _attention.check_options(q, scale, window, softcap, sinks, return_lse)
     if scale is None:
         scale = q.shape[-1] ** -0.5

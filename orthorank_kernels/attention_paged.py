@@ -63,10 +63,12 @@ def sparse_query_attention_paged(
             keys. None takes ``max_blocks * block_size``. A smaller number gives undefined results.
         scale: factor on q k^T before the softmax, at least 1e-10; ``head_dim ** -0.5`` if None.
         window: how many keys a query sees at most, itself included (sliding window); None sees all.
-        softcap: above 0 and at most 1e4, or None: the logits ``s = scale * q k`` become ``softcap * tanh(s / softcap)`` (Gemma 2).
-        sinks: floating point ``[heads]``, one logit a head that joins the softmax's denominator alone (gpt-oss).
-        k_scale, v_scale: float32, what the values of a float8 cache are multiplied by: ``[1]`` or a tensor without
-            dimensions for all heads, or ``[kv_heads]``; 1 if None.
+        softcap: above 0 and at most 1e4, or None: the logits ``s = scale * q k`` become ``softcap * tanh(s / softcap)``
+            (Gemma 2).
+        sinks: floating point ``[heads]``, one finite logit a head that joins the softmax's denominator alone
+            (gpt-oss).
+        k_scale, v_scale: float32 above 0, what the values of a float8 cache are multiplied by: ``[1]`` or a tensor
+            without dimensions for all heads, or ``[kv_heads]``; 1 if None.
         return_lse: also return the natural logarithm of the softmax's denominator, sink included; a query that sees no
             key has -inf.
         out: where to write, contiguous: a tensor, or with ``return_lse`` a pair. None allocates.
@@ -119,6 +121,8 @@ def _check(
         _checks.same_dtype("q", q, k_cache=k_cache)
     _checks.same_dtype("k_cache", k_cache, v_cache=v_cache)
     _checks.same_device("q", q, k_cache=k_cache, v_cache=v_cache)
+    if k_cache.shape[1] == 0:
+        raise ValueError(f"k_cache has shape {list(k_cache.shape)}; its block_size must be at least 1")
     _checks.shape("k_cache", k_cache, [*k_cache.shape[:3], q.shape[2]], "q")
     _checks.shape("v_cache", v_cache, list(k_cache.shape), "k_cache")
     _attention.check_heads("k_cache", k_cache.shape[2], q.shape[1])
@@ -136,6 +140,25 @@ def _check(
             f"block_table has shape {list(block_table.shape)}; without table_rows it must have a row for each of the "
             f"{sequences} sequences of cu_selected"
         )
+    _check_lengths(k_cache, block_table, seq_lens, table_rows)
+
+
+def _check_lengths(
+    k_cache: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor, table_rows: torch.Tensor | None
+) -> None:
+    """On a CPU, where looking is free: every sequence's keys have entries in the block table."""
+    if not _checks.readable(block_table, seq_lens, table_rows):
+        return
+    capacity = block_table.shape[1] * k_cache.shape[1]
+    rows = range(seq_lens.shape[0]) if table_rows is None else table_rows.tolist()
+    for s, (length, row) in enumerate(zip(seq_lens.tolist(), rows, strict=True)):
+        if not 0 <= length <= capacity:
+            raise ValueError(
+                f"seq_lens[{s}] is {length}; it must be from 0 to {capacity}, the keys that a row of block_table "
+                f"{list(block_table.shape)} holds in pages of {k_cache.shape[1]}"
+            )
+        if length and not 0 <= row < block_table.shape[0]:
+            raise ValueError(f"table_rows[{s}] is {row}; block_table has rows 0 to {block_table.shape[0] - 1}")
 
 
 def _scale(name: str, value: object, k_cache: torch.Tensor, q: torch.Tensor) -> torch.Tensor | None:

@@ -47,8 +47,10 @@ def sparse_query_attention_varlen(
             keys. None takes total_k. A smaller number than the longest sequence's gives undefined results.
         scale: factor on q k^T before the softmax, at least 1e-10; ``head_dim ** -0.5`` if None.
         window: how many keys a query sees at most, itself included (sliding window); None sees all.
-        softcap: above 0 and at most 1e4, or None: the logits ``s = scale * q k`` become ``softcap * tanh(s / softcap)`` (Gemma 2).
-        sinks: floating point ``[heads]``, one logit a head that joins the softmax's denominator alone (gpt-oss).
+        softcap: above 0 and at most 1e4, or None: the logits ``s = scale * q k`` become ``softcap * tanh(s / softcap)``
+            (Gemma 2).
+        sinks: floating point ``[heads]``, one finite logit a head that joins the softmax's denominator alone
+            (gpt-oss).
         return_lse: also return the natural logarithm of the softmax's denominator, sink included; a query that sees no
             key has -inf.
         out: where to write, contiguous: a tensor, or with ``return_lse`` a pair. None allocates.
@@ -99,6 +101,7 @@ def _check(
     _checks.unit_last_stride(q=q, k=k, v=v)
     _attention.check_packed(q, positions, cu_selected)
     _attention.check_index("cu_seqlens_k", cu_seqlens_k, "[seqs + 1]", q, cu_selected.shape[0], "cu_selected")
+    _checks.boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0], "k")
 
 
 def _fake(

@@ -10,6 +10,7 @@ from orthorank_kernels import _checks
 
 # Forced tokens rank below the key of -inf, which leaves them 2^23 places.
 MAX_KEEP_LAST = 2**23
+MAX_COUNT = 2**30  # as many tokens as a selection takes
 
 
 @overload
@@ -50,6 +51,7 @@ def keep_count(
         >>> keep_count(torch.tensor([100, 3, 0]), 1 / 3)
         tensor([33,  1,  0], dtype=torch.int32)
     """
+    _checks.number("keep_ratio", keep_ratio)
     if not 0.0 <= keep_ratio <= 1.0:
         raise ValueError(f"keep_ratio is {keep_ratio}; it must be from 0 to 1")
     check_keep_last(keep_last)
@@ -57,13 +59,20 @@ def keep_count(
     if isinstance(n_valid, Tensor):
         if n_valid.dtype.is_floating_point or n_valid.dtype.is_complex or n_valid.dtype == torch.bool:
             raise TypeError(f"n_valid has dtype {n_valid.dtype}; it must be an integer dtype such as torch.int32")
+        n_valid = n_valid.clamp(max=MAX_COUNT)
         counts = (n_valid.double() * keep_ratio + 1e-6).floor().to(torch.int32)
+        if isinstance(sink_inside, Tensor) and (sink_inside.dtype, sink_inside.shape) != (torch.bool, n_valid.shape):
+            raise ValueError(
+                f"sink_inside is a tensor {list(sink_inside.shape)} of {sink_inside.dtype}; it must be a bool, or a "
+                f"bool tensor of the shape of n_valid, {list(n_valid.shape)}"
+            )
         if at_least:
             inside = sink_inside.to(torch.int32) if isinstance(sink_inside, Tensor) else int(sink_inside)
             counts = torch.minimum(n_valid.to(torch.int32) - inside, counts.clamp(min=at_least))
         return counts.clamp(min=0)
     if not isinstance(n_valid, int):
         raise TypeError(f"n_valid is a {type(n_valid).__name__}; it must be an int or an integer tensor")
+    _checks.integer("n_valid", n_valid, at_least=0, at_most=MAX_COUNT)
     if isinstance(sink_inside, Tensor):
         raise TypeError("sink_inside is a tensor and n_valid an int; both must be tensors, or sink_inside a bool")
     count = math.floor(keep_ratio * n_valid + 1e-6)

@@ -81,8 +81,18 @@ def run(
             "out= got an input that requires grad, and what is written to given memory has no gradient; call under "
             "torch.no_grad(), or leave out= away"
         )
+    if out is not None and torch.is_grad_enabled() and any(o is not None and o.requires_grad for o in out):
+        raise BackendError(
+            "out= holds a tensor that requires grad, and what is written to given memory has no gradient; pass "
+            "out.detach(), or call under torch.no_grad()"
+        )
     if backend == "triton":
         _require_triton(device, needs_grad)
+        if any(isinstance(a, torch.Tensor) and a.is_neg() for a in (*args, *(out or ()))):
+            raise BackendError(
+                'backend="triton" got a view whose values are negated when read (of torch.conj, for example), and '
+                "kernels read memory as it is; pass the argument's .resolve_neg()"
+            )
         launch = _library.launcher(op.launcher)
         return launch(*args) if out is None else _into(out, lambda: launch(*args, out=out))
     if backend == "reference" or needs_grad:

@@ -238,6 +238,7 @@ def _check_packed(cu_seqlens: Tensor, hidden_states: Tensor, starts: Tensor | No
         )
     _checks.unit_last_stride(cu_seqlens=cu_seqlens)
     _checks.same_device("hidden_states", hidden_states, cu_seqlens=cu_seqlens)
+    _checks.boundaries("cu_seqlens", cu_seqlens, hidden_states.shape[0], "hidden_states")
 
 
 def _check_sink(sink: Tensor, hidden_states: Tensor, sequences: int, layout: str) -> None:
@@ -261,7 +262,7 @@ def check_norm_out(
     """Check ``out``: what is written needs a tensor, the rest None."""
     names = NormScore._fields
     if not isinstance(out, tuple | list) or len(out) != len(names):
-        raise TypeError(f"out is {type(out).__name__}; it must be a tuple ({', '.join(names)})")
+        raise TypeError(f"out is {_checks.kind_of(out)}; it must be a tuple ({', '.join(names)})")
     shape = hidden_states.shape
     wanted = (write_norm and norm != "identity", True, residual is not None or copy_input)
     for name, tensor, is_written in zip(names, out, wanted, strict=True):

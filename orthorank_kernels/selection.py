@@ -172,7 +172,9 @@ def select_request(
         if value is not None:
             _checks.row_index(name, value, rows, tokens_like)
     check_keep_last(keep_last)
-    _checks.integer("max_selected", max_selected, at_least=0, none="the largest number that can be selected")
+    _checks.integer(
+        "max_selected", max_selected, at_least=0, at_most=MAX_TOKENS, none="the largest number that can be selected"
+    )
     which = _which(k, threshold, rows, tokens, tokens_like)
     width = tokens if cu_seqlens is not None or not isinstance(k, int) else k
     if max_selected is not None:
@@ -194,6 +196,7 @@ def _sequences(cu_seqlens: Tensor, like: Tensor, **of_a_batch: Tensor | None) ->
     _checks.unit_last_stride(cu_seqlens=cu_seqlens)
     if cu_seqlens.device != like.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; it must be on {like.device} like the other tensors")
+    _checks.boundaries("cu_seqlens", cu_seqlens, like.shape[0], "the token axis")
     return cu_seqlens.shape[0] - 1
 
 
@@ -210,7 +213,7 @@ def _which(
     if threshold is not None:
         _checks.number("threshold", threshold)
         inside = -ROUNDS_TO_INFINITY < threshold < ROUNDS_TO_INFINITY
-        return None, None, float(threshold) if inside else math.copysign(math.inf, threshold), None
+        return None, None, float(threshold) if inside else (math.inf if threshold > 0 else -math.inf), None
     if isinstance(k, Tensor):
         _per_row("k", k, (torch.int32, torch.int64), rows, like)
         return tokens, k, None, None
@@ -238,7 +241,7 @@ def _room(out: Any) -> int:
 def _check_out(out: Any, width: int, rows: int, packed: bool, like: Tensor) -> None:
     names = Selection._fields
     if not isinstance(out, tuple | list) or len(out) != len(names):
-        raise TypeError(f"out is {type(out).__name__}; it must be a tuple ({', '.join(names)})")
+        raise TypeError(f"out is {_checks.kind_of(out)}; it must be a tuple ({', '.join(names)})")
     shapes = ([width], [rows], [width], [rows + 1]) if packed else ([rows, width], [rows], None, None)
     for name, tensor, shape in zip(names, out, shapes, strict=True):
         if shape is not None:

@@ -40,8 +40,8 @@ def warmup(
     """Launch every op of a selected layer once for each kernel that prompts of any length need, on tensors of zeros.
 
     A kernel is compiled when it is first launched, which takes seconds; then it is kept, on disk for later processes
-    too. What is compiled depends on the model and on which optional arguments a call has; of prompt lengths, batch sizes
-    and k on a few steps alone (rows that registers hold, few queries, keys split among programs).
+    too. What is compiled depends on the model and on which optional arguments a call has; of prompt lengths, batch
+    sizes and k on a few steps alone (rows that registers hold, few queries, keys split among programs).
 
     Args:
         dtype: of the hidden states. hidden: their size. heads, kv_heads, head_dim: of the attention, on this GPU alone

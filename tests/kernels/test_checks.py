@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 import orthorank_kernels as ok
 from orthorank_kernels import _checks
+from orthorank_kernels.dispatch import BackendError
 from tests.kernels.every_op import NOT_OPS, Numbers, calls
 
 
@@ -121,3 +123,91 @@ def test_a_compiler_reads_them_with_sizes_that_are_not_known() -> None:
     assert compiled(torch.ones(4), 3).tolist() == [3.0] * 4
     assert compiled(torch.ones(6), 5).tolist() == [5.0] * 6
     assert counter.frame_count == 1
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+QUERIES, KEYS = torch.zeros(3, 4, 8), torch.zeros(6, 2, 8)
+PAGES, SCORES = torch.zeros(2, 4, 2, 8), torch.zeros(5)
+
+
+def paged(table: torch.Tensor, lengths: torch.Tensor, **options: Any) -> Any:
+    ends = ints(0, *[3] * lengths.shape[0])
+    return ok.sparse_query_attention_paged(QUERIES, PAGES, PAGES, ints(0, 1, 2), ends, table, lengths, **options)
+
+
+REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
+    "no first query": (
+        lambda: ok.sparse_query_attention_varlen(QUERIES, KEYS, KEYS, ints(0, 1, 2), ints(2, 3), ints(0, 6)),
+        ValueError,
+        "cu_selected begins with 2; it must begin with 0",
+    ),
+    "keys past the end": (
+        lambda: ok.sparse_query_attention_varlen(QUERIES, KEYS, KEYS, ints(0, 1, 8), ints(0, 3), ints(0, 9)),
+        ValueError,
+        "cu_seqlens_k ends with 9; k has 6",
+    ),
+    "falling": (
+        lambda: ok.select_tokens(SCORES, 1, cu_seqlens=ints(0, 4, 2)),
+        ValueError,
+        "cu_seqlens falls from 4 to 2",
+    ),
+    "norm past the end": (
+        lambda: ok.rms_norm_score(torch.ones(2, 4), None, 1e-5, cu_seqlens=ints(0, 9)),
+        ValueError,
+        "cu_seqlens ends with 9; hidden_states has 2",
+    ),
+    "keys that no page holds": (lambda: paged(ints(0, 1)[None], ints(100)), ValueError, r"seq_lens\[0\] is 100; .* 8,"),
+    "a negative length": (lambda: paged(ints(0, 1)[None], ints(-1)), ValueError, r"seq_lens\[0\] is -1"),
+    "no such row": (
+        lambda: paged(ints(0, 1)[None], ints(2), table_rows=ints(-1)),
+        ValueError,
+        r"table_rows\[0\] is -1; block_table has rows 0 to 0",
+    ),
+    "sparse": (lambda: ok.gather_rows(torch.eye(4).to_sparse(), ints(0)), TypeError, "x is a sparse_coo tensor"),
+    "negated": (
+        lambda: ok.gather_rows(torch._neg_view(torch.ones(2, 4)), ints(0), backend="triton"),
+        BackendError,
+        "negated when read .*resolve_neg",
+    ),
+    "out with a gradient": (
+        lambda: ok.gather_rows(torch.ones(2, 4), ints(0), out=torch.ones(1, 4, requires_grad=True)),
+        BackendError,
+        "out= holds a tensor that requires grad",
+    ),
+    "no head_dim": (
+        lambda: ok.sparse_query_attention(*[torch.zeros(1, 1, 1, 0)] * 3, ints(0)[None]),
+        ValueError,
+        "head_dim must be at least 1",
+    ),
+    "a huge threshold": (lambda: ok.select_tokens(SCORES[None], threshold=10**400), ValueError, "an int of 1329 bits"),
+    "a huge offset": (
+        lambda: ok.sparse_query_attention(*[torch.zeros(1, 1, 1, 4)] * 3, ints(0)[None], query_offset=2**31),
+        ValueError,
+        "query_offset is 2147483648; it must be an int from",
+    ),
+    "a short out": (
+        lambda: ok.select_tokens(SCORES[None], 2, out=(ints(0), ints(0))),
+        TypeError,
+        "out is a tuple of 2; it must be a tuple",
+    ),
+    "a ratio of words": (lambda: ok.keep_count(10, "x"), TypeError, "keep_ratio is 'x'"),
+    "a count below 0": (lambda: ok.keep_count(-5, 0.5), ValueError, "n_valid is -5; it must be an int from 0"),
+    "a mask of floats": (
+        lambda: ok.keep_count(ints(5, 6), 0.5, 1, sink_inside=torch.tensor([0.5, 7.0])),
+        ValueError,
+        "sink_inside is a tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_would_crash_or_be_wrong_in_silence_is_refused(call: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_counts_beyond_32_bits_do_not_wrap() -> None:
+    assert ok.keep_count(torch.tensor([2**31 + 5, 2**40]), 1.0).tolist() == [2**30, 2**30]

@@ -81,17 +81,18 @@ def test_an_unmeasured_gpu_is_warned_about_once_with_the_command_that_cures_it()
 
 
 def test_the_users_file_comes_before_the_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two, three, four = (TILE | {"block_m": n} for n in (1, 2, 3, 4))
     shipped = tmp_path / "shipped"
-    write(shipped, "hopper", {KIND: {"block_m": 1}, "other": {"block_m": 2}})
-    write(shipped, "Some GPU", {KIND: {"block_m": 3}, "other": {"block_m": 4}})
+    write(shipped, "hopper", {KIND: one, "other": two})
+    write(shipped, "Some GPU", {KIND: three, "other": four})
     monkeypatch.setattr(_settings, "SHIPPED", shipped)
-    assert _settings.look_up(OP, KIND, "sm_90 Some GPU") == {"block_m": 3}
+    assert _settings.look_up(OP, KIND, "sm_90 Some GPU") == three
     write(tmp_path, "Some GPU", {KIND: TILE})
-    assert _settings.look_up(OP, KIND, "sm_90 Some GPU") == {"block_m": 3}, "files are read once"
+    assert _settings.look_up(OP, KIND, "sm_90 Some GPU") == three, "files are read once"
     _settings.forget()
     assert _settings.look_up(OP, KIND, "sm_90 Some GPU") == TILE
-    assert _settings.look_up(OP, "other", "sm_90 Some GPU") == {"block_m": 4}
-    assert _settings.look_up(OP, KIND, "sm_90") == {"block_m": 1}
+    assert _settings.look_up(OP, "other", "sm_90 Some GPU") == four
+    assert _settings.look_up(OP, KIND, "sm_90") == one
 
 
 def test_without_the_variable_the_users_folder_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
