@@ -380,7 +380,7 @@ def bad_inputs() -> Iterator[tuple[str, dict[str, Any], type[Exception], str]]:
     yield "window of 0", {"window": 0}, ValueError, "window is 0; it must be an int of at least 1"
     yield "window", {"window": 2.0}, TypeError, "window is 2.0; it must be an int"
     yield "offset", {"query_offset": None}, TypeError, "query_offset is None; it must be an int"
-    yield "scale of 0", {"scale": 0.0}, ValueError, "scale is 0.0; it must be a number above 0"
+    yield "scale of 0", {"scale": 0.0}, ValueError, "scale is 0.0; it must be a number of at least 1e-10"
     yield "device", {"v": v.to("meta")}, ValueError, "v is on meta"
     yield "backend", {"backend": "cuda"}, ValueError, "backend is 'cuda'; it may be one of 'auto'"
 
