@@ -140,18 +140,25 @@ def _check(
             f"block_table has shape {list(block_table.shape)}; without table_rows it must have a row for each of the "
             f"{sequences} sequences of cu_selected"
         )
-    _check_lengths(k_cache, block_table, seq_lens, table_rows)
+    _check_lengths(k_cache, cu_selected, block_table, seq_lens, table_rows)
 
 
 def _check_lengths(
-    k_cache: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor, table_rows: torch.Tensor | None
+    k_cache: torch.Tensor,
+    cu_selected: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    table_rows: torch.Tensor | None,
 ) -> None:
-    """On a CPU, where looking is free: every sequence's keys have entries in the block table."""
-    if not _checks.readable(block_table, seq_lens, table_rows):
+    """On a CPU, where looking is free: the keys of every sequence with queries have entries in the block table."""
+    if not _checks.readable(cu_selected, block_table, seq_lens, table_rows):
         return
+    queries = cu_selected.diff().tolist()
     capacity = block_table.shape[1] * k_cache.shape[1]
     rows = range(seq_lens.shape[0]) if table_rows is None else table_rows.tolist()
     for s, (length, row) in enumerate(zip(seq_lens.tolist(), rows, strict=True)):
+        if queries[s] == 0:
+            continue
         if not 0 <= length <= capacity:
             raise ValueError(
                 f"seq_lens[{s}] is {length}; it must be from 0 to {capacity}, the keys that a row of block_table "

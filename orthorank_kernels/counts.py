@@ -51,7 +51,8 @@ def keep_count(
         >>> keep_count(torch.tensor([100, 3, 0]), 1 / 3)
         tensor([33,  1,  0], dtype=torch.int32)
     """
-    _checks.number("keep_ratio", keep_ratio)
+    if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, int | float):
+        raise TypeError(f"keep_ratio is {keep_ratio!r}; it must be a number from 0 to 1")
     if not 0.0 <= keep_ratio <= 1.0:
         raise ValueError(f"keep_ratio is {keep_ratio}; it must be from 0 to 1")
     check_keep_last(keep_last)

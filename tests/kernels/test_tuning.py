@@ -126,7 +126,8 @@ def test_a_default_that_cannot_be_launched_is_an_error(at_hand: Any) -> None:
 
 
 def test_what_was_measured_is_read_by_the_next_launch_and_added_to(tmp_path: Path) -> None:
-    tile, other = {"block_m": 64, "block_n": 32}, {"block_m": 32, "block_n": 32}
+    tile = {"block_m": 64, "block_n": 32, "num_stages": 2, "num_warps": 4}
+    other = tile | {"block_m": 32}
     tuning.save(OP, "Some GPU", {KIND: tuning.Tuned(tile, 1.0, 2.0)}, tmp_path)
     path = tuning.save(OP, "Some GPU", {"other": tuning.Tuned(other, 3.0, 3.0)}, tmp_path)
     assert path.name == "sparse_query_attention.some-gpu.json"
