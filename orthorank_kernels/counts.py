@@ -60,8 +60,8 @@ def keep_count(
     if isinstance(n_valid, Tensor):
         if n_valid.dtype.is_floating_point or n_valid.dtype.is_complex or n_valid.dtype == torch.bool:
             raise TypeError(f"n_valid has dtype {n_valid.dtype}; it must be an integer dtype such as torch.int32")
-        n_valid = n_valid.clamp(max=MAX_COUNT)
-        counts = (n_valid.double() * keep_ratio + 1e-6).floor().to(torch.int32)
+        valid = n_valid.double().clamp(max=MAX_COUNT)  # a bound that narrow integers cannot hold
+        counts = (valid * keep_ratio + 1e-6).floor().to(torch.int32)
         if isinstance(sink_inside, Tensor) and (sink_inside.dtype, sink_inside.shape) != (torch.bool, n_valid.shape):
             raise ValueError(
                 f"sink_inside is a tensor {list(sink_inside.shape)} of {sink_inside.dtype}; it must be a bool, or a "
@@ -69,7 +69,7 @@ def keep_count(
             )
         if at_least:
             inside = sink_inside.to(torch.int32) if isinstance(sink_inside, Tensor) else int(sink_inside)
-            counts = torch.minimum(n_valid.to(torch.int32) - inside, counts.clamp(min=at_least))
+            counts = torch.minimum(valid.to(torch.int32) - inside, counts.clamp(min=at_least))
         return counts.clamp(min=0)
     if not isinstance(n_valid, int):
         raise TypeError(f"n_valid is a {type(n_valid).__name__}; it must be an int or an integer tensor")

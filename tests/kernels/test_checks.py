@@ -211,3 +211,8 @@ def test_what_would_crash_or_be_wrong_in_silence_is_refused(call: Any, error: ty
 
 def test_counts_beyond_32_bits_do_not_wrap() -> None:
     assert ok.keep_count(torch.tensor([2**31 + 5, 2**40]), 1.0).tolist() == [2**30, 2**30]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int64], ids=str)
+def test_counts_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    assert ok.keep_count(torch.tensor([100, 3], dtype=dtype), 1 / 3, 2).tolist() == [33, 2]
