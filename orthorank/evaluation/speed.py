@@ -8,10 +8,10 @@ compared with another timed minutes later.
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OnRound = Callable[[int, int], None]
+Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True)
@@ -144,32 +145,20 @@ def time_prefill(
         raise OrthoRankError(f"input_ids has shape {list(input_ids.shape)}; it must be [batch, tokens]")
     device = device_of(model)
     prompt = input_ids.to(device)
-    measure = _cuda_seconds if device.type == "cuda" else _wall_seconds
+    measure = clock_of(device)[1]
 
     def forward() -> None:
         model(input_ids=prompt, use_cache=False, logits_to_keep=logits_to_keep)
 
-    names = list(variants)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(-warmup, rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            plan = variants[name]
-            with nullcontext() if plan is None else apply(model, plan):
-                taken = measure(forward)
-            if number >= 0:
-                seconds[name].append(taken)
-        if number >= 0 and on_round is not None:
-            on_round(number + 1, rounds)
-    baseline = seconds[names[0]]
+    def timed(name: str) -> float:
+        plan = variants[name]
+        with nullcontext() if plan is None else apply(model, plan):
+            return measure(forward)
+
+    seconds = in_turns(list(variants), timed, rounds=rounds, warmup=warmup, on_round=on_round)
     return SpeedReport(
-        timings={
-            name: Timing(
-                tuple(own), prompt.numel(), tuple(base / each for base, each in zip(baseline, own, strict=True))
-            )
-            for name, own in seconds.items()
-        },
-        clock="CUDA events" if device.type == "cuda" else "wall clock",
+        timings=timings_of(seconds, prompt.numel()),
+        clock=clock_of(device)[0],
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         dtype=str(model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
@@ -178,6 +167,54 @@ def time_prefill(
         rounds=rounds,
         warmup=warmup,
     )
+
+
+def in_turns(
+    names: Sequence[str],
+    run: Callable[[str], Measured],
+    *,
+    rounds: int,
+    warmup: int = 1,
+    on_round: OnRound | None = None,
+) -> dict[str, list[Measured]]:
+    """``run`` each name once a round, in an order that rotates from round to round; what it returned, by name.
+
+    Args:
+        names: what takes turns; run: called with a name.
+        rounds: that are kept; warmup: rounds before, whose results are dropped.
+        on_round: called after each kept round as ``on_round(done, rounds)``.
+
+    Example:
+        >>> order = []
+        >>> in_turns(["a", "b"], order.append, rounds=2, warmup=0)
+        {'a': [None, None], 'b': [None, None]}
+        >>> order
+        ['a', 'b', 'b', 'a']
+    """
+    kept: dict[str, list[Measured]] = {name: [] for name in names}
+    for number in range(-warmup, rounds):
+        first = number % len(names)
+        for name in (*names[first:], *names[:first]):
+            measured = run(name)
+            if number >= 0:
+                kept[name].append(measured)
+        if number >= 0 and on_round is not None:
+            on_round(number + 1, rounds)
+    return kept
+
+
+def timings_of(seconds: Mapping[str, Sequence[float]], tokens: int) -> dict[str, Timing]:
+    """`Timing` of each variant, whose first is the baseline; ``tokens`` were processed in each of the times."""
+    baseline = next(iter(seconds.values()))
+    return {
+        name: Timing(tuple(own), tokens, tuple(base / each for base, each in zip(baseline, own, strict=True)))
+        for name, own in seconds.items()
+    }
+
+
+def clock_of(device: torch.device) -> tuple[str, Callable[[Callable[[], None]], float]]:
+    """What measures seconds on ``device``: its name, and a function from what is run to its time."""
+    return ("CUDA events", _cuda_seconds) if device.type == "cuda" else ("wall clock", _wall_seconds)
 
 
 def _wall_seconds(run: Callable[[], None]) -> float:

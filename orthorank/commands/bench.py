@@ -1,0 +1,171 @@
+"""``orthorank bench``: how fast the dense model and plans run here, and how much memory they hold."""
+
+import json as json_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orthorank.commands.demo import MODEL
+from orthorank.errors import OrthoRankError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+PLANS = (
+    "Plan to compare with the dense model, a file or folder; may be given several times. Default: the plans shipped "
+    "for the model, OrthoRank's and layer pruning's."
+)
+LENGTHS = "Prompt lengths among which the break-even is looked for, such as 128,512. Default: 64, 128, ... ; none: 0."
+
+
+def command(
+    model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
+    plan: Annotated[list[str] | None, typer.Option(help=PLANS)] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Prompts processed together.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Timed runs of each variant.")] = 10,
+    decode_tokens: Annotated[int, typer.Option(help="Tokens decoded after the first one; 0: none.")] = 32,
+    lengths: Annotated[str | None, typer.Option(help=LENGTHS)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of PyTorch on a CPU. Default: PyTorch's choice.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.csv.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> int:
+    """Time prefill, first token and decoding of the dense model and of plans, in turn, and compare with FLOPs.
+
+    Random prompts; every variant runs once a round, in a rotating order. Speed-ups are medians of the ratios within a
+    round; on a GPU times are CUDA events, on a CPU the wall clock.
+    """
+    from rich.console import Console
+
+    from orthorank.commands.screen import RichScreen, numbers
+    from orthorank.evaluation.bench import BenchSettings, run_bench
+    from orthorank.evaluation.bench_results import results_of, write_results
+    from orthorank.files import writable_folder
+    from orthorank.models import load_model, locate
+
+    chosen = None if lengths is None else () if lengths.strip() == "0" else tuple(numbers("lengths", lengths) or ())
+    settings = BenchSettings(
+        prompt_tokens=prompt_tokens,
+        batch_size=batch_size,
+        rounds=rounds,
+        decode_tokens=decode_tokens,
+        lengths=chosen,
+    )
+    plans = _read(plan)
+    folder = None if output is None else writable_folder(output)
+    _set_threads(threads)
+    screen = RichScreen(Console(stderr=json))
+    with screen.progress(f"loading {locate(model).name}", 1):
+        loaded, _, info = load_model(model, device, dtype)
+    variants: dict[str, Any] = {"dense": None} | (plans if plans is not None else _shipped(loaded))
+    total = 2 * settings.rounds + len(settings.lengths or ())
+    done = 0
+    with screen.progress("timing", total) as advance:
+
+        def on_step(what: str, number: int, of: int) -> None:
+            nonlocal done
+            done += 1
+            advance(done, f"{what} {number} of {of}")
+
+        report = run_bench(loaded, variants, settings, on_step=on_step)
+    results = results_of(loaded, info, variants, report)
+    if folder is not None:
+        write_results(folder, results)
+    if json:
+        print(json_module.dumps(results, indent=2))
+        return 0
+    _show(screen, results, folder)
+    return 0
+
+
+def _read(paths: list[str] | None) -> dict[str, Any] | None:
+    from orthorank.config import OrthoRankConfig
+    from orthorank.evaluation.bench import variant_names
+    from orthorank.files import user_path
+
+    if not paths:
+        return None
+    plans = [OrthoRankConfig.from_pretrained(user_path("plan", path)) for path in paths]
+    return dict(zip(variant_names(plans), plans, strict=True))
+
+
+def _shipped(model: Any) -> dict[str, Any]:
+    from orthorank.plans import default_plan
+
+    try:
+        return {"layer pruning": default_plan(model, "layer-pruning"), "orthorank": default_plan(model)}
+    except OrthoRankError as error:
+        raise OrthoRankError(f"{error}; or name the plans to measure with --plan") from error
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    import torch
+
+    if threads < 1:
+        raise OrthoRankError(f"threads is {threads}; it must be at least 1")
+    torch.set_num_threads(threads)
+
+
+def _show(screen: Any, results: dict[str, Any], folder: Path | None) -> None:
+    from rich.padding import Padding
+
+    from orthorank.commands.screen import INDENT
+
+    speed, settings = results["bench"]["prefill"], results["bench"]["settings"]
+    threads = f", {speed['threads']} threads" if speed["device"] == "cpu" else ""
+    screen.heading(f"{results['model']['name']}: {speed['dtype']} on {speed['device']}{threads}, by {speed['clock']}")
+    screen.say(
+        f"Prompts of {settings['batch_size']} x {settings['prompt_tokens']} random tokens, {settings['rounds']} rounds."
+    )
+    screen.console.print()
+    screen.console.print(Padding(_table(results), (0, 0, 1, INDENT)))
+    screen.say(
+        "nominal: share of token updates left out; FLOPs: the speed-up that they alone would give; then speed-ups of "
+        "the prefill, of the time to the first token (with a cache) and of decoding; MiB: peak memory of a prefill"
+        + (f" ({results['bench']['memory_meter']})." if results["bench"]["memory_meter"] else " (not measured here).")
+    )
+    for row in results["rows"][1:]:
+        screen.say(_break_even_sentence(row, results))
+    if folder is not None:
+        screen.say(f"Results: {folder / 'bench.json'}, {folder / 'bench.csv'}")
+
+
+def _table(results: dict[str, Any]) -> "Table":
+    from rich.table import Table
+
+    drawn = Table(box=None, pad_edge=False, header_style="dim")
+    columns = ("", "nominal", "FLOPs", "prefill", "tok/s", "token 1", "decode", "tok/s", "MiB")
+    for number, name in enumerate(columns):
+        drawn.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
+    for row in results["rows"]:
+        decode, peak, ideal = row["decode_tokens_per_second"], row["peak_bytes"], row["flop_speedup"]
+        drawn.add_row(
+            row["name"],
+            f"{100 * row['nominal_sparsity']:.0f} %",
+            "-" if ideal is None else f"{ideal:.2f}x",
+            f"{row['prefill_speedup']:.2f}x",
+            f"{row['prefill_tokens_per_second']:,.0f}",
+            f"{row['first_token_speedup']:.2f}x",
+            "-" if decode is None else f"{row['decode_speedup']:.2f}x",
+            "-" if decode is None else f"{decode:,.1f}",
+            "-" if peak is None else f"{peak / 2**20:,.0f}",
+        )
+    return drawn
+
+
+def _break_even_sentence(row: dict[str, Any], results: dict[str, Any]) -> str:
+    lengths = results["bench"]["settings"]["lengths"]
+    if not lengths:
+        return f"{row['name']}: the break-even was not looked for (--lengths)."
+    measured = ", ".join(map(str, lengths))
+    if row["break_even"] is None:
+        return f"{row['name']}: slower than dense at the longest prompt measured (of {measured} tokens)."
+    return (
+        f"{row['name']}: worth it from {row['break_even']} tokens on (not slower than dense there and at every longer "
+        f"prompt measured: {measured})."
+    )

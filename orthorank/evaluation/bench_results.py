@@ -1,0 +1,82 @@
+"""What `orthorank bench` writes: one row for each variant, nominal, by FLOPs and measured, as JSON and CSV."""
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orthorank.config import OrthoRankConfig
+from orthorank.errors import OrthoRankError
+from orthorank.files import write_json, write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from orthorank.evaluation.bench import BenchReport
+    from orthorank.models import ModelInfo
+
+
+def results_of(
+    model: "PreTrainedModel", info: "ModelInfo", variants: Mapping[str, OrthoRankConfig | None], report: "BenchReport"
+) -> dict[str, Any]:
+    """The report with a row for each variant, as JSON stores it.
+
+    A row's ``nominal_sparsity`` is the share of token-layer updates left out, ``flop_speedup`` what FLOPs alone would
+    give (`orthorank.evaluation.flops`; None where they cannot be counted), and the other speed-ups are measured.
+    """
+    import torch
+
+    rows = [_row(name, plan, model, report) for name, plan in variants.items()]
+    plans = {name: plan.to_dict() for name, plan in variants.items() if plan is not None}
+    return {
+        "model": info.to_dict(),
+        "torch": torch.__version__,
+        "rows": rows,
+        "plans": plans,
+        "bench": report.to_dict(),
+    }
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Write ``bench.json`` and ``bench.csv`` (a line for each variant) into ``folder``."""
+    write_json(folder / "bench.json", results)
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, fieldnames=list(results["rows"][0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(results["rows"])
+    write_text(folder / "bench.csv", lines.getvalue())
+
+
+def _row(name: str, plan: OrthoRankConfig | None, model: "PreTrainedModel", report: "BenchReport") -> dict[str, Any]:
+    prefill, first = report.prefill.timings[name], report.first_token[name]
+    decode = None if report.decode is None else report.decode[name]
+    return {
+        "name": name,
+        "layers": 0 if plan is None else len(plan.layers),
+        "nominal_sparsity": 0.0 if plan is None else plan.nominal_sparsity(model.config.num_hidden_layers),
+        "flop_speedup": _flop_speedup(model, plan, report.settings.prompt_tokens),
+        "prefill_speedup": prefill.speedup,
+        "prefill_speedup_spread": prefill.speedup_spread,
+        "prefill_seconds": prefill.median,
+        "prefill_tokens_per_second": prefill.tokens_per_second,
+        "first_token_speedup": first.speedup,
+        "first_token_speedup_spread": first.speedup_spread,
+        "first_token_seconds": first.median,
+        "decode_speedup": None if decode is None else decode.speedup,
+        "decode_speedup_spread": None if decode is None else decode.speedup_spread,
+        "decode_tokens_per_second": None if decode is None else decode.tokens_per_second,
+        "peak_bytes": report.peak_memory[name],
+        "break_even": report.break_even.get(name),
+    }
+
+
+def _flop_speedup(model: "PreTrainedModel", plan: OrthoRankConfig | None, tokens: int) -> float | None:
+    from orthorank.evaluation.flops import flop_speedup
+
+    if plan is None:
+        return 1.0
+    try:
+        return flop_speedup(model.config, tokens, plan.layers, plan.keep_ratio)
+    except OrthoRankError:  # a kind of model whose FLOPs are not counted
+        return None
