@@ -1,17 +1,18 @@
 """What differs between model families: one small spec each, no copied forward.
 
-A spec says where the parts of a decoder layer are. The selected layer's forward (`orthorank.layer`) is one for all.
+A spec says where the parts of a decoder layer are and what is done with them (`orthorank.parts`). The selected layer's
+forward (`orthorank.layer`) is one for all.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from orthorank.errors import OrthoRankError
-from orthorank_kernels import silu_and_mul
+from orthorank.parts import Norm, Parts, split_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,122 +33,163 @@ def _window_of_layer(attention: Any) -> int | None:
     return getattr(attention, "sliding_window", None)
 
 
+def _norm_of_heads(attention: Any, which: str, projected: Tensor) -> Tensor:
+    """Qwen3, Gemma 3: each head of queries and keys is normed."""
+    batch, tokens, _ = projected.shape
+    heads = projected.view(batch, tokens, -1, attention.head_dim)
+    return getattr(attention, f"{which}_norm")(heads).transpose(1, 2)
+
+
+def _norm_before_heads(attention: Any, which: str, projected: Tensor) -> Tensor:
+    """OLMo-2: queries and keys are normed over their whole width."""
+    return split_heads(attention, getattr(attention, f"{which}_norm")(projected))
+
+
+def _norm_of_cohere(attention: Any, which: str, projected: Tensor) -> Tensor:
+    """Cohere: optional, with weights of their own for each head."""
+    return (_norm_of_heads if attention.use_qk_norm else _plain_heads)(attention, which, projected)
+
+
+def _norm_of_stablelm(attention: Any, which: str, projected: Tensor) -> Tensor:
+    """StableLM: optional, a module for each head."""
+    heads = split_heads(attention, projected)
+    return getattr(attention, f"{which}_layernorm")(heads) if attention.qk_layernorm else heads
+
+
+def _plain_heads(attention: Any, which: str, projected: Tensor) -> Tensor:
+    return split_heads(attention, projected)
+
+
+def _rotates_smollm3(attention: Any) -> bool:
+    """SmolLM3: every fourth layer has no rotary embedding."""
+    return bool(attention.use_rope)
+
+
+def _slides(attention: Any) -> bool:
+    """Cohere 2: layers that see everything have no rotary embedding."""
+    return attention.sliding_window is not None
+
+
+def _parallel_stablelm(layer: Any) -> bool:
+    """StableLM: an option of the model."""
+    return bool(layer.use_parallel_residual)
+
+
+def _always(module: Any) -> bool:
+    return True
+
+
+def _never(module: Any) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Family:
-    """Where one architecture keeps the parts of a decoder layer.
+    """Where one architecture keeps the parts of a decoder layer, and what it does with them.
 
     Args:
         name: the architecture's name as users know it.
-        norm_in, attention, norm_post, mlp: attribute names in the decoder layer.
+        norm: ``"rms"``, or ``"layer"`` for LayerNorm; weight_offset: added to the norms' weights (Gemma: 1).
+        norm_in: attribute name of the norm before attention; None: there is none, and tokens are scored on the layer's
+            input itself.
+        attention, mlp: their attribute names.
+        norm_attended, norm_post, norm_fed: names of the norms of attention's output, before the MLP and of the MLP's
+            output; None: there is none.
+        parallel: from the layer to whether its MLP reads what attention reads (a parallel residual).
+        qkv: name of one projection for queries, keys and values, in this order; None: there are three.
+        heads: from the attention module, ``"q"`` or ``"k"`` and what was projected ``[batch, tokens, width]`` to
+            ``[batch, heads, tokens, head_dim]``, normed where the family norms.
+        rotates: from the attention module to whether its layer has rotary embeddings; interleaved: pairs of channels
+            lie side by side. The tables say how many channels are rotated.
         window: from the attention module to its sliding window in tokens, or None when it sees everything.
+        softcap: the attention module's attribute with the cap of scores; residual_scale: the layer's, with the factor
+            on what is added to the residual stream.
+        drop_attended, drop_fed: names of the dropouts of attention's and of the MLP's output, which training uses.
     """
 
     name: str
-    norm_in: str = "input_layernorm"
+    norm: str = "rms"
+    weight_offset: float = 0.0
+    norm_in: str | None = "input_layernorm"
     attention: str = "self_attn"
-    norm_post: str = "post_attention_layernorm"
+    norm_attended: str | None = None
+    norm_post: str | None = "post_attention_layernorm"
     mlp: str = "mlp"
+    norm_fed: str | None = None
+    parallel: Callable[[Any], bool] = _never
+    qkv: str | None = None
+    heads: Callable[[Any, str, Tensor], Tensor] = _plain_heads
+    rotates: Callable[[Any], bool] = _always
+    interleaved: bool = False
     window: Callable[[Any], int | None] = _no_window
+    softcap: str | None = None
+    residual_scale: str | None = None
+    drop_attended: str | None = None
+    drop_fed: str | None = None
 
-    def parts(self, layer: nn.Module) -> "Parts":
+    def parts(self, layer: nn.Module) -> Parts:
         """The modules of ``layer``; raises when the layer does not look as this spec says."""
-        names = (self.norm_in, self.attention, self.norm_post, self.mlp)
+        parallel = self.parallel(layer)
+        norms = [self.norm_in, self.norm_attended, None if parallel else self.norm_post, self.norm_fed]
+        names = [name for name in (*norms, self.attention, self.mlp) if name is not None]
         if missing := [name for name in names if not isinstance(getattr(layer, name, None), nn.Module)]:
             raise OrthoRankError(
                 f"a {type(layer).__name__} has no {', '.join(missing)}, which {self.name} layers have; the installed "
                 "transformers may be newer than this package: see the supported range in the README"
             )
-        norm_in, attention, norm_post, mlp = (getattr(layer, name) for name in names)
-        parts = Parts(norm_in, attention, norm_post, mlp, self.window)
-        parts.check(self.name)
+        into, attended, post, fed = (
+            Norm(name and getattr(layer, name), self.norm, self.weight_offset) for name in norms
+        )
+        attention, mlp = getattr(layer, self.attention), getattr(layer, self.mlp)
+        parts = Parts(self, layer, attention, mlp, into, attended, post, fed, parallel)
+        parts.check()
         return parts
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The modules of one decoder layer, and the few things that are read from them."""
-
-    norm_in: nn.Module
-    attention: nn.Module
-    norm_post: nn.Module
-    mlp: nn.Module
-    window_of: Callable[[Any], int | None]
-
-    def check(self, family: str) -> None:
-        """The norms and the attention have the parameters that the kernels read."""
-        for module, names in ((self.norm_in, NORM), (self.norm_post, NORM), (self.attention, ATTENTION)):
-            if missing := [name for name in names if not hasattr(module, name)]:
-                raise OrthoRankError(
-                    f"a {type(module).__name__} has no {', '.join(missing)}, which {family} models have; the installed "
-                    "transformers may be newer than this package: see the supported range in the README"
-                )
-
-    @property
-    def window(self) -> int | None:
-        """Keys that a query sees, itself included; None for all."""
-        return self.window_of(self.attention)
-
-    def heads(self, projected: Tensor) -> Tensor:
-        """``[batch, tokens, heads * head_dim]`` to a ``[batch, heads, tokens, head_dim]`` view."""
-        batch, tokens, _ = projected.shape
-        attention: Any = self.attention
-        return projected.view(batch, tokens, -1, attention.head_dim).transpose(1, 2)
-
-    def keys_and_values(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (not yet rotated) and values of ``normed`` ``[batch, tokens, hidden]``."""
-        attention: Any = self.attention
-        return self.heads(attention.k_proj(normed)), self.heads(attention.v_proj(normed))
-
-    def queries(self, normed: Tensor) -> Tensor:
-        """Queries (not yet rotated) of ``normed`` ``[batch, tokens, hidden]``."""
-        attention: Any = self.attention
-        return self.heads(attention.q_proj(normed))
-
-    def output(self, attended: Tensor) -> Tensor:
-        """The output projection of ``attended`` ``[batch, heads, tokens, head_dim]``."""
-        batch, _, tokens, _ = attended.shape
-        attention: Any = self.attention
-        return attention.o_proj(attended.transpose(1, 2).reshape(batch, tokens, -1))
-
-    def feed_forward(self, normed: Tensor) -> Tensor:
-        """The MLP of ``normed`` ``[batch, tokens, hidden]``, with activation and product in one pass if it is SwiGLU.
-
-        The projections are called as modules, so that quantised and adapted ones, and their hooks, are what they are.
-        """
-        mlp: Any = self.mlp
-        if not _is_swiglu(mlp):
-            return mlp(normed)
-        return mlp.down_proj(silu_and_mul(mlp.gate_proj(normed), mlp.up_proj(normed)))
-
-
-# Whose forward is down_proj(silu(gate_proj(x)) * up_proj(x)), if nobody changed it.
-SWIGLU = ("LlamaMLP", "MistralMLP", "Qwen2MLP")
-
-
-def _is_swiglu(mlp: Any) -> bool:
-    kind, activation = type(mlp), getattr(mlp, "act_fn", None)
-    return (
-        kind.__name__ in SWIGLU
-        and all(m.startswith("transformers.models.") for m in (kind.__module__, kind.forward.__module__))
-        and type(activation).__name__ in ("SiLU", "SiLUActivation")
-        and not _is_changed(mlp)
-        and not _is_changed(activation)
-    )
-
-
-def _is_changed(module: Any) -> bool:
-    """Whether calling ``module`` runs more, or something else, than its class says."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return "forward" in vars(module) or any(hooks)
-
-
-NORM = ("weight", "variance_epsilon")
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling")
+_GEMMA_2 = Family(
+    "Gemma 2",
+    weight_offset=1.0,
+    norm_attended="post_attention_layernorm",
+    norm_post="pre_feedforward_layernorm",
+    norm_fed="post_feedforward_layernorm",
+    window=_window_of_layer,
+    softcap="attn_logit_softcapping",
+)
+_COHERE = Family("Cohere", norm="layer", norm_post=None, parallel=_always, heads=_norm_of_cohere, interleaved=True)
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama"),
     "mistral": Family("Mistral", window=_window_of_config),
+    "mixtral": Family("Mixtral", window=_window_of_config),
     "qwen2": Family("Qwen2", window=_window_of_layer),
+    "qwen2_moe": Family("Qwen2-MoE", window=_window_of_layer),
+    "qwen3": Family("Qwen3", heads=_norm_of_heads, window=_window_of_layer),
+    "qwen3_moe": Family("Qwen3-MoE", heads=_norm_of_heads, window=_window_of_layer),
+    "gemma2": _GEMMA_2,
+    # Its attention has the attribute of the soft-cap and does not use it.
+    "gemma3_text": replace(_GEMMA_2, name="Gemma 3", heads=_norm_of_heads, softcap=None),
+    "phi3": Family(
+        "Phi-3",
+        qkv="qkv_proj",
+        window=_window_of_config,
+        drop_attended="resid_attn_dropout",
+        drop_fed="resid_mlp_dropout",
+    ),
+    "olmo2": Family(
+        "OLMo-2",
+        norm_in=None,
+        norm_attended="post_attention_layernorm",
+        norm_post=None,
+        norm_fed="post_feedforward_layernorm",
+        heads=_norm_before_heads,
+    ),
+    "granite": Family("Granite", residual_scale="residual_multiplier"),
+    "smollm3": Family("SmolLM3", rotates=_rotates_smollm3, window=_window_of_layer),
+    "stablelm": Family(
+        "StableLM", norm="layer", parallel=_parallel_stablelm, heads=_norm_of_stablelm, drop_fed="dropout"
+    ),
+    "cohere": _COHERE,
+    "cohere2": replace(_COHERE, name="Cohere 2", heads=_plain_heads, rotates=_slides, window=_window_of_layer),
 }
 
 
@@ -162,7 +204,8 @@ def family_of(model: "PreTrainedModel") -> Family:
     if model_type not in FAMILIES:
         known = ", ".join(f"{family.name} ({key})" for key, family in FAMILIES.items())
         raise OrthoRankError(
-            f"model is a {type(model).__name__} of type {model_type!r}, which has no spec; known are: {known}"
+            f"model is a {type(model).__name__} of type {model_type!r}, which has no spec: where its layers keep "
+            f"norms, projections and MLP is not known; known are: {known}"
         )
     return FAMILIES[model_type]
 

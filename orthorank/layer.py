@@ -6,10 +6,10 @@ x --gather_rows--> x_sel --q_proj, apply_rotary_at--> Q of the selected
 Q, K, V, positions --sparse_query_attention--> o --o_proj--> a
 h, positions, a --gather_add_rms_norm--> r = h[positions] + a, y = norm(r)
 y --mlp--> m;   h' --scatter_add_rows_--> r + m at positions (h' began as a copy of h)
+
+Where families differ (norms, projections, rotary embedding, what the MLP reads), `Parts` knows.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -19,14 +19,8 @@ from orthorank import sink_state
 from orthorank.calls import Call
 from orthorank.config import OrthoRankConfig
 from orthorank.criteria import norm_and_select
-from orthorank.families import Parts
-from orthorank_kernels import (
-    apply_rotary_at,
-    gather_add_rms_norm,
-    gather_rows,
-    scatter_add_rows_,
-    sparse_query_attention,
-)
+from orthorank.parts import Parts
+from orthorank_kernels import gather_rows, scatter_add_rows_, sparse_query_attention
 
 
 def selected_forward(
@@ -50,11 +44,11 @@ def selected_forward(
     Returns:
         ``[batch, tokens, hidden]``: unselected tokens as they came.
     """
-    cos, sin = position_embeddings
+    tables = parts.tables(position_embeddings)
     normed, positions, updated = _norm_and_select(parts, index, config, call, hidden_states, cache)
 
     keys, values = parts.keys_and_values(normed)
-    keys = apply_rotary_at(keys, cos, sin)
+    keys = parts.rotate(keys, tables)
     first_key = 0
     if cache is not None:
         _, first_key = cache.get_mask_sizes(call.tokens, index)  # the column of the first key that update returns
@@ -62,21 +56,23 @@ def selected_forward(
     if positions.shape[1] == 0:
         return hidden_states
 
-    queries = apply_rotary_at(parts.queries(gather_rows(normed, positions)), cos, sin, positions)
+    selected = gather_rows(normed, positions)
+    queries = parts.rotate(parts.queries(selected), tables, positions)
     attended = sparse_query_attention(
         queries,
         keys,
         values,
         positions,
-        scale=parts.attention.scaling,  # type: ignore[arg-type]
+        scale=parts.attention.scaling,
+        softcap=parts.softcap,
         window=parts.window,
         starts=call.key_starts if call.key_starts is None or first_key == 0 else call.key_starts - first_key,
         query_offset=call.past - first_key,
     )
     addend = parts.output(attended).to(hidden_states.dtype)  # autocast may have made it another
-    with loaded(parts.norm_post) as norm:
-        residual, normed = gather_add_rms_norm(hidden_states, positions, addend, norm.weight, norm.variance_epsilon)
-    scatter_add_rows_(updated, positions, parts.feed_forward(normed).to(residual.dtype), residual)
+    residual, fed = parts.add_and_norm(hidden_states, positions, addend, selected)
+    rows = parts.feed_forward(fed).to(residual.dtype)
+    scatter_add_rows_(updated, positions, rows, residual, scale=parts.residual_scale)
     return updated
 
 
@@ -89,12 +85,11 @@ def _norm_and_select(
     """
     sink = None if call.first else sink_state.continued(call, cache, index, hidden_states, parts.norm_in)
     each, most = call.counts(config)
-    with loaded(parts.norm_in) as norm:
+    with parts.norm_in.loaded() as norm:
         normed, positions, updated = norm_and_select(
             config.criterion,
             hidden_states,
-            norm.weight,
-            norm.variance_epsilon,
+            norm,
             k=each,
             sink=sink,
             starts=call.starts,
@@ -107,20 +102,6 @@ def _norm_and_select(
     if cache is not None:
         sink_state.keep(cache, index, sink_state.rows_at(normed, call.starts) if sink is None else sink)
     return normed, positions, updated
-
-
-@contextmanager
-def loaded(norm: Any) -> Iterator[Any]:
-    """``norm`` with its weight on the device it runs on; ``accelerate`` keeps offloaded weights elsewhere before."""
-    hook = getattr(norm, "_hf_hook", None)
-    if hook is None:
-        yield norm
-        return
-    hook.pre_forward(norm)
-    try:
-        yield norm
-    finally:
-        hook.post_forward(norm, None)
 
 
 def removed_forward(index: int, hidden_states: Tensor, cache: Any = None) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from orthorank.calls import Call
 from orthorank.errors import OrthoRankError
@@ -67,7 +67,7 @@ class _Rearrange(Patch):
         return result
 
 
-def continued(call: Call, cache: Any, layer: int, hidden_states: Tensor, norm: nn.Module) -> Tensor:
+def continued(call: Call, cache: Any, layer: int, hidden_states: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
     """The sink vectors ``[batch, hidden]`` for a later chunk: stored, or of this chunk for rows that begin in it."""
     vectors: Tensor = getattr(cache, ATTRIBUTE)[layer]
     if call.starts is None or call.sink_positions is None:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from orthorank.calls import Call
 from orthorank.config import OrthoRankConfig
 from orthorank.errors import OrthoRankError
-from orthorank.families import Parts, decoder_of, family_of
+from orthorank.families import decoder_of, family_of
 from orthorank.handle import handle_of
 from orthorank.layer import selected_forward
+from orthorank.parts import Parts
 from orthorank.patching import Patch
 
 if TYPE_CHECKING:

@@ -1,0 +1,281 @@
+"""The parts of one decoder layer as the selected layer's forward uses them, whatever the family."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from orthorank.errors import OrthoRankError
+from orthorank_kernels import apply_rotary_at, gather_add_rms_norm, silu_and_mul
+
+if TYPE_CHECKING:
+    from orthorank.families import Family
+
+Tables = tuple[Tensor, Tensor]  # cos and sin
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm of a layer, or its absence.
+
+    Args:
+        module: the layer's module; None: there is no norm here.
+        kind: ``"rms"`` or ``"layer"``; weight_offset: added to the weight, 1 for Gemma.
+    """
+
+    module: Any
+    kind: str = "rms"
+    weight_offset: float = 0.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The norm of ``x`` by the module itself; ``x`` where there is none."""
+        return x if self.module is None else self.module(x)
+
+    @property
+    def eps(self) -> float:
+        """What is added to the mean square."""
+        return getattr(self.module, self.eps_name)
+
+    @property
+    def eps_name(self) -> str:
+        """How the module calls it."""
+        return "eps" if hasattr(self.module, "eps") else "variance_epsilon"
+
+    @contextmanager
+    def loaded(self) -> Iterator[dict[str, Any]]:
+        """weight, eps, norm, bias and weight_offset for the kernels, on the device where the norm runs.
+
+        ``accelerate`` keeps offloaded weights elsewhere until the module is called.
+        """
+        if self.module is None:
+            yield {"weight": None, "eps": 1e-6, "norm": "identity"}
+            return
+        hook = getattr(self.module, "_hf_hook", None)
+        if hook is not None:
+            hook.pre_forward(self.module)
+        try:
+            yield {
+                "weight": self.module.weight,
+                "eps": self.eps,
+                "norm": self.kind,
+                "bias": getattr(self.module, "bias", None),
+                "weight_offset": self.weight_offset,
+            }
+        finally:
+            if hook is not None:
+                hook.post_forward(self.module, None)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The modules of one decoder layer, and what is read from them.
+
+    Args:
+        family: the spec that found them; layer: the decoder layer.
+        norm_in: before attention; norm_attended: of attention's output; norm_post: before the MLP; norm_fed: of the
+            MLP's output.
+        parallel: the MLP reads what attention reads, not the sum after it.
+    """
+
+    family: "Family"
+    layer: Any
+    attention: Any
+    mlp: Any
+    norm_in: Norm
+    norm_attended: Norm
+    norm_post: Norm
+    norm_fed: Norm
+    parallel: bool
+
+    def check(self) -> None:
+        """The norms and the attention have what is read from them, and attention is causal."""
+        norms = (self.norm_in, self.norm_attended, self.norm_post, self.norm_fed)
+        wanted = [(norm.module, ("weight", norm.eps_name)) for norm in norms if norm.module is not None]
+        projections = ("q_proj", "k_proj", "v_proj") if self.family.qkv is None else (self.family.qkv,)
+        for module, names in (*wanted, (self.attention, (*projections, "o_proj", "head_dim", "scaling"))):
+            if missing := [name for name in names if not hasattr(module, name)]:
+                raise OrthoRankError(
+                    f"a {type(module).__name__} has no {', '.join(missing)}, which {self.family.name} models have; the "
+                    "installed transformers may be newer than this package: see the supported range in the README"
+                )
+        if not getattr(self.attention, "is_causal", True):
+            raise OrthoRankError(
+                "the model attends in both directions (use_bidirectional_attention); token selection is for causal "
+                "attention: the sink's state must not depend on the tokens after it"
+            )
+
+    @property
+    def window(self) -> int | None:
+        """Keys that a query sees, itself included; None for all."""
+        return self.family.window(self.attention)
+
+    @property
+    def softcap(self) -> float | None:
+        """What attention scores are capped at by a tanh; None: they are not."""
+        return None if self.family.softcap is None else getattr(self.attention, self.family.softcap)
+
+    @property
+    def residual_scale(self) -> float:
+        """Factor on what attention and MLP add to the residual stream."""
+        return 1.0 if self.family.residual_scale is None else getattr(self.layer, self.family.residual_scale)
+
+    def tables(self, position_embeddings: Tables) -> Tables | None:
+        """cos and sin as the kernels take them, one column for each pair of channels; None: this layer rotates nothing.
+
+        Args:
+            position_embeddings: the model's, ``[batch or 1, tokens, rotary_dim]``.
+        """
+        if not self.family.rotates(self.attention):
+            return None
+        cos, sin = position_embeddings
+        if not self.family.interleaved:
+            return cos, sin
+        return cos[..., ::2].contiguous(), sin[..., ::2].contiguous()  # each column stands there twice, side by side
+
+    def rotate(self, heads: Tensor, tables: Tables | None, positions: Tensor | None = None) -> Tensor:
+        """``heads`` ``[batch, heads, selected, head_dim]`` rotated; positions: rows of the tables, None for all."""
+        if tables is None:
+            return heads
+        cos, sin = tables
+        width = cos.shape[-1] * 2 if self.family.interleaved else cos.shape[-1]
+        return apply_rotary_at(heads, cos, sin, positions, interleaved=self.family.interleaved, rotary_dim=width)
+
+    def keys_and_values(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (not yet rotated) and values ``[batch, kv_heads, tokens, head_dim]`` of ``[batch, tokens, hidden]``."""
+        attention = self.attention
+        if self.family.qkv is None:
+            keys, values = attention.k_proj(normed), attention.v_proj(normed)
+        else:
+            keys, values = fused(getattr(attention, self.family.qkv), normed, attention.num_key_value_groups, "kv")
+        return self.family.heads(attention, "k", keys), split_heads(attention, values)
+
+    def queries(self, normed: Tensor) -> Tensor:
+        """Queries (not yet rotated) ``[batch, heads, tokens, head_dim]`` of ``normed`` ``[batch, tokens, hidden]``."""
+        attention = self.attention
+        if self.family.qkv is None:
+            projected = attention.q_proj(normed)
+        else:
+            (projected,) = fused(getattr(attention, self.family.qkv), normed, attention.num_key_value_groups, "q")
+        return self.family.heads(attention, "q", projected)
+
+    def output(self, attended: Tensor) -> Tensor:
+        """The output projection of ``attended`` ``[batch, heads, tokens, head_dim]``."""
+        batch, _, tokens, _ = attended.shape
+        projected = self.attention.o_proj(attended.transpose(1, 2).reshape(batch, tokens, -1))
+        return self._dropped(self.family.drop_attended, projected)
+
+    def add_and_norm(
+        self, hidden_states: Tensor, positions: Tensor, addend: Tensor, selected: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention, and what the MLP reads, both ``[batch, selected, hidden]``.
+
+        Args:
+            addend: attention's output; selected: what attention read, of the same tokens.
+        """
+        inner = self.norm_attended
+        if inner.module is not None and (self.norm_post.module is not None and inner.eps != self.norm_post.eps):
+            addend, inner = inner(addend), Norm(None)  # one pass has one eps
+        with inner.loaded() as attended, self.norm_post.loaded() as post:
+            eps = post["eps"] if self.norm_post.module is not None else attended["eps"]
+            offset = max(attended.get("weight_offset", 0.0), post.get("weight_offset", 0.0))
+            options = post | {"eps": eps, "weight_offset": offset}
+            residual, normed = gather_add_rms_norm(
+                hidden_states,
+                positions,
+                addend,
+                scale=self.residual_scale,
+                addend_weight=attended["weight"],
+                **options,
+            )
+        return residual, selected if self.parallel else normed
+
+    def feed_forward(self, normed: Tensor) -> Tensor:
+        """What the MLP adds, ``normed`` being ``[batch, tokens, hidden]``.
+
+        Activation and product are one pass if the MLP is SwiGLU. The projections are called as modules, so that
+        quantised and adapted ones, and their hooks, are what they are. Of a mixture of experts router and experts see
+        these tokens alone.
+        """
+        kind = _swiglu(self.mlp)
+        if kind == "fused":
+            fed = self.mlp.down_proj(silu_and_mul(self.mlp.gate_up_proj(normed)))
+        elif kind == "split":
+            fed = self.mlp.down_proj(silu_and_mul(self.mlp.gate_proj(normed), self.mlp.up_proj(normed)))
+        else:
+            fed = self.mlp(normed)
+            fed = fed[0] if isinstance(fed, tuple) else fed  # experts may give the router's logits, too
+        return self._dropped(self.family.drop_fed, self.norm_fed(fed))
+
+    def _dropped(self, name: str | None, x: Tensor) -> Tensor:
+        return x if name is None or not self.layer.training else getattr(self.layer, name)(x)
+
+
+def split_heads(attention: Any, projected: Tensor) -> Tensor:
+    """``[batch, tokens, heads * head_dim]`` to a ``[batch, heads, tokens, head_dim]`` view."""
+    batch, tokens, _ = projected.shape
+    return projected.view(batch, tokens, -1, attention.head_dim).transpose(1, 2)
+
+
+def fused(projection: Any, normed: Tensor, groups: int, which: str) -> tuple[Tensor, ...]:
+    """The queries, or keys and values, of one projection for all three.
+
+    Rows of a plain linear layer's weight are taken; what is quantised, adapted, sharded or hooked runs whole.
+
+    Args:
+        groups: query heads for each key/value head; which: ``"q"`` or ``"kv"``.
+    """
+    weight: Any = getattr(projection, "weight", None)
+    bias: Any = getattr(projection, "bias", None)
+    plain = type(projection) is nn.Linear and type(weight) is nn.Parameter and not is_changed(projection)
+    whole = None if plain else projection(normed)
+    total = weight.shape[0] if whole is None else whole.shape[-1]
+    kv = total // (groups + 2)
+    rows = slice(0, total - 2 * kv) if which == "q" else slice(total - 2 * kv, total)
+    if whole is None:
+        part = nn.functional.linear(normed, weight[rows], None if bias is None else bias[rows])
+    else:
+        part = whole[..., rows]
+    return (part,) if which == "q" else (part[..., :kv], part[..., kv:])
+
+
+# Whose forward is down_proj(silu(gate) * up), if nobody changed it: gate and up of two projections, or of one.
+SWIGLU = {
+    "split": (
+        "CohereMLP",
+        "Cohere2MLP",
+        "GraniteMLP",
+        "LlamaMLP",
+        "MistralMLP",
+        "Olmo2MLP",
+        "Qwen2MLP",
+        "Qwen2MoeMLP",
+        "Qwen3MLP",
+        "Qwen3MoeMLP",
+        "SmolLM3MLP",
+        "StableLmMLP",
+    ),
+    "fused": ("Phi3MLP",),
+}
+
+
+def _swiglu(mlp: Any) -> str | None:
+    """Which kind of SwiGLU ``mlp`` is; None: none that is known, or a changed one."""
+    kind = type(mlp)
+    found = next((name for name, classes in SWIGLU.items() if kind.__name__ in classes), None)
+    activation = getattr(mlp, "activation_fn" if found == "fused" else "act_fn", None)
+    plain = (
+        found is not None
+        and all(m.startswith("transformers.models.") for m in (kind.__module__, kind.forward.__module__))
+        and type(activation).__name__ in ("SiLU", "SiLUActivation")
+        and not is_changed(mlp)
+        and not is_changed(activation)
+    )
+    return found if plain else None
+
+
+def is_changed(module: Any) -> bool:
+    """Whether calling ``module`` runs more, or something else, than its class says."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "forward" in vars(module) or any(hooks)
