@@ -251,10 +251,14 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     level, hub_level = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
+    # Where torchao is installed, transformers imports it, and it lists the CUDA parts that a machine without GPU lacks.
+    others = {logger: logger.level for logger in map(logging.getLogger, ("torchao", "torch.utils._pytree"))}
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
     hub_logging.set_verbosity(logging.CRITICAL)  # its retries; the outcome is told in one sentence
     transformers_logging.disable_progress_bar()
+    for logger in others:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -262,6 +266,8 @@ def _quiet() -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(level)
         hub_logging.set_verbosity(hub_level)
+        for logger, before in others.items():
+            logger.setLevel(before)
         if bars:
             transformers_logging.enable_progress_bar()
 
