@@ -16,7 +16,7 @@ from torch import Tensor
 
 from orthorank.config import OrthoRankConfig
 from orthorank.errors import OrthoRankError
-from orthorank.masks import Columns, refuse_packed, valid_columns
+from orthorank.masks import Columns, refuse_packed, refuse_restarts, valid_columns
 from orthorank_kernels import keep_count
 
 
@@ -48,6 +48,7 @@ class Call:
         sink_positions: the sink's index inside the call, -1 where it was in an earlier one; None: the first token.
         each, valid, updated: `counts` with padding, and the sums of lengths and counts, computed once for all layers.
         workspace: zeros for `rms_norm_select`, which leaves them zero, so that one serves all layers.
+        ran: the plan's layers that ran in this call.
     """
 
     batch: int
@@ -63,6 +64,7 @@ class Call:
     valid: Tensor | None = None
     updated: Tensor | None = None
     workspace: Tensor | None = None
+    ran: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def decodes_only(self) -> bool:
@@ -136,18 +138,19 @@ def read_call(shape: tuple[int, int], device: torch.device, phase: Phase, kwargs
         phase: what the caller said before.
     """
     batch, tokens = shape
+    refuse_packed(kwargs)
     cache = cache_of(kwargs)
     past = _past(cache, phase, tokens)
     call = Call(batch, tokens, past, _prompt_tokens(phase, past, tokens))
     if call.decodes_only:
         return call
-    refuse_packed(kwargs, cached=cache is not None)
     if phase.prompt is None or past + tokens >= phase.prompt:
         call = dataclasses.replace(call, keep_last=min(phase.keep_last, call.prompt_tokens))
     mask = kwargs.get("attention_mask")
     if phase.padding_mask is not None and phase.padding_mask.shape == (batch, past + tokens):
         mask = phase.padding_mask
     columns = valid_columns(mask, past + tokens, batch)
+    refuse_restarts(kwargs.get("position_ids"), columns, past)
     if columns is not None:
         return _padded(call, columns, device)
     if not call.first:

@@ -19,6 +19,7 @@ from orthorank.families import Family, decoder_of, family_of
 from orthorank.layer import removed_forward, selected_forward
 from orthorank.layer_status import LayerCounts, Status, status_of
 from orthorank.patching import Patch
+from orthorank.refusals import refuse_outputs, refuse_unrun, refused_methods
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -127,7 +128,7 @@ class Handle(AbstractContextManager["Handle"]):
         self.call: Call | None = None
         self._patches: list[Patch] = [DecoderForward(self, decoder)]
         if hasattr(model, "generate"):
-            self._patches += [Generate(self, model), PrepareInputs(self, model)]
+            self._patches += [Generate(self, model), PrepareInputs(self, model), *refused_methods(model)]
         self._patches += [LayerForward(self, decoder.layers[i], i, family) for i in config.layers]
         for module in {model, decoder}:
             module.__dict__[ATTRIBUTE] = self
@@ -187,7 +188,7 @@ class DecoderForward(Patch):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        _refuse_attentions(self.owner, kwargs)
+        refuse_outputs(self.owner, kwargs)
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
         if "cache" not in kwargs or past_key_values is not None:
             kwargs[self.cache_name] = past_key_values
@@ -210,9 +211,11 @@ class DecoderForward(Patch):
             call = call.prepared(handle.config, given.device)
         handle.call = call
         try:
-            return self.original(input_ids=input_ids, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
+            result = self.original(input_ids=input_ids, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
         finally:
             handle.call = None
+        refuse_unrun(handle.config.layers, call.ran, self.owner.config.num_hidden_layers)
+        return result
 
 
 class LayerForward(Patch):
@@ -230,6 +233,7 @@ class LayerForward(Patch):
                 "checkpointing around the layer, for example), where padding and prompt are not known; call the model, "
                 "or handle.remove() first"
             )
+        call.ran.append(self.index)
         valid = call.tokens_in()
         if config.keep_ratio == 0:
             counts.add(valid, 0)
@@ -283,12 +287,3 @@ def _prompt_length(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
         given.append(kwargs.get("attention_mask"))
     lengths = [t.shape[1] for t in given if isinstance(t, Tensor) and t.dim() >= 2]
     return max(lengths, default=1)  # without inputs, generation starts from one BOS token
-
-
-def _refuse_attentions(decoder: Any, kwargs: dict[str, Any]) -> None:
-    wanted = kwargs.get("output_attentions")
-    if wanted if wanted is not None else getattr(decoder.config, "output_attentions", False):
-        raise OrthoRankError(
-            "output_attentions is True; a layer that selects tokens has no attention weights of all tokens to give: "
-            "pass output_attentions=False, or call handle.remove() first"
-        )

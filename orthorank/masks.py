@@ -102,18 +102,31 @@ def _contiguous(mask: Tensor) -> Columns:
     return torch.where(count > 0, start, mask.shape[1]), torch.where(count > 0, end, mask.shape[1])
 
 
-def refuse_packed(kwargs: dict[str, Any], *, cached: bool) -> None:
-    """Several sequences in one row have several sinks: refuse them by name. ``cached``: whether a cache was given."""
+def refuse_packed(kwargs: dict[str, Any]) -> None:
+    """Several sequences in one row have several sinks: refuse them by name."""
     if named := [name for name in PACKED if kwargs.get(name) is not None]:
         raise OrthoRankError(
             f"{', '.join(named)} was given: packed sequences (several in one row) are not supported while a plan is "
             "applied; pass one sequence a row, padded, with a [batch, tokens] attention_mask"
         )
-    positions = kwargs.get("position_ids")
-    if positions is None or kwargs.get("attention_mask") is not None or cached:
+
+
+def refuse_restarts(positions: Any, columns: Columns | None, past: int) -> None:
+    """Positions that do not go up by one from token to token of a row: several sequences in it, each with a sink.
+
+    Args:
+        positions: position_ids of the call, ``[batch or 1, tokens]``, or None.
+        columns: what is padding, as `valid_columns` gives it; past: columns before the call.
+    """
+    if not isinstance(positions, Tensor) or positions.shape[-1] < 2:
         return
-    if positions.shape[-1] > 1 and bool((positions.diff(dim=-1) != 1).any()):
+    wrong = positions.diff(dim=-1) != 1
+    if columns is not None:
+        start, end = (c.to(positions.device)[:, None] for c in columns)
+        column = torch.arange(past, past + positions.shape[-1], device=positions.device)
+        wrong = wrong & (column[:-1] >= start) & (column[1:] < end)
+    if bool(wrong.any()):
         raise OrthoRankError(
-            "position_ids restart or jump inside a row and no attention_mask was given: packed sequences are not "
-            "supported while a plan is applied; pass one sequence a row, padded, with a [batch, tokens] attention_mask"
+            "position_ids restart or jump inside a row: packed sequences (several in one row) are not supported while "
+            "a plan is applied; pass one sequence a row, padded, with a [batch, tokens] attention_mask"
         )
