@@ -37,7 +37,8 @@ def refuse_outputs(decoder: Any, kwargs: dict[str, Any]) -> None:
         wanted = kwargs.get(name)
         if wanted if wanted is not None else getattr(decoder.config, name, False):
             raise OrthoRankError(
-                f"{name} is True; a layer that selects tokens {reason}: pass {name}=False, or call handle.remove() first"
+                f"{name} is True; a layer that selects tokens {reason}: pass {name}=False, or call handle.remove() "
+                "first"
             )
 
 
@@ -50,6 +51,6 @@ def refuse_unrun(layers: list[int], ran: list[int], total: int) -> None:
     missing = [layer for layer in layers if layer not in ran and layer < total]
     if missing:
         raise OrthoRankError(
-            f"layer {', '.join(map(str, missing))} of the plan did not run in this call: the layer, or its forward, was "
-            "replaced after the plan was applied; call handle.remove(), then apply the plan again"
+            f"layer {', '.join(map(str, missing))} of the plan did not run in this call: the layer, or its forward, "
+            "was replaced after the plan was applied; call handle.remove(), then apply the plan again"
         )

@@ -1,5 +1,6 @@
 """What a model with a plan refuses, by each way in; and a plan that is not followed is an error, never silence."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -69,16 +70,15 @@ def test_layers_that_the_model_itself_leaves_out(model: Any) -> None:
 @pytest.mark.parametrize("way", ["model", "decoder", "prefilling", "generate"])
 def test_packed_rows(model: Any, kwargs: dict[str, Any], way: str) -> None:
     ids = ids_of(1, 8)
-    with apply(model, PLAN) as handle, torch.no_grad(), pytest.raises(OrthoRankError, match="packed sequences"):
-        if way == "model":
-            model(ids, **kwargs)
-        elif way == "decoder":
-            model.model(ids, **kwargs)
-        elif way == "prefilling":
-            with handle.prefilling():
-                model(ids, **kwargs)
-        else:
-            model.generate(ids, max_new_tokens=2, pad_token_id=0, **kwargs)
+    with apply(model, PLAN) as handle, torch.no_grad():
+        ways = {
+            "model": model,
+            "decoder": model.model,
+            "prefilling": handle.prefilling()(model),  # a context manager around each call
+            "generate": partial(model.generate, max_new_tokens=2, pad_token_id=0),
+        }
+        with pytest.raises(OrthoRankError, match="packed sequences"):
+            ways[way](ids, **kwargs)
 
 
 def test_packed_rows_of_decoding_are_dense(model: Any) -> None:
