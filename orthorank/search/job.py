@@ -1,0 +1,234 @@
+"""``orthorank search`` without its terminal: from the settings to a plan in a folder, resumable at every evaluation."""
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from orthorank.config import OrthoRankConfig
+from orthorank.demo.screen import Screen, SilentScreen
+from orthorank.errors import OrthoRankError
+from orthorank.models import ModelInfo, load_model, locate, pick_device, pick_dtype
+from orthorank.report import words
+from orthorank.search.calibration import Calibration, cut_windows, find_source
+from orthorank.search.folder import Folder, model_fingerprint
+from orthorank.search.settings import SPARSITY, SearchSettings
+from orthorank_kernels._version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from orthorank.stack import LayerStack
+
+
+@dataclass
+class Job:
+    """A search in progress.
+
+    Args:
+        folder: where its files are. model, info, stack: what it works on.
+        calibration: the windows. sink_layer: l_sink, None where it was not asked for.
+        candidates: layers that may be chosen, ascending. count: how many are.
+        identity: what a continued search must have in common. began: on the clock of `time.perf_counter`.
+    """
+
+    settings: SearchSettings
+    screen: Screen
+    folder: Folder
+    model: "PreTrainedModel"
+    info: ModelInfo
+    stack: "LayerStack"
+    calibration: Calibration
+    sink_layer: int | None
+    candidates: list[int]
+    count: int
+    began: float
+    identity: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method found.
+
+    Args:
+        order: the chosen layers in the order in which they were chosen.
+        losses: of greedy: the plan's loss after each round. scores: of the others: every candidate's score.
+        evaluations: losses that were measured. complete: False after an interruption.
+    """
+
+    order: list[int]
+    losses: list[float] = field(default_factory=list)
+    scores: dict[int, float] = field(default_factory=dict)
+    evaluations: int = 0
+    complete: bool = True
+
+
+def run_search(settings: SearchSettings, screen: Screen | None = None) -> dict[str, Any]:
+    """Choose layers and write the plan to ``settings.output``.
+
+    Args:
+        settings: what to do. screen: is told what happens; None: nobody.
+
+    Returns:
+        The results, as ``search.json`` in the folder holds them: ``rows`` (the dense model and the plan), ``plan``,
+        ``plan_file``, ``order``, ``losses``, ``scores``, ``seconds``.
+
+    Raises:
+        OrthoRankError: something is wrong or missing, or the search was interrupted; then the message says how to go
+            on with it.
+    """
+    from orthorank.search.finish import finish
+    from orthorank.search.methods import choose
+
+    job = _prepare(settings, screen or SilentScreen())
+    outcome = choose(job)
+    return finish(job, outcome)
+
+
+def _prepare(settings: SearchSettings, screen: Screen) -> Job:
+    """Everything that can go wrong early goes wrong here, the cheap things first."""
+    from orthorank.stack import LayerStack
+
+    began = time.perf_counter()
+    where = locate(settings.model)
+    pick_dtype(settings.dtype, pick_device(settings.device))
+    folder = Folder(settings.output, settings.resume)
+    source = find_source(settings)
+    screen.heading(f"Search on {where.name}: {settings.title}")
+    with screen.progress("loading the model", 1):
+        model, tokenizer, info = load_model(
+            settings.model, settings.device, settings.dtype, device_map=settings.device_map
+        )
+    calibration = cut_windows(settings, source, model, tokenizer, info.max_tokens)
+    shape = f"{info.num_hidden_layers} layers, {info.parameters / 1e6:,.0f} M weights, {info.dtype} on {info.device}"
+    screen.say(shape)
+    screen.say(f"calibration: {_windows_in_words(calibration)}")
+    sink_layer = _sink_layer(settings, screen, model, tokenizer)
+    candidates = _candidates(settings, info.num_hidden_layers, sink_layer)
+    job = Job(
+        settings=settings,
+        screen=screen,
+        folder=folder,
+        model=model,
+        info=info,
+        stack=LayerStack(model),
+        calibration=calibration,
+        sink_layer=sink_layer,
+        candidates=candidates,
+        count=_count(settings, info.num_hidden_layers, candidates),
+        began=began,
+    )
+    job.identity = _identity(job)
+    ratio = words.ratio(settings.keep_ratio)
+    action = "remove" if settings.keep_ratio == 0 else f"update {ratio} of the tokens in"
+    screen.say(f"{action} {job.count} of the layers {words.layers(candidates)}")
+    return job
+
+
+def _windows_in_words(calibration: Calibration) -> str:
+    count, length = calibration.windows.shape
+    return f"{count} windows of {length} tokens; {calibration.text.name}"
+
+
+def _sink_layer(
+    settings: SearchSettings, screen: Screen, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+) -> int | None:
+    """l_sink where the candidates depend on it."""
+    from orthorank.sink import detect_sink
+
+    if not settings.floored:
+        return None
+    if settings.sink_layer is not None:
+        return settings.sink_layer
+    sink = detect_sink(model, tokenizer)
+    if sink.sink_layer is None:
+        raise OrthoRankError(
+            f"{sink.reason}. To search nevertheless, name the layer after which layers may be chosen with "
+            "--sink-layer, or let all be candidates with --no-sink-floor"
+        )
+    screen.say(words.sink_sentence(sink.to_dict()))
+    return sink.sink_layer
+
+
+def _candidates(settings: SearchSettings, num_layers: int, sink_layer: int | None) -> list[int]:
+    first, last = settings.protected
+    if sink_layer is not None:
+        if sink_layer >= num_layers:
+            raise OrthoRankError(f"sink_layer is {sink_layer}; the model has layers 0 to {num_layers - 1}")
+        first = max(first, sink_layer + 1)
+    candidates = list(range(first, num_layers - last))
+    if not candidates:
+        floor = "" if sink_layer is None else f" and the sink layer is {sink_layer}"
+        raise OrthoRankError(
+            f"no layer may be chosen: of {num_layers} layers, {settings.protected[0]} at the beginning and {last} at "
+            f"the end are protected{floor}; lower --protect-first, --protect-last or --sink-layer"
+        )
+    return candidates
+
+
+def _count(settings: SearchSettings, num_layers: int, candidates: list[int]) -> int:
+    from orthorank.search.counts import layer_count
+
+    ratio = words.ratio(settings.keep_ratio)
+    sparsity = SPARSITY if settings.sparsity is None else settings.sparsity
+    count = settings.layers or layer_count(num_layers, sparsity, settings.keep_ratio)
+    if count < 1:
+        raise OrthoRankError(
+            f"sparsity is {sparsity:g}, which is less than one layer of {num_layers} with keep ratio {ratio}; the "
+            f"smallest is {(1 - settings.keep_ratio) / num_layers:.3f}"
+        )
+    if count > len(candidates):
+        asked = f"layers is {count}" if settings.layers else f"sparsity is {sparsity:g}, which needs {count} layers"
+        raise OrthoRankError(
+            f"{asked} with keep ratio {ratio}, and only {len(candidates)} may be chosen (layers "
+            f"{words.layers(candidates)}); lower --sparsity or --layers, or protect fewer layers"
+        )
+    return count
+
+
+def _identity(job: Job) -> dict[str, Any]:
+    """What decides the result, and so must not change between the parts of a resumed search."""
+    settings = job.settings
+    return {
+        "version": __version__,
+        "model": job.info.name,
+        "model_fingerprint": model_fingerprint(job.model),
+        "dtype": job.info.dtype,
+        "method": settings.method,
+        "metric": (settings.metric or "ppl") if settings.method == "one-shot" else None,
+        "fast": settings.fast,
+        "keep_ratio": settings.keep_ratio,
+        "criterion": settings.criterion,
+        "candidates": job.candidates,
+        "layers": job.count,
+        "batch_size": batch_size(job),
+        **job.calibration.to_dict(),
+    }
+
+
+def batch_size(job: Job) -> int:
+    """Windows in one forward. More save little on a CPU, and their logits take memory."""
+    return job.settings.batch_size or max(1, TOKENS_AT_ONCE // job.calibration.windows.shape[1])
+
+
+def plan_of(job: Job, outcome: Outcome, **calibration: Any) -> OrthoRankConfig:
+    """The plan with the layers of ``outcome``; ``calibration`` is added to what it records of the search."""
+    return OrthoRankConfig.for_model(
+        job.model,
+        layers=sorted(outcome.order),
+        keep_ratio=job.settings.keep_ratio,
+        criterion=job.settings.criterion,
+        sink_layer=job.sink_layer,
+        calibration=job.calibration.to_dict()
+        | {
+            "method": f"{job.settings.title} among layers {words.layers(job.candidates)}",
+            "order": outcome.order,
+            "losses": outcome.losses,
+            "complete": outcome.complete,
+            "evaluations": outcome.evaluations,
+            "dtype": job.info.dtype,
+        }
+        | calibration,
+    )
+
+
+TOKENS_AT_ONCE = 1024

@@ -1,0 +1,148 @@
+"""What a search is asked to do, checked before the long work starts, and what each method leaves alone by default."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from orthorank.config import LEGAL
+from orthorank.errors import OrthoRankError
+
+METHODS = ("greedy", "one-shot", "influence")
+METRICS = ("ppl", "taylor", "magnitude")
+SPARSITY, KEEP_RATIO = 0.2, 1 / 3
+WINDOWS, SEQ_LEN = 4, 512  # of a text; a dataset has its own recipe
+
+# Layers at the beginning and at the end that a method leaves alone as its paper has it: SLEB the first and the last,
+# Shortened LLaMA ("+") the first four and the last two, ShortGPT none.
+PROTECTED = {"greedy": (1, 1), "one-shot": (4, 2), "influence": (0, 0)}
+SELECTION_PROTECT_LAST = 2  # token selection in the last two layers costs many models more than anywhere else
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What a search is asked to do.
+
+    Args:
+        output: folder for the plan and the state.
+        model, device, device_map, dtype: as for `orthorank.models.load_model`.
+        method: ``"greedy"`` (SLEB), ``"one-shot"`` (Shortened LLaMA) or ``"influence"`` (ShortGPT).
+        metric: of one-shot: ``"ppl"``, ``"taylor"`` or ``"magnitude"``; None: ppl.
+        keep_ratio: of a chosen layer; 0 removes it.
+        criterion: by which a chosen layer selects tokens.
+        sparsity, layers: how many layers, as a nominal sparsity or as their number; None: a sparsity of 0.2.
+        text: a UTF-8 file; dataset: ``"wikitext2"`` or ``"c4"``, with ``:FOLDER`` for a local copy; neither: the
+            text of `orthorank.texts.find_text`.
+        windows, seq_len: calibration windows and their length in tokens; None: 4 of 512 from a text, and the
+            dataset's own recipe.
+        protect_first, protect_last: layers that are never chosen; None: the method's own (`protected`).
+        sink_floor: choose only layers after the sink; None: for token selection yes, for layer pruning no.
+        sink_layer: l_sink instead of the detected one.
+        fast: successive halving over the windows (greedy only).
+        resume: go on with the search whose state is in ``output``, if there is one.
+        batch_size: windows in one forward; None: as many as make 1,024 tokens.
+
+    Raises:
+        OrthoRankError: a value is out of range, or two of them exclude each other.
+
+    >>> SearchSettings(output=Path("out"), method="one-shot").protected
+    (4, 2)
+    >>> SearchSettings(output=Path("out"), method="beam")
+    Traceback (most recent call last):
+        ...
+    orthorank.errors.OrthoRankError: method is 'beam'; it may be greedy, one-shot or influence
+    """
+
+    output: Path
+    model: str | None = None
+    method: str = "greedy"
+    metric: str | None = None
+    keep_ratio: float = KEEP_RATIO
+    criterion: str = "orthogonal"
+    sparsity: float | None = None
+    layers: int | None = None
+    text: Path | None = None
+    dataset: str | None = None
+    windows: int | None = None
+    seq_len: int | None = None
+    protect_first: int | None = None
+    protect_last: int | None = None
+    sink_floor: bool | None = None
+    sink_layer: int | None = None
+    fast: bool = False
+    resume: bool = False
+    device: str = "auto"
+    device_map: str | None = None
+    dtype: str | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method, METHODS)
+        _check_choice("criterion", self.criterion, LEGAL["criterion"])
+        if self.metric is not None:
+            _check_choice("metric", self.metric, METRICS)
+            if self.method != "one-shot":
+                raise OrthoRankError(f"metric is for the method one-shot; the method is {self.method}, drop --metric")
+        if not 0 <= self.keep_ratio < 1:
+            raise OrthoRankError(
+                f"keep_ratio is {self.keep_ratio:g}; it must be from 0 (layers are removed) to below 1, such as 1/3"
+            )
+        for name, least in (("windows", 1), ("seq_len", 2), ("protect_first", 0), ("protect_last", 0)):
+            _check_least(name, getattr(self, name), least)
+        for name, least in (("sink_layer", 0), ("layers", 1), ("batch_size", 1)):
+            _check_least(name, getattr(self, name), least)
+        self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        """Options that exclude each other."""
+        if self.sparsity is not None and self.layers is not None:
+            raise OrthoRankError("both sparsity and layers say how many layers to choose; give one of them")
+        if self.sparsity is not None and not 0 < self.sparsity < 1:
+            raise OrthoRankError(f"sparsity is {self.sparsity:g}; it must be above 0 and below 1, such as 0.2")
+        if self.text is not None and self.dataset is not None:
+            raise OrthoRankError("both text and dataset say what to calibrate on; give one of them")
+        if self.sink_floor is False and self.sink_layer is not None:
+            raise OrthoRankError("sink_layer sets the floor that no_sink_floor takes away; give one of them")
+        if self.fast and self.method != "greedy":
+            raise OrthoRankError(f"fast is for the method greedy; the method {self.method} is quick as it is")
+        if self.device_map is not None and self.device != "auto":
+            raise OrthoRankError("both device and device_map say where the model goes; give one of them")
+
+    @property
+    def protected(self) -> tuple[int, int]:
+        """Layers at the beginning and at the end that are never chosen."""
+        first, last = PROTECTED[self.method]
+        if self.keep_ratio > 0:
+            last = max(last, SELECTION_PROTECT_LAST)
+        return (
+            first if self.protect_first is None else self.protect_first,
+            last if self.protect_last is None else self.protect_last,
+        )
+
+    @property
+    def floored(self) -> bool:
+        """Whether only layers after the sink may be chosen."""
+        if self.sink_floor is not None:
+            return self.sink_floor
+        return self.keep_ratio > 0 or self.sink_layer is not None
+
+    @property
+    def title(self) -> str:
+        """The method in words, as plans record it."""
+        if self.method == "one-shot":
+            return f"one shot by {self.metric or 'ppl'} (Shortened LLaMA)"
+        names = {"greedy": "greedy search (SLEB)", "influence": "block influence (ShortGPT)"}
+        return names[self.method] + (", fast" if self.fast else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as JSON stores them."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+
+
+def _check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
+    if value not in legal:
+        raise OrthoRankError(f"{name} is {value!r}; it may be {', '.join(legal[:-1])} or {legal[-1]}")
+
+
+def _check_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise OrthoRankError(f"{name} is {value}; it must be {least} or more")
