@@ -6,15 +6,14 @@ call. A call is a *prefill* as far as its tokens belong to the prompt, and *deco
 
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from orthorank.config import OrthoRankConfig
 from orthorank.errors import OrthoRankError
 from orthorank.masks import Columns, refuse_packed, refuse_restarts, valid_columns
 from orthorank_kernels import keep_count
@@ -46,7 +45,7 @@ class Call:
         starts: first valid token of each row inside the call, lengths: how many; None without padding.
         key_starts: first valid column of each row; None without padding.
         sink_positions: the sink's index inside the call, -1 where it was in an earlier one; None: the first token.
-        each, valid, updated: `counts` with padding, and the sums of lengths and counts, computed once for all layers.
+        valid: the sum of lengths, counted: `counts` with padding and their sum, by keep ratio; once for all layers.
         workspace: zeros for `rms_norm_select`, which leaves them zero, so that one serves all layers.
         ran: the plan's layers that ran in this call.
     """
@@ -60,9 +59,8 @@ class Call:
     lengths: Tensor | None = None
     key_starts: Tensor | None = None
     sink_positions: Tensor | None = None
-    each: Tensor | None = None
     valid: Tensor | None = None
-    updated: Tensor | None = None
+    counted: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict)
     workspace: Tensor | None = None
     ran: list[int] = dataclasses.field(default_factory=list)
 
@@ -86,14 +84,14 @@ class Call:
         """How many tokens at the end of each row are updated whatever their score."""
         return self.keep_last + self.decode_tokens
 
-    def counts(self, config: OrthoRankConfig) -> tuple[int | Tensor, int]:
-        """How many tokens of each row are updated (an int without padding), and the most that any row can have."""
-        ratio, keep, extra = config.keep_ratio, self.keep_last, self.decode_tokens
+    def counts(self, ratio: float) -> tuple[int | Tensor, int]:
+        """How many tokens of each row a layer updates (an int without padding), and the most that any row can have."""
+        keep, extra = self.keep_last, self.decode_tokens
         most = extra + keep_count(self.prompt_tokens, ratio, keep, sink_inside=self.lengths is None and self.first)
         if self.lengths is None:
             return most, most
-        if self.each is not None:
-            return self.each, most
+        if ratio in self.counted:
+            return self.counted[ratio][0], most
         prompt = (self.lengths - extra).clamp(min=0)
         inside = True if self.sink_positions is None else self.sink_positions >= 0
         each = keep_count(prompt, ratio, keep, sink_inside=inside) + extra
@@ -105,29 +103,32 @@ class Call:
             return self.valid
         return self.batch * self.tokens if self.lengths is None else self.lengths.sum()
 
-    def tokens_updated(self, config: OrthoRankConfig) -> int | Tensor:
+    def tokens_updated(self, ratio: float) -> int | Tensor:
         """Tokens that a selected layer updates in this call."""
-        if self.updated is not None:
-            return self.updated
-        each, _ = self.counts(config)
+        if ratio in self.counted:
+            return self.counted[ratio][1]
+        each, _ = self.counts(ratio)
         return each.sum() if isinstance(each, Tensor) else self.batch * each
 
-    def prepared(self, config: OrthoRankConfig, device: torch.device) -> "Call":
-        """The same with what every layer that selects by ``config`` would compute anew."""
+    def prepared(self, ratios: Iterable[float], device: torch.device) -> "Call":
+        """The same with what layers that select at one of ``ratios`` would compute anew, each of them."""
         call = dataclasses.replace(self, workspace=torch.zeros(self.batch, dtype=torch.int32, device=device))
-        each, _ = call.counts(config)
-        if call.lengths is None or isinstance(each, int):
+        if call.lengths is None:
             return call
-        return dataclasses.replace(call, each=each, valid=call.lengths.sum(), updated=each.sum())
+        counted = {ratio: (each, each.sum()) for ratio in ratios if isinstance(each := call.counts(ratio)[0], Tensor)}
+        return dataclasses.replace(call, counted=counted, valid=call.lengths.sum())
 
     def on(self, device: torch.device) -> "Call":
         """The same with its tensors on ``device``, where another part of the model may lie."""
         moved: dict[str, Any] = {
-            field.name: value.to(device)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor) and value.device != device
+            each.name: value.to(device)
+            for each in dataclasses.fields(self)
+            if isinstance(value := getattr(self, each.name), Tensor) and value.device != device
         }
-        return dataclasses.replace(self, **moved) if moved else self
+        if not moved:
+            return self
+        counted = {ratio: (k.to(device), total.to(device)) for ratio, (k, total) in self.counted.items()}
+        return dataclasses.replace(self, counted=counted, **moved)
 
 
 def read_call(shape: tuple[int, int], device: torch.device, phase: Phase, kwargs: dict[str, Any]) -> Call:

@@ -9,18 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthorank.errors import OrthoRankError
+from orthorank.plan_checks import check_fields
 from orthorank_kernels._version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FILE_NAME = "orthorank.json"
-LEGAL: dict[str, tuple[str, ...]] = {
-    "criterion": ("orthogonal", "inverse"),
-    "select": ("topk",),
-    "kv": ("all",),
-    "decode": ("dense",),
-}
+BY_LAYER = ("keep_ratios", "thresholds")  # mappings from layer numbers, whose keys JSON makes strings
 
 
 @dataclass
@@ -31,13 +27,25 @@ class OrthoRankConfig:
         layers: decoder layers that select tokens, counted from 0. Sorted and without repeats once stored.
         keep_ratio: share of each sequence's valid tokens that a selected layer updates, 0 to 1. 0 removes the layer
             (layer pruning), 1 leaves it dense. The paper's "33 %" is 1/3.
+        keep_ratios: exceptions from ``keep_ratio`` for some of ``layers``, by layer number.
         criterion: ``"orthogonal"`` selects the tokens whose normalised state is most orthogonal to the sink token's
-            (equation 4); ``"inverse"`` the least orthogonal ones, the paper's counter-example (Figure 4).
+            (equation 4); ``"inverse"`` the least orthogonal ones, the paper's counter-example (Figure 4); ``"random"``
+            any, by a hash of seed, layer and position; ``"cosine"`` by the angle alone; ``"prenorm"`` by the states
+            before the norm (Table 3).
+        seed: of ``criterion="random"``.
         keep_last: tokens at the end of a prompt that `generate()` always updates, counted inside ``keep_ratio``; their
             logits start the answer. Calls of the model outside `generate()` use 0, as the paper does.
-        decode: ``"dense"``: generated tokens pass every layer (except removed ones).
-        select: ``"topk"``: exactly the ``floor(keep_ratio * tokens)`` best tokens of a sequence (or prefill chunk).
-        kv: ``"all"``: a selected layer computes keys and values of all tokens.
+        decode: ``"dense"``: generated tokens pass every layer (except removed ones); ``"threshold"``: they are selected
+            by the layer's threshold like all others (with ``select="threshold"``).
+        select: ``"topk"``: exactly the ``floor(keep_ratio * tokens)`` best tokens of a sequence (or prefill chunk);
+            ``"window"``: the best of each window of ``select_window`` tokens; ``"threshold"``: every token that scores
+            below the layer's threshold.
+        select_window: tokens of a window of ``select="window"``, counted from the row's first token.
+        thresholds: of each selecting layer for ``select="threshold"``; `orthorank calibrate` finds them.
+        kv: ``"all"``: a selected layer computes keys and values of all tokens; ``"selected"``: of the selected ones
+            only, the paper's ablation (Table 3).
+        update_sink: whether the sink is always updated, counted inside ``keep_ratio``; the paper never updates it.
+        sinks: ``"first"``: the first token is the sink; ``"auto"``: other tokens that look like it rank last, too.
         model_id, model_revision, model_type, num_hidden_layers, hidden_size: the model the plan was made for; `apply`
             refuses another one. None means "not stated" and is not checked.
         sink_layer: the layer after which the sink token's state was found to form.
@@ -58,11 +66,17 @@ class OrthoRankConfig:
 
     layers: list[int]
     keep_ratio: float = 1 / 3
+    keep_ratios: dict[int, float] = field(default_factory=dict)
     criterion: str = "orthogonal"
+    seed: int = 0
     keep_last: int = 1
     decode: str = "dense"
     select: str = "topk"
+    select_window: int | None = None
+    thresholds: dict[int, float] = field(default_factory=dict)
     kv: str = "all"
+    update_sink: bool = False
+    sinks: str = "first"
     model_id: str | None = None
     model_revision: str | None = None
     model_type: str | None = None
@@ -74,37 +88,36 @@ class OrthoRankConfig:
     version: str = __version__
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep_ratio, bool) or not isinstance(self.keep_ratio, int | float):
-            raise OrthoRankError(f"keep_ratio is {self.keep_ratio!r}; it must be a number from 0 to 1, such as 1/3")
-        if not 0 <= self.keep_ratio <= 1:  # NaN fails this, too
-            raise OrthoRankError(
-                f"keep_ratio is {self.keep_ratio}; it must be from 0 (remove the layer) to 1 (dense), such as 1/3"
-            )
-        self.keep_ratio = float(self.keep_ratio)
-        _check_integer("keep_last", self.keep_last, 0)
-        for name in ("num_hidden_layers", "hidden_size"):
-            if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 1)
-        self.layers = _checked_layers(self.layers, self.num_hidden_layers)
-        if self.sink_layer is not None:
-            _check_integer("sink_layer", self.sink_layer, 0)
-        for name in ("calibration", "measured"):
-            if not isinstance(getattr(self, name), dict):
-                raise OrthoRankError(f"{name} is {getattr(self, name)!r}; it must be a mapping")
-        for name in ("model_id", "model_revision", "model_type", "version"):
-            value = getattr(self, name)
-            if not (value is None or isinstance(value, str)) or (name == "version" and value is None):
-                raise OrthoRankError(f"{name} is {value!r}; it must be a string")
-        for name, legal in LEGAL.items():
-            if getattr(self, name) not in legal:
-                raise OrthoRankError(f"{name} is {getattr(self, name)!r}; it may be {' or '.join(map(repr, legal))}")
+        check_fields(self)
+
+    def ratio(self, layer: int) -> float:
+        """Share of the tokens that ``layer`` updates: 1 for a layer that the plan does not name.
+
+        Example:
+            >>> plan = OrthoRankConfig(layers=[12, 14, 15], keep_ratio=0.5, keep_ratios={14: 0})
+            >>> [plan.ratio(layer) for layer in (12, 13, 14)]
+            [0.5, 1.0, 0.0]
+        """
+        return self.keep_ratios.get(layer, self.keep_ratio) if layer in self.layers else 1.0
+
+    @property
+    def ratios(self) -> dict[int, float]:
+        """`ratio` of each of ``layers``."""
+        return {layer: self.ratio(layer) for layer in self.layers}
+
+    @property
+    def selecting(self) -> list[int]:
+        """The layers that select tokens: those of ``layers`` that are neither removed nor dense."""
+        return [layer for layer in self.layers if 0 < self.ratio(layer) < 1]
 
     def nominal_sparsity(self, num_hidden_layers: int | None = None) -> float:
-        """Share of token-layer updates that are left out: ``len(layers) * (1 - keep_ratio) / num_hidden_layers``."""
+        """Share of token-layer updates that are left out: the sum of ``1 - ratio(layer)`` / ``num_hidden_layers``."""
         total = num_hidden_layers or self.num_hidden_layers
         if not total:
             raise OrthoRankError("num_hidden_layers is not stated in the plan; pass it as an argument")
-        return len(self.layers) * (1 - self.keep_ratio) / total
+        if not self.keep_ratios:
+            return len(self.layers) * (1 - self.keep_ratio) / total
+        return sum(1 - self.ratio(layer) for layer in self.layers) / total
 
     @classmethod
     def for_model(cls, model: "PreTrainedModel", **fields: Any) -> "OrthoRankConfig":
@@ -118,8 +131,9 @@ class OrthoRankConfig:
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as JSON stores them."""
-        return dataclasses.asdict(self)
+        """All fields, as JSON stores them: mappings by layer have strings as keys."""
+        values = dataclasses.asdict(self)
+        return values | {name: {str(layer): x for layer, x in values[name].items()} for name in BY_LAYER}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "OrthoRankConfig":
@@ -172,21 +186,3 @@ def hub_id(model: "PreTrainedModel") -> str | None:
     name = getattr(model.config, "_name_or_path", "") or ""
     looks_like_hub_id = name.count("/") <= 1 and not name.startswith((".", "~", os.sep)) and not os.path.exists(name)
     return name if name and looks_like_hub_id else None
-
-
-def _check_integer(name: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise OrthoRankError(f"{name} is {value!r}; it must be an integer, {minimum} or more")
-
-
-def _checked_layers(layers: object, total: int | None) -> list[int]:
-    if not isinstance(layers, list | tuple | range | set) or not all(type(i) is int for i in layers):
-        raise OrthoRankError(f"layers is {layers!r}; it must be a list of layer numbers, counted from 0")
-    ordered = sorted(layers)
-    if ordered and ordered[0] < 0:
-        raise OrthoRankError(f"layers holds {ordered[0]}; layers are counted from 0")
-    if total is not None and ordered and ordered[-1] >= total:
-        raise OrthoRankError(f"layers holds {ordered[-1]}; the model has layers 0 to {total - 1}")
-    if len(set(ordered)) != len(ordered):
-        raise OrthoRankError(f"layers is {list(layers)}; a layer is listed twice")
-    return ordered

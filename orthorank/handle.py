@@ -19,6 +19,7 @@ from orthorank.families import Family, decoder_of, family_of
 from orthorank.layer import removed_forward, selected_forward
 from orthorank.layer_status import LayerCounts, Status, status_of
 from orthorank.patching import Patch
+from orthorank.readiness import refuse_unready
 from orthorank.refusals import refuse_outputs, refuse_unrun, refused_methods
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def apply(model: "PreTrainedModel", config: OrthoRankConfig) -> "Handle":
     if handle_of(model) is not None:
         raise OrthoRankError("a plan is applied to this model already; call handle.remove() first")
     check_plan(model, config)
+    refuse_unready(config)
     for index in config.layers:
         family.parts(decoder_of(model).layers[index])  # raises when a layer does not look right
     return Handle(model, dataclasses.replace(copy.deepcopy(config)), family)  # checks its fields again
@@ -123,6 +125,7 @@ class Handle(AbstractContextManager["Handle"]):
         decoder = decoder_of(model)
         self.model, self.config = model, config
         self.stats = {index: LayerCounts() for index in config.layers}
+        self.selecting = config.selecting
         self.phase = Phase()
         self.thread: int | None = None  # the one whose phase this is
         self.call: Call | None = None
@@ -204,11 +207,11 @@ class DecoderForward(Patch):
                 "model, or take turns with a lock"
             )
         call = read_call((given.shape[0], given.shape[1]), given.device, handle.phase, kwargs)
-        if not (call.first or call.decodes_only) and 0 < handle.config.keep_ratio < 1:
-            # before any layer runs: a failure further up would leave the lower layers' cache longer than the others'
-            sink_state.check(cache_of(kwargs), handle.config.layers, call.batch)
-        if not call.decodes_only and 0 < handle.config.keep_ratio < 1:
-            call = call.prepared(handle.config, given.device)
+        if handle.selecting and not call.decodes_only:
+            if not call.first:
+                # before any layer runs: a failure further up would leave the lower layers' cache the longer one
+                sink_state.check(cache_of(kwargs), handle.selecting, call.batch)
+            call = call.prepared({handle.config.ratio(layer) for layer in handle.selecting}, given.device)
         handle.call = call
         try:
             result = self.original(input_ids=input_ids, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
@@ -234,14 +237,14 @@ class LayerForward(Patch):
                 "or handle.remove() first"
             )
         call.ran.append(self.index)
-        valid = call.tokens_in()
-        if config.keep_ratio == 0:
+        valid, ratio = call.tokens_in(), config.ratio(self.index)
+        if ratio == 0:
             counts.add(valid, 0)
             return removed_forward(self.index, hidden_states, cache_of(kwargs))
-        if call.decodes_only or config.keep_ratio == 1:
+        if call.decodes_only or ratio == 1:
             counts.add(valid, valid)
             return self.original(hidden_states, *args, **kwargs)
-        counts.add(valid, call.tokens_updated(config))
+        counts.add(valid, call.tokens_updated(ratio))
         parts, cos_sin = self.family.parts(self.owner), kwargs["position_embeddings"]
         run = partial(selected_forward, parts, self.index, config, call.on(hidden_states.device))
         if getattr(self.owner, "gradient_checkpointing", False) and self.owner.training:

@@ -84,7 +84,7 @@ def _norm_and_select(
     Stores the sinks' states with the cache.
     """
     sink = None if call.first else sink_state.continued(call, cache, index, hidden_states, parts.norm_in)
-    each, most = call.counts(config)
+    each, most = call.counts(config.ratio(index))
     with parts.norm_in.loaded() as norm:
         normed, positions, updated = norm_and_select(
             config.criterion,

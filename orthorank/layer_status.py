@@ -86,12 +86,13 @@ class Status:
 
 def status_of(config: OrthoRankConfig, num_layers: int, counts: dict[int, LayerCounts]) -> Status:
     """The status of a model of ``num_layers`` layers under ``config``."""
-    mode = {0.0: "removed", 1.0: "dense"}.get(config.keep_ratio, "selected")
     rows = []
     for layer in range(num_layers):
         if layer in counts:
             seen = counts[layer]
-            row = LayerStatus(layer, mode, config.keep_ratio, seen.calls, seen.tokens_in, seen.tokens_updated)
+            ratio = config.ratio(layer)
+            mode = {0.0: "removed", 1.0: "dense"}.get(ratio, "selected")
+            row = LayerStatus(layer, mode, ratio, seen.calls, seen.tokens_in, seen.tokens_updated)
         else:
             row = LayerStatus(layer, "dense", 1.0)
         rows.append(row)

@@ -77,6 +77,6 @@ def _flop_speedup(model: "PreTrainedModel", plan: OrthoRankConfig | None, tokens
     if plan is None:
         return 1.0
     try:
-        return flop_speedup(model.config, tokens, plan.layers, plan.keep_ratio)
+        return flop_speedup(model.config, tokens, plan.layers, plan.ratios)
     except OrthoRankError:  # a kind of model whose FLOPs are not counted
         return None

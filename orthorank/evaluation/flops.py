@@ -13,7 +13,7 @@ C = kv_heads * head_dim and MLP width M:
 Norms, rotary embedding, softmax, token scores, gather and scatter are not counted.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,11 @@ class Dimensions:
 
 
 def prefill_flops(
-    config: Any, tokens: int, layers: Iterable[int] = (), keep_ratio: float = 1.0, logits: str = "last"
+    config: Any,
+    tokens: int,
+    layers: Iterable[int] = (),
+    keep_ratio: float | Mapping[int, float] = 1.0,
+    logits: str = "last",
 ) -> float:
     """FLOPs of processing one prompt; a batch takes as many times more.
 
@@ -82,7 +86,8 @@ def prefill_flops(
         config: the Hugging Face configuration of a decoder with gated MLPs (Llama, Mistral, Qwen2 and alike).
         tokens: prompt length.
         layers: the layers that select tokens, counted from 0.
-        keep_ratio: share of tokens that they update; 0 removes them, keys and values included. See `keep_count`.
+        keep_ratio: share of tokens that they update; 0 removes them, keys and values included. See `keep_count`. A
+            mapping gives each of them its own, as `OrthoRankConfig.ratios` does.
         logits: ``"last"``: the head runs on one token (``logits_to_keep=1``); ``"all"``: on every token.
 
     Returns:
@@ -100,24 +105,33 @@ def prefill_flops(
     sizes = Dimensions.of(config)
     if tokens < 1:
         raise OrthoRankError(f"tokens is {tokens}; it must be at least 1")
-    if not 0 <= keep_ratio <= 1:
-        raise OrthoRankError(f"keep_ratio is {keep_ratio}; it must be from 0 (layers removed) to 1 (dense)")
     if logits not in LOGITS:
         raise OrthoRankError(f"logits is {logits!r}; it may be {' or '.join(map(repr, LOGITS))}")
     selected = set(layers)
-    if wrong := [layer for layer in sorted(selected) if not 0 <= layer < sizes.layers]:
-        raise OrthoRankError(f"layers holds {wrong[0]}; the model has layers 0 to {sizes.layers - 1}")
-    updated = keep_count(tokens, keep_ratio)
+    if unknown := [layer for layer in sorted(selected) if not 0 <= layer < sizes.layers]:
+        raise OrthoRankError(f"layers holds {unknown[0]}; the model has layers 0 to {sizes.layers - 1}")
+    given = keep_ratio.values() if isinstance(keep_ratio, Mapping) else [keep_ratio]
+    if wrong := [ratio for ratio in given if not 0 <= ratio <= 1]:
+        raise OrthoRankError(f"keep_ratio is {wrong[0]}; it must be from 0 (layers removed) to 1 (dense)")
+    ratios = {layer: _ratio_of(layer, keep_ratio) for layer in selected}
     total = 2.0 * sizes.hidden * sizes.vocabulary * (1 if logits == "last" else tokens)
     for index in range(sizes.layers):
-        if index not in selected:
-            total += sizes.layer(index, tokens, tokens)
-        elif keep_ratio > 0:
-            total += sizes.layer(index, tokens, updated)
+        if (ratio := ratios.get(index, 1.0)) > 0:
+            total += sizes.layer(index, tokens, keep_count(tokens, ratio))
     return total
 
 
-def flop_speedup(config: Any, tokens: int, layers: Iterable[int], keep_ratio: float, logits: str = "last") -> float:
+def _ratio_of(layer: int, keep_ratio: float | Mapping[int, float]) -> float:
+    if not isinstance(keep_ratio, Mapping):
+        return keep_ratio
+    if layer not in keep_ratio:
+        raise OrthoRankError(f"keep_ratio has no key {layer}; a mapping must give one ratio for each of the layers")
+    return keep_ratio[layer]
+
+
+def flop_speedup(
+    config: Any, tokens: int, layers: Iterable[int], keep_ratio: float | Mapping[int, float], logits: str = "last"
+) -> float:
     """Dense FLOPs divided by the plan's: the speed-up if time were proportional to FLOPs. Arguments as above.
 
     Example:

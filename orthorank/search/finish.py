@@ -30,7 +30,7 @@ def finish(job: Job, outcome: Outcome) -> dict[str, Any]:
     if outcome.scores:
         plan.calibration["scores"] = {str(layer): score for layer, score in outcome.scores.items()}
     tokens = min(FLOP_TOKENS, job.info.max_tokens)
-    speedup = flop_speedup(job.model.config, tokens, plan.layers, plan.keep_ratio)
+    speedup = flop_speedup(job.model.config, tokens, plan.layers, plan.ratios)
     plan.measured = held_out | {"flop_speedup": round(speedup, 4), "flop_speedup_tokens": tokens}
     plan.save_pretrained(job.folder.path)
     results = {

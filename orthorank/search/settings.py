@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from orthorank.config import LEGAL
 from orthorank.errors import OrthoRankError
+from orthorank.plan_checks import LEGAL
 
 METHODS = ("greedy", "one-shot", "influence")
 METRICS = ("ppl", "taylor", "magnitude")

@@ -58,6 +58,21 @@ def test_round_trip(tmp_path: Path) -> None:
         ({"model_id": 7}, "model_id is 7; it must be a string"),
         ({"version": None}, "version is None; it must be a string"),
         ({"calibration": []}, r"calibration is \[\]; it must be a mapping"),
+        ({"seed": -1}, "seed is -1; it must be an integer, 0 or more"),
+        ({"update_sink": 1}, "update_sink is 1; it must be True or False"),
+        ({"sinks": "all"}, "sinks is 'all'; it may be 'first' or 'auto'"),
+        ({"keep_ratios": [0.5]}, r"keep_ratios is \[0.5\]; it must be a mapping from layer numbers"),
+        ({"keep_ratios": {2: 0.5}}, r"keep_ratios has the key 2; its keys must be among the plan's layers, \[1\]"),
+        ({"keep_ratios": {"one": 0.5}}, "keep_ratios has the key 'one'"),
+        ({"keep_ratios": {1: 0.5, "1": 0.4}}, "keep_ratios has the key 1 twice"),
+        ({"keep_ratios": {1: 2}}, r"keep_ratios\[1\] is 2; it must be from 0"),
+        ({"select": "window"}, "select_window is None; give the tokens of a window"),
+        ({"select": "window", "select_window": 0}, "select_window is 0; it must be an integer, 1 or more"),
+        ({"select_window": 64}, "select_window is 64 and select is 'topk'"),
+        ({"select": "threshold"}, "thresholds has none for layer 1; find them with `orthorank calibrate`"),
+        ({"select": "threshold", "thresholds": {1: math.inf}}, r"thresholds\[1\] is inf; it must be a finite number"),
+        ({"thresholds": {1: 0.5}}, r"thresholds is \{1: 0.5\} and select is 'topk'"),
+        ({"decode": "threshold"}, "decode is 'threshold' and select is 'topk'"),
     ],
 )
 def test_every_field_is_checked(fields: dict[str, Any], words: str) -> None:
@@ -65,10 +80,30 @@ def test_every_field_is_checked(fields: dict[str, Any], words: str) -> None:
         OrthoRankConfig(**({"layers": [1]} | fields))
 
 
+def test_thresholds_and_ratios_by_layer_survive_the_file(tmp_path: Path) -> None:
+    plan = OrthoRankConfig(
+        layers=[2, 3, 10],
+        keep_ratios={10: 0.0, 3: 1.0},
+        select="threshold",
+        thresholds={2: 0.125},  # a removed and a dense layer need none
+        decode="threshold",
+        criterion="random",
+        seed=7,
+        kv="selected",
+        update_sink=True,
+        sinks="auto",
+    )
+    path = plan.save_pretrained(tmp_path)
+    stored = json.loads(path.read_text())
+    assert (stored["keep_ratios"], stored["thresholds"]) == ({"3": 1.0, "10": 0.0}, {"2": 0.125})
+    assert OrthoRankConfig.from_pretrained(path) == plan
+    assert list(plan.keep_ratios) == [3, 10], "sorted once stored"
+
+
 def test_unknown_newer_keys_warn(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
-    file.write_text(json.dumps({"layers": [1], "version": "9.0", "thresholds": {}, "aura": 1}))
-    with pytest.warns(UserWarning, match=r"version 9\.0\) has keys .*aura, thresholds"):
+    file.write_text(json.dumps({"layers": [1], "version": "9.0", "zeal": {}, "aura": 1}))
+    with pytest.warns(UserWarning, match=r"version 9\.0\) has keys .*aura, zeal"):
         assert OrthoRankConfig.from_pretrained(file).layers == [1]
 
 
