@@ -103,7 +103,10 @@ class LayerStack:
 
     @torch.no_grad()
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """Final norm and language-model head: ``[..., hidden]`` to ``[..., vocabulary]``."""
+        """Final norm and language-model head: ``[windows, tokens, hidden]`` to ``[windows, tokens, vocabulary]``.
+
+        The model's own path, with the factors and caps that some models have behind the head.
+        """
         return self._head(self.decoder.norm(hidden_states))
 
     @torch.no_grad()
@@ -115,18 +118,34 @@ class LayerStack:
         windows, tokens, _ = hidden_states.shape
         states = self.decoder.norm(hidden_states)[:, :-1].reshape(windows * (tokens - 1), -1)
         targets = input_ids[:, 1:].reshape(-1)
-        step = max(1, LOGITS_AT_ONCE // self._head.out_features)
+        step = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
         losses = [
             nn.functional.cross_entropy(
-                self._head(states[i : i + step]).float(), targets[i : i + step], reduction="none"
+                self._head(states[None, i : i + step])[0].float(), targets[i : i + step], reduction="none"
             )
             for i in range(0, len(targets), step)
         ]
         return torch.cat(losses).view(windows, tokens - 1)
 
-    @property
-    def _head(self) -> Any:
-        return self.model.get_output_embeddings()
+    def _head(self, normed: Tensor) -> Tensor:
+        """What the model's own forward makes of the decoder's output ``[windows, tokens, hidden]``."""
+        given = _Given(self.decoder, "forward")
+        given.output = normed
+        try:
+            return self.model(inputs_embeds=normed, use_cache=False, return_dict=True).logits
+        finally:
+            given.undo()
+
+
+class _Given(Patch):
+    """A decoder that gives what is already known."""
+
+    output: Tensor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from transformers.modeling_outputs import MoeModelOutputWithPast
+
+        return MoeModelOutputWithPast(last_hidden_state=self.output)  # every causal LM finds its fields in it
 
 
 class _Idle(Patch):
