@@ -155,6 +155,14 @@ _GEMMA_2 = Family(
     window=_window_of_layer,
     softcap="attn_logit_softcapping",
 )
+_OLMO_2 = Family(
+    "OLMo-2",
+    norm_in=None,
+    norm_attended="post_attention_layernorm",
+    norm_post=None,
+    norm_fed="post_feedforward_layernorm",
+    heads=_norm_before_heads,
+)
 _COHERE = Family("Cohere", norm="layer", norm_post=None, parallel=_always, heads=_norm_of_cohere, interleaved=True)
 
 FAMILIES: dict[str, Family] = {
@@ -165,6 +173,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family("Qwen2-MoE", window=_window_of_layer),
     "qwen3": Family("Qwen3", heads=_norm_of_heads, window=_window_of_layer),
     "qwen3_moe": Family("Qwen3-MoE", heads=_norm_of_heads, window=_window_of_layer),
+    "gemma": Family("Gemma", weight_offset=1.0),
     "gemma2": _GEMMA_2,
     # Its attention has the attribute of the soft-cap and does not use it.
     "gemma3_text": replace(_GEMMA_2, name="Gemma 3", heads=_norm_of_heads, softcap=None),
@@ -175,14 +184,8 @@ FAMILIES: dict[str, Family] = {
         drop_attended="resid_attn_dropout",
         drop_fed="resid_mlp_dropout",
     ),
-    "olmo2": Family(
-        "OLMo-2",
-        norm_in=None,
-        norm_attended="post_attention_layernorm",
-        norm_post=None,
-        norm_fed="post_feedforward_layernorm",
-        heads=_norm_before_heads,
-    ),
+    "olmo2": _OLMO_2,
+    "olmo3": replace(_OLMO_2, name="OLMo-3", window=_window_of_layer),
     "granite": Family("Granite", residual_scale="residual_multiplier"),
     "smollm3": Family("SmolLM3", rotates=_rotates_smollm3, window=_window_of_layer),
     "stablelm": Family(

@@ -249,6 +249,7 @@ SWIGLU = {
         "LlamaMLP",
         "MistralMLP",
         "Olmo2MLP",
+        "Olmo3MLP",
         "Qwen2MLP",
         "Qwen2MoeMLP",
         "Qwen3MLP",
