@@ -6,7 +6,7 @@ call. A call is a *prefill* as far as its tokens belong to the prompt, and *deco
 
 import dataclasses
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +48,7 @@ class Call:
         valid: the sum of lengths, counted: `counts` with padding and their sum, by keep ratio; once for all layers.
         workspace: zeros for `rms_norm_select`, which leaves them zero, so that one serves all layers.
         ran: the plan's layers that ran in this call.
+        watcher: is told what each layer selects; see `Handle.watching`.
     """
 
     batch: int
@@ -63,6 +64,7 @@ class Call:
     counted: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict)
     workspace: Tensor | None = None
     ran: list[int] = dataclasses.field(default_factory=list)
+    watcher: "Watcher | None" = None
 
     @property
     def decodes_only(self) -> bool:
@@ -129,6 +131,9 @@ class Call:
             return self
         counted = {ratio: (k.to(device), total.to(device)) for ratio, (k, total) in self.counted.items()}
         return dataclasses.replace(self, counted=counted, **moved)
+
+
+Watcher = Callable[[int, Tensor, Call], None]
 
 
 def read_call(shape: tuple[int, int], device: torch.device, phase: Phase, kwargs: dict[str, Any]) -> Call:

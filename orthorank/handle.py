@@ -2,7 +2,8 @@
 
 import copy
 import dataclasses
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from inspect import signature
 from types import TracebackType
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from orthorank import sink_state
-from orthorank.calls import Call, Phase, cache_of, phase_of, read_call, refuse_other_threads
+from orthorank.calls import Call, Phase, Watcher, cache_of, phase_of, read_call, refuse_other_threads
 from orthorank.config import OrthoRankConfig, hub_id
 from orthorank.errors import OrthoRankError
 from orthorank.families import Family, decoder_of, family_of
@@ -129,6 +130,7 @@ class Handle(AbstractContextManager["Handle"]):
         self.phase = Phase()
         self.thread: int | None = None  # the one whose phase this is
         self.call: Call | None = None
+        self.watcher: Watcher | None = None
         self._patches: list[Patch] = [DecoderForward(self, decoder)]
         if hasattr(model, "generate"):
             self._patches += [Generate(self, model), PrepareInputs(self, model), *refused_methods(model)]
@@ -164,6 +166,19 @@ class Handle(AbstractContextManager["Handle"]):
         if isinstance(keep, bool) or not isinstance(keep, int) or keep < 0:
             raise OrthoRankError(f"keep_last is {keep!r}; it must be an integer, 0 or more")
         return phase_of(self, Phase(keep_last=keep))
+
+    @contextmanager
+    def watching(self, watcher: Watcher) -> Iterator[None]:
+        """Inside, ``watcher(layer, positions, call)`` is called with what each selected layer has chosen.
+
+        ``positions`` are int32 ``[batch, most]``, ascending, -1 past a row's count; they count the tokens of the call,
+        whose padding `call` knows. Calls in which all tokens are dense are left out.
+        """
+        before, self.watcher = self.watcher, watcher
+        try:
+            yield
+        finally:
+            self.watcher = before
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -212,7 +227,7 @@ class DecoderForward(Patch):
                 # before any layer runs: a failure further up would leave the lower layers' cache the longer one
                 sink_state.check(cache_of(kwargs), handle.selecting, call.batch)
             call = call.prepared({handle.config.ratio(layer) for layer in handle.selecting}, given.device)
-        handle.call = call
+        handle.call = call if handle.watcher is None else dataclasses.replace(call, watcher=handle.watcher)
         try:
             result = self.original(input_ids=input_ids, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
         finally:

@@ -47,6 +47,9 @@ def selected_forward(
     tables = parts.tables(position_embeddings)
     normed, positions, updated = _norm_and_select(parts, index, config, call, hidden_states, cache)
 
+    if call.watcher is not None:
+        call.watcher(index, positions, call)
+
     keys, values = parts.keys_and_values(normed)
     keys = parts.rotate(keys, tables)
     first_key = 0

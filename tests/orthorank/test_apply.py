@@ -309,3 +309,26 @@ def test_two_threads_are_refused_by_name(tiny_model: Any) -> None:
         assert len(errors) == 1
         assert "in use by another thread" in errors[0]
         model(ids_of(1, 8))
+
+
+def test_a_watcher_sees_what_each_layer_selects(tiny_model: Any) -> None:
+    """Counted in the call's own tokens, in position order, and not where every token is dense."""
+    model = tiny_model("llama")
+    seen: list[tuple[int, list[list[int]]]] = []
+    ids = torch.arange(3, 15)[None].expand(2, -1).clone()
+    mask = torch.ones_like(ids)
+    mask[1, :6] = 0
+    with orthorank.apply(model, orthorank.OrthoRankConfig(layers=[1, 3], keep_ratio=0.5)) as handle:
+        with handle.watching(lambda layer, positions, call: seen.append((layer, positions.tolist()))):
+            model(ids, attention_mask=mask)
+            with handle.decoding():
+                model(ids, attention_mask=mask)
+        model(ids, attention_mask=mask)
+    assert [layer for layer, _ in seen] == [1, 3]
+    for _, (whole, padded) in seen:
+        assert len(whole) == 6
+        assert whole == sorted(whole)
+        assert 0 not in whole, "the sink"
+        chosen = [at for at in padded if at >= 0]
+        assert len(chosen) == 3
+        assert min(chosen) > 6, "the sink of the second row is its first token, after the padding"
