@@ -49,6 +49,7 @@ class Call:
         workspace: zeros for `rms_norm_select`, which leaves them zero, so that one serves all layers.
         ran: the plan's layers that ran in this call.
         watcher: is told what each layer selects; see `Handle.watching`.
+        update_sink: whether the sinks are always updated, counted among the others.
     """
 
     batch: int
@@ -65,6 +66,7 @@ class Call:
     workspace: Tensor | None = None
     ran: list[int] = dataclasses.field(default_factory=list)
     watcher: "Watcher | None" = None
+    update_sink: bool = False
 
     @property
     def decodes_only(self) -> bool:
@@ -89,15 +91,29 @@ class Call:
     def counts(self, ratio: float) -> tuple[int | Tensor, int]:
         """How many tokens of each row a layer updates (an int without padding), and the most that any row can have."""
         keep, extra = self.keep_last, self.decode_tokens
-        most = extra + keep_count(self.prompt_tokens, ratio, keep, sink_inside=self.lengths is None and self.first)
+        with_sink = keep + self.update_sink  # tokens that are updated where the sink is among them
+        never = not self.update_sink  # whether the sink is the one token that stays as it is
         if self.lengths is None:
+            forced = with_sink if self.first else keep
+            most = extra + keep_count(self.prompt_tokens, ratio, forced, sink_inside=never and self.first)
             return most, most
+        most = extra + keep_count(self.prompt_tokens, ratio, with_sink, sink_inside=False)
         if ratio in self.counted:
             return self.counted[ratio][0], most
         prompt = (self.lengths - extra).clamp(min=0)
-        inside = True if self.sink_positions is None else self.sink_positions >= 0
-        each = keep_count(prompt, ratio, keep, sink_inside=inside) + extra
-        return torch.where(self.lengths > 0, each, 0).int(), most
+        inside = torch.ones_like(prompt, dtype=torch.bool) if self.sink_positions is None else self.sink_positions >= 0
+        each = keep_count(prompt, ratio, keep, sink_inside=inside & never)
+        if self.update_sink:
+            each = torch.where(inside, keep_count(prompt, ratio, with_sink, sink_inside=False), each)
+        return torch.where(self.lengths > 0, each + extra, 0).int(), most
+
+    def row_positions(self, device: torch.device) -> Tensor:
+        """Each token's place in its row, the first valid token at 0: int64 ``[batch or 1, tokens]``, below 0 before it.
+
+        Cached tokens count, padding does not.
+        """
+        columns = self.past + torch.arange(self.tokens, device=device)[None]
+        return columns if self.key_starts is None else columns - self.key_starts[:, None]
 
     def tokens_in(self) -> int | Tensor:
         """Valid tokens of the call."""
@@ -112,9 +128,10 @@ class Call:
         each, _ = self.counts(ratio)
         return each.sum() if isinstance(each, Tensor) else self.batch * each
 
-    def prepared(self, ratios: Iterable[float], device: torch.device) -> "Call":
+    def prepared(self, ratios: Iterable[float], device: torch.device, update_sink: bool = False) -> "Call":
         """The same with what layers that select at one of ``ratios`` would compute anew, each of them."""
-        call = dataclasses.replace(self, workspace=torch.zeros(self.batch, dtype=torch.int32, device=device))
+        workspace = torch.zeros(self.batch, dtype=torch.int32, device=device)
+        call = dataclasses.replace(self, workspace=workspace, update_sink=update_sink)
         if call.lengths is None:
             return call
         counted = {ratio: (each, each.sum()) for ratio in ratios if isinstance(each := call.counts(ratio)[0], Tensor)}

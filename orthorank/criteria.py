@@ -1,31 +1,125 @@
-"""The score that ranks tokens: the paper's, and those it is compared with."""
+"""The scores that rank tokens: the paper's, and those it is compared with (paper, section 4.3, Table 3).
 
-from typing import Any
+Every criterion is turned into a *rank*, float32 for each token, of which the smallest are selected: NaN after +inf and
+the sink after everything. Whatever is done to a rank looks at one token, at the stored state of the sink and at the
+token's place in the row alone, so no criterion depends on padding, on the batch or on how a prompt is cut into chunks.
+"""
 
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 from torch import Tensor
 
 from orthorank_kernels import rms_norm_score, rms_norm_select, select_tokens
+from orthorank_kernels.hashing import random_scores
+
+if TYPE_CHECKING:
+    from orthorank.calls import Call
+    from orthorank.config import OrthoRankConfig
+
+# From which cosine to the sink's state on a token is a further sink. The states of sinks are alike, since a few massive
+# channels make them, and all others are far away: SmolLM2-135M has 0.94 to 0.97 against at most 0.35.
+SINK_COSINE = 0.75
+
+# How `rms_norm_score` scores for each criterion whose score is one of its own.
+SCORES = {"orthogonal": "inner", "inverse": "inner", "cosine": "cosine"}
+
+
+class Chosen(NamedTuple):
+    """What a selected layer goes on with.
+
+    Args:
+        normed: the input norm of all tokens, ``[batch, tokens, hidden]``.
+        positions: the selected tokens, int32 ``[batch, most]``, ascending, -1 past a row's count.
+        updated: a copy of the hidden states, to write the result into.
+    """
+
+    normed: Tensor
+    positions: Tensor
+    updated: Tensor
 
 
 def norm_and_select(
-    criterion: str, hidden_states: Tensor, norm: dict[str, Any], **request: Any
-) -> tuple[Any, Any, Any]:
-    """The input norm of all tokens, and the tokens that ``criterion`` selects.
+    plan: "OrthoRankConfig",
+    layer: int,
+    call: "Call",
+    hidden_states: Tensor,
+    norm: dict[str, Any],
+    sink: Tensor | None,
+    **request: Any,
+) -> Chosen:
+    """The input norm of all tokens, and the tokens that ``plan`` selects in ``layer``.
 
     Args:
-        criterion: ``"orthogonal"``: smallest ``|<x_0, x_i>|`` (equation 4); ``"inverse"``: largest (Figure 4).
-        hidden_states: ``[batch, tokens, hidden]``.
-        norm: weight, eps, norm, bias and weight_offset of the layer's input norm, as for `rms_norm_select`.
-        request: k, sink, starts, lengths, sink_positions, keep_last, max_selected, workspace, as for `rms_norm_select`.
-
-    Returns:
-        normed ``[batch, tokens, hidden]``, positions int32 ``[batch, max_selected]``, and a copy of ``hidden_states``.
-        The sink ranks last in both.
+        plan: its fields criterion, seed, update_sink and sinks are read; call: padding, and where the sinks are.
+        hidden_states: ``[batch, tokens, hidden]``; norm: the input norm, as `rms_norm_score` takes it (weight, eps).
+        sink: the sinks' states ``[batch, hidden]`` where the rows began in an earlier call, `scored_states` of then;
+            None: the rows begin in this call.
+        request: how many are selected, as `select_tokens` takes it: k, keep_last, max_selected and so on.
     """
-    if criterion == "orthogonal":
-        chosen = rms_norm_select(hidden_states, copy_input=True, **norm, **request)
-        return chosen.normed, chosen.positions, chosen.residual
-    del request["workspace"]
-    sink, starts, lengths = request.pop("sink", None), request.get("starts"), request.get("lengths")
-    scored = rms_norm_score(hidden_states, sink=sink, starts=starts, lengths=lengths, copy_input=True, **norm)
-    return scored.normed, select_tokens(-scored.scores, **request).positions, scored.residual
+    where: dict[str, Any] = {"starts": call.starts, "lengths": call.lengths}
+    score = SCORES.get(plan.criterion, "inner")
+    if is_fused(plan):
+        chosen: Any = rms_norm_select(
+            hidden_states,
+            **norm,
+            **where,
+            **request,
+            score=score,
+            sink=sink,
+            sink_positions=call.sink_positions,
+            workspace=call.workspace,
+            copy_input=True,
+        )
+        return Chosen(chosen.normed, chosen.positions, chosen.residual)
+    own = sink if plan.criterion in SCORES else None  # what the others keep of the sink is no state for this score
+    scored: Any = rms_norm_score(hidden_states, **norm, **where, score=score, sink=own, copy_input=True)
+    ranks = ranks_of(plan, layer, call, scored_states(plan, hidden_states, scored.normed), scored.scores, sink)
+    sinks = call.sink_positions
+    if plan.update_sink:
+        ranks = torch.where(is_sink(call, ranks.device), -torch.inf, ranks)
+        sinks = torch.full((call.batch,), -1, dtype=torch.int32, device=ranks.device)  # none that ranks after all
+    positions = select_tokens(ranks, **where, **request, sink_positions=sinks).positions
+    return Chosen(scored.normed, positions, scored.residual)
+
+
+def is_fused(plan: "OrthoRankConfig") -> bool:
+    """Whether one launch norms, scores and selects for ``plan``."""
+    return plan.criterion in ("orthogonal", "cosine") and not plan.update_sink and plan.sinks == "first"
+
+
+def scored_states(plan: "OrthoRankConfig", hidden_states: Tensor, normed: Tensor) -> Tensor:
+    """The states that tokens are compared by, and of which the sinks' are kept: Table 3 calls it the stage."""
+    return hidden_states if plan.criterion == "prenorm" else normed
+
+
+def ranks_of(
+    plan: "OrthoRankConfig", layer: int, call: "Call", states: Tensor, scores: Tensor, sink: Tensor | None
+) -> Tensor:
+    """The rank of each token, float32 ``[batch, tokens]``; the sink's means nothing.
+
+    Args:
+        states: `scored_states`; scores: those of the normed states; sink: as for `norm_and_select`.
+    """
+    ranks = scores
+    if plan.criterion == "inverse":
+        ranks = -scores
+    elif plan.criterion == "random":
+        drawn = random_scores(call.row_positions(states.device), seed=plan.seed, layer=layer)
+        ranks = torch.where(states.isnan().any(dim=-1), torch.nan, drawn)
+    elif plan.criterion == "prenorm":
+        ranks = _scores(states, "inner", call, sink)
+    if plan.sinks == "auto":
+        ranks = torch.where(_scores(states, "cosine", call, sink) >= SINK_COSINE, torch.inf, ranks)
+    return ranks
+
+
+def is_sink(call: "Call", device: torch.device) -> Tensor:
+    """Which tokens are their row's first one: bool, ``[batch or 1, tokens]``."""
+    columns = torch.arange(call.tokens, device=device)[None]
+    return columns == (0 if call.sink_positions is None else call.sink_positions[:, None])
+
+
+def _scores(states: Tensor, score: str, call: "Call", sink: Tensor | None) -> Tensor:
+    """The scores of ``states`` as they are."""
+    return rms_norm_score(states, None, 0.0, norm="identity", score=score, sink=sink, starts=call.starts).scores

@@ -21,7 +21,7 @@ from orthorank.layer import removed_forward, selected_forward
 from orthorank.layer_status import LayerCounts, Status, status_of
 from orthorank.patching import Patch
 from orthorank.readiness import refuse_unready
-from orthorank.refusals import refuse_outputs, refuse_unrun, refused_methods
+from orthorank.refusals import refuse_outputs, refuse_unrun, refused_methods, without_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -226,7 +226,10 @@ class DecoderForward(Patch):
             if not call.first:
                 # before any layer runs: a failure further up would leave the lower layers' cache the longer one
                 sink_state.check(cache_of(kwargs), handle.selecting, call.batch)
-            call = call.prepared({handle.config.ratio(layer) for layer in handle.selecting}, given.device)
+            if handle.config.kv == "selected":
+                use_cache = without_cache(cache_of(kwargs), use_cache)
+            ratios = {handle.config.ratio(layer) for layer in handle.selecting}
+            call = call.prepared(ratios, given.device, handle.config.update_sink)
         handle.call = call if handle.watcher is None else dataclasses.replace(call, watcher=handle.watcher)
         try:
             result = self.original(input_ids=input_ids, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)

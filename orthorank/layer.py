@@ -18,8 +18,9 @@ from torch import Tensor
 from orthorank import sink_state
 from orthorank.calls import Call
 from orthorank.config import OrthoRankConfig
-from orthorank.criteria import norm_and_select
+from orthorank.criteria import Chosen, norm_and_select, scored_states
 from orthorank.parts import Parts
+from orthorank.selected_keys import attention_among_selected
 from orthorank_kernels import gather_rows, scatter_add_rows_, sparse_query_attention
 
 
@@ -39,7 +40,7 @@ def selected_forward(
         config: the plan; call: what is prompt and what is padding.
         hidden_states: ``[batch, tokens, hidden]``. Left as it is: whoever captured it keeps the right values.
         position_embeddings: cos and sin, ``[batch or 1, tokens, rotary_dim]``.
-        cache: a transformers cache, which gets the keys and values of all tokens, or None.
+        cache: a transformers cache, which gets the keys and values of all tokens, or None. None with ``kv="selected"``.
 
     Returns:
         ``[batch, tokens, hidden]``: unselected tokens as they came.
@@ -50,28 +51,33 @@ def selected_forward(
     if call.watcher is not None:
         call.watcher(index, positions, call)
 
-    keys, values = parts.keys_and_values(normed)
-    keys = parts.rotate(keys, tables)
     first_key = 0
-    if cache is not None:
-        _, first_key = cache.get_mask_sizes(call.tokens, index)  # the column of the first key that update returns
-        keys, values = cache.update(keys, values, index)
+    if config.kv == "all":
+        keys, values = parts.keys_and_values(normed)
+        keys = parts.rotate(keys, tables)
+        if cache is not None:
+            _, first_key = cache.get_mask_sizes(call.tokens, index)  # the column of the first key that update returns
+            keys, values = cache.update(keys, values, index)
     if positions.shape[1] == 0:
         return hidden_states
 
     selected = gather_rows(normed, positions)
     queries = parts.rotate(parts.queries(selected), tables, positions)
-    attended = sparse_query_attention(
-        queries,
-        keys,
-        values,
-        positions,
-        scale=parts.attention.scaling,
-        softcap=parts.softcap,
-        window=parts.window,
-        starts=call.key_starts if call.key_starts is None or first_key == 0 else call.key_starts - first_key,
-        query_offset=call.past - first_key,
-    )
+    options = {"scale": parts.attention.scaling, "softcap": parts.softcap, "window": parts.window}
+    if config.kv == "all":
+        attended = sparse_query_attention(
+            queries,
+            keys,
+            values,
+            positions,
+            starts=call.key_starts if call.key_starts is None or first_key == 0 else call.key_starts - first_key,
+            query_offset=call.past - first_key,
+            **options,
+        )
+    else:
+        keys, values = parts.keys_and_values(selected)
+        keys = parts.rotate(keys, tables, positions)
+        attended = attention_among_selected(queries, keys, values, positions, tokens=call.tokens, **options)
     addend = parts.output(attended).to(hidden_states.dtype)  # autocast may have made it another
     residual, fed = parts.add_and_norm(hidden_states, positions, addend, selected)
     rows = parts.feed_forward(fed).to(residual.dtype)
@@ -81,30 +87,25 @@ def selected_forward(
 
 def _norm_and_select(
     parts: Parts, index: int, config: OrthoRankConfig, call: Call, hidden_states: Tensor, cache: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Chosen:
     """The layer's input norm of all tokens, the selected positions, and a copy of the input to write the result into.
 
     Stores the sinks' states with the cache.
     """
-    sink = None if call.first else sink_state.continued(call, cache, index, hidden_states, parts.norm_in)
+
+    def states(rows: Tensor) -> Tensor:
+        return scored_states(config, rows, parts.norm_in(rows))
+
+    sink = None if call.first else sink_state.continued(call, cache, index, hidden_states, states)
     each, most = call.counts(config.ratio(index))
     with parts.norm_in.loaded() as norm:
-        normed, positions, updated = norm_and_select(
-            config.criterion,
-            hidden_states,
-            norm,
-            k=each,
-            sink=sink,
-            starts=call.starts,
-            lengths=call.lengths,
-            sink_positions=call.sink_positions,
-            keep_last=call.forced,
-            max_selected=most,
-            workspace=call.workspace,
+        chosen = norm_and_select(
+            config, index, call, hidden_states, norm, sink, k=each, keep_last=call.forced, max_selected=most
         )
     if cache is not None:
-        sink_state.keep(cache, index, sink_state.rows_at(normed, call.starts) if sink is None else sink)
-    return normed, positions, updated
+        scored = scored_states(config, hidden_states, chosen.normed)
+        sink_state.keep(cache, index, sink_state.rows_at(scored, call.starts) if sink is None else sink)
+    return chosen
 
 
 def removed_forward(index: int, hidden_states: Tensor, cache: Any = None) -> Tensor:

@@ -5,10 +5,6 @@ from orthorank.errors import OrthoRankError
 
 # Legal values of a plan's fields without an implementation. Whoever implements one takes it out.
 UNREADY: dict[str, tuple[object, ...]] = {
-    "criterion": ("random", "cosine", "prenorm"),
-    "kv": ("selected",),
-    "update_sink": (True,),
-    "sinks": ("auto",),
     "select": ("window", "threshold"),
     "decode": ("threshold",),
 }

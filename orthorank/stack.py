@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from orthorank.calls import Call
+from orthorank.calls import Call, Phase, read_call
 from orthorank.config import OrthoRankConfig
 from orthorank.errors import OrthoRankError
 from orthorank.families import decoder_of, family_of
@@ -30,14 +30,16 @@ class Pass:
     Args:
         hidden_states: ``[windows, tokens, hidden]``.
         layer_kwargs: per layer: position_embeddings, attention_mask and the like.
+        call: where padding is.
     """
 
     hidden_states: Tensor
     layer_kwargs: list[dict[str, Any]]
+    call: Call
 
 
 class LayerStack:
-    """The decoder layers of ``model`` one at a time, without a cache and without padding.
+    """The decoder layers of ``model`` one at a time, without a cache.
 
     The model is left as it is: nothing is patched between two calls. Gradients are not recorded.
 
@@ -69,21 +71,39 @@ class LayerStack:
         return len(self.parts)
 
     @torch.no_grad()
-    def embed(self, input_ids: Tensor) -> Pass:
-        """What the layers get for ``input_ids`` ``[windows, tokens]``: the model's own forward, with idle layers."""
+    def embed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Pass:
+        """What the layers get for ``input_ids`` ``[windows, tokens]``: the model's own forward, with idle layers.
+
+        Args:
+            attention_mask: ``[windows, tokens]``, 1 for tokens and 0 for padding on either side; None: no padding.
+        """
+        call = read_call(
+            (input_ids.shape[0], input_ids.shape[1]), input_ids.device, Phase(), {"attention_mask": attention_mask}
+        )
         with _idle_layers(self.decoder.layers) as seen:
-            self.decoder(input_ids=input_ids, use_cache=False)
-        return Pass(seen[0].hidden_states, [idle.kwargs for idle in seen])
+            self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return Pass(seen[0].hidden_states, [idle.kwargs for idle in seen], call)
 
     @torch.no_grad()
     def run(
-        self, layer: int, hidden_states: Tensor, inputs: Pass, keep_ratio: float = 1.0, criterion: str = "orthogonal"
+        self,
+        layer: int,
+        hidden_states: Tensor,
+        inputs: Pass,
+        keep_ratio: float = 1.0,
+        criterion: str = "orthogonal",
+        **options: Any,
     ) -> Tensor:
         """One layer on ``hidden_states`` ``[windows, tokens, hidden]``, which it leaves as they are.
 
         Args:
             layer: its number; inputs: from `embed`, of the same windows.
             keep_ratio: 1 = the dense layer, 0 = removed, between = token selection by ``criterion``.
+            options: further fields of `OrthoRankConfig` that say how tokens are selected: seed, kv, update_sink, sinks
+                and so on.
+
+        Raises:
+            OrthoRankError: criterion or an option is one that a plan may not have.
         """
         if keep_ratio == 0:
             return hidden_states
@@ -91,9 +111,8 @@ class LayerStack:
         if keep_ratio == 1:
             output = self.decoder.layers[layer](hidden_states, **kwargs)
             return output[0] if isinstance(output, tuple) else output
-        windows, tokens, _ = hidden_states.shape
-        call = Call(windows, tokens, past=0, prompt_tokens=tokens)
-        plan = OrthoRankConfig(layers=[layer], keep_ratio=keep_ratio, criterion=criterion)
+        plan = OrthoRankConfig(layers=[layer], keep_ratio=keep_ratio, criterion=criterion, **options)
+        call = replace(inputs.call, update_sink=plan.update_sink).on(hidden_states.device)
         return selected_forward(self.parts[layer], layer, plan, call, hidden_states, kwargs["position_embeddings"])
 
     @torch.no_grad()
