@@ -127,6 +127,13 @@ class Family:
     drop_attended: str | None = None
     drop_fed: str | None = None
 
+    @property
+    def note(self) -> str:
+        """What `status` says of the family."""
+        if self.norm_in is not None:
+            return ""
+        return f"{self.name} has no norm before attention: tokens are scored on the layer's input itself"
+
     def parts(self, layer: nn.Module) -> Parts:
         """The modules of ``layer``; raises when the layer does not look as this spec says."""
         parallel = self.parallel(layer)
@@ -218,7 +225,8 @@ def decoder_of(model: "PreTrainedModel") -> Any:
     decoder = getattr(model, "model", model)
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         raise OrthoRankError(
-            f"model is a {type(model).__name__} without decoder layers in .model.layers; pass the ...ForCausalLM model"
+            f"model is a {type(model).__name__} without decoder layers in .model.layers; pass the ...ForCausalLM model "
+            "(of a model that reads images, too: its text part, loaded as one)"
         )
     return decoder
 

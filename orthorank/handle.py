@@ -83,7 +83,7 @@ def status(model: Any) -> Status:
     handle = handle_of(model)
     if handle is None:
         raise OrthoRankError("no plan is applied to this model; apply one with orthorank.apply(model, config)")
-    return status_of(handle.config, len(decoder_of(model).layers), handle.stats)
+    return status_of(handle.config, len(decoder_of(model).layers), handle.stats, family_of(model).note)
 
 
 def check_plan(model: Any, config: OrthoRankConfig) -> None:

@@ -75,16 +75,20 @@ class LayerStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """All layers of a model with a plan applied; ``str()`` gives a table."""
+    """All layers of a model with a plan applied; ``str()`` gives a table.
+
+    ``note``: what is particular about the model's family, or nothing.
+    """
 
     rows: list[LayerStatus]
+    note: str = ""
 
     def __str__(self) -> str:
         head = f"{'layer':>5}  {'mode':<8}  {'keep':>5}  {'calls':>6}  {'tokens in':>10}  {'updated':>10}"
-        return "\n".join([head, *(_line(row) for row in self.rows)])
+        return "\n".join([head, *(_line(row) for row in self.rows), *([self.note] if self.note else [])])
 
 
-def status_of(config: OrthoRankConfig, num_layers: int, counts: dict[int, LayerCounts]) -> Status:
+def status_of(config: OrthoRankConfig, num_layers: int, counts: dict[int, LayerCounts], note: str = "") -> Status:
     """The status of a model of ``num_layers`` layers under ``config``."""
     rows = []
     for layer in range(num_layers):
@@ -96,7 +100,7 @@ def status_of(config: OrthoRankConfig, num_layers: int, counts: dict[int, LayerC
         else:
             row = LayerStatus(layer, "dense", 1.0)
         rows.append(row)
-    return Status(rows)
+    return Status(rows, note)
 
 
 def _line(row: LayerStatus) -> str:

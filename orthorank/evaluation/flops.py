@@ -7,8 +7,12 @@ C = kv_heads * head_dim and MLP width M:
     keys, values             2 * (2 N D C)             all tokens, also in a selected layer
     queries, output          2 * (2 k D Q)             k = N in a dense layer
     scores, weighted sum     2 * (2 Q * k * N / 2)     causal: a query meets half of the keys on average
-    gated MLP                3 * (2 k D M)
+    gated MLP                3 * (2 k D M)             the same width everywhere, or
+    experts                  2 k D E + e * 3 * (2 k D M_e) + 3 * (2 k D M_s) + 2 k D
     head                     2 D * vocabulary          once (`logits_to_keep=1`) or for N tokens
+
+The experts' line is the router over E experts, e of which each token passes, each M_e wide, and, in models that have
+it, an expert for all tokens, M_s wide, with its gate.
 
 Norms, rotary embedding, softmax, token scores, gather and scatter are not counted.
 """
@@ -18,21 +22,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from orthorank.errors import OrthoRankError
+from orthorank.families import FAMILIES
 from orthorank_kernels import keep_count
 
 LOGITS = ("last", "all")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
 
 
 @dataclass(frozen=True)
 class Dimensions:
-    """The sizes that FLOPs depend on, read from a Hugging Face configuration."""
+    """The sizes that FLOPs depend on, read from a Hugging Face configuration.
+
+    ``mlp``: FLOPs of the MLP of each layer for one token.
+    """
 
     layers: int
     hidden: int
     query: int
     key: int
-    mlp: int
+    mlp: tuple[float, ...]
     vocabulary: int
     windows: tuple[int | None, ...]
 
@@ -41,12 +50,15 @@ class Dimensions:
         """Read ``config`` (of a model, or its text part).
 
         Raises:
-            OrthoRankError: a size is missing, or the model is a mixture of experts.
+            OrthoRankError: a size is missing, or the architecture is not a known one.
         """
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         sizes = {name: _size(text, name) for name in _SIZES}
-        if getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None):
-            raise OrthoRankError("the model is a mixture of experts; FLOPs are counted for dense MLPs only")
+        model_type = getattr(text, "model_type", None)
+        if model_type is not None and model_type not in FAMILIES:
+            raise OrthoRankError(
+                f"the model is of type {model_type!r}; what its layers compute is known for {', '.join(FAMILIES)} only"
+            )
         heads = sizes["num_attention_heads"]
         head_dim = getattr(text, "head_dim", None) or sizes["hidden_size"] // heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -55,7 +67,7 @@ class Dimensions:
             hidden=sizes["hidden_size"],
             query=heads * head_dim,
             key=kv_heads * head_dim,
-            mlp=sizes["intermediate_size"],
+            mlp=tuple(_mlp(text, layer) for layer in range(sizes["num_hidden_layers"])),
             vocabulary=sizes["vocab_size"],
             windows=_windows(text, sizes["num_hidden_layers"]),
         )
@@ -69,8 +81,7 @@ class Dimensions:
         keys_values = 4 * tokens * self.hidden * self.key
         projections = 4 * updated * self.hidden * self.query
         attention = 4 * self.query * updated * seen
-        mlp = 6 * updated * self.hidden * self.mlp
-        return keys_values + projections + attention + mlp
+        return keys_values + projections + attention + updated * self.mlp[index]
 
 
 def prefill_flops(
@@ -83,7 +94,7 @@ def prefill_flops(
     """FLOPs of processing one prompt; a batch takes as many times more.
 
     Args:
-        config: the Hugging Face configuration of a decoder with gated MLPs (Llama, Mistral, Qwen2 and alike).
+        config: the Hugging Face configuration of a model of a known family (`orthorank.FAMILIES`).
         tokens: prompt length.
         layers: the layers that select tokens, counted from 0.
         keep_ratio: share of tokens that they update; 0 removes them, keys and values included. See `keep_count`. A
@@ -172,6 +183,23 @@ def _size(text: Any, name: str) -> int:
             "FLOPs are counted for decoders with integer sizes under the names of Llama"
         )
     return size
+
+
+def _mlp(text: Any, layer: int) -> float:
+    """FLOPs of the MLP, or of the experts, of one layer for one token."""
+    hidden = text.hidden_size
+    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
+    if experts and getattr(text, "model_type", None) not in MIXTURES:
+        raise OrthoRankError(
+            f"the model is a mixture of experts; those whose FLOPs are counted are of type {', '.join(MIXTURES)}"
+        )
+    alternating = (layer + 1) % getattr(text, "decoder_sparse_step", 1) == 0
+    if not experts or layer in (getattr(text, "mlp_only_layers", None) or ()) or not alternating:
+        return 6.0 * hidden * text.intermediate_size
+    width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    shared = getattr(text, "shared_expert_intermediate_size", None) or 0
+    gate = 2.0 * hidden if shared else 0.0
+    return 2.0 * hidden * experts + 6.0 * hidden * (width * _size(text, "num_experts_per_tok") + shared) + gate
 
 
 def _windows(text: Any, layers: int) -> tuple[int | None, ...]:

@@ -1,15 +1,17 @@
 """Every family: the identities, and the selected layer against the rows of the family's own dense layer."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from orthorank import FAMILIES, OrthoRankConfig, apply
+from orthorank import FAMILIES, OrthoRankConfig, OrthoRankError, apply, status
+from orthorank.stack import LayerStack
 from tests.orthorank.dense_rows import DenseRows, call
 from tests.orthorank.naive import assert_close, without_layers
-from tests.orthorank.test_layer import ids_of
+from tests.orthorank.test_layer import Doubled, ids_of
 from tests.orthorank.tiny import MODELS, has_windows, tiny
 
 LENGTHS = (33, 20, 1, 2)
@@ -130,3 +132,128 @@ def test_ratio_zero_removes_the_layer(name: str, layers: list[int]) -> None:
         static = {"cache_implementation": "static", "max_new_tokens": 6}
         assert torch.equal(model.generate(ids, attention_mask=mask, **static, **GREEDY), tokens)
         assert handle.stats[layers[0]].tokens_updated == 0
+
+
+def test_the_stack_of_layers(name: str) -> None:
+    """Layer by layer, with the model's own embedding (scaled in Gemma, Granite) and head (scaled or capped in some)."""
+    model = tiny(name)
+    ids = ids_of(2, 20)
+    stack = LayerStack(model)
+    inputs = stack.embed(ids)
+    dense = selected = inputs.hidden_states
+    for layer in range(stack.num_layers):
+        dense = stack.run(layer, dense, inputs)
+        selected = stack.run(layer, selected, inputs, keep_ratio=0.4 if layer in (1, 2) else 1.0)
+    everything = torch.ones_like(ids)
+    logits = call(model, ids, everything)
+    assert_close(stack.logits(dense), logits)
+    with DenseRows(model, [1, 2], 0.4) as rows:
+        assert_close(stack.logits(selected), rows(ids, everything))
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    assert_close(stack.token_losses(dense, ids), losses)
+    assert "forward" not in vars(model.model)
+
+
+def test_detection_of_the_sink_reads_every_family(name: str) -> None:
+    from orthorank.sink import detect_sink
+
+    report = detect_sink(tiny(name), tokens=8)
+    assert len(report.ratios) == 5
+    assert all(math.isfinite(value) for value in (*report.ratios, *report.cos_self, *report.cos_others))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen2-moe-step", "qwen3-moe"])
+def test_router_and_experts_see_the_selected_tokens_alone(name: str) -> None:
+    model = tiny(name)
+    seen: dict[str, int] = {}
+    for key, module in model.named_modules():
+        if key.split(".")[-1] in ("gate", "experts", "shared_expert"):
+            module.register_forward_pre_hook(lambda _, args, key=key: seen.__setitem__(key, len(args[0])))
+    with apply(model, OrthoRankConfig(layers=[1], keep_ratio=1 / 3)), torch.no_grad():
+        model(ids_of(2, 30), use_cache=False)
+    assert {key.rsplit(".", 1)[0] for key in seen} >= {"model.layers.1.mlp"}
+    assert {key: rows for key, rows in seen.items() if rows != (20 if ".1." in key else 60)} == {}
+
+
+def test_low_precision(name: str) -> None:
+    """bfloat16 from end to end: as far from float32 as the dense model is, or not much farther."""
+    model = tiny(name)
+    ids, mask = padded("left", (33, 20))
+    real = mask.bool()
+    plan = OrthoRankConfig(layers=[0, 1, 2, 3], keep_ratio=1 - 1e-9)
+    exact = call(model, ids, mask)[real]
+    model = model.bfloat16()
+    dense = call(model, ids, mask)[real].float()
+    with apply(model, plan):
+        selected = call(model, ids, mask)
+    assert selected.dtype == torch.bfloat16
+    errors = [float((logits - exact).pow(2).mean().sqrt() / exact.std()) for logits in (dense, selected[real].float())]
+    assert errors[1] < 1.5 * errors[0] + 0.01, errors
+
+
+@pytest.mark.parametrize("name", ["phi-3", "phi-3-mha", "stablelm"])
+def test_dropout_of_the_residual_stream(name: str) -> None:
+    """Training drops what is added where the family does."""
+    rates = {"resid_pdrop": 1 - 1e-7} if name.startswith("phi") else {"hidden_dropout": 1 - 1e-7}
+    model = tiny(name, **rates)
+    layer, ids = model.model.layers[1], ids_of(1, 12)
+    with apply(model, OrthoRankConfig(layers=[1], keep_ratio=0.5)), torch.no_grad():
+        outputs = model(ids, output_hidden_states=True, use_cache=False).hidden_states
+        assert (outputs[2] - outputs[1]).abs().sum(-1).count_nonzero() == 6
+        layer.train()
+        outputs = model(ids, output_hidden_states=True, use_cache=False).hidden_states
+    changed = outputs[2] - outputs[1]
+    if name == "stablelm":  # attention is not dropped there
+        assert changed.abs().sum(-1).count_nonzero() == 6
+        changed = (
+            changed
+            - layer.self_attn(
+                layer.input_layernorm(outputs[1]),
+                position_embeddings=model.model.rotary_emb(outputs[1], torch.arange(12)[None]),
+            )[0]
+        )
+        changed = changed[:, (outputs[2] != outputs[1]).any(-1)[0]]
+    assert changed.abs().max() < 1e-5
+
+
+def test_status_says_what_tokens_are_scored_on() -> None:
+    for name, note in (("olmo-2", "OLMo-2 has no norm before attention"), ("llama-3", "")):
+        model = tiny(name)
+        with apply(model, OrthoRankConfig(layers=[1])):
+            assert note in str(status(model))
+            assert bool(status(model).note) == bool(note)
+
+
+def test_attention_in_both_directions_is_refused() -> None:
+    for name in ("gemma-2", "gemma-3"):
+        model = tiny(name, use_bidirectional_attention=True)
+        with pytest.raises(OrthoRankError, match="attends in both directions"):
+            apply(model, OrthoRankConfig(layers=[1]))
+
+
+def test_a_model_that_reads_images_is_refused() -> None:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = tiny("gemma-3").config.to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision))
+    with pytest.raises(OrthoRankError, match=r"Gemma3ForConditionalGeneration without decoder layers.*its text part"):
+        apply(model, OrthoRankConfig(layers=[1]))
+
+
+@pytest.mark.parametrize("changed", ["adapted", "hooked"])
+def test_a_changed_fused_projection_runs_whole(changed: str) -> None:
+    """A plain one is read by rows of its weight; what an adapter or a hook makes of it must not be lost."""
+    model = tiny("phi-3")
+    for layer in model.model.layers:
+        if changed == "adapted":
+            layer.self_attn.qkv_proj = Doubled(layer.self_attn.qkv_proj)
+        else:
+            layer.self_attn.qkv_proj.register_forward_hook(lambda module, args, output: 2 * output)
+    ids, mask = padded("left", (33, 20))
+    with DenseRows(model, [1, 2], 0.4) as rows:
+        expected = rows(ids, mask)[mask.bool()]
+    with DenseRows(tiny("phi-3"), [1, 2], 0.4) as rows:
+        assert (rows(ids, mask)[mask.bool()] - expected).abs().max() > 0.1
+    with apply(model, OrthoRankConfig(layers=[1, 2], keep_ratio=0.4)):
+        assert_close(call(model, ids, mask)[mask.bool()], expected)

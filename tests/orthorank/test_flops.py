@@ -1,13 +1,18 @@
 """FLOP counts against the published ideals, against PyTorch's own counter, and their edges."""
 
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from orthorank import OrthoRankConfig, apply
 from orthorank.errors import OrthoRankError
 from orthorank.evaluation.flops import flop_speedup, layer_cost, prefill_flops
+from tests.orthorank.tiny import MODELS, tiny
+
+NO_WINDOW = {"sliding_window": 64}  # wider than the prompt
 
 
 def config(layers: int, hidden: int, mlp: int, heads: int, kv_heads: int, vocabulary: int, **more: Any) -> Any:
@@ -77,6 +82,35 @@ def test_as_pytorch_counts(tiny_model: Any, logits: str) -> None:
     assert prefill_flops(model.config, tokens, logits=logits) == pytest.approx(counted, abs=rotary)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family_as_pytorch_counts(name: str) -> None:
+    """Dense, and the products of a selected layer: the counter does not look into the attention op, which is added."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    tokens, layers = 24, 4
+    model = tiny(name, attention="eager", **({} if "sliding_window" not in MODELS[name].settings else NO_WINDOW))
+    model.set_experts_implementation("eager")  # one product for each expert, on the tokens that it gets
+    query = 4 * model.model.layers[0].self_attn.head_dim
+
+    def counted(*plan: Any) -> float:
+        with ExitStack() as inside, torch.no_grad():
+            for one in plan:
+                inside.enter_context(apply(model, one))
+            counter = inside.enter_context(FlopCounterMode(display=False))
+            model(torch.arange(tokens)[None], use_cache=False, logits_to_keep=1)
+        return counter.get_total_flops()
+
+    rotary = 4 * 16 * tokens  # the angles may be a matrix product of positions and frequencies
+    dense = counted()
+    upper_half = layers * 4 * query * tokens * tokens / 2
+    assert prefill_flops(model.config, tokens) == pytest.approx(dense - upper_half, abs=rotary)
+    selected = counted(OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3))
+    attention = 2 * 4 * query * 8 * tokens / 2  # of the two selected layers
+    dense_attention = 2 * 4 * query * tokens * tokens / 2
+    expected = prefill_flops(model.config, tokens, [1, 2], 1 / 3) - attention
+    assert expected == pytest.approx(selected - upper_half + dense_attention, abs=rotary)
+
+
 def test_sliding_window_counts_the_window() -> None:
     def attention(window: int | None, **more: Any) -> float:
         model = config(1, 64, 1, 4, 4, 1, head_dim=16, sliding_window=window, **more)
@@ -106,6 +140,7 @@ def test_head_dim_of_its_own() -> None:
         ({"layers": [32]}, "layers holds 32; the model has layers 0 to 31"),
         ({"logits": "some"}, "'last' or 'all'"),
         ({"config": config(32, 4096, 11008, 32, 32, 32000, num_local_experts=8)}, "mixture of experts"),
+        ({"config": config(2, 64, 64, 4, 4, 64, model_type="gpt_neox")}, "type 'gpt_neox'; what its layers compute"),
         ({"config": SimpleNamespace(num_hidden_layers=2)}, "hidden_size = None"),
     ],
 )
