@@ -16,7 +16,7 @@ from orthorank import sink_state
 from orthorank.calls import Call, Phase, Watcher, cache_of, phase_of, read_call, refuse_other_threads
 from orthorank.config import OrthoRankConfig, hub_id
 from orthorank.errors import OrthoRankError
-from orthorank.families import Family, decoder_of, family_of
+from orthorank.families import Family, decoder_of, device_of, family_of
 from orthorank.layer import removed_forward, selected_forward
 from orthorank.layer_status import LayerCounts, Status, status_of
 from orthorank.patching import Patch
@@ -125,7 +125,7 @@ class Handle(AbstractContextManager["Handle"]):
     def __init__(self, model: "PreTrainedModel", config: OrthoRankConfig, family: Family) -> None:
         decoder = decoder_of(model)
         self.model, self.config = model, config
-        self.stats = {index: LayerCounts() for index in config.layers}
+        self.stats = {index: LayerCounts(device_of(decoder.layers[index])) for index in config.layers}
         self.selecting = config.selecting
         self.phase = Phase()
         self.thread: int | None = None  # the one whose phase this is

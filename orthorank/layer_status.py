@@ -1,7 +1,8 @@
 """What an applied plan has done, layer by layer."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from orthorank.config import OrthoRankConfig
@@ -30,9 +31,15 @@ class Total:
         return self._known
 
 
-@dataclass
 class LayerCounts:
     """How often a layer ran, and on how many tokens.
+
+    Inside a compiled graph (`torch.compile`) the counts are added to a tensor on the layer's device: an int attribute
+    would be a constant of the graph, which then would be compiled anew for each call. No call waits for the device;
+    reading does.
+
+    Args:
+        device: where the layer's tokens are; the CPU is taken for "meta", where offloaded weights wait.
 
     >>> counts = LayerCounts()
     >>> counts.add(12, 4)
@@ -40,25 +47,45 @@ class LayerCounts:
     (1, 12, 4)
     """
 
-    calls: int = 0
-    _in: Total = field(default_factory=Total, repr=False)
-    _updated: Total = field(default_factory=Total, repr=False)
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._calls, self._in, self._updated = 0, Total(), Total()
+        place = "cpu" if torch.device(device).type == "meta" else device
+        with torch.inference_mode(False):  # else the counts of a plan applied inside it could be changed only there
+            self._compiled = torch.zeros(3, dtype=torch.int64, device=place)  # calls, tokens in, tokens updated
 
     def add(self, tokens_in: int | Tensor, tokens_updated: int | Tensor) -> None:
         """Count one call."""
-        self.calls += 1
+        if torch.compiler.is_compiling():
+            counts = [_scalar(count, self._compiled.device) for count in (1, tokens_in, tokens_updated)]
+            self._compiled.add_(torch.stack(counts))
+            return
+        self._calls += 1
         self._in.add(tokens_in)
         self._updated.add(tokens_updated)
 
     @property
+    def calls(self) -> int:
+        """How often the layer ran."""
+        return self._calls + int(self._compiled[0])
+
+    @property
     def tokens_in(self) -> int:
         """Valid tokens that came in, over all calls."""
-        return self._in.value()
+        return self._in.value() + int(self._compiled[1])
 
     @property
     def tokens_updated(self) -> int:
         """Tokens that the layer updated, over all calls."""
-        return self._updated.value()
+        return self._updated.value() + int(self._compiled[2])
+
+    def __repr__(self) -> str:
+        return f"LayerCounts(calls={self.calls}, tokens_in={self.tokens_in}, tokens_updated={self.tokens_updated})"
+
+
+def _scalar(count: int | Tensor, device: torch.device) -> Tensor:
+    if isinstance(count, Tensor):
+        return count.to(device, torch.int64)
+    return torch.full((), count, dtype=torch.int64, device=device)
 
 
 @dataclass(frozen=True)

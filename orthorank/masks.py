@@ -40,7 +40,8 @@ def valid_columns(mask: Any, columns: int, batch: int) -> Columns | None:
         raise OrthoRankError(
             f"attention_mask covers {mask.shape[1]} tokens; it must cover all {columns}, cached ones included"
         )
-    found = None if bool(mask.all()) else _contiguous(mask)
+    nothing_padded = not torch.compiler.is_compiling() and bool(mask.all())  # a graph is the same for every mask
+    found = None if nothing_padded else _contiguous(mask)
     if visible is not None:
         _check_causal(visible[:, :, :columns], found)
     return found
@@ -67,7 +68,7 @@ def _check_causal(visible: Tensor, columns: Columns | None) -> None:
         padding = (query < start) | (query >= end)
     # What a padding query sees matters to nobody; some masks let it see everything, lest its softmax be NaN.
     right = (visible == expected).all(-1) | (visible.all(-1) & padding.squeeze(-1))
-    if not bool(right.all()):
+    if _any(~right):
         raise OrthoRankError(
             "attention_mask is a [batch, heads, queries, keys] mask that is not causal attention with padding (packed "
             "sequences, a prefix or a sliding window), so the rows cannot be read from it; pass a [batch, tokens] mask "
@@ -87,13 +88,21 @@ def _full_attention(mask: Any) -> Any:
     return mask["full_attention"]
 
 
+def _any(wrong: Tensor) -> bool:
+    """Whether any is True. A compiled graph asks no questions: it stops there at run time, with fewer words."""
+    if not torch.compiler.is_compiling():
+        return bool(wrong.any())
+    torch._assert_async(~wrong.any(), "attention_mask or position_ids are not those of padded rows, one sequence each")
+    return False
+
+
 def _contiguous(mask: Tensor) -> Columns:
     count = mask.sum(dim=1)
     start = mask.to(torch.int8).argmax(dim=1)  # 0 for a row without tokens
     end = start + count
     index = torch.arange(mask.shape[1], device=mask.device)
     filled = (index >= start[:, None]) & (index < end[:, None])
-    if bool((filled != mask).any()):
+    if _any(filled != mask):
         rows = (filled != mask).any(dim=1).nonzero().flatten().tolist()
         raise OrthoRankError(
             f"attention_mask has holes in row {rows[0]}; with a plan applied the tokens of a row must be contiguous "
@@ -125,7 +134,7 @@ def refuse_restarts(positions: Any, columns: Columns | None, past: int) -> None:
         start, end = (c.to(positions.device)[:, None] for c in columns)
         column = torch.arange(past, past + positions.shape[-1], device=positions.device)
         wrong = wrong & (column[:-1] >= start) & (column[1:] < end)
-    if bool(wrong.any()):
+    if _any(wrong):
         raise OrthoRankError(
             "position_ids restart or jump inside a row: packed sequences (several in one row) are not supported while "
             "a plan is applied; pass one sequence a row, padded, with a [batch, tokens] attention_mask"
