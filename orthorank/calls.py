@@ -27,11 +27,13 @@ class Phase:
         prompt: columns that are prompt; None: every multi-token call is prefill.
         keep_last: tokens at the prompt's end that are always updated.
         padding_mask: the ``[batch, columns]`` mask that `generate()` was about to turn into another kind.
+        decodes: whether the next call is known to hold generated tokens alone; what a compiled graph goes by.
     """
 
     prompt: int | None = None
     keep_last: int = 0
     padding_mask: Tensor | None = None
+    decodes: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,8 @@ def read_call(shape: tuple[int, int], device: torch.device, phase: Phase, kwargs
     batch, tokens = shape
     refuse_packed(kwargs)
     cache = cache_of(kwargs)
+    if torch.compiler.is_compiling() and _decodes_over_tensors(cache, phase, tokens):
+        return Call(batch, tokens, past=1, prompt_tokens=0)  # how much more came before, dense layers do not ask
     past = _past(cache, phase, tokens)
     call = Call(batch, tokens, past, _prompt_tokens(phase, past, tokens))
     if call.decodes_only:
@@ -196,6 +200,15 @@ def _past(cache: Any, phase: Phase, tokens: int) -> int:
     if isinstance(length, Tensor) and length.device.type != "cpu" and phase.padding_mask is not None:
         return phase.padding_mask.shape[1] - tokens  # the mask of `generate()` covers all columns: nothing waits
     return int(length)
+
+
+def _decodes_over_tensors(cache: Any, phase: Phase, tokens: int) -> bool:
+    """Whether a call decodes over a cache that counts its tokens in a tensor, which a compiled graph cannot read.
+
+    An int of the phase would be a constant of the graph, compiled anew for each prompt; so ``decodes`` is asked first.
+    """
+    counts_in_tensor = cache is not None and isinstance(cache.get_seq_length(), Tensor)
+    return counts_in_tensor and (phase.decodes or (tokens == 1 and phase.prompt is None))
 
 
 def _prompt_tokens(phase: Phase, past: int, tokens: int) -> int:

@@ -154,7 +154,7 @@ class Handle(AbstractContextManager["Handle"]):
 
     def decoding(self) -> AbstractContextManager[None]:
         """Inside, every token of every call is a generated one, hence dense, however many come in one call."""
-        return phase_of(self, Phase(prompt=0))
+        return phase_of(self, Phase(prompt=0, decodes=True))
 
     def prefilling(self, keep_last: int | None = None) -> AbstractContextManager[None]:
         """Inside, every call holds the whole prompt or its end, as in `generate()`.
@@ -294,10 +294,15 @@ class PrepareInputs(Patch):
         self.handle = handle
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        mask = kwargs.get("attention_mask")
-        if self.handle.phase.prompt is not None:  # inside generate(): a phase of its own, which ends with it
-            self.handle.phase.padding_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        return self.original(*args, **kwargs)
+        mask, phase = kwargs.get("attention_mask"), self.handle.phase
+        inputs = self.original(*args, **kwargs)
+        if phase.prompt is not None:  # inside generate(): a phase of its own, which ends with it
+            columns = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            given = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+            phase.padding_mask, phase.decodes = columns, False
+            if columns is not None and isinstance(given, Tensor):
+                phase.decodes = columns.shape[1] - given.shape[1] >= phase.prompt
+        return inputs
 
 
 def _prompt_length(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:

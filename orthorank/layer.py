@@ -10,9 +10,9 @@ y --mlp--> m;   h' --scatter_add_rows_--> r + m at positions (h' began as a copy
 Where families differ (norms, projections, rotary embedding, what the MLP reads), `Parts` knows.
 """
 
-from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from orthorank import sink_state
@@ -135,7 +135,7 @@ def _needs_stand_in(cache: Any, index: int) -> bool:
     return sliding[index] or sliding.index(False) == index or not _crops_empty_layers()
 
 
-@lru_cache
+@torch.compiler.assume_constant_result
 def _crops_empty_layers() -> bool:
     """Whether a layer of a growing cache can be cropped before its first update; not in transformers 5.16."""
     from transformers.cache_utils import DynamicLayer
