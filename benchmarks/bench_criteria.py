@@ -63,7 +63,8 @@ def cut(text: str, tokenizer: Any, window: int, windows: int) -> torch.Tensor:
 
 def layer_losses(evaluators: dict[str, list[Evaluator]], layer: int | None, criterion: str) -> list[float]:
     """The loss of each window with ``layer`` alone selecting."""
-    return [evaluator.loss(layer) for evaluator in evaluators[criterion]]
+    plan = [] if layer is None else [layer]
+    return [evaluator.loss(plan) for evaluator in evaluators[criterion]]
 
 
 def compare(orthogonal: list[float], inverse: list[float]) -> dict[str, float]:
@@ -91,7 +92,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for criterion in CRITERIA
     }
     for evaluator in (one for several in evaluators.values() for one in several):
-        evaluator.start([], lowest=candidates[0])
+        evaluator.start([], layers=candidates)
     dense = math.exp(statistics.fmean(layer_losses(evaluators, None, CRITERIA[0])))
     print(f"{info.name}, {options.windows} windows of {options.window} tokens, keep ratio {options.keep_ratio:.4g}")
     print(f"dense perplexity {dense:.2f}; the sink forms in layer {report.sink_layer}\n")

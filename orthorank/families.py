@@ -231,6 +231,13 @@ def decoder_of(model: "PreTrainedModel") -> Any:
     return decoder
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter is: the device that its input belongs on."""
-    return next(model.parameters()).device
+def device_of(module: nn.Module) -> torch.device:
+    """The device that the input of ``module`` (a model, a layer) belongs on.
+
+    That of its first parameter, or where `accelerate` runs it: offloaded parameters are on the meta device before.
+    """
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(module.parameters()).device

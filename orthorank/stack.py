@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from orthorank.calls import Call, Phase, read_call
 from orthorank.config import OrthoRankConfig
 from orthorank.errors import OrthoRankError
-from orthorank.families import decoder_of, family_of
+from orthorank.families import decoder_of, device_of, family_of
 from orthorank.handle import handle_of
 from orthorank.layer import selected_forward
 from orthorank.parts import Parts
@@ -98,6 +98,7 @@ class LayerStack:
 
         Args:
             layer: its number; inputs: from `embed`, of the same windows.
+            hidden_states: on any device; the output is where the layer runs.
             keep_ratio: 1 = the dense layer, 0 = removed, between = token selection by ``criterion``.
             options: further fields of `OrthoRankConfig` that say how tokens are selected: seed, kv, update_sink, sinks
                 and so on.
@@ -108,12 +109,15 @@ class LayerStack:
         if keep_ratio == 0:
             return hidden_states
         kwargs = inputs.layer_kwargs[layer]
+        device = device_of(self.decoder.layers[layer])
+        hidden_states = hidden_states.to(device)
         if keep_ratio == 1:
             output = self.decoder.layers[layer](hidden_states, **kwargs)
             return output[0] if isinstance(output, tuple) else output
         plan = OrthoRankConfig(layers=[layer], keep_ratio=keep_ratio, criterion=criterion, **options)
-        call = replace(inputs.call, update_sink=plan.update_sink).on(hidden_states.device)
-        return selected_forward(self.parts[layer], layer, plan, call, hidden_states, kwargs["position_embeddings"])
+        call = replace(inputs.call, update_sink=plan.update_sink).on(device)
+        cos, sin = (table.to(device) for table in kwargs["position_embeddings"])
+        return selected_forward(self.parts[layer], layer, plan, call, hidden_states, (cos, sin))
 
     @torch.no_grad()
     def normed(self, layer: int, hidden_states: Tensor) -> Tensor:
@@ -130,21 +134,19 @@ class LayerStack:
 
     @torch.no_grad()
     def token_losses(self, hidden_states: Tensor, input_ids: Tensor) -> Tensor:
-        """Cross entropy in nats of each next token, fp32 ``[windows, tokens - 1]``.
+        """Cross entropy in nats of each next token, fp32 ``[windows, tokens - 1]``."""
+        return torch.cat(list(self.loss_parts(hidden_states, input_ids))).view(input_ids.shape[0], -1)
 
-        The logits exist for a slice of tokens at a time, never for all of them.
-        """
+    @torch.no_grad()
+    def loss_parts(self, hidden_states: Tensor, input_ids: Tensor) -> Iterator[Tensor]:
+        """The same, slice by slice of ``[windows * (tokens - 1)]``; the logits exist for one slice at a time."""
         windows, tokens, _ = hidden_states.shape
         states = self.decoder.norm(hidden_states)[:, :-1].reshape(windows * (tokens - 1), -1)
         targets = input_ids[:, 1:].reshape(-1)
         step = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
-        losses = [
-            nn.functional.cross_entropy(
-                self._head(states[None, i : i + step])[0].float(), targets[i : i + step], reduction="none"
-            )
-            for i in range(0, len(targets), step)
-        ]
-        return torch.cat(losses).view(windows, tokens - 1)
+        for i in range(0, len(targets), step):
+            logits = self._head(states[None, i : i + step])[0].float()
+            yield nn.functional.cross_entropy(logits, targets[i : i + step].to(logits.device), reduction="none")
 
     def _head(self, normed: Tensor) -> Tensor:
         """What the model's own forward makes of the decoder's output ``[windows, tokens, hidden]``."""

@@ -62,3 +62,29 @@ def evaluation_count(candidates: int, rounds: int) -> int:
     if not 0 <= rounds <= candidates:
         raise OrthoRankError(f"rounds is {rounds}; it must be from 0 to the number of candidate layers, {candidates}")
     return rounds * candidates - rounds * (rounds - 1) // 2
+
+
+def halving_stages(candidates: int, windows: int, batch_size: int = 1) -> list[tuple[int, int]]:
+    """How a round of the fast search divides its work: all candidates see few windows, the best half twice as many, ...
+
+    Successive halving (Jamieson and Talwalkar, 2016), over the calibration windows.
+
+    Args:
+        candidates: layers that may be switched in this round.
+        windows: calibration windows in all; batch_size: how many run together, which is the least that is seen.
+
+    Returns:
+        For each stage, how many windows have been seen after it, and by how many candidates. The first sees an eighth
+        of the windows or one batch, the last all of them.
+
+    Example:
+        >>> halving_stages(16, windows=4)
+        [(1, 16), (2, 8), (4, 4)]
+    """
+    batches = -(-windows // batch_size)
+    seen = -(-batches // 8)
+    stages = [(min(seen * batch_size, windows), candidates)]
+    while seen < batches:
+        seen, candidates = min(2 * seen, batches), -(-candidates // 2)
+        stages.append((min(seen * batch_size, windows), candidates))
+    return stages

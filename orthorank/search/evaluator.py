@@ -1,35 +1,50 @@
-"""The calibration loss of a plan with one more layer switched, without computing again what did not change.
+"""The calibration loss of any plan, without computing again what did not change.
 
-Switching layer c leaves the states below c as they are. So the states at the input of one layer, the front, are kept;
-asking for candidate c moves the front up to c through the layers in between, once, and the candidate costs c and the
-layers above it. Asked in ascending order, a whole round costs one pass through the candidates' range on top. Below the
-lowest candidate nothing ever changes: that state, the base, is computed once for the whole search. Two states are all
-that is held, ``2 * windows * tokens * hidden`` values, whatever the number of layers.
+Switching layer c leaves the states below c as they are, so a plan is run from the highest layer up to which its states
+are known (`orthorank.search.states`), and it is given up as soon as its loss is known to be too large. Both are exact:
+the windows that run together are the same for every plan, and so is every bit of a loss.
 """
 
+import dataclasses
 import hashlib
 import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from orthorank.errors import OrthoRankError
 from orthorank.families import device_of
+from orthorank.search.memory import check_bytes, states_budget, windows_at_once
+from orthorank.search.processes import OneProcess, Processes
+from orthorank.search.states import Ratios, States
 
 if TYPE_CHECKING:
     from orthorank.stack import LayerStack, Pass
 
+Plan = Mapping[int, float] | Iterable[int]
+
+# A sum of n numbers in double precision is off by n * 1e-16 of itself at most. What exceeds a limit by more than this,
+# summed in any order, is above it.
+_SLACK = 1 + 1e-9
+
 
 class Evaluator:
-    """Mean token loss on calibration windows, for plans that differ by one layer from the current one.
+    """Mean token loss on calibration windows of plans that have much in common.
 
     Args:
         stack: the model, layer by layer.
         input_ids: int64 ``[windows, tokens]``, at least 2 tokens.
-        keep_ratio: of a switched layer; 0 removes it (SLEB, Shortened LLaMA).
-        criterion: ``"orthogonal"`` or ``"inverse"``.
-        batch_size: windows that run together. The loss depends on it by rounding only.
+        keep_ratio: of the layers of a plan that is given as a list; 0 removes them (SLEB, Shortened LLaMA).
+        criterion: how switched layers rank tokens, see `OrthoRankConfig`.
+        options: further fields of `OrthoRankConfig` that switched layers follow, such as ``{"seed": 1}``.
+        batch_size: windows that run together; None: by the free memory, at most a quarter of the windows. The loss
+            depends on it by rounding only.
+        memory: bytes of hidden states that are kept; None: a quarter of the free memory. States that do not fit are
+            computed again. One state takes ``windows * tokens * hidden`` values; two of them, the input of the lowest
+            candidate layer and that of the layer in question, are enough for the main part of what can be saved.
+        processes: a group of processes with the same arguments, which share the windows among them.
 
     Raises:
         OrthoRankError: an argument out of range.
@@ -41,8 +56,9 @@ class Evaluator:
         >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4,
         ...                      num_attention_heads=2, num_key_value_heads=1)
         >>> evaluator = Evaluator(LayerStack(LlamaForCausalLM(config).eval()), torch.arange(32)[None], keep_ratio=0.5)
-        >>> evaluator.start(plan=[], lowest=1)
-        >>> abs(evaluator.loss(1) - evaluator.loss(2)) < 1.0
+        >>> evaluator.loss([1]) == evaluator.loss({1: 0.5})
+        True
+        >>> abs(evaluator.loss({1: 0.5, 2: 0}) - evaluator.loss([])) < 1.0
         True
     """
 
@@ -53,7 +69,10 @@ class Evaluator:
         *,
         keep_ratio: float = 1 / 3,
         criterion: str = "orthogonal",
-        batch_size: int = 1,
+        options: Mapping[str, Any] | None = None,
+        batch_size: int | None = None,
+        memory: int | None = None,
+        processes: Processes | None = None,
     ) -> None:
         if input_ids.dim() != 2 or input_ids.shape[0] < 1 or input_ids.shape[1] < 2:
             raise OrthoRankError(
@@ -62,17 +81,20 @@ class Evaluator:
             )
         if not 0 <= keep_ratio < 1:
             raise OrthoRankError(f"keep_ratio is {keep_ratio}; it must be from 0 (layer removed) to below 1")
-        if batch_size < 1:
-            raise OrthoRankError(f"batch_size is {batch_size}; it must be at least 1")
+        if batch_size is not None and batch_size < 1:
+            raise OrthoRankError(f"batch_size is {batch_size}; it must be at least 1, or None to let memory decide")
+        check_bytes("memory", memory)
         self.stack = stack
-        self.input_ids = input_ids.to(device_of(stack.model))
+        self.device = device_of(stack.model)
+        self.input_ids = input_ids.to(self.device)
         self.keep_ratio = keep_ratio
         self.criterion = criterion
-        self._ids = self.input_ids.split(batch_size)
-        self._inputs: list[Pass] = []
-        self._base: tuple[int, list[Tensor]] = (-1, [])  # a layer and its input, for each batch of windows
-        self._front = self._base
-        self._plan: frozenset[int] = frozenset()
+        self.options = dict(options or {})
+        self.processes = OneProcess() if processes is None else processes
+        self.memory = states_budget(self.device) if memory is None else memory
+        self.chosen_batch_size = batch_size is not None
+        self.batch_size = self._agreed_batch_size() if batch_size is None else batch_size
+        self.start([])
 
     @property
     def predictions(self) -> int:
@@ -80,65 +102,150 @@ class Evaluator:
         return self.input_ids.shape[0] * (self.input_ids.shape[1] - 1)
 
     @property
+    def windows(self) -> int:
+        """Calibration windows."""
+        return self.input_ids.shape[0]
+
+    @cached_property
     def fingerprint(self) -> str:
-        """What the losses depend on beside the model: a hash of the windows, the keep ratio and the criterion."""
+        """What the losses depend on beside the model: a hash of windows, keep ratio, criterion and options."""
         text = f"{list(self.input_ids.shape)} {self.input_ids.flatten().tolist()} {self.keep_ratio!r} {self.criterion}"
+        text += f" {sorted(self.options.items())}" if self.options else ""
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def start(self, plan: Iterable[int], lowest: int) -> None:
-        """Set the current plan; no layer below ``lowest`` will be asked for, and none of the plan is below it."""
-        self._plan = frozenset(plan)
-        if outside := [layer for layer in (*self._plan, lowest) if not lowest <= layer < self.stack.num_layers]:
-            raise OrthoRankError(f"layer {outside[0]} is not from {lowest} to {self.stack.num_layers - 1}")
-        if not self._inputs:
-            self._inputs = [self.stack.embed(ids) for ids in self._ids]
-        if self._base[0] != lowest:
-            states = [inputs.hidden_states for inputs in self._inputs]
-            self._base = (lowest, self._run(states, 0, lowest))
-        self._front = self._base
+    def start(self, plan: Plan, layers: Iterable[int] | None = None) -> None:
+        """Set the plan that the next ones differ from by little: states are kept for its sake.
 
-    def loss(self, candidate: int | None, limit: float = math.inf) -> float:
-        """Mean loss in nats of the current plan with ``candidate`` switched as well; None: of the plan itself.
+        Args:
+            plan: as for `loss`.
+            layers: those that the next plans change; states are kept at their inputs. None: at every layer.
+        """
+        ratios = self._ratios(plan)
+        asked = range(self.stack.num_layers) if layers is None else sorted(set(layers))
+        if wrong := [layer for layer in asked if not 0 <= layer < self.stack.num_layers]:
+            raise OrthoRankError(f"layers holds {wrong[0]}; the model has layers 0 to {self.stack.num_layers - 1}")
+        self._kept_at = frozenset(asked)
+        for batch in self._batches.values():
+            batch.states.follow(ratios, min(asked, default=0))
 
-        The candidate is given up when the losses seen so far already make its mean larger than ``limit``. That is
-        exact: a token's loss is never negative, so the rest can only add to it.
+    def loss(self, plan: Plan, limit: float = math.inf) -> float:
+        """Mean loss of ``plan`` in nats, over all windows and all processes.
+
+        The plan is given up once the losses seen so far make its mean larger than ``limit`` whatever the rest is: a
+        token's loss is never negative.
+
+        Args:
+            plan: the ratio of each layer that is not dense (``{12: 1/3, 14: 0.0}``), or the layers that have the
+                evaluator's own keep ratio.
 
         Returns:
-            The loss, or ``math.inf`` for a candidate that was given up (its loss is above ``limit``).
+            The loss, or ``math.inf`` if and only if it is above ``limit`` or not finite.
         """
-        if not self._inputs:
-            raise OrthoRankError("no plan is set; call start(plan, lowest) first")
-        at = self._base[0] if candidate is None else candidate
-        if not self._base[0] <= at < self.stack.num_layers or candidate in self._plan:
-            free = f"from {self._base[0]} to {self.stack.num_layers - 1} and not in the plan"
-            raise OrthoRankError(f"candidate is {candidate}; it must be {free}")
-        self._move_front(at)
-        total = 0.0
-        for index, states in enumerate(self._front[1]):
-            hidden = states
-            for layer in range(at, self.stack.num_layers):
-                hidden = self._layer(index, layer, hidden, switched=layer == candidate)
-            total += self.stack.token_losses(hidden, self._ids[index]).double().sum().item()
-            if total / self.predictions > limit:  # the same division as below: never above the final value
-                return math.inf
-        mean = total / self.predictions
-        return mean if math.isfinite(mean) else math.inf  # a plan that gives NaN is never the best one
+        sums = self.window_losses(plan, range(self.windows), limit * self.predictions)
+        if sums is None:
+            return math.inf
+        mean = sum(sums) / self.predictions
+        return mean if mean <= limit and math.isfinite(mean) else math.inf  # NaN is never the best
 
-    def _move_front(self, layer: int) -> None:
-        if layer < self._front[0]:
-            self._front = self._base
-        at, states = self._front
-        self._front = (layer, self._run(states, at, layer))
+    def window_losses(self, plan: Plan, windows: range, most: float = math.inf) -> list[float] | None:
+        """Summed token losses of some windows by ``plan``, in nats, each window's own.
 
-    def _run(self, states: list[Tensor], begin: int, end: int) -> list[Tensor]:
-        """Each batch's states from the input of layer ``begin`` to that of layer ``end``, by the current plan."""
-        moved = []
-        for index, hidden in enumerate(states):
-            for layer in range(begin, end):
-                hidden = self._layer(index, layer, hidden)
-            moved.append(hidden)
-        return moved
+        Args:
+            plan: as for `loss`.
+            windows: consecutive windows that begin and end where batches do: at multiples of ``batch_size``, or at the
+                last window.
+            most: None is returned as soon as the sums are known to add up to more.
+        """
+        ratios = self._ratios(plan)
+        ids = range(windows.start // self.batch_size, -(-windows.stop // self.batch_size))
+        own = [batch for batch in ids if batch % self.processes.size == self.processes.rank]
+        gathered = self.processes.gather(self._own_losses(own, ratios, most))
+        if any(math.isinf(value) for values in gathered for value in values):
+            return None
+        sums: list[float] = []
+        rest = [iter(values) for values in gathered]
+        for batch in ids:  # back in the order of the windows, so that their sum has the bits of one process
+            sums += [next(rest[batch % self.processes.size]) for _ in range(self._windows_in(batch))]
+        return None if sum(sums) > most * _SLACK else sums
 
-    def _layer(self, batch: int, layer: int, hidden: Tensor, switched: bool = False) -> Tensor:
-        ratio = self.keep_ratio if switched or layer in self._plan else 1.0
-        return self.stack.run(layer, hidden, self._inputs[batch], keep_ratio=ratio, criterion=self.criterion)
+    def use_batch_size(self, batch_size: int) -> None:
+        """Change how many windows run together, as a search that goes on must; what is kept is dropped."""
+        self.batch_size = batch_size
+        self.__dict__.pop("_batches", None)
+        self.start([])
+
+    @cached_property
+    def _batches(self) -> dict[int, "_Batch"]:
+        """The batches of windows that this process runs, by number."""
+        parts = dict(enumerate(self.input_ids.split(self.batch_size)))
+        own = {at: ids for at, ids in parts.items() if at % self.processes.size == self.processes.rank}
+        return {at: _Batch(self.stack, ids, States(self.memory / len(own))) for at, ids in own.items()}
+
+    def _own_losses(self, batches: list[int], ratios: Ratios, most: float) -> list[float]:
+        """The sums of the windows in ``batches``; infinite ones where they are not worth computing any more."""
+        sums: list[float] = []
+        for number in batches:
+            batch = self._batches[number]
+            hidden = self._top(batch, ratios)
+            losses = []
+            seen = sum(sums)
+            for part in self.stack.loss_parts(hidden, batch.input_ids):
+                losses.append(part.double())
+                if math.isfinite(most):
+                    seen += losses[-1].sum().item()
+                    if seen > most * _SLACK:
+                        return [math.inf]
+            sums += _by_window(losses, len(batch.input_ids))
+        return sums
+
+    def _top(self, batch: "_Batch", ratios: Ratios) -> Tensor:
+        """The output of the last layer, from the highest layer up to which the states are known."""
+        layer, hidden = batch.states.longest(ratios) or (0, batch.embedded())
+        while layer < len(ratios):
+            hidden = self.stack.run(layer, hidden, batch.inputs, ratios[layer], self.criterion, **self.options)
+            layer += 1
+            if layer in self._kept_at:
+                batch.states.offer(ratios[:layer], hidden)
+        return hidden
+
+    def _ratios(self, plan: Plan) -> Ratios:
+        given = plan if isinstance(plan, Mapping) else dict.fromkeys(plan, self.keep_ratio)
+        for layer, ratio in given.items():
+            if not 0 <= layer < self.stack.num_layers:
+                raise OrthoRankError(f"plan holds layer {layer}; the model has layers 0 to {self.stack.num_layers - 1}")
+            if not 0 <= ratio <= 1:
+                raise OrthoRankError(f"plan gives layer {layer} the ratio {ratio}; it must be from 0 to 1")
+        return tuple(float(given.get(layer, 1.0)) for layer in range(self.stack.num_layers))
+
+    def _windows_in(self, batch: int) -> int:
+        return min(self.batch_size, self.windows - batch * self.batch_size)
+
+    def _agreed_batch_size(self) -> int:
+        model = self.stack.model
+        windows, tokens = self.input_ids.shape
+        own = windows_at_once(model.config, windows, tokens, self.device, model.dtype.itemsize)
+        return int(min(min(values) for values in self.processes.gather([float(own)])))
+
+
+class _Batch:
+    """Windows that run together: their ids, what the model hands to its layers, and the states that are kept."""
+
+    def __init__(self, stack: "LayerStack", input_ids: Tensor, states: States) -> None:
+        self.stack, self.input_ids, self.states = stack, input_ids, states
+
+    @cached_property
+    def inputs(self) -> "Pass":
+        """What the layers get beside the states. The embedded windows are not held: they are quick to get."""
+        given = self.stack.embed(self.input_ids)
+        return dataclasses.replace(given, hidden_states=given.hidden_states.new_empty(0))
+
+    def embedded(self) -> Tensor:
+        """The input of layer 0."""
+        return self.stack.embed(self.input_ids).hidden_states
+
+
+def _by_window(losses: list[Tensor], windows: int) -> list[float]:
+    """Sums of the tokens of each window, from slices of ``[windows * (tokens - 1)]`` losses."""
+    import torch
+
+    return torch.cat(losses).view(windows, -1).sum(1).tolist()

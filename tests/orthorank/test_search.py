@@ -1,13 +1,11 @@
-"""Layer counts, the evaluator that keeps states, and the greedy search against a plain loop."""
+"""Layer counts, and the greedy search against the plain loop."""
 
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from orthorank.errors import OrthoRankError
@@ -21,63 +19,17 @@ from orthorank.search import (
     layer_count,
 )
 from orthorank.stack import LayerStack
-
-LAYERS = 7
+from tests.orthorank.plain_search import LAYERS, plain_search, random_windows, small_stack
 
 
 @pytest.fixture(scope="module")
 def stack() -> LayerStack:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,  # so that the layers differ in what they are worth
-    )
-    return LayerStack(LlamaForCausalLM(config).eval())
+    return small_stack()
 
 
 @pytest.fixture(scope="module")
 def windows() -> Tensor:
-    return torch.randint(0, 64, (4, 24), generator=torch.Generator().manual_seed(1))
-
-
-def plain_loss(stack: LayerStack, windows: Tensor, plan: Iterable[int], keep_ratio: float, criterion: str) -> float:
-    """The loss of a plan, everything computed anew."""
-    total = 0.0
-    for ids in windows.split(1):
-        inputs = stack.embed(ids)
-        hidden = inputs.hidden_states
-        for layer in range(stack.num_layers):
-            hidden = stack.run(layer, hidden, inputs, keep_ratio if layer in plan else 1.0, criterion)
-        total += stack.token_losses(hidden, ids).double().sum().item()
-    return total / (windows.shape[0] * (windows.shape[1] - 1))
-
-
-def plain_search(
-    stack: LayerStack, windows: Tensor, candidates: list[int], rounds: int, keep_ratio: float, criterion: str
-) -> tuple[list[int], list[float], dict[tuple[int, int], float]]:
-    """SLEB's loop as it is written down, without any reuse: the plan, its losses, and every loss seen."""
-    chosen: list[int] = []
-    losses: list[float] = []
-    seen: dict[tuple[int, int], float] = {}
-    for number in range(rounds):
-        best, best_layer = math.inf, -1
-        for layer in candidates:
-            if layer in chosen:
-                continue
-            loss = plain_loss(stack, windows, [*chosen, layer], keep_ratio, criterion)
-            seen[number, layer] = loss
-            if loss < best:
-                best, best_layer = loss, layer
-        chosen.append(best_layer)
-        losses.append(best)
-    return chosen, losses, seen
+    return random_windows()
 
 
 @pytest.mark.parametrize(
@@ -126,11 +78,13 @@ def test_candidates() -> None:
         candidate_layers(30, 30)
 
 
+@pytest.mark.parametrize("memory", [0, 2 * 4 * 24 * 32 * 4, None])
 @pytest.mark.parametrize("criterion", ["orthogonal", "inverse"])
 @pytest.mark.parametrize("keep_ratio", [0.0, 1 / 3])
 def test_same_plan_and_losses_as_the_plain_loop(
-    stack: LayerStack, windows: Tensor, keep_ratio: float, criterion: str
+    stack: LayerStack, windows: Tensor, keep_ratio: float, criterion: str, memory: int | None
 ) -> None:
+    """With ``keep_ratio`` 0 the plain loop is SLEB's: the plan, and every bit of every loss that is measured."""
     candidates, rounds = list(range(1, LAYERS - 1)), 3
     chosen, losses, all_losses = plain_search(stack, windows, candidates, rounds, keep_ratio, criterion)
     seen: dict[tuple[int, int], float] = {}
@@ -141,7 +95,7 @@ def test_same_plan_and_losses_as_the_plain_loop(
         assert total == rounds * (LAYERS - 2) - rounds * (rounds - 1) // 2
         assert best == min(value for (of, _), value in seen.items() if of == number)
 
-    evaluator = Evaluator(stack, windows, keep_ratio=keep_ratio, criterion=criterion)
+    evaluator = Evaluator(stack, windows, keep_ratio=keep_ratio, criterion=criterion, memory=memory)
     state = greedy_search(evaluator, candidates, rounds, on_evaluation=note)
     assert state.chosen == chosen
     assert state.losses == losses, "bit for bit"
@@ -153,58 +107,46 @@ def test_same_plan_and_losses_as_the_plain_loop(
             assert all_losses[key] > losses[key[0]], "a candidate that was given up is worse than the chosen one"
 
 
-def test_some_candidates_are_given_up(stack: LayerStack) -> None:
-    """The early stop does happen: a hopeless candidate sees fewer windows than there are."""
-    hidden_calls = 0
+def test_sleb_removes_what_a_model_without_the_layers_does_not_miss(windows: Tensor) -> None:
+    """The loop of SLEB on the model itself: delete the layers from it, and take the loss of its own forward."""
+    import torch
 
-    class Counting(LayerStack):
-        def token_losses(self, hidden_states: Tensor, input_ids: Tensor) -> Tensor:
-            nonlocal hidden_calls
-            hidden_calls += 1
-            return super().token_losses(hidden_states, input_ids)
-
-    windows = torch.randint(0, 64, (8, 24), generator=torch.Generator().manual_seed(1))
-    evaluator = Evaluator(Counting(stack.model), windows, keep_ratio=0.0)
-    evaluator.start([], lowest=1)
-    full = evaluator.loss(2)
-    assert hidden_calls == 8
-    assert evaluator.loss(2, limit=full) == full, "an equal loss is not above the limit"
-    hidden_calls = 0
-    assert evaluator.loss(2, limit=full / 3) == math.inf
-    assert hidden_calls < 8
-
-
-def test_states_below_a_candidate_are_not_computed_again(stack: LayerStack, windows: Tensor) -> None:
-    runs: list[tuple[int, float]] = []
-
-    class Recording(LayerStack):
-        def run(self, layer: int, *rest: Any, keep_ratio: float = 1.0, **more: Any) -> Tensor:
-            runs.append((layer, keep_ratio))
-            return super().run(layer, *rest, keep_ratio=keep_ratio, **more)
-
-    evaluator = Evaluator(Recording(stack.model), windows[:1], keep_ratio=0.5)
-    greedy_search(evaluator, [3, 4, 5], rounds=1)
-    dense_below = [layer for layer, _ in runs if layer < 3]
-    assert dense_below == [0, 1, 2], "once for the whole search"
-    # 3 then 3..6; front moves over 3; 4..6; front moves over 4; 5..6
-    assert [layer for layer, _ in runs][3:] == [3, 4, 5, 6, 3, 4, 5, 6, 4, 5, 6]
-    assert [layer for layer, ratio in runs if ratio == 0.5] == [3, 4, 5]
+    stack = small_stack()
+    model, layers = stack.model, list(stack.decoder.layers)
+    chosen: list[int] = []
+    for _ in range(3):
+        losses = {}
+        for candidate in range(1, LAYERS - 1):
+            if candidate in chosen:
+                continue
+            kept = [layer for at, layer in enumerate(layers) if at not in (*chosen, candidate)]
+            model.model.layers = torch.nn.ModuleList(kept)
+            with torch.no_grad():
+                losses[candidate] = model(input_ids=windows, labels=windows, use_cache=False).loss.item()
+        chosen.append(min(losses, key=lambda layer: losses[layer]))
+    model.model.layers = torch.nn.ModuleList(layers)
+    state = greedy_search(Evaluator(LayerStack(model), windows, keep_ratio=0.0), range(1, LAYERS - 1), 3)
+    assert state.chosen == chosen
 
 
-def test_any_order_of_questions_gives_the_same_losses(stack: LayerStack, windows: Tensor) -> None:
-    evaluator = Evaluator(stack, windows, keep_ratio=1 / 3)
-    evaluator.start([4], lowest=2)
-    ascending = {layer: evaluator.loss(layer) for layer in (2, 3, 5)}
-    assert {layer: evaluator.loss(layer) for layer in (5, 3, 2)} == ascending
-    assert evaluator.loss(3) == plain_loss(stack, windows, [3, 4], 1 / 3, "orthogonal")
-    assert evaluator.loss(None) == plain_loss(stack, windows, [4], 1 / 3, "orthogonal")
+def test_the_layer_that_was_best_before_comes_first(stack: LayerStack, windows: Tensor) -> None:
+    """It makes the limit tight; the others follow in the order of the layers."""
+    losses: dict[tuple[int, int], float] = {}
 
+    def note(number: int, layer: int, loss: float, *_: float) -> None:
+        losses[number, layer] = loss
 
-def test_batched_windows_agree(stack: LayerStack, windows: Tensor) -> None:
-    alone, together = (Evaluator(stack, windows, keep_ratio=0.5, batch_size=size) for size in (1, 3))
-    alone.start([], lowest=1)
-    together.start([], lowest=1)
-    assert together.loss(3) == pytest.approx(alone.loss(3), rel=1e-5)
+    state = greedy_search(Evaluator(stack, windows), range(1, LAYERS - 1), 3, on_evaluation=note)
+    known: dict[int, float] = {}
+    for number in range(3):
+        order = [layer for of, layer in losses if of == number]
+        hopes = [layer for layer in order if layer in known]
+        first = min(hopes, key=lambda layer: known[layer]) if hopes else order[0]
+        assert order == [first, *sorted(set(order) - {first})]
+        assert number == 0 or (order != sorted(order)) == (first != min(order))
+        known |= {layer: losses[number, layer] for layer in order if losses[number, layer] < math.inf}
+    assert state.known == known
+    assert any(order != sorted(order) for order in ([la for of, la in losses if of == n] for n in (1, 2)))
 
 
 def test_interrupted_and_continued(stack: LayerStack, windows: Tensor, tmp_path: Path) -> None:
@@ -247,8 +189,9 @@ def test_a_state_of_another_search_is_refused(stack: LayerStack, windows: Tensor
 
 def test_ties_go_to_the_lower_layer(stack: LayerStack, windows: Tensor) -> None:
     class Flat(Evaluator):
-        def loss(self, candidate: int | None, limit: float = math.inf) -> float:
-            return 1.0 if candidate in (3, 4) else 2.0
+        def loss(self, plan: Any, limit: float = math.inf) -> float:
+            loss = 1.0 if plan[-1] in (3, 4) else 2.0
+            return loss if loss <= limit else math.inf
 
     assert greedy_search(Flat(stack, windows), [2, 3, 4], 2).chosen == [3, 4]
 
@@ -259,14 +202,8 @@ def test_search_says_what_is_wrong(stack: LayerStack, windows: Tensor, tmp_path:
         greedy_search(evaluator, [1, 2, 3], 4)
     with pytest.raises(OrthoRankError, match="listed twice"):
         greedy_search(evaluator, [1, 1], 1)
-    with pytest.raises(OrthoRankError, match="layer 9 is not from 9 to 6"):
+    with pytest.raises(OrthoRankError, match="candidates holds 9; the model has layers 0 to 6"):
         greedy_search(evaluator, [9, 10], 1)
-    with pytest.raises(OrthoRankError, match="call start"):
-        Evaluator(stack, windows).loss(1)
-    with pytest.raises(OrthoRankError, match=r"input_ids has shape \[24\]"):
-        Evaluator(stack, windows[0])
-    with pytest.raises(OrthoRankError, match="keep_ratio is 1"):
-        Evaluator(stack, windows, keep_ratio=1.0)
     with pytest.raises(OrthoRankError, match="no search state can be read"):
         SearchState.load(tmp_path / "nothing.json")
     (tmp_path / "other.json").write_text('{"a": 1}')
@@ -276,7 +213,7 @@ def test_search_says_what_is_wrong(stack: LayerStack, windows: Tensor, tmp_path:
 
 def test_infinite_losses_are_an_error_not_a_plan(stack: LayerStack, windows: Tensor) -> None:
     class Broken(Evaluator):
-        def loss(self, candidate: int | None, limit: float = math.inf) -> float:
+        def loss(self, plan: Any, limit: float = math.inf) -> float:
             return math.inf
 
     with pytest.raises(OrthoRankError, match="infinite or NaN"):

@@ -1,0 +1,143 @@
+"""How far a greedy search is, as a file from which it goes on."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orthorank.errors import OrthoRankError
+from orthorank.files import write_text
+from orthorank.search.counts import evaluation_count, halving_stages
+
+OnEvaluation = Callable[[int, int, float, float, int, int], None]
+
+SCHEMA = 2  # 1 had no batch size and no fast search
+
+
+@dataclass
+class SearchState:
+    """How far a greedy search is. Saved after each evaluation, it lets the search go on where it stopped.
+
+    Args:
+        candidates: layers that may be switched, ascending.
+        rounds: layers to switch in all.
+        fingerprint: of the calibration windows and settings (`Evaluator.fingerprint`).
+        chosen: layers switched so far, in the order of the rounds.
+        losses: the plan's loss on all windows after each completed round.
+        current: losses of the running round, by layer; None for one given up because another was better.
+        known: the last loss that was measured for each layer; the most promising one is evaluated first.
+        fast: whether the search halves the candidates while it doubles the windows.
+        windows: calibration windows; batch_size: how many of them run together, which the last bits depend on.
+        sums: in a fast search, the losses of each window of the running round so far, by layer.
+        schema: version of this layout.
+    """
+
+    candidates: list[int]
+    rounds: int
+    fingerprint: str = ""
+    chosen: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    current: dict[int, float | None] = field(default_factory=dict)
+    known: dict[int, float] = field(default_factory=dict)
+    fast: bool = False
+    windows: int | None = None
+    batch_size: int | None = None
+    sums: dict[int, list[float]] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    @property
+    def plan(self) -> list[int]:
+        """The layers of the completed rounds, ascending: the best plan of that size that the search found."""
+        return sorted(self.chosen)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all rounds are done."""
+        return len(self.chosen) == self.rounds
+
+    @property
+    def remaining(self) -> list[int]:
+        """The candidates that are not chosen, ascending."""
+        return [layer for layer in self.candidates if layer not in self.chosen]
+
+    @property
+    def total(self) -> int:
+        """Evaluations that the whole search takes."""
+        return self._evaluations(self.rounds)
+
+    @property
+    def done(self) -> int:
+        """Evaluations made so far."""
+        running = len(self.current)
+        if self.fast:
+            stages = self.stages(len(self.remaining)) if self.sums else []
+            running = sum(len(sums) >= windows for windows, _ in stages for sums in self.sums.values())
+        return self._evaluations(len(self.chosen)) + running
+
+    @property
+    def best(self) -> tuple[float, int | None]:
+        """Smallest loss of the running round and its layer; (inf, None) before the first evaluation.
+
+        In a fast search: among the candidates that have seen most windows.
+        """
+        most = max(map(len, self.sums.values()), default=0)
+        layers = [layer for layer in self.current if len(self.sums.get(layer, [])) == most]
+        known = [(loss, layer) for layer in layers if (loss := self.current[layer]) is not None]
+        return min(known, default=(math.inf, None))
+
+    def stages(self, candidates: int) -> list[tuple[int, int]]:
+        """Of a round of the fast search: how many windows are seen, by how many of the ``candidates``."""
+        return halving_stages(candidates, self.windows or 1, self.batch_size or 1)
+
+    def finish_round(self, loss: float, layer: int) -> None:
+        """Switch ``layer`` for good."""
+        known = self.known | {at: value for at, value in self.current.items() if value is not None}
+        chosen, losses = [*self.chosen, layer], [*self.losses, loss]
+        # In one statement, so that Ctrl-C has next to no room between them.
+        self.chosen, self.losses, self.known, self.current, self.sums = chosen, losses, known, {}, {}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state as JSON, replacing the file in one step."""
+        write_text(Path(path), json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "SearchState":
+        """Read a saved state.
+
+        Raises:
+            OrthoRankError: no such file, it is not a search state, or a newer version wrote it.
+        """
+        try:
+            values: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+            schema = values.get("schema", 1)
+            if isinstance(schema, int) and schema > SCHEMA:
+                raise OrthoRankError(
+                    f"{path} was saved by a newer version of this package (schema {schema}, and this one reads up to "
+                    f"{SCHEMA}); go on with that version, or delete the file to begin anew"
+                )
+            values["schema"] = SCHEMA
+            for name in {"current", "known", "sums"} & values.keys() | {"current"}:
+                values[name] = {int(layer): value for layer, value in values[name].items()}
+            return cls(**values)
+        except OSError as error:
+            raise OrthoRankError(f"no search state can be read at {path}: {error.strerror}") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise OrthoRankError(f"{path} is not a saved search state; delete it to begin anew") from error
+
+    def _evaluations(self, rounds: int) -> int:
+        total = len(self.candidates)
+        if not self.fast:
+            return evaluation_count(total, rounds)
+        return sum(count for done in range(rounds) for _, count in self.stages(total - done))
+
+
+class SearchInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a search. ``state`` holds what was found until then; pass it on to continue."""
+
+    def __init__(self, state: SearchState) -> None:
+        super().__init__(f"interrupted after {state.done} of {state.total} evaluations")
+        self.state = state
