@@ -46,11 +46,8 @@ def finish(job: Job, outcome: Outcome) -> dict[str, Any]:
 def _calibration_losses(job: Job, outcome: Outcome) -> tuple[float, float]:
     """Of the dense model and of the plan, in nats per token."""
     evaluator = evaluator_of(job)
-    losses = []
-    for layers in ([], outcome.order):
-        evaluator.start(layers, lowest=job.candidates[0])
-        losses.append(evaluator.loss(None))
-    return losses[0], losses[1]
+    evaluator.start([], layers=job.candidates)
+    return evaluator.loss([]), evaluator.loss(outcome.order)
 
 
 def _held_out(job: Job, plan: OrthoRankConfig) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from orthorank.errors import OrthoRankError
 from orthorank.search.counts import evaluation_count
 from orthorank.search.evaluator import Evaluator
-from orthorank.search.greedy import SearchInterrupted, SearchState, greedy_search
+from orthorank.search.greedy import greedy_search
 from orthorank.search.job import Job, Outcome, batch_size, plan_of
+from orthorank.search.state import SearchInterrupted, SearchState
 from orthorank.search.watching import Watcher
 
 
