@@ -58,7 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _app() -> "typer.Typer":
     import typer
 
-    from orthorank.commands import bench, demo, doctor, env, search
+    from orthorank.commands import (
+        bench,
+        demo,
+        doctor,
+        env,
+        eval_longbench,
+        eval_ppl,
+        eval_tasks,
+        lm_eval,
+        search,
+    )
 
     app = typer.Typer(
         name="orthorank",
@@ -72,6 +82,12 @@ def _app() -> "typer.Typer":
     app.command("bench")(bench.command)
     app.command("env")(env.command)
     app.command("search")(search.command)
+    measure = typer.Typer(help="Measure a model, dense and with plans: perplexity, tasks, LongBench.")
+    measure.command("ppl")(eval_ppl.command)
+    measure.command("tasks")(eval_tasks.command)
+    measure.command("longbench")(eval_longbench.command)
+    app.add_typer(measure, name="eval")
+    app.command("lm-eval", add_help_option=False, context_settings=lm_eval.SETTINGS)(lm_eval.command)
 
     @app.callback(invoke_without_command=True)
     def orthorank(

@@ -28,7 +28,7 @@ class Recipe:
         path, arguments: for `datasets.load_dataset`.
         shuffled: rows are shuffled with seed 0. joiner: what stands between two rows.
         windows: of calibration, where nobody says how many; None: all that the text fills.
-        words: the recipe in words, as plans record it.
+        words: the recipe in words, as plans record it. split: of the dataset.
     """
 
     path: str
@@ -37,6 +37,7 @@ class Recipe:
     joiner: str
     windows: int | None
     words: str
+    split: str = "train"
 
 
 RECIPES = {
@@ -104,22 +105,31 @@ def dataset_texts(dataset: str) -> tuple[Text, Text | None]:
     """
     name, folder = split_name(dataset)
     recipe = RECIPES[name]
-    rows = _rows(dataset, recipe, folder)
+    rows = rows_of(dataset, recipe, folder, 2 * ROWS)
     texts = [_joined(recipe, rows[i : i + ROWS], i, folder) for i in (0, ROWS)]
     if texts[0] is None:
         raise OrthoRankError(f"dataset {dataset!r} has no text in its first {ROWS} rows")
     return texts[0], texts[1]
 
 
-def _rows(dataset: str, recipe: Recipe, folder: Path | None) -> list[str]:
+def rows_of(dataset: str, recipe: Recipe, folder: Path | None, most: int | None = None) -> list[str]:
+    """The first ``most`` rows' texts (None: all) of ``dataset``, whose local copy is in ``folder``, by its recipe.
+
+    Raises:
+        OrthoRankError: the dataset cannot be loaded, has not the recipe's split, or has no column ``text``.
+    """
     try:
         with _quiet():
-            loaded = _load(recipe, folder)
+            loaded = _load(dataset, recipe, folder)
             if recipe.shuffled:
                 loaded = loaded.shuffle(seed=0)
-            return [row["text"] for row in islice(loaded, 2 * ROWS)]
+            return [row["text"] for row in islice(loaded, most)]
+    except OrthoRankError:
+        raise
     except KeyError as error:
-        raise OrthoRankError(f"dataset {dataset!r} has no {error}; its split train needs a column text") from error
+        raise OrthoRankError(
+            f"dataset {dataset!r} has no {error}; its split {recipe.split} needs a column text"
+        ) from error
     except Exception as error:  # the library's own errors, those of the hub, of arrow and of the file formats
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         remedy = (
@@ -130,16 +140,23 @@ def _rows(dataset: str, recipe: Recipe, folder: Path | None) -> list[str]:
         raise OrthoRankError(f"dataset {dataset!r} cannot be loaded: {reason[:200]}; {remedy}") from error
 
 
-def _load(recipe: Recipe, folder: Path | None) -> Any:
+def _load(dataset: str, recipe: Recipe, folder: Path | None) -> Any:
     import datasets
 
     if folder is None:
-        return datasets.load_dataset(recipe.path, split="train", **recipe.arguments)
-    if (folder / "dataset_dict.json").is_file():
-        return datasets.load_from_disk(str(folder))["train"]
+        return datasets.load_dataset(recipe.path, split=recipe.split, **recipe.arguments)
     if (folder / "state.json").is_file():
         return datasets.load_from_disk(str(folder))
-    return datasets.load_dataset(str(folder), split="train")
+    from_disk = (folder / "dataset_dict.json").is_file()
+    splits = datasets.load_from_disk(str(folder)) if from_disk else datasets.load_dataset(str(folder))
+    if recipe.split in splits:
+        return splits[recipe.split]
+    if len(splits) == 1 and not from_disk:  # files whose names tell no split are all called train
+        return next(iter(splits.values()))
+    raise OrthoRankError(
+        f"dataset {dataset!r} has the splits {', '.join(splits)} and {recipe.split} is wanted; name the folder of a "
+        "copy that has it"
+    )
 
 
 def _joined(recipe: Recipe, rows: list[str], begin: int, folder: Path | None) -> Text | None:

@@ -1,0 +1,126 @@
+"""``orthorank eval longbench``: LongBench's sixteen English and code tasks, dense or with a plan."""
+
+import hashlib
+import json as json_module
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orthorank.commands.demo import MODEL
+from orthorank.errors import OrthoRankError
+
+DATA = "JSONL file with task, prompt and gold in each line. Default: the hub's data."
+TASKS = "Tasks, such as qasper,trec. Default: all that the data has."
+MAX_TOKENS = "Longest prompt with its answer; longer ones lose their middle. Default: what the model takes."
+SHORT = "Leave out prompts with more tokens than this."
+
+
+def command(
+    model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
+    plan: Annotated[str | None, typer.Option(help="Plan, a file or folder. Default: the dense model.")] = None,
+    data: Annotated[Path | None, typer.Option(help=DATA)] = None,
+    tasks: Annotated[str | None, typer.Option(help=TASKS)] = None,
+    limit: Annotated[int | None, typer.Option(help="First questions of each task. Default: all.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help=MAX_TOKENS)] = None,
+    only_shorter: Annotated[int | None, typer.Option(help=SHORT)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for answers.jsonl and longbench.json.")] = Path(
+        "orthorank-longbench"
+    ),
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> int:
+    """Answer LongBench's questions greedily and score them with its own metrics.
+
+    Each answer is kept as soon as it is there: the same command continues where it was stopped.
+    """
+    from rich.console import Console
+
+    from orthorank.commands.screen import RichScreen
+    from orthorank.config import OrthoRankConfig
+    from orthorank.evaluation.longbench import Question, metrics
+    from orthorank.evaluation.longbench_run import run_longbench
+    from orthorank.files import user_path, writable_folder, write_json
+    from orthorank.handle import apply
+    from orthorank.models import load_model, locate
+
+    for name, value in (("limit", limit), ("max_tokens", max_tokens), ("only_shorter", only_shorter)):
+        if value is not None and value < 1:
+            raise OrthoRankError(f"{name} is {value}; it must be at least 1")
+    chosen = None if plan is None else OrthoRankConfig.from_pretrained(user_path("plan", plan))
+    metrics()
+    questions = _questions(data, tasks, limit)
+    folder = writable_folder(output)
+    screen = RichScreen(Console(stderr=json))
+    with screen.progress(f"loading {locate(model).name}", 1):
+        loaded, tokenizer, info = load_model(model, device, dtype)
+    if only_shorter is not None:
+        questions = [q for q in questions if len(tokenizer(q.prompt, verbose=False)["input_ids"]) <= only_shorter]
+    what = json_module.dumps([info.name, info.source, info.dtype, None if chosen is None else chosen.to_dict()])
+    with (
+        nullcontext() if chosen is None else apply(loaded, chosen),
+        screen.progress("LongBench", len(questions)) as advance,
+    ):
+
+        def on_answer(done: int, total: int, question: Question, value: float) -> None:
+            advance(done, f"{question.task}: {100 * value:.0f}")
+
+        scores = run_longbench(
+            loaded,
+            tokenizer,
+            questions,
+            max_tokens=max_tokens,
+            answers=folder / "answers.jsonl",
+            identity=hashlib.sha256(what.encode()).hexdigest(),
+            on_answer=on_answer,
+        )
+    plan_fields = None if chosen is None else chosen.to_dict()
+    results = {"model": info.to_dict(), "plan": plan_fields, "data": str(data or "hub"), "max_tokens": max_tokens}
+    results |= {"only_shorter": only_shorter, "scores": scores}
+    write_json(folder / "longbench.json", results)
+    if json:
+        print(json_module.dumps(results, indent=2))
+        return 0
+    _show(screen, results, folder)
+    return 0
+
+
+def _questions(data: Path | None, tasks: str | None, limit: int | None) -> list[Any]:
+    from orthorank.evaluation.longbench import TASKS, hub_questions, local_questions, task_of
+
+    names = list(TASKS) if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
+    for name in names:
+        task_of(name)
+    found = local_questions(data) if data is not None else hub_questions(names)
+    chosen: list[Any] = []
+    counts: dict[str, int] = {}
+    for question in found:
+        if question.task in names and (limit is None or counts.get(question.task, 0) < limit):
+            counts[question.task] = counts.get(question.task, 0) + 1
+            chosen.append(question)
+    if not chosen:
+        raise OrthoRankError(f"data {str(data)!r} has no question of the tasks {', '.join(names)}")
+    return chosen
+
+
+def _show(screen: Any, results: dict[str, Any], folder: Path) -> None:
+    from rich.padding import Padding
+    from rich.table import Table
+
+    from orthorank.commands.screen import INDENT
+
+    scores = results["scores"]
+    screen.heading(f"{results['model']['name']}, {'dense' if results['plan'] is None else 'with a plan'}: LongBench")
+    drawn = Table(box=None, pad_edge=False, header_style="dim")
+    for number, head in enumerate(("task", "questions", "score")):
+        drawn.add_column(head, justify="right" if number else "left")
+    for name, mean in scores["tasks"].items():
+        drawn.add_row(name, str(scores["questions"][name]), f"{mean:.2f}")
+    for group, mean in scores["groups"].items():
+        drawn.add_row(group, "", f"{mean:.2f}", style="dim")
+    drawn.add_row("mean of the tasks", "", f"{scores['mean']:.2f}", style="bold")
+    screen.console.print()
+    screen.console.print(Padding(drawn, (0, 0, 1, INDENT)))
+    screen.say(f"Results: {folder / 'longbench.json'}, {folder / 'answers.jsonl'}")

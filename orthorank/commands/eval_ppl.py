@@ -1,0 +1,145 @@
+"""``orthorank eval ppl``: perplexity of a text, dense and with plans."""
+
+import json as json_module
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orthorank.commands.demo import MODEL
+from orthorank.errors import OrthoRankError
+
+PLAN = "Plan, a file or folder; may be given several times. The dense model is measured as well."
+TEXT = "UTF-8 text file, read as it is. Default: the documentation of Python inside its standard library."
+DATASET = "wikitext2 (test split) or c4 (validation), with :FOLDER for a copy that is already here."
+BOS = "first: the tokenizer's BOS, if it has one, begins the text; every: it begins each window; none."
+
+
+def command(
+    model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
+    plan: Annotated[list[str] | None, typer.Option(help=PLAN)] = None,
+    text: Annotated[Path | None, typer.Option(help=TEXT)] = None,
+    dataset: Annotated[str | None, typer.Option(help=DATASET)] = None,
+    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    windows: Annotated[int | None, typer.Option(help="Windows from the beginning. Default: all.")] = None,
+    bos: Annotated[str, typer.Option(help=BOS)] = "first",
+    batch_size: Annotated[int | None, typer.Option(help="Windows at a time. Default: as memory allows.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> int:
+    """Perplexity of the dense model and of plans, by the protocol of the pruning literature.
+
+    The text is tokenised in one call and cut into windows without overlap, the tail is dropped, and the perplexity is
+    exp(mean over windows of the mean cross entropy).
+    """
+    from rich.console import Console
+
+    from orthorank.commands.screen import RichScreen
+    from orthorank.evaluation.perplexity import BOS as POLICIES
+    from orthorank.evaluation.perplexity import auto_batch_size
+    from orthorank.evaluation.texts import evaluation_text, most_windows
+    from orthorank.files import write_json
+    from orthorank.handle import apply, check_plan
+    from orthorank.models import load_model, locate
+    from orthorank.texts import check_ids, tokenize
+
+    if bos not in POLICIES:
+        raise OrthoRankError(f"bos is {bos!r}; it may be {', '.join(POLICIES)}")
+    plans = _read(plan)
+    check_output(output)
+    chosen = evaluation_text(text, dataset)
+    screen = RichScreen(Console(stderr=json))
+    with screen.progress(f"loading {locate(model).name}", 1):
+        loaded, tokenizer, info = load_model(model, device, dtype)
+    for each in plans.values():
+        check_plan(loaded, each)
+    ids = tokenize(chosen, tokenizer)
+    check_ids(ids, loaded)
+    if windows is None and (most := most_windows(dataset)) is not None:
+        windows = max(1, min(most * 2048, len(ids)) // window)
+    settings: dict[str, Any] = {
+        "window": window,
+        "windows": windows,
+        "batch_size": auto_batch_size(loaded, window) if batch_size is None else batch_size,
+        "bos": bos,
+    }
+    rows: list[dict[str, Any]] = []
+    for name, each in ({"dense": None} | plans).items():
+        with nullcontext() if each is None else apply(loaded, each):
+            rows.append({"name": name, "plan": None if each is None else each.to_dict()})
+            rows[-1] |= _measure(screen, name, loaded, tokenizer, chosen, settings)
+    results = {"model": info.to_dict(), "text": chosen.name, "window": window, "rows": rows}
+    if output is not None:
+        write_json(output, results)
+    if json:
+        print(json_module.dumps(results, indent=2))
+        return 0
+    _show(screen, results, output)
+    return 0
+
+
+def _measure(screen: Any, name: str, model: Any, tokenizer: Any, text: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    from orthorank.evaluation.perplexity import perplexity
+
+    with screen.progress(f"perplexity of {name}", settings["windows"] or 2) as advance:
+        result = perplexity(
+            model,
+            text=text.content,
+            tokenizer=tokenizer,
+            on_window=lambda done, total, so_far: advance(done, f"of {total}: {so_far:.2f}"),
+            **settings,
+        )
+    return result.to_dict() | {"standard_error": result.standard_error}
+
+
+def _read(paths: list[str] | None) -> dict[str, Any]:
+    from orthorank.config import OrthoRankConfig
+    from orthorank.evaluation.bench import variant_names
+    from orthorank.files import user_path
+
+    plans = [OrthoRankConfig.from_pretrained(user_path("plan", path)) for path in paths or []]
+    return dict(zip(variant_names(plans), plans, strict=True))
+
+
+def check_output(output: Path | None) -> None:
+    """A result can be written to the file ``output``; raises when it cannot."""
+    from orthorank.files import writable_folder
+
+    if output is None:
+        return
+    if output.is_dir():
+        raise OrthoRankError(f"output is {str(output)!r}, which is a folder; name a file, such as ppl.json")
+    writable_folder(output.parent)
+
+
+def _show(screen: Any, results: dict[str, Any], output: Path | None) -> None:
+    from rich.padding import Padding
+    from rich.table import Table
+
+    from orthorank.commands.screen import INDENT
+
+    first = results["rows"][0]
+    screen.heading(f"{results['model']['name']}: {results['model']['dtype']} on {results['model']['device']}")
+    screen.say(f"{results['text']}; sha256 {first['text_sha256'][:16]}")
+    screen.say(
+        f"{first['windows']} windows of {first['window']} tokens ({first['tokens']:,} tokens, "
+        f"{first['predictions']:,} predicted), BOS: {first['bos']}"
+    )
+    drawn = Table(box=None, pad_edge=False, header_style="dim")
+    for number, head in enumerate(("", "perplexity", "loss", "standard error")):
+        drawn.add_column(head, justify="right" if number else "left")
+    for row in results["rows"]:
+        spread = row["standard_error"]
+        drawn.add_row(
+            row["name"],
+            f"{row['perplexity']:.4g}" if row["perplexity"] >= 1000 else f"{row['perplexity']:.2f}",
+            f"{row['loss']:.4f}",
+            f"{spread:.4f}" if spread == spread else "-",
+        )
+    screen.console.print()
+    screen.console.print(Padding(drawn, (0, 0, 1, INDENT)))
+    if output is not None:
+        screen.say(f"Results: {output}")

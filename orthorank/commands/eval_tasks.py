@@ -1,0 +1,100 @@
+"""``orthorank eval tasks``: tasks of lm-evaluation-harness, with true lengths and the paper's mean."""
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orthorank.commands.demo import MODEL
+from orthorank.errors import OrthoRankError
+
+TASKS = "Tasks of the harness, such as piqa,winogrande. Default: the paper's five."
+PAPER = "piqa,winogrande,hellaswag,arc_easy,arc_challenge"
+CONTEXT = "Select among the tokens of the context alone; the answer's tokens are dense."
+
+
+def command(
+    model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
+    plan: Annotated[str | None, typer.Option(help="Plan, a file or folder. Default: the dense model.")] = None,
+    tasks: Annotated[str, typer.Option(help=TASKS, show_default=False)] = PAPER,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(help="First rows of each task. Default: all.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Requests at a time; results do not depend on it.")] = 8,
+    context_only: Annotated[bool, typer.Option("--context-only", help=CONTEXT)] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> int:
+    """Accuracy of a model with a plan on tasks of lm-evaluation-harness, without examples, and the paper's mean.
+
+    The mean is over acc_norm where a task has it, else acc. Data come from the hub, or from --include-path's files.
+    """
+    from rich.console import Console
+
+    from orthorank.commands.eval_ppl import check_output
+    from orthorank.commands.screen import RichScreen
+    from orthorank.evaluation.task_scores import evaluate_tasks
+    from orthorank.files import write_json
+    from orthorank.models import load_model, locate
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    for name, value in (("limit", limit), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise OrthoRankError(f"{name} is {value}; it must be at least 1")
+    if include_path is not None and not include_path.is_dir():
+        raise OrthoRankError(f"include_path is {str(include_path)!r}, and there is no such folder")
+    check_output(output)
+    screen = RichScreen(Console(stderr=json))
+    with screen.progress(f"loading {locate(model).name}", 1):
+        loaded, tokenizer, info = load_model(model, device, dtype)
+    results = {"model": info.to_dict()} | evaluate_tasks(
+        loaded,
+        tokenizer,
+        names,
+        plan=plan,
+        include_path=include_path,
+        limit=limit,
+        batch_size=batch_size,
+        context_only=context_only,
+    )
+    if output is not None:
+        write_json(output, results)
+    if json:
+        print(json_module.dumps(results, indent=2))
+        return 0
+    _show(screen, results, output)
+    return 0
+
+
+def _show(screen: Any, results: dict[str, Any], output: Path | None) -> None:
+    from rich.padding import Padding
+    from rich.table import Table
+
+    from orthorank.commands.screen import INDENT
+
+    plan = results["plan"]
+    screen.heading(f"{results['model']['name']}, {'dense' if plan is None else 'with a plan'}")
+    drawn = Table(box=None, pad_edge=False, header_style="dim")
+    for number, head in enumerate(("task", "rows", "metric", "accuracy", "standard error")):
+        drawn.add_column(head, justify="right" if number else "left")
+    for row in results["tasks"]:
+        error = row["standard_error"]
+        drawn.add_row(
+            row["task"],
+            str(row["rows"]),
+            row["metric"],
+            f"{100 * row['value']:.2f}",
+            "-" if error is None else f"{100 * error:.2f}",
+        )
+    drawn.add_row("mean", "", "", f"{100 * results['mean']:.2f}", "", style="bold")
+    screen.console.print()
+    screen.console.print(Padding(drawn, (0, 0, 1, INDENT)))
+    if plan is not None and results["last_token_selected"] is not None:
+        screen.say(
+            f"The last token of a request was among those that a layer updated in "
+            f"{100 * results['last_token_selected']:.1f} % of the cases."
+        )
+    if output is not None:
+        screen.say(f"Results: {output}")

@@ -1,0 +1,92 @@
+"""Answering LongBench's questions: one after the other, each answer kept at once, so that a run can be continued."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orthorank.errors import OrthoRankError
+from orthorank.evaluation.longbench import Question, answer, score, summary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+OnAnswer = Callable[[int, int, Question, float], None]
+
+
+def run_longbench(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    questions: Iterable[Question],
+    *,
+    max_tokens: int | None = None,
+    answers: Path | None = None,
+    identity: str = "",
+    on_answer: OnAnswer | None = None,
+) -> dict[str, Any]:
+    """Scores of ``model``, with whatever plan is applied to it, on ``questions``.
+
+    Args:
+        max_tokens: longest prompt with its answer; longer prompts lose their middle. None: what the model takes.
+        answers: a JSONL file that gets each answer as soon as it is there. Answers that it holds already are not
+            computed again, if they are of the same question, ``max_tokens`` and ``identity``.
+        identity: what else the answers depend on: the model and the plan.
+        on_answer: called after each question as ``on_answer(done, total, question, score)``.
+
+    Returns:
+        `orthorank.evaluation.longbench.summary` of the scores: means by task, by group and over all, in per cent.
+
+    Raises:
+        OrthoRankError: no questions, or the file of answers is of another run.
+    """
+    asked = list(questions)
+    if not asked:
+        raise OrthoRankError("questions is empty; there is nothing to answer")
+    known = _known(answers) if answers is not None else {}
+    scores: dict[str, list[float]] = {}
+    for number, question in enumerate(asked, 1):
+        key = _key(question, max_tokens, identity)
+        if key in known:
+            text = known[key]
+        else:
+            text = answer(model, tokenizer, question, max_tokens)
+            if answers is not None:
+                _append(answers, {"key": key, "task": question.task, "index": question.index, "answer": text})
+        value = score(question, text)
+        scores.setdefault(question.task, []).append(value)
+        if on_answer is not None:
+            on_answer(number, len(asked), question, value)
+    return summary(scores)
+
+
+def _key(question: Question, max_tokens: int | None, identity: str) -> str:
+    parts = json.dumps([question.task, question.prompt, max_tokens, identity])
+    return hashlib.sha256(parts.encode()).hexdigest()[:24]
+
+
+def _known(path: Path) -> dict[str, str]:
+    """Answers of an earlier run. A last line without its end, of a process that was killed, is cut off."""
+    if not path.exists():
+        return {}
+    try:
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            os.truncate(path, len(whole))
+        rows = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+        return {row["key"]: row["answer"] for row in rows}
+    except OSError as error:
+        raise OrthoRankError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise OrthoRankError(f"{path} is no file of answers; delete it, or name another output folder") from error
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+    except OSError as error:
+        raise OrthoRankError(f"{path} cannot be written: {error.strerror}") from error

@@ -1,0 +1,123 @@
+"""Running the harness on a model with a plan, and the paper's mean over tasks."""
+
+import copy
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orthorank.errors import OrthoRankError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from orthorank.config import OrthoRankConfig
+
+METRICS = ("acc_norm", "acc")  # the paper's choice: acc_norm where a task has it
+
+
+def evaluate_tasks(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    tasks: Sequence[str],
+    *,
+    plan: "OrthoRankConfig | str | Path | None" = None,
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    context_only: bool = False,
+) -> dict[str, Any]:
+    """Accuracy of ``model`` on tasks of lm-evaluation-harness, without examples in the prompt (paper, section 4.1).
+
+    Args:
+        model: a causal model without a plan applied; left as it was.
+        tasks: names that the harness knows, or that are defined by files in the folder ``include_path``.
+        plan: applied for the time of the evaluation; None: the dense model.
+        limit: first rows of each task; None: all.
+        batch_size: requests that run together; the results do not depend on it but for rounding.
+        context_only: select among the context alone; see `orthorank.evaluation.tasks.OrthoRankLM`.
+
+    Returns:
+        ``tasks`` (a row for each: metric, value and standard error, 0 to 1), ``mean``, the plan, and
+        ``last_token_selected``: how often a layer of the plan updated the last token of a request, 0 to 1.
+
+    Raises:
+        OrthoRankError: no tasks, one that the harness does not know, data that cannot be loaded, a task without an
+            accuracy, or a layer of the plan that was never active.
+    """
+    if not tasks:
+        raise OrthoRankError("tasks is empty; name at least one, such as piqa")
+    from orthorank.evaluation.tasks import OrthoRankLM  # first: it says what to do where the harness is missing
+
+    import lm_eval  # isort: skip
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    if unknown := [name for name in tasks if name not in manager.all_tasks]:
+        raise OrthoRankError(
+            f"tasks holds {unknown[0]!r}, which the harness does not know; `orthorank lm-eval ls tasks` lists "
+            "what there is, and --include-path names a folder with task files of your own"
+        )
+    own = copy.deepcopy(tokenizer)  # the harness gives it a padding token
+    adapter = OrthoRankLM(model, plan=plan, context_only=context_only, tokenizer=own, batch_size=batch_size)
+    try:
+        found = lm_eval.simple_evaluate(
+            model=adapter, tasks=list(tasks), task_manager=manager, num_fewshot=0, limit=limit, log_samples=False
+        )
+    except (OSError, ConnectionError, ValueError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise OrthoRankError(f"the tasks cannot be evaluated: {reason[:300]}") from error
+    finally:
+        if adapter.handle is not None:
+            adapter.handle.remove()
+    mean, metrics = paper_mean(found["results"], tasks)
+    rows = [_row(task, metrics[task], found) for task in tasks]
+    return {
+        "tasks": rows,
+        "mean": mean,
+        "plan": None if adapter.handle is None else adapter.handle.config.to_dict(),
+        "context_only": adapter.context_only,
+        "last_token_selected": adapter.last_tokens.share,
+        "harness": lm_eval.__version__,
+    }
+
+
+def _row(task: str, metric: str, found: dict[str, Any]) -> dict[str, Any]:
+    by_name = {name.partition(",")[0]: value for name, value in found["results"][task].items()}
+    error = by_name.get(f"{metric}_stderr")
+    return {
+        "task": task,
+        "rows": found["n-samples"][task]["effective"],
+        "metric": metric,
+        "value": by_name[metric],
+        "standard_error": error if isinstance(error, float) else None,
+    }
+
+
+def paper_mean(results: dict[str, dict[str, Any]], tasks: Iterable[str] | None = None) -> tuple[float, dict[str, str]]:
+    """The paper's mean accuracy over tasks, 0 to 1, and which metric each task went in with.
+
+    Args:
+        results: ``"results"`` of the harness: by task, ``{"acc,none": ..., "acc_norm,none": ...}``.
+        tasks: which ones; None: all.
+
+    Raises:
+        OrthoRankError: a task has no accuracy.
+
+    Example:
+        >>> results = {"piqa": {"acc,none": 0.6, "acc_norm,none": 0.8}, "winogrande": {"acc,none": 0.5}}
+        >>> mean, metrics = paper_mean(results)
+        >>> round(mean, 2), metrics
+        (0.65, {'piqa': 'acc_norm', 'winogrande': 'acc'})
+    """
+    metrics: dict[str, str] = {}
+    values = []
+    for task in results if tasks is None else tasks:
+        by_name = {name.partition(",")[0]: value for name, value in results[task].items()}
+        metric = next((name for name in METRICS if isinstance(by_name.get(name), float | int)), None)
+        if metric is None:
+            raise OrthoRankError(f"task {task!r} has no acc_norm and no acc; the paper's mean is over accuracies")
+        metrics[task] = metric
+        values.append(float(by_name[metric]))
+    if not values:
+        raise OrthoRankError("no task was evaluated, so there is no mean")
+    return sum(values) / len(values), metrics

@@ -1,0 +1,214 @@
+"""lm-evaluation-harness with a plan: true lengths, the stock backend's figures without one, and the command lines."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import orthorank
+from orthorank.cli import main
+from orthorank.errors import OrthoRankError
+from orthorank.evaluation.task_scores import evaluate_tasks, paper_mean
+
+PLAN = orthorank.OrthoRankConfig(layers=[2, 3, 4], keep_ratio=0.3)
+WORDS = ["the", "river", "is", "wide", "and", "the", "old", "stone", "bridge", "holds", "well", "today"]
+
+
+@pytest.fixture(scope="module")
+def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task of multiple choice with questions and answers of many lengths, as a file of the harness."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [
+        {
+            "q": " ".join(WORDS[: 2 + n]),
+            "choices": [" ".join(WORDS[n % 5 : n % 5 + m]) for m in (1, 3, 5)],
+            "label": n % 3,
+        }
+        for n in range(8)
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "rivers.yaml").write_text(
+        f"""task: rivers
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder / "rows.jsonl"}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{q}}}}"
+doc_to_target: label
+doc_to_choice: choices
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 1.0}}
+"""
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with a tokenizer that has an EOS token: the harness needs one."""
+    from transformers import AutoTokenizer
+
+    copied = tmp_path_factory.mktemp("model") / "tiny"
+    shutil.copytree(tiny_folder, copied)
+    tokenizer = AutoTokenizer.from_pretrained(copied)
+    tokenizer.eos_token = "!"
+    tokenizer.save_pretrained(copied)
+    return copied
+
+
+@pytest.fixture
+def byte_model(folder: Path) -> tuple[Any, Any]:
+    from orthorank.models import load_model
+
+    model, tokenizer, _ = load_model(str(folder), device="cpu")
+    return model, tokenizer
+
+
+def pairs() -> list[tuple[None, list[int], list[int]]]:
+    """Requests of many lengths, two with the same input among them."""
+    seeded = torch.Generator().manual_seed(0)
+    lengths = [(9, 3), (30, 1), (4, 8), (17, 2), (1, 1), (23, 5), (12, 12)]
+    found = [
+        (None, *(torch.randint(3, 200, (n,), generator=seeded).tolist() for n in (context, answer)))
+        for context, answer in lengths
+    ]
+    return [*found, (None, found[1][1], [7])]
+
+
+def adapter(byte_model: tuple[Any, Any], **settings: Any) -> Any:
+    from orthorank.evaluation.tasks import OrthoRankLM
+
+    return OrthoRankLM(byte_model[0], tokenizer=byte_model[1], **settings)
+
+
+def test_results_do_not_depend_on_the_batch(byte_model: tuple[Any, Any]) -> None:
+    found = []
+    for size in (1, 3, 8):
+        model = adapter(byte_model, plan=PLAN, batch_size=size)
+        found.append([value for value, _ in model._loglikelihood_tokens(pairs(), disable_tqdm=True)])
+        model.handle.remove()
+    for values in found[1:]:
+        assert values == pytest.approx(found[0], abs=1e-4)
+
+
+def test_the_stock_backend_does_depend_on_it(byte_model: tuple[Any, Any]) -> None:
+    """Why the adapter exists: without the lengths the pads are ranked among the tokens."""
+    from lm_eval.models.huggingface import HFLM
+
+    found = []
+    with orthorank.apply(byte_model[0], PLAN):
+        for size in (1, 8):
+            model = HFLM(byte_model[0], tokenizer=byte_model[1], batch_size=size)
+            found.append([value for value, _ in model._loglikelihood_tokens(pairs(), disable_tqdm=True)])
+    assert max(abs(a - b) for a, b in zip(*found, strict=True)) > 1e-2
+
+
+def test_without_a_plan_it_is_the_stock_backend(byte_model: tuple[Any, Any]) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    stock = HFLM(byte_model[0], tokenizer=byte_model[1], batch_size=4)
+    wanted = stock._loglikelihood_tokens(pairs(), disable_tqdm=True)
+    found = adapter(byte_model, batch_size=4)._loglikelihood_tokens(pairs(), disable_tqdm=True)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in wanted], abs=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+
+
+def test_a_likelihood_is_that_of_a_plain_forward(byte_model: tuple[Any, Any]) -> None:
+    model = adapter(byte_model, plan=PLAN, batch_size=8)
+    found = model._loglikelihood_tokens(pairs(), disable_tqdm=True)
+    for (_, context, answer), (value, _) in zip(pairs(), found, strict=True):
+        ids = torch.tensor([context + answer])
+        logits = byte_model[0](ids[:, :-1]).logits[0, -len(answer) :].log_softmax(-1)
+        assert value == pytest.approx(logits.gather(1, ids[0, -len(answer) :, None]).sum().item(), abs=1e-4)
+    model.handle.remove()
+
+
+def test_requests_with_one_input_share_a_forward(byte_model: tuple[Any, Any]) -> None:
+    rows: list[int] = []
+    byte_model[0].lm_head.register_forward_hook(lambda module, args, output: rows.append(output.shape[0]))
+    adapter(byte_model, batch_size=8)._loglikelihood_tokens(pairs(), disable_tqdm=True)
+    assert sum(rows) == len(pairs()) - 1
+
+
+def test_how_often_the_last_token_is_selected(byte_model: tuple[Any, Any]) -> None:
+    """Counted again from what the layers select, row by row."""
+    model = adapter(byte_model, plan=PLAN, batch_size=8)
+    model._loglikelihood_tokens(pairs(), disable_tqdm=True)
+    hits: list[bool] = []
+    with model.handle.watching(lambda layer, positions, call: hits.append(call.tokens - 1 in positions[0].tolist())):
+        for tokens in {model._input_of(context, answer) for _, context, answer in pairs()}:
+            byte_model[0](torch.tensor([tokens]))
+    assert model.last_tokens.share == pytest.approx(sum(hits) / len(hits))
+    assert len(hits) == 3 * (len(pairs()) - 1)
+    model.handle.remove()
+
+
+def test_tasks_of_ones_own(byte_model: tuple[Any, Any], task_folder: Path) -> None:
+    model, tokenizer = byte_model
+    dense = evaluate_tasks(model, tokenizer, ["rivers"], include_path=task_folder)
+    found = [
+        evaluate_tasks(model, tokenizer, ["rivers"], plan=PLAN, include_path=task_folder, batch_size=size)
+        for size in (1, 8)
+    ]
+    assert found[0]["mean"] == found[1]["mean"]
+    assert found[0]["plan"]["layers"] == [2, 3, 4]
+    assert dense["plan"] is None
+    assert dense["last_token_selected"] is None
+    assert 0 <= found[0]["last_token_selected"] <= 1
+    (row,) = dense["tasks"]
+    assert (row["task"], row["rows"], row["metric"]) == ("rivers", 8, "acc_norm")
+    assert orthorank.handle_of(model) is None
+
+
+def test_an_idle_layer_is_an_error(byte_model: tuple[Any, Any]) -> None:
+    model = adapter(byte_model, plan=PLAN)
+    with pytest.raises(OrthoRankError, match="layer 2 of the plan was never active"):
+        model.check_active()
+    model.handle.remove()
+
+
+def test_a_tokenizer_without_bos_and_eos_is_refused(tiny_folder: Path) -> None:
+    from orthorank.models import load_model
+
+    model, tokenizer, _ = load_model(str(tiny_folder), device="cpu")
+    with pytest.raises(OrthoRankError, match="neither a BOS nor an EOS token"):
+        evaluate_tasks(model, tokenizer, ["piqa"], plan=PLAN)
+    assert orthorank.handle_of(model) is None
+    assert tokenizer.pad_token is None, "the caller's tokenizer is left as it was"
+
+
+def test_mean_needs_accuracies() -> None:
+    with pytest.raises(OrthoRankError, match="'squad' has no acc_norm and no acc"):
+        paper_mean({"squad": {"f1,none": 0.3}})
+    with pytest.raises(OrthoRankError, match="no task"):
+        paper_mean({})
+
+
+def test_the_command(folder: Path, task_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = PLAN.save_pretrained(tmp_path)
+    options = ["--tasks", "rivers", "--include-path", str(task_folder), "--device", "cpu", "--limit", "4"]
+    file = tmp_path / "tasks.json"
+    assert main(["eval", "tasks", str(folder), "--plan", str(plan), *options, "--output", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "rivers" in shown
+    assert "last token" in shown
+    assert json.loads(file.read_text())["tasks"][0]["rows"] == 4
+    assert main(["eval", "tasks", str(folder), "--tasks", "nothing", "--device", "cpu"]) == 2
+    assert "tasks holds 'nothing'" in capsys.readouterr().err
+
+
+def test_the_harness_own_command_line(folder: Path, task_folder: Path, tmp_path: Path) -> None:
+    plan = PLAN.save_pretrained(tmp_path)
+    arguments = ["run", "--model", "orthorank", "--model_args", f"pretrained={folder},plan={plan}"]
+    options = ["--tasks", "rivers", "--include_path", str(task_folder), "--limit", "2", "--device", "cpu"]
+    command = [sys.executable, "-m", "orthorank", "lm-eval", *arguments, *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "|rivers|" in done.stdout
