@@ -1,10 +1,14 @@
-"""Does orthogonality pick the right tokens? One layer at a time, orthogonal against inverse (paper, Figure 4).
+"""Does orthogonality pick the right tokens? One layer at a time (paper, Figure 4), and the whole plan (Table 3).
 
-Each candidate layer alone selects a third of the tokens, once those most orthogonal to the sink, once the least
-orthogonal ones; the perplexity on the first four windows of 512 tokens of WikiText-2 validation shows which choice
-hurts less. In that text's tokenised form ' @-@ ', ' @,@ ' and ' @.@ ' are joined to '-', ',' and '.'.
+Figure 4: each candidate layer alone selects a third of the tokens, once those most orthogonal to the sink, once the
+least orthogonal ones; the perplexity on the first four windows of 512 tokens of WikiText-2 validation shows which
+choice hurts less. In that text's tokenised form ' @-@ ', ' @,@ ' and ' @.@ ' are joined to '-', ',' and '.'.
 
-    python benchmarks/bench_criteria.py --text wiki.valid.tokens
+Table 3: the plan that comes with the package for the model, with each criterion and ablation; perplexity on the first
+eight windows of 2048 tokens of C4 documents joined by a space. The layers were chosen for the orthogonal criterion, as
+in the paper.
+
+    python benchmarks/bench_criteria.py --text wiki.valid.tokens --documents c4.jsonl
     python benchmarks/bench_criteria.py --json benchmarks/results/criteria_smollm2.json
 """
 
@@ -25,7 +29,11 @@ from orthorank.search import Evaluator, candidate_layers
 from orthorank.sink import detect_sink
 from orthorank.stack import LayerStack
 
-TEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext2" / "wiki.valid.tokens"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the benchmarks beside this one
+from benchmarks.table3 import DOCUMENTS, measure_table
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+TEXT = DATA / "wikitext2" / "wiki.valid.tokens"
 CRITERIA = ("orthogonal", "inverse")
 JOINED = {" @-@ ": "-", " @,@ ": ",", " @.@ ": "."}
 
@@ -37,6 +45,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=512, help="tokens of a window (default: 512)")
     parser.add_argument("--windows", type=int, default=4, help="how many, from the beginning (default: 4)")
     parser.add_argument("--keep-ratio", type=float, default=1 / 3, help="share of tokens updated (default: 1/3)")
+    parser.add_argument("--documents", type=Path, default=DATA / DOCUMENTS, help="of Table 3: JSON lines with a 'text'")
+    parser.add_argument("--table-window", type=int, default=2048, help="tokens of a window of Table 3 (default: 2048)")
+    parser.add_argument("--table-windows", type=int, default=8, help="how many of them (default: 8)")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     return parser.parse_args()
 
@@ -104,6 +115,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         print(f"{layer:5}  {row['orthogonal']:10.2f}  {row['inverse']:7.2f}  {row['margin']:6.2%}", flush=True)
     better = sum(row["margin"] > 0 for row in layers.values())
     print(f"\northogonal is better in {better} of {len(layers)} layers")
+    table = measure_table(model, tokenizer, options.documents, options.table_window, options.table_windows)
     return {
         "model": info.to_dict(),
         "torch": torch.__version__,
@@ -116,6 +128,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "dense_perplexity": dense,
         "layers": layers,
         "orthogonal_better": better,
+        "table3": table,
     }
 
 
