@@ -27,12 +27,14 @@ class Phase:
         prompt: columns that are prompt; None: every multi-token call is prefill.
         keep_last: tokens at the prompt's end that are always updated.
         padding_mask: the ``[batch, columns]`` mask that `generate()` was about to turn into another kind.
+        unpadded: whether `generate()` had no mask, so that the one it makes shows no padding, only windows.
         decodes: whether the next call is known to hold generated tokens alone; what a compiled graph goes by.
     """
 
     prompt: int | None = None
     keep_last: int = 0
     padding_mask: Tensor | None = None
+    unpadded: bool = False
     decodes: bool = False
 
 
@@ -173,7 +175,7 @@ def read_call(shape: tuple[int, int], device: torch.device, phase: Phase, kwargs
         return call
     if phase.prompt is None or past + tokens >= phase.prompt:
         call = dataclasses.replace(call, keep_last=min(phase.keep_last, call.prompt_tokens))
-    mask = kwargs.get("attention_mask")
+    mask = None if phase.unpadded else kwargs.get("attention_mask")
     if phase.padding_mask is not None and phase.padding_mask.shape == (batch, past + tokens):
         mask = phase.padding_mask
     columns = valid_columns(mask, past + tokens, batch)

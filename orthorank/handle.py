@@ -299,7 +299,7 @@ class PrepareInputs(Patch):
         if phase.prompt is not None:  # inside generate(): a phase of its own, which ends with it
             columns = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
             given = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-            phase.padding_mask, phase.decodes = columns, False
+            phase.padding_mask, phase.unpadded, phase.decodes = columns, mask is None, False
             if columns is not None and isinstance(given, Tensor):
                 phase.decodes = columns.shape[1] - given.shape[1] >= phase.prompt
         return inputs

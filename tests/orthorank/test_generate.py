@@ -83,6 +83,16 @@ def test_every_way_gives_the_greedy_tokens(
     assert torch.equal(getattr(actual, "sequences", actual), expected)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_static_cache_without_padding(tiny_model: Any, family: str, masked: bool) -> None:
+    """`generate()` makes a mask of its own there, in which a window is not to be taken for padding."""
+    model, ids = tiny_model(family, **WINDOWS[family]), ids_of(2, 17)
+    given = {"attention_mask": torch.ones_like(ids)} if masked else {}
+    with apply(model, PLAN):
+        expected = model.generate(ids, **GREEDY, **given)
+        assert torch.equal(model.generate(ids, **GREEDY, **given, cache_implementation="static"), expected)
+
+
 def test_candidates_in_the_prompts_call_are_dense(tiny_model: Any) -> None:
     """Prompt lookup finds candidates at once when the prompt repeats itself; greedy tokens stay the same."""
     model = tiny_model("llama")
