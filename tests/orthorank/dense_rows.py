@@ -17,11 +17,13 @@ class DenseRows:
 
     Args:
         layers: which; ratio: share of each row's tokens, per call; keep_last: tokens at each row's end updated anyway.
-        sign: -1 selects the largest scores.
+        criterion: ``"orthogonal"``, ``"inverse"``, ``"prenorm"`` or ``"cosine"``.
     """
 
-    def __init__(self, model: Any, layers: list[int], ratio: float, keep_last: int = 0, sign: float = 1.0) -> None:
-        self.model, self.layers, self.ratio, self.keep_last, self.sign = model, layers, ratio, keep_last, sign
+    def __init__(
+        self, model: Any, layers: list[int], ratio: float, keep_last: int = 0, criterion: str = "orthogonal"
+    ) -> None:
+        self.model, self.layers, self.ratio, self.keep_last, self.criterion = model, layers, ratio, keep_last, criterion
         self.past, self.dense = 0, False
         self.mask: Tensor = torch.empty(0)
         self.sinks: dict[int, dict[int, Tensor]] = {layer: {} for layer in layers}  # of each row
@@ -42,7 +44,6 @@ class DenseRows:
         for hook in self.hooks:
             hook.remove()
 
-    @torch.no_grad()
     def __call__(self, ids: Tensor, mask: Tensor, cache: Any = None, dense: bool = False) -> Tensor:
         """Logits of the next tokens ``ids`` ``[batch, tokens]``; mask: of all columns so far; dense: decoded tokens."""
         self.mask, self.dense = mask, dense
@@ -53,7 +54,8 @@ class DenseRows:
         output = output[0] if isinstance(output, tuple) else output
         if self.dense:
             return output
-        x = (module.input_layernorm(h) if hasattr(module, "input_layernorm") else h).double()
+        normed = hasattr(module, "input_layernorm") and self.criterion != "prenorm"
+        x = (module.input_layernorm(h) if normed else h).detach().double()
         chosen = torch.zeros(h.shape[:2], dtype=torch.bool)
         for row in range(len(h)):
             for token in self._chosen(layer, row, x[row]):
@@ -67,7 +69,11 @@ class DenseRows:
         first = row not in self.sinks[layer]
         if first:
             self.sinks[layer][row] = x[valid[0]]
-        scores = self.sign * (x @ self.sinks[layer][row]).abs()
+        scores = (x @ self.sinks[layer][row]).abs()
+        if self.criterion == "cosine":
+            scores = scores / x.norm(dim=-1)
+        if self.criterion == "inverse":
+            scores = -scores
         forced = set(valid[len(valid) - self.keep_last :]) if self.keep_last else set()
         order = sorted(valid, key=lambda i: (first and i == valid[0], i not in forced, float(scores[i]), i))
         k = math.floor(self.ratio * len(valid) + 1e-6)
@@ -80,5 +86,4 @@ def call(model: Any, ids: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
     """Logits of one call, with positions counted from each row's first token."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     kwargs: dict[str, Any] = {"use_cache": False} if cache is None else {"past_key_values": cache}
-    with torch.no_grad():
-        return model(ids, attention_mask=mask, position_ids=positions, **kwargs).logits
+    return model(ids, attention_mask=mask, position_ids=positions, **kwargs).logits

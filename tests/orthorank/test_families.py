@@ -1,6 +1,7 @@
 """Every family: the identities, and the selected layer against the rows of the family's own dense layer."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,6 +25,12 @@ def padded(side: str, lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tenso
     column, size = torch.arange(longest), torch.tensor(lengths)[:, None]
     mask = (column >= longest - size) if side == "left" else (column < size)
     return ids.masked_fill(~mask, 0), mask.long()
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients(request: pytest.FixtureRequest) -> Iterator[None]:
+    with torch.set_grad_enabled("gradient" in request.node.name):
+        yield
 
 
 @pytest.fixture(params=MODELS)
@@ -66,6 +73,38 @@ def test_a_padded_batch(name: str, attention: str, side: str) -> None:
     with apply(model, OrthoRankConfig(layers=[0, 1, 2, 3], keep_ratio=1)):
         assert torch.equal(call(model, ids, mask)[real], dense)
     assert (expected - dense).abs().max() > 0.05 * dense.abs().max(), "the plan must change something"
+
+
+def test_other_criteria(name: str) -> None:
+    model = tiny(name)
+    ids, mask = padded("right")
+    real = mask.bool()
+    seen = []
+    for criterion in ("inverse", "prenorm", "cosine"):
+        with DenseRows(model, [1, 2], 0.4, criterion=criterion) as rows:
+            seen.append(rows(ids, mask)[real])
+        with apply(model, OrthoRankConfig(layers=[1, 2], keep_ratio=0.4, criterion=criterion)):
+            assert_close(call(model, ids, mask)[real], seen[-1])
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_gradients(name: str) -> None:
+    """The reference path is differentiable: the loss's gradient in every weight is that of the dense rows."""
+    model = tiny(name)
+    ids, mask = padded("left", (20, 13))
+
+    def gradients(logits: Tensor) -> dict[str, Tensor]:
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(logits[mask.bool()], ids[mask.bool()]).backward()
+        return {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+
+    with DenseRows(model, [1, 2], 0.4) as rows:
+        expected = gradients(rows(ids, mask))
+    with apply(model, OrthoRankConfig(layers=[1, 2], keep_ratio=0.4)):
+        actual = gradients(call(model, ids, mask))
+    assert expected.keys() == actual.keys()
+    for key, gradient in expected.items():
+        assert_close(actual[key], gradient, 1e-4)
 
 
 def _caches(model: Any) -> dict[str, Any]:
@@ -169,7 +208,7 @@ def test_router_and_experts_see_the_selected_tokens_alone(name: str) -> None:
     for key, module in model.named_modules():
         if key.split(".")[-1] in ("gate", "experts", "shared_expert"):
             module.register_forward_pre_hook(lambda _, args, key=key: seen.__setitem__(key, len(args[0])))
-    with apply(model, OrthoRankConfig(layers=[1], keep_ratio=1 / 3)), torch.no_grad():
+    with apply(model, OrthoRankConfig(layers=[1], keep_ratio=1 / 3)):
         model(ids_of(2, 30), use_cache=False)
     assert {key.rsplit(".", 1)[0] for key in seen} >= {"model.layers.1.mlp"}
     assert {key: rows for key, rows in seen.items() if rows != (20 if ".1." in key else 60)} == {}
@@ -197,7 +236,7 @@ def test_dropout_of_the_residual_stream(name: str) -> None:
     rates = {"resid_pdrop": 1 - 1e-7} if name.startswith("phi") else {"hidden_dropout": 1 - 1e-7}
     model = tiny(name, **rates)
     layer, ids = model.model.layers[1], ids_of(1, 12)
-    with apply(model, OrthoRankConfig(layers=[1], keep_ratio=0.5)), torch.no_grad():
+    with apply(model, OrthoRankConfig(layers=[1], keep_ratio=0.5)):
         outputs = model(ids, output_hidden_states=True, use_cache=False).hidden_states
         assert (outputs[2] - outputs[1]).abs().sum(-1).count_nonzero() == 6
         layer.train()
