@@ -1,7 +1,9 @@
 """Every family: the identities, and the selected layer against the rows of the family's own dense layer."""
 
 import math
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,6 +55,13 @@ ATTENTIONS = [
     for attention in ("sdpa", "eager")
     if (model.model_type, attention) != ("gemma2", "sdpa")
 ]
+
+
+def test_the_table_of_families_is_complete() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    head, *rows = re.findall(r"^\| ([^|]+) \| `(\w+)` \|", page, flags=re.MULTILINE)
+    assert head == ("family", "model_type")
+    assert rows == [(family.name if key != "llama" else "Llama 2, 3", key) for key, family in FAMILIES.items()]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -296,3 +305,21 @@ def test_a_changed_fused_projection_runs_whole(changed: str) -> None:
         assert (rows(ids, mask)[mask.bool()] - expected).abs().max() > 0.1
     with apply(model, OrthoRankConfig(layers=[1, 2], keep_ratio=0.4)):
         assert_close(call(model, ids, mask)[mask.bool()], expected)
+
+
+@pytest.mark.slow
+def test_compiled_whole(name: str) -> None:
+    """Selected layers add no break to the graphs of the dense model."""
+    import torch._dynamo
+
+    model = tiny(name)
+    ids = ids_of(2, 33)
+    torch._dynamo.reset()
+    breaks = torch._dynamo.explain(model)(ids, use_cache=False).graph_break_count
+    with apply(model, OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3)):
+        expected = model(ids, use_cache=False).logits
+        torch._dynamo.reset()
+        assert torch._dynamo.explain(model)(ids, use_cache=False).graph_break_count == breaks
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=breaks == 0)
+        assert_close(compiled(ids, use_cache=False).logits, expected)
