@@ -108,16 +108,14 @@ class LayerStack:
         """
         if keep_ratio == 0:
             return hidden_states
-        kwargs = inputs.layer_kwargs[layer]
         device = device_of(self.decoder.layers[layer])
-        hidden_states = hidden_states.to(device)
+        hidden_states, kwargs = hidden_states.to(device), _on(device, inputs.layer_kwargs[layer])
         if keep_ratio == 1:
             output = self.decoder.layers[layer](hidden_states, **kwargs)
             return output[0] if isinstance(output, tuple) else output
         plan = OrthoRankConfig(layers=[layer], keep_ratio=keep_ratio, criterion=criterion, **options)
         call = replace(inputs.call, update_sink=plan.update_sink).on(device)
-        cos, sin = (table.to(device) for table in kwargs["position_embeddings"])
-        return selected_forward(self.parts[layer], layer, plan, call, hidden_states, (cos, sin))
+        return selected_forward(self.parts[layer], layer, plan, call, hidden_states, kwargs["position_embeddings"])
 
     @torch.no_grad()
     def normed(self, layer: int, hidden_states: Tensor) -> Tensor:
@@ -156,6 +154,17 @@ class LayerStack:
             return self.model(inputs_embeds=normed, use_cache=False, return_dict=True).logits
         finally:
             given.undo()
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    """``value`` with the tensors in it on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _on(device, item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_on(device, item) for item in value)
+    return value
 
 
 class _Given(Patch):

@@ -111,22 +111,25 @@ class SearchState:
         Raises:
             OrthoRankError: no such file, it is not a search state, or a newer version wrote it.
         """
+        wrong = f"{path} is not a saved search state; delete it to begin anew"
         try:
             values: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-            schema = values.get("schema", 1)
-            if isinstance(schema, int) and schema > SCHEMA:
-                raise OrthoRankError(
-                    f"{path} was saved by a newer version of this package (schema {schema}, and this one reads up to "
-                    f"{SCHEMA}); go on with that version, or delete the file to begin anew"
-                )
-            values["schema"] = SCHEMA
-            for name in {"current", "known", "sums"} & values.keys() | {"current"}:
-                values[name] = {int(layer): value for layer, value in values[name].items()}
-            return cls(**values)
         except OSError as error:
             raise OrthoRankError(f"no search state can be read at {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise OrthoRankError(wrong) from error
+        schema = values.get("schema", 1) if isinstance(values, dict) else None
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise OrthoRankError(
+                f"{path} was saved by a newer version of this package (schema {schema}, and this one reads up to "
+                f"{SCHEMA}); go on with that version, or delete the file to begin anew"
+            )
+        try:
+            for name in {"known", "sums"} & values.keys() | {"current"}:
+                values[name] = {int(layer): value for layer, value in values[name].items()}
+            return cls(**values | {"schema": SCHEMA})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise OrthoRankError(f"{path} is not a saved search state; delete it to begin anew") from error
+            raise OrthoRankError(wrong) from error
 
     def _evaluations(self, rounds: int) -> int:
         total = len(self.candidates)
