@@ -12,10 +12,20 @@ if TYPE_CHECKING:
     from orthorank.config import OrthoRankConfig
     from orthorank.errors import OrthoRankError
     from orthorank.families import FAMILIES
-    from orthorank.handle import Handle, apply, handle_of, status
+    from orthorank.handle import Handle, apply, context, handle_of, status
     from orthorank_kernels._version import __version__
 
-__all__ = ["FAMILIES", "Handle", "OrthoRankConfig", "OrthoRankError", "__version__", "apply", "handle_of", "status"]
+__all__ = [
+    "FAMILIES",
+    "Handle",
+    "OrthoRankConfig",
+    "OrthoRankError",
+    "__version__",
+    "apply",
+    "context",
+    "handle_of",
+    "status",
+]
 
 # Imported when first asked for: torch takes seconds, and the command line should answer, and stop, before that.
 _HOMES = {
@@ -24,6 +34,7 @@ _HOMES = {
     "FAMILIES": "orthorank.families",
     "Handle": "orthorank.handle",
     "apply": "orthorank.handle",
+    "context": "orthorank.handle",
     "handle_of": "orthorank.handle",
     "status": "orthorank.handle",
     "__version__": "orthorank_kernels._version",

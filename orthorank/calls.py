@@ -5,37 +5,21 @@ call. A call is a *prefill* as far as its tokens belong to the prompt, and *deco
 """
 
 import dataclasses
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from orthorank.errors import OrthoRankError
 from orthorank.masks import Columns, refuse_packed, refuse_restarts, valid_columns
+from orthorank.phases import Phase
+from orthorank.windows import Windows, windows_by_ratio
 from orthorank_kernels import keep_count
 
-
-@dataclass
-class Phase:
-    """What the caller said of the calls to come; see `Handle.decoding`, `Handle.prefilling` and `generate()`.
-
-    Args:
-        prompt: columns that are prompt; None: every multi-token call is prefill.
-        keep_last: tokens at the prompt's end that are always updated.
-        padding_mask: the ``[batch, columns]`` mask that `generate()` was about to turn into another kind.
-        unpadded: whether `generate()` had no mask, so that the one it makes shows no padding, only windows.
-        decodes: whether the next call is known to hold generated tokens alone; what a compiled graph goes by.
-    """
-
-    prompt: int | None = None
-    keep_last: int = 0
-    padding_mask: Tensor | None = None
-    unpadded: bool = False
-    decodes: bool = False
+if TYPE_CHECKING:
+    from orthorank.config import OrthoRankConfig
 
 
 @dataclass(frozen=True)
@@ -44,14 +28,17 @@ class Call:
 
     Args:
         batch, tokens: shape of the call; past: tokens in the cache before it.
-        prompt_tokens: how many tokens at the call's beginning are prompt; the others are decoded: all updated.
+        prompt_tokens: how many tokens at the call's beginning are prompt; the others are decoded.
+        ranks_decoded: whether decoded tokens are ranked like the prompt; else all of them are updated.
         keep_last: how many tokens at the end of the prompt part are updated whatever their score.
         starts: first valid token of each row inside the call, lengths: how many; None without padding.
         key_starts: first valid column of each row; None without padding.
         sink_positions: the sink's index inside the call, -1 where it was in an earlier one; None: the first token.
+        tails: how many decoded tokens each row ends with, where that differs; None: ``decode_tokens`` in all rows.
+        shortest: with ``tails``: no row without padding has fewer prompt tokens in the call.
         valid: the sum of lengths, counted: `counts` with padding and their sum, by keep ratio; once for all layers.
         workspace: zeros for `rms_norm_select`, which leaves them zero, so that one serves all layers.
-        ran: the plan's layers that ran in this call.
+        ran: the plan's layers that ran in this call; updated: how many tokens the selecting ones among them updated.
         watcher: is told what each layer selects; see `Handle.watching`.
         update_sink: whether the sinks are always updated, counted among the others.
     """
@@ -60,22 +47,27 @@ class Call:
     tokens: int
     past: int
     prompt_tokens: int
+    ranks_decoded: bool = False
     keep_last: int = 0
     starts: Tensor | None = None
     lengths: Tensor | None = None
     key_starts: Tensor | None = None
     sink_positions: Tensor | None = None
     valid: Tensor | None = None
+    tails: Tensor | None = None
+    shortest: int = 0
     counted: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    windows: dict[float, Windows] = field(default_factory=dict)
     workspace: Tensor | None = None
-    ran: list[int] = dataclasses.field(default_factory=list)
+    ran: list[int] = field(default_factory=list)
+    updated: dict[int, int | Tensor] = field(default_factory=dict)
     watcher: "Watcher | None" = None
     update_sink: bool = False
 
     @property
     def decodes_only(self) -> bool:
-        """Whether no token of the call is prompt."""
-        return self.prompt_tokens <= 0
+        """Whether no token of the call is ranked, so that all are updated."""
+        return self.prompt_tokens <= 0 and not self.ranks_decoded
 
     @property
     def first(self) -> bool:
@@ -88,9 +80,20 @@ class Call:
         return self.tokens - self.prompt_tokens
 
     @property
-    def forced(self) -> int:
-        """How many tokens at the end of each row are updated whatever their score."""
-        return self.keep_last + self.decode_tokens
+    def forced_at_end(self) -> int | None:
+        """How many tokens at the end of each row are updated whatever their score; None: they are elsewhere, too."""
+        if self.tails is not None:
+            return None
+        if not self.ranks_decoded:
+            return self.keep_last + self.decode_tokens
+        return self.keep_last if self.decode_tokens == 0 or self.keep_last == 0 else None
+
+    def forced_mask(self, device: torch.device) -> Tensor:
+        """Which tokens are updated whatever their score: bool ``[batch or 1, tokens]``, without a word on padding."""
+        column = torch.arange(self.tokens, device=device)[None]
+        end = self.tokens if self.starts is None or self.lengths is None else (self.starts + self.lengths)[:, None]
+        prompt_end = end - (self.decode_tokens if self.tails is None else self.tails[:, None])
+        return (column >= prompt_end - self.keep_last) & (column < (prompt_end if self.ranks_decoded else end))
 
     def counts(self, ratio: float) -> tuple[int | Tensor, int]:
         """How many tokens of each row a layer updates (an int without padding), and the most that any row can have."""
@@ -101,15 +104,17 @@ class Call:
             forced = with_sink if self.first else keep
             most = extra + keep_count(self.prompt_tokens, ratio, forced, sink_inside=never and self.first)
             return most, most
-        most = extra + keep_count(self.prompt_tokens, ratio, with_sink, sink_inside=False)
+        prompt_tokens = self.prompt_tokens if self.tails is None else self.shortest  # the row with most to update
+        most = self.tokens - prompt_tokens + keep_count(prompt_tokens, ratio, with_sink, sink_inside=False)
         if ratio in self.counted:
             return self.counted[ratio][0], most
-        prompt = (self.lengths - extra).clamp(min=0)
+        tails = extra if self.tails is None else self.tails
+        prompt = (self.lengths - tails).clamp(min=0)
         inside = torch.ones_like(prompt, dtype=torch.bool) if self.sink_positions is None else self.sink_positions >= 0
         each = keep_count(prompt, ratio, keep, sink_inside=inside & never)
         if self.update_sink:
             each = torch.where(inside, keep_count(prompt, ratio, with_sink, sink_inside=False), each)
-        return torch.where(self.lengths > 0, each + extra, 0).int(), most
+        return torch.where(self.lengths > 0, each + tails, 0).int(), most
 
     def row_positions(self, device: torch.device) -> Tensor:
         """Each token's place in its row, the first valid token at 0: int64 ``[batch or 1, tokens]``, below 0 before it.
@@ -132,14 +137,25 @@ class Call:
         each, _ = self.counts(ratio)
         return each.sum() if isinstance(each, Tensor) else self.batch * each
 
-    def prepared(self, ratios: Iterable[float], device: torch.device, update_sink: bool = False) -> "Call":
-        """The same with what layers that select at one of ``ratios`` would compute anew, each of them."""
+    def tokens_unranked(self) -> int | Tensor:
+        """Generated tokens among them that are all updated."""
+        if self.ranks_decoded:
+            return 0
+        return self.batch * self.decode_tokens if self.tails is None else self.tails.sum()
+
+    def prepared(self, plan: "OrthoRankConfig", device: torch.device) -> "Call":
+        """The same with what every selecting layer of ``plan`` would compute anew."""
         workspace = torch.zeros(self.batch, dtype=torch.int32, device=device)
-        call = dataclasses.replace(self, workspace=workspace, update_sink=update_sink)
-        if call.lengths is None:
+        call = dataclasses.replace(self, workspace=workspace, update_sink=plan.update_sink)
+        if call.lengths is not None:
+            call = dataclasses.replace(call, valid=call.lengths.sum())
+        if plan.select == "window":
+            return dataclasses.replace(call, windows=windows_by_ratio(plan, call, device))
+        if plan.select == "threshold" or call.lengths is None:
             return call
+        ratios = {plan.ratio(layer) for layer in plan.selecting}
         counted = {ratio: (each, each.sum()) for ratio in ratios if isinstance(each := call.counts(ratio)[0], Tensor)}
-        return dataclasses.replace(call, counted=counted, valid=call.lengths.sum())
+        return dataclasses.replace(call, counted=counted)
 
     def on(self, device: torch.device) -> "Call":
         """The same with its tensors on ``device``, where another part of the model may lie."""
@@ -151,26 +167,30 @@ class Call:
         if not moved:
             return self
         counted = {ratio: (k.to(device), total.to(device)) for ratio, (k, total) in self.counted.items()}
-        return dataclasses.replace(self, counted=counted, **moved)
+        windows = {ratio: windows.on(device) for ratio, windows in self.windows.items()}
+        return dataclasses.replace(self, counted=counted, windows=windows, **moved)
 
 
 Watcher = Callable[[int, Tensor, Call], None]
 
 
-def read_call(shape: tuple[int, int], device: torch.device, phase: Phase, kwargs: dict[str, Any]) -> Call:
+def read_call(
+    shape: tuple[int, int], device: torch.device, phase: Phase, kwargs: dict[str, Any], decode: str = "dense"
+) -> Call:
     """The call that ``kwargs`` of the decoder's forward describe.
 
     Args:
         shape: batch and tokens of the call.
-        phase: what the caller said before.
+        phase: what the caller said before; decode: what the plan says of generated tokens.
     """
     batch, tokens = shape
     refuse_packed(kwargs)
     cache = cache_of(kwargs)
-    if torch.compiler.is_compiling() and _decodes_over_tensors(cache, phase, tokens):
+    if torch.compiler.is_compiling() and decode == "dense" and _decodes_over_tensors(cache, phase, tokens):
         return Call(batch, tokens, past=1, prompt_tokens=0)  # how much more came before, dense layers do not ask
     past = _past(cache, phase, tokens)
-    call = Call(batch, tokens, past, _prompt_tokens(phase, past, tokens))
+    ranks_decoded = decode == "threshold"
+    call = Call(batch, tokens, past, _prompt_tokens(phase, past, tokens, ranks_decoded), ranks_decoded)
     if call.decodes_only:
         return call
     if phase.prompt is None or past + tokens >= phase.prompt:
@@ -180,12 +200,39 @@ def read_call(shape: tuple[int, int], device: torch.device, phase: Phase, kwargs
         mask = phase.padding_mask
     columns = valid_columns(mask, past + tokens, batch)
     refuse_restarts(kwargs.get("position_ids"), columns, past)
+    if phase.context is not None and not ranks_decoded:
+        return _with_context(call, columns, phase.context, device)
+    return _placed(call, columns, device)
+
+
+def _placed(call: Call, columns: Columns | None, device: torch.device) -> Call:
+    """The call with its padding and sinks."""
     if columns is not None:
         return _padded(call, columns, device)
     if not call.first:
-        absent = torch.full((batch,), -1, dtype=torch.int32, device=device)
+        absent = torch.full((call.batch,), -1, dtype=torch.int32, device=device)
         call = dataclasses.replace(call, sink_positions=absent)
     return call
+
+
+def _with_context(call: Call, columns: Columns | None, context: tuple[int, ...], device: torch.device) -> Call:
+    """The call of which only so many tokens of each row are prompt, the first ones ever given."""
+    if len(context) not in (1, call.batch):
+        raise OrthoRankError(
+            f"lengths of orthorank.context() has {len(context)} entries and the call {call.batch} rows; give one for "
+            "each row, or one for all"
+        )
+    here = [min(call.tokens, max(0, length - call.past)) for length in context]
+    if columns is None and min(here) == max(here):
+        return _placed(dataclasses.replace(call, prompt_tokens=here[0]), None, device)
+    if columns is None:
+        zeros = torch.zeros(call.batch, dtype=torch.int64, device=device)
+        columns = zeros, zeros + call.past + call.tokens
+    start, end = (c.to(device).expand(call.batch) for c in columns)
+    prompt_end = start + torch.tensor(context, device=device)
+    here_from, here_to = start.clamp(min=call.past), end.clamp(max=call.past + call.tokens)
+    tails = (here_to - torch.maximum(prompt_end, here_from)).clamp(min=0).int()
+    return dataclasses.replace(_padded(call, columns, device), tails=tails, shortest=min(here))
 
 
 def cache_of(kwargs: dict[str, Any]) -> Any:
@@ -213,10 +260,12 @@ def _decodes_over_tensors(cache: Any, phase: Phase, tokens: int) -> bool:
     return counts_in_tensor and (phase.decodes or (tokens == 1 and phase.prompt is None))
 
 
-def _prompt_tokens(phase: Phase, past: int, tokens: int) -> int:
+def _prompt_tokens(phase: Phase, past: int, tokens: int, ranks_decoded: bool) -> int:
     """How many of the call's tokens are prompt. A single token over a filled cache is a decode step."""
     if phase.prompt is not None:
         return max(0, min(tokens, phase.prompt - past))
+    if phase.context is not None or ranks_decoded:
+        return tokens
     return 0 if past > 0 and tokens == 1 else tokens
 
 
@@ -232,24 +281,3 @@ def _padded(call: Call, columns: Columns, device: torch.device) -> Call:
         key_starts=start.int().contiguous(),
         sink_positions=torch.where(here, start - call.past, -1).int(),
     )
-
-
-@contextmanager
-def phase_of(holder: Any, phase: Phase) -> Iterator[None]:
-    """Inside, calls of the model are read by ``phase``."""
-    refuse_other_threads(holder)
-    before = holder.phase, holder.thread
-    holder.phase, holder.thread = phase, threading.get_ident()
-    try:
-        yield
-    finally:
-        holder.phase, holder.thread = before
-
-
-def refuse_other_threads(holder: Any) -> None:
-    """A phase holds for the thread that began it; another thread's calls would be read by it, too."""
-    if holder.thread is not None and holder.thread != threading.get_ident():
-        raise OrthoRankError(
-            "a model with a plan applied is in use by another thread (in generate(), decoding() or prefilling()); give "
-            "each thread a copy.deepcopy of the patched model, or take turns with a lock"
-        )

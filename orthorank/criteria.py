@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from orthorank_kernels import rms_norm_score, rms_norm_select, select_tokens
+from orthorank import choosing
+from orthorank_kernels import rms_norm_score, rms_norm_select
 from orthorank_kernels.hashing import random_scores
 
 if TYPE_CHECKING:
@@ -32,11 +33,13 @@ class Chosen(NamedTuple):
         normed: the input norm of all tokens, ``[batch, tokens, hidden]``.
         positions: the selected tokens, int32 ``[batch, most]``, ascending, -1 past a row's count.
         updated: a copy of the hidden states, to write the result into.
+        counts: how many tokens of each row are selected, int32 ``[batch]``.
     """
 
     normed: Tensor
     positions: Tensor
     updated: Tensor
+    counts: Tensor
 
 
 def norm_and_select(
@@ -46,41 +49,62 @@ def norm_and_select(
     hidden_states: Tensor,
     norm: dict[str, Any],
     sink: Tensor | None,
-    **request: Any,
 ) -> Chosen:
     """The input norm of all tokens, and the tokens that ``plan`` selects in ``layer``.
 
     Args:
-        plan: its fields criterion, seed, update_sink and sinks are read; call: padding, and where the sinks are.
+        plan: what ranks tokens, and which ranks are selected; call: padding, and where the sinks are.
         hidden_states: ``[batch, tokens, hidden]``; norm: the input norm, as `rms_norm_score` takes it (weight, eps).
         sink: the sinks' states ``[batch, hidden]`` where the rows began in an earlier call, `scored_states` of then;
             None: the rows begin in this call.
-        request: how many are selected, as `select_tokens` takes it: k, keep_last, max_selected and so on.
     """
-    where: dict[str, Any] = {"starts": call.starts, "lengths": call.lengths}
-    score = SCORES.get(plan.criterion, "inner")
-    if is_fused(plan):
+    if is_fused(plan) and choosing.is_plain(plan, call):
         chosen: Any = rms_norm_select(
             hidden_states,
             **norm,
-            **where,
-            **request,
-            score=score,
+            **choosing.request(plan, layer, call),
+            score=SCORES[plan.criterion],
             sink=sink,
+            starts=call.starts,
+            lengths=call.lengths,
             sink_positions=call.sink_positions,
             workspace=call.workspace,
             copy_input=True,
         )
-        return Chosen(chosen.normed, chosen.positions, chosen.residual)
-    own = sink if plan.criterion in SCORES else None  # what the others keep of the sink is no state for this score
-    scored: Any = rms_norm_score(hidden_states, **norm, **where, score=score, sink=own, copy_input=True)
-    ranks = ranks_of(plan, layer, call, scored_states(plan, hidden_states, scored.normed), scored.scores, sink)
+        return Chosen(chosen.normed, chosen.positions, chosen.residual, chosen.counts)
+    normed, ranks, updated = norm_and_rank(plan, layer, call, hidden_states, norm, sink)
     sinks = call.sink_positions
     if plan.update_sink:
         ranks = torch.where(is_sink(call, ranks.device), -torch.inf, ranks)
         sinks = torch.full((call.batch,), -1, dtype=torch.int32, device=ranks.device)  # none that ranks after all
-    positions = select_tokens(ranks, **where, **request, sink_positions=sinks).positions
-    return Chosen(scored.normed, positions, scored.residual)
+    positions, counts = choosing.pick(plan, layer, call, ranks, sinks)
+    return Chosen(normed, positions, updated, counts)
+
+
+def norm_and_rank(
+    plan: "OrthoRankConfig",
+    layer: int,
+    call: "Call",
+    hidden_states: Tensor,
+    norm: dict[str, Any],
+    sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The input norm of all tokens, their ranks, and a copy of ``hidden_states``; arguments as for `norm_and_select`.
+
+    The ranks of the sinks mean nothing.
+    """
+    own = sink if plan.criterion in SCORES else None  # what the others keep of the sink is no state for this score
+    scored: Any = rms_norm_score(
+        hidden_states,
+        **norm,
+        score=SCORES.get(plan.criterion, "inner"),
+        sink=own,
+        starts=call.starts,
+        lengths=call.lengths,
+        copy_input=True,
+    )
+    ranks = ranks_of(plan, layer, call, scored_states(plan, hidden_states, scored.normed), scored.scores, sink)
+    return scored.normed, ranks, scored.residual
 
 
 def is_fused(plan: "OrthoRankConfig") -> bool:

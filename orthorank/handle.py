@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from inspect import signature
@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from orthorank import sink_state
-from orthorank.calls import Call, Phase, Watcher, cache_of, phase_of, read_call, refuse_other_threads
+from orthorank.calls import Call, Watcher, cache_of, read_call
 from orthorank.config import OrthoRankConfig, hub_id
 from orthorank.errors import OrthoRankError
 from orthorank.families import Family, decoder_of, device_of, family_of
 from orthorank.layer import removed_forward, selected_forward
 from orthorank.layer_status import LayerCounts, Status, status_of
 from orthorank.patching import Patch
-from orthorank.readiness import refuse_unready
+from orthorank.phases import Phase, context_lengths, phase_of, refuse_other_threads
+from orthorank.plan_checks import check_integer
 from orthorank.refusals import refuse_outputs, refuse_unrun, refused_methods, without_cache
 
 if TYPE_CHECKING:
@@ -60,7 +61,6 @@ def apply(model: "PreTrainedModel", config: OrthoRankConfig) -> "Handle":
     if handle_of(model) is not None:
         raise OrthoRankError("a plan is applied to this model already; call handle.remove() first")
     check_plan(model, config)
-    refuse_unready(config)
     for index in config.layers:
         family.parts(decoder_of(model).layers[index])  # raises when a layer does not look right
     return Handle(model, dataclasses.replace(copy.deepcopy(config)), family)  # checks its fields again
@@ -84,6 +84,39 @@ def status(model: Any) -> Status:
     if handle is None:
         raise OrthoRankError("no plan is applied to this model; apply one with orthorank.apply(model, config)")
     return status_of(handle.config, len(decoder_of(model).layers), handle.stats, family_of(model).note)
+
+
+def context(model: Any, lengths: int | Sequence[int] | Tensor) -> AbstractContextManager[None]:
+    """Inside, tokens are selected from the context of each row alone; the continuation behind it is dense.
+
+    For scoring continuations: without this, tokens of the continuation compete with those of the context (as in the
+    paper), so that the context is not computed alike for two of them. Inside, a call with context and continuation
+    gives what a prefill of the context and dense steps over its cache give: k, windows and thresholds are those of the
+    context. Nothing is forced: ``keep_last`` is 0. With ``decode="threshold"`` the continuation is selected as
+    generated tokens are.
+
+    Args:
+        model: with a plan applied.
+        lengths: how many tokens of each row are context, from its first token (not padding) on, 1 or more: an int for
+            all rows, or one number for each. Of a shorter row all tokens are context.
+
+    Raises:
+        OrthoRankError: no plan is applied, or lengths is something else.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+        ...     num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1))
+        >>> handle = apply(model, OrthoRankConfig(layers=[2], keep_ratio=1/3))
+        >>> with context(model, [9, 6]):  # 3 and 2 of the contexts, all of the continuations
+        ...     _ = model(torch.arange(24).view(2, 12))
+        >>> handle.stats[2].tokens_updated == (3 + 3) + (2 + 6)
+        True
+    """
+    handle = handle_of(model)
+    if handle is None:
+        raise OrthoRankError("no plan is applied to this model; apply one with orthorank.apply(model, config)")
+    return handle.context(lengths)
 
 
 def check_plan(model: Any, config: OrthoRankConfig) -> None:
@@ -153,7 +186,10 @@ class Handle(AbstractContextManager["Handle"]):
             module.__dict__.pop(ATTRIBUTE, None)
 
     def decoding(self) -> AbstractContextManager[None]:
-        """Inside, every token of every call is a generated one, hence dense, however many come in one call."""
+        """Inside, every token of every call is a generated one, however many come in one call.
+
+        That is dense, unless the plan says ``decode="threshold"``.
+        """
         return phase_of(self, Phase(prompt=0, decodes=True))
 
     def prefilling(self, keep_last: int | None = None) -> AbstractContextManager[None]:
@@ -163,9 +199,12 @@ class Handle(AbstractContextManager["Handle"]):
             keep_last: tokens at each row's end that are always updated; None: the plan's.
         """
         keep = self.config.keep_last if keep_last is None else keep_last
-        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 0:
-            raise OrthoRankError(f"keep_last is {keep!r}; it must be an integer, 0 or more")
+        check_integer("keep_last", keep, 0)
         return phase_of(self, Phase(keep_last=keep))
+
+    def context(self, lengths: int | Sequence[int] | Tensor) -> AbstractContextManager[None]:
+        """Inside, so many tokens of each row are prompt and the others generated ones; see `orthorank.context`."""
+        return phase_of(self, Phase(context=context_lengths(lengths)))
 
     @contextmanager
     def watching(self, watcher: Watcher) -> Iterator[None]:
@@ -221,15 +260,15 @@ class DecoderForward(Patch):
                 "two calls of a model with a plan applied overlap; give each thread a copy.deepcopy of the patched "
                 "model, or take turns with a lock"
             )
-        call = read_call((given.shape[0], given.shape[1]), given.device, handle.phase, kwargs)
+        shape = given.shape[0], given.shape[1]
+        call = read_call(shape, given.device, handle.phase, kwargs, handle.config.decode)
         if handle.selecting and not call.decodes_only:
             if not call.first:
                 # before any layer runs: a failure further up would leave the lower layers' cache the longer one
-                sink_state.check(cache_of(kwargs), handle.selecting, call.batch)
+                sink_state.check(cache_of(kwargs), handle.selecting, call.batch, handle.config.decode)
             if handle.config.kv == "selected":
                 use_cache = without_cache(cache_of(kwargs), use_cache)
-            ratios = {handle.config.ratio(layer) for layer in handle.selecting}
-            call = call.prepared(ratios, given.device, handle.config.update_sink)
+            call = call.prepared(handle.config, given.device)
         handle.call = call if handle.watcher is None else dataclasses.replace(call, watcher=handle.watcher)
         try:
             result = self.original(input_ids=input_ids, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
@@ -260,16 +299,20 @@ class LayerForward(Patch):
             counts.add(valid, 0)
             return removed_forward(self.index, hidden_states, cache_of(kwargs))
         if call.decodes_only or ratio == 1:
-            counts.add(valid, valid)
+            counts.add(valid, valid, unranked=valid if call.decodes_only else 0)
             return self.original(hidden_states, *args, **kwargs)
-        counts.add(valid, call.tokens_updated(ratio))
-        parts, cos_sin = self.family.parts(self.owner), kwargs["position_embeddings"]
-        run = partial(selected_forward, parts, self.index, config, call.on(hidden_states.device))
+        output = self._select(hidden_states, kwargs["position_embeddings"], cache_of(kwargs), call)
+        counts.add(valid, call.updated[self.index], unranked=call.tokens_unranked())
+        return output
+
+    def _select(self, hidden_states: Tensor, cos_sin: tuple[Tensor, Tensor], cache: Any, call: Call) -> Any:
+        parts = self.family.parts(self.owner)
+        run = partial(selected_forward, parts, self.index, self.handle.config, call.on(hidden_states.device))
         if getattr(self.owner, "gradient_checkpointing", False) and self.owner.training:
             # as transformers' own layers do it, without a cache: the recomputation would fill it twice
             again = partial(run, position_embeddings=cos_sin)
             return self.owner._gradient_checkpointing_func(again, hidden_states)
-        return run(hidden_states, cos_sin, cache_of(kwargs))
+        return run(hidden_states, cos_sin, cache)
 
 
 class Generate(Patch):
@@ -281,6 +324,11 @@ class Generate(Patch):
 
     def __call__(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         handle = self.handle
+        if handle.phase.context is not None:
+            raise OrthoRankError(
+                "generate() was called inside orthorank.context(), which says what is prompt; so does generate(): what "
+                "it is given. Call it outside"
+            )
         prompt = 0 if handle.phase.prompt == 0 else _prompt_length(inputs, kwargs)  # 0: inside handle.decoding()
         with phase_of(handle, Phase(prompt=prompt, keep_last=handle.config.keep_last)):
             return self.original(inputs, *args, **kwargs)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthorank import sink_state
+from orthorank import choosing, sink_state
 from orthorank.calls import Call
 from orthorank.config import OrthoRankConfig
 from orthorank.criteria import Chosen, norm_and_select, scored_states
@@ -46,7 +46,7 @@ def selected_forward(
         ``[batch, tokens, hidden]``: unselected tokens as they came.
     """
     tables = parts.tables(position_embeddings)
-    normed, positions, updated = _norm_and_select(parts, index, config, call, hidden_states, cache)
+    normed, positions, updated, _ = _norm_and_select(parts, index, config, call, hidden_states, cache)
 
     if call.watcher is not None:
         call.watcher(index, positions, call)
@@ -97,15 +97,13 @@ def _norm_and_select(
         return scored_states(config, rows, parts.norm_in(rows))
 
     sink = None if call.first else sink_state.continued(call, cache, index, hidden_states, states)
-    each, most = call.counts(config.ratio(index))
     with parts.norm_in.loaded() as norm:
-        chosen = norm_and_select(
-            config, index, call, hidden_states, norm, sink, k=each, keep_last=call.forced, max_selected=most
-        )
+        chosen = norm_and_select(config, index, call, hidden_states, norm, sink)
     if cache is not None:
         scored = scored_states(config, hidden_states, chosen.normed)
         sink_state.keep(cache, index, sink_state.rows_at(scored, call.starts) if sink is None else sink)
-    return chosen
+    call.updated[index] = choosing.count_of(config, index, call, chosen.positions, chosen.counts)
+    return chosen._replace(positions=choosing.fitted(config, call, chosen.positions, chosen.counts))
 
 
 def removed_forward(index: int, hidden_states: Tensor, cache: Any = None) -> Tensor:

@@ -19,8 +19,8 @@ class Total:
         """Add ``count``, an int or a scalar tensor."""
         if isinstance(count, Tensor):
             self._pending.append(count)
-            if len(self._pending) >= 1024:  # bounded memory for those who never read
-                self.value()
+            if len(self._pending) >= 1024:  # bounded memory for those who never read, who do not wait either
+                self._pending = [torch.stack([count.to(self._pending[0].device) for count in self._pending]).sum()]
         else:
             self._known += count
 
@@ -48,20 +48,21 @@ class LayerCounts:
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self._calls, self._in, self._updated = 0, Total(), Total()
+        self._calls, self._in, self._updated, self._unranked = 0, Total(), Total(), Total()
         place = "cpu" if torch.device(device).type == "meta" else device
         with torch.inference_mode(False):  # else the counts of a plan applied inside it could be changed only there
-            self._compiled = torch.zeros(3, dtype=torch.int64, device=place)  # calls, tokens in, tokens updated
+            self._compiled = torch.zeros(4, dtype=torch.int64, device=place)  # calls, and tokens: in, updated, unranked
 
-    def add(self, tokens_in: int | Tensor, tokens_updated: int | Tensor) -> None:
-        """Count one call."""
+    def add(self, tokens_in: int | Tensor, tokens_updated: int | Tensor, unranked: int | Tensor = 0) -> None:
+        """Count one call; ``unranked`` of the updated tokens were generated ones, all of which are updated."""
         if torch.compiler.is_compiling():
-            counts = [_scalar(count, self._compiled.device) for count in (1, tokens_in, tokens_updated)]
+            counts = [_scalar(count, self._compiled.device) for count in (1, tokens_in, tokens_updated, unranked)]
             self._compiled.add_(torch.stack(counts))
             return
         self._calls += 1
         self._in.add(tokens_in)
         self._updated.add(tokens_updated)
+        self._unranked.add(unranked)
 
     @property
     def calls(self) -> int:
@@ -78,6 +79,13 @@ class LayerCounts:
         """Tokens that the layer updated, over all calls."""
         return self._updated.value() + int(self._compiled[2])
 
+    @property
+    def achieved_ratio(self) -> float | None:
+        """Share of the tokens that were ranked which the layer updated, over all calls; None before the first."""
+        unranked = self._unranked.value() + int(self._compiled[3])
+        ranked = self.tokens_in - unranked
+        return (self.tokens_updated - unranked) / ranked if ranked else None
+
     def __repr__(self) -> str:
         return f"LayerCounts(calls={self.calls}, tokens_in={self.tokens_in}, tokens_updated={self.tokens_updated})"
 
@@ -90,7 +98,11 @@ def _scalar(count: int | Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerStatus:
-    """One row of `status`: a layer's mode ("selected", "removed" or "dense") and counts. Dense layers count nothing."""
+    """One row of `status`: a layer's mode ("selected", "removed" or "dense") and counts. Dense layers count nothing.
+
+    ``keep_ratio`` is what the plan asks for, ``achieved_ratio`` what became of it: the share of the prompt's tokens
+    (and of generated ones that are ranked, too) that were updated. None before there were any.
+    """
 
     layer: int
     mode: str
@@ -98,6 +110,7 @@ class LayerStatus:
     calls: int | None = None
     tokens_in: int | None = None
     tokens_updated: int | None = None
+    achieved_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +124,7 @@ class Status:
     note: str = ""
 
     def __str__(self) -> str:
-        head = f"{'layer':>5}  {'mode':<8}  {'keep':>5}  {'calls':>6}  {'tokens in':>10}  {'updated':>10}"
+        head = f"{'layer':>5}  {'mode':<8}  {'keep':>5}  {'calls':>6}  {'tokens in':>10}  {'updated':>10}  achieved"
         return "\n".join([head, *(_line(row) for row in self.rows), *([self.note] if self.note else [])])
 
 
@@ -123,7 +136,7 @@ def status_of(config: OrthoRankConfig, num_layers: int, counts: dict[int, LayerC
             seen = counts[layer]
             ratio = config.ratio(layer)
             mode = {0.0: "removed", 1.0: "dense"}.get(ratio, "selected")
-            row = LayerStatus(layer, mode, ratio, seen.calls, seen.tokens_in, seen.tokens_updated)
+            row = LayerStatus(layer, mode, ratio, seen.calls, seen.tokens_in, seen.tokens_updated, seen.achieved_ratio)
         else:
             row = LayerStatus(layer, "dense", 1.0)
         rows.append(row)
@@ -135,5 +148,5 @@ def _line(row: LayerStatus) -> str:
         return f"{row.layer:>5}  {row.mode:<8}  {row.keep_ratio:>5.3g}"
     return (
         f"{row.layer:>5}  {row.mode:<8}  {row.keep_ratio:>5.3g}  {row.calls:>6}  {row.tokens_in:>10}  "
-        f"{row.tokens_updated:>10}"
+        f"{row.tokens_updated:>10}  {'-' if row.achieved_ratio is None else f'{row.achieved_ratio:.3f}':>8}"
     )

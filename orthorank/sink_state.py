@@ -17,8 +17,8 @@ from orthorank.patching import Patch
 ATTRIBUTE = "orthorank_sinks"
 
 
-def check(cache: Any, layers: list[int], batch: int) -> None:
-    """``cache`` holds the sinks of every one of ``layers``, for ``batch`` rows.
+def check(cache: Any, layers: list[int], batch: int, decode: str = "dense") -> None:
+    """``cache`` holds the sinks of every one of ``layers``, for ``batch`` rows; ``decode`` is the plan's.
 
     Raises:
         OrthoRankError: the cache was filled without this plan, or has another batch size.
@@ -29,7 +29,11 @@ def check(cache: Any, layers: list[int], batch: int) -> None:
             raise OrthoRankError(
                 f"the cache was filled without layer {layer} selecting tokens (by the dense model, or by another "
                 "plan), so the sink token's state is not known; prefill from an empty cache with the plan applied, or "
-                "continue inside `with handle.decoding():` to process the new tokens densely"
+                + (
+                    "continue inside `with handle.decoding():` to process the new tokens densely"
+                    if decode == "dense"
+                    else "use a plan with decode='dense' and continue inside `with handle.decoding():`"
+                )
             )
         if sinks[layer].shape[0] != batch:
             raise OrthoRankError(

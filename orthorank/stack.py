@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from orthorank.calls import Call, Phase, read_call
+from orthorank.calls import Call, read_call
 from orthorank.config import OrthoRankConfig
 from orthorank.errors import OrthoRankError
 from orthorank.families import decoder_of, device_of, family_of
@@ -16,6 +16,7 @@ from orthorank.handle import handle_of
 from orthorank.layer import selected_forward
 from orthorank.parts import Parts
 from orthorank.patching import Patch
+from orthorank.phases import Phase
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

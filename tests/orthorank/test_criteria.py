@@ -228,7 +228,8 @@ def chosen(states: torch.Tensor, k: int, **options: Any) -> list[int]:
     states = states[None]
     call = Call(1, states.shape[1], past=0, prompt_tokens=states.shape[1])
     norm = {"weight": None, "eps": 0.0, "norm": "identity"}
-    choice = norm_and_select(OrthoRankConfig([0], **options), 0, call, states, norm, None, k=k)
+    plan = OrthoRankConfig([0], keep_ratio=k / states.shape[1], **options)
+    choice = norm_and_select(plan, 0, call, states, norm, None)
     return choice.positions[0].tolist()
 
 

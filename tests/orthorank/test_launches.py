@@ -65,7 +65,7 @@ def hugging_face_layer(change: Callable[[Any], Any] = lambda layer: None, paddin
         if padding:
             row = empty(BATCH, dtype=torch.int32)
             call = replace(call, starts=row, lengths=row, key_starts=row)
-        call = call.prepared(PLAN.ratios.values(), x.device)
+        call = call.prepared(PLAN, x.device)
         with Launches(gpus) as traced:
             result = selected_forward(FAMILIES["llama"].parts(layer), 1, PLAN, call, x, (table, table))
         assert result.shape == x.shape

@@ -1,5 +1,6 @@
 """A plan whose layers have ratios of their own: some select, one is removed, one is dense."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply, status
 from orthorank.evaluation import prefill_flops
-from tests.orthorank import naive
+from tests.orthorank import naive, rules
 
 RATIOS = {0: 0.25, 1: 0.0, 2: 0.75, 3: 1.0}
 TOKENS = 20
@@ -18,27 +19,10 @@ def mixed() -> OrthoRankConfig:
     return OrthoRankConfig(layers=[0, 1, 2, 3], keep_ratio=0.25, keep_ratios={1: 0, 2: 0.75, 3: 1})
 
 
-@torch.no_grad()
 def stated(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits of one row under the mixed plan, each layer's rule as a hook on the dense one."""
-
-    def rule(ratio: float) -> Any:
-        def keep(module: Any, args: tuple[Any, ...], output: Any) -> torch.Tensor:
-            h = args[0]
-            x = module.input_layernorm(h)[0].double()
-            mask = naive.selected_mask((x @ x[0]).abs(), int(ratio * ids.shape[1] + 1e-6))
-            return torch.where(mask[None, :, None], output, h)
-
-        return keep
-
-    hooks = [
-        layer.register_forward_hook(rule(RATIOS[i])) for i, layer in enumerate(model.model.layers) if RATIOS[i] < 1
-    ]
-    try:
-        return model(ids, use_cache=False).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
+    counts = {layer: int(ratio * ids.shape[1] + 1e-6) for layer, ratio in RATIOS.items() if ratio < 1}
+    return rules.logits_by_rule(model, ids, {i: partial(naive.selected_mask, k=k) for i, k in counts.items()})
 
 
 def test_mixed_layers_follow_their_own_ratios(tiny_model: Any, family: str) -> None:
