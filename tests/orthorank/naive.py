@@ -82,7 +82,7 @@ def logits(
 
     def select(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
         h, layer = args[0], module.self_attn.layer_idx
-        x = module.input_layernorm(h)[0].double()
+        x = getattr(module, "input_layernorm", torch.nn.Identity())(h)[0].double()
         scores = sign * ranks(criterion, h[0], x, seed, layer)
         if sinks == "auto":
             alike = ranks("cosine", h[0], h[0] if criterion == "prenorm" else x) >= 0.75
@@ -110,9 +110,10 @@ def logits(
 def among_themselves(module: Any, h: Tensor, mask: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """The dense layer on the selected rows of ``h`` alone, at their own places."""
     at = mask.nonzero().flatten()
-    window = getattr(module.self_attn.config, "sliding_window", None)
-    if hasattr(module.self_attn, "sliding_window"):
-        window = module.self_attn.sliding_window
+    config, index = module.self_attn.config, module.self_attn.layer_idx
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds is None or kinds[index] == "sliding_attention"
+    window = getattr(config, "sliding_window", None) if slides else None
     distance = at[:, None] - at[None, :]
     visible = (distance >= 0) & (distance < (window or len(mask)))
     cos, sin = kwargs["position_embeddings"]
