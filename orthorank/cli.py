@@ -59,6 +59,7 @@ def _app() -> "typer.Typer":
     import typer
 
     from orthorank.commands import (
+        analyze,
         bench,
         demo,
         doctor,
@@ -81,6 +82,7 @@ def _app() -> "typer.Typer":
     app.command("doctor")(doctor.command)
     app.command("bench")(bench.command)
     app.command("env")(env.command)
+    app.command("analyze")(analyze.command)
     app.command("search")(search.command)
     measure = typer.Typer(help="Measure a model, dense and with plans: perplexity, tasks, LongBench.")
     measure.command("ppl")(eval_ppl.command)

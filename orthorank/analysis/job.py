@@ -1,0 +1,136 @@
+"""All analyses of a model, one after the other, with the figures and their data in one folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orthorank.config import OrthoRankConfig
+from orthorank.demo.screen import Screen
+from orthorank.errors import OrthoRankError
+from orthorank.files import user_path, writable_folder, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from orthorank.stack import LayerStack
+
+
+@dataclass(frozen=True)
+class AnalysisSettings:
+    """What `run_analysis` does; see ``orthorank analyze --help``.
+
+    Raises:
+        OrthoRankError: a number out of range, or a plan that cannot be read.
+    """
+
+    model: str | None = None
+    text: Path | None = None
+    output: Path = Path("orthorank-analysis")
+    plans: tuple[str, ...] = ()
+    passages: int = 64
+    passage_tokens: int = 32
+    windows: int = 4
+    seq_len: int = 512
+    keep_ratio: float = 1 / 3
+    device: str = "auto"
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("passages", 1), ("passage_tokens", 12), ("windows", 0), ("seq_len", 2)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise OrthoRankError(f"{name} is {value!r}; it must be an integer, {least} or more")
+
+    def read_plans(self) -> dict[str, OrthoRankConfig]:
+        """The plans by a title; raises when one cannot be read."""
+        from orthorank.evaluation.bench import variant_names
+
+        plans = [OrthoRankConfig.from_pretrained(user_path("plan", path)) for path in self.plans]
+        return dict(zip(variant_names(plans), plans, strict=True))
+
+
+def run_analysis(settings: AnalysisSettings, screen: Screen) -> dict[str, Any]:
+    """Measure, draw, and write ``analysis.json``; what was measured is also returned."""
+    from orthorank.analysis import figures
+    from orthorank.analysis.layerwise import compare_layers
+    from orthorank.analysis.similarity import measure_similarities
+    from orthorank.models import load_model, locate
+    from orthorank.sink import detect_sink
+    from orthorank.stack import LayerStack
+    from orthorank.texts import check_ids, find_text, tokenize
+
+    plans = settings.read_plans()
+    text = find_text(settings.text)
+    folder = writable_folder(settings.output)
+    with screen.progress(f"loading {locate(settings.model).name}", 1):
+        model, tokenizer, info = load_model(settings.model, settings.device, settings.dtype)
+    ids = tokenize(text, tokenizer)
+    check_ids(ids, model)
+    sink = detect_sink(model, tokenizer)
+    screen.heading(f"{info.name}: {sink.reason}")
+    stack = LayerStack(model)
+    passages = _cut(ids, settings.passages, settings.passage_tokens, "passages").to(model.device)
+    with screen.progress("similarities", 1):
+        similar = measure_similarities(stack, passages)
+    paths = [
+        *figures.draw_similarity_with_sink(similar, sink.sink_layer, folder),
+        *figures.draw_similarity_across_layers(similar, sink.sink_layer, folder),
+        *figures.draw_similarity_of_others(similar, sink.sink_layer, folder),
+    ]
+    results: dict[str, Any] = {
+        "model": info.to_dict(),
+        "text": {"name": text.name, "sha256": text.sha256},
+        "sink": sink.to_dict(),
+        "similarities": similar.to_dict(),
+    }
+    write_json(folder / "analysis.json", results)
+    if settings.windows:
+        windows = _cut(ids, settings.windows, settings.seq_len, "windows").to(model.device)
+        layers = _layers_after_sink(stack, sink.sink_layer)
+        with screen.progress("layer by layer", len(layers)) as advance:
+            compared = compare_layers(
+                stack,
+                windows,
+                layers,
+                keep_ratio=settings.keep_ratio,
+                on_layer=lambda done, total, one: advance(done, f"layer {one.layer}: {one.difference:+.2f}"),
+            )
+        paths += figures.draw_layerwise(compared, ("orthogonal", "inverse"), folder)
+        results["layerwise"] = [one.to_dict() for one in compared]
+        better = sum(one.margin > 0 for one in compared)
+        screen.say(f"Selecting the orthogonal tokens is better than the others in {better} of {len(compared)} layers.")
+    shown = plans or _shipped(model)
+    if shown:
+        ratios = {title: {layer: plan.ratio(layer) for layer in plan.layers} for title, plan in shown.items()}
+        paths += figures.draw_chosen_layers(ratios, stack.num_layers, folder)
+        results["plans"] = {title: plan.to_dict() for title, plan in shown.items()}
+    write_json(folder / "analysis.json", results)
+    screen.say(f"Figures: {', '.join(path.name for path in paths if path.suffix == '.png')} (and .svg) in {folder}")
+    return results
+
+
+def _cut(ids: "Tensor", count: int, length: int, name: str) -> "Tensor":
+    """``count`` pieces of ``length`` tokens at even distances, ``[count, length]``."""
+    import torch
+
+    if len(ids) < count * length:
+        raise OrthoRankError(
+            f"the text has {len(ids):,} tokens, and {count} {name} of {length} need {count * length:,}; name a longer "
+            f"text, or lower --{name}"
+        )
+    distance = len(ids) // count
+    return torch.stack([ids[n * distance : n * distance + length] for n in range(count)])
+
+
+def _layers_after_sink(stack: "LayerStack", sink_layer: int | None) -> range:
+    """All layers after the sink, the last ones included (the paper's Figure 4 shows them); without a sink all but 0."""
+    return range(1 if sink_layer is None else sink_layer + 1, stack.num_layers)
+
+
+def _shipped(model: Any) -> dict[str, OrthoRankConfig]:
+    from orthorank.plans import default_plan
+
+    try:
+        return {"layer pruning": default_plan(model, "layer-pruning"), "orthorank": default_plan(model)}
+    except OrthoRankError:
+        return {}

@@ -1,0 +1,57 @@
+"""``orthorank analyze``: the paper's figures, of any model and text."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orthorank.commands.demo import MODEL
+from orthorank.errors import OrthoRankError
+
+TEXT = "UTF-8 text file. Default: the documentation of Python inside its standard library."
+PLANS = "Plan whose layers are drawn, a file or folder; may be given several times. Default: the shipped ones, if any."
+
+
+def command(
+    model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
+    text: Annotated[Path | None, typer.Option(help=TEXT)] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the figures and analysis.json.")] = Path(
+        "orthorank-analysis"
+    ),
+    plan: Annotated[list[str] | None, typer.Option(help=PLANS)] = None,
+    passages: Annotated[int, typer.Option(help="Passages for the similarities.")] = 64,
+    passage_tokens: Annotated[int, typer.Option(help="Tokens of a passage.")] = 32,
+    windows: Annotated[int, typer.Option(help="Windows for the layer-wise comparison; 0 leaves it out.")] = 4,
+    seq_len: Annotated[int, typer.Option(help="Tokens of such a window.")] = 512,
+    keep_ratio: Annotated[str, typer.Option(help="Share of tokens that a layer updates there.")] = "1/3",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+) -> int:
+    """Draw the paper's figures of any model, as PNG and SVG, and write the numbers behind them as JSON.
+
+    Similarities with the sink token (Figures 2 and 7) and across layers (3 and 6), selection layer by layer (4), and
+    the chosen layers of plans (5).
+    """
+    from rich.console import Console
+
+    from orthorank.analysis.job import AnalysisSettings, run_analysis
+    from orthorank.commands.screen import RichScreen, number
+
+    ratio = number("keep_ratio", keep_ratio)
+    if ratio is None or not 0 < ratio < 1:
+        raise OrthoRankError(f"keep_ratio is {keep_ratio!r}; it must be above 0 and below 1, such as 1/3")
+    settings = AnalysisSettings(
+        model=model,
+        text=text,
+        output=output,
+        plans=tuple(plan or ()),
+        passages=passages,
+        passage_tokens=passage_tokens,
+        windows=windows,
+        seq_len=seq_len,
+        keep_ratio=ratio,
+        device=device,
+        dtype=dtype,
+    )
+    run_analysis(settings, RichScreen(Console()))
+    return 0
