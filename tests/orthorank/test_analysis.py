@@ -78,8 +78,7 @@ def test_passages_that_are_too_short(model: Any, shape: tuple[int, int], other: 
         measure_similarities(LayerStack(model), torch.zeros(shape, dtype=torch.long), other=other)
 
 
-def test_chosen_layers_are_drawn_as_shares(tmp_path: Path) -> None:
-    """Each column's height in the SVG is the share of tokens that the layer updates."""
+def test_a_figure_is_a_png_and_an_svg_and_always_the_same(tmp_path: Path) -> None:
     paths = figures.draw_chosen_layers({"a plan": {1: 0.5, 2: 0.0}}, 4, tmp_path)
     assert {path.suffix for path in paths} == {".png", ".svg"}
     assert (tmp_path / "fig5-chosen-layers.png").read_bytes().startswith(b"\x89PNG")

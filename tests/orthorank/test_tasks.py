@@ -212,3 +212,21 @@ def test_the_harness_own_command_line(folder: Path, task_folder: Path, tmp_path:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "|rivers|" in done.stdout
+
+
+def test_selection_over_the_context_alone(byte_model: tuple[Any, Any]) -> None:
+    """An answer's tokens are dense: the likelihood is that of the prefilled context and dense steps over its cache."""
+    from transformers import DynamicCache
+
+    model = adapter(byte_model, plan=PLAN, batch_size=8, context_only=True)
+    found = [value for value, _ in model._loglikelihood_tokens(pairs(), disable_tqdm=True)]
+    for (_, context, answer), value in zip(pairs(), found, strict=True):
+        cache = DynamicCache(config=byte_model[0].config)
+        with torch.no_grad():
+            logits = [byte_model[0](torch.tensor([context]), past_key_values=cache).logits[:, -1]]
+            with model.handle.decoding():
+                for token in answer[:-1]:
+                    logits.append(byte_model[0](torch.tensor([[token]]), past_key_values=cache).logits[:, -1])
+        scores = torch.cat(logits).log_softmax(-1)
+        assert value == pytest.approx(scores.gather(1, torch.tensor(answer)[:, None]).sum().item(), abs=1e-4)
+    model.handle.remove()
