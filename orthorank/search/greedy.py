@@ -36,8 +36,8 @@ def greedy_search(
             ``range(1, num_layers - 1)``, which protects the first and the last layer.
         rounds: layers to switch; see `layer_count`.
         fast: whether all candidates see a few windows only, the best half twice as many, and so on to the best few on
-            all windows. Not exact: a candidate that is best on all windows may be out before. The losses that are
-            reported are on all windows.
+            all windows; the half that was worse on the first windows sits out one round. Not exact: a candidate that is
+            best on all windows may be out before. The losses that are reported are on all windows.
         state: of an earlier search with the same arguments, to be continued.
         on_evaluation: called after each evaluation as ``on_evaluation(round, candidate, loss, best, done, total)``:
             the round from 0, the layer, its loss (inf: given up, another is better), the round's smallest loss so

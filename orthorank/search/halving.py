@@ -10,8 +10,9 @@ from orthorank.search.state import SearchState
 def fast_evaluations(evaluator: Evaluator, state: SearchState) -> Iterator[tuple[int, float, bool]]:
     """Evaluate what is left of the running round.
 
-    Whoever is worse than half of the candidates on the windows seen so far is out. So the winner need not be the
-    candidate with the smallest loss on all windows; but it has seen them all, and so have the losses that are reported.
+    Whoever is worse than half of the candidates on the windows seen so far is out, and whoever was so on the first
+    windows sits out the next round (`SearchState.entrants`). So the winner need not be the candidate with the smallest
+    loss on all windows; but it has seen them all, and so have the losses that are reported.
 
     Args:
         evaluator: started with the state's plan.
@@ -20,7 +21,7 @@ def fast_evaluations(evaluator: Evaluator, state: SearchState) -> Iterator[tuple
     Yields:
         After each evaluation: the layer, its mean loss on the windows it has seen, and whether the round is over.
     """
-    alive, before = state.remaining, 0
+    alive, before = state.entrants, 0
     stages = state.stages(len(alive))
     for seen, count in stages:
         alive = _best(state, alive, before, count)

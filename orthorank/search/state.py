@@ -32,7 +32,8 @@ class SearchState:
         known: the last loss that was measured for each layer; the most promising one is evaluated first.
         fast: whether the search halves the candidates while it doubles the windows.
         windows: calibration windows; batch_size: how many of them run together, which the last bits depend on.
-        sums: in a fast search, the losses of each window of the running round so far, by layer.
+        sums: in a fast search, the losses of each window of the running round so far, by layer; first: the loss on the
+            first windows in the round before, of those that took part.
         schema: version of this layout.
     """
 
@@ -47,6 +48,7 @@ class SearchState:
     windows: int | None = None
     batch_size: int | None = None
     sums: dict[int, list[float]] = field(default_factory=dict)
+    first: dict[int, float] = field(default_factory=dict)
     schema: int = SCHEMA
 
     @property
@@ -65,6 +67,17 @@ class SearchState:
         return [layer for layer in self.candidates if layer not in self.chosen]
 
     @property
+    def entrants(self) -> list[int]:
+        """Who takes part in the running round, ascending: all that remain.
+
+        In a fast search the worse half of those that took part in the round before sits out one round, by the losses on
+        the first windows: what hurt most then rarely hurts least now.
+        """
+        ranked = sorted((loss, layer) for layer, loss in self.first.items() if layer not in self.chosen)
+        rests = {layer for _, layer in ranked[len(ranked) - len(ranked) // 2 :]}
+        return [layer for layer in self.remaining if layer not in rests]
+
+    @property
     def total(self) -> int:
         """Evaluations that the whole search takes."""
         return self._evaluations(self.rounds)
@@ -74,7 +87,7 @@ class SearchState:
         """Evaluations made so far."""
         running = len(self.current)
         if self.fast:
-            stages = self.stages(len(self.remaining)) if self.sums else []
+            stages = self.stages(len(self.entrants)) if self.sums else []
             running = sum(len(sums) >= windows for windows, _ in stages for sums in self.sums.values())
         return self._evaluations(len(self.chosen)) + running
 
@@ -97,8 +110,11 @@ class SearchState:
         """Switch ``layer`` for good."""
         known = self.known | {at: value for at, value in self.current.items() if value is not None}
         chosen, losses = [*self.chosen, layer], [*self.losses, loss]
+        seen = self.stages(1)[0][0]
+        totals = {at: sum(sums[:seen]) for at, sums in self.sums.items()}
+        first = {at: total if math.isfinite(total) else math.inf for at, total in totals.items()}
         # In one statement, so that Ctrl-C has next to no room between them.
-        self.chosen, self.losses, self.known, self.current, self.sums = chosen, losses, known, {}, {}
+        self.chosen, self.losses, self.known, self.first, self.current, self.sums = chosen, losses, known, first, {}, {}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state as JSON, replacing the file in one step."""
@@ -125,7 +141,7 @@ class SearchState:
                 f"{SCHEMA}); go on with that version, or delete the file to begin anew"
             )
         try:
-            for name in {"known", "sums"} & values.keys() | {"current"}:
+            for name in {"known", "sums", "first"} & values.keys() | {"current"}:
                 values[name] = {int(layer): value for layer, value in values[name].items()}
             return cls(**values | {"schema": SCHEMA})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -135,7 +151,12 @@ class SearchState:
         total = len(self.candidates)
         if not self.fast:
             return evaluation_count(total, rounds)
-        return sum(count for done in range(rounds) for _, count in self.stages(total - done))
+        count, before = 0, 1
+        for done in range(rounds):
+            entrants = total - done - (before - 1) // 2  # of those before, the chosen one is gone and half sits out
+            count += sum(number for _, number in self.stages(entrants))
+            before = entrants
+        return count
 
 
 class SearchInterrupted(KeyboardInterrupt):

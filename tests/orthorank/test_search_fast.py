@@ -28,16 +28,19 @@ def windows() -> Tensor:
 
 
 def plain_halving(stack: LayerStack, windows: Tensor, rounds: int, keep_ratio: float) -> tuple[list[int], list[float]]:
-    """Successive halving as it is written down, without any reuse."""
+    """Successive halving as it is written down, without any reuse; the worse half on the first windows then rests."""
     chosen: list[int] = []
     losses: list[float] = []
+    resting: list[int] = []
     for _ in range(rounds):
-        alive = [layer for layer in CANDIDATES if layer not in chosen]
+        alive = [layer for layer in CANDIDATES if layer not in chosen and layer not in resting]
         seen = 1  # an eighth of the windows
+        first: dict[int, float] = {}
         while True:
             means = {
                 layer: plain_loss(stack, windows[:seen], dict.fromkeys([*chosen, layer], keep_ratio)) for layer in alive
             }
+            first = first or means
             if seen == len(windows):
                 break
             alive = sorted(alive, key=lambda layer: (means[layer], layer))[: math.ceil(len(alive) / 2)]
@@ -45,6 +48,8 @@ def plain_halving(stack: LayerStack, windows: Tensor, rounds: int, keep_ratio: f
         best = min(alive, key=lambda layer: (means[layer], layer))
         chosen.append(best)
         losses.append(means[best])
+        others = sorted((layer for layer in first if layer != best), key=lambda layer: (first[layer], layer))
+        resting = others[math.ceil(len(others) / 2) :]
     return chosen, losses
 
 
@@ -75,10 +80,10 @@ def test_the_same_as_plain_halving(stack: LayerStack, windows: Tensor, keep_rati
         plain_loss(stack, windows, dict.fromkeys(state.chosen[: count + 1], keep_ratio)) for count in range(3)
     ], "on all windows"
     assert seen == [(done, state.total) for done in range(1, state.total + 1)]
-    assert state.total == (5 + 3 + 2 + 1) + (4 + 2 + 1 + 1) + (3 + 2 + 1 + 1)
+    assert state.total == (5 + 3 + 2 + 1) + (2 + 1 + 1 + 1) + (3 + 2 + 1 + 1)
 
 
-def test_it_computes_less(stack: LayerStack, windows: Tensor) -> None:
+def test_what_it_computes(stack: LayerStack, windows: Tensor) -> None:
     class Counting(LayerStack):
         losses_of_windows = 0
 
@@ -88,11 +93,11 @@ def test_it_computes_less(stack: LayerStack, windows: Tensor) -> None:
 
     counting = Counting(stack.model)
     greedy_search(Evaluator(counting, windows, batch_size=1), CANDIDATES, 2, fast=True)
-    # 5 candidates see one window, 3 another, 2 two more, 1 four more; then 4, 2, 1 and 1
-    assert counting.losses_of_windows == (5 + 3 + 2 * 2 + 4) + (4 + 2 + 2 + 4)
+    # 5 candidates see one window, 3 another, 2 two more, 1 four more; then two of four sit out, and 2, 1, 1, 1 see them
+    assert counting.losses_of_windows == (5 + 3 + 2 * 2 + 4) + (2 + 1 + 2 + 4)
 
 
-@pytest.mark.parametrize("stop_at", [1, 5, 6, 8, 11, 12, 17])
+@pytest.mark.parametrize("stop_at", [1, 5, 6, 8, 11, 12, 16])
 def test_interrupted_and_continued(stack: LayerStack, windows: Tensor, tmp_path: Path, stop_at: int) -> None:
     path = tmp_path / "state.json"
     whole = greedy_search(Evaluator(stack, windows, batch_size=1), CANDIDATES, 3, fast=True)
@@ -104,7 +109,7 @@ def test_interrupted_and_continued(stack: LayerStack, windows: Tensor, tmp_path:
         if count == stop_at:
             raise KeyboardInterrupt
 
-    with pytest.raises(SearchInterrupted, match=f"after {stop_at} of 26"):
+    with pytest.raises(SearchInterrupted, match=f"after {stop_at} of 23"):
         greedy_search(
             Evaluator(stack, windows, batch_size=1), CANDIDATES, 3, fast=True, on_evaluation=stop, save_to=path
         )
@@ -114,7 +119,7 @@ def test_interrupted_and_continued(stack: LayerStack, windows: Tensor, tmp_path:
         Evaluator(stack, windows, batch_size=1), CANDIDATES, 3, fast=True, state=loaded, on_evaluation=stop
     )
     assert state == whole
-    assert count == -100 + 26 - stop_at, "nothing is repeated"
+    assert count == -100 + 23 - stop_at, "nothing is repeated"
 
 
 def test_a_fast_search_is_not_continued_as_an_exact_one(stack: LayerStack, windows: Tensor) -> None:

@@ -1,0 +1,80 @@
+"""What a search allows itself by the free memory."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from orthorank.search import Evaluator, memory
+from tests.orthorank.conftest import make_tiny_model
+from tests.orthorank.plain_search import random_windows, small_stack
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def free(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: count)
+
+
+def test_free_memory_is_part_of_the_machine_s() -> None:
+    total = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemTotal:")
+    )
+    assert 2**20 < memory.free_bytes(CPU) < total
+
+
+def test_memory_that_is_in_use_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = memory.free_bytes(CPU)
+    held = torch.ones(2**28, dtype=torch.uint8)
+    assert held.sum() == 2**28
+    assert memory.free_bytes(CPU) < before - 2**27
+    monkeypatch.setattr(memory, "_available_in_group", lambda: 12345)
+    assert memory.free_bytes(CPU) == 12345, "a container may have less than the machine"
+
+
+@pytest.mark.parametrize(
+    ("device", "free_bytes", "windows", "tokens", "expected"),
+    [
+        (GPU, 2**40, 64, 512, 16),  # a quarter of all
+        (GPU, 2**40, 1024, 512, 64),  # 32,768 tokens
+        (CPU, 2**40, 64, 256, 4),  # 1,024 tokens
+        (CPU, 2**40, 64, 4096, 1),
+        (CPU, 2**40, 5, 16, 2),
+        (CPU, 2**40, 1, 16, 1),
+        (GPU, 0, 64, 512, 1),
+    ],
+)
+def test_windows_at_once(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, free_bytes: int, windows: int, tokens: int, expected: int
+) -> None:
+    free(monkeypatch, free_bytes)
+    config = small_stack().model.config
+    assert memory.windows_at_once(config, windows, tokens, device, 4) == expected
+
+
+def test_windows_at_once_stay_in_a_tenth_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_stack().model.config  # hidden 32, MLP 48: 400 values for a token
+    for limit in (1, 3, 7):
+        free(monkeypatch, 10 * limit * 24 * 400 * 4)
+        assert memory.windows_at_once(config, 64, 24, GPU, 4) == limit
+    free(monkeypatch, 10**7)
+    sdpa, eager = (
+        memory.windows_at_once(make_tiny_model("llama", attn_implementation=kind).config, 64, 64, GPU, 4)
+        for kind in ("sdpa", "eager")
+    )
+    assert sdpa > eager, "eager attention holds its scores"
+
+
+def test_the_evaluator_follows_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack, windows = small_stack(), random_windows(8)
+    seen: dict[str, Any] = {}
+    for name, count in (("little", 10 * 24 * 400 * 4), ("much", 2**30)):
+        monkeypatch.setattr("orthorank.search.memory.free_bytes", lambda device, count=count: count)
+        evaluator = Evaluator(stack, windows)
+        seen[name] = evaluator.batch_size, evaluator.memory, evaluator.loss({3: 0.5})
+    assert seen["little"][:2] == (1, 10 * 24 * 400)
+    assert seen["much"][:2] == (2, 2**28)
+    assert seen["little"][2] == pytest.approx(seen["much"][2], rel=1e-5)
