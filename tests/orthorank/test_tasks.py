@@ -225,8 +225,8 @@ def test_selection_over_the_context_alone(byte_model: tuple[Any, Any]) -> None:
         with torch.no_grad():
             logits = [byte_model[0](torch.tensor([context]), past_key_values=cache).logits[:, -1]]
             with model.handle.decoding():
-                for token in answer[:-1]:
-                    logits.append(byte_model[0](torch.tensor([[token]]), past_key_values=cache).logits[:, -1])
+                steps = [torch.tensor([[token]]) for token in answer[:-1]]
+                logits += [byte_model[0](step, past_key_values=cache).logits[:, -1] for step in steps]
         scores = torch.cat(logits).log_softmax(-1)
         assert value == pytest.approx(scores.gather(1, torch.tensor(answer)[:, None]).sum().item(), abs=1e-4)
     model.handle.remove()
