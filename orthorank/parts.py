@@ -114,7 +114,9 @@ class Parts:
     @property
     def softcap(self) -> float | None:
         """What attention scores are capped at by a tanh; None: they are not."""
-        return None if self.family.softcap is None else getattr(self.attention, self.family.softcap)
+        if self.family.softcap is None or self.attention.config._attn_implementation == "sdpa":
+            return None  # sdpa has no cap; older versions of transformers run it without, newer ones refuse it
+        return getattr(self.attention, self.family.softcap)
 
     @property
     def residual_scale(self) -> float:

@@ -307,6 +307,20 @@ def test_a_changed_fused_projection_runs_whole(changed: str) -> None:
         assert_close(call(model, ids, mask)[mask.bool()], expected)
 
 
+@pytest.mark.parametrize("name", ["gemma-2", "phi-3", "olmo-2", "stablelm-parallel", "cohere-norms", "qwen2-moe"])
+def test_weights_that_accelerate_offloads(name: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny(name)
+    ids, mask = padded("left", (20, 13))
+    with apply(model, OrthoRankConfig(layers=[1, 2], keep_ratio=0.4)):
+        expected = call(model, ids, mask)[mask.bool()]
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+    with apply(model, OrthoRankConfig(layers=[1, 2], keep_ratio=0.4)):
+        assert_close(call(model, ids, mask)[mask.bool()], expected)
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+
+
 @pytest.mark.slow
 def test_compiled_whole(name: str) -> None:
     """Selected layers add no break to the graphs of the dense model."""
