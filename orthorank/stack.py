@@ -147,6 +147,26 @@ class LayerStack:
             logits = self._head(states[None, i : i + step])[0].float()
             yield nn.functional.cross_entropy(logits, targets[i : i + step].to(logits.device), reduction="none")
 
+    def loss_gradient(self, hidden_states: Tensor, input_ids: Tensor) -> Tensor:
+        """Gradient of the summed `token_losses` with respect to ``hidden_states``, in its shape and dtype.
+
+        As there, the logits exist for a slice of tokens at a time.
+        """
+        windows, tokens, width = hidden_states.shape
+        states = hidden_states[:, :-1].reshape(windows * (tokens - 1), width)
+        targets = input_ids[:, 1:].reshape(-1)
+        step = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
+        gradient = torch.zeros_like(hidden_states)
+        parts: list[Tensor] = []
+        for i in range(0, len(targets), step):
+            with torch.enable_grad():
+                part = states[i : i + step].detach().requires_grad_()
+                logits = self._head(self.decoder.norm(part)[None])[0].float()
+                loss = nn.functional.cross_entropy(logits, targets[i : i + step].to(logits.device), reduction="sum")
+                parts += torch.autograd.grad(loss, part)
+        gradient[:, :-1] = torch.cat(parts).view(windows, tokens - 1, width)
+        return gradient
+
     def _head(self, normed: Tensor) -> Tensor:
         """What the model's own forward makes of the decoder's output ``[windows, tokens, hidden]``."""
         given = _Given(self.decoder, "forward")
