@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orthorank.commands.demo import MODEL
+from orthorank.errors import OrthoRankError
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from orthorank.search.settings import SearchSettings
 
 OUTPUT = Path("orthorank-search")
 METHOD = "greedy (SLEB: one layer after the other), one-shot (Shortened LLaMA) or influence (ShortGPT)."
@@ -27,7 +30,7 @@ SINK_LAYER = "Choose layers after this one, instead of the one in which the sink
 FAST = "Successive halving over the windows: several times quicker, not exact."
 RESUME = "Go on with the search whose state is in the output folder; begin one if there is none."
 DEVICE_MAP = "auto: spread a model that one device cannot hold, by accelerate."
-BATCH = "Windows in one forward. Default: as many as make 1,024 tokens."
+BATCH = "Windows in one forward. Default: as memory allows."
 
 
 def command(
@@ -59,11 +62,9 @@ def command(
     The loss of every evaluation is kept in the output folder: after an interruption, the same command with --resume
     goes on where it stopped. Several processes (accelerate launch -m orthorank search ...) share the windows.
     """
-    from rich.console import Console
-    from rich.padding import Padding
-
-    from orthorank.commands.screen import INDENT, RichScreen, number
-    from orthorank.search.settings import KEEP_RATIO, SearchSettings
+    from orthorank.commands.screen import number
+    from orthorank.search.settings import KEEP_RATIO as DEFAULT_RATIO
+    from orthorank.search.settings import SearchSettings
 
     ratio = number("keep_ratio", keep_ratio)
     settings = SearchSettings(
@@ -71,7 +72,7 @@ def command(
         model=model,
         method=method,
         metric=metric,
-        keep_ratio=KEEP_RATIO if ratio is None else ratio,
+        keep_ratio=DEFAULT_RATIO if ratio is None else ratio,
         criterion=criterion,
         sparsity=number("sparsity", sparsity),
         layers=layers,
@@ -90,14 +91,29 @@ def command(
         dtype=dtype,
         batch_size=batch_size,
     )
-    from orthorank.search.job import run_search  # after the checks above, which are quick
+    return run(settings)
 
-    console = Console()
+
+def run(settings: "SearchSettings") -> int:
+    """Search, and print what came out; of several processes the first one prints, errors included."""
+    from rich.console import Console
+    from rich.padding import Padding
+
+    from orthorank.commands.screen import INDENT, RichScreen
+    from orthorank.search.distributed import launched_rank
+    from orthorank.search.job import run_search
+
+    console = Console(quiet=launched_rank() > 0)
     screen = RichScreen(console)
-    results = run_search(settings, screen)
+    try:
+        results = run_search(settings, screen)
+    except OrthoRankError:
+        if launched_rank() > 0:
+            return 2  # rank 0 says the same
+        raise
     console.print()
     console.print(Padding(table(results), (0, 0, 1, INDENT)))
-    screen.say(f"Plan: {results['plan_file']}; use it with orthorank demo --plan {output}")
+    screen.say(f"Plan: {results['plan_file']}; use it with orthorank demo --plan {settings.output}")
     return 0
 
 

@@ -25,22 +25,11 @@ class Folder:
     """The output folder.
 
     Args:
-        path: made if it is not there. resume: whether files of an earlier search may be in it.
-
-    Raises:
-        OrthoRankError: it cannot be written to, or it holds a search or a plan and ``resume`` is False.
+        path: where it is. Nothing is touched before `claim`.
     """
 
-    def __init__(self, path: Path, resume: bool) -> None:
-        self.resume = resume
-        folder = user_path("output", path)
-        found = [name for name in (SEARCH, STATE, FILE_NAME) if (folder / name).exists()]
-        if found and not resume:
-            raise OrthoRankError(
-                f"output folder {str(path)!r} has an earlier result ({', '.join(found)}), which is not overwritten; go "
-                "on with that search by adding --resume, or name another folder with --output"
-            )
-        self.path = writable_folder(path)
+    def __init__(self, path: Path) -> None:
+        self.path = user_path("output", path)
 
     @property
     def state(self) -> Path:
@@ -51,6 +40,20 @@ class Folder:
     def plan(self) -> Path:
         """The plan's file."""
         return self.path / FILE_NAME
+
+    def claim(self, resume: bool) -> None:
+        """Make the folder if it is not there; ``resume``: whether files of an earlier search may be in it.
+
+        Raises:
+            OrthoRankError: it cannot be written to, or it holds a search or a plan and ``resume`` is False.
+        """
+        found = [name for name in (SEARCH, STATE, FILE_NAME) if (self.path / name).exists()]
+        if found and not resume:
+            raise OrthoRankError(
+                f"output folder {str(self.path)!r} has an earlier result ({', '.join(found)}), which is not "
+                "overwritten; go on with that search by adding --resume, or name another folder with --output"
+            )
+        writable_folder(self.path)
 
     def open(self, identity: dict[str, Any]) -> bool:
         """Note what is searched, or check that the earlier search was the same.

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from orthorank.config import OrthoRankConfig
@@ -10,6 +11,7 @@ from orthorank.errors import OrthoRankError
 from orthorank.models import ModelInfo, load_model, locate, pick_device, pick_dtype
 from orthorank.report import words
 from orthorank.search.calibration import Calibration, cut_windows, find_source
+from orthorank.search.distributed import Group, joined, local_device, together
 from orthorank.search.folder import Folder, model_fingerprint
 from orthorank.search.settings import SPARSITY, SearchSettings
 from orthorank_kernels._version import __version__
@@ -17,6 +19,7 @@ from orthorank_kernels._version import __version__
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from orthorank.search.evaluator import Evaluator
     from orthorank.stack import LayerStack
 
 
@@ -28,7 +31,8 @@ class Job:
         folder: where its files are. model, info, stack: what it works on.
         calibration: the windows. sink_layer: l_sink, None where it was not asked for.
         candidates: layers that may be chosen, ascending. count: how many are.
-        identity: what a continued search must have in common. began: on the clock of `time.perf_counter`.
+        group: the processes that share the windows. began: on the clock of `time.perf_counter`.
+        identity: what a continued search must have in common.
     """
 
     settings: SearchSettings
@@ -41,8 +45,28 @@ class Job:
     sink_layer: int | None
     candidates: list[int]
     count: int
+    group: Group
     began: float
     identity: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def evaluator(self) -> "Evaluator":
+        """The calibration loss. One for the whole job: its batch size, which decides the last bits, is set once."""
+        from orthorank.search.evaluator import Evaluator
+
+        return Evaluator(
+            self.stack,
+            self.calibration.windows,
+            keep_ratio=self.settings.keep_ratio,
+            criterion=self.settings.criterion,
+            batch_size=self.settings.batch_size,
+            processes=self.group,
+        )
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.group.rank == 0
 
 
 @dataclass(frozen=True)
@@ -79,28 +103,35 @@ def run_search(settings: SearchSettings, screen: Screen | None = None) -> dict[s
     from orthorank.search.finish import finish
     from orthorank.search.methods import choose
 
-    job = _prepare(settings, screen or SilentScreen())
-    outcome = choose(job)
-    return finish(job, outcome)
+    with joined() as group:
+        watched = screen if screen is not None and group.rank == 0 else SilentScreen()
+        job = together(group, lambda: _prepare(settings, watched, group))
+        _check_agreement(job)
+        return finish(job, choose(job))
 
 
-def _prepare(settings: SearchSettings, screen: Screen) -> Job:
+def _prepare(settings: SearchSettings, screen: Screen, group: Group) -> Job:
     """Everything that can go wrong early goes wrong here, the cheap things first."""
     from orthorank.stack import LayerStack
 
     began = time.perf_counter()
-    where = locate(settings.model)
-    pick_dtype(settings.dtype, pick_device(settings.device))
-    folder = Folder(settings.output, settings.resume)
+    where, device = locate(settings.model), local_device(settings.device)
+    pick_dtype(settings.dtype, pick_device(device))
+    if settings.device_map is not None and group.size > 1:
+        raise OrthoRankError(
+            "device_map spreads the model of one process over the devices, and here are several processes; leave out "
+            "--device-map, or start one process"
+        )
+    folder = Folder(settings.output)
+    if group.rank == 0:
+        folder.claim(settings.resume)
     source = find_source(settings)
     screen.heading(f"Search on {where.name}: {settings.title}")
     with screen.progress("loading the model", 1):
-        model, tokenizer, info = load_model(
-            settings.model, settings.device, settings.dtype, device_map=settings.device_map
-        )
+        model, tokenizer, info = load_model(settings.model, device, settings.dtype, device_map=settings.device_map)
     calibration = cut_windows(settings, source, model, tokenizer, info.max_tokens)
     shape = f"{info.num_hidden_layers} layers, {info.parameters / 1e6:,.0f} M weights, {info.dtype} on {info.device}"
-    screen.say(shape)
+    screen.say(shape if group.size == 1 else f"{shape}; {group.size} processes")
     screen.say(f"calibration: {_windows_in_words(calibration)}")
     sink_layer = _sink_layer(settings, screen, model, tokenizer)
     candidates = _candidates(settings, info.num_hidden_layers, sink_layer)
@@ -115,6 +146,7 @@ def _prepare(settings: SearchSettings, screen: Screen) -> Job:
         sink_layer=sink_layer,
         candidates=candidates,
         count=_count(settings, info.num_hidden_layers, candidates),
+        group=group,
         began=began,
     )
     job.identity = _identity(job)
@@ -185,6 +217,16 @@ def _count(settings: SearchSettings, num_layers: int, candidates: list[int]) -> 
     return count
 
 
+def _check_agreement(job: Job) -> None:
+    """All processes found the same model, text and candidates."""
+    identities = job.group.collect(job.identity)
+    for rank, other in enumerate(identities):
+        if wrong := [name for name in other if other[name] != identities[0][name]]:
+            raise OrthoRankError(
+                f"process {rank} has another {wrong[0]} than process 0; give all of them the same model and text"
+            )
+
+
 def _identity(job: Job) -> dict[str, Any]:
     """What decides the result, and so must not change between the parts of a resumed search."""
     settings = job.settings
@@ -200,14 +242,8 @@ def _identity(job: Job) -> dict[str, Any]:
         "criterion": settings.criterion,
         "candidates": job.candidates,
         "layers": job.count,
-        "batch_size": batch_size(job),
         **job.calibration.to_dict(),
     }
-
-
-def batch_size(job: Job) -> int:
-    """Windows in one forward. More save little on a CPU, and their logits take memory."""
-    return job.settings.batch_size or max(1, TOKENS_AT_ONCE // job.calibration.windows.shape[1])
 
 
 def plan_of(job: Job, outcome: Outcome, **calibration: Any) -> OrthoRankConfig:
@@ -225,10 +261,9 @@ def plan_of(job: Job, outcome: Outcome, **calibration: Any) -> OrthoRankConfig:
             "losses": outcome.losses,
             "complete": outcome.complete,
             "evaluations": outcome.evaluations,
+            "batch_size": job.evaluator.batch_size,
             "dtype": job.info.dtype,
         }
+        | ({"scores": {str(at): score for at, score in outcome.scores.items()}} if outcome.scores else {})
         | calibration,
     )
-
-
-TOKENS_AT_ONCE = 1024

@@ -39,7 +39,7 @@ class SearchSettings:
         sink_layer: l_sink instead of the detected one.
         fast: successive halving over the windows (greedy only).
         resume: go on with the search whose state is in ``output``, if there is one.
-        batch_size: windows in one forward; None: as many as make 1,024 tokens.
+        batch_size: windows in one forward; None: as memory allows.
 
     Raises:
         OrthoRankError: a value is out of range, or two of them exclude each other.
