@@ -62,6 +62,10 @@ def intend(run: Run, sink: "SinkReport") -> list[Intention]:
     """
     total = run.info.num_hidden_layers
     given, origin = _given_plan(run)
+    if given is not None and not given.selecting:  # a plan that only removes layers: it is the other row
+        sparsity = given.nominal_sparsity(total)
+        ortho = _search_intention(run, sink, "orthorank", sparsity, KEEP_RATIO)
+        return [ortho, Intention("layer-pruning", origin, given)]
     if given is None:
         sparsity = run.settings.sparsity or SPARSITY
         ortho = _search_intention(run, sink, "orthorank", sparsity, run.settings.keep_ratio or KEEP_RATIO)
@@ -93,6 +97,7 @@ def carry_out(run: Run, intention: Intention) -> OrthoRankConfig:
         run.results["plans"][intention.method] = {
             "layers": plan.layers,
             "keep_ratio": plan.keep_ratio,
+            "keep_ratios": plan.to_dict()["keep_ratios"],
             "origin": intention.origin,
         }
         run.save_plan(intention.method, plan)
@@ -113,10 +118,10 @@ def _given_plan(run: Run) -> tuple[OrthoRankConfig | None, str]:
         return default_plan(run.model), "shipped with the package"
     plan = OrthoRankConfig.from_pretrained(user_path("plan", settings.plan))
     check_plan(run.model, plan)
-    if not plan.layers or not 0 < plan.keep_ratio < 1:
+    if not any(ratio < 1 for ratio in plan.ratios.values()):
         raise OrthoRankError(
-            f"plan {settings.plan!r} selects no tokens (layers {plan.layers}, keep_ratio {plan.keep_ratio:g}); the "
-            "demo compares a plan whose keep_ratio is above 0 and below 1 with layer pruning"
+            f"plan {settings.plan!r} changes nothing (layers {plan.layers}, keep_ratio {plan.keep_ratio:g}); the demo "
+            "measures plans that select tokens in layers or remove some"
         )
     return plan, f"from {settings.plan}"
 

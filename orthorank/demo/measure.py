@@ -34,6 +34,7 @@ def _row(run: Run, name: str, plan: OrthoRankConfig | None) -> dict[str, Any]:
         "name": name,
         "layers": [] if plan is None else plan.layers,
         "keep_ratio": 1.0 if plan is None else plan.keep_ratio,
+        "keep_ratios": {} if plan is None else plan.to_dict()["keep_ratios"],
         "nominal_sparsity": 0.0 if plan is None else plan.nominal_sparsity(run.info.num_hidden_layers),
         "perplexity": None,
         "tokens_per_second": None,

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from orthorank.report import words
+
 FONT = 'font-family="system-ui, -apple-system, Segoe UI, Roboto, sans-serif"'
 
 
@@ -47,7 +49,7 @@ def layer_stacks(rows: Sequence[dict[str, Any]], num_layers: int, width: float) 
     it in a selected one, nothing in a removed one.
 
     Args:
-        rows: each with "title", "layers" and "keep_ratio".
+        rows: each with "title", "layers", "keep_ratio" and, where layers differ, "keep_ratios".
         num_layers: columns. width: of the picture in pixels.
     """
     step = width / num_layers
@@ -56,9 +58,7 @@ def layer_stacks(rows: Sequence[dict[str, Any]], num_layers: int, width: float) 
     for row in rows:
         body.append(text(0, y + 12, row["title"]))
         y += 20
-        for layer in range(num_layers):
-            share = row["keep_ratio"] if layer in row["layers"] else 1.0
-            body.append(_column(layer, share, layer * step, y, wide, tall))
+        body += [_column(layer, words.ratio_of(row, layer), layer * step, y, wide, tall) for layer in range(num_layers)]
         y += tall + 13
         numbered = row["layers"] if step >= 15 else range(0, num_layers, 5)  # closer, the numbers would overlap
         body += [text(layer * step + wide / 2, y, str(layer), "soft", "middle", 11) for layer in numbered]

@@ -1,5 +1,6 @@
 """The results in words: used by the terminal and by the page, so that both say the same."""
 
+from collections import Counter
 from typing import Any
 
 Results = dict[str, Any]
@@ -114,10 +115,25 @@ def changed(row: dict[str, Any]) -> str:
 
     >>> changed({"layers": [3, 5], "keep_ratio": 0.0}), changed({"layers": [3], "keep_ratio": 1 / 3})
     ('2 removed', '1 at 1/3')
+    >>> changed({"layers": [3, 5, 6], "keep_ratio": 1 / 3, "keep_ratios": {"5": 0.0}})
+    '2 at 1/3, 1 removed'
     """
-    if not row["layers"]:
-        return "none"
-    return f"{len(row['layers'])} {'removed' if row['keep_ratio'] == 0 else 'at ' + ratio(row['keep_ratio'])}"
+    counts = Counter(ratio_of(row, layer) for layer in row["layers"])
+    parts = [
+        f"{count} {'removed' if share == 0 else 'at ' + ratio(share)}" for share, count in sorted(counts.items())[::-1]
+    ]
+    return ", ".join(parts) or "none"
+
+
+def ratio_of(row: dict[str, Any], layer: int) -> float:
+    """Share of the tokens that ``layer`` updates in a row's plan.
+
+    >>> ratio_of({"layers": [3], "keep_ratio": 0.5}, 3), ratio_of({"layers": [3], "keep_ratio": 0.5}, 4)
+    (0.5, 1.0)
+    """
+    if layer not in row["layers"]:
+        return 1.0
+    return float(row.get("keep_ratios", {}).get(str(layer), row["keep_ratio"]))
 
 
 def plan_title(row: dict[str, Any]) -> str:
@@ -128,6 +144,8 @@ def plan_title(row: dict[str, Any]) -> str:
     """
     one = len(row["layers"]) == 1
     count = f"{len(row['layers'])} {'layer' if one else 'layers'}"
+    if row.get("keep_ratios"):
+        return f"{TITLES[row['name']]}: {count} changed, {changed(row)}"
     if row["keep_ratio"] == 0:
         return f"{TITLES[row['name']]}: {count} removed"
     return f"{TITLES[row['name']]}: {count} update{'s' if one else ''} {ratio(row['keep_ratio'])} of the tokens"
