@@ -220,8 +220,20 @@ def family_of(model: "PreTrainedModel") -> Family:
     return FAMILIES[model_type]
 
 
+def unwrapped(model: Any) -> Any:
+    """``model`` without what PEFT or `torch.compile` put around it; both call the same layers."""
+    while True:
+        if callable(base := getattr(model, "get_base_model", None)):  # a PeftModel
+            model = base()
+        elif isinstance(original := getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile
+            model = original
+        else:
+            return model
+
+
 def decoder_of(model: "PreTrainedModel") -> Any:
     """The module that holds the decoder layers: ``model.model`` of a causal LM, or ``model`` itself."""
+    model = unwrapped(model)
     decoder = getattr(model, "model", model)
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         raise OrthoRankError(

@@ -16,7 +16,7 @@ from orthorank import sink_state
 from orthorank.calls import Call, Watcher, cache_of, read_call
 from orthorank.config import OrthoRankConfig, hub_id
 from orthorank.errors import OrthoRankError
-from orthorank.families import Family, decoder_of, device_of, family_of
+from orthorank.families import Family, decoder_of, device_of, family_of, unwrapped
 from orthorank.layer import removed_forward, selected_forward
 from orthorank.layer_status import LayerCounts, Status, status_of
 from orthorank.patching import Patch
@@ -37,7 +37,8 @@ def apply(model: "PreTrainedModel", config: OrthoRankConfig) -> "Handle":
     generated tokens are dense (paper, section 3, Algorithm 1).
 
     Args:
-        model: a causal LM of a known family (see `orthorank.families.FAMILIES`), not patched yet.
+        model: a causal LM of a known family (see `orthorank.families.FAMILIES`), not patched yet; of a `PeftModel` or
+            a compiled model the one inside is patched.
         config: a plan made for this model.
 
     Returns:
@@ -57,6 +58,7 @@ def apply(model: "PreTrainedModel", config: OrthoRankConfig) -> "Handle":
         (1, 12, 4)
         >>> handle.remove()
     """
+    model = unwrapped(model)
     family = family_of(model)
     if handle_of(model) is not None:
         raise OrthoRankError("a plan is applied to this model already; call handle.remove() first")
@@ -68,6 +70,7 @@ def apply(model: "PreTrainedModel", config: OrthoRankConfig) -> "Handle":
 
 def handle_of(model: Any) -> "Handle | None":
     """The handle of the plan that is applied to ``model``, or None. A deep copy of a patched model has its own."""
+    model = unwrapped(model)
     for module in (model, getattr(model, "model", None)):  # the decoder carries the mark, too
         if (handle := getattr(module, "__dict__", {}).get(ATTRIBUTE)) is not None:
             return cast("Handle", handle)
