@@ -163,6 +163,8 @@ class Handle(AbstractContextManager["Handle"]):
         self.model, self.config = model, config
         self.stats = {index: LayerCounts(device_of(decoder.layers[index])) for index in config.layers}
         self.selecting = config.selecting
+        self.removes = any(config.ratio(layer) == 0 for layer in config.layers)
+        self.identity = sink_state.identity(config)
         self.phase = Phase()
         self.thread: int | None = None  # the one whose phase this is
         self.call: Call | None = None
@@ -191,9 +193,9 @@ class Handle(AbstractContextManager["Handle"]):
     def decoding(self) -> AbstractContextManager[None]:
         """Inside, every token of every call is a generated one, however many come in one call.
 
-        That is dense, unless the plan says ``decode="threshold"``.
+        That is dense, unless the plan says ``decode="threshold"``. A cache may be continued whoever filled it.
         """
-        return phase_of(self, Phase(prompt=0, decodes=True))
+        return phase_of(self, Phase(prompt=0, decodes=True, any_cache=True))
 
     def prefilling(self, keep_last: int | None = None) -> AbstractContextManager[None]:
         """Inside, every call holds the whole prompt or its end, as in `generate()`.
@@ -265,9 +267,11 @@ class DecoderForward(Patch):
             )
         shape = given.shape[0], given.shape[1]
         call = read_call(shape, given.device, handle.phase, kwargs, handle.config.decode)
+        # Before any layer runs: a failure further up would leave the lower layers' cache longer than the others'.
+        if not (call.first or handle.phase.any_cache):
+            sink_state.check_plan(cache_of(kwargs), handle.identity)
         if handle.selecting and not call.decodes_only:
             if not call.first:
-                # before any layer runs: a failure further up would leave the lower layers' cache the longer one
                 sink_state.check(cache_of(kwargs), handle.selecting, call.batch, handle.config.decode)
             if handle.config.kv == "selected":
                 use_cache = without_cache(cache_of(kwargs), use_cache)
@@ -297,14 +301,16 @@ class LayerForward(Patch):
                 "or handle.remove() first"
             )
         call.ran.append(self.index)
-        valid, ratio = call.tokens_in(), config.ratio(self.index)
+        valid, ratio, cache = call.tokens_in(), config.ratio(self.index), cache_of(kwargs)
+        if cache is not None and call.first:
+            sink_state.mark(cache, self.handle.identity if self.handle.removes or not call.decodes_only else "")
         if ratio == 0:
             counts.add(valid, 0)
-            return removed_forward(self.index, hidden_states, cache_of(kwargs))
+            return removed_forward(self.index, hidden_states, cache)
         if call.decodes_only or ratio == 1:
             counts.add(valid, valid, unranked=valid if call.decodes_only else 0)
             return self.original(hidden_states, *args, **kwargs)
-        output = self._select(hidden_states, kwargs["position_embeddings"], cache_of(kwargs), call)
+        output = self._select(hidden_states, kwargs["position_embeddings"], cache, call)
         counts.add(valid, call.updated[self.index], unranked=call.tokens_unranked())
         return output
 
@@ -332,8 +338,9 @@ class Generate(Patch):
                 "generate() was called inside orthorank.context(), which says what is prompt; so does generate(): what "
                 "it is given. Call it outside"
             )
-        prompt = 0 if handle.phase.prompt == 0 else _prompt_length(inputs, kwargs)  # 0: inside handle.decoding()
-        with phase_of(handle, Phase(prompt=prompt, keep_last=handle.config.keep_last)):
+        decoding = handle.phase.prompt == 0
+        prompt = 0 if decoding else _prompt_length(inputs, kwargs)
+        with phase_of(handle, Phase(prompt=prompt, keep_last=handle.config.keep_last, any_cache=decoding)):
             return self.original(inputs, *args, **kwargs)
 
 

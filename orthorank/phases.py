@@ -21,6 +21,7 @@ class Phase:
         padding_mask: the ``[batch, columns]`` mask that `generate()` was about to turn into another kind.
         unpadded: whether `generate()` had no mask, so that the one it makes shows no padding, only windows.
         decodes: whether the next call is known to hold generated tokens alone; what a compiled graph goes by.
+        any_cache: whether a cache may be continued that another plan, or none, has filled.
         context: tokens of each row (or one number for all) that are prompt, counted from the row's first; the others
             are decoded. None: ``prompt`` says.
     """
@@ -30,6 +31,7 @@ class Phase:
     padding_mask: Tensor | None = None
     unpadded: bool = False
     decodes: bool = False
+    any_cache: bool = False
     context: tuple[int, ...] | None = None
 
 
