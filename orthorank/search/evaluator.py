@@ -139,13 +139,11 @@ class Evaluator:
                 evaluator's own keep ratio.
 
         Returns:
-            The loss, or ``math.inf`` if and only if it is above ``limit`` or not finite.
+            The loss; ``math.inf`` for a plan that was given up, whose loss is above ``limit``, or if it is not finite.
         """
         sums = self.window_losses(plan, range(self.windows), limit * self.predictions)
-        if sums is None:
-            return math.inf
-        mean = sum(sums) / self.predictions
-        return mean if mean <= limit and math.isfinite(mean) else math.inf  # NaN is never the best
+        mean = math.inf if sums is None else sum(sums) / self.predictions
+        return mean if math.isfinite(mean) else math.inf  # NaN is never the best
 
     def window_losses(self, plan: Plan, windows: range, most: float = math.inf) -> list[float] | None:
         """Summed token losses of some windows by ``plan``, in nats, each window's own.
@@ -154,7 +152,10 @@ class Evaluator:
             plan: as for `loss`.
             windows: consecutive windows that begin and end where batches do: at multiples of ``batch_size``, or at the
                 last window.
-            most: None is returned as soon as the sums are known to add up to more.
+            most: what the sums may add up to.
+
+        Returns:
+            The sums, or None when they were known to add up to more than ``most`` before all were computed.
         """
         ratios = self._ratios(plan)
         ids = range(windows.start // self.batch_size, -(-windows.stop // self.batch_size))
@@ -166,7 +167,7 @@ class Evaluator:
         rest = [iter(values) for values in gathered]
         for batch in ids:  # back in the order of the windows, so that their sum has the bits of one process
             sums += [next(rest[batch % self.processes.size]) for _ in range(self._windows_in(batch))]
-        return None if sum(sums) > most * _SLACK else sums
+        return sums
 
     def use_batch_size(self, batch_size: int) -> None:
         """Change how many windows run together, as a search that goes on must; what is kept is dropped."""
@@ -182,8 +183,9 @@ class Evaluator:
         return {at: _Batch(self.stack, ids, States(self.memory / len(own))) for at, ids in own.items()}
 
     def _own_losses(self, batches: list[int], ratios: Ratios, most: float) -> list[float]:
-        """The sums of the windows in ``batches``; infinite ones where they are not worth computing any more."""
+        """The sums of the windows in ``batches``, or an infinite one when they are not worth computing any more."""
         sums: list[float] = []
+        left = sum(map(self._windows_in, batches)) * (self.input_ids.shape[1] - 1)  # tokens
         for number in batches:
             batch = self._batches[number]
             hidden = self._top(batch, ratios)
@@ -191,7 +193,8 @@ class Evaluator:
             seen = sum(sums)
             for part in self.stack.loss_parts(hidden, batch.input_ids):
                 losses.append(part.double())
-                if math.isfinite(most):
+                left -= len(part)
+                if left and math.isfinite(most):  # all of a loss that is complete is worth knowing
                     seen += losses[-1].sum().item()
                     if seen > most * _SLACK:
                         return [math.inf]
