@@ -150,7 +150,7 @@ def test_given_up_inside_a_window(recording: Recording, windows: Tensor, monkeyp
 
 
 def test_nothing_within_the_limit_is_given_up(stack: LayerStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even where the last tokens cost nothing, so that the partial sum is the whole and only its rounding differs."""
+    """Not even where the last tokens cost nothing, so that the partial sum is the whole one but for rounding."""
 
     class Certain(LayerStack):
         def loss_parts(self, hidden: Tensor, ids: Tensor) -> Any:
