@@ -68,6 +68,7 @@ def _app() -> "typer.Typer":
         eval_ppl,
         eval_tasks,
         lm_eval,
+        reproduce,
         search,
     )
 
@@ -82,6 +83,7 @@ def _app() -> "typer.Typer":
     app.command("doctor")(doctor.command)
     app.command("bench")(bench.command)
     app.command("env")(env.command)
+    app.command("reproduce")(reproduce.command)
     app.command("analyze")(analyze.command)
     app.command("search")(search.command)
     measure = typer.Typer(help="Measure a model, dense and with plans: perplexity, tasks, LongBench.")

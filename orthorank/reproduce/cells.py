@@ -1,0 +1,66 @@
+"""Cells of the tables: each is computed once, kept in a file of its own, and found there by the next run."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from orthorank.errors import OrthoRankError
+from orthorank.files import write_json
+
+
+class Cells:
+    """Finished cells in a folder, one JSON file each.
+
+    Args:
+        folder: where they are; made when the first one is finished.
+        common: what all of them depend on, such as the model; a cell of other inputs is computed again.
+
+    Example:
+        >>> import tempfile
+        >>> cells = Cells(Path(tempfile.mkdtemp()), {"model": "a"})
+        >>> cells.get("sum", {"of": [1, 2]}, lambda: 3), cells.get("sum", {"of": [1, 2]}, lambda: 4)
+        (3, 3)
+    """
+
+    def __init__(self, folder: Path, common: dict[str, Any]) -> None:
+        self.folder = folder
+        self.common = common
+        self.computed = 0
+        self.found = 0
+
+    def get(self, name: str, inputs: dict[str, Any], compute: Callable[[], Any]) -> Any:
+        """The value of cell ``name``: from its file if that was made of the same inputs, else ``compute()``, kept.
+
+        Values are what JSON holds; a computed one is returned as its file would give it, so that both are the same.
+        """
+        path = self.folder / f"{name}.json"
+        key = self.key(inputs)
+        known = self._read(path)
+        if known is not None and known.get("key") == key:
+            self.found += 1
+            return known["value"]
+        value = json.loads(json.dumps(compute()))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"key": key, "inputs": inputs, "value": value})
+        self.computed += 1
+        return self._read(path)["value"]  # type: ignore[index]
+
+    def key(self, inputs: dict[str, Any]) -> str:
+        """A hash of ``inputs`` and of what all cells depend on."""
+        text = json.dumps([self.common, inputs], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, Any] | None:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise OrthoRankError(f"{path} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise OrthoRankError(f"{path} is not a JSON file; delete it, and its cell is computed again") from error
+        return found if isinstance(found, dict) and "value" in found else None

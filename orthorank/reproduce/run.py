@@ -1,0 +1,145 @@
+"""The whole reproduction: part after part, each finished cell kept, the summary written after each part."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from orthorank.demo.screen import Screen, SilentScreen
+from orthorank.errors import OrthoRankError
+from orthorank.files import writable_folder, write_json, write_text
+from orthorank.reproduce import tables
+from orthorank.reproduce.claims import check_claims
+from orthorank.reproduce.settings import ReproduceSettings
+from orthorank.reproduce.shown import markdown
+from orthorank.reproduce.subject import KEEP_RATIO, Subject
+from orthorank_kernels._version import __version__
+
+SIMILARITY_FIGURES = ("fig2", "fig3", "fig6", "fig7")
+PASSAGES, PASSAGE_TOKENS = 500, 32  # the paper's 500 sentences
+
+
+def reproduce(settings: ReproduceSettings, screen: Screen | None = None) -> dict[str, Any]:
+    """Measure every part of ``settings`` and write ``summary.json``, ``tables.md`` and pictures to its folder.
+
+    A run that was stopped, however, goes on where it was: cells that are finished are not computed again.
+
+    Returns:
+        The summary: the setting, a key for each part, and ``claims``.
+
+    Raises:
+        OrthoRankError: something cannot be loaded or written.
+    """
+    folder = writable_folder(settings.output)
+    subject = Subject(settings, screen or SilentScreen())
+    summary: dict[str, Any] = {
+        "version": __version__,
+        "model": subject.info.to_dict(),
+        "settings": _plain(settings),
+        "texts": {name: {"name": text.name, "sha256": text.sha256} for name, text in subject.texts.items()},
+        "sizes": _sizes(subject),
+        "sink": subject.sink,
+    }
+    for part in settings.parts:
+        subject.screen.heading(part)
+        summary |= _measured(part, subject, folder)
+        summary["claims"] = [claim.to_dict() for claim in check_claims(summary)]
+        write_json(folder / "summary.json", summary)
+        write_text(folder / "tables.md", markdown(summary))
+    subject.screen.say(f"{subject.cells.computed} cells computed, {subject.cells.found} found finished")
+    return summary
+
+
+def _measured(part: str, subject: Subject, folder: Path) -> dict[str, Any]:
+    if part in SIMILARITY_FIGURES:
+        return {"similarities": _similarities(subject, folder)}
+    if part == "fig4":
+        return {"layerwise": _layerwise(subject, folder)}
+    if part == "fig5":
+        return {"fig5": _chosen(subject, folder)}
+    if part == "longbench" and subject.settings.longbench is None:
+        subject.screen.say("left out: no questions were named")
+        return {}
+    measure = {
+        "table1": tables.table1,
+        "table2": tables.table2,
+        "table3": tables.table3,
+        "table4": tables.table4,
+        "sweep": tables.sweep,
+        "longbench": tables.longbench,
+    }[part]
+    return {part: measure(subject)}
+
+
+def _similarities(subject: Subject, folder: Path) -> dict[str, Any]:
+    from orthorank.analysis import figures
+    from orthorank.analysis.similarity import Similarities, measure_similarities
+
+    ids = next(iter(subject.windows.values())).flatten()
+    count = min(PASSAGES, len(ids) // PASSAGE_TOKENS)
+    if count < 1:
+        raise OrthoRankError(f"the first text has {len(ids)} tokens; passages of {PASSAGE_TOKENS} are needed")
+    distance = len(ids) // count
+    passages = ids.unfold(0, PASSAGE_TOKENS, distance)[:count]
+
+    def measure() -> dict[str, Any]:
+        with subject.screen.progress("similarities", 1):
+            return measure_similarities(subject.stack, passages).to_dict()
+
+    found = subject.cells.get("similarities", {"passages": count, "tokens": PASSAGE_TOKENS}, measure)
+    similar = Similarities(**found)
+    for draw in (
+        figures.draw_similarity_with_sink,
+        figures.draw_similarity_across_layers,
+        figures.draw_similarity_of_others,
+    ):
+        draw(similar, subject.sink["sink_layer"], folder)
+    return found
+
+
+def _layerwise(subject: Subject, folder: Path) -> list[dict[str, Any]]:
+    from orthorank.analysis import figures
+    from orthorank.analysis.layerwise import LayerComparison, compare_layers
+
+    layers = list(range(subject.floor, subject.num_layers))
+    windows = next(iter(subject.windows.values()))[:8]
+
+    def measure() -> list[dict[str, Any]]:
+        with subject.screen.progress("layer by layer", len(layers)) as advance:
+            compared = compare_layers(
+                subject.stack,
+                windows,
+                layers,
+                keep_ratio=KEEP_RATIO,
+                on_layer=lambda done, total, one: advance(done, f"layer {one.layer}: {one.difference:+.2f}"),
+            )
+        return [one.to_dict() for one in compared]
+
+    found = subject.cells.get("layerwise", {"layers": layers, "windows": list(windows.shape)}, measure)
+    compared = [LayerComparison(one["layer"], tuple(one["losses"]), tuple(one["other_losses"])) for one in found]
+    figures.draw_layerwise(compared, ("orthogonal", "inverse"), folder)
+    return found
+
+
+def _chosen(subject: Subject, folder: Path) -> dict[str, Any]:
+    from orthorank.analysis import figures
+
+    plans = {name: plan for name, plan in tables.main_plans(subject).items() if plan is not None and "20" in name}
+    ratios = {name: {layer: plan.ratio(layer) for layer in plan.layers} for name, plan in plans.items()}
+    if ratios:
+        figures.draw_chosen_layers(ratios, subject.num_layers, folder)
+    return {name: {"layers": plan.layers, "keep_ratio": plan.keep_ratio} for name, plan in plans.items()}
+
+
+def _sizes(subject: Subject) -> dict[str, Any]:
+    windows, length = subject.calibration.shape
+    return {
+        "calibration": {"text": subject.calibration_name, "windows": windows, "tokens": windows * length},
+        "held_out": {name: {"windows": len(w), "tokens": w.numel()} for name, w in subject.windows.items()},
+        "task_rows": subject.settings.task_limit or "all",
+        "longest_longbench_prompt": subject.settings.longbench_tokens or "all",
+    }
+
+
+def _plain(settings: ReproduceSettings) -> dict[str, Any]:
+    fields = dataclasses.asdict(settings) | {"output": None}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}

@@ -1,0 +1,234 @@
+"""The model under test: its texts, its plans, and measurements of it, each a cell."""
+
+import hashlib
+from contextlib import nullcontext
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from orthorank.config import OrthoRankConfig
+from orthorank.demo.screen import Screen
+from orthorank.errors import OrthoRankError
+from orthorank.handle import apply
+from orthorank.models import load_model, locate
+from orthorank.reproduce.cells import Cells
+from orthorank.reproduce.settings import ReproduceSettings
+from orthorank.search.counts import layer_count
+from orthorank.texts import Text, check_ids, tokenize
+
+if TYPE_CHECKING:
+    from orthorank.search.evaluator import Evaluator
+    from orthorank.stack import LayerStack
+
+KEEP_RATIO = 1 / 3
+METHODS = ("greedy", "one-shot")
+
+
+class Subject:
+    """A loaded model with what is measured on it.
+
+    Args:
+        settings: what to measure. screen: is told what happens.
+
+    Raises:
+        OrthoRankError: the model or a text cannot be loaded, or a text is too short.
+    """
+
+    def __init__(self, settings: ReproduceSettings, screen: Screen) -> None:
+        self.settings, self.screen = settings, screen
+        self.texts = {name: _text(source) for name, source in settings.texts.items()}
+        calibration = _text(settings.calibration, calibration=True)
+        with screen.progress(f"loading {locate(settings.model).name}", 1):
+            self.model, self.tokenizer, self.info = load_model(settings.model, settings.device, settings.dtype)
+        self.calibration = self._windows(
+            calibration, "calibration", settings.calibration_len, settings.calibration_windows
+        )
+        self.calibration_name = calibration.name
+        self.windows = {
+            name: self._windows(text, name, settings.window, settings.windows) for name, text in self.texts.items()
+        }
+        self.cells = Cells(settings.output / "cells", self._identity())
+
+    @cached_property
+    def stack(self) -> "LayerStack":
+        """The model layer by layer, for searches and analyses."""
+        from orthorank.stack import LayerStack
+
+        return LayerStack(self.model)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return self.info.num_hidden_layers
+
+    @cached_property
+    def sink(self) -> dict[str, Any]:
+        """What `orthorank.sink.detect_sink` reports."""
+        from orthorank.sink import detect_sink
+
+        return self.cells.get("sink", {}, lambda: detect_sink(self.model, self.tokenizer).to_dict())
+
+    @property
+    def floor(self) -> int:
+        """The lowest layer that may select: the one after the sink forms; without a sink, the second layer."""
+        return 1 if self.sink["sink_layer"] is None else self.sink["sink_layer"] + 1
+
+    def candidates(self, method: str, keep_ratio: float) -> list[int]:
+        """Layers that a method may choose. Greedy: SLEB's own for removal, those after the sink for selection."""
+        from orthorank.search.one_shot import PROTECT_FIRST, PROTECT_LAST
+
+        if method == "one-shot":
+            first = PROTECT_FIRST if keep_ratio == 0 else max(PROTECT_FIRST, self.floor)
+            return list(range(first, self.num_layers - PROTECT_LAST))
+        if keep_ratio == 0:
+            return list(range(1, self.num_layers - 1))
+        return list(range(self.floor, self.num_layers - 2))
+
+    def reaches(self, method: str, keep_ratio: float, sparsity: float) -> bool:
+        """Whether a nominal sparsity is at least one layer and no more than all candidates."""
+        return 1 <= layer_count(self.num_layers, sparsity, keep_ratio) <= len(self.candidates(method, keep_ratio))
+
+    def order(self, method: str, keep_ratio: float, count: int) -> list[int]:
+        """At least ``count`` layers in the order in which the method chooses them; its prefixes are the plans."""
+        if method == "greedy":
+            return self._greedy_order(keep_ratio, count)
+        from orthorank.search.one_shot import rank
+
+        scores = {int(layer): score for layer, score in self._one_shot_scores(keep_ratio).items()}
+        return rank(scores, count)
+
+    def plan(self, method: str, keep_ratio: float, sparsity: float, **fields: Any) -> OrthoRankConfig:
+        """The plan of a method at a nominal sparsity; ``fields`` as for `OrthoRankConfig`.
+
+        Raises:
+            OrthoRankError: the sparsity is not one that `reaches`.
+        """
+        count = layer_count(self.num_layers, sparsity, keep_ratio)
+        if not self.reaches(method, keep_ratio, sparsity):
+            raise OrthoRankError(
+                f"a sparsity of {sparsity:g} with keep ratio {keep_ratio:.3g} needs {count} layers; {method} may "
+                f"choose 1 to {len(self.candidates(method, keep_ratio))}"
+            )
+        layers = self.order(method, keep_ratio, count)[:count]
+        return OrthoRankConfig.for_model(self.model, layers=layers, keep_ratio=keep_ratio, keep_last=0, **fields)
+
+    def perplexity(self, plan: OrthoRankConfig | None, text: str) -> dict[str, Any]:
+        """Perplexity of the model with ``plan`` (None: dense) on one of the held-out texts."""
+        from orthorank.evaluation.perplexity import auto_batch_size, perplexity
+
+        windows = self.windows[text]
+
+        def measure() -> dict[str, Any]:
+            with (
+                nullcontext() if plan is None else apply(self.model, plan),
+                self.screen.progress(f"perplexity on {text}", len(windows)) as advance,
+            ):
+                result = perplexity(
+                    self.model,
+                    windows,
+                    batch_size=auto_batch_size(self.model, windows.shape[1]),
+                    on_window=lambda done, total, so_far: advance(done, f"{so_far:.2f}"),
+                )
+            return result.to_dict() | {"standard_error": result.standard_error}
+
+        inputs = {"plan": plan_key(plan), "text": text, "ids": _hash(windows)}
+        return self.cells.get(f"perplexity/{text}-{digest(inputs)}", inputs, measure)
+
+    def evaluator(self, keep_ratio: float, **options: Any) -> "Evaluator":
+        """The calibration loss."""
+        from orthorank.search.evaluator import Evaluator
+
+        return Evaluator(self.stack, self.calibration, keep_ratio=keep_ratio, **options)
+
+    def _greedy_order(self, keep_ratio: float, count: int) -> list[int]:
+        """One greedy run per keep ratio, as long as has been asked for; a longer one continues it."""
+        from orthorank.search.greedy import greedy_search
+        from orthorank.search.state import SearchState
+
+        candidates, evaluator = self.candidates("greedy", keep_ratio), self.evaluator(keep_ratio, batch_size=1)
+        path = self.cells.folder / f"greedy-{keep_ratio:.4f}-{self.cells.key({'ids': _hash(self.calibration)})}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = SearchState.load(path) if path.exists() else None
+        if state is not None and len(state.chosen) >= count:
+            return state.chosen
+        if state is not None:
+            state.rounds = max(count, state.rounds)
+        with self.screen.progress(f"greedy search, keep ratio {keep_ratio:.3g}", count) as advance:
+            state = greedy_search(
+                evaluator,
+                candidates,
+                count if state is None else state.rounds,
+                state=state,
+                on_evaluation=lambda at, layer, loss, best, done, total: advance(at, f"{done} of {total}: {best:.3f}"),
+                save_to=path,
+            )
+        return state.chosen
+
+    def _one_shot_scores(self, keep_ratio: float) -> dict[str, float]:
+        from orthorank.search.one_shot import loss_scores
+
+        inputs = {"keep_ratio": keep_ratio, "ids": _hash(self.calibration)}
+
+        def measure() -> dict[str, float]:
+            candidates = self.candidates("one-shot", keep_ratio)
+            with self.screen.progress(f"one-shot scores, keep ratio {keep_ratio:.3g}", len(candidates)) as advance:
+                state = loss_scores(
+                    self.evaluator(keep_ratio, batch_size=1),
+                    candidates,
+                    on_score=lambda layer, loss, done, total: advance(done, f"layer {layer}: {loss:.3f}"),
+                )
+            return {str(layer): score for layer, score in state.finite.items()}
+
+        return self.cells.get(f"one-shot-{keep_ratio:.4f}", inputs, measure)
+
+    def _windows(self, text: Text, name: str, window: int, windows: int | None) -> Tensor:
+        ids = tokenize(text, self.tokenizer)
+        check_ids(ids, self.model)
+        count = min(len(ids) // window, windows or len(ids))
+        if count < 1 or (windows is not None and count < windows and name == "calibration"):
+            raise OrthoRankError(
+                f"{name} ({text.name}) has {len(ids):,} tokens, fewer than {windows or 1} windows of {window}; name a "
+                "longer text or fewer or shorter windows"
+            )
+        return ids[: count * window].view(count, window).to(self.model.device)
+
+    def _identity(self) -> dict[str, Any]:
+        from orthorank.search.folder import model_fingerprint
+
+        return {"model": model_fingerprint(self.model), "dtype": self.info.dtype, "torch": torch.__version__}
+
+
+def plan_key(plan: OrthoRankConfig | None) -> dict[str, Any] | None:
+    """What measurements of a plan depend on: its fields without what they say of where it came from."""
+    if plan is None:
+        return None
+    about = ("calibration", "measured", "version", "model_id", "model_revision", "sink_layer")
+    return {name: value for name, value in plan.to_dict().items() if name not in about}
+
+
+def digest(inputs: Any) -> str:
+    """A short name for ``inputs``.
+
+    >>> digest({"a": 1}) == digest({"a": 1}) != digest({"a": 2})
+    True
+    """
+    import json
+
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _hash(ids: Tensor) -> str:
+    return hashlib.sha256(ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()[:16]
+
+
+def _text(source: str, calibration: bool = False) -> Text:
+    """A file or a dataset, by its name; of a dataset the calibration text is from its training split."""
+    from orthorank.corpora import dataset_texts
+    from orthorank.evaluation.texts import RECIPES, evaluation_text
+    from orthorank.texts import find_text
+
+    if source.partition(":")[0] not in RECIPES:
+        return find_text(source)
+    return dataset_texts(source)[0] if calibration else evaluation_text(dataset=source)

@@ -1,0 +1,240 @@
+"""The reproduction of the paper on a tiny model: every part, resuming, verdicts, and what is written."""
+
+import itertools
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orthorank.cli import main
+from orthorank.errors import OrthoRankError
+from orthorank.reproduce import paper, tables
+from orthorank.reproduce.cells import Cells
+from orthorank.reproduce.claims import check_claims, judge, layer_by_layer, lower_loss, paired
+from orthorank.reproduce.run import reproduce
+from orthorank.reproduce.settings import PARTS, ReproduceSettings
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts and LongBench questions."""
+    folder = tmp_path_factory.mktemp("inputs")
+    for name in ("calibration", "one", "two"):
+        (folder / f"{name}.txt").write_text("\n".join(f"{name}: line {n}, some words" for n in range(120)))
+    rows = [{"task": "lcc", "idx": n, "prompt": f"x = {n}", "gold": ["y"]} for n in range(2)]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def settings_for(model: Path, inputs: Path, output: Path, **fields: Any) -> ReproduceSettings:
+    small: dict[str, Any] = {
+        "model": str(model),
+        "output": output,
+        "calibration": str(inputs / "calibration.txt"),
+        "texts": {"one": str(inputs / "one.txt"), "two": str(inputs / "two.txt")},
+        "calibration_windows": 2,
+        "calibration_len": 32,
+        "windows": 3,
+        "window": 64,
+        "tasks": (),
+        "longbench": str(inputs / "questions.jsonl"),
+        "prompt_tokens": 24,
+        "rounds": 1,
+        "device": "cpu",
+    }
+    return ReproduceSettings(**(small | fields))
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder: Path, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    output = tmp_path_factory.mktemp("reproduction")
+    return output, reproduce(settings_for(tiny_folder, inputs, output))
+
+
+def test_every_part_is_there(finished: tuple[Path, dict[str, Any]]) -> None:
+    output, summary = finished
+    written = json.loads((output / "summary.json").read_text())
+    assert written["table1"] == json.loads(json.dumps(summary["table1"]))
+    for part in PARTS:
+        key = {"fig2": "similarities", "fig3": "similarities", "fig6": "similarities", "fig7": "similarities"}.get(
+            part, "layerwise" if part == "fig4" else part
+        )
+        assert key in summary, part
+    rows = {row["row"]: row for row in summary["table1"]["rows"]}
+    assert set(rows) == {"dense", "sleb-20", "sleb-20+orthorank"}, "the tiny model has one layer to choose"
+    assert set(rows["dense"]["perplexity"]) == {"one", "two"}
+    assert rows["dense"]["paper_perplexity"]["Llama-2-7B"] == 7.26
+    assert rows["sleb-20"]["throughput"]["flop_speedup"] > 1
+    assert {row["row"] for row in summary["table3"]["rows"]} == set(paper.ABLATION)
+    assert summary["longbench"]["questions"] == 2
+    pictures = {path.stem[:4] for path in output.glob("*.png")}
+    assert pictures == {"fig2", "fig3", "fig4", "fig5", "fig7"}
+    text = (output / "tables.md").read_text()
+    assert all(title in text for title in ("Table 1", "Table 3", "Claims", "7.26 / 6.73"))
+
+
+def test_perplexities_are_those_of_the_plans(
+    finished: tuple[Path, dict[str, Any]], tiny_folder: Path, inputs: Path
+) -> None:
+    import orthorank
+    from orthorank.evaluation.perplexity import perplexity
+    from orthorank.models import load_model
+
+    model, tokenizer, _ = load_model(str(tiny_folder), device="cpu")
+    for row in finished[1]["table3"]["rows"]:
+        plan = orthorank.OrthoRankConfig(**row["plan"])
+        with orthorank.apply(model, plan):
+            wanted = perplexity(model, text=(inputs / "one.txt").read_text(), tokenizer=tokenizer, window=64, windows=3)
+        assert row["perplexity"]["one"]["perplexity"] == pytest.approx(wanted.perplexity, rel=1e-5)
+
+
+def test_a_second_run_computes_nothing(
+    finished: tuple[Path, dict[str, Any]], tiny_folder: Path, inputs: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    copied = tmp_path / "copy"
+    shutil.copytree(finished[0], copied)
+    computed: list[str] = []
+    real = Cells.get
+
+    def watched(self: Cells, name: str, inputs: dict[str, Any], compute: Any) -> Any:
+        def noted() -> Any:
+            computed.append(name)
+            return compute()
+
+        return real(self, name, inputs, noted)
+
+    monkeypatch.setattr(Cells, "get", watched)
+    again = reproduce(settings_for(tiny_folder, inputs, copied))
+    assert computed == []
+    assert again["claims"] == json.loads((finished[0] / "summary.json").read_text())["claims"]
+    lost = next((copied / "cells" / "perplexity").glob("one-*.json"))
+    lost.unlink()
+    reproduce(settings_for(tiny_folder, inputs, copied))
+    assert computed == [f"perplexity/{lost.stem}"]
+
+
+def test_the_sweep_continues_the_search(tiny_folder: Path, inputs: Path, tmp_path: Path) -> None:
+    """Its points are prefixes of one greedy run, whether that run was begun for fewer layers or not."""
+    short = settings_for(tiny_folder, inputs, tmp_path / "a", only=("sweep",), sweep=(0.2,))
+    reproduce(short)
+    longer = settings_for(tiny_folder, inputs, tmp_path / "a", only=("sweep",), sweep=(0.2, 0.4, 0.5))
+    points = reproduce(longer)["sweep"]["points"]
+    at_once = reproduce(settings_for(tiny_folder, inputs, tmp_path / "b", only=("sweep",), sweep=(0.2, 0.4, 0.5)))
+    assert points == at_once["sweep"]["points"]
+    by_method: dict[str, list[list[int]]] = {}
+    for point in points:
+        by_method.setdefault(point["method"], []).append(point["layers"])
+    for plans in by_method.values():
+        assert all(set(few) <= set(more) for few, more in itertools.pairwise(plans))
+    assert [len(layers) for layers in by_method["sleb"]] == [1, 2, 3]
+
+
+def test_cells_of_other_inputs_are_computed_again(tmp_path: Path) -> None:
+    cells = Cells(tmp_path, {"model": "a"})
+    assert cells.get("x", {"n": 1}, lambda: [1, (2,)]) == [1, [2]]
+    assert cells.get("x", {"n": 2}, lambda: 5) == 5
+    assert Cells(tmp_path, {"model": "b"}).get("x", {"n": 2}, lambda: 6) == 6
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(OrthoRankError, match=r"x.json is not a JSON file; delete it"):
+        cells.get("x", {"n": 2}, lambda: 5)
+
+
+@pytest.mark.parametrize(
+    ("figure", "error", "verdict"),
+    [
+        (0.5, 0.2, "holds"),
+        (0.3, 0.2, "undecided"),
+        (-0.3, 0.2, "undecided"),
+        (-0.5, 0.2, "fails"),
+        (0.5, math.nan, "undecided"),
+    ],
+)
+def test_verdicts(figure: float, error: float, verdict: str) -> None:
+    assert judge(figure, 0.0, error) == verdict
+
+
+def row(losses: list[float]) -> dict[str, Any]:
+    return {"window_losses": losses, "perplexity": math.exp(sum(losses) / len(losses))}
+
+
+def test_plans_are_compared_window_by_window() -> None:
+    """A difference that is the same in every window counts, however much windows differ from each other."""
+    claim = lower_loss("a is better", "Table 1", row([1.0, 9.0, 5.0]), row([1.1, 9.11, 5.09]), "text")
+    assert claim.verdict == "holds"
+    assert claim.n == 3
+    assert claim.figure == pytest.approx(0.1)
+    assert paired([1.0, 9.0], [1.1, 9.1]) == (pytest.approx(0.1), pytest.approx(0.0))
+    assert lower_loss("a", "", row([1.0, 2.0]), row([3.0, 0.1]), "text").verdict == "undecided"
+
+
+def test_a_single_bad_layer_fails_the_claim_but_not_the_last_one() -> None:
+    def layer(number: int, margin: float) -> dict[str, Any]:
+        return {
+            "layer": number,
+            "margin": margin,
+            "standard_error": 0.01,
+            "losses": [1.0, 1.0],
+            "perplexities": [2.0, 3.0],
+        }
+
+    good = [layer(n, 0.5) for n in range(3)]
+    assert layer_by_layer([*good, layer(3, -0.5)])[0].verdict == "holds", "the last layer is excepted"
+    assert layer_by_layer([*good, layer(3, -0.5), layer(4, 0.5)])[0].verdict == "fails"
+    assert layer_by_layer([*good, layer(3, -0.01), layer(4, 0.5)])[0].verdict == "undecided"
+
+
+def test_claims_of_the_finished_parts_alone(finished: tuple[Path, dict[str, Any]]) -> None:
+    _, summary = finished
+    claims = check_claims(summary)
+    words = [claim.claim for claim in claims]
+    assert sum("SLEB + OrthoRank" in one for one in words) == 2, "20 %, on two texts"
+    assert sum("random" in one for one in words) == 4
+    assert {claim.verdict for claim in claims} <= {"holds", "fails", "undecided"}
+    assert check_claims({"table1": summary["table1"]}) != []
+    assert check_claims({}) == []
+
+
+def test_the_paper_has_a_figure_for_each_of_its_rows() -> None:
+    known = {name for name, *_ in tables.MAIN_ROWS} | {"dense"}
+    assert set(paper.PERPLEXITY) <= known
+    assert set(paper.PERPLEXITY) == set(paper.ACCURACY) == set(paper.THROUGHPUT)
+    assert set(tables.ABLATIONS) == set(paper.ABLATION)
+
+
+def test_the_command(tiny_folder: Path, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--calibration", str(inputs / "calibration.txt"), "--text", f"one={inputs / 'one.txt'}"]
+    sizes = ["--calibration-len", "32", "--window", "64", "--device", "cpu", "--tasks", "none", "--quick"]
+    out = tmp_path / "out"
+    assert main(["reproduce", str(tiny_folder), *options, *sizes, "--only", "sweep,fig5", "--output", str(out)]) == 0
+    assert "Perplexity over sparsity" in capsys.readouterr().out
+    assert json.loads((out / "summary.json").read_text())["settings"]["windows"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--only", "table9"], "only holds 'table9'"),
+        (["--text", "=x"], "text is '=x'"),
+        (["--text", "a=x", "--text", "a=y"], "text is 'a=y'"),
+        (["--quick", "--full"], "both --quick and --full"),
+        (["--text", "a=nowhere.txt"], "nowhere.txt' cannot be read"),
+        (["--windows", "0"], "windows is 0"),
+    ],
+)
+def test_the_command_says_what_is_wrong(
+    tiny_folder: Path,
+    inputs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    words: str,
+) -> None:
+    common = ["--calibration", str(inputs / "calibration.txt"), "--device", "cpu", "--output", str(tmp_path / "o")]
+    given = options if "--text" in options else [*options, "--text", f"one={inputs / 'one.txt'}"]
+    assert main(["reproduce", str(tiny_folder), *common, *given]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
