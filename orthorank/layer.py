@@ -109,24 +109,30 @@ def _norm_and_select(
 def removed_forward(index: int, hidden_states: Tensor, cache: Any = None) -> Tensor:
     """A layer of a plan with keep_ratio 0: nothing is computed.
 
-    Models read how many tokens are cached from the first layer of each kind (full, sliding), and some layers of a cache
-    cannot be cropped before they hold something. There, a stand-in of one head and one channel keeps the count.
+    Models read how many tokens are cached from the first layer of each kind (full, sliding), some layers of a cache
+    cannot be cropped before they hold something, and an offloading cache brings in a layer when the one before it is
+    updated. There, a stand-in of one head and one channel keeps the count.
     """
     if cache is not None and _needs_stand_in(cache, index):
         batch, tokens = hidden_states.shape[:2]
-        heads, channels = _initialised_shape(cache, index)
+        heads, channels = _stand_in_shape(cache, index)
         stand_in = hidden_states.new_zeros(batch, heads, tokens, channels)
         cache.update(stand_in, stand_in, index)
     return hidden_states
 
 
-def _initialised_shape(cache: Any, index: int) -> tuple[int, int]:
-    """Heads and channels of a cache layer that was allocated ahead of time; 1 and 1 else."""
-    keys = getattr(cache.layers[index], "keys", None) if index < len(cache.layers) else None
-    return (keys.shape[1], keys.shape[3]) if isinstance(keys, Tensor) and keys.dim() == 4 else (1, 1)
+def _stand_in_shape(cache: Any, index: int) -> tuple[int, int]:
+    """Heads and channels: of a cache layer that was allocated ahead of time; else 1, and what can be quantised."""
+    layer = cache.layers[index] if index < len(cache.layers) else None
+    keys = getattr(layer, "keys", None)
+    if isinstance(keys, Tensor) and keys.dim() == 4:
+        return keys.shape[1], keys.shape[3]
+    return 1, getattr(layer, "q_group_size", 1)
 
 
 def _needs_stand_in(cache: Any, index: int) -> bool:
+    if getattr(cache, "offloading", False):
+        return True
     sliding: list[bool] = list(cache.is_sliding)
     if index >= len(sliding):  # a cache without a config grows a layer at the first update, and all are alike
         return index == 0
