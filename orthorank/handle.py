@@ -271,8 +271,9 @@ class DecoderForward(Patch):
         if not (call.first or handle.phase.any_cache):
             sink_state.check_plan(cache_of(kwargs), handle.identity)
         if handle.selecting and not call.decodes_only:
-            if not call.first:
-                sink_state.check(cache_of(kwargs), handle.selecting, call.batch, handle.config.decode)
+            if not call.first:  # a model that drafts for itself runs its lower layers alone
+                runs = [layer for layer in handle.selecting if layer < self.owner.config.num_hidden_layers]
+                sink_state.check(cache_of(kwargs), runs, call.batch, handle.config.decode)
             if handle.config.kv == "selected":
                 use_cache = without_cache(cache_of(kwargs), use_cache)
             call = call.prepared(handle.config, given.device)
