@@ -46,7 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=4, help="calibration windows of 512 tokens (default: 4)")
     parser.add_argument("--held-out", type=int, default=12, help="held-out windows of 1,024 tokens (default: 12)")
     parser.add_argument("--budget", type=float, default=0.8, help="share of the dense layers' FLOPs (default: 0.8)")
-    parser.add_argument("--effort", type=int, nargs=3, default=(3, 32, 12), help="tries, exchanges, patience")
+    parser.add_argument("--effort", type=int, nargs=3, default=(3, 32, 16), help="tries, exchanges, patience")
     parser.add_argument("--state", type=Path, help="file to go on from after a stop")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     return parser.parse_args()

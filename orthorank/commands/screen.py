@@ -85,3 +85,15 @@ def numbers(option: str, words: str | None) -> list[int] | None:
     except ValueError:
         raise OrthoRankError(f"{option} is {words!r}; it must be layer numbers such as 12,14 or 12-16,20") from None
     return layers
+
+
+def ratios(option: str, words: str | None) -> tuple[float, ...] | None:
+    """Several numbers: ``0,1/4,1/2``.
+
+    >>> ratios("--keep-ratios", "0, 1/4,0.5")
+    (0.0, 0.25, 0.5)
+    """
+    if words is None:
+        return None
+    several = tuple(number(option, part) for part in words.split(","))
+    return tuple(value for value in several if value is not None)

@@ -31,6 +31,15 @@ FAST = "Successive halving over the windows: several times quicker, not exact."
 RESUME = "Go on with the search whose state is in the output folder; begin one if there is none."
 DEVICE_MAP = "auto: spread a model that one device cannot hold, by accelerate."
 BATCH = "Windows in one forward. Default: as memory allows."
+BUDGET = "Search for a mixed plan instead: its layers cost at most this share of the dense ones, such as 0.8."
+BUDGET_UNIT = "flops, or time as measured on this machine. Default: flops."
+KEEP_RATIOS = "What a layer of a mixed plan may keep; 0: it may be removed. Default: 0,1/4,1/3,1/2."
+START = (
+    "Plan to begin a mixed search from, may be given more than once; none: only the dense model. Default: those of "
+    "OrthoRank (--keep-ratio) and of layer pruning at the same sparsity are searched first."
+)
+EXCHANGES = "Exchanges of steps that a mixed search tries at each cost. Default: 48."
+PROMPT_TOKENS = "Prompt length for which the cost of a layer counts. Default: 2048."
 
 
 def command(
@@ -56,13 +65,19 @@ def command(
     device_map: Annotated[str | None, typer.Option(help=DEVICE_MAP)] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     batch_size: Annotated[int | None, typer.Option(help=BATCH)] = None,
+    budget: Annotated[str | None, typer.Option(help=BUDGET)] = None,
+    budget_unit: Annotated[str | None, typer.Option(help=BUDGET_UNIT)] = None,
+    keep_ratios: Annotated[str | None, typer.Option(help=KEEP_RATIOS)] = None,
+    start: Annotated[list[str] | None, typer.Option(help=START)] = None,
+    exchanges: Annotated[int | None, typer.Option(help=EXCHANGES)] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help=PROMPT_TOKENS)] = None,
 ) -> int:
     """Choose the layers of a plan and write it to orthorank.json.
 
     The loss of every evaluation is kept in the output folder: after an interruption, the same command with --resume
     goes on where it stopped. Several processes (accelerate launch -m orthorank search ...) share the windows.
     """
-    from orthorank.commands.screen import number
+    from orthorank.commands.screen import number, ratios
     from orthorank.search.settings import KEEP_RATIO as DEFAULT_RATIO
     from orthorank.search.settings import SearchSettings
 
@@ -90,6 +105,12 @@ def command(
         device_map=device_map,
         dtype=dtype,
         batch_size=batch_size,
+        budget=number("budget", budget),
+        budget_unit=budget_unit,
+        keep_ratios=ratios("keep_ratios", keep_ratios),
+        starts=tuple(start or ()),
+        exchanges=exchanges,
+        prompt_tokens=prompt_tokens,
     )
     return run(settings)
 
@@ -123,12 +144,21 @@ def table(results: dict[str, Any]) -> "Table":
 
     from orthorank.report import words
 
-    heads = ("", "layers changed", "calibration loss", "held-out perplexity", "FLOP-ideal")
+    mixed = any("changes" in row for row in results["rows"])
+    heads = (
+        "",
+        "layers changed",
+        "calibration loss",
+        "held-out perplexity",
+        "FLOP-ideal",
+        *(["cost"] if mixed else []),
+    )
     drawn = Table(box=None, pad_edge=False, header_style="dim")
     for head in heads:
         drawn.add_column(head, justify="right" if head not in heads[:2] else "left")
     for row in results["rows"]:
         loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
-        figures = (loss, words.figure(row["perplexity"]), f"{row['flop_speedup']:.2f}x")
-        drawn.add_row(row["name"], words.layers(row["layers"]), *figures)
+        cost = [f"{row['cost']:.3f}"] if mixed else []
+        figures = (loss, words.figure(row["perplexity"]), f"{row['flop_speedup']:.2f}x", *cost)
+        drawn.add_row(row["name"], row.get("changes") or words.layers(row["layers"]), *figures)
     return drawn

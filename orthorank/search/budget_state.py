@@ -23,8 +23,8 @@ class PlanLoss(Protocol):
     """What a budget search asks for: the calibration loss of a mixed plan."""
 
     @property
-    def fingerprint(self) -> str:
-        """What the losses depend on: the same text, windows and model give the same one."""
+    def fingerprint(self) -> Any:
+        """What the losses depend on, as JSON stores it: the same model, text and windows give the same one."""
 
     def loss(self, plan: Plan, limit: float = math.inf) -> float:
         """Mean loss in nats; inf if and only if it is above ``limit`` or not finite. Always the same bits."""
@@ -94,14 +94,14 @@ class BudgetState:
         write_text(path, json.dumps(whole, allow_nan=False) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> "BudgetState":
+    def load(cls, path: Path | str) -> "BudgetState":
         """Read a saved state.
 
         Raises:
             OrthoRankError: no such file, or it is not the state of a budget search.
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
             if values["search"] != "budget" or values["schema"] != SCHEMA or not isinstance(values["settings"], dict):
                 raise ValueError
             seen = {_key(key): _read(*rest) for key, *rest in values["seen"]}

@@ -100,18 +100,22 @@ def run_search(settings: SearchSettings, screen: Screen | None = None) -> dict[s
         OrthoRankError: something is wrong or missing, or the search was interrupted; then the message says how to go
             on with it.
     """
+    from orthorank.search.budget_job import run_budget
     from orthorank.search.finish import finish
     from orthorank.search.methods import choose
 
     with joined() as group:
         watched = screen if screen is not None and group.rank == 0 else SilentScreen()
-        job = together(group, lambda: _prepare(settings, watched, group))
-        _check_agreement(job)
+        job = together(group, lambda: prepare(settings, watched, group))
+        if settings.budget is not None:
+            return run_budget(job)
+        together(group, lambda: aim(job))
+        check_agreement(job)
         return finish(job, choose(job))
 
 
-def _prepare(settings: SearchSettings, screen: Screen, group: Group) -> Job:
-    """Everything that can go wrong early goes wrong here, the cheap things first."""
+def prepare(settings: SearchSettings, screen: Screen, group: Group) -> Job:
+    """What every search needs. What can go wrong early goes wrong here, the cheap things first."""
     from orthorank.stack import LayerStack
 
     began = time.perf_counter()
@@ -134,8 +138,7 @@ def _prepare(settings: SearchSettings, screen: Screen, group: Group) -> Job:
     screen.say(shape if group.size == 1 else f"{shape}; {group.size} processes")
     screen.say(f"calibration: {_windows_in_words(calibration)}")
     sink_layer = _sink_layer(settings, screen, model, tokenizer)
-    candidates = _candidates(settings, info.num_hidden_layers, sink_layer)
-    job = Job(
+    return Job(
         settings=settings,
         screen=screen,
         folder=folder,
@@ -144,16 +147,25 @@ def _prepare(settings: SearchSettings, screen: Screen, group: Group) -> Job:
         stack=LayerStack(model),
         calibration=calibration,
         sink_layer=sink_layer,
-        candidates=candidates,
-        count=_count(settings, info.num_hidden_layers, candidates),
+        candidates=candidates_of(settings, info.num_hidden_layers, sink_layer),
+        count=0,
         group=group,
         began=began,
     )
-    job.identity = _identity(job)
+
+
+def aim(job: Job) -> None:
+    """Settle how many of the candidates are chosen, and with what a continued search is compared.
+
+    Raises:
+        OrthoRankError: there are not as many candidates.
+    """
+    settings = job.settings
+    job.count = _count(settings, job.info.num_hidden_layers, job.candidates)
+    job.identity = identity_of(job)
     ratio = words.ratio(settings.keep_ratio)
     action = "remove" if settings.keep_ratio == 0 else f"update {ratio} of the tokens in"
-    screen.say(f"{action} {job.count} of the layers {words.layers(candidates)}")
-    return job
+    job.screen.say(f"{action} {job.count} of the layers {words.layers(job.candidates)}")
 
 
 def _windows_in_words(calibration: Calibration) -> str:
@@ -181,7 +193,8 @@ def _sink_layer(
     return sink.sink_layer
 
 
-def _candidates(settings: SearchSettings, num_layers: int, sink_layer: int | None) -> list[int]:
+def candidates_of(settings: SearchSettings, num_layers: int, sink_layer: int | None) -> list[int]:
+    """The layers that may be chosen."""
     first, last = settings.protected
     if sink_layer is not None:
         if sink_layer >= num_layers:
@@ -217,7 +230,7 @@ def _count(settings: SearchSettings, num_layers: int, candidates: list[int]) -> 
     return count
 
 
-def _check_agreement(job: Job) -> None:
+def check_agreement(job: Job) -> None:
     """All processes found the same model, text and candidates."""
     identities = job.group.collect(job.identity)
     for rank, other in enumerate(identities):
@@ -227,7 +240,7 @@ def _check_agreement(job: Job) -> None:
             )
 
 
-def _identity(job: Job) -> dict[str, Any]:
+def identity_of(job: Job) -> dict[str, Any]:
     """What decides the result, and so must not change between the parts of a resumed search."""
     settings = job.settings
     return {

@@ -1,7 +1,7 @@
 """The calibration loss as a budget search asks for it, with an estimate from a part of the windows."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from orthorank.search.plans import Plan
 
@@ -36,9 +36,13 @@ class CalibrationLoss:
         self.scout_windows = min(windows, math.ceil(windows * SCOUTED / batch) * batch)
 
     @property
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> dict[str, Any]:
         """Windows and options, how many windows run together (the last bits depend on it), how many are scouted."""
-        return f"{self.evaluator.fingerprint}, {self.evaluator.batch_size} together, {self.scout_windows} scouted"
+        return {
+            "windows": self.evaluator.fingerprint,
+            "batch_size": self.evaluator.batch_size,
+            "scouted": self.scout_windows,
+        }
 
     def loss(self, plan: Plan, limit: float = math.inf) -> float:
         """Mean loss over all windows in nats; inf if and only if it is above ``limit`` or not finite."""

@@ -1,0 +1,283 @@
+"""``orthorank search --budget`` without its terminal: a mixed plan, its Pareto front and a picture in a folder.
+
+The plans of one form that the search begins from are searched first, each as a search of its own in the folder
+``starts``, unless plan files are given.
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orthorank.config import OrthoRankConfig
+from orthorank.demo.screen import Advance, Screen
+from orthorank.errors import OrthoRankError
+from orthorank.files import user_path
+from orthorank.handle import check_plan
+from orthorank.report import words
+from orthorank.search.budget import Effort, Progress, best_plan, budget_search
+from orthorank.search.budget_state import BudgetInterrupted, BudgetState
+from orthorank.search.costs import CostTable, count_flops, measure_seconds
+from orthorank.search.counts import layer_count
+from orthorank.search.distributed import together
+from orthorank.search.folder import Folder
+from orthorank.search.job import Job, candidates_of, check_agreement, identity_of, plan_of
+from orthorank.search.methods import choose, saved_state
+from orthorank.search.pareto import Point
+from orthorank.search.pareto_plot import MISSING, can_draw
+from orthorank.search.plan_loss import CalibrationLoss
+from orthorank.search.plans import Space
+from orthorank.search.plans import plan_of as ratios_of
+from orthorank.search.settings import SearchSettings
+from orthorank.search.watching import duration
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STARTS = "starts"  # folder of the searches for plans of one form
+FORMS = ("OrthoRank", "layer pruning")
+KEEP_RATIOS = (0.0, 1 / 4, 1 / 3, 1 / 2)
+PROMPT_TOKENS = 2048
+# What decides a loss beside the layers and their ratios; a plan to begin from must have the same.
+MODES = ("criterion", "select", "kv", "update_sink", "sinks", "seed")
+
+
+@dataclass(frozen=True)
+class Search:
+    """A budget search that is set up.
+
+    Args:
+        job: what every search has. space: what each layer may be, and what it costs.
+        losses: on the calibration windows. starts: plans that it begins from, by name.
+        saved: what an earlier run has seen.
+    """
+
+    job: Job
+    space: Space
+    losses: CalibrationLoss
+    starts: dict[str, OrthoRankConfig]
+    saved: BudgetState | None
+
+    @property
+    def budget(self) -> float:
+        """Share of the dense cost."""
+        assert self.job.settings.budget is not None
+        return self.job.settings.budget
+
+    def best(self, state: BudgetState) -> Point | None:
+        """The plan of least loss within the budget."""
+        return best_plan(state, self.space, self.budget)
+
+
+def run_budget(job: Job) -> dict[str, Any]:
+    """As `orthorank.search.job.run_search`, for settings with a budget. Called on every process of the job's group.
+
+    Returns:
+        The results; ``rows`` has the dense model, the plans that the search began from, and the mixed plan.
+    """
+    from orthorank.search.budget_finish import finish
+
+    files = together(job.group, lambda: _given(job))
+    job.identity = together(job.group, lambda: _identity(job, files))
+    check_agreement(job)
+    saved = saved_state(job, BudgetState.load)
+    if not can_draw():
+        job.screen.say(MISSING)
+    search = _set_up(job, files if job.settings.starts else _searched(job), saved)
+    return finish(search, _run(search))
+
+
+def _given(job: Job) -> dict[str, OrthoRankConfig]:
+    """The plans in the files that the settings name."""
+    given = {}
+    for path in job.settings.starts:
+        if path == "none":
+            continue
+        plan = OrthoRankConfig.from_pretrained(user_path("start", path))
+        check_plan(job.model, plan)
+        wanted = OrthoRankConfig(layers=[], criterion=job.settings.criterion)
+        for mode in MODES:
+            if getattr(plan, mode) != getattr(wanted, mode) and plan.selecting:
+                raise OrthoRankError(
+                    f"start is {path!r}, whose {mode} is {getattr(plan, mode)!r}, and this search measures plans with "
+                    f"{getattr(wanted, mode)!r}; name a plan that has the same"
+                )
+        given[path] = plan
+    return given
+
+
+def _identity(job: Job, files: dict[str, OrthoRankConfig]) -> dict[str, Any]:
+    """What decides the result, and so must not change between the parts of a resumed search."""
+    settings = job.settings
+    starts: Any = "searched" if not settings.starts else {name: plan.to_dict() for name, plan in files.items()}
+    return identity_of(job) | {
+        "method": "budget",
+        "budget": settings.budget,
+        "budget_unit": settings.budget_unit,
+        "prompt_tokens": _prompt_tokens(job),
+        "keep_ratios": list(settings.keep_ratios or KEEP_RATIOS),
+        "select": job.candidates,
+        "skip": _skip(job),
+        "starts": starts,
+        "exchanges": _effort(job).exchanges,
+    }
+
+
+def _searched(job: Job) -> dict[str, OrthoRankConfig]:
+    """The plans of one form at the nominal sparsity that the budget stands for, each from a search of its own."""
+    found = {}
+    for name, ratio in zip(FORMS, (job.settings.keep_ratio, 0.0), strict=True):
+        form = _of_one_form(job, name, ratio)
+        if form is None:
+            continue
+        job.screen.heading(f"{name}: {form.count} layers at keep ratio {words.ratio(ratio)}")
+        _claim(form)
+        outcome = choose(form)
+        found[name] = plan_of(form, outcome)
+        if form.first:
+            found[name].save_pretrained(form.folder.path)
+        job.screen.say(f"layers {words.layers(found[name].layers)}, loss {outcome.losses[-1]:.4f}")
+    job.screen.heading(f"Mixed plans: {job.settings.title}")
+    return found
+
+
+def _claim(form: Job) -> None:
+    """Its folder is inside that of this search, which may be written to: what is there is from an earlier run of it."""
+    together(form.group, lambda: form.folder.claim(resume=True) if form.first else None)
+
+
+def _of_one_form(job: Job, name: str, ratio: float) -> Job | None:
+    """The search for a plan whose chosen layers all have ``ratio``; None: no layer is due, or more than there are."""
+    settings = _form(job.settings, ratio, job.settings.output / STARTS / name.replace(" ", "-").lower())
+    assert job.settings.budget is not None
+    sparsity, total = 1 - job.settings.budget, job.info.num_hidden_layers
+    candidates = _candidates(job, ratio)
+    try:
+        count = layer_count(total, sparsity, ratio) if sparsity > 0 else 0
+    except OrthoRankError:
+        count = total + 1
+    if not 0 < count <= len(candidates):
+        reason = "less than one layer" if count == 0 else f"more than the {len(candidates)} layers that may change"
+        share = f"{words.percent(sparsity)} of the layers at keep ratio {words.ratio(ratio)}"
+        job.screen.say(f"no start from {name}: {share} is {reason}")
+        return None
+    form = dataclasses.replace(
+        job, settings=settings, folder=Folder(settings.output), candidates=candidates, count=count
+    )
+    form.identity = identity_of(form)
+    return form
+
+
+def _form(settings: SearchSettings, ratio: float, output: Path) -> SearchSettings:
+    """The settings of a search for a plan of one form."""
+    return dataclasses.replace(
+        settings,
+        keep_ratio=ratio,
+        output=output,
+        budget=None,
+        budget_unit=None,
+        keep_ratios=None,
+        starts=(),
+        exchanges=None,
+        prompt_tokens=None,
+    )
+
+
+def _candidates(job: Job, ratio: float) -> list[int]:
+    settings = _form(job.settings, ratio, job.settings.output)
+    return candidates_of(settings, job.info.num_hidden_layers, job.sink_layer if settings.floored else None)
+
+
+def _skip(job: Job) -> list[int]:
+    return _candidates(job, 0.0) if 0 in (job.settings.keep_ratios or KEEP_RATIOS) else []
+
+
+def _prompt_tokens(job: Job) -> int:
+    wanted, most = job.settings.prompt_tokens, job.info.max_tokens
+    if wanted is not None and wanted > most:
+        raise OrthoRankError(f"prompt_tokens is {wanted}; the model's longest input has {most} tokens")
+    return min(PROMPT_TOKENS, most) if wanted is None else wanted
+
+
+def _effort(job: Job) -> Effort:
+    return Effort() if job.settings.exchanges is None else Effort(exchanges=job.settings.exchanges)
+
+
+def _set_up(job: Job, starts: dict[str, OrthoRankConfig], saved: BudgetState | None) -> Search:
+    if saved is not None:
+        job.evaluator.use_batch_size(saved.settings["losses"]["batch_size"])
+    ratios = tuple(job.settings.keep_ratios or KEEP_RATIOS)
+    costs = _costs(job, {*ratios, *(r for plan in starts.values() for r in plan.ratios.values())}, saved)
+    space = Space.of(costs, ratios, select=job.candidates, skip=_skip(job))
+    return Search(job, space, CalibrationLoss(job.evaluator), starts, saved)
+
+
+def _costs(job: Job, ratios: set[float], saved: BudgetState | None) -> CostTable:
+    """FLOPs, or seconds: those of an earlier run of this search if there was one, else of the first process."""
+    tokens = _prompt_tokens(job)
+    if job.settings.budget_unit != "time":
+        return count_flops(job.model.config, tokens, ratios)
+    if saved is not None:
+        return CostTable.from_dict(saved.settings["costs"])
+    with job.screen.progress("timing layers", 9) as advance:
+        table = measure_seconds(
+            job.stack, _random_prompt(job, tokens), ratios, on_round=lambda done, _: advance(done, "")
+        )
+    return CostTable.from_dict(job.group.share(table.to_dict()))
+
+
+def _random_prompt(job: Job, tokens: int) -> "Tensor":
+    import torch
+
+    entries = job.model.get_input_embeddings().weight.shape[0]
+    return torch.randint(0, entries, (1, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def _run(search: Search) -> BudgetState:
+    """Search; Ctrl-C writes what was found until then.
+
+    Raises:
+        OrthoRankError: Ctrl-C; the message says how to go on.
+    """
+    from orthorank.search.budget_finish import write_front
+
+    job = search.job
+    with job.screen.progress("mixed plans", 100) as advance:
+        try:
+            return budget_search(
+                search.losses,
+                search.space,
+                search.budget,
+                starts={name: ratios_of(plan) for name, plan in search.starts.items()},
+                effort=_effort(job),
+                state=search.saved,
+                on_progress=_Watcher(advance, job.screen),
+                save_to=job.folder.state if job.first else None,
+            )
+        except BudgetInterrupted as stop:
+            kept = write_front(search, stop.state, complete=False) if job.first else ""
+            raise OrthoRankError(f"{stop}{kept}; go on with the same command and --resume") from None
+
+
+class _Watcher:
+    """Turns the progress of a search into a bar in per cent, with the time that is left as far as it can be told."""
+
+    def __init__(self, advance: Advance, screen: Screen) -> None:
+        self.advance, self.screen = advance, screen
+        self.phase, self.percent = "", 0
+        self.began: tuple[float, int] | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.perf_counter()
+        if self.began is None:  # what came before was read from a file, perhaps in no time
+            self.began = (now, progress.done)
+        if progress.phase != self.phase:
+            self.phase = progress.phase
+            self.screen.say(f"{progress.phase}; best {progress.best:.4f}")
+        began, first = self.began
+        pace = (now - began) / max(1, progress.done - first)
+        left = duration(pace * (progress.expected - progress.done))
+        self.percent = max(self.percent, int(100 * progress.done / progress.expected))
+        count = f"{progress.done} of about {progress.expected}"
+        self.advance(self.percent, f"{count}; {progress.phase}; best {progress.best:.4f}; about {left} left")
