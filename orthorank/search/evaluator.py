@@ -169,6 +169,22 @@ class Evaluator:
             sums += [next(rest[batch % self.processes.size]) for _ in range(self._windows_in(batch))]
         return sums
 
+    def go_on_with(self, batch_size: int | None) -> None:
+        """Take the batch size of an earlier search that is continued, if it is known.
+
+        Raises:
+            OrthoRankError: another one was asked for.
+        """
+        if batch_size in (None, self.batch_size):
+            return
+        if self.chosen_batch_size:
+            raise OrthoRankError(
+                f"state is of a search with {batch_size} windows in a batch and the evaluator has {self.batch_size}; "
+                f"losses depend on it by rounding: pass batch_size={batch_size}, or None"
+            )
+        assert batch_size is not None
+        self.use_batch_size(batch_size)
+
     def use_batch_size(self, batch_size: int) -> None:
         """Change how many windows run together, as a search that goes on must; what is kept is dropped."""
         self.batch_size = batch_size

@@ -124,13 +124,7 @@ def _continued(state: SearchState, fresh: SearchState, evaluator: Evaluator) -> 
                 f"state is of another search: its {name} is {before} and this search's is {now}; search with the same "
                 "text, windows, keep ratio and candidates, or begin anew without a state"
             )
-    if state.batch_size not in (None, evaluator.batch_size):
-        if evaluator.chosen_batch_size:
-            raise OrthoRankError(
-                f"state is of a search with {state.batch_size} windows in a batch and the evaluator has "
-                f"{evaluator.batch_size}; losses depend on it by rounding: pass batch_size={state.batch_size}, or None"
-            )
-        evaluator.use_batch_size(state.batch_size)
+    evaluator.go_on_with(state.batch_size)
     return state
 
 

@@ -8,7 +8,7 @@ from orthorank.search.distributed import together
 from orthorank.search.greedy import begin_search, greedy_search
 from orthorank.search.influence import block_influence
 from orthorank.search.job import Job, Outcome, plan_of
-from orthorank.search.one_shot import ScoreState, ScoringInterrupted, loss_scores, magnitude_scores, rank
+from orthorank.search.one_shot import ScoreState, ScoringInterrupted, loss_scores, magnitude_scores, rank_layers
 from orthorank.search.state import SearchInterrupted, SearchState
 from orthorank.search.taylor import taylor_scores
 from orthorank.search.watching import RoundWatcher, ScoreWatcher
@@ -123,7 +123,7 @@ def _begin_anew(job: Job) -> None:
 
 
 def _scored(job: Job, scores: dict[int, float], evaluations: int = 0) -> Outcome:
-    return Outcome(rank({at: scores[at] for at in job.candidates}, job.count), [], scores, evaluations)
+    return Outcome(rank_layers({at: scores[at] for at in job.candidates}, job.count), [], scores, evaluations)
 
 
 def _outcome(state: SearchState) -> Outcome:

@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from torch import nn
+
 from orthorank.errors import OrthoRankError
 from orthorank.files import write_text
 from orthorank.search.evaluator import Evaluator
@@ -24,14 +27,14 @@ PROTECT_FIRST, PROTECT_LAST = 4, 2
 OnScore = Callable[[int, float, int, int], None]
 
 
-def rank(scores: Mapping[int, float], count: int) -> list[int]:
+def rank_layers(scores: Mapping[int, float], count: int) -> list[int]:
     """The ``count`` layers with the lowest scores, lowest first; of equal scores the lower layer comes first.
 
     Raises:
         OrthoRankError: there are fewer layers, or one of them has no finite score.
 
     Example:
-        >>> rank({4: 2.5, 5: 2.1, 6: 2.5, 7: 9.0}, 3)
+        >>> rank_layers({4: 2.5, 5: 2.1, 6: 2.5, 7: 9.0}, 3)
         [5, 4, 6]
     """
     if not 0 <= count <= len(scores):
@@ -78,11 +81,13 @@ class ScoreState:
         candidates: layers that are scored, ascending.
         fingerprint: of the calibration windows and settings (`Evaluator.fingerprint`).
         scores: by layer, so far; None for one whose loss is not finite.
+        batch_size: windows that run together, which the last bits depend on.
     """
 
     candidates: list[int]
     fingerprint: str = ""
     scores: dict[int, float | None] = field(default_factory=dict)
+    batch_size: int | None = None
 
     @property
     def complete(self) -> bool:
@@ -141,7 +146,7 @@ def loss_scores(
         save_to: a file that gets the state as JSON after each evaluation.
 
     Returns:
-        The state; `rank` of its scores gives the layers to take.
+        The state; `rank_layers` of its scores gives the layers to take.
 
     Raises:
         OrthoRankError: ``state`` is of another search.
@@ -155,7 +160,7 @@ def loss_scores(
         ...                      num_attention_heads=2, num_key_value_heads=1)
         >>> evaluator = Evaluator(LayerStack(LlamaForCausalLM(config).eval()), torch.arange(32)[None], keep_ratio=0)
         >>> state = loss_scores(evaluator, one_shot_candidates(8))
-        >>> sorted(rank(state.finite, 2))
+        >>> sorted(rank_layers(state.finite, 2))
         [4, 5]
     """
     fresh = ScoreState(sorted(candidates), evaluator.fingerprint)
@@ -166,6 +171,8 @@ def loss_scores(
                 f"state is of another search: its {name} is {getattr(state, name)} and this search's is "
                 f"{getattr(fresh, name)}; search with the same text, windows, keep ratio and candidates, or begin anew"
             )
+    evaluator.go_on_with(state.batch_size)
+    state.batch_size = evaluator.batch_size
     evaluator.start([], state.candidates)
     try:
         for layer in [candidate for candidate in state.candidates if candidate not in state.scores]:
@@ -197,8 +204,6 @@ def magnitude_scores(stack: "LayerStack") -> dict[int, float]:
         >>> len(magnitude_scores(LayerStack(LlamaForCausalLM(config))))
         4
     """
-    import torch
-
     scores = {}
     for layer in range(stack.num_layers):
         sums = [weight.detach().abs().sum(dtype=torch.float64).item() for weight in layer_weights(stack, layer)]
@@ -206,7 +211,7 @@ def magnitude_scores(stack: "LayerStack") -> dict[int, float]:
     return scores
 
 
-def layer_weights(stack: "LayerStack", layer: int) -> list["torch.nn.Parameter"]:
+def layer_weights(stack: "LayerStack", layer: int) -> list[nn.Parameter]:
     """The parameters of a layer.
 
     Raises:
@@ -225,7 +230,3 @@ def layer_weights(stack: "LayerStack", layer: int) -> list["torch.nn.Parameter"]
                 "without quantisation, or take the metric ppl"
             )
     return [weight for _, weight in weights]
-
-
-if TYPE_CHECKING:
-    import torch

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from orthorank import OrthoRankError
 from orthorank.search.influence import block_influence
-from orthorank.search.one_shot import rank
+from orthorank.search.one_shot import rank_layers
 from orthorank.stack import LayerStack
 
 
@@ -79,7 +79,7 @@ def test_a_layer_that_does_nothing_has_no_influence(model: Any, windows: Tensor)
         idle.model.layers[3].mlp.down_proj.weight.zero_()
     scores = block_influence(LayerStack(idle), windows)
     assert scores[3] == pytest.approx(0.0, abs=1e-12)
-    assert rank(scores, 1) == [3]
+    assert rank_layers(scores, 1) == [3]
 
 
 def test_it_says_what_is_wrong(model: Any) -> None:

@@ -17,7 +17,7 @@ from orthorank.search.one_shot import (
     loss_scores,
     magnitude_scores,
     one_shot_candidates,
-    rank,
+    rank_layers,
 )
 from orthorank.search.taylor import taylor_scores
 from orthorank.stack import LayerStack
@@ -63,8 +63,8 @@ def test_the_published_orders(name: str) -> None:
     figures, order = PUBLISHED[name]
     assert len(figures) == 32
     scores = {layer: figures[layer] for layer in one_shot_candidates(32)}
-    assert rank(scores, 10) == order
-    everything = rank(dict(enumerate(figures)), 32)
+    assert rank_layers(scores, 10) == order
+    everything = rank_layers(dict(enumerate(figures)), 32)
     assert everything[-3:] == [31, 1, 0], "without the rule the edges are last here by themselves"
 
 
@@ -72,18 +72,18 @@ def test_the_plus_rule_keeps_the_edges_whatever_their_score() -> None:
     scores = {layer: float(layer) for layer in range(12)} | {10: -5.0, 11: -9.0}
     allowed = one_shot_candidates(12)
     assert allowed == [4, 5, 6, 7, 8, 9]
-    assert rank({layer: scores[layer] for layer in allowed}, 3) == [4, 5, 6]
+    assert rank_layers({layer: scores[layer] for layer in allowed}, 3) == [4, 5, 6]
     assert one_shot_candidates(12, 0, 0) == list(range(12))
-    assert rank({layer: scores[layer] for layer in one_shot_candidates(12, 0, 0)}, 3) == [11, 10, 0]
+    assert rank_layers({layer: scores[layer] for layer in one_shot_candidates(12, 0, 0)}, 3) == [11, 10, 0]
 
 
 def test_ties_and_losses_that_are_not_finite() -> None:
     scores = {5: 1.0, 3: 1.0, 4: math.nan, 7: -math.inf, 6: 0.5, 8: math.inf}
-    assert rank(scores, 3) == [6, 3, 5]
+    assert rank_layers(scores, 3) == [6, 3, 5]
     with pytest.raises(OrthoRankError, match="score of layer 4 is nan, and it would be chosen"):
-        rank(scores, 4)
+        rank_layers(scores, 4)
     with pytest.raises(OrthoRankError, match="count is 7; it must be from 0 to the number of scored layers, 6"):
-        rank(scores, 7)
+        rank_layers(scores, 7)
     with pytest.raises(OrthoRankError, match="no layer may be taken: of 6 layers, 4 at the beginning and 2"):
         one_shot_candidates(6)
     with pytest.raises(OrthoRankError, match="protect_first is -1"):

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,61 +13,13 @@ import pytest
 import torch
 
 from orthorank import OrthoRankConfig, OrthoRankError, cli
-from orthorank.demo import Settings, SilentScreen, run_demo
+from orthorank.demo import Settings, run_demo
 from orthorank.models import load_model
 from orthorank.search.job import run_search
-from orthorank.search.settings import SearchSettings
+from orthorank.texts import find_text
+from tests.orthorank.search_runs import Watcher, calibration_ids, plan_in, settings, short_text, without_times
 
 ROOT = Path(__file__).parents[2]
-
-
-def settings(folder: Path, output: Path, **changes: Any) -> SearchSettings:
-    quick: dict[str, Any] = {
-        "model": str(folder),
-        "output": output,
-        "device": "cpu",
-        "sink_floor": False,  # the tiny model has no sink
-        "protect_last": 1,
-        "layers": 2,
-        "windows": 3,
-        "seq_len": 32,
-        "batch_size": 1,
-    }
-    return SearchSettings(**(quick | changes))
-
-
-class Watcher(SilentScreen):
-    """Notes what it is told, and presses Ctrl-C after ``stop`` parts of the work called ``title``."""
-
-    def __init__(self, title: str = "", stop: int = -1) -> None:
-        self.title, self.stop = title, stop
-        self.notes: list[tuple[int, str]] = []
-        self.said: list[str] = []
-
-    def say(self, words: str) -> None:
-        self.said.append(words)
-
-    def progress(self, title: str, total: int) -> Any:
-        def advance(done: int, note: str) -> None:
-            self.notes.append((done, note))
-            if title == self.title and done == self.stop:
-                raise KeyboardInterrupt
-
-        if title == self.title and self.stop == 0:
-            raise KeyboardInterrupt
-        return nullcontext(advance)
-
-
-def plan_in(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "orthorank.json").read_text())
-
-
-def without_times(folder: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """Everything in an output folder that must not depend on interruptions."""
-    search = json.loads((folder / "search.json").read_text())
-    search["results"].pop("seconds")
-    search["results"].pop("plan_file")
-    return plan_in(folder), search, (folder / "search-state.json").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +32,7 @@ def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
 def test_the_plan_says_where_it_is_from(finished: Any, tiny_folder: Path) -> None:
     from orthorank.evaluation import perplexity
     from orthorank.handle import apply
-    from orthorank.texts import find_text, take_samples, tokenize
+    from orthorank.texts import take_samples, tokenize
 
     output, _, results = finished
     plan = OrthoRankConfig.from_pretrained(output)
@@ -91,12 +42,13 @@ def test_the_plan_says_where_it_is_from(finished: Any, tiny_folder: Path) -> Non
     assert set(plan.layers) <= {1, 2, 3, 4}
     assert sorted(record["order"]) == plan.layers
     assert (record["windows"], record["seq_len"], record["tokens"]) == (3, 32, 96)
-    assert record["text_sha256"] == find_text().sha256
+    text = find_text(short_text(tiny_folder))
+    assert (record["text"], record["text_sha256"]) == (text.name, text.sha256)
     assert record["evaluations"] == 4 + 3
     assert record["complete"] is True
     assert record["method"] == "greedy search (SLEB) among layers 1-4"
     model, tokenizer, _ = load_model(str(tiny_folder), device="cpu")
-    samples = take_samples(tokenize(find_text(), tokenizer), windows=3, seq_len=32, held_out_windows=3, held_out_len=32)
+    samples = take_samples(tokenize(text, tokenizer), windows=3, seq_len=32, held_out_windows=3, held_out_len=32)
     dense = perplexity(model, samples.calibration)
     assert record["ids_sha256"] == dense.ids_sha256
     assert record["dense_loss"] == pytest.approx(dense.loss, rel=1e-6)
@@ -111,13 +63,10 @@ def test_the_plan_is_sleb_s_when_layers_are_removed(tiny_folder: Path, tmp_path:
     """Against SLEB's loop as it is written down, on the patched model itself."""
     from orthorank.evaluation import perplexity
     from orthorank.handle import apply
-    from orthorank.texts import find_text, take_samples, tokenize
 
     run_search(settings(tiny_folder, tmp_path / "out", keep_ratio=0.0, protect_last=None))
     model, tokenizer, _ = load_model(str(tiny_folder), device="cpu")
-    ids = take_samples(
-        tokenize(find_text(), tokenizer), windows=3, seq_len=32, held_out_windows=1, held_out_len=32
-    ).calibration
+    ids = calibration_ids(tiny_folder, tokenizer)
     removed: list[int] = []
     for _ in range(2):
         losses = {}
@@ -246,6 +195,7 @@ def test_a_killed_search_goes_on_to_the_same_bits(tiny_folder: Path, tmp_path: P
     assert cli.main([*options, "--output", str(killed), "--resume"]) == 0
     assert cli.main([*options, "--output", str(whole)]) == 0
     assert without_times(killed) == without_times(whole)
+    assert plan_in(whole)["calibration"]["text_sha256"] == find_text().sha256, "the text that the demo uses, too"
     assert not list(killed.glob("*.part"))
 
 
@@ -266,3 +216,54 @@ def test_the_demo_takes_the_plan(finished: Any, tiny_folder: Path, tmp_path: Pat
     ortho = next(row for row in measured["rows"] if row["name"] == "orthorank")
     assert ortho["layers"] == results["plan"]["layers"]
     assert measured["complete"] is True
+
+
+def test_the_demo_takes_a_plan_that_removes_layers(tiny_folder: Path, tmp_path: Path) -> None:
+    """It is the row of layer pruning; OrthoRank's layers are searched at its sparsity."""
+    run_search(settings(tiny_folder, tmp_path / "search", keep_ratio=0.0))
+    measured = run_demo(
+        Settings(
+            model=str(tiny_folder),
+            output=tmp_path / "demo",
+            device="cpu",
+            plan=str(tmp_path / "search"),
+            sink_layer=0,
+            windows=1,
+            seq_len=32,
+            held_out_windows=1,
+            held_out_len=32,
+            prompt_tokens=32,
+            repeats=1,
+        )
+    )
+    rows = {row["name"]: row for row in measured["rows"]}
+    assert rows["layer-pruning"]["layers"] == plan_in(tmp_path / "search")["layers"]
+    assert rows["layer-pruning"]["keep_ratio"] == 0
+    assert len(rows["orthorank"]["layers"]) == 3, "2 of 6 layers removed, or 3 of them at 1/3"
+
+
+def test_the_demo_takes_a_plan_of_mixed_ratios(tiny_folder: Path, tmp_path: Path) -> None:
+    OrthoRankConfig(layers=[1, 2, 4], keep_ratio=1 / 3, keep_ratios={2: 0.0}).save_pretrained(tmp_path / "plan")
+    measured = run_demo(
+        Settings(
+            model=str(tiny_folder),
+            output=tmp_path / "demo",
+            device="cpu",
+            plan=str(tmp_path / "plan"),
+            windows=1,
+            seq_len=32,
+            held_out_windows=1,
+            held_out_len=32,
+            prompt_tokens=32,
+            repeats=1,
+        )
+    )
+    ortho = next(row for row in measured["rows"] if row["name"] == "orthorank")
+    assert (ortho["layers"], ortho["keep_ratios"]) == ([1, 2, 4], {"2": 0.0})
+    assert "3 layers changed, 2 at 1/3, 1 removed" in (tmp_path / "demo" / "report.html").read_text()
+
+
+def test_the_demo_refuses_a_plan_that_changes_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+    OrthoRankConfig(layers=[1, 2], keep_ratio=1.0).save_pretrained(tmp_path / "plan")
+    with pytest.raises(OrthoRankError, match="changes nothing"):
+        run_demo(Settings(model=str(tiny_folder), output=tmp_path / "demo", device="cpu", plan=str(tmp_path / "plan")))

@@ -1,0 +1,278 @@
+"""Every method of ``orthorank search``, what it is measured on, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from orthorank import OrthoRankConfig, OrthoRankError, cli
+from orthorank.corpora import dataset_texts
+from orthorank.models import load_model
+from orthorank.search.job import run_search
+from orthorank.search.settings import SearchSettings
+from orthorank.stack import LayerStack
+from tests.orthorank.search_runs import Watcher, calibration_ids, plan_in, settings, without_times
+
+ONE_PASS = [("one-shot", "taylor"), ("one-shot", "magnitude"), ("influence", None)]
+ALL = [("greedy", None), ("one-shot", "ppl"), *ONE_PASS]
+
+
+@pytest.mark.parametrize("keep_ratio", [0.0, 1 / 3])
+@pytest.mark.parametrize(("method", "metric"), [("one-shot", "ppl"), *ONE_PASS])
+def test_the_lowest_scores_are_taken(
+    tiny_folder: Path, tmp_path: Path, method: str, metric: str | None, keep_ratio: float
+) -> None:
+    from orthorank.search import Evaluator, block_influence, loss_scores, magnitude_scores, taylor_scores
+
+    run_search(settings(tiny_folder, tmp_path, method=method, metric=metric, keep_ratio=keep_ratio, protect_first=1))
+    plan = plan_in(tmp_path)
+    model, tokenizer, _ = load_model(str(tiny_folder), device="cpu")
+    stack = LayerStack(model)
+    ids = calibration_ids(tiny_folder, tokenizer)
+    evaluator = Evaluator(stack, ids, keep_ratio=keep_ratio, batch_size=1)
+    scores: dict[int, float] = {
+        "ppl": lambda: loss_scores(evaluator, [1, 2, 3, 4]).finite,
+        "taylor": lambda: taylor_scores(stack, ids),
+        "magnitude": lambda: magnitude_scores(stack),
+        None: lambda: block_influence(stack, ids),
+    }[metric]()
+    order = sorted([1, 2, 3, 4], key=lambda layer: scores[layer])[:2]
+    record = plan["calibration"]
+    assert record["order"] == order
+    assert plan["layers"] == sorted(order)
+    assert record["scores"] == {str(layer): score for layer, score in scores.items()}
+    assert record["loss"] == evaluator.loss(order)
+    assert record["dense_loss"] == evaluator.loss([])
+    assert plan["keep_ratio"] == keep_ratio
+    words = {"ppl": "one shot by ppl (Shortened LLaMA)", None: "block influence (ShortGPT)"}
+    assert record["method"].startswith(words.get(metric, f"one shot by {metric}"))
+
+
+def test_the_methods_leave_alone_what_their_papers_do() -> None:
+    def protected(**options: Any) -> tuple[int, int]:
+        return SearchSettings(output=Path("out"), **options).protected
+
+    assert protected(method="greedy", keep_ratio=0.0) == (1, 1), "SLEB"
+    assert protected(method="greedy") == (1, 2)
+    assert protected(method="one-shot", keep_ratio=0.0) == protected(method="one-shot") == (4, 2), "the + heuristic"
+    assert protected(method="influence", keep_ratio=0.0) == (0, 0), "ShortGPT"
+    assert protected(method="influence") == (0, 2)
+    assert protected(method="one-shot", protect_first=0, protect_last=0) == (0, 0)
+    assert SearchSettings(output=Path("out")).floored
+    assert not SearchSettings(output=Path("out"), keep_ratio=0.0).floored
+    assert SearchSettings(output=Path("out"), keep_ratio=0.0, sink_layer=3).floored
+    assert not SearchSettings(output=Path("out"), sink_floor=False).floored
+
+
+def test_the_sink_is_the_floor(tiny_folder: Path, tmp_path: Path) -> None:
+    run_search(settings(tiny_folder, tmp_path / "a", sink_floor=None, sink_layer=2, protect_last=None, layers=1))
+    plan = plan_in(tmp_path / "a")
+    assert plan["layers"] == [3], "after layer 2, without the last two of 6"
+    assert plan["sink_layer"] == 2
+    with pytest.raises(OrthoRankError, match=r"no sink: .*--sink-layer, or let all be candidates with --no-sink-floor"):
+        run_search(settings(tiny_folder, tmp_path / "b", sink_floor=None))
+    with pytest.raises(OrthoRankError, match="sink_layer is 6; the model has layers 0 to 5"):
+        run_search(settings(tiny_folder, tmp_path / "c", sink_floor=None, sink_layer=6))
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_a_one_shot_search_goes_on(tiny_folder: Path, tmp_path: Path, stop: int) -> None:
+    options: dict[str, Any] = {"method": "one-shot", "protect_first": 1, "batch_size": None}
+    run_search(settings(tiny_folder, tmp_path / "whole", **options))
+    with pytest.raises(OrthoRankError, match=rf"interrupted after {stop} of 4 evaluations; .* and --resume"):
+        run_search(settings(tiny_folder, tmp_path / "part", **options), Watcher("losses", stop))
+    watcher = Watcher()
+    run_search(settings(tiny_folder, tmp_path / "part", resume=True, **options), watcher)
+    assert without_times(tmp_path / "part") == without_times(tmp_path / "whole")
+    assert [done for done, _ in watcher.notes] == list(range(stop, 5))
+    assert all("best " in note and note.endswith(" left") for _, note in watcher.notes[1:])
+
+
+@pytest.mark.parametrize(("method", "metric"), ONE_PASS)
+def test_a_search_of_one_pass_is_repeated(tiny_folder: Path, tmp_path: Path, method: str, metric: str | None) -> None:
+    options: dict[str, Any] = {"method": method, "metric": metric, "protect_first": 1}
+    run_search(settings(tiny_folder, tmp_path, **options))
+    before = without_times(tmp_path)
+    with pytest.raises(OrthoRankError, match="has an earlier result"):
+        run_search(settings(tiny_folder, tmp_path, **options))
+    run_search(settings(tiny_folder, tmp_path, resume=True, **options))
+    assert without_times(tmp_path) == before
+
+
+def test_a_fast_search_resumes_as_a_fast_search_only(tiny_folder: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"fast": True, "windows": 8}
+    run_search(settings(tiny_folder, tmp_path / "whole", **options))
+    assert plan_in(tmp_path / "whole")["calibration"]["method"].startswith("greedy search (SLEB), fast")
+    with pytest.raises(OrthoRankError, match="interrupted after 3 of "):
+        run_search(settings(tiny_folder, tmp_path / "part", **options), Watcher("greedy search", 3))
+    with pytest.raises(OrthoRankError, match="its fast is true and now it is false"):
+        run_search(settings(tiny_folder, tmp_path / "part", windows=8, resume=True))
+    run_search(settings(tiny_folder, tmp_path / "part", resume=True, **options))
+    assert without_times(tmp_path / "part") == without_times(tmp_path / "whole")
+
+
+def test_the_batch_size_of_a_resumed_search_is_the_first_one_s(tiny_folder: Path, tmp_path: Path) -> None:
+    """By memory it may come out differently the next time; the last bits depend on it."""
+    run_search(settings(tiny_folder, tmp_path / "whole", batch_size=2))
+    with pytest.raises(OrthoRankError, match="interrupted"):
+        run_search(settings(tiny_folder, tmp_path / "part", batch_size=2), Watcher("greedy search", 3))
+    run_search(settings(tiny_folder, tmp_path / "part", batch_size=None, resume=True))
+    assert without_times(tmp_path / "part") == without_times(tmp_path / "whole")
+    with pytest.raises(OrthoRankError, match="state is of a search with 2 windows in a batch"):
+        run_search(settings(tiny_folder, tmp_path / "part", batch_size=3, resume=True))
+
+
+@pytest.fixture(scope="module")
+def wikitext(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stand-in for WikiText-2 in the layout that ``save_to_disk`` writes: lines, many of them empty."""
+    import datasets
+
+    lines = ["" if i % 3 == 0 else f" line {i} of the text , with words that nobody reads . \n" for i in range(400)]
+    folder = tmp_path_factory.mktemp("datasets") / "wikitext"
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": lines})}).save_to_disk(folder)
+    return folder
+
+
+def test_the_text_of_wikitext2_is_sleb_s(wikitext: Path) -> None:
+    import datasets
+
+    rows = datasets.load_from_disk(str(wikitext))["train"].shuffle(seed=0)
+    text, held_out = dataset_texts(f"wikitext2:{wikitext}")
+    assert text.content == "\n\n".join(rows[:128]["text"])
+    assert text.name.startswith("WikiText-2 (raw) train, shuffle(seed=0), rows 0 to 127 joined by a blank line (from ")
+    assert held_out is not None
+    assert held_out.content == "\n\n".join(rows[128:256]["text"])
+
+
+def test_a_search_on_wikitext2(wikitext: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """One tokenisation, windows one after another, the tail dropped; which text it was is in the plan."""
+    options: dict[str, Any] = {"dataset": f"wikitext2:{wikitext}", "windows": None, "seq_len": None}
+    run_search(settings(tiny_folder, tmp_path / "default", layers=1, **options))
+    _, tokenizer, info = load_model(str(tiny_folder), device="cpu")
+    text = dataset_texts(f"wikitext2:{wikitext}")[0]
+    ids = torch.tensor(tokenizer(text.content)["input_ids"])
+    record = plan_in(tmp_path / "default")["calibration"]
+    assert info.max_tokens == 512, "shorter than the recipe's 2048"
+    assert (record["seq_len"], record["windows"]) == (512, len(ids) // 512)
+    assert record["windows"] > 4
+    assert record["text"] == text.name
+    assert record["text_sha256"] == text.sha256
+    from orthorank.evaluation import perplexity
+
+    model, _, _ = load_model(str(tiny_folder), device="cpu")
+    assert record["ids_sha256"] == perplexity(model, ids, window=512).ids_sha256
+    assert "rows 128 to 255" in plan_in(tmp_path / "default")["measured"]["text"]
+    with pytest.raises(OrthoRankError, match=r"which fill \d+ windows of 32; lower --windows or --seq-len"):
+        run_search(settings(tiny_folder, tmp_path / "b", dataset=options["dataset"], windows=100000))
+
+
+def test_c4_from_a_folder_of_files(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(200)))
+    text, held_out = dataset_texts(f"c4:{tmp_path}")
+    assert text.content == " ".join(f"document {i}" for i in range(128))
+    assert text.name.startswith("C4 (en) train, shard 0, documents 0 to 127 joined by a space")
+    assert held_out is not None
+    assert held_out.content == " ".join(f"document {i}" for i in range(128, 200))
+
+
+def test_a_dataset_with_nothing_left_has_no_held_out_part(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(128)))
+    output = tmp_path / "out"
+    results = run_search(settings(tiny_folder, output, dataset=f"c4:{tmp_path}", method="influence", protect_first=1))
+    assert [row["perplexity"] for row in results["rows"]] == [None, None]
+    assert "perplexity" not in plan_in(output)["measured"]
+
+
+def test_datasets_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    with pytest.raises(OrthoRankError, match=r"dataset is 'imdb'; it may be wikitext2 or c4, .*with --text"):
+        dataset_texts("imdb")
+    with pytest.raises(OrthoRankError, match=r"there is no folder './nowhere'"):
+        dataset_texts("wikitext2:./nowhere")
+    (tmp_path / "train.jsonl").write_text('{"words": "a"}\n')
+    with pytest.raises(OrthoRankError, match="has no 'text'; its split train needs a column text"):
+        dataset_texts(f"c4:{tmp_path}")
+    (tmp_path / "train.jsonl").write_text('{"text": " "}\n')
+    with pytest.raises(OrthoRankError, match="has no text in its first 128 rows"):
+        dataset_texts(f"c4:{tmp_path}")
+    (tmp_path / "train.jsonl").write_text("{")
+    with pytest.raises(OrthoRankError, match=r"cannot be loaded: .*; check the folder"):
+        dataset_texts(f"c4:{tmp_path}")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    remedy = r"'wikitext2' cannot be loaded: .*name a local copy \(wikitext2:FOLDER\) or a text file \(--text\)"
+    with pytest.raises(OrthoRankError, match=remedy):
+        dataset_texts("wikitext2")
+    monkeypatch.setattr("orthorank.corpora.find_spec", lambda name: None)
+    with pytest.raises(OrthoRankError, match=r"pip install 'orthorank-kernels\[eval\]', or name a text file"):
+        dataset_texts("wikitext2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--method", "beam"], "method is 'beam'; it may be greedy, one-shot or influence"),
+        (["--metric", "ppl"], "metric is for the method one-shot; the method is greedy, drop --metric"),
+        (["--method", "one-shot", "--metric", "loss"], "metric is 'loss'; it may be ppl, taylor or magnitude"),
+        (["--criterion", "best"], "criterion is 'best'; it may be orthogonal,"),
+        (["--keep-ratio", "1"], "keep_ratio is 1; it must be from 0 (layers are removed) to below 1"),
+        (["--keep-ratio", "some"], "keep_ratio is 'some'; it must be a number"),
+        (["--sparsity", "2"], "sparsity is 2; it must be above 0 and below 1"),
+        (["--sparsity", "0.1", "--layers", "3"], "both sparsity and layers say how many"),
+        (["--layers", "0"], "layers is 0; it must be 1 or more"),
+        (["--windows", "0"], "windows is 0; it must be 1 or more"),
+        (["--seq-len", "1"], "seq_len is 1; it must be 2 or more"),
+        (["--protect-last", "-1"], "protect_last is -1; it must be 0 or more"),
+        (["--no-sink-floor", "--sink-layer", "3"], "sink_layer sets the floor that no_sink_floor takes away"),
+        (["--method", "influence", "--fast"], "fast is for the method greedy"),
+        (["--text", "a.txt", "--dataset", "c4"], "both text and dataset say what to calibrate on"),
+        (["--text", "no-such-file.txt"], "text 'no-such-file.txt' cannot be read: No such file"),
+        (["--dataset", "imdb"], "dataset is 'imdb'; it may be wikitext2 or c4"),
+        (["--device", "cpu", "--device-map", "auto"], "both device and device_map say where the model goes"),
+        (["--device-map", "clever"], "device_map is 'clever'; it may be auto, balanced"),
+        (["--device", "abacus"], "device is 'abacus'; it may be auto, cpu, cuda or cuda:N"),
+        (["--dtype", "int3"], "dtype is 'int3'; it may be float32, bfloat16, float16"),
+        (["--frobnicate"], "No such option: --frobnicate"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], tiny_folder: Path, tmp_path: Path, arguments: list[str], sentence: str
+) -> None:
+    assert cli.main(["search", str(tiny_folder), "--output", str(tmp_path / "out"), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.startswith("orthorank: ")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out" / "search.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers": 5}, "layers is 5 with keep ratio 1/3, and only 4 may be chosen"),
+        ({"layers": None, "sparsity": 0.6}, "sparsity is 0.6, which needs 5 layers with keep ratio 1/3, and only 4"),
+        ({"layers": None, "sparsity": 0.05}, "less than one layer of 6 with keep ratio 1/3; the smallest is 0.111"),
+        ({"protect_first": 4, "protect_last": 2}, "no layer may be chosen: of 6 layers, 4 at the beginning and 2"),
+        ({"seq_len": 513}, "seq_len is 513; the model's longest input has 512 tokens"),
+        ({"windows": 10**6}, "is too short"),
+    ],
+)
+def test_what_the_model_cannot_give_is_said(tiny_folder: Path, tmp_path: Path, changes: Any, words: str) -> None:
+    with pytest.raises(OrthoRankError, match=words):
+        run_search(settings(tiny_folder, tmp_path, **changes))
+    assert not (tmp_path / "search.json").exists()
+
+
+@pytest.mark.parametrize(("method", "metric"), ALL)
+def test_a_model_spread_by_accelerate_is_searched_as_it_is(
+    tiny_folder: Path, tmp_path: Path, method: str, metric: str | None
+) -> None:
+    options: dict[str, Any] = {"method": method, "metric": metric, "protect_first": 1}
+    run_search(settings(tiny_folder, tmp_path / "plain", **options))
+    run_search(settings(tiny_folder, tmp_path / "auto", device="auto", device_map="auto", **options))
+    plain, spread = (OrthoRankConfig.from_pretrained(tmp_path / name) for name in ("plain", "auto"))
+    assert spread.calibration["order"] == plain.calibration["order"]
+    assert spread.calibration["loss"] == pytest.approx(plain.calibration["loss"], rel=0.02)
