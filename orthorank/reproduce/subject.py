@@ -94,10 +94,10 @@ class Subject:
         """At least ``count`` layers in the order in which the method chooses them; its prefixes are the plans."""
         if method == "greedy":
             return self._greedy_order(keep_ratio, count)
-        from orthorank.search.one_shot import rank
+        from orthorank.search.one_shot import rank_layers
 
         scores = {int(layer): score for layer, score in self._one_shot_scores(keep_ratio).items()}
-        return rank(scores, count)
+        return rank_layers(scores, count)
 
     def plan(self, method: str, keep_ratio: float, sparsity: float, **fields: Any) -> OrthoRankConfig:
         """The plan of a method at a nominal sparsity; ``fields`` as for `OrthoRankConfig`.
