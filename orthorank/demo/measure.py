@@ -10,6 +10,8 @@ from orthorank.config import OrthoRankConfig
 from orthorank.demo.run import Run
 from orthorank.report import words
 
+MAP_TOKENS = 200  # of the token map: as much as one looks at
+
 Variants = dict[str, OrthoRankConfig | None]
 
 
@@ -22,6 +24,7 @@ def measure(run: Run, plans: dict[str, OrthoRankConfig]) -> None:
         _add_perplexity(run, variants)
     with run.timed("speed"):
         _add_speed(run, variants)
+    _add_token_map(run, plans["orthorank"])
     for name, plan in plans.items():
         plan.measured = _measured(run, name)
         run.save_plan(name, plan)
@@ -86,6 +89,17 @@ def _add_speed(run: Run, variants: Variants) -> None:
         timing = report.timings[row["name"]]
         row["tokens_per_second"], row["speedup"] = timing.tokens_per_second, timing.speedup
     run.results["speed"] = report.to_dict()
+
+
+def _add_token_map(run: Run, plan: OrthoRankConfig) -> None:
+    """Which layers updated which token, at the beginning of the held-out text."""
+    from orthorank.analysis.token_map import token_map
+
+    if not getattr(run.tokenizer, "is_fast", False):
+        return
+    text = run.tokenizer.decode(run.samples.held_out[0][:MAP_TOKENS], skip_special_tokens=True)
+    run.results["token_map"] = token_map(run.model, run.tokenizer, plan, text, MAP_TOKENS).to_dict()
+    run.save()
 
 
 def _prompt_tokens(run: Run) -> int:

@@ -7,6 +7,8 @@ from importlib.resources import files
 from orthorank.report import words
 from orthorank.report.charts import Marks, line_chart
 from orthorank.report.pictures import bars, layer_stacks
+from orthorank.report.scatter import Point, scatter
+from orthorank.report.token_map import token_map_html
 from orthorank.report.words import Results
 
 WIDE, NARROW = 760, 326  # pixels: the page's column, and what a phone of 360 pixels shows
@@ -26,7 +28,7 @@ def html_page(results: Results) -> str:
         f"<h1>OrthoRank on {escape(results['model']).replace('/', '/<wbr>').replace('-', '-<wbr>')}</h1>",
         f'<p class="soft">{escape(_subtitle(results))}</p>',
         f'<p class="verdict">{escape(words.verdict(results)).replace(" %", "&nbsp;%")}</p>',
-        *(section(results) for section in (_table, _measured, _layers, _sink, _usage, _method)),
+        *(section(results) for section in (_table, _measured, _pareto, _layers, _tokens, _sink, _usage, _method)),
     ]
     css = files("orthorank.report").joinpath("page.css").read_text(encoding="utf-8")
     return (
@@ -80,6 +82,30 @@ def _measured(results: Results) -> str:
 
     left, right = figure("perplexity", "Perplexity: lower is better"), figure("speedup", "Prefill speed-up, measured")
     return f'<div class="pair">{left}{right}</div>'
+
+
+def _pareto(results: Results) -> str:
+    points = [
+        Point(row["speedup"], row["perplexity"], words.TITLES[row["name"]], COLOURS[row["name"]])
+        for row in results.get("rows", [])
+        if row.get("perplexity") and row.get("speedup")
+    ]
+    if len(points) < 2:
+        return ""
+    axes = ("measured prefill speed-up", "perplexity")
+    picture = _both(lambda width: scatter(points, width, *axes))
+    return f"<figure><figcaption>Quality against speed: better is down and to the right</figcaption>{picture}</figure>"
+
+
+def _tokens(results: Results) -> str:
+    found = results.get("token_map")
+    if not found:
+        return ""
+    words_of_it = (
+        "The beginning of the held-out text. The stronger a token's colour, the more of the selecting layers updated "
+        "it; hover over it, or move to it with the Tab key, to see which."
+    )
+    return f"<h2>The selected tokens</h2>\n<p>{words_of_it}</p>\n{token_map_html(found)}"
 
 
 def _layers(results: Results) -> str:

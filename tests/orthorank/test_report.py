@@ -153,7 +153,7 @@ def test_names_are_escaped(results):
 def test_pictures_come_in_two_widths_with_words_for_those_who_cannot_see_them(results):
     page = Page(html_page(results))
     pictures = [a for tag, a in page.tags if tag == "svg"]
-    assert len(pictures) == 2 * (2 + 1 + 3)
+    assert len(pictures) == 2 * (2 + 1 + 1 + 3), "two of bars, speed against quality, the layers, the sink"
     assert all(a["role"] == "img" and a["aria-label"] for a in pictures)
     narrow = [int(a["width"] or 0) for a in pictures[1::2]]
     assert max(narrow) <= 360 - 2 * 16, "wider than a phone's page"
