@@ -6,7 +6,7 @@ WORKERS ?= 2
 DEMO_ARGS ?= --output orthorank-demo
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help install demo lint format test test-slow test-gpu check report bench bench-install bench-model bench-gpu clean
+.PHONY: help install demo lint format test test-slow test-gpu test-browser check report bench bench-install bench-model bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,13 +36,17 @@ format: install ## let ruff rewrite the sources
 	$(BIN)/ruff format .
 
 test: install ## what CI runs: everything but slow and gpu
-	$(PYTEST) -n $(WORKERS) -m 'not slow and not gpu'
+	$(PYTEST) -n $(WORKERS) -m 'not slow and not gpu and not browser'
 
 test-slow: install ## the full compile matrix and the long runs
 	$(PYTEST) -n $(WORKERS) -m slow
 
 test-gpu: install ## on a machine with a GPU: the kernel tests on real hardware, in less than 8 minutes
 	$(BIN)/python benchmarks/on_gpu.py tests
+
+test-browser: install ## the report in headless Chromium, which it asks for where there is none
+	@command -v chromium chromium-browser google-chrome >/dev/null || { echo "There is no Chromium; on Debian and Ubuntu: apt-get install chromium"; exit 2; }
+	$(PYTEST) -m browser tests/browser
 
 check: install ## the limits on compiled kernels and on bytes, without a GPU, in a few minutes
 	$(BIN)/python benchmarks/byte_report.py --check
