@@ -61,6 +61,7 @@ def _app() -> "typer.Typer":
     from orthorank.commands import (
         analyze,
         bench,
+        calibrate,
         demo,
         doctor,
         env,
@@ -86,6 +87,7 @@ def _app() -> "typer.Typer":
     app.command("reproduce")(reproduce.command)
     app.command("analyze")(analyze.command)
     app.command("search")(search.command)
+    app.command("calibrate")(calibrate.command)
     measure = typer.Typer(help="Measure a model, dense and with plans: perplexity, tasks, LongBench.")
     measure.command("ppl")(eval_ppl.command)
     measure.command("tasks")(eval_tasks.command)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from orthorank.calls import Call, read_call
 from orthorank.config import OrthoRankConfig
+from orthorank.criteria import norm_and_rank
 from orthorank.errors import OrthoRankError
 from orthorank.families import decoder_of, device_of, family_of
 from orthorank.handle import handle_of
@@ -117,6 +118,19 @@ class LayerStack:
         plan = OrthoRankConfig(layers=[layer], keep_ratio=keep_ratio, criterion=criterion, **options)
         call = replace(inputs.call, update_sink=plan.update_sink).on(device)
         return selected_forward(self.parts[layer], layer, plan, call, hidden_states, kwargs["position_embeddings"])
+
+    @torch.no_grad()
+    def ranks(
+        self, layer: int, hidden_states: Tensor, inputs: Pass, criterion: str = "orthogonal", **options: Any
+    ) -> Tensor:
+        """What ``layer`` ranks the tokens by, the smallest first: float32 ``[windows, tokens]``.
+
+        Arguments as for `run`. The sinks' ranks mean nothing.
+        """
+        device = device_of(self.decoder.layers[layer])
+        plan = OrthoRankConfig(layers=[layer], criterion=criterion, **options)
+        with self.parts[layer].norm_in.loaded() as norm:
+            return norm_and_rank(plan, layer, inputs.call.on(device), hidden_states.to(device), norm)[1]
 
     @torch.no_grad()
     def normed(self, layer: int, hidden_states: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ English. It differs a little between Python versions, so results record its sha2
 
 import hashlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,6 +76,15 @@ def find_text(path: str | Path | None = None) -> Text:
     if not content.strip():
         raise OrthoRankError(f"text {str(path)!r} is empty; name a file with some thousand words")
     return Text(str(path), content)
+
+
+def join_texts(texts: Sequence[Text]) -> Text:
+    """One text of several, a blank line between each two.
+
+    >>> join_texts([Text("a", "one"), Text("b", "two")])
+    Text(name='a, b', content='one\\n\\ntwo')
+    """
+    return Text(", ".join(text.name for text in texts), "\n\n".join(text.content for text in texts))
 
 
 def tokenize(text: Text, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":

@@ -1,0 +1,149 @@
+"""``orthorank calibrate``: thresholds for a plan, so that tokens are selected one by one."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orthorank.commands.demo import MODEL
+from orthorank.errors import OrthoRankError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import Tensor
+
+    from orthorank.config import OrthoRankConfig
+    from orthorank.demo.screen import Screen
+
+OUTPUT = Path("orthorank-calibrate")
+PLAN = "A plan file, its folder, or default: the plan shipped for the model."
+TEXT = "UTF-8 text file to calibrate on; may be given several times. Default: the documentation of Python."
+KEEP_RATIO = "Share of tokens to update, of layers without a ratio of their own in the plan. Default: the plan's."
+DECODE = "dense, or threshold: select generated tokens, too. Default: the plan's."
+KEEP_LAST = "Last tokens of a prompt that generate() always updates; 0 for none. Default: the plan's."
+WINDOWS = "Windows of the text to calibrate on, and as many of its second half to check on."
+
+
+def command(
+    model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
+    plan: Annotated[str, typer.Option(help=PLAN)] = "default",
+    text: Annotated[list[Path] | None, typer.Option(help=TEXT)] = None,
+    keep_ratio: Annotated[str | None, typer.Option(help=KEEP_RATIO)] = None,
+    decode: Annotated[str | None, typer.Option(help=DECODE)] = None,
+    keep_last: Annotated[int | None, typer.Option(help=KEEP_LAST)] = None,
+    windows: Annotated[int, typer.Option(help=WINDOWS)] = 8,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    output: Annotated[Path, typer.Option(help="Folder for the plan (orthorank.json).")] = OUTPUT,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows in one forward. Default: by the free memory.")] = None,
+) -> int:
+    """Find a threshold for each layer of a plan and write the plan to orthorank.json.
+
+    With it the plan updates the tokens that score below a number, instead of the best of a prompt: what one token gets
+    no longer depends on the others. Calibrated on windows of the text's first half; windows of its second half show
+    which share of other tokens that is.
+    """
+    from rich.console import Console
+    from rich.padding import Padding
+
+    from orthorank.commands.screen import INDENT, RichScreen, number
+    from orthorank.config import OrthoRankConfig
+    from orthorank.files import writable_folder
+    from orthorank.texts import find_text, join_texts
+
+    given = {"keep_ratio": number("keep_ratio", keep_ratio), "decode": decode, "keep_last": keep_last}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    OrthoRankConfig(layers=[], select="threshold", **changes)  # complains, if anything does, before the model loads
+    followed = None if plan == "default" else OrthoRankConfig.from_pretrained(plan)
+    source = join_texts([find_text(path) for path in text]) if text else find_text()
+    folder = writable_folder(output)
+    console = Console()
+    screen = RichScreen(console)
+
+    from orthorank.calibration import calibrate
+    from orthorank.models import load_model, locate
+    from orthorank.plans import default_plan
+    from orthorank.texts import check_ids, take_samples, tokenize
+
+    with screen.progress(f"loading {locate(model).name}", 1):
+        loaded, tokenizer, info = load_model(model, device, dtype)
+    if seq_len > info.max_tokens:
+        raise OrthoRankError(f"seq_len is {seq_len}; the model's longest input has {info.max_tokens} tokens")
+    ids = tokenize(source, tokenizer)
+    check_ids(ids, loaded)
+    samples = take_samples(
+        ids,
+        windows=windows,
+        seq_len=seq_len,
+        held_out_windows=windows,
+        held_out_len=seq_len,
+        name=f"the text ({source.name})",
+    )
+    followed = default_plan(loaded) if followed is None else followed
+    screen.heading(f"{info.name}: thresholds on {windows} windows of {seq_len} tokens")
+    with screen.progress("calibration", followed.selecting[-1] + 1 if followed.selecting else 1) as advance:
+        found = calibrate(
+            loaded,
+            samples.calibration,
+            followed,
+            **changes,
+            batch_size=batch_size,
+            on_layer=lambda done, _, tau: advance(done, "" if tau is None else f"threshold {tau:.4g}"),
+        )
+    found.calibration["thresholds"] |= {"text": source.name, "text_sha256": source.sha256}
+    checked = _check(screen, loaded, found, samples.held_out)
+    path = found.save_pretrained(folder)
+    console.print(Padding(table(found, checked), (1, 0, 1, INDENT)))
+    for sentence in remarks(found):
+        screen.say(sentence)
+    screen.say(f"Plan: {path}; use it with orthorank demo --plan {output}")
+    return 0
+
+
+def _check(screen: "Screen", model: Any, plan: "OrthoRankConfig", held_out: "Tensor") -> dict[int, float]:
+    """The share of tokens that each layer updates on the second half of the text; noted in ``plan.measured``."""
+    from orthorank.evaluation import perplexity
+    from orthorank.handle import apply
+
+    with apply(model, plan) as handle, screen.progress("second half of the text", len(held_out)) as advance:
+        result = perplexity(model, held_out, on_window=lambda done, _, value: advance(done, f"perplexity {value:.2f}"))
+        achieved = {layer: handle.stats[layer].achieved_ratio or 0.0 for layer in plan.selecting}
+    plan.measured = {
+        "perplexity": result.perplexity,
+        "seq_len": result.window,
+        "windows": result.windows,
+        "text": "second half of the calibration text",
+        "achieved": {str(layer): round(share, 6) for layer, share in achieved.items()},
+    }
+    return achieved
+
+
+def table(plan: "OrthoRankConfig", held_out: dict[int, float]) -> "Table":
+    """Each selecting layer's threshold, and the shares of tokens below it."""
+    from rich.table import Table
+
+    drawn = Table(box=None, pad_edge=False, header_style="dim")
+    for head in ("layer", "keep ratio", "threshold", "calibrated", "second half"):
+        drawn.add_column(head, justify="right")
+    achieved = plan.calibration["thresholds"]["achieved"]
+    for layer in plan.selecting:
+        shares = (plan.ratio(layer), achieved[str(layer)], held_out[layer])
+        wanted, here, there = (f"{share:.4f}" for share in shares)
+        drawn.add_row(str(layer), wanted, f"{plan.thresholds[layer]:.6g}", here, there)
+    return drawn
+
+
+def remarks(plan: "OrthoRankConfig") -> list[str]:
+    """What still makes a token's selection depend on how it comes.
+
+    >>> from orthorank.config import OrthoRankConfig
+    >>> remarks(OrthoRankConfig([1], select="threshold", thresholds={1: 0.5}, decode="threshold", keep_last=0))
+    ['A token is selected alike however its row is cut into calls.']
+    """
+    found = []
+    if plan.decode == "dense":
+        found.append("Generated tokens are dense; with --decode threshold they are selected like the prompt's.")
+    if plan.keep_last:
+        found.append(f"In generate() the last {plan.keep_last} of the prompt are always updated; see --keep-last.")
+    return found or ["A token is selected alike however its row is cut into calls."]

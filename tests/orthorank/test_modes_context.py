@@ -1,0 +1,133 @@
+"""Context-only selection: as a prefill of the context and then dense steps over its cache."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+import orthorank
+from orthorank import OrthoRankConfig, OrthoRankError, apply
+from tests.orthorank.naive import assert_close
+
+LAYERS, TOKENS = [1, 2], 22
+PLANS: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "inverse": {"criterion": "inverse"},
+    "sink updated": {"update_sink": True},
+    "window": {"select": "window", "select_window": 5},
+    "threshold": {"select": "threshold", "thresholds": dict.fromkeys(LAYERS, 12.0)},
+    "removed": {"keep_ratios": {2: 0}},
+}
+
+
+def plan(name: str) -> OrthoRankConfig:
+    return OrthoRankConfig(**({"layers": LAYERS, "keep_ratio": 0.4} | PLANS[name]))
+
+
+def ids_of(rows: int, tokens: int = TOKENS, seed: int = 0) -> Tensor:
+    return torch.randint(3, 128, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def stepwise(model: Any, row: Tensor, context: int) -> Tensor:
+    """Logits ``[tokens, vocabulary]``: the context in one call, then one token at a time."""
+    cache = DynamicCache(config=model.config)
+    calls = [row[:context], *row[context:].split(1)]
+    return torch.cat([model(ids[None], past_key_values=cache).logits[0] for ids in calls if len(ids)])
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_equals_a_prefill_and_dense_steps(tiny_model: Any, family: str, name: str) -> None:
+    model, ids, lengths = tiny_model(family), ids_of(3, seed=1), [15, 1, 21]
+    with apply(model, plan(name)) as handle, torch.no_grad():
+        expected = [stepwise(model, row, length) for row, length in zip(ids, lengths, strict=True)]
+        counted = [handle.stats[layer].tokens_updated for layer in LAYERS]
+        with orthorank.context(model, lengths):
+            assert_close(model(ids, use_cache=False).logits, torch.stack(expected))
+        assert [handle.stats[layer].tokens_updated for layer in LAYERS] == [2 * count for count in counted]
+        with orthorank.context(model, 15):
+            assert_close(model(ids[:1]).logits[0], expected[0])
+        free = model(ids[:1]).logits[0]
+    assert (free - expected[0]).abs().max() > 1e-3 or name in ("threshold", "removed"), "it must matter where it ends"
+
+
+@pytest.mark.parametrize("name", ["topk", "window", "threshold"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows(tiny_model: Any, family: str, name: str, side: str) -> None:
+    model, ids, lengths = tiny_model(family), ids_of(4, seed=2), [15, 4, 7, 30]
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate((0, 6, 11, 3)):
+        mask[row, slice(0, padding) if side == "left" else slice(TOKENS - padding, TOKENS)] = 0
+    rows = [ids[i, mask[i] == 1] for i in range(4)]
+    with apply(model, plan(name)), torch.no_grad():
+        expected = [stepwise(model, row, length) for row, length in zip(rows, lengths, strict=True)]
+        extra = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        with orthorank.context(model, torch.tensor(lengths)):
+            logits = model(ids, **extra).logits
+        assert_close(logits[mask == 1], torch.cat(expected))
+
+
+@pytest.mark.parametrize("name", ["topk", "window"])
+def test_chunks(tiny_model: Any, name: str) -> None:
+    """What belongs to the context is selected chunk by chunk; calls behind every context are dense."""
+    model, ids, lengths = tiny_model("llama"), ids_of(2, seed=3), [14, 10]
+    with apply(model, plan(name)), torch.no_grad():
+
+        def in_chunks(rows: Tensor, ends: list[int]) -> Tensor:
+            cache, logits = DynamicCache(config=model.config), []
+            for begin, end in zip([0, *ends[:-1]], ends, strict=True):
+                logits.append(model(rows[:, begin:end], past_key_values=cache).logits)
+            return torch.cat(logits, dim=1)
+
+        with orthorank.context(model, lengths):
+            actual = in_chunks(ids, [5, 12, 15, 22])
+        for row, context in enumerate(lengths):
+            ends = [end for end in (5, 12, 15) if end < context]
+            expected = in_chunks(ids[row : row + 1], [*ends, context, *range(context + 1, TOKENS + 1)])
+            assert_close(actual[row], expected[0])
+
+
+def test_status_counts_the_context_alone(tiny_model: Any) -> None:
+    model, ids = tiny_model("llama"), ids_of(2, seed=4)
+    with apply(model, plan("topk")) as handle, torch.no_grad():
+        with orthorank.context(model, [15, 10]):
+            model(ids)
+        assert handle.stats[1].tokens_updated == 6 + 7 + 4 + 12
+        assert handle.stats[1].achieved_ratio == (6 + 4) / 25
+
+
+def test_a_thresholded_continuation_is_no_different(tiny_model: Any) -> None:
+    model, ids = tiny_model("llama"), ids_of(2, seed=5)
+    threshold = {"select": "threshold", "thresholds": dict.fromkeys(LAYERS, 12.0), "decode": "threshold"}
+    with apply(model, OrthoRankConfig(layers=LAYERS, **threshold)), torch.no_grad():
+        expected = model(ids).logits
+        with orthorank.context(model, [3, 20]):
+            assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "words"),
+    [
+        (0, "lengths is 0; it must be the number of context tokens, 1 or more"),
+        ([3, -1], r"lengths is \[3, -1\]"),
+        ([], r"lengths is \[\]"),
+        ("12", "lengths is '12'"),
+        (True, "lengths is True"),
+        (torch.tensor([2.0]), r"lengths is \[2.0\]"),
+        ([3, 4, 5], r"lengths of orthorank.context\(\) has 3 entries and the call 2 rows"),
+    ],
+)
+def test_lengths_are_checked(tiny_model: Any, lengths: Any, words: str) -> None:
+    model = tiny_model("llama")
+    with apply(model, plan("topk")), pytest.raises(OrthoRankError, match=words), orthorank.context(model, lengths):
+        model(ids_of(2))
+
+
+def test_where_it_cannot_be(tiny_model: Any) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(OrthoRankError, match="no plan is applied"):
+        orthorank.context(model, 3)
+    inside = pytest.raises(OrthoRankError, match=r"called inside orthorank\.context")
+    with apply(model, plan("topk")), orthorank.context(model, 3), inside:
+        model.generate(ids_of(1), max_new_tokens=2)
