@@ -10,7 +10,6 @@ from torch import Tensor
 
 from orthorank.errors import OrthoRankError
 from orthorank.search import Evaluator, greedy_search
-from orthorank.search.states import States
 from orthorank.stack import LayerStack
 from tests.orthorank.plain_search import LAYERS, plain_loss, random_windows, small_stack
 
@@ -115,14 +114,6 @@ def test_the_budget_holds(stack: LayerStack, windows: Tensor, memory: int) -> No
     greedy_search(evaluator, range(1, 6), 3, on_evaluation=note)
     assert max(held) <= memory
     assert memory < 2 * STATE or max(held) >= min(memory - 2 * STATE, 20 * STATE), "and it is used"
-
-
-def test_states_that_are_views_hold_no_more_than_they_show() -> None:
-    states, large = States(budget=1000), torch.zeros(100, 8)
-    states.offer((1.0,), large[3])
-    kept = states.longest((1.0,))
-    assert kept is not None
-    assert kept[1].untyped_storage().nbytes() == states.bytes == 32
 
 
 def test_some_candidates_are_given_up(recording: Recording) -> None:
