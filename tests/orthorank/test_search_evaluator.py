@@ -149,8 +149,8 @@ def test_nothing_within_the_limit_is_given_up(stack: LayerStack, monkeypatch: py
             yield from (*parts, torch.zeros_like(last))
 
     monkeypatch.setattr("orthorank.stack.LOGITS_AT_ONCE", 64)  # token by token
-    evaluator = Evaluator(Certain(stack.model), random_windows(5), keep_ratio=0.0)
-    for layer in range(LAYERS):
+    for count, layer in itertools.product((1, 2, 3), range(LAYERS)):
+        evaluator = Evaluator(Certain(stack.model), random_windows(count, 8), keep_ratio=0.0)
         full = evaluator.loss([layer])
         for limit in (full, math.nextafter(full, math.inf), full * (1 + 1e-12)):
             assert evaluator.loss([layer], limit) == full
