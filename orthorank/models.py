@@ -239,9 +239,16 @@ def _describe(model: "PreTrainedModel", where: Location) -> ModelInfo:
         hidden_size=config.hidden_size,
         max_tokens=config.max_position_embeddings,
         parameters=sum(p.numel() for p in model.parameters()),
-        device=str(model.device),
+        device=_devices(model),
         dtype=str(model.dtype).removeprefix("torch."),
     )
+
+
+def _devices(model: "PreTrainedModel") -> str:
+    """Where the model is; of a spread one all its places, ``disk`` among them."""
+    places: dict[str, Any] = getattr(model, "hf_device_map", None) or {"": model.device}
+    names = [f"cuda:{place}" if isinstance(place, int) else str(place) for place in places.values()]
+    return ", ".join(dict.fromkeys(names))
 
 
 def _need(module: str, remedy: str) -> None:

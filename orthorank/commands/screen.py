@@ -7,6 +7,7 @@ from fractions import Fraction
 from rich.console import Console
 from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 from rich.text import Text
 
 from orthorank.demo.screen import Advance
@@ -39,8 +40,8 @@ class RichScreen:
         bar = Progress(
             TextColumn(" " * (INDENT - 1) + "{task.description}"),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            MofNCompleteColumn(table_column=Column(min_width=7)),  # on a narrow terminal the bar gives way
+            TimeElapsedColumn(table_column=Column(min_width=7)),
             TextColumn("{task.fields[note]}"),
             console=self.console,
             transient=True,

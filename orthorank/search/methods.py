@@ -31,7 +31,7 @@ def choose(job: Job) -> Outcome:
 def _greedy(job: Job) -> Outcome:
     saved = saved_state(job, SearchState.load)
     state = begin_search(job.evaluator, job.candidates, job.count, fast=job.settings.fast, state=saved)
-    with job.screen.progress("greedy search", state.total) as advance:
+    with job.screen.progress("search", state.total) as advance:
         if saved is not None:
             job.screen.say(f"resumed after {state.done} of {state.total} evaluations")
             advance(state.done, "")

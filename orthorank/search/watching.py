@@ -48,9 +48,7 @@ class RoundWatcher:
         best_layer = self.state.chosen[-1] if over else self.state.best[1]
         at = "" if best_layer is None else f" (layer {best_layer})"
         left = self.pace.left(self._work_left())
-        self.advance(
-            done, f"round {number + 1} of {self.state.rounds}, layer {layer}; best {best:.4f}{at}; {left} left"
-        )
+        self.advance(done, f"{left} left; round {number + 1}/{self.state.rounds}, layer {layer}; best {best:.4f}{at}")
         if over:
             rest = "" if self.state.complete else f"; about {left} left"
             self.screen.say(
@@ -88,7 +86,7 @@ class ScoreWatcher:
             self.best, self.best_layer = loss, layer
         left = self.pace.left(self.pace.layers(self.candidates[done:]))
         best = "" if self.best_layer < 0 else f"; best {self.best:.4f} (layer {self.best_layer})"
-        self.advance(done, f"layer {layer}: {loss:.4f}{best}; {left} left")
+        self.advance(done, f"{left} left; layer {layer}: {loss:.4f}{best}")
 
 
 def duration(seconds: float) -> str:

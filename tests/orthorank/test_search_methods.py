@@ -87,7 +87,7 @@ def test_a_one_shot_search_goes_on(tiny_folder: Path, tmp_path: Path, stop: int)
     run_search(settings(tiny_folder, tmp_path / "part", resume=True, **options), watcher)
     assert without_times(tmp_path / "part") == without_times(tmp_path / "whole")
     assert [done for done, _ in watcher.notes] == list(range(stop, 5))
-    assert all("best " in note and note.endswith(" left") for _, note in watcher.notes[1:])
+    assert all("; best " in note and " left; layer " in note for _, note in watcher.notes[1:])
 
 
 @pytest.mark.parametrize(("method", "metric"), ONE_PASS)
@@ -106,7 +106,7 @@ def test_a_fast_search_resumes_as_a_fast_search_only(tiny_folder: Path, tmp_path
     run_search(settings(tiny_folder, tmp_path / "whole", **options))
     assert plan_in(tmp_path / "whole")["calibration"]["method"].startswith("greedy search (SLEB), fast")
     with pytest.raises(OrthoRankError, match="interrupted after 3 of "):
-        run_search(settings(tiny_folder, tmp_path / "part", **options), Watcher("greedy search", 3))
+        run_search(settings(tiny_folder, tmp_path / "part", **options), Watcher("search", 3))
     with pytest.raises(OrthoRankError, match="its fast is true and now it is false"):
         run_search(settings(tiny_folder, tmp_path / "part", windows=8, resume=True))
     run_search(settings(tiny_folder, tmp_path / "part", resume=True, **options))
@@ -117,7 +117,7 @@ def test_the_batch_size_of_a_resumed_search_is_the_first_one_s(tiny_folder: Path
     """By memory it may come out differently the next time; the last bits depend on it."""
     run_search(settings(tiny_folder, tmp_path / "whole", batch_size=2))
     with pytest.raises(OrthoRankError, match="interrupted"):
-        run_search(settings(tiny_folder, tmp_path / "part", batch_size=2), Watcher("greedy search", 3))
+        run_search(settings(tiny_folder, tmp_path / "part", batch_size=2), Watcher("search", 3))
     run_search(settings(tiny_folder, tmp_path / "part", batch_size=None, resume=True))
     assert without_times(tmp_path / "part") == without_times(tmp_path / "whole")
     with pytest.raises(OrthoRankError, match="state is of a search with 2 windows in a batch"):
