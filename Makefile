@@ -6,7 +6,7 @@ WORKERS ?= 2
 DEMO_ARGS ?= --output orthorank-demo
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help install demo lint format test test-slow test-gpu test-browser check report bench bench-install bench-model bench-gpu clean
+.PHONY: help install demo lint format test test-slow test-gpu test-browser check report bench bench-install bench-model bench-search bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -70,6 +70,9 @@ bench: bench-install ## benchmarks of every op and of the import; each prints wh
 
 bench-model: install ## prefill of a whole model on the CPU, against what its floating-point operations allow
 	$(BIN)/python benchmarks/bench_prefill.py
+
+bench-search: install ## the layer search on the CPU: SLEB's plain loop, the exact search, the fast one; 10 to 20 minutes
+	$(BIN)/python benchmarks/bench_search.py
 
 bench-gpu: bench-install ## on a machine with a GPU: every op beside FlexAttention, SDPA, flash-attn, in less than 8 minutes
 	$(BIN)/python benchmarks/on_gpu.py bench

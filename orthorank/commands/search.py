@@ -31,6 +31,7 @@ FAST = "Successive halving over the windows: several times quicker, not exact."
 RESUME = "Go on with the search whose state is in the output folder; begin one if there is none."
 DEVICE_MAP = "auto: spread a model that one device cannot hold, by accelerate."
 BATCH = "Windows in one forward. Default: as memory allows."
+MEMORY = "GiB of hidden states to keep; others are computed again. Default: a quarter of the free memory."
 BUDGET = "Search for a mixed plan instead: its layers cost at most this share of the dense ones, such as 0.8."
 BUDGET_UNIT = "flops, or time as measured on this machine. Default: flops."
 KEEP_RATIOS = "What a layer of a mixed plan may keep; 0: it may be removed. Default: 0,1/4,1/3,1/2."
@@ -65,6 +66,7 @@ def command(
     device_map: Annotated[str | None, typer.Option(help=DEVICE_MAP)] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     batch_size: Annotated[int | None, typer.Option(help=BATCH)] = None,
+    memory: Annotated[float | None, typer.Option(help=MEMORY)] = None,
     budget: Annotated[str | None, typer.Option(help=BUDGET)] = None,
     budget_unit: Annotated[str | None, typer.Option(help=BUDGET_UNIT)] = None,
     keep_ratios: Annotated[str | None, typer.Option(help=KEEP_RATIOS)] = None,
@@ -105,6 +107,7 @@ def command(
         device_map=device_map,
         dtype=dtype,
         batch_size=batch_size,
+        memory=memory,
         budget=number("budget", budget),
         budget_unit=budget_unit,
         keep_ratios=ratios("keep_ratios", keep_ratios),

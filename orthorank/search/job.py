@@ -60,6 +60,7 @@ class Job:
             keep_ratio=self.settings.keep_ratio,
             criterion=self.settings.criterion,
             batch_size=self.settings.batch_size,
+            memory=None if self.settings.memory is None else int(self.settings.memory * 2**30),
             processes=self.group,
         )
 

@@ -1,5 +1,6 @@
 """What a search is asked to do, checked before the long work starts, and what each method leaves alone by default."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ class SearchSettings:
         fast: successive halving over the windows (greedy only).
         resume: go on with the search whose state is in ``output``, if there is one.
         batch_size: windows in one forward; None: as memory allows.
+        memory: GiB of hidden states that are kept, what does not fit is computed again; None: a quarter of the free
+            memory.
         budget: search for a mixed plan whose layers cost at most this share of the dense layers.
         budget_unit: ``"flops"`` or ``"time"``, measured on this machine; None: flops.
         keep_ratios: what a layer of a mixed plan may have, 0 for removed; None: 0, 1/4, 1/3 and 1/2.
@@ -81,6 +84,7 @@ class SearchSettings:
     device_map: str | None = None
     dtype: str | None = None
     batch_size: int | None = None
+    memory: float | None = None
     budget: float | None = None
     budget_unit: str | None = None
     keep_ratios: tuple[float, ...] | None = None
@@ -103,6 +107,8 @@ class SearchSettings:
             _check_least(name, getattr(self, name), least)
         for name, least in (("sink_layer", 0), ("layers", 1), ("batch_size", 1)):
             _check_least(name, getattr(self, name), least)
+        if self.memory is not None and not 0 <= self.memory < math.inf:
+            raise OrthoRankError(f"memory is {self.memory:g}; it must be 0 (keep nothing) or more, in GiB, such as 0.5")
         self._check_pairs()
         self._check_budget()
 

@@ -6,9 +6,14 @@ from typing import Any
 import pytest
 import torch
 
+from orthorank import OrthoRankError, cli
+from orthorank.demo import SilentScreen
 from orthorank.search import Evaluator, memory
+from orthorank.search.distributed import Alone
+from orthorank.search.job import prepare, run_search
 from tests.orthorank.conftest import make_tiny_model
 from tests.orthorank.plain_search import random_windows, small_stack
+from tests.orthorank.search_runs import plan_in, settings
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -78,3 +83,22 @@ def test_the_evaluator_follows_the_memory(monkeypatch: pytest.MonkeyPatch) -> No
     assert seen["little"][:2] == (1, 10 * 24 * 400)
     assert seen["much"][:2] == (2, 2**28)
     assert seen["little"][2] == pytest.approx(seen["much"][2], rel=1e-5)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_command_s_budget(tiny_folder: Path, tmp_path: Path, fast: bool) -> None:
+    """``--memory`` in GiB; what is kept changes nothing but the time."""
+    job = prepare(settings(tiny_folder, tmp_path / "job", memory=0.5), SilentScreen(), Alone())
+    assert job.evaluator.memory == 2**29
+    for name, memory_in_gib in (("all", None), ("nothing", 0.0)):
+        run_search(settings(tiny_folder, tmp_path / name, memory=memory_in_gib, fast=fast, layers=3))
+    everything, nothing = plan_in(tmp_path / "all"), plan_in(tmp_path / "nothing")
+    assert everything["layers"] == nothing["layers"]
+    assert everything["calibration"]["losses"] == nothing["calibration"]["losses"]
+    with pytest.raises(OrthoRankError, match=r"memory is -1; it must be 0 \(keep nothing\) or more, in GiB"):
+        settings(tiny_folder, tmp_path, memory=-1.0)
+
+
+def test_the_command_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["search", "--memory", "-2", "--output", str(tmp_path)]) == 2
+    assert "memory is -2; it must be 0" in capsys.readouterr().err
