@@ -39,6 +39,11 @@ class Graphs:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Graphs":
         return self  # `generate()` copies its settings
 
+    def written_inputs(self) -> list[str | None]:
+        """How Dynamo classes the tensors that the graphs add to: None would forbid CUDA graphs."""
+        nodes = [node for graph in self.graphs for node in graph.graph.nodes if str(node.target) == "add_"]
+        return [node.args[0].meta.get("tensor_dict", {}).get("_dynamo_static_input_type") for node in nodes]
+
     def called(self) -> set[str]:
         """Names of everything that the graphs call."""
         return {str(node.target).split(".")[-1] for graph in self.graphs for node in graph.graph.nodes}
@@ -55,7 +60,7 @@ def test_ten_calls_compile_once_and_two_lengths_twice(tiny_model: Any) -> None:
     """``fullgraph``: a graph break would be an error. Padding differs from call to call, and its counts are read."""
     model, graphs = tiny_model("llama", num_hidden_layers=2), Graphs()
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
-    with apply(model, PLAN) as handle:
+    with apply(compiled, PLAN) as handle:  # what is patched is the model inside
         for pad in range(10):
             ids, mask = ids_of(2, 24, seed=pad), torch.ones(2, 24, dtype=torch.long)
             mask[0, :pad] = 0
@@ -66,6 +71,7 @@ def test_ten_calls_compile_once_and_two_lengths_twice(tiny_model: Any) -> None:
         assert len(graphs.graphs) == 1
         assert handle.stats[1].calls == 20
         assert handle.stats[1].tokens_in == 2 * sum(48 - pad for pad in range(10))
+        assert graphs.written_inputs() == ["unguarded"], "the counts do not stay where they are"
         assert not graphs.called() & {"item", "tolist", "_local_scalar_dense", "cpu", "nonzero"}, "a call waits"
 
         for tokens in (17, 19, 31):
@@ -162,6 +168,35 @@ def test_layers_and_counters_wait_for_nothing(tiny_model: Any) -> None:
                 assert counted.count > 0, "reading is what waits"
     assert waits["1 padded"] == waits["3 padded"]
     assert waits["1 not padded"] == waits["3 not padded"] == 0
+
+
+MODES: list[dict[str, Any]] = [
+    {"select": "window", "select_window": 5},
+    {"select": "threshold", "thresholds": {1: 5.0}},
+    {"select": "threshold", "thresholds": {1: 5.0}, "decode": "threshold", "keep_last": 0},
+    {"criterion": "inverse"},
+    {"criterion": "random"},
+    {"update_sink": True},
+    {"sinks": "auto"},
+    {"kv": "selected"},
+]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_every_mode_is_one_graph_for_any_length(tiny_model: Any, mode: dict[str, Any]) -> None:
+    model, graphs = tiny_model("llama", num_hidden_layers=2), Graphs()
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    with apply(model, OrthoRankConfig(layers=[1], **mode)) as handle:
+        for tokens in (24, 24, 17, 19):
+            ids, mask = ids_of(2, tokens), left_padded(2, tokens)
+            before = handle.stats[1].tokens_updated
+            expected = model(ids, attention_mask=mask, use_cache=False).logits
+            updated = handle.stats[1].tokens_updated - before
+            assert_close(compiled(ids, attention_mask=mask, use_cache=False).logits, expected)
+            assert handle.stats[1].tokens_updated - before == 2 * updated > 0
+    assert len(graphs.graphs) == 2
 
 
 @pytest.mark.slow
