@@ -57,6 +57,8 @@ def selected_forward(
         keys = parts.rotate(keys, tables)
         if cache is not None:
             _, first_key = cache.get_mask_sizes(call.tokens, index)  # the column of the first key that update returns
+            if isinstance(first_key, Tensor):  # transformers 5.16, after a crop by a number in a tensor
+                first_key = int(first_key)
             keys, values = cache.update(keys, values, index)
     if positions.shape[1] == 0:
         return hidden_states

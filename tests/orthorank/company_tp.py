@@ -28,7 +28,9 @@ def load_sharded(folder: Path) -> Any:
     try:
         from transformers.distributed import DistributedConfig
 
-        settings: dict[str, Any] = {"distributed_config": DistributedConfig(tp_plan="auto")}
+        settings: dict[str, Any] = {
+            "distributed_config": DistributedConfig(tp_plan="auto", tp_size=int(os.environ["WORLD_SIZE"]))
+        }
     except (ImportError, TypeError):  # older transformers
         settings = {"tp_plan": "auto"}
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **settings).eval()
@@ -95,7 +97,8 @@ def main(folder: Path) -> None:
         except Exception:
             found[model.name] = {"failed": traceback.format_exc()}
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found), encoding="utf-8")
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -52,6 +52,11 @@ def test_assisted_generation_gives_the_greedy_tokens(kind: str, plan: str, windo
     """Token by token, though the first call of the model holds the prompt and candidates behind it."""
     settings = WINDOWS["qwen2"] if windowed else {}
     model, ids = make_tiny_model("qwen2", **settings), repetitive()
+    if kind == "early exit":
+        try:
+            model.generate(ids, assistant_early_exit=2, **GREEDY)
+        except TypeError:  # transformers 5.16
+            pytest.skip("this version of transformers cannot draft with a model's own lower layers")
     first_calls: list[int] = []
     with apply(model, PLANS[plan]) as handle:
         expected = model.generate(ids, **GREEDY)

@@ -23,7 +23,8 @@ def run_in_two_processes(names: list[str], folder: Path) -> list[dict[str, Any]]
     for name in names:
         tiny(name).save_pretrained(folder / name)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
         [*command, "-m", "tests.orthorank.company_tp", str(folder)],
         cwd=ROOT,
