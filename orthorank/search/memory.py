@@ -62,9 +62,9 @@ def check_bytes(name: str, value: int | None) -> None:
         )
 
 
-def _available_in_system() -> int:
+def _available_in_system(meminfo: Path = Path("/proc/meminfo")) -> int:
     try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        for line in meminfo.read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     except (OSError, ValueError):
@@ -75,9 +75,8 @@ def _available_in_system() -> int:
         return _UNKNOWN
 
 
-def _available_in_group() -> int:
+def _available_in_group(group: Path = Path("/sys/fs/cgroup")) -> int:
     """What the container's limit leaves (cgroup version 2); without one, more than any machine has."""
-    group = Path("/sys/fs/cgroup")
     try:
         return max(0, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
     except (OSError, ValueError):  # no such file, or "max"

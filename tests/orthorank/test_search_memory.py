@@ -1,5 +1,6 @@
 """What a search allows itself by the free memory."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,19 @@ def free(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: count)
 
 
-def test_free_memory_is_part_of_the_machine_s() -> None:
-    total = next(
-        int(line.split()[1]) * 1024
-        for line in Path("/proc/meminfo").read_text().splitlines()
-        if line.startswith("MemTotal:")
-    )
-    assert 2**20 < memory.free_bytes(CPU) < total
-
-
-def test_memory_that_is_in_use_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = memory.free_bytes(CPU)
-    held = torch.ones(2**28, dtype=torch.uint8)
-    assert held.sum() == 2**28
-    assert memory.free_bytes(CPU) < before - 2**27
+def test_free_memory_is_what_the_system_and_the_container_leave(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 2**20 < memory.free_bytes(CPU) <= total
+    (tmp_path / "meminfo").write_text("MemTotal: 4000 kB\nMemFree: 1000 kB\nMemAvailable: 3000 kB\n")
+    assert memory._available_in_system(tmp_path / "meminfo") == 3000 * 1024
+    assert memory._available_in_system(tmp_path / "nothing") == total // 2, "half of it, where nothing tells more"
+    (tmp_path / "memory.current").write_text("700\n")
+    for limit, left in (("1000\n", 300), ("500\n", 0), ("max\n", 2**63)):
+        (tmp_path / "memory.max").write_text(limit)
+        assert memory._available_in_group(tmp_path) == left
+    assert memory._available_in_group(tmp_path / "nothing") == 2**63
     monkeypatch.setattr(memory, "_available_in_group", lambda: 12345)
     assert memory.free_bytes(CPU) == 12345, "a container may have less than the machine"
 
