@@ -157,6 +157,12 @@ class Evaluator:
         Returns:
             The sums, or None when they were known to add up to more than ``most`` before all were computed.
         """
+        ends = (windows.start, windows.stop % self.windows)  # the last window ends a batch, too
+        if not 0 <= windows.start < windows.stop <= self.windows or any(end % self.batch_size for end in ends):
+            raise OrthoRankError(
+                f"windows is {windows}; it must begin and end at multiples of the batch size, {self.batch_size}, or at "
+                f"the last of the {self.windows} windows"
+            )
         ratios = self._ratios(plan)
         ids = range(windows.start // self.batch_size, -(-windows.stop // self.batch_size))
         own = [batch for batch in ids if batch % self.processes.size == self.processes.rank]

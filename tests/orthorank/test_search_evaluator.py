@@ -182,6 +182,11 @@ def test_evaluator_says_what_is_wrong(stack: LayerStack, windows: Tensor) -> Non
         Evaluator(stack, windows, batch_size=0)
     with pytest.raises(OrthoRankError, match="memory is -1; it must be a number of bytes"):
         Evaluator(stack, windows, memory=-1)
+    for wrong in (range(1, 4), range(2, 3), range(3), range(2, 2), range(4, 6)):
+        with pytest.raises(
+            OrthoRankError, match="must begin and end at multiples of the batch size, 2, or at the last"
+        ):
+            Evaluator(stack, windows, batch_size=2).window_losses([], wrong)
     evaluator = Evaluator(stack, windows)
     with pytest.raises(OrthoRankError, match="plan holds layer 7; the model has layers 0 to 6"):
         evaluator.loss([7])
