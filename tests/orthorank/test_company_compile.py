@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch._dynamo
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CompileConfig, DynamicCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
 from tests.orthorank.naive import assert_close
@@ -115,6 +115,25 @@ def test_generate_compiles_its_decode_step_once(tiny_model: Any, ratio: float) -
     assert len(graphs.graphs) == 1
 
 
+@torch.no_grad()
+def test_decoding_over_a_static_cache_by_hand(tiny_model: Any) -> None:
+    """Its length lies in a tensor, which a graph cannot read: one token is a decode step, several by what is said."""
+    model, graphs = tiny_model("llama", num_hidden_layers=2), Graphs()
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    with apply(model, PLAN) as handle:
+        logits: list[list[torch.Tensor]] = []
+        for run in (model, compiled):
+            cache = StaticCache(model.config, max_cache_len=40)
+            model(ids_of(2, 12), past_key_values=cache)
+            logits.append([run(ids_of(2, 1, seed=i), past_key_values=cache).logits for i in range(4)])
+            with handle.decoding():
+                logits[-1] += [run(ids_of(2, 3, seed=i), past_key_values=cache).logits for i in range(3)]
+    for eager, other in zip(*logits, strict=True):
+        assert_close(other, eager)
+    assert len(graphs.graphs) == 2
+
+
+@pytest.mark.slow
 def test_a_compiled_training_step(tiny_model: Any) -> None:
     """Gradients of the compiled model are those of the model as it is."""
     gradients = []
