@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthorank.errors import OrthoRankError
+from orthorank.files import finite
 from orthorank.plan_checks import check_fields
 from orthorank_kernels._version import __version__
 
@@ -131,8 +132,9 @@ class OrthoRankConfig:
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as JSON stores them: mappings by layer have strings as keys."""
+        """All fields, as JSON stores them: mappings by layer have strings as keys, records no infinite figures."""
         values = dataclasses.asdict(self)
+        values |= {name: finite(values[name]) for name in ("calibration", "measured")}
         return values | {name: {str(layer): x for layer, x in values[name].items()} for name in BY_LAYER}
 
     @classmethod

@@ -67,14 +67,19 @@ def write_json(path: Path, value: Any) -> None:
     >>> json.loads(file.read_text())
     {'loss': None, 'layers': [1, 2]}
     """
-    write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """``value`` as JSON can hold it: None in place of infinite and NaN figures, lists in place of tuples.
+
+    >>> finite({"losses": (1.5, float("nan"))})
+    {'losses': [1.5, None]}
+    """
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and value not in (float("inf"), float("-inf")) and value == value:
         return value
     return None if isinstance(value, float) else value

@@ -64,7 +64,7 @@ class Folder:
         Raises:
             OrthoRankError: the folder holds another search; the message names the first difference.
         """
-        for part in self.path.glob("*.part"):  # what a killed process left behind
+        for part in self.path.glob("*.[0-9]*.part"):  # what a killed process left behind
             part.unlink(missing_ok=True)
         before = self._identity()
         if before is None:

@@ -90,14 +90,14 @@ def _by_magnitude(job: Job) -> Outcome:
 
 def _by_influence(job: Job) -> Outcome:
     _begin_anew(job)
-    with job.screen.progress("block influence", 0 if job.group.size > 1 else len(job.calibration.windows)) as advance:
-        size = job.evaluator.batch_size
+    windows, size = len(job.calibration.windows), job.evaluator.batch_size
+    with job.screen.progress("block influence", windows if job.group.size == 1 else 0) as advance:
         scores = block_influence(
             job.stack,
             job.calibration.windows,
             batch_size=size,
             processes=job.group,
-            on_batch=lambda done, total: advance(done * size, ""),
+            on_batch=lambda done, total: advance(min(done * size, windows), ""),
         )
     return _scored(job, scores)
 

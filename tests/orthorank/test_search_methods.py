@@ -1,6 +1,7 @@
 """Every method of ``orthorank search``, what it is measured on, and what it refuses."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,29 @@ def test_the_batch_size_of_a_resumed_search_is_the_first_one_s(tiny_folder: Path
     assert without_times(tmp_path / "part") == without_times(tmp_path / "whole")
     with pytest.raises(OrthoRankError, match="state is of a search with 2 windows in a batch"):
         run_search(settings(tiny_folder, tmp_path / "part", batch_size=3, resume=True))
+
+
+def test_a_loss_that_is_not_finite_is_null_in_the_plan(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer without which the model overflows is not chosen, and the file stays JSON that everyone can read."""
+    from orthorank.search import Evaluator
+
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    loss = Evaluator.loss
+    monkeypatch.setattr(
+        Evaluator, "loss", lambda self, plan, *rest: math.inf if plan == [2] else loss(self, plan, *rest)
+    )
+    run_search(settings(tiny_folder, tmp_path, method="one-shot", keep_ratio=0.0, protect_first=1, layers=3))
+    plan = json.loads((tmp_path / "orthorank.json").read_text(), parse_constant=no_constant)
+    assert plan["layers"] == [1, 3, 4]
+    assert plan["calibration"]["scores"]["2"] is None
+    monkeypatch.undo()
+    monkeypatch.setattr(Evaluator, "loss", lambda self, *rest: math.inf)
+    with pytest.raises(OrthoRankError, match="the score of layer 1 is inf, and it would be chosen"):
+        run_search(settings(tiny_folder, tmp_path / "all", method="one-shot", protect_first=1))
 
 
 @pytest.fixture(scope="module")
@@ -276,3 +300,20 @@ def test_a_model_spread_by_accelerate_is_searched_as_it_is(
     plain, spread = (OrthoRankConfig.from_pretrained(tmp_path / name) for name in ("plain", "auto"))
     assert spread.calibration["order"] == plain.calibration["order"]
     assert spread.calibration["loss"] == pytest.approx(plain.calibration["loss"], rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "metric"), [("one-shot", "taylor"), ("influence", None)])
+def test_smollm2_is_searched_after_its_sink(tmp_path: Path, method: str, metric: str | None) -> None:
+    """Without any option that helps: the sink is found, and a fifth of the work is left out at a bearable loss."""
+    options: dict[str, Any] = {"method": method, "metric": metric, "windows": 2, "seq_len": 256, "device": "cpu"}
+    for name, keep_ratio in (("select", 1 / 3), ("remove", 0.0)):
+        run_search(SearchSettings(output=tmp_path / name, keep_ratio=keep_ratio, **options))
+    select, remove = (plan_in(tmp_path / name) for name in ("select", "remove"))
+    assert (select["sink_layer"], remove["sink_layer"]) == (11, None)
+    assert (len(select["layers"]), len(remove["layers"])) == (9, 6)
+    assert set(select["layers"]) <= set(range(12, 28))
+    assert select["calibration"]["scores"] == remove["calibration"]["scores"], "both are scores of the dense model"
+    for plan in (select, remove):
+        record = plan["calibration"]
+        assert record["dense_loss"] < record["loss"] < record["dense_loss"] + 5
