@@ -15,7 +15,7 @@ from orthorank.plans import default_plan
 from orthorank.stack import LayerStack
 from orthorank.texts import find_text
 
-LENGTHS = (33, 21, 26)
+LENGTHS = (25, 14, 19)
 Selected = dict[int, set[tuple[int, int]]]  # of each layer: row and position in the row
 
 
@@ -24,7 +24,7 @@ def rows_and_plan(smollm2: tuple[Any, Any]) -> tuple[list[Tensor], OrthoRankConf
     """Three texts, and thresholds calibrated on another."""
     model, tokenizer = smollm2
     ids = torch.tensor(tokenizer(find_text().content[:8000])["input_ids"])
-    plan = calibrate(model, ids[:256].view(2, 128), default_plan(model), decode="threshold", keep_last=0)
+    plan = calibrate(model, ids[:192].view(2, 96), default_plan(model), decode="threshold", keep_last=0)
     starts = (400, 700, 1000)
     return [ids[start : start + length] for start, length in zip(starts, LENGTHS, strict=True)], plan
 
@@ -80,24 +80,27 @@ def test_any_chunks_any_batch_with_or_without_a_cache(
     margin, share = smallest_margin(model, rows, plan)
     ways: dict[str, list[int] | None] = {
         "a batch without a cache": None,
-        "a batch with a cache": [33],
-        "a batch token by token": [1] * 33,
-        "a batch in chunks of 20, 1, 1, 11": [20, 1, 1, 11],
+        "a batch with a cache": [25],
+        "a batch token by token": [1] * 25,
+        "a batch in chunks of 12, 1, 1, 11": [12, 1, 1, 11],
     }
     worst = 0.0
     with apply(model, plan) as handle, torch.no_grad():
         alone = [run(model, handle, [row], None) for row in rows]
         results = {way: run(model, handle, rows, sizes) for way, sizes in ways.items()}
-        first = {f"a row in chunks of {sizes}": run(model, handle, rows[:1], sizes) for sizes in ([1] * 33, [7, 26])}
+        first = {f"a row in chunks of {sizes}": run(model, handle, rows[:1], sizes) for sizes in ([1] * 25, [7, 18])}
         achieved = [handle.stats[layer].achieved_ratio for layer in plan.selecting]
     expected = {
-        layer: {(row, at) for row, (_, selected) in enumerate(alone) for _, at in selected[layer]}
+        layer: {(row, at) for row, (_, selected) in enumerate(alone) for _, at in selected.get(layer, ())}
         for layer in plan.selecting
     }
     for way, (logits, selected) in (results | first).items():
         rows_here = range(len(logits))
         for layer in plan.selecting:
-            assert selected[layer] == {pair for pair in expected[layer] if pair[0] in rows_here}, (way, layer)
+            assert selected.get(layer, set()) == {pair for pair in expected[layer] if pair[0] in rows_here}, (
+                way,
+                layer,
+            )
         for row in rows_here:
             reference = alone[row][0][0]
             worst = max(worst, float((logits[row] - reference).abs().max() / reference.abs().max()))
