@@ -18,16 +18,20 @@ import torch
 from orthorank import OrthoRankConfig, OrthoRankError, apply, cli
 from orthorank.evaluation import perplexity, prefill_flops
 from orthorank.search import Evaluator
+from orthorank.search.budget import best_plan, budget_search
 from orthorank.search.budget_state import BudgetState
 from orthorank.search.costs import CostTable, count_flops, measure_seconds
 from orthorank.search.job import run_search
 from orthorank.search.pareto import Point
 from orthorank.search.pareto_plot import draw_front
 from orthorank.search.plan_loss import CalibrationLoss
+from orthorank.search.plans import Space
 from orthorank.search.settings import SearchSettings
 from orthorank.stack import LayerStack
 from tests.orthorank.conftest import make_tiny_model
+from tests.orthorank.plain_search import LAYERS, random_windows, small_stack
 from tests.orthorank.test_search_command import Watcher
+from tests.orthorank.test_search_processes import Rank, on_every_rank
 
 ROOT = Path(__file__).parents[2]
 FILES = {"orthorank.json", "pareto.json", "pareto.csv", "pareto.png", "pareto.svg", "search.json", "search-state.json"}
@@ -374,3 +378,23 @@ def test_pictures_of_few_points(tmp_path: Path) -> None:
         assert [file.name for file in files] == ["pareto.png", "pareto.svg"]
         again = draw_front(points, 2.0, tmp_path, title="a $title", budget=0.5, chosen=points[0])
         assert again[1].read_bytes() == files[1].read_bytes(), "the same data gives the same file"
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(2, 1), (3, 2)])
+def test_the_same_search_on_every_rank(size: int, batch_size: int) -> None:
+    """Processes that share the windows take the same way to the same bits as one alone."""
+    windows = random_windows(5)
+    costs = CostTable("flops", 24, {r: (r,) * LAYERS for r in (1.0, 0.5, 0.0)})
+    space = Space.of(costs, (0.5, 0.0), select=range(1, LAYERS), skip=range(1, LAYERS - 1))
+
+    def search(evaluator: Evaluator) -> BudgetState:
+        return budget_search(CalibrationLoss(evaluator), space, 0.7, starts={"SLEB": {2: 0.0, 3: 0.0}})
+
+    def work(rank: Rank, stack: LayerStack) -> BudgetState:
+        return search(Evaluator(stack, windows, batch_size=batch_size, processes=rank))
+
+    alone = search(Evaluator(small_stack(), windows, batch_size=batch_size))
+    for state in on_every_rank(size, work):
+        assert list(state.seen) == list(alone.seen)
+        assert best_plan(state, space, 0.7) == best_plan(alone, space, 0.7)
+        assert state.settings == alone.settings
