@@ -55,6 +55,7 @@ class Progress:
         done: questions answered so far. expected: of how many, an estimate that changes as the search goes on.
         phase: in words. loss: the last answer, inf when it is above what would have been of use.
         best: least loss at the present cost or below, inf before there is one.
+        fresh: whether it took work to answer; False for what an earlier run has left.
     """
 
     done: int
@@ -62,6 +63,7 @@ class Progress:
     phase: str
     loss: float
     best: float
+    fresh: bool = True
 
 
 OnProgress = Callable[[Progress], None]
@@ -211,10 +213,11 @@ class _Search:
         if self.save_to is not None and self.ledger.fresh:
             self.ledger.state.save(self.save_to)
         if self.on_progress is not None:
-            best = self.ledger.best(self.space, _most(self.space, self.target))
-            done = self.ledger.asked
+            found = self.ledger.best(self.space, _most(self.space, self.target))
+            best = math.inf if found is None else found[0]
+            done, fresh = self.ledger.asked, self.ledger.fresh
             words = f"{self.phase}, at {self.target / self.space.costs.dense:.3f} of the dense cost"
-            self.on_progress(Progress(done, done + self.to_come, words, loss, math.inf if best is None else best[0]))
+            self.on_progress(Progress(done, done + self.to_come, words, loss, best, fresh))
 
     def _scout(self, phase: str, plan: dict[int, float], steps: Sequence[Step]) -> None:
         """Estimate what each of ``steps`` from ``plan`` does."""

@@ -5,18 +5,16 @@ The plans of one form that the search begins from are searched first, each as a 
 """
 
 import dataclasses
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthorank.config import OrthoRankConfig
-from orthorank.demo.screen import Advance, Screen
 from orthorank.errors import OrthoRankError
 from orthorank.files import user_path
 from orthorank.handle import check_plan
 from orthorank.report import words
-from orthorank.search.budget import Effort, Progress, best_plan, budget_search
+from orthorank.search.budget import Effort, best_plan, budget_search
 from orthorank.search.budget_state import BudgetInterrupted, BudgetState
 from orthorank.search.costs import CostTable, count_flops, measure_seconds
 from orthorank.search.counts import layer_count
@@ -30,7 +28,7 @@ from orthorank.search.plan_loss import CalibrationLoss
 from orthorank.search.plans import Space
 from orthorank.search.plans import plan_of as ratios_of
 from orthorank.search.settings import SearchSettings
-from orthorank.search.watching import duration
+from orthorank.search.watching import MixedWatcher
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,7 +76,7 @@ def run_budget(job: Job) -> dict[str, Any]:
     """
     from orthorank.search.budget_finish import finish
 
-    files = together(job.group, lambda: _given(job))
+    files = together(job.group, lambda: _fitting(job))
     job.identity = together(job.group, lambda: _identity(job, files))
     check_agreement(job)
     saved = saved_state(job, BudgetState.load)
@@ -88,22 +86,29 @@ def run_budget(job: Job) -> dict[str, Any]:
     return finish(search, _run(search))
 
 
-def _given(job: Job) -> dict[str, OrthoRankConfig]:
-    """The plans in the files that the settings name."""
-    given = {}
-    for path in job.settings.starts:
-        if path == "none":
-            continue
-        plan = OrthoRankConfig.from_pretrained(user_path("start", path))
+def read_starts(settings: SearchSettings) -> dict[str, OrthoRankConfig]:
+    """The plans in the files that the settings name.
+
+    Raises:
+        OrthoRankError: one of them cannot be read.
+    """
+    return {
+        path: OrthoRankConfig.from_pretrained(user_path("start", path)) for path in settings.starts if path != "none"
+    }
+
+
+def _fitting(job: Job) -> dict[str, OrthoRankConfig]:
+    """The same, checked against the model and against what this search measures."""
+    given = read_starts(job.settings)
+    wanted = OrthoRankConfig(layers=[], criterion=job.settings.criterion)
+    for path, plan in given.items():
         check_plan(job.model, plan)
-        wanted = OrthoRankConfig(layers=[], criterion=job.settings.criterion)
         for mode in MODES:
             if getattr(plan, mode) != getattr(wanted, mode) and plan.selecting:
                 raise OrthoRankError(
                     f"start is {path!r}, whose {mode} is {getattr(plan, mode)!r}, and this search measures plans with "
                     f"{getattr(wanted, mode)!r}; name a plan that has the same"
                 )
-        given[path] = plan
     return given
 
 
@@ -206,11 +211,24 @@ def _effort(job: Job) -> Effort:
 
 def _set_up(job: Job, starts: dict[str, OrthoRankConfig], saved: BudgetState | None) -> Search:
     if saved is not None:
-        job.evaluator.use_batch_size(saved.settings["losses"]["batch_size"])
+        job.evaluator.use_batch_size(_batch_size_of(job, saved))
     ratios = tuple(job.settings.keep_ratios or KEEP_RATIOS)
     costs = _costs(job, {*ratios, *(r for plan in starts.values() for r in plan.ratios.values())}, saved)
     space = Space.of(costs, ratios, select=job.candidates, skip=_skip(job))
     return Search(job, space, CalibrationLoss(job.evaluator), starts, saved)
+
+
+def _batch_size_of(job: Job, saved: BudgetState) -> int:
+    """Windows that ran together in the earlier part of the search."""
+    losses = saved.settings.get("losses")
+    size = losses.get("batch_size") if isinstance(losses, dict) else None
+    if type(size) is not int or size < 1:
+        raise _no_state(job)
+    return size
+
+
+def _no_state(job: Job) -> OrthoRankError:
+    return OrthoRankError(f"{job.folder.state} is not the state of a budget search; delete it to begin anew")
 
 
 def _costs(job: Job, ratios: set[float], saved: BudgetState | None) -> CostTable:
@@ -219,7 +237,10 @@ def _costs(job: Job, ratios: set[float], saved: BudgetState | None) -> CostTable
     if job.settings.budget_unit != "time":
         return count_flops(job.model.config, tokens, ratios)
     if saved is not None:
-        return CostTable.from_dict(saved.settings["costs"])
+        try:
+            return CostTable.from_dict(saved.settings["costs"])
+        except (KeyError, TypeError, ValueError):
+            raise _no_state(job) from None
     with job.screen.progress("timing layers", 9) as advance:
         table = measure_seconds(
             job.stack, _random_prompt(job, tokens), ratios, on_round=lambda done, _: advance(done, "")
@@ -252,32 +273,9 @@ def _run(search: Search) -> BudgetState:
                 starts={name: ratios_of(plan) for name, plan in search.starts.items()},
                 effort=_effort(job),
                 state=search.saved,
-                on_progress=_Watcher(advance, job.screen),
+                on_progress=MixedWatcher(advance, job.screen),
                 save_to=job.folder.state if job.first else None,
             )
         except BudgetInterrupted as stop:
             kept = write_front(search, stop.state, complete=False) if job.first else ""
             raise OrthoRankError(f"{stop}{kept}; go on with the same command and --resume") from None
-
-
-class _Watcher:
-    """Turns the progress of a search into a bar in per cent, with the time that is left as far as it can be told."""
-
-    def __init__(self, advance: Advance, screen: Screen) -> None:
-        self.advance, self.screen = advance, screen
-        self.phase, self.percent = "", 0
-        self.began: tuple[float, int] | None = None
-
-    def __call__(self, progress: Progress) -> None:
-        now = time.perf_counter()
-        if self.began is None:  # what came before was read from a file, perhaps in no time
-            self.began = (now, progress.done)
-        if progress.phase != self.phase:
-            self.phase = progress.phase
-            self.screen.say(f"{progress.phase}; best {progress.best:.4f}")
-        began, first = self.began
-        pace = (now - began) / max(1, progress.done - first)
-        left = duration(pace * (progress.expected - progress.done))
-        self.percent = max(self.percent, int(100 * progress.done / progress.expected))
-        count = f"{progress.done} of about {progress.expected}"
-        self.advance(self.percent, f"{count}; {progress.phase}; best {progress.best:.4f}; about {left} left")

@@ -101,12 +101,13 @@ def run_search(settings: SearchSettings, screen: Screen | None = None) -> dict[s
         OrthoRankError: something is wrong or missing, or the search was interrupted; then the message says how to go
             on with it.
     """
-    from orthorank.search.budget_job import run_budget
+    from orthorank.search.budget_job import read_starts, run_budget
     from orthorank.search.finish import finish
     from orthorank.search.methods import choose
 
     with joined() as group:
         watched = screen if screen is not None and group.rank == 0 else SilentScreen()
+        together(group, lambda: read_starts(settings))
         job = together(group, lambda: prepare(settings, watched, group))
         if settings.budget is not None:
             return run_budget(job)

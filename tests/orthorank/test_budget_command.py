@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +92,7 @@ def test_files(run: tuple[Path, dict[str, Any], Watcher]) -> None:
     assert any("exchanges" in words for words in watcher.said)
     percents = [done for done, note in watcher.notes if "of about" in note]
     assert percents == sorted(percents)
+    assert all("left" in note for _, note in watcher.notes if "of about" in note)
     assert percents[-1] <= 100
 
 
@@ -398,3 +400,26 @@ def test_the_same_search_on_every_rank(size: int, batch_size: int) -> None:
         assert list(state.seen) == list(alone.seen)
         assert best_plan(state, space, 0.7) == best_plan(alone, space, 0.7)
         assert state.settings == alone.settings
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda values: values["settings"].update(losses=3), "not the state of a budget search"),
+        (lambda values: values["settings"]["losses"].update(batch_size=-1), "not the state of a budget search"),
+        (lambda values: values["settings"].pop("costs"), "its costs is None"),
+        (lambda values: values["seen"][2].__setitem__(1, "x"), "not the state of a budget search"),
+        (lambda values: values["seen"].append([[[2, 0.77]], 1.0, None, None]), r"keep ratio 0\.77 is not in the table"),
+    ],
+)
+def test_spoilt_states(
+    run: tuple[Path, dict[str, Any], Watcher], tiny_folder: Path, tmp_path: Path, spoil: Any, words: str
+) -> None:
+    output, _, _ = run
+    shutil.copytree(output, tmp_path / "out")
+    state = tmp_path / "out" / "search-state.json"
+    values = json.loads(state.read_text())
+    spoil(values)
+    state.write_text(json.dumps(values))
+    with pytest.raises(OrthoRankError, match=words):
+        run_search(settings(tiny_folder, tmp_path / "out", resume=True), Watcher())
