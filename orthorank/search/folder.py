@@ -102,7 +102,7 @@ class Folder:
             return None
         except OSError as error:
             raise OrthoRankError(f"{file} cannot be read: {error.strerror}") from error
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise OrthoRankError(f"{file} is no record of a search; name another folder with --output") from error
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from orthorank.errors import OrthoRankError
 from orthorank.files import write_text
 from orthorank.search.evaluator import Evaluator
+from orthorank.search.saved import check_layers, check_losses, check_size
 
 if TYPE_CHECKING:
     from orthorank.stack import LayerStack
@@ -113,10 +114,14 @@ class ScoreState:
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
             values["scores"] = {int(layer): score for layer, score in values["scores"].items()}
-            return cls(**values)
+            state = cls(**values)
+            check_layers(state.candidates)
+            check_losses(state.scores, state.candidates)
+            check_size(state.batch_size)
+            return state
         except OSError as error:
             raise OrthoRankError(f"no search state can be read at {path}: {error.strerror}") from error
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise OrthoRankError(f"{path} is not a saved one-shot search; delete it to begin anew") from error
 
 

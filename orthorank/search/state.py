@@ -12,6 +12,7 @@ from typing import Any
 from orthorank.errors import OrthoRankError
 from orthorank.files import write_text
 from orthorank.search.counts import evaluation_count, halving_stages
+from orthorank.search.saved import check_layers, check_losses, check_numbers, check_size
 
 OnEvaluation = Callable[[int, int, float, float, int, int], None]
 
@@ -132,7 +133,7 @@ class SearchState:
             values: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise OrthoRankError(f"no search state can be read at {path}: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise OrthoRankError(wrong) from error
         schema = values.get("schema", 1) if isinstance(values, dict) else None
         if isinstance(schema, int) and schema > SCHEMA:
@@ -143,9 +144,25 @@ class SearchState:
         try:
             for name in {"known", "sums", "first"} & values.keys() | {"current"}:
                 values[name] = {int(layer): value for layer, value in values[name].items()}
-            return cls(**values | {"schema": SCHEMA})
+            state = cls(**values | {"schema": SCHEMA})
+            state._check()
+            return state
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise OrthoRankError(wrong) from error
+
+    def _check(self) -> None:
+        """Raises ValueError when no search can have written this."""
+        check_layers(self.candidates)
+        check_layers(self.chosen, self.candidates)
+        check_numbers(self.losses)
+        if len(self.losses) != len(self.chosen) or type(self.rounds) is not int or len(self.chosen) > self.rounds:
+            raise ValueError
+        for losses in (self.current, self.known, self.first):
+            check_losses(losses, self.candidates)
+        for sums in self.sums.values():
+            check_numbers(sums)
+        for size in (self.windows, self.batch_size):
+            check_size(size)
 
     def _evaluations(self, rounds: int) -> int:
         total = len(self.candidates)
