@@ -1,20 +1,32 @@
-"""Choosing the layers: their number, the calibration loss, greedy search, one-shot scores and block influence."""
+"""Choosing the layers: their number, the calibration loss, greedy search, one-shot scores and block influence.
 
-from orthorank.search.counts import evaluation_count, halving_stages, layer_count
-from orthorank.search.evaluator import Evaluator
-from orthorank.search.greedy import begin_search, greedy_round, greedy_search
-from orthorank.search.influence import block_influence
-from orthorank.search.one_shot import loss_scores, magnitude_scores, one_shot_candidates, rank_layers
-from orthorank.search.processes import OneProcess, Processes
-from orthorank.search.state import SearchInterrupted, SearchState
-from orthorank.search.taylor import taylor_scores
-from orthorank.sink import candidate_layers
+>>> from orthorank.search import layer_count
+>>> layer_count(32, 0.2, keep_ratio=1/3)
+9
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orthorank.search.counts import evaluation_count, halving_stages, layer_count
+    from orthorank.search.evaluator import Evaluator
+    from orthorank.search.greedy import begin_search, greedy_round, greedy_search
+    from orthorank.search.influence import block_influence
+    from orthorank.search.job import run_search
+    from orthorank.search.one_shot import loss_scores, magnitude_scores, one_shot_candidates, rank_layers
+    from orthorank.search.processes import OneProcess, Processes
+    from orthorank.search.settings import SearchSettings
+    from orthorank.search.state import SearchInterrupted, SearchState
+    from orthorank.search.taylor import taylor_scores
+    from orthorank.sink import candidate_layers
 
 __all__ = [
     "Evaluator",
     "OneProcess",
     "Processes",
     "SearchInterrupted",
+    "SearchSettings",
     "SearchState",
     "begin_search",
     "block_influence",
@@ -28,5 +40,34 @@ __all__ = [
     "magnitude_scores",
     "one_shot_candidates",
     "rank_layers",
+    "run_search",
     "taylor_scores",
 ]
+
+# Imported when first asked for, so that the command line can check its options before torch is there.
+_HOMES = {
+    "counts": ("evaluation_count", "halving_stages", "layer_count"),
+    "evaluator": ("Evaluator",),
+    "greedy": ("begin_search", "greedy_round", "greedy_search"),
+    "influence": ("block_influence",),
+    "job": ("run_search",),
+    "one_shot": ("loss_scores", "magnitude_scores", "one_shot_candidates", "rank_layers"),
+    "processes": ("OneProcess", "Processes"),
+    "settings": ("SearchSettings",),
+    "state": ("SearchInterrupted", "SearchState"),
+    "taylor": ("taylor_scores",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    homes = {each: f"orthorank.search.{module}" for module, names in _HOMES.items() for each in names}
+    homes["candidate_layers"] = "orthorank.sink"
+    if name not in homes:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(homes[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -44,6 +44,8 @@ for name in ("orthorank", "orthorank_kernels"):
     sys.modules[name] = package
 from orthorank.cli import main
 assert main(["--help"]) == main(["demo", "--help"]) == main(["--version"]) == main([]) == 0
+assert main(["search", "--help"]) == 0
+assert main(["search", "--keep-ratio", "2"]) == main(["search", "--method", "one-shot", "--fast"]) == 2
 heavy = {"torch", "transformers", "numpy", "matplotlib"} & set(sys.modules)
 assert not heavy, heavy
 """
