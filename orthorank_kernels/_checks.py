@@ -30,17 +30,23 @@ def number(
     """
     if value is None and none is not None:
         return
-    bound = "" if at_least is None else f" of at least {at_least:g}"
-    bound = bound if above is None else f" above {above:g}"
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
-        raise TypeError(f"{name} is {_shown(value)}; {_wanted('a number', bound, none, because)}")
+        raise TypeError(f"{name} is {_shown(value)}; {_wanted('a number', _bound(above, at_least), none, because)}")
     if isinstance(value, int) and abs(value) > _LARGEST_FLOAT:
-        raise ValueError(f"{name} is an int of {value.bit_length()} bits; {_wanted('a number', bound, none, because)}")
+        wanted = _wanted("a number", _bound(above, at_least), none, because)
+        raise ValueError(f"{name} is an int of {value.bit_length()} bits; {wanted}")
     # The comparisons are false for NaN.
     if (above is not None and not value > above) or (at_least is not None and not value >= at_least):
-        raise ValueError(f"{name} is {value}; {_wanted('a number', bound, none, because)}")
+        raise ValueError(f"{name} is {value}; {_wanted('a number', _bound(above, at_least), none, because)}")
     if not -_INFINITY < value < _INFINITY:
-        raise ValueError(f"{name} is {value}; {_wanted('a finite number', bound, none, because)}")
+        raise ValueError(f"{name} is {value}; {_wanted('a finite number', _bound(above, at_least), none, because)}")
+
+
+def _bound(above: float | None, at_least: float | None) -> str:
+    """Written only into errors: a compiled graph may hold a bound as a symbol, which cannot be written."""
+    if above is not None:
+        return f" above {above:g}"
+    return "" if at_least is None else f" of at least {at_least:g}"
 
 
 def integer(
