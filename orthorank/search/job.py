@@ -1,6 +1,7 @@
 """``orthorank search`` without its terminal: from the settings to a plan in a folder, resumable at every evaluation."""
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -131,7 +132,8 @@ def prepare(settings: SearchSettings, screen: Screen, group: Group) -> Job:
     folder = Folder(settings.output)
     if group.rank == 0:
         folder.claim(settings.resume)
-    source = find_source(settings)
+    with screen.progress("fetching the dataset", 1) if settings.dataset else nullcontext():
+        source = find_source(settings)
     screen.heading(f"Search on {where.name}: {settings.title}")
     with screen.progress("loading the model", 1):
         model, tokenizer, info = load_model(settings.model, device, settings.dtype, device_map=settings.device_map)
