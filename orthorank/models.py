@@ -3,11 +3,7 @@
 Nothing here is needed to use `orthorank.apply`, which takes any model that transformers loaded.
 """
 
-import functools
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -16,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from orthorank.errors import OrthoRankError
 from orthorank.files import user_path
+from orthorank.loading import gguf_parsed_once, quiet
 
 if TYPE_CHECKING:
     import torch
@@ -99,10 +96,10 @@ def load_model(
     _need("transformers", "pip install 'orthorank-kernels[hf]'")
     if device_map is not None:
         _check_device_map(device, device_map)
-    with _quiet(), ExitStack() as stack:
+    with quiet(), ExitStack() as stack:
         if where.gguf_file:
             _need("gguf", "pip install 'orthorank-kernels[demo]'")
-            stack.enter_context(_gguf_parsed_once())
+            stack.enter_context(gguf_parsed_once())
         model, tokenizer = _load(where, torch_dtype, device_map)
     if where.source.startswith("package"):
         # the model's own identity: a plan made on it fits the hub's copy
@@ -265,58 +262,3 @@ def _sentence(error: BaseException) -> str:
     if "connect" in text or "offline" in text.lower():
         return "the hub cannot be reached and the model is not in the local cache; check the name and the network"
     return text[:300]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' notices and progress bars; downloads keep theirs. Everything is put back afterwards."""
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging as transformers_logging
-
-    level, hub_level = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
-    # Where torchao is installed, transformers imports it, and it lists the CUDA parts that a machine without GPU lacks.
-    others = {logger: logger.level for logger in map(logging.getLogger, ("torchao", "torch.utils._pytree"))}
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    hub_logging.set_verbosity(logging.CRITICAL)  # its retries; the outcome is told in one sentence
-    transformers_logging.disable_progress_bar()
-    for logger in others:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        hub_logging.set_verbosity(hub_level)
-        for logger, before in others.items():
-            logger.setLevel(before)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def _gguf_parsed_once() -> Iterator[None]:
-    """Within the block a GGUF file is parsed once.
-
-    transformers parses it for the config, the tokenizer and the weights (seconds each: a vocabulary is 10^5 small
-    reads), and builds the name map of all layers anew for every module. Both depend on their arguments alone.
-    """
-    import gguf
-    from transformers import modeling_gguf_pytorch_utils as loader
-
-    swaps: list[tuple[Any, str, Any]] = [
-        (gguf, name, functools.lru_cache(maxsize=1)(getattr(gguf, name)))
-        for name in ("GGUFReader", "get_tensor_name_map")
-        if hasattr(gguf, name)
-    ]
-    if hasattr(loader, "tqdm"):  # this one bar does not listen to transformers' switch
-        swaps.append((loader, "tqdm", lambda items, **_: items))
-    originals = [getattr(module, name) for module, name, _ in swaps]
-    for module, name, replacement in swaps:
-        setattr(module, name, replacement)
-    try:
-        yield
-    finally:
-        for (module, name, _), original in zip(swaps, originals, strict=True):
-            setattr(module, name, original)

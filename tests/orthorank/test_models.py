@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from orthorank import OrthoRankError, models
+from orthorank import OrthoRankError, loading, models
 from orthorank.config import hub_id
 from orthorank.models import PACKAGED_ID, load_model, locate, pick_device, pick_dtype
 
@@ -58,7 +58,7 @@ def test_gguf_helpers_are_put_back():
     before = gguf.GGUFReader, gguf.get_tensor_name_map, loader.tqdm
 
     def fail_inside() -> None:
-        with models._gguf_parsed_once():
+        with loading.gguf_parsed_once():
             assert gguf.GGUFReader is not before[0]
             raise RuntimeError
 
@@ -133,3 +133,17 @@ def test_dtypes_follow_the_device():
     assert pick_dtype(torch.float16, torch.device("cpu")) == torch.float16
     with pytest.raises(OrthoRankError, match=r"^dtype is 'int8'; it may be float32, bfloat16, float16"):
         pick_dtype("int8", torch.device("cpu"))
+
+
+def test_a_device_map_says_where_the_model_is(tiny_folder):
+    model, _, info = load_model(str(tiny_folder), device_map="auto", dtype="float32")
+    assert not model.training
+    assert set(info.device.split(", ")) == {str(weight.device) for weight in model.parameters()}
+    spread, _, described = load_model(
+        str(tiny_folder), device_map={"model": "cpu", "lm_head": "cpu"}, dtype=torch.bfloat16
+    )
+    assert (described.device, spread.dtype) == ("cpu", torch.bfloat16)
+    with pytest.raises(OrthoRankError, match="device is 'cpu' and device_map is 'auto'; give one of them"):
+        load_model(str(tiny_folder), device="cpu", device_map="auto")
+    with pytest.raises(OrthoRankError, match="device_map is 'everywhere'; it may be auto, balanced"):
+        load_model(str(tiny_folder), device_map="everywhere")
