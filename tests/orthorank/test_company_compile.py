@@ -1,5 +1,6 @@
 """torch.compile of a model with a plan: no graph break, one compilation for many calls, and counts without waiting."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -20,9 +21,11 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
-    """Nothing compiled before counts, and nothing compiled here stays."""
+    """Nothing compiled before counts, and nothing compiled here stays. What Dynamo tells of its work is not kept."""
     torch._dynamo.reset()
+    logging.disable(logging.DEBUG)
     yield
+    logging.disable(logging.NOTSET)
     torch._dynamo.reset()
 
 
