@@ -23,6 +23,7 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id
 def fresh_compiler() -> Iterator[None]:
     """Nothing compiled before counts, and nothing compiled here stays. What Dynamo tells of its work is not kept."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     logging.disable(logging.DEBUG)
     yield
     logging.disable(logging.NOTSET)
