@@ -1,14 +1,14 @@
 """Launch settings as data: a JSON file for each op and device, and their look-up.
 
-A device is a family of GPUs, for which `configs/` holds a default chosen from registers, spills and shared memory of
-the compiled kernels, or one GPU by its name, for which `orthorank-kernels tune` measures. A file:
+A device is ``default`` or a family of GPUs, for which `configs/` holds settings chosen from registers, spills and
+shared memory of the compiled kernels, or one GPU by its name, for which `orthorank-kernels tune` measures. A file:
 
     {"device": "hopper", "op": "sparse_query_attention",
      "settings": {"16-bit, head_dim 64": {"block_m": 128, "block_n": 128, "num_stages": 2, "num_warps": 8}, ...}}
 
-The keys of ``settings`` name kinds of problems (dtype, head_dim; never a length). Of several files with settings for
-one kind the first of these counts: the folder ``ORTHORANK_CONFIG_DIR``, the user's configuration folder, the file of
-the GPU in `configs/`, the file of its family there.
+The keys of ``settings`` name kinds of problems (dtype, head_dim, a bucket of hidden sizes; never a length). Of several
+files with settings for one kind the first of these counts: the folder ``ORTHORANK_CONFIG_DIR``, the user's
+configuration folder, the file of the GPU in `configs/`, those of its family and of ``default`` there.
 
 A target is a string: an architecture (``"sm_90"``, ``"gfx942"``) or ``"interpreter"``, and after a space the name of
 the GPU where it is known: ``"sm_90 NVIDIA H100 80GB HBM3"``.
@@ -27,7 +27,33 @@ SHIPPED = Path(__file__).with_name("configs")
 INTERPRETER = "interpreter"
 
 Settings = Mapping[str, int]
-NAMES = {"block_m", "block_n", "num_stages", "num_warps"}
+DEFAULT = "default"
+# What an op's settings hold, all of it for every kind.
+FIELDS = {
+    "sparse_query_attention": ("block_m", "block_n", "num_stages", "num_warps"),
+    "combine_splits": ("rows", "num_warps"),
+    "rms_norm_score": ("num_warps", "enough_programs", "shared_part"),
+    "select_tokens": ("tokens", "num_warps"),
+    "rms_norm_select": ("tokens",),
+    "gather_rows": ("bytes", "num_warps"),
+    "scatter_rows_": ("bytes", "num_warps"),
+    "gather_add_rms_norm": ("num_warps", "rows", "few_rows"),
+    "apply_rotary_at": ("bytes", "num_warps"),
+    "silu_and_mul": ("bytes", "num_warps"),
+}
+# The smallest and the largest value of each, and whether it must be a power of two: Triton's blocks and warps are.
+LEGAL = {
+    "block_m": (16, 512, True),
+    "block_n": (16, 512, True),
+    "num_stages": (1, 8, False),
+    "num_warps": (1, 32, True),
+    "rows": (1, 1024, True),
+    "few_rows": (1, 2**20, False),
+    "tokens": (4, 2**14, True),
+    "bytes": (16, 2**16, True),
+    "enough_programs": (1, 2**20, False),
+    "shared_part": (1, 1024, False),
+}
 _OVERRIDES: dict[tuple[str, str], Settings] = {}
 
 
@@ -58,9 +84,19 @@ def look_up(op: str, kind: str, target: str) -> Settings:
     return default(op, kind, target)
 
 
+@lru_cache
 def default(op: str, kind: str, target: str) -> Settings:
-    """Settings for GPUs that nobody measured: those of the family."""
-    return _shipped(op, family(target))[kind]
+    """Settings for GPUs that nobody measured: those of the family, or of any.
+
+    >>> default("gather_rows", "rows of 8192 bytes", "sm_90")
+    {'bytes': 8192, 'num_warps': 2}
+    """
+    return _defaults(op, family(target))[kind]
+
+
+def kinds(op: str) -> list[str]:
+    """The kinds of problems that ``op`` has settings for."""
+    return list(_defaults(op, "hopper"))
 
 
 def family(target: str) -> str:
@@ -104,28 +140,49 @@ def user_folder() -> Path:
     return Path(base) / "orthorank-kernels"
 
 
-def read(path: Path) -> dict[str, dict[str, int]]:
-    """Settings by kind of problem, from one file; empty if there is none.
+def read(path: Path, op: str) -> dict[str, dict[str, int]]:
+    """Settings of ``op`` by kind of problem, from one file; empty if there is none.
 
     Raises:
-        SettingsError: it is no file of settings.
+        SettingsError: it is no file of settings. Says where in the file the fault is.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        settings = content.get("settings") if isinstance(content, dict) else None
+        if not isinstance(settings, dict):
+            raise ValueError("it is no object with an object of 'settings'")
+        for kind, values in settings.items():
+            _check(op, kind, values)
+        return settings
     except FileNotFoundError:
         return {}
-    try:
-        settings = json.loads(text)["settings"]
-        if missing := sorted({f"{kind}: {n}" for kind, values in settings.items() for n in NAMES - set(values)}):
-            raise LookupError(f"no {missing[0]}")
-        if all(type(n) is int and n > 0 for values in settings.values() for n in values.values()):
-            return settings
-        fault = "a setting is not an int above 0"
-    except (ValueError, LookupError, AttributeError, TypeError) as error:
-        fault = f"{type(error).__name__}: {error}"
+    except RecursionError:
+        fault = "it is nested too deeply"
+    except UnicodeDecodeError as error:
+        fault = f"byte {error.start} is no UTF-8"
+    except OSError as error:
+        fault = error.strerror or str(error)
+    except ValueError as error:
+        fault = str(error)
     raise SettingsError(
         f"{path} holds no launch settings ({fault}); delete it, or write it anew with: orthorank-kernels tune"
     )
+
+
+def _check(op: str, kind: str, values: dict[str, int]) -> None:
+    """Raises ValueError unless ``values`` are settings of ``op``."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{kind!r} is {values!r}; it must be an object of settings")
+    for name in sorted({*FIELDS[op], *values}):
+        if name not in FIELDS[op]:
+            raise ValueError(f"{kind!r} has {name!r}; settings of {op} are {', '.join(FIELDS[op])}")
+        if name not in values:
+            raise ValueError(f"{kind!r} has no {name!r}")
+        smallest, largest, power = LEGAL[name]
+        value = values[name]
+        if type(value) is not int or not smallest <= value <= largest or (power and value.bit_count() != 1):
+            wanted = "a power of two" if power else "an int"
+            raise ValueError(f"{name} of {kind!r} is {value!r}; it must be {wanted} from {smallest} to {largest}")
 
 
 @contextlib.contextmanager
@@ -140,19 +197,22 @@ def overridden(op: str, kind: str, settings: Settings) -> Iterator[None]:
 
 def forget() -> None:
     """Read the files again at the next look-up."""
-    for cached in (_shipped, _measured, _warn_untuned):
+    for cached in (default, _defaults, _measured, _warn_untuned):
         cached.cache_clear()
 
 
 @lru_cache
-def _shipped(op: str, device: str) -> dict[str, dict[str, int]]:
-    return read(SHIPPED / file_name(op, device))
+def _defaults(op: str, device: str) -> dict[str, dict[str, int]]:
+    return {
+        kind: values for name in (DEFAULT, device) for kind, values in read(SHIPPED / file_name(op, name), op).items()
+    }
 
 
 @lru_cache
 def _measured(op: str, name: str) -> dict[str, Settings]:
     """What was measured on the GPU ``name``, kind by kind from the nearest folder."""
-    return {**_shipped(op, name), **read(user_folder() / file_name(op, name))}
+    file = file_name(op, name)
+    return {**read(SHIPPED / file, op), **read(user_folder() / file, op)}
 
 
 @lru_cache

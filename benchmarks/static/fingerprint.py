@@ -39,8 +39,9 @@ def keys(case: Case, targets: Iterable[str], triton_version: str) -> dict[str, s
 def _case_text(case: Case) -> str:
     asked = "\n".join(describe(case.launch))
     sources = launched_sources(asked) if case.group != "peers" else [Path(__file__).with_name("flex.py")]
-    settings = _settings() if SETTINGS in sources else ""
-    return digest(case.group, case.name, asked, *(code_of(path) for path in (*sources, *MEASURING)), settings)
+    code = [code_of(path) for path in sources]
+    settings = _settings("\n".join(code)) if SETTINGS in sources else ""
+    return digest(case.group, case.name, asked, *code, *map(code_of, MEASURING), settings)
 
 
 def describe(value: Any) -> Iterator[str]:
@@ -131,11 +132,12 @@ def stripped(source: str) -> str:
 
 
 @functools.cache
-def _settings() -> str:
-    """Default launch settings of the families, by file."""
+def _settings(code: str) -> str:
+    """Default launch settings of the ops that ``code`` looks up, by file."""
     files = sorted((PACKAGE / "configs").glob("*.json"))
-    families = [f for f in files if not f.name.split(".")[1].startswith(VENDORS)]
-    return json.dumps({f.name: json.loads(f.read_text(encoding="utf-8")) for f in families}, sort_keys=True)
+    shipped = [f for f in files if not f.name.split(".")[1].startswith(VENDORS)]
+    used = [f for f in shipped if f'look_up("{f.name.split(".")[0]}"' in code or "look_up(op," in code]
+    return json.dumps({f.name: json.loads(f.read_text(encoding="utf-8")) for f in used}, sort_keys=True)
 
 
 def digest(*texts: str) -> str:

@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
+from orthorank_kernels import _settings
+from orthorank_kernels.triton.configs import target_of
 from orthorank_kernels.triton.primitives import refuse_float64
 
 
@@ -57,10 +59,11 @@ def silu_and_mul_kernel(
     tl.store(out_ptr + columns, product, mask=columns < n_columns)
 
 
-def launch_settings(width: int, itemsize: int) -> dict[str, int]:
-    """4 KiB of each input per program, 64 bytes of each in flight per thread."""
-    block = min(triton.next_power_of_2(width), 4096 // itemsize)
-    return {"BLOCK": block, "num_warps": max(1, block * itemsize // 2048), "num_stages": 1}
+def launch_settings(width: int, itemsize: int, target: str) -> dict[str, int]:
+    """Bytes of each input that a program reads, and its warps."""
+    whole = triton.next_power_of_2(width)
+    chosen = _settings.look_up("silu_and_mul", f"rows of {2048 if whole * itemsize <= 2048 else 4096} bytes", target)
+    return {"BLOCK": min(whole, chosen["bytes"] // itemsize), "num_warps": chosen["num_warps"], "num_stages": 1}
 
 
 def silu_and_mul(
@@ -75,7 +78,7 @@ def silu_and_mul(
     target = torch.empty_like(gate, memory_format=torch.contiguous_format) if out is None else out[0]
     if target.numel() == 0:
         return target
-    settings = launch_settings(width, gate.element_size())
+    settings = launch_settings(width, gate.element_size(), target_of(gate.device))
     with torch.cuda.device_of(gate):
         silu_and_mul_kernel[(selected, batch, triton.cdiv(width, settings["BLOCK"]))](
             gate_ptr=gate,

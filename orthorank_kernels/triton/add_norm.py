@@ -20,10 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
+from orthorank_kernels import _settings
+from orthorank_kernels.triton.configs import target_of
 from orthorank_kernels.triton.primitives import add_scaled, norm_row, refuse_float64
-
-_FEW_ROWS = 1024  # about what fills a large GPU with one row per program
-_MAX_ROWS_PER_PROGRAM = 8
 
 
 @triton.jit(do_not_specialize=["stride_positions_batch", "selected", "rows_per_program"])
@@ -84,15 +83,23 @@ def gather_add_rms_norm_kernel(
             tl.store(normed_ptr + out + columns, normed, mask=inside)
 
 
-def norm_settings(hidden: int) -> dict[str, int]:
-    """Launch settings of gather_add_rms_norm: a row in the registers of a program, 16 elements per thread or more."""
+SMALLEST, LARGEST = 512, 8192  # hidden sizes that kinds of problems are named for
+
+
+def norm_settings(hidden: int, n_rows: int, target: str) -> dict[str, int]:
+    """A row in the registers of a program, and how many rows it takes, one after the other.
+
+    One while rows are few (``few_rows``: about what fills a large GPU with one row each); more when they are many, to
+    read the weight once for ``rows`` of them.
+    """
     block = triton.next_power_of_2(hidden)
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512)), "num_stages": 1}
-
-
-def rows_per_program(n_rows: int) -> int:
-    """1 while rows are few, to fill the GPU; up to 8 when they are many, to read the weight once for 8 rows."""
-    return min(_MAX_ROWS_PER_PROGRAM, max(1, n_rows // _FEW_ROWS))
+    chosen = _settings.look_up("gather_add_rms_norm", f"hidden {min(LARGEST, max(SMALLEST, block))}", target)
+    return {
+        "rows_per_program": min(chosen["rows"], max(1, n_rows // chosen["few_rows"])),
+        "BLOCK": block,
+        "num_warps": chosen["num_warps"],
+        "num_stages": 1,
+    }
 
 
 def gather_add_rms_norm(
@@ -116,9 +123,9 @@ def gather_add_rms_norm(
         normed = hidden_states.new_empty(addend.shape if norm != "identity" else 0)
     if residual.numel() == 0:
         return residual, normed
-    rows = rows_per_program(batch * selected)
+    settings = norm_settings(hidden, batch * selected, target_of(hidden_states.device))
     with torch.cuda.device_of(hidden_states):
-        gather_add_rms_norm_kernel[(triton.cdiv(selected, rows), batch)](
+        gather_add_rms_norm_kernel[(triton.cdiv(selected, settings["rows_per_program"]), batch)](
             hidden_ptr=hidden_states,
             stride_hidden_batch=hidden_states.stride(0),
             stride_hidden_token=hidden_states.stride(1),
@@ -133,13 +140,12 @@ def gather_add_rms_norm(
             residual_ptr=residual,
             normed_ptr=None if norm == "identity" else normed,
             selected=selected,
-            rows_per_program=rows,
             eps=eps,
             scale=scale,
             NORM=norm,
             OFFSET=weight_offset,
             HIDDEN=hidden,
             enable_fp_fusion=False,  # sums must not depend on the lane: see `scoring.py`
-            **norm_settings(hidden),
+            **settings,
         )
     return residual, normed

@@ -13,9 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
+from orthorank_kernels import _settings
+from orthorank_kernels.triton.configs import target_of
+
 NOTHING = tl.constexpr(float("-inf"))
 LN_2 = tl.constexpr(0.6931471805599453)
-ROWS = 8  # of one program
 
 
 class Workspace(NamedTuple):
@@ -97,7 +99,9 @@ def combine(parts: Workspace, out: torch.Tensor, lse: torch.Tensor | None) -> No
     """Join ``parts`` into ``out`` [batch, heads, selected, head_dim] and ``lse`` [batch, heads, selected]."""
     splits, batch, selected, heads, head_dim = parts.sums.shape
     rows = batch * selected * heads
-    combine_kernel[(triton.cdiv(rows, ROWS),)](
+    kind = f"head_dim {max(64, triton.next_power_of_2(head_dim))}"
+    settings = _settings.look_up("combine_splits", kind, target_of(out.device))
+    combine_kernel[(triton.cdiv(rows, settings["rows"]),)](
         sums_ptr=parts.sums,
         peaks_ptr=parts.peaks,
         totals_ptr=parts.totals,
@@ -115,8 +119,8 @@ def combine(parts: Workspace, out: torch.Tensor, lse: torch.Tensor | None) -> No
         HEADS=heads,
         HEAD_DIM=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim),
-        BLOCK_ROWS=ROWS,
+        BLOCK_ROWS=settings["rows"],
         HAS_LSE=lse is not None,
-        num_warps=4,
+        num_warps=settings["num_warps"],
         enable_fp_fusion=True,
     )

@@ -69,6 +69,9 @@ def load_queries(
         "stride_positions_batch",
         "stride_lse_split",
         "stride_table_row",
+        "n_pages",
+        "n_table_rows",
+        "most_keys",
         "stride_lse_batch",
         "stride_lse_head",
         "stride_lse_token",
@@ -95,6 +98,9 @@ def sparse_query_attention_kernel(
     totals_ptr,  # with SPLIT: like lse_ptr, the sum of weights so far
     selected,
     keys,
+    n_pages,  # with pages: of the cache
+    n_table_rows,
+    most_keys,  # that a row of the table has pages for
     n_seqs,
     splits,
     window,
@@ -142,6 +148,7 @@ def sparse_query_attention_kernel(
     FP8: tl.constexpr,  # "", "e4m3" or "e5m2": keys and values are bytes
     SPLIT: tl.constexpr,
     TMA: tl.constexpr,
+    VENDOR: tl.constexpr,  # of the GPU: "nvidia", "amd", or "" in the interpreter
     WIDE: tl.constexpr,  # keys * stride exceeds 32 bits
     VECTOR: tl.constexpr,  # above 1: so many neighbours in a row of K or V are aligned to 16 bytes
 ):
@@ -167,10 +174,11 @@ def sparse_query_attention_kernel(
         sequence, query_begin, query_end, tile = find_sequence(cu_selected_ptr, n_seqs, selected, tile, BLOCK_M // PACK)
         owned = sequence < n_seqs  # else what lies past the last sequence, which sees no keys
         if PAGE_SIZE > 0:
-            keys = tl.load(seq_lens_ptr + sequence, mask=owned, other=0)
+            keys = tl.minimum(tl.load(seq_lens_ptr + sequence, mask=owned, other=0), most_keys)
             table_row = sequence
             if HAS_TABLE_ROWS:
                 table_row = tl.load(table_rows_ptr + sequence, mask=owned, other=0)
+                table_row = tl.minimum(tl.maximum(table_row, 0), n_table_rows - 1)
             table_ptr += table_row.to(tl.int64) * stride_table_row
         else:
             key_base = tl.load(cu_keys_ptr + sequence, mask=owned, other=0)
@@ -212,21 +220,21 @@ def sparse_query_attention_kernel(
     if HAS_WINDOW:
         for n in range(begin, tl.minimum(middle, end), BLOCK_N):
             acc, total, peak = attend(
-                acc, total, peak, q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, batch, kv_head, key_base, n, first, last,
-                lowest, high, to_bits, cap, stride_k_batch, stride_v_batch, STRIDE_K, STRIDE_V, PAGE_SIZE, HEAD_DIM,
-                BLOCK_D, BLOCK_N, True, HAS_WINDOW, SOFTCAP, FP8, TMA, WIDE, VECTOR,
+                acc, total, peak, q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, n_pages, batch, kv_head, key_base, n,
+                first, last, lowest, high, to_bits, cap, stride_k_batch, stride_v_batch, STRIDE_K, STRIDE_V, PAGE_SIZE,
+                HEAD_DIM, BLOCK_D, BLOCK_N, True, HAS_WINDOW, SOFTCAP, FP8, TMA, VENDOR, WIDE, VECTOR,
             )  # fmt: skip
     for n in range(middle, unmasked_end, BLOCK_N):
         acc, total, peak = attend(
-            acc, total, peak, q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, batch, kv_head, key_base, n, first, last,
-            lowest, high, to_bits, cap, stride_k_batch, stride_v_batch, STRIDE_K, STRIDE_V, PAGE_SIZE, HEAD_DIM,
-            BLOCK_D, BLOCK_N, False, HAS_WINDOW, SOFTCAP, FP8, TMA, WIDE, VECTOR,
+            acc, total, peak, q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, n_pages, batch, kv_head, key_base, n,
+            first, last, lowest, high, to_bits, cap, stride_k_batch, stride_v_batch, STRIDE_K, STRIDE_V, PAGE_SIZE,
+            HEAD_DIM, BLOCK_D, BLOCK_N, False, HAS_WINDOW, SOFTCAP, FP8, TMA, VENDOR, WIDE, VECTOR,
         )  # fmt: skip
     for n in range(unmasked_end, end, BLOCK_N):
         acc, total, peak = attend(
-            acc, total, peak, q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, batch, kv_head, key_base, n, first, last,
-            lowest, high, to_bits, cap, stride_k_batch, stride_v_batch, STRIDE_K, STRIDE_V, PAGE_SIZE, HEAD_DIM,
-            BLOCK_D, BLOCK_N, True, HAS_WINDOW, SOFTCAP, FP8, TMA, WIDE, VECTOR,
+            acc, total, peak, q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, n_pages, batch, kv_head, key_base, n,
+            first, last, lowest, high, to_bits, cap, stride_k_batch, stride_v_batch, STRIDE_K, STRIDE_V, PAGE_SIZE,
+            HEAD_DIM, BLOCK_D, BLOCK_N, True, HAS_WINDOW, SOFTCAP, FP8, TMA, VENDOR, WIDE, VECTOR,
         )  # fmt: skip
 
     factor = 1.0

@@ -8,14 +8,35 @@ import triton.language as tl
 MASKED_SCORE = tl.constexpr(-(2.0**100))
 
 
+# Four bytes in one register to four float16 in two: bytes are moved to the upper halves of 16 bits, and of e4m3 numbers
+# all but the sign goes one bit down. Two instructions for each number and half of one, where the compiler takes six.
+E5M2_TO_HALF = tl.constexpr("prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424;")
+E4M3_TO_HALF = tl.constexpr("""{
+.reg .b32 low, high;
+prmt.b32 $0, $2, 0, 0x1404;
+prmt.b32 $1, $2, 0, 0x3424;
+shr.b32 low, $0, 1;
+shr.b32 high, $1, 1;
+and.b32 low, low, 0x3f803f80;
+and.b32 high, high, 0x3f803f80;
+and.b32 $0, $0, 0x80008000;
+and.b32 $1, $1, 0x80008000;
+or.b32 $0, $0, low;
+or.b32 $1, $1, high;
+}""")
+
+
 @triton.jit
-def from_fp8(x, FP8: tl.constexpr):
+def from_fp8(x, FP8: tl.constexpr, VENDOR: tl.constexpr):
     """Bytes of fp8 numbers as float16, exactly; e4m3 numbers come out divided by 256.
 
     The five exponent bits of float16 hold the four of e4m3 as they are, which is this factor, subnormals included: the
     kernel multiplies it into a scale. The two NaN codes of e4m3 come out as 480. Written out because the conversion
     that the language has needs sm_89.
     """
+    if VENDOR == "nvidia":
+        ASM: tl.constexpr = E5M2_TO_HALF if FP8 == "e5m2" else E4M3_TO_HALF
+        return tl.inline_asm_elementwise(ASM, "=&r,=&r,r", [x], tl.float16, is_pure=True, pack=4)
     if FP8 == "e5m2":
         bits = x.to(tl.uint16) << 8
     else:
@@ -46,6 +67,12 @@ def load_rows(
 
 
 @triton.jit
+def existing_page(page, n_pages):
+    """``page``, or the last one in place of a number that no page has: nothing outside the cache is ever read."""
+    return tl.minimum(page.to(tl.uint32), (n_pages - 1).to(tl.uint32))
+
+
+@triton.jit
 def load_paged_rows(
     ptr,
     pages,
@@ -69,6 +96,17 @@ def load_paged_rows(
 
 
 @triton.jit
+def reciprocal(x, VENDOR: tl.constexpr):
+    """1 / x for x of at least 1, to a unit in the last place: one instruction of NVIDIA's, where a division takes six.
+
+    AMD's own (v_rcp_f32) has to be kept apart from its use, which the compiler does not see to in inline assembly.
+    """
+    if VENDOR == "nvidia":
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return 1.0 / x
+
+
+@triton.jit
 def attend(
     acc,  # [BLOCK_M, BLOCK_D] weighted sum of values so far
     total,  # [BLOCK_M] sum of weights so far
@@ -79,6 +117,7 @@ def attend(
     k_desc,
     v_desc,
     table_ptr,
+    n_pages,
     batch,
     kv_head,
     key_base,  # what a descriptor's key 0 is short of the sequence's key 0
@@ -102,6 +141,7 @@ def attend(
     SOFTCAP: tl.constexpr,
     FP8: tl.constexpr,
     TMA: tl.constexpr,
+    VENDOR: tl.constexpr,
     WIDE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
@@ -116,12 +156,12 @@ def attend(
     if ONE_PAGE:
         if MASKED and HAS_WINDOW:
             rows = tl.maximum(rows, lowest)
-        page = tl.load(table_ptr + n // PAGE_SIZE).to(tl.int64)
+        page = existing_page(tl.load(table_ptr + n // PAGE_SIZE), n_pages).to(tl.int64)
         k_ptr += page * stride_k_page
         v_ptr += page * stride_v_page
         rows -= n // PAGE_SIZE * PAGE_SIZE
     elif PAGE_SIZE > 0:
-        pages = tl.load(table_ptr + rows // PAGE_SIZE)
+        pages = existing_page(tl.load(table_ptr + rows // PAGE_SIZE), n_pages)
         rows = rows % PAGE_SIZE
     if TMA and not MASKED:
         k = k_desc.load([batch, kv_head, key_base + n, 0]).reshape(BLOCK_N, BLOCK_D)
@@ -130,25 +170,37 @@ def attend(
     else:
         k = load_rows(k_ptr, rows, offs_d, STRIDE_K, HEAD_DIM, WIDE, VECTOR)
     if FP8 != "":
-        k = from_fp8(k, FP8).to(q.dtype)
+        k = from_fp8(k, FP8, VENDOR).to(q.dtype)
     qk = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     column = to_bits[:, None] if FP8 != "" else to_bits
-    if SOFTCAP:  # softcap * tanh(x) = softcap * (1 - 2 / (exp(2 x) + 1)), also where the exponential is 0 or infinite
-        qk = cap - 2.0 * cap / (tl.math.exp2(qk * column) + 1.0)
+    # softcap * tanh(x) = softcap * (1 - 2 / (exp(2 x) + 1)), also where the exponential is 0 or infinite.
+    if SOFTCAP and MASKED:
+        qk = cap - 2.0 * cap * reciprocal(tl.math.exp2(qk * column) + 1.0, VENDOR)
     if MASKED:
-        if TMA:
-            seen = key[None, :] <= last[:, None]
-        else:  # the same; keeps the columns in registers, which saves instructions and with TMA costs 40 registers
+        if VENDOR == "amd":  # whose threads have four neighbouring columns; the other form spills scalar registers
             seen = offs_n[None, :] <= (last - n)[:, None]
-        if HAS_WINDOW:
-            seen = seen & (key[None, :] >= first[:, None])
+            if HAS_WINDOW:
+                seen = seen & (key[None, :] >= first[:, None])
+        else:  # the same. A thread's columns differ by multiples of eight, which so become constants of its code:
+            # comparing columns themselves takes a register for each, or an addition.
+            eighth, within = (offs_n // 8)[None, :], (offs_n % 8)[None, :]
+            seen = eighth <= (((last - n)[:, None] - within) >> 3)
+            if HAS_WINDOW:
+                seen = seen & (eighth >= (((first - n + 7)[:, None] - within) >> 3))
         qk = tl.where(seen, qk, MASKED_SCORE)
-    if SOFTCAP:
-        new_peak = tl.maximum(peak, tl.max(qk, 1))
-        weights = tl.math.exp2(qk - new_peak[:, None])
+    highest = tl.max(qk, 1)
+    if SOFTCAP and MASKED:
+        new_peak = tl.maximum(peak, highest)
+        power = qk - new_peak[:, None]
+    elif SOFTCAP:  # scores rise with q k, so the largest is that of the largest; the others never stand alone
+        highest = cap - 2.0 * cap * reciprocal(tl.math.exp2(highest * to_bits) + 1.0, VENDOR)
+        new_peak = tl.maximum(peak, highest)
+        share = reciprocal(tl.math.exp2(qk * column) + 1.0, VENDOR)
+        power = (cap - new_peak)[:, None] - 2.0 * cap * share
     else:
-        new_peak = tl.maximum(peak, tl.max(qk, 1) * to_bits)
-        weights = tl.math.exp2(qk * column - new_peak[:, None])
+        new_peak = tl.maximum(peak, highest * to_bits)
+        power = qk * column - new_peak[:, None]
+    weights = tl.math.exp2(power)
     shrink = tl.math.exp2(peak - new_peak)
     total = total * shrink + tl.sum(weights, 1)
     acc = acc * shrink[:, None]
@@ -159,6 +211,6 @@ def attend(
     else:
         v = load_rows(v_ptr, rows, offs_d, STRIDE_V, HEAD_DIM, WIDE, VECTOR)
     if FP8 != "":
-        v = from_fp8(v, FP8).to(q.dtype)
+        v = from_fp8(v, FP8, VENDOR).to(q.dtype)
     acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
     return acc, total, new_peak

@@ -107,6 +107,15 @@ def _gpu_target(index: int) -> str:
     return f"sm_{properties.major}{properties.minor} {properties.name}"
 
 
+def vendor(target: str) -> str:
+    """Whose GPU it is; "" for the interpreter.
+
+    >>> vendor("sm_90 NVIDIA H100 80GB HBM3"), vendor("gfx942"), vendor("interpreter")
+    ('nvidia', 'amd', '')
+    """
+    return "nvidia" if target.startswith("sm_") else "amd" if family(target) == "amd" else ""
+
+
 def fits_tma(x: torch.Tensor) -> bool:
     """Whether a tensor descriptor can describe ``x``: 16-byte aligned base and strides, nothing empty or expanded."""
     if not _has_descriptors():

@@ -23,11 +23,13 @@ import torch
 import triton
 import triton.language as tl
 
+from orthorank_kernels import _settings
 from orthorank_kernels._layout import norm_outputs, selection_outputs
+from orthorank_kernels.triton.configs import target_of
 from orthorank_kernels.triton.norm_score import bounds, first_piece, norm_and_score
 from orthorank_kernels.triton.packing import write_quotas
 from orthorank_kernels.triton.scoring import norm_arguments
-from orthorank_kernels.triton.selection import RESIDENT_SIZES, occupied, select_row, select_sequence, select_tokens
+from orthorank_kernels.triton.selection import occupied, select_row, select_sequence, select_tokens
 from orthorank_kernels.triton.threshold import select_below_packed
 
 
@@ -217,23 +219,27 @@ def rms_norm_select_kernel(
             seq += 1
 
 
-# The fusion takes smaller tiles than the selection alone, so that it needs no more registers than the norm, and as many
-# tokens are normed at once. Tokens for each warp; packed sequences of one tile stay in registers.
-STREAM_TILE = 64
-THRESHOLD_TILE = 128
+def select_settings(
+    elements: int, packed: bool, by_threshold: bool, num_warps: int, target: str
+) -> dict[str, int | bool]:
+    """Settings of the selection after the norm, which chooses the warps.
 
+    The fusion takes smaller tiles than the selection alone, so that it needs no more registers than the norm, and as
+    many tokens are normed at once: so many tokens for each warp. Packed sequences of one tile stay in registers.
+    """
 
-def select_settings(elements: int, packed: bool, by_threshold: bool, num_warps: int) -> dict[str, int | bool]:
-    """Settings of the selection after the norm, which chooses the warps."""
+    def tokens(kind: str) -> int:
+        return _settings.look_up("rms_norm_select", kind, target)["tokens"]
+
     if by_threshold:
-        return {"THRESHOLD": True, "RESIDENT": 0, "TILE": THRESHOLD_TILE * num_warps}
-    tile = STREAM_TILE * num_warps
+        return {"THRESHOLD": True, "RESIDENT": 0, "TILE": tokens("threshold, for each warp") * num_warps}
     if packed:
+        tile = tokens("packed, for each warp") * num_warps
         return {"THRESHOLD": False, "RESIDENT": tile, "TILE": tile}
-    resident = RESIDENT_SIZES[0][0]
+    resident = tokens("short rows")
     if elements <= resident:
         return {"THRESHOLD": False, "RESIDENT": resident, "TILE": 0}
-    return {"THRESHOLD": False, "RESIDENT": 0, "TILE": tile}
+    return {"THRESHOLD": False, "RESIDENT": 0, "TILE": tokens("streamed rows, for each warp") * num_warps}
 
 
 def rms_norm_select(
@@ -294,7 +300,9 @@ def rms_norm_select(
         scores=scores,
         summed=summed if residual is not None or copy_input else None,
     )
-    settings = select_settings(occupied(rows, tokens, tokens), packed, by_threshold, arguments["num_warps"])
+    settings = select_settings(
+        occupied(rows, tokens, tokens), packed, by_threshold, arguments["num_warps"], target_of(scores.device)
+    )
     with torch.cuda.device_of(hidden_states):
         rms_norm_select_kernel[(programs,)](
             **arguments,

@@ -19,7 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
+from orthorank_kernels import _settings
 from orthorank_kernels._layout import empty_ordered_like
+from orthorank_kernels.triton.configs import target_of
 from orthorank_kernels.triton.primitives import refuse_float64
 
 
@@ -95,17 +97,23 @@ def apply_rotary_at_kernel(
             tl.store(out + rest, kept, mask=(heads < HEADS) & in_rest)
 
 
-def launch_settings(heads: int, head_dim: int, rotary_dim: int, itemsize: int) -> dict[str, int]:
-    """At most 8 KiB of x in the registers of a program at a time."""
+LARGEST_TOKEN = 8192  # bytes, of the kinds of problems
+
+
+def launch_settings(heads: int, head_dim: int, rotary_dim: int, itemsize: int, target: str) -> dict[str, int]:
+    """How many heads of a token are in the registers of a program at a time, and its warps."""
     half = triton.next_power_of_2(rotary_dim // 2)
     rest = triton.next_power_of_2(max(1, head_dim - rotary_dim))
     row_bytes = triton.next_power_of_2(head_dim) * itemsize
-    block_heads = min(triton.next_power_of_2(heads), max(1, 8192 // row_bytes))
+    token_bytes = min(LARGEST_TOKEN, max(LARGEST_TOKEN // 4, triton.next_power_of_2(heads) * row_bytes))
+    chosen = _settings.look_up("apply_rotary_at", f"tokens of {token_bytes} bytes", target)
+    block_heads = min(triton.next_power_of_2(heads), max(1, chosen["bytes"] // row_bytes))
+    most_warps = max(1, block_heads * half * itemsize // 512)  # 16 bytes of each half for a thread
     return {
         "BLOCK_HEADS": block_heads,
         "BLOCK_HALF": half,
         "BLOCK_REST": rest,
-        "num_warps": min(4, max(1, block_heads * half * itemsize // 512)),  # 16 bytes of each half per thread
+        "num_warps": min(chosen["num_warps"], most_warps),
         "num_stages": 1,
     }
 
@@ -151,6 +159,6 @@ def apply_rotary_at(
             HAS_POSITIONS=positions is not None,
             INTERLEAVED=interleaved,
             enable_fp_fusion=True,
-            **launch_settings(heads, head_dim, rotary_dim, x.element_size()),
+            **launch_settings(heads, head_dim, rotary_dim, x.element_size(), target_of(x.device)),
         )
     return target

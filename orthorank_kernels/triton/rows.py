@@ -25,6 +25,8 @@ import torch
 import triton
 import triton.language as tl
 
+from orthorank_kernels import _settings
+from orthorank_kernels.triton.configs import target_of
 from orthorank_kernels.triton.primitives import add_scaled, refuse_float64
 
 
@@ -89,10 +91,12 @@ def scatter_rows_kernel(
     tl.store(out_ptr + columns, row, mask=mask)
 
 
-def copy_settings(hidden: int, itemsize: int) -> dict[str, int]:
-    """Launch settings of the gather and the scatters: 8 KiB per program, 128 bytes in flight per thread."""
-    block = min(triton.next_power_of_2(hidden), 8192 // itemsize)
-    return {"BLOCK": block, "num_warps": max(1, block * itemsize // 4096), "num_stages": 1}
+def copy_settings(op: str, hidden: int, itemsize: int, target: str) -> dict[str, int]:
+    """Launch settings of the gather and the scatters: bytes of a row that a program moves, and its warps."""
+    width = triton.next_power_of_2(hidden)
+    chosen = _settings.look_up(op, f"rows of {4096 if width * itemsize <= 4096 else 8192} bytes", target)
+    block = min(width, chosen["bytes"] // itemsize)
+    return {"BLOCK": block, "num_warps": chosen["num_warps"], "num_stages": 1}
 
 
 def gather_rows(
@@ -102,7 +106,7 @@ def gather_rows(
     target = x.new_empty(batch, selected, hidden) if out is None else out[0]
     if target.numel() == 0:
         return target
-    settings = copy_settings(hidden, x.element_size())
+    settings = copy_settings("gather_rows", hidden, x.element_size(), target_of(x.device))
     with torch.cuda.device_of(x):
         gather_rows_kernel[(selected, batch, triton.cdiv(hidden, settings["BLOCK"]))](
             x_ptr=x,
@@ -136,7 +140,7 @@ def _scatter(
     batch, selected, hidden = rows.shape
     if rows.numel() == 0:
         return
-    settings = copy_settings(hidden, out.element_size())
+    settings = copy_settings("scatter_rows_", hidden, out.element_size(), target_of(out.device))
     with torch.cuda.device_of(out):
         scatter_rows_kernel[(selected, batch, triton.cdiv(hidden, settings["BLOCK"]))](
             out_ptr=out,

@@ -13,9 +13,9 @@ A row lives in registers as one block, so a hidden size above 16384 is right but
 Bytes. The fewest are one read of x (and the residual), one write of each output, and the vectors once: for a token of
 4096 in bfloat16 16 KB, or 32 KB with a residual. A program normalises several tokens and holds weight, bias and sink
 meanwhile, so what it reads beside the tokens is divided by ``rows``. The launcher takes as many as make that 1/16 of
-the traffic (`SHARED_PART`): 16 tokens for x, normed, weight and sink, 32 if no norm is written, 8 with a residual.
+the traffic (``shared_part``): 16 tokens for x, normed, weight and sink, 32 if no norm is written, 8 with a residual.
 Counted with that many: 1.05 to 1.07 times the fewest in every layout, sequences of one token included. Few tokens are
-spread over 2048 programs (`ENOUGH_PROGRAMS`; an H100 runs 528 at a time) and read the vectors more often, mostly from
+spread over 2048 programs (``enough_programs``; an H100 runs 528 at a time) and read the vectors more often, mostly from
 L2. The loop over rows is not pipelined: loads of the next row do not overlap with this one's sums. Other programs on
 the multiprocessor fill the gap, so registers matter:
 
@@ -52,7 +52,9 @@ import torch
 import triton
 import triton.language as tl
 
+from orthorank_kernels import _settings
 from orthorank_kernels._layout import norm_outputs
+from orthorank_kernels.triton.configs import target_of
 from orthorank_kernels.triton.norm_score import bounds, first_piece, norm_and_score
 
 
@@ -126,31 +128,28 @@ def rms_norm_score_kernel(
         row += 1
 
 
-# More rows a program save reads of weight and sink, but a GPU has to be filled first.
-ENOUGH_PROGRAMS = 2048
-# One part in so many of a program's traffic may be vectors that all of its rows share.
-SHARED_PART = 16
+SMALLEST, LARGEST = 2048, 8192  # hidden sizes that kinds of problems are named for
 
 
-def launch_settings(n_rows: int, tokens: int, hidden: int, row_bytes: int, shared_bytes: int) -> dict[str, int]:
+def launch_settings(
+    n_rows: int, tokens: int, hidden: int, row_bytes: int, shared_bytes: int, target: str
+) -> dict[str, int]:
     """Rows a program takes, programs for each row of the batch, block size and warps.
 
-    The norm alone and the norm with selection share block and warps: the order of a sum, and so its last bit, depends
-    on them.
+    More rows a program save reads of weight and sink, but a GPU has to be filled first, with ``enough_programs``; then
+    one part in ``shared_part`` of a program's traffic may be vectors that all of its rows share. The norm alone and the
+    norm with selection share block and warps: the order of a sum, and so its last bit, depends on them.
 
     Args:
         n_rows: rows of the batch (1 in the packed layout); tokens: of each (or of all sequences); hidden.
         row_bytes: what a token reads and writes; shared_bytes: what a program reads once.
+        target: ``target_of(device)``.
     """
     block = triton.next_power_of_2(hidden)
-    most = triton.cdiv(SHARED_PART * shared_bytes, row_bytes)
-    rows = max(1, min(most, n_rows * tokens // ENOUGH_PROGRAMS))
-    return {
-        "rows": rows,
-        "n_blocks": triton.cdiv(tokens, rows),
-        "BLOCK": block,
-        "num_warps": max(4, min(16, block // 512)),
-    }
+    chosen = _settings.look_up("rms_norm_score", f"hidden {min(LARGEST, max(SMALLEST, block))}", target)
+    most = triton.cdiv(chosen["shared_part"] * shared_bytes, row_bytes)
+    rows = max(1, min(most, n_rows * tokens // chosen["enough_programs"]))
+    return {"rows": rows, "n_blocks": triton.cdiv(tokens, rows), "BLOCK": block, "num_warps": chosen["num_warps"]}
 
 
 def norm_arguments(
@@ -191,6 +190,7 @@ def norm_arguments(
         hidden,
         row_bytes=(reads + writes) * states,
         shared_bytes=sink_bytes + ((weight is not None) + (bias is not None)) * states,
+        target=target_of(hidden_states.device),
     )
     return n_rows * settings["n_blocks"], {
         "x_ptr": hidden_states,

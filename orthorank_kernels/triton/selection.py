@@ -40,8 +40,8 @@ import torch
 import triton
 import triton.language as tl
 
+from orthorank_kernels import _settings
 from orthorank_kernels._layout import selection_outputs
-from orthorank_kernels._settings import family
 from orthorank_kernels.triton.configs import target_of
 from orthorank_kernels.triton.packing import fill_missing, quotas_around, sink_of, write_quotas
 from orthorank_kernels.triton.radix import select_smallest
@@ -229,34 +229,32 @@ def select_tokens_kernel(
             )
 
 
-# Tokens that so many warps hold in registers, and the tile of longer rows.
-RESIDENT_SIZES = ((2048, 8), (8192, 16))
-STREAM_TILE = (2048, 16)
-# Likewise of rows that a threshold selects from, and of packed sequences; there AMD's compiler runs out of scalar
-# registers, which hold its masks.
-THRESHOLD_TILES = ((2048, 8), (4096, 16))
-PACKED_THRESHOLD_TILE, PACKED_THRESHOLD_TILE_AMD = (2048, 16), (1024, 8)
-
-
 def occupied(batch: int, tokens: int, stride: int) -> int:
     """Elements that a row takes in registers, counted from the multiple of four below its first valid token."""
     return tokens if batch == 1 or stride % 4 == 0 else tokens + 3
 
 
 def select_settings(elements: int, packed: bool, by_threshold: bool, target: str) -> dict[str, int | bool]:
-    """Settings of the selection, for rows that occupy so many ``elements``, or packed sequences that all do."""
+    """Settings of the selection, for rows that occupy so many ``elements``, or packed sequences that all do.
+
+    ``tokens`` are those that a program holds in registers, as a whole row or a tile of it. Packed sequences have one
+    setting for all numbers of tokens, which say little about their lengths; of AMD, where the compiler runs out of
+    scalar registers, which hold its masks, one of its own.
+    """
+    kind = ", threshold" if by_threshold else ""
+    chosen = _settings.look_up("select_tokens", f"packed{kind}" if packed else f"short rows{kind}", target)
+    if not packed and elements > chosen["tokens"]:
+        chosen = _settings.look_up("select_tokens", f"long rows{kind}", target)
+    tile = chosen["tokens"]
     if by_threshold:
-        tile, warps = next((t for t in THRESHOLD_TILES if elements <= t[0]), THRESHOLD_TILES[-1])
-        if packed:
-            tile, warps = PACKED_THRESHOLD_TILE_AMD if family(target) == "amd" else PACKED_THRESHOLD_TILE
-        return {"THRESHOLD": True, "RESIDENT": 0, "TILE": tile, "num_warps": warps}
-    tile, warps = STREAM_TILE
-    if packed:  # one setting for all numbers of tokens, which say little about the lengths of the sequences
-        return {"THRESHOLD": False, "RESIDENT": RESIDENT_SIZES[-1][0], "TILE": tile, "num_warps": warps}
-    for resident, resident_warps in RESIDENT_SIZES:
-        if elements <= resident:
-            return {"THRESHOLD": False, "RESIDENT": resident, "TILE": 0, "num_warps": resident_warps}
-    return {"THRESHOLD": False, "RESIDENT": 0, "TILE": tile, "num_warps": warps}
+        return {"THRESHOLD": True, "RESIDENT": 0, "TILE": tile, "num_warps": chosen["num_warps"]}
+    if packed:
+        resident = _settings.look_up("select_tokens", "long rows", target)["tokens"]
+        return {"THRESHOLD": False, "RESIDENT": resident, "TILE": tile, "num_warps": chosen["num_warps"]}
+    if elements <= tile:
+        return {"THRESHOLD": False, "RESIDENT": tile, "TILE": 0, "num_warps": chosen["num_warps"]}
+    chosen = _settings.look_up("select_tokens", "streamed rows", target)
+    return {"THRESHOLD": False, "RESIDENT": 0, "TILE": chosen["tokens"], "num_warps": chosen["num_warps"]}
 
 
 def select_tokens(
