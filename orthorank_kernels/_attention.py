@@ -45,6 +45,11 @@ def check_options(
         _checks.shape("sinks", sinks, [q.shape[1]], "q")
         _checks.same_device("q", q, sinks=sinks)
         _checks.unit_last_stride(sinks=sinks)
+        if _checks.readable(sinks) and not sinks.isfinite().all():
+            raise ValueError(
+                "sinks holds a logit that is not finite; each must be a finite number: an infinite one takes all of "
+                "the softmax, and a head without a sink has a large negative one, such as -1e4"
+            )
     _checks.flag("return_lse", return_lse)
 
 

@@ -3,12 +3,14 @@
 They read shapes, dtypes, devices and strides, and values only where they lie on a CPU: no check waits for a GPU.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_INTEGERS = (torch.int64, torch.int16, torch.int8, torch.uint8)
 _INFINITY = float("inf")
 _LARGEST_FLOAT = 10**38  # an int beyond float32; torch reads the larger ones as no number at all
 _INT64 = 2**63
@@ -116,7 +118,8 @@ def tensor(name: str, value: object, layout: str, dtypes: Sequence[torch.dtype] 
     if value.dim() != dims:
         raise ValueError(f"{name} has shape {list(value.shape)}; it must be {layout}, {dims} dimensions")
     if value.dtype not in dtypes:
-        raise TypeError(f"{name} has dtype {str(value.dtype).removeprefix('torch.')}; it may be {_names(dtypes)}")
+        cure = f": pass {name}.int()" if dtypes == (torch.int32,) and value.dtype in _INTEGERS else ""
+        raise TypeError(f"{name} has dtype {str(value.dtype).removeprefix('torch.')}; it may be {_names(dtypes)}{cure}")
 
 
 def shape(name: str, value: torch.Tensor, expected: Sequence[int], because: str) -> None:
@@ -211,6 +214,51 @@ def no_overlap(name: str, value: torch.Tensor) -> None:
                 f"it steps over makes elements share memory, and it is written to: pass {name}.clone()"
             )
         span += value.stride(dim) * (value.shape[dim] - 1)
+
+
+def apart(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """``value``, which is written to, and ``other`` share no memory."""
+    if is_inside_func(value, other) or value.numel() == 0 or other.numel() == 0 or not _share(value, other):
+        return
+    raise ValueError(
+        f"{name} shares memory with {other_name}, which is read while {name} is written: pass other memory, or "
+        f"{other_name}.clone()"
+    )
+
+
+def _share(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether elements of two tensors lie in the same bytes, from storages and strides alone.
+
+    Rows that alternate in memory, as slices of one projection do, are apart. Where the answer would be a search
+    (strides that do not divide each other) it is that they share.
+    """
+    if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+        return False
+    (begin, end, run, steps), (other_begin, other_end, other_run, other_steps) = _extent(a), _extent(b)
+    if end <= other_begin or other_end <= begin:
+        return False
+    period = math.gcd(*steps, *other_steps)
+    shift = (other_begin - begin) % period if period else other_begin - begin
+    return not period or shift < run or shift + other_run > period
+
+
+def _extent(x: torch.Tensor) -> tuple[int, int, int, list[int]]:
+    """First byte, end, length of the runs without gaps, and the steps between these."""
+    size = x.element_size()
+    dims = sorted((x.stride(d) * size, x.shape[d]) for d in range(x.dim()) if x.shape[d] > 1)
+    run, steps = size, []
+    for step, count in dims:
+        if step == run:
+            run *= count
+        elif step > 0:
+            steps.append(step)
+    begin = int(x.storage_offset()) * size
+    return begin, begin + int(sum(step * (count - 1) for step, count in dims)) + size, run, steps
+
+
+def is_inside_func(*values: torch.Tensor) -> bool:
+    """Whether some value is a wrapper of `torch.func` or ``torch.vmap``, or a compiler only traces the call."""
+    return torch.compiler.is_compiling() or any(torch._C._functorch.is_functorch_wrapped_tensor(v) for v in values)
 
 
 def readable(*values: torch.Tensor | None) -> bool:

@@ -46,6 +46,7 @@ class Operator:
             also with ``out=``: a tuple of tensors to write, one for each of them (None where it may be left out).
         outputs: names of what the op returns; empty for ops that write to an argument.
         into: writes to the tensors it gets by those names, and returns None.
+        aliases: arguments that an output may be, the same view of the same memory.
     """
 
     functional: Any
@@ -53,18 +54,30 @@ class Operator:
     launcher: str
     outputs: tuple[str, ...] = ()
     into: Any = None
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> list[str]:
+        """Their names, in the schema's order."""
+        return [argument.name for argument in self.functional._schema.arguments]
 
 
 def define(
-    schema: str, *, cpu: Callable[..., Any], triton: str, fake: Callable[..., Any], outputs: Sequence[str] = ()
+    schema: str,
+    *,
+    cpu: Callable[..., Any],
+    triton: str,
+    fake: Callable[..., Any],
+    outputs: Sequence[str] = (),
+    aliases: tuple[str, ...] = (),
 ) -> Operator:
     """Define the operators of one public op.
 
     Args:
         schema: name and signature in torch's schema language. Ops that write to an argument mark it ``(a!)`` and
             return ``()``.
-        cpu, triton, outputs: see `Operator`. An output whose name ends in ``?`` may be left out by the caller of the
-            variant with ``out=``; the functional operator returns an empty tensor where it is not asked for.
+        cpu, triton, outputs, aliases: see `Operator`. An output whose name ends in ``?`` may be left out by the caller
+            of the variant with ``out=``; the functional operator returns an empty tensor where it is not asked for.
         fake: what the outputs look like, from the inputs alone.
     """
     name, arguments = schema.split("(", 1)
@@ -86,7 +99,7 @@ def define(
     _implement(
         into, f"{into}({arguments}, *, {', '.join(writes)}) -> ()", write_reference, write_kernel, lambda *a, **k: None
     )
-    return Operator(functional, cpu, triton, names, getattr(torch.ops.orthorank_kernels, into).default)
+    return Operator(functional, cpu, triton, names, getattr(torch.ops.orthorank_kernels, into).default, aliases)
 
 
 def copy_results(results: Any, out: Sequence[torch.Tensor | None]) -> None:

@@ -81,4 +81,5 @@ _SILU_AND_MUL = _library.define(
     triton="activation.silu_and_mul",
     fake=lambda gate, up, positions=None: torch.empty_like(gate, memory_format=torch.contiguous_format),
     outputs=("out",),
+    aliases=("gate", "up"),
 )

@@ -161,4 +161,5 @@ _GATHER_ADD_RMS_NORM = _library.define(
     triton="add_norm.gather_add_rms_norm",
     fake=_fake,
     outputs=("residual", "normed?"),
+    aliases=("addend",),
 )

@@ -4,6 +4,8 @@ It ends with 0, or with 2 and one sentence on stderr.
 """
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +22,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     orthorank-kernels ...
     0
     """
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()  # while what cannot be written can still be said
+        return code
+    except OSError as error:
+        code = _fail(f"the file system says of {error.filename or 'the output'}: {error.strerror or error}")
+        with contextlib.suppress(OSError, ValueError):  # or Python flushes once more at its end, with a traceback
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     try:
         options = parser.parse_args(arguments)
@@ -38,8 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _tune(options)
     except (TuningError, SettingsError) as error:
         return _fail(str(error))
-    except OSError as error:
-        return _fail(f"the file system says of {error.filename or 'a file'}: {error.strerror or error}")
     except KeyboardInterrupt:
         return _fail("interrupted; what was measured until then is kept")
 
@@ -66,13 +78,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _tune(options: argparse.Namespace) -> int:
-    import torch
-
-    from orthorank_kernels import _library, _settings, tuning
+    from orthorank_kernels import _library, _settings, dispatch, tuning
 
     try:
-        device = torch.device(options.device)
-    except RuntimeError:
+        device = dispatch.device_of(options.device)
+    except ValueError:
         raise tuning.TuningError(f"device is {options.device!r}; it may be cuda or cuda:N") from None
     jobs = _jobs(options.op, options.kind)
     tuning.check_gpu(device)
@@ -89,12 +99,12 @@ def _tune(options: argparse.Namespace) -> int:
 
 
 def _jobs(ops: list[str] | None, kinds: list[str] | None) -> list[tuple[str, str]]:
-    from orthorank_kernels import tuning
+    from orthorank_kernels import _settings, tuning
 
     for op in ops or ():
         if op not in tuning.tunable():
             raise tuning.TuningError(f"op is {op!r}; ops with launch settings are {', '.join(tuning.tunable())}")
-    jobs = [(op, kind) for op in ops or tuning.tunable() for kind in tuning.kinds(op)]
+    jobs = [(op, kind) for op in ops or tuning.tunable() for kind in _settings.kinds(op)]
     for kind in kinds or ():
         if kind not in (known := [k for _, k in jobs]):
             raise tuning.TuningError(f"kind is {kind!r}; it may be one of {'; '.join(known)}")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from orthorank_kernels import _library
+from orthorank_kernels import _checks, _library
 from orthorank_kernels._library import Operator
 
 BACKENDS = ("auto", "triton", "reference")
@@ -75,7 +75,7 @@ def run(
             return run(op, args, backend=backend, device=device, out=out)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it may be one of {', '.join(map(repr, BACKENDS))}")
-    needs_grad = any(isinstance(a, torch.Tensor) and _is_differentiated(a) for a in args)
+    needs_grad = any(map(_is_differentiated, _tensors(args)))
     if needs_grad and out is not None:
         raise BackendError(
             "out= got an input that requires grad, and what is written to given memory has no gradient; call under "
@@ -86,9 +86,16 @@ def run(
             "out= holds a tensor that requires grad, and what is written to given memory has no gradient; pass "
             "out.detach(), or call under torch.no_grad()"
         )
+    if out is not None:
+        _check_apart(op, args, out)
     if backend == "triton":
         _require_triton(device, needs_grad)
-        if any(isinstance(a, torch.Tensor) and a.is_neg() for a in (*args, *(out or ()))):
+        if not torch.compiler.is_compiling() and _checks.is_inside_func(*_tensors(args)):
+            raise BackendError(
+                'backend="triton" got a tensor inside torch.vmap or torch.func, which a kernel cannot look through; '
+                'use backend="auto", which runs one member of the batch after the other, or give the op the whole batch'
+            )
+        if any(a.is_neg() for a in _tensors((*args, *(out or ())))):
             raise BackendError(
                 'backend="triton" got a view whose values are negated when read (of torch.conj, for example), and '
                 "kernels read memory as it is; pass the argument's .resolve_neg()"
@@ -102,6 +109,24 @@ def run(
     if out is None:
         return op.functional(*args)
     return _into(out, lambda: op.into(*args, **dict(zip(op.outputs, out, strict=True))))
+
+
+def _tensors(values: tuple[Any, ...]) -> list[torch.Tensor]:
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def _check_apart(op: Operator, args: tuple[Any, ...], out: tuple[torch.Tensor | None, ...]) -> None:
+    """No output shares memory with an argument, except where it may be that argument, or with another output."""
+    named = [(f"out[{i}]" if len(out) > 1 else "out", x) for i, x in enumerate(out) if x is not None]
+    inputs = [(n, a) for n, a in zip(op.arguments, args, strict=False) if isinstance(a, torch.Tensor)]
+    for i, (name, x) in enumerate(named):
+        for other_name, other in (*inputs, *named[:i]):
+            if not (other_name in op.aliases and _same_view(x, other)):
+                _checks.apart(name, x, other_name, other)
+
+
+def _same_view(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.stride() == b.stride() and a.storage_offset() == b.storage_offset()
 
 
 def _is_differentiated(x: torch.Tensor) -> bool:
@@ -127,6 +152,25 @@ def _require_triton(device: torch.device, needs_grad: bool) -> None:
         )
 
 
+def device_of(device: object) -> torch.device:
+    """``device`` as torch has it.
+
+    Raises:
+        ValueError: torch knows no such device. TypeError: it is neither a device nor a string.
+
+    >>> from orthorank_kernels.dispatch import device_of
+    >>> device_of("cuda:1")
+    device(type='cuda', index=1)
+    """
+    wanted = "it must be a torch.device or a string such as 'cuda', 'cuda:1' or 'cpu'"
+    if not isinstance(device, torch.device | str):
+        raise TypeError(f"device is {device!r}; {wanted}")
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device is {device!r}; {wanted}") from None
+
+
 def describe(device: torch.device | str) -> tuple[str, str]:
     """The backend that ``backend="auto"`` takes on ``device`` and why, for `orthorank env`.
 
@@ -134,7 +178,7 @@ def describe(device: torch.device | str) -> tuple[str, str]:
     >>> describe("cpu")[0]
     'reference'
     """
-    device = torch.device(device)
+    device = device_of(device)
     if device.type == "cpu":
         return "reference", "the PyTorch reference is the CPU path"
     if device.type == "cuda":

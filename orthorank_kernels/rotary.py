@@ -149,4 +149,5 @@ _APPLY_ROTARY_AT = _library.define(
     triton="rotary.apply_rotary_at",
     fake=lambda x, cos, sin, positions=None, interleaved=False, rotary_dim=None: empty_ordered_like(x),
     outputs=("out",),
+    aliases=("x",),
 )

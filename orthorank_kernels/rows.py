@@ -132,6 +132,7 @@ def scatter_add_rows_(
     _checks.same_dtype("out", out, residual=residual)
     _checks.same_device("out", out, residual=residual)
     _checks.unit_last_stride(residual=residual)
+    _checks.apart("out", out, "residual", residual)
     args = (out, positions, rows, residual)
     dispatch.run(
         _SCATTER_ADD_ROWS,
@@ -162,6 +163,8 @@ def _check_scatter(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tenso
     _checks.same_device("out", out, rows=rows)
     _checks.unit_last_stride(out=out, rows=rows)
     _checks.no_overlap("out", out)
+    for name, value in (("rows", rows), ("positions", positions)):
+        _checks.apart("out", out, name, value)
     return packed
 
 

@@ -80,7 +80,7 @@ def is_supported(
     for name, given in (("dtype", dtype), ("kv_dtype", kv_dtype)):
         if not isinstance(given, torch.dtype) and (name == "dtype" or given is not None):
             raise TypeError(f"{name} is {given!r}; it must be a torch dtype such as torch.bfloat16")
-    device = torch.device(device)
+    device = dispatch.device_of(device)
     backend, reason = dispatch.describe(device)
     if backend == "none":
         return False, reason
@@ -89,7 +89,9 @@ def is_supported(
     )
     if refusal is None and backend == "triton":
         refusal = _kernel_refuses(device, limits.largest_head_dim, head_dim)
-    return (True, reason) if refusal is None else (False, refusal)
+    if refusal is not None:
+        return False, refusal
+    return True, f"{reason}{_warning(device)}" if backend == "triton" else reason
 
 
 def _limits(op: str, asked: dict[str, object]) -> _Op:
@@ -126,6 +128,16 @@ def _kernel_refuses(device: torch.device, largest: int | None, head_dim: int | N
     if head_dim is not None and largest is not None and head_dim > largest:
         return f'head_dim is {head_dim}; the kernel takes at most {largest}: pass backend="reference"'
     return None
+
+
+def _warning(device: torch.device) -> str:
+    """What there is to know of a GPU on which the kernels run."""
+    if torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0):
+        return ""
+    return (
+        "; its launch settings are a guess, since nothing was compiled or measured for GPUs before sm_80: run "
+        "orthorank-kernels tune"
+    )
 
 
 def _name(dtype: torch.dtype) -> str:

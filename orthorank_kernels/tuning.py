@@ -1,19 +1,18 @@
 """Launch settings measured on the GPU at hand: ``orthorank-kernels tune``, and ``ORTHORANK_AUTOTUNE=1``.
 
 Four steps, a short function each: `orthorank_kernels._settings.look_up` and its ``default``; `candidates` and `tune`
-here. A candidate that the GPU cannot launch or that gives another result than the default is left out, and the default
-stays where none is faster by more than `MARGIN`. Kinds of problems are those of the settings' files: none depends on a
-length, so what was measured once serves every prompt.
+here. What is tried and timed for each op is in `orthorank_kernels.tuning_problems`. A candidate that the GPU cannot
+launch or that gives another result than the default is left out, and the default stays where none is faster by more
+than `MARGIN`. Kinds of problems are those of the settings' files: none depends on a length, so what was measured once
+serves every prompt.
 """
 
 import contextlib
-import itertools
 import json
 import os
-import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,16 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthorank_kernels import _library, _settings
+from orthorank_kernels import _library, _settings, tuning_problems
 from orthorank_kernels._settings import Settings
-from orthorank_kernels.attention import sparse_query_attention
 from orthorank_kernels.dispatch import triton_unavailable
 
 MARGIN = 0.02  # of the time; closer than that two settings are the same to a clock
-MOST_REGISTERS = 160  # of a thread, for float32 accumulators and scores; with more of them it spills
-SHARED_KIB = {"volta": 64, "ampere": 163, "ampere-small": 99, "hopper": 227, "blackwell": 227, "amd": 64}
-KIND = re.compile(r"(\d+)-bit, head_dim (\d+)(?:, (\d+) rows)?")
-TOKENS, KV_HEADS, GROUP = 8192, 8, 4  # of the problems that are timed
 
 
 class TuningError(RuntimeError):
@@ -47,46 +41,25 @@ class Tuned:
     default_milliseconds: float
 
 
-def kinds(op: str) -> list[str]:
-    """The kinds of problems that ``op`` has settings for."""
-    return list(_settings.read(_settings.SHIPPED / _settings.file_name(op, "hopper")))
-
-
 def tunable() -> list[str]:
-    """The ops that have launch settings as data.
+    """The ops that have launch settings, `combine_splits` among them: the second launch where keys are split.
 
-    >>> tunable()
-    ['sparse_query_attention']
+    >>> tunable()[:2]
+    ['apply_rotary_at', 'combine_splits']
     """
-    return sorted(path.name.removesuffix(".hopper.json") for path in _settings.SHIPPED.glob("*.hopper.json"))
+    return sorted(_settings.FIELDS)
 
 
 def candidates(op: str, kind: str, target: str) -> Iterator[Settings]:
-    """Settings worth a measurement, the default first.
-
-    Known to lose, and left out, is what spills (accumulators and scores are ``block_m * (head_dim + block_n)`` float32
-    numbers over all threads) and what shared memory does not hold (each stage has a block of K and one of V).
-    """
-    default, family = _settings.default(op, kind, target), _settings.family(target)
-    bits, head_dim, rows = _parse(kind)
+    """Settings worth a measurement, the default first."""
+    default = _settings.default(op, kind, target)
     yield default
-    for block_m, block_n, warps, stages in itertools.product(
-        (rows,) if rows else (64, 128),
-        (16, 32, 64) if bits == 32 else (32, 64, 128),
-        (2, 4, 8) if rows else (4, 8),
-        (1, 2) if family in ("volta", "amd") else (2, 3, 4),  # no loads that run ahead there
-    ):
-        threads = warps * (64 if family == "amd" else 32)
-        fits = stages * 2 * block_n * head_dim * bits // 8 <= SHARED_KIB[family] << 10
-        if fits and block_m * (head_dim + block_n) <= MOST_REGISTERS * threads:
-            tile = {"block_m": block_m, "block_n": block_n, "num_warps": warps, "num_stages": stages}
-            if {**default, **tile} != default:
-                yield {**default, **tile}
+    yield from tuning_problems.search(op, kind, default, _settings.family(target))
 
 
 def tune(op: str, kind: str, device: torch.device) -> Tuned:
     """Time the candidates for one kind of problem on ``device``; takes a compilation of seconds for each."""
-    target, run = _library.launcher("configs.target_of")(device), _problem(kind, device)
+    target, run = _library.launcher("configs.target_of")(device), tuning_problems.problem(op, kind, device)
     measure = _library.launcher("timing.milliseconds")
     offered = list(candidates(op, kind, target))
     times: list[float] = []
@@ -110,7 +83,7 @@ def save(op: str, name: str, tuned: dict[str, Tuned], folder: Path) -> Path:
     """Add what was measured on the GPU ``name`` to its file in ``folder``, which is a whole file at any time."""
     path = folder / _settings.file_name(op, name)
     content: dict[str, Any] = {"settings": {}, "milliseconds": {}}
-    if _settings.read(path):
+    if _settings.read(path, op):
         content |= json.loads(path.read_text(encoding="utf-8"))
     content |= {"device": name, "op": op, "versions": _versions()}
     for kind, found in tuned.items():
@@ -163,31 +136,6 @@ def check_gpu(device: torch.device) -> None:
         raise TuningError(reason)
     if (device.index or 0) >= torch.cuda.device_count():
         raise TuningError(f"device is {device}, and PyTorch sees {torch.cuda.device_count()} GPUs here")
-
-
-def _problem(kind: str, device: torch.device) -> Callable[[], Tensor]:
-    """A launch of that kind: a third of a long prompt, or a few queries over it."""
-    bits, head_dim, rows = _parse(kind)
-    dtype = torch.float32 if bits == 32 else torch.bfloat16
-    queries = max(1, rows // GROUP) if rows else TOKENS // 3
-    generator = torch.Generator(device).manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=dtype, device=device)
-
-    q = random(2, queries, KV_HEADS * GROUP, head_dim).transpose(1, 2)
-    k, v = (random(2, KV_HEADS, TOKENS, head_dim) for _ in range(2))
-    positions = torch.linspace(0, TOKENS - 1, queries, device=device).round().to(torch.int32).expand(2, -1).contiguous()
-    return lambda: sparse_query_attention(q, k, v, positions, backend="triton")
-
-
-def _parse(kind: str) -> tuple[int, int, int]:
-    """Bits of a number, head_dim, and rows of a tile that few queries leave (0: many)."""
-    found = KIND.fullmatch(kind)
-    if found is None:
-        raise ValueError(f"kind is {kind!r}; it must be as {KIND.pattern!r}")
-    bits, head_dim, rows = (int(number or 0) for number in found.groups())
-    return bits, head_dim, rows
 
 
 def _versions() -> dict[str, str]:

@@ -64,7 +64,7 @@ def warmup(
 
     Raises:
         ValueError, TypeError: an argument of the wrong kind, or an op that the layout has not.
-        dispatch.BackendError: Triton cannot run on ``device``.
+        dispatch.BackendError: Triton cannot run on ``device``, or there is no such GPU.
 
     On a GPU all of a model's kernels; on a CPU there is nothing to compile, unless Triton interprets:
 
@@ -73,14 +73,14 @@ def warmup(
     >>> set(seconds) <= {"gather_rows"}
     True
     """
-    device = torch.device(device)
+    device = dispatch.device_of(device)
     _checks.choice("layout", layout, LAYOUTS)
     for name, size in (("hidden", hidden), ("heads", heads), ("kv_heads", kv_heads), ("head_dim", head_dim)):
         _checks.integer(name, size, at_least=1)
     _checks.integer("intermediate", intermediate, at_least=1, none="no gated MLP")
     if device.type == "cpu" and not dispatch.interpreting():
         return {}
-    if reason := dispatch.triton_unavailable(device):
+    if reason := dispatch.triton_unavailable(device) or _absent(device):
         raise dispatch.BackendError(f"warmup on device {device}: {reason}")
     model = _Model(dtype, hidden, heads, kv_heads, head_dim, intermediate, cache, device)
     options = options or {}
@@ -98,6 +98,15 @@ def warmup(
                     call(**options.get(name, {}), backend="triton")
                     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
     return seconds
+
+
+def _absent(device: torch.device) -> str | None:
+    """Why no kernel can be launched there, with the remedy."""
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        return (
+            f"PyTorch {torch.__version__} sees {count} GPUs here; name one of them, or call warmup where the model runs"
+        )
+    return None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 import orthorank_kernels as ops
 from benchmarks.static.pairs import selected_positions
 from benchmarks.traffic.counting import bytes_of, counted
+from orthorank_kernels import _settings
 
 HALF = torch.bfloat16
 
@@ -78,6 +79,16 @@ def with_setting(module: str, name: str, value: Any, call: Callable[[], Any]) ->
     return changed
 
 
+def with_settings(op: str, kind: str, call: Callable[[], Any], **changes: int) -> Callable[[], Any]:
+    """``call`` with other launch settings, so that it runs as a larger problem would."""
+
+    def changed() -> None:
+        with _settings.overridden(op, kind, {**_settings.default(op, kind, _settings.INTERPRETER), **changes}):
+            call()
+
+    return changed
+
+
 def gather(hidden: int) -> Case:
     def build() -> tuple[Callable[[], Any], int, int]:
         x, positions = torch.zeros(1, 512, hidden, dtype=HALF), positions_of(512, 170)
@@ -126,7 +137,7 @@ def gather_add_norm(hidden: int, many: bool) -> Case:
         x, positions = torch.ones(1, 512, hidden, dtype=HALF), positions_of(512, 170)
         rows, weight = torch.ones(1, 170, hidden, dtype=HALF), torch.ones(hidden, dtype=HALF)
         call = lambda: ops.gather_add_rms_norm(x, positions, rows, weight, 1e-5, backend="triton")  # noqa: E731
-        call = with_setting("add_norm", "rows_per_program", lambda *_: 8, call) if many else call
+        call = with_settings("gather_add_rms_norm", "hidden 4096", call, few_rows=1) if many else call
         return call, 2 * bytes_of(rows) + bytes_of(positions, weight), 2 * bytes_of(rows)
 
     limits = {**ONCE, "requested": 1.05 if many else 1.26, "atomics": 0}
@@ -151,7 +162,7 @@ def norm_score(hidden: int, many: bool) -> Case:
     def build() -> tuple[Callable[[], Any], int, int]:
         x, weight = torch.ones(1, 256, hidden, dtype=HALF), torch.ones(hidden, dtype=HALF)
         call = lambda: ops.rms_norm_score(x, weight, 1e-5, backend="triton")  # noqa: E731
-        call = with_setting("scoring", "ENOUGH_PROGRAMS", 16, call) if many else call
+        call = with_settings("rms_norm_score", "hidden 4096", call, enough_programs=16) if many else call
         return call, bytes_of(x, weight), bytes_of(x) + 4 * 256
 
     limits = {**ONCE, "requested": 1.10 if many else 2.05, "atomics": 0}
@@ -163,7 +174,7 @@ def norm_select(hidden: int) -> Case:
         x, weight = torch.ones(1, 256, hidden, dtype=HALF), torch.ones(hidden, dtype=HALF)
         scores, k = 4 * 256, 85
         call = lambda: ops.rms_norm_select(x, weight, 1e-5, k, backend="triton")  # noqa: E731
-        call = with_setting("scoring", "ENOUGH_PROGRAMS", 16, call)
+        call = with_settings("rms_norm_score", "hidden 4096", call, enough_programs=16)
         return call, bytes_of(x, weight) + scores, bytes_of(x) + scores + 4 * (k + 1)
 
     # Of the scores, which the program that finishes a row reads back, and the counter of finished programs.

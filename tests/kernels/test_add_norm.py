@@ -9,7 +9,7 @@ from orthorank_kernels import gather_add_rms_norm, gather_rows
 from orthorank_kernels.dispatch import BackendError
 from orthorank_kernels.reference import add_norm as reference
 from tests.kernels.rows_tools import BACKENDS, LAYOUTS, random, some_positions, strided_views
-from tests.kernels.tools import DEVICE, DTYPES, assert_within_budget
+from tests.kernels.tools import DEVICE, DTYPES, assert_within_budget, set_settings
 
 EPS = 1e-5
 OPS = torch.ops.orthorank_kernels
@@ -45,8 +45,8 @@ def test_rows_of_one_program_do_not_change_the_result(rows, monkeypatch):
     x, positions = random(1, 30, 40, dtype=torch.bfloat16), some_positions(1, 30, 21)
     args = (x, positions, random(1, 21, 40, dtype=torch.bfloat16, seed=1), x[0, 3])
     expected = gather_add_rms_norm(*args, EPS, backend="triton")
-    many = launcher.rows_per_program(rows)
-    monkeypatch.setattr(launcher, "rows_per_program", lambda n_rows: many)
+    many = launcher.norm_settings(40, rows, "interpreter")["rows_per_program"]
+    set_settings(monkeypatch, "gather_add_rms_norm", few_rows=1, rows=many)
     for one, other in zip(gather_add_rms_norm(*args, EPS, backend="triton"), expected, strict=True):
         assert torch.equal(one, other)
     assert 1 <= many <= 8

@@ -11,7 +11,7 @@ from orthorank_kernels.norm_selection import NormSelection
 from orthorank_kernels.triton import norm_selection as kernels
 from orthorank_kernels.triton import scoring as scoring_kernels
 from tests.kernels.selections import BACKENDS, bounds, float32, int32, random, shuffled
-from tests.kernels.tools import DEVICE, DTYPES
+from tests.kernels.tools import DEVICE, DTYPES, set_settings
 
 EPS = 1e-5
 OF_THE_NORM = ("residual", "norm", "bias", "weight_offset", "score", "sink", "write_norm", "copy_input")
@@ -76,10 +76,8 @@ def test_padding_sinks_and_k_of_each_row(backend, poisoned):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Rows of more than 16 tokens are streamed, and programs take several tokens."""
-    monkeypatch.setattr(kernels, "RESIDENT_SIZES", ((16, 8),))
-    monkeypatch.setattr(kernels, "STREAM_TILE", 4)  # for each of 4 warps
-    monkeypatch.setattr(kernels, "THRESHOLD_TILE", 4)
-    monkeypatch.setattr(scoring_kernels, "ENOUGH_PROGRAMS", 8)
+    set_settings(monkeypatch, "rms_norm_select", {"short rows": {"tokens": 16}}, tokens=4)  # for each of 4 warps
+    set_settings(monkeypatch, "rms_norm_score", enough_programs=8)
 
 
 def test_long_rows_are_streamed(small_tiles, poisoned):

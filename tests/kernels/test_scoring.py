@@ -6,8 +6,7 @@ import torch
 from orthorank_kernels import rms_norm_score
 from orthorank_kernels.dispatch import BackendError
 from orthorank_kernels.reference import scoring as reference
-from orthorank_kernels.triton import scoring as kernels
-from tests.kernels.tools import DEVICE, DTYPES, assert_within_budget
+from tests.kernels.tools import DEVICE, DTYPES, assert_within_budget, set_settings
 
 BACKENDS = ("reference", "triton")
 EPS = 1e-5
@@ -52,7 +51,7 @@ def test_kernel_is_as_accurate_as_the_reference(batch, tokens, hidden, dtype, po
     ],
 )
 def test_many_tokens_share_a_program(batch, tokens, enough, monkeypatch, poisoned):
-    monkeypatch.setattr(kernels, "ENOUGH_PROGRAMS", enough)
+    set_settings(monkeypatch, "rms_norm_score", enough_programs=enough)
     x, weight = random(batch, tokens, 8), random(8, seed=1)
     normed, scores, _ = rms_norm_score(x, weight, EPS, backend="triton")
     expected, expected_scores, _ = rms_norm_score(x, weight, EPS, backend="reference")

@@ -10,8 +10,7 @@ from torch.nn import functional
 
 from orthorank_kernels import rms_norm_score
 from orthorank_kernels.reference import scoring as reference
-from orthorank_kernels.triton import scoring as kernels
-from tests.kernels.tools import DEVICE, DTYPES, assert_within_budget
+from tests.kernels.tools import DEVICE, DTYPES, assert_within_budget, set_settings
 
 BACKENDS = ("reference", "triton")
 EPS = 1e-5
@@ -74,7 +73,9 @@ def plain_scores(score: str, normed: Tensor, sinks: Tensor) -> Tensor:
 @pytest.mark.parametrize(("where", "whose", "dtype"), LAYOUTS, ids=str)
 @pytest.mark.parametrize("norm", FLAGS)
 def test_options_in_every_layout(norm, where, whose, dtype, monkeypatch, poisoned):
-    monkeypatch.setattr(kernels, "ENOUGH_PROGRAMS", 4)  # programs of several tokens, which several sequences share
+    set_settings(
+        monkeypatch, "rms_norm_score", enough_programs=4
+    )  # programs of several tokens, which several sequences share
     at = layout(where)
     x, added = (3 * random(*at.shape, HIDDEN, dtype=dtype, seed=s) for s in (0, 1))
     options = {**at.options, **FLAGS[norm]}

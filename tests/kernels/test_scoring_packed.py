@@ -6,9 +6,8 @@ from torch import Tensor
 
 from orthorank_kernels import rms_norm_score
 from orthorank_kernels.scoring import NormScore
-from orthorank_kernels.triton import scoring as kernels
 from tests.kernels.test_scoring_options import BACKENDS, EPS, int32, random
-from tests.kernels.tools import DEVICE
+from tests.kernels.tools import DEVICE, set_settings
 
 OP = torch.ops.orthorank_kernels
 
@@ -21,7 +20,7 @@ def ends_of(lengths: list[int]) -> Tensor:
 @pytest.mark.parametrize("stored", [False, True], ids=["first token", "stored sink"])
 def test_a_sequence_alone_has_the_same_bits(stored, enough, monkeypatch, poisoned):
     lengths = [7, 0, 1, 1, 0, 0, 30, 2, 23]
-    monkeypatch.setattr(kernels, "ENOUGH_PROGRAMS", enough)
+    set_settings(monkeypatch, "rms_norm_score", enough_programs=enough)
     x, added = (random(sum(lengths), 40, dtype=torch.bfloat16, seed=s) for s in (0, 1))
     weight, sinks = random(40, dtype=torch.bfloat16, seed=2), random(len(lengths), 40, seed=3)
     packed = rms_norm_score(
@@ -46,7 +45,7 @@ def test_a_sequence_alone_has_the_same_bits(stored, enough, monkeypatch, poisone
 @pytest.mark.parametrize("enough", [2048, 40])
 def test_more_sequences_than_one_load_counts(enough, monkeypatch, poisoned):
     lengths = [(7 * i) % 3 for i in range(600)]
-    monkeypatch.setattr(kernels, "ENOUGH_PROGRAMS", enough)
+    set_settings(monkeypatch, "rms_norm_score", enough_programs=enough)
     lengths = lengths if enough == 40 else lengths[:300]
     x, ends = random(sum(lengths), 4), ends_of(lengths)
     sinks = random(len(lengths), 4, seed=1)

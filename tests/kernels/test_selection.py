@@ -10,9 +10,8 @@ from orthorank_kernels import keep_count, select_tokens
 from orthorank_kernels.dispatch import interpreting
 from orthorank_kernels.reference import selection as reference
 from orthorank_kernels.triton import radix
-from orthorank_kernels.triton import selection as kernels
 from tests.kernels.selections import BACKENDS, INF, NAN, assert_selects, by_sort, int32, random
-from tests.kernels.tools import DEVICE
+from tests.kernels.tools import DEVICE, set_settings
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 127, 1000, 2048, 4097, 8192, 8193])
@@ -127,8 +126,8 @@ def test_strides_are_honoured(backend, poisoned):
 
 
 def test_rows_longer_than_the_registers_are_streamed(monkeypatch, poisoned):
-    monkeypatch.setattr(kernels, "RESIDENT_SIZES", ((4, 8), (8, 16)))
-    monkeypatch.setattr(kernels, "STREAM_TILE", (32, 16))
+    kinds = {"short rows": {"tokens": 4}, "long rows": {"tokens": 8}, "streamed rows": {"tokens": 32}}
+    set_settings(monkeypatch, "select_tokens", kinds)
     for tokens in (9, 32, 33, 65, 127):
         scores = random(2, tokens).mul(4).round()  # many ties, also between tiles
         starts, lengths = int32(0, 3), int32(tokens, tokens - 5)
@@ -142,8 +141,7 @@ def test_rows_longer_than_the_registers_are_streamed(monkeypatch, poisoned):
 def test_counting_without_a_histogram_mask(monkeypatch, poisoned):
     """As with Triton before 3.4."""
     monkeypatch.setattr(radix, "MASKED_HISTOGRAM", False)
-    monkeypatch.setattr(kernels, "RESIDENT_SIZES", ((64, 8), (64, 16)))
-    monkeypatch.setattr(kernels, "STREAM_TILE", (32, 16))
+    set_settings(monkeypatch, "select_tokens", {"streamed rows": {"tokens": 32}}, tokens=64)
     for tokens in (60, 64, 127):
         scores = random(2, tokens).mul(8).round()
         for k in (1, tokens // 3, tokens - 1):
@@ -153,7 +151,7 @@ def test_counting_without_a_histogram_mask(monkeypatch, poisoned):
 
 @pytest.mark.parametrize("tokens", [13, 14, 15, 16])
 def test_a_row_off_the_alignment_fits_its_block(tokens, monkeypatch, poisoned):
-    monkeypatch.setattr(kernels, "RESIDENT_SIZES", ((16, 8), (16, 16)))
+    set_settings(monkeypatch, "select_tokens", tokens=16)
     scores = random(4, tokens)
     for start in range(4):
         actual = select_tokens(scores, tokens, starts=int32(*[start] * 4), backend="triton")

@@ -10,7 +10,6 @@ from orthorank_kernels import keep_count, select_tokens
 from orthorank_kernels.dispatch import interpreting
 from orthorank_kernels.reference import selection as reference
 from orthorank_kernels.triton import packing
-from orthorank_kernels.triton import selection as kernels
 from tests.kernels.selections import (
     BACKENDS,
     INF,
@@ -25,7 +24,7 @@ from tests.kernels.selections import (
     shuffled,
     split,
 )
-from tests.kernels.tools import DEVICE
+from tests.kernels.tools import DEVICE, set_settings
 
 LENGTHS = [0, 5, 1, 0, 0, 40, 3, 21, 0]
 
@@ -33,10 +32,7 @@ LENGTHS = [0, 5, 1, 0, 0, 40, 3, 21, 0]
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Sequences of more than 16 tokens are streamed, in tiles of 16; thresholds take tiles of 16."""
-    monkeypatch.setattr(kernels, "RESIDENT_SIZES", ((8, 8), (16, 16)))
-    monkeypatch.setattr(kernels, "STREAM_TILE", (16, 16))
-    monkeypatch.setattr(kernels, "PACKED_THRESHOLD_TILE", (16, 16))
-    monkeypatch.setattr(kernels, "PACKED_THRESHOLD_TILE_AMD", (16, 16))
+    set_settings(monkeypatch, "select_tokens", {"short rows": {"tokens": 8}}, tokens=16)
 
 
 def k_of_each(lengths: list[int]) -> list[int]:

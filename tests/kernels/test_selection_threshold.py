@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from orthorank_kernels import select_tokens
 from orthorank_kernels.selection import Selection
-from orthorank_kernels.triton import selection as kernels
 from tests.kernels.selections import (
     BACKENDS,
     INF,
@@ -22,7 +21,7 @@ from tests.kernels.selections import (
     random,
     split,
 )
-from tests.kernels.tools import DEVICE
+from tests.kernels.tools import DEVICE, set_settings
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 1000, 2048, 4097, 8193])
@@ -105,7 +104,7 @@ def test_each_token_is_chosen_alone(backend):
 
 
 def test_long_rows_take_several_tiles(monkeypatch, poisoned):
-    monkeypatch.setattr(kernels, "THRESHOLD_TILES", ((16, 16),))
+    set_settings(monkeypatch, "select_tokens", tokens=16)
     for tokens in (15, 16, 17, 70):
         scores = random(3, tokens + 2)[:, 1:-1]  # rows begin off the alignment
         for width in (5, tokens):

@@ -24,6 +24,7 @@ from orthorank_kernels import (
     select_tokens,
 )
 from orthorank_kernels.dispatch import interpreting
+from tests.kernels.tools import set_settings
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="counts in Triton's interpreter")
 HALF = torch.bfloat16
@@ -62,8 +63,8 @@ def test_many_rows_share_one_read_of_the_weight(n_rows, allowed, monkeypatch):
     """Of five rows' worth of bytes for each row, the weight is one, unless eight rows share it."""
     from orthorank_kernels.triton import add_norm as launcher
 
-    many = launcher.rows_per_program(n_rows)
-    monkeypatch.setattr(launcher, "rows_per_program", lambda _: many)
+    many = launcher.norm_settings(576, n_rows, "sm_90")["rows_per_program"]
+    set_settings(monkeypatch, "gather_add_rms_norm", few_rows=1, rows=many)
     x, positions, weight = torch.ones(1, 72, 576, dtype=HALF), every_third(72), torch.ones(576, dtype=HALF)
     rows = torch.ones(1, 24, 576, dtype=HALF)
     fewest = 4 * bytes_of(rows) + bytes_of(positions, weight)
@@ -89,9 +90,7 @@ SCORED = {
 
 @pytest.mark.parametrize(("lengths", "options"), SCORED.values(), ids=SCORED)
 def test_the_norm_with_score_reads_shared_vectors_for_many_rows(lengths, options, monkeypatch):
-    from orthorank_kernels.triton import scoring as launcher
-
-    monkeypatch.setattr(launcher, "ENOUGH_PROGRAMS", 1)  # as many rows as a program ever takes
+    set_settings(monkeypatch, "rms_norm_score", enough_programs=1)  # as many rows as a program ever takes
     hidden, options = 576, dict(options)
     x = torch.ones(256, hidden, dtype=HALF) if lengths else torch.ones(2, 128, hidden, dtype=HALF)
     weight = None if options.get("norm") == "identity" else torch.ones(hidden, dtype=HALF)

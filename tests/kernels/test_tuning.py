@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from orthorank_kernels import _library, _settings, cli, tuning
+from orthorank_kernels import _library, _settings, cli, tuning, tuning_problems
+from orthorank_kernels.dispatch import interpreting
+from tests.kernels.tools import poisoned_outputs
 
 OP = "sparse_query_attention"
 KIND = "16-bit, head_dim 128"
@@ -54,7 +56,7 @@ def at_hand(monkeypatch: pytest.MonkeyPatch) -> Callable[[Clock], Clock]:
     def use(clock: Clock) -> Clock:
         parts = {"configs.target_of": lambda device: GPU, "timing.milliseconds": clock}
         monkeypatch.setattr(_library, "launcher", lambda path: parts[path])
-        monkeypatch.setattr(tuning, "_problem", lambda kind, device: None)
+        monkeypatch.setattr(tuning.tuning_problems, "problem", lambda op, kind, device: None)
         monkeypatch.setattr(tuning, "triton_unavailable", lambda device: None)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -68,7 +70,7 @@ TARGETS = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("kind", tuning.kinds(OP))
+@pytest.mark.parametrize("kind", _settings.kinds(OP))
 def test_candidates_are_distinct_begin_with_the_default_and_fit(kind: str, target: str) -> None:
     found = [dict(c) for c in tuning.candidates(OP, kind, target)]
     assert found[0] == _settings.default(OP, kind, target)
@@ -79,7 +81,10 @@ def test_candidates_are_distinct_begin_with_the_default_and_fit(kind: str, targe
     size = int(kind.split("-")[0]) // 8
     for c in found[1:]:
         assert c.keys() == found[0].keys()
-        assert c["num_stages"] * 2 * c["block_n"] * dim * size <= tuning.SHARED_KIB[_settings.family(target)] << 10
+        assert (
+            c["num_stages"] * 2 * c["block_n"] * dim * size
+            <= tuning_problems.SHARED_KIB[_settings.family(target)] << 10
+        )
 
 
 @pytest.mark.parametrize(
@@ -94,6 +99,52 @@ def test_candidates_are_distinct_begin_with_the_default_and_fit(kind: str, targe
 def test_what_is_known_to_lose_is_not_compiled(target: str, kind: str, tile: tuple[int, ...]) -> None:
     names = ("block_m", "block_n", "num_warps", "num_stages")
     assert tile not in [tuple(c[n] for n in names) for c in tuning.candidates(OP, kind, target)]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("op", _settings.FIELDS)
+def test_candidates_of_every_op_are_legal_and_distinct(op: str, target: str) -> None:
+    for kind in _settings.kinds(op):
+        found = [dict(c) for c in tuning.candidates(op, kind, target)]
+        assert found[0] == _settings.default(op, kind, target)
+        assert 1 < len(found) <= 60, kind
+        assert len({json.dumps(c, sort_keys=True) for c in found}) == len(found)
+        for c in found:
+            _settings._check(op, kind, c)
+            assert c.get("num_warps", 1) <= (16 if target.startswith("gfx") else 32)
+
+
+def test_every_op_with_settings_has_a_problem() -> None:
+    assert tuning_problems.PROBLEMS.keys() == _settings.FIELDS.keys()
+
+
+SMALL = {
+    "ROWS": 1,
+    "LENGTH": 48,
+    "TOKENS": 2048,
+    "KV_HEADS": 1,
+    "HIDDEN": 32,
+    "SCORES": {"short": 40, "long": 2100, "streamed": 8300, "packed": 40},
+    "FUSED": {"short": 40, "streamed": 2100, "packed": 40, "threshold": 40},
+}
+PROBLEMS = [(op, kind) for op in _settings.FIELDS for kind in _settings.kinds(op)]
+
+
+@pytest.mark.skipif(not interpreting(), reason="small launches, in Triton's interpreter")
+@pytest.mark.parametrize(("op", "kind"), PROBLEMS)
+def test_what_is_timed_takes_the_settings_of_its_kind(op: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And gives the same numbers every time, which is how candidates are compared."""
+    for name, value in SMALL.items():
+        monkeypatch.setattr(tuning_problems, name, value)
+    asked = []
+    look_up = _settings.look_up
+    monkeypatch.setattr(_settings, "look_up", lambda *at: asked.append(at[:2]) or look_up(*at))
+    run = tuning_problems.problem(op, kind, CPU)
+    with poisoned_outputs():
+        first, again = run(), run()
+    assert (op, kind) in asked
+    assert torch.equal(first, again)
+    assert torch.isfinite(first.float()).all()
 
 
 def test_the_fastest_wins(at_hand: Any) -> None:
@@ -182,7 +233,7 @@ def test_the_command_writes_what_it_measured(at_hand: Any, capsys: Any, tmp_path
     at_hand(Clock(lambda s: 1.0 + s["num_warps"]))
     assert cli.main(["tune", "--op", OP, "--kind", KIND, "--output", str(tmp_path / "new")]) == 0
     path = tmp_path / "new" / _settings.file_name(OP, "NVIDIA Test 90")
-    assert list(_settings.read(path)) == [KIND]
+    assert list(_settings.read(path, OP)) == [KIND]
     out = capsys.readouterr().out
     assert f"written to {path}" in out
     assert "ms (default" in out
@@ -200,8 +251,8 @@ def test_the_command_refuses_without_a_gpu_in_one_sentence() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["tune", "--op", "gather"], "op is 'gather'; ops with launch settings are sparse_query_attention"),
-        (["tune", "--kind", "8-bit"], "kind is '8-bit'; it may be one of 16-bit, head_dim 64"),
+        (["tune", "--op", "gather"], "op is 'gather'; ops with launch settings are apply_rotary_at, combine_splits"),
+        (["tune", "--op", OP, "--kind", "8-bit"], "kind is '8-bit'; it may be one of 16-bit, head_dim 64"),
         (["tune", "--device", "gpu"], "device is 'gpu'; it may be cuda or cuda:N"),
         (["tune", "--device", "cpu"], "tuning measures on a GPU"),
         (["frobnicate"], "invalid choice: 'frobnicate'"),

@@ -3,13 +3,25 @@
 import contextlib
 from collections.abc import Iterator
 
+import pytest
 import torch
+
+from orthorank_kernels import _settings
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # One rounding step of a value near 1, by dtype: half the distance between neighbouring numbers there.
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+def set_settings(
+    patch: pytest.MonkeyPatch, op: str, by_kind: dict[str, dict[str, int]] | None = None, **all_: int
+) -> None:
+    """Change launch settings of ``op``: those of some kinds of problems, and of all kinds."""
+    for kind in _settings.kinds(op):
+        values = {**_settings.default(op, kind, _settings.INTERPRETER), **all_, **(by_kind or {}).get(kind, {})}
+        patch.setitem(_settings._OVERRIDES, (op, kind), values)
 
 
 def budget(eager: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
