@@ -170,7 +170,10 @@ def _run_scatter(kind: str, random: Random) -> Run:
 
 
 def _run_silu(kind: str, random: Random) -> Run:
-    merged = random.floats(ROWS, LENGTH // 3, 2 * (_number(kind) // HALF.itemsize) * 7)  # 7 blocks, as 14336 has
+    width = _number(kind) // HALF.itemsize
+    if kind == "rows of 4096 bytes":  # and more: seven of them, as 14336 has
+        width *= 7
+    merged = random.floats(ROWS, LENGTH // 3, 2 * width)
     return lambda: ops.silu_and_mul(merged, backend="triton")
 
 

@@ -16,8 +16,7 @@ ATTENTION = {
     },
     128: {
         "sm_80": {"registers": 216, "spills": 0, "ntm": 680, "ntm_masked": 830},
-        # Measured 642 with the mask that compares keys; the one that compares columns gives 614, and 254 registers.
-        "sm_90": {"registers": 216, "spills": 0, "ntm": 490, "ntm_masked": 645},
+        "sm_90": {"registers": 216, "spills": 0, "ntm": 490, "ntm_masked": 640},
     },
 }
 NO_SPILLS = {"sm_100": {"spills": 0}, "gfx942": {"spills": 0}}
@@ -93,10 +92,7 @@ def packed_cases() -> Iterator[Case]:
         slow = dim == 64
         yield Case("attention", f"dim {dim}, packed", packed_attention(dim), quiet, at_most(1.0, dim), slow=slow)
         window = packed_attention(dim, window=1000)
-        # 1247 on sm_80 at 128, where the compiler runs out of registers with three loops and moves what it reads again
-        # and again through shared memory: twice what the batch layout takes (648), and not cured yet.
-        at = at_most(1.15, dim) | ({"sm_80": {"ntm": 1250}} if dim == 128 else {})
-        yield Case("attention", f"dim {dim}, packed, window", window, quiet, at, slow=True)
+        yield Case("attention", f"dim {dim}, packed, window", window, quiet, at_most(1.15, dim), slow=True)
         for size, outside in ((1, False), (16, False), (16, True), (24, False), (64, False), (128, False), (256, True)):
             # A pointer for each row, where batch and packed keys on sm_90 have one descriptor for the block; a page of
             # another size than a power of two takes a division.
@@ -106,9 +102,12 @@ def packed_cases() -> Iterator[Case]:
             first = dim == 128 and size == 16 and not outside
             yield Case("attention", name, launched, quiet, at_most(factor, dim), slow=not first)
         for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-            # Two numbers of K and V are converted for each score with 128 rows and head_dim 128, before sm_89 by hand.
+            # Two numbers of K and V are converted for each score with 128 rows and head_dim 128; on sm_80 by each warp
+            # for itself, on sm_90 once, through shared memory.
+            factor = 1.6 if dtype == torch.float8_e4m3fn else 1.25
+            at = {"sm_90": {"ntm": factor * ATTENTION[dim]["sm_90"]["ntm"]}}
             launched = packed_attention(dim, pages=Pages(16, dtype))
-            yield Case("attention", f"dim {dim}, pages of 16, {name_of(dtype)}", launched, quiet, slow=True)
+            yield Case("attention", f"dim {dim}, pages of 16, {name_of(dtype)}", launched, quiet, at, slow=True)
         for queries in (4, 64):  # of four sequences: tiles of 16 and of 64 rows, keys split, and a second launch
             limits = {**quiet, "launches": 2}
             few = packed_attention(dim, queries, 4)
@@ -139,7 +138,7 @@ def attention_cases() -> Iterator[Case]:
                     # Float32 has no matrix instructions to find its loops by: all its spills count.
                     limits = {"atomics": 0, "spills": 10 if dim == 64 else 0} if dtype == FLOAT else quiet
                     name = f"dim {dim}, groups of {group}, {name_of(dtype)}"
-                    at = {"sm_80": {"spills": 7}} if dtype == FLOAT and dim in (80, 96, 128) else {}
+                    at = {"sm_80": {"spills": 15}} if dtype == FLOAT and dim in (80, 96, 128) else {}
                     yield Case("attention", name, attention(dim, group, dtype), limits, at, slow=True)
     for dim in (64, 128):
         for name, options in {
@@ -154,8 +153,8 @@ def attention_cases() -> Iterator[Case]:
             "log-sum-exp": {"lse": 1},
             "soft-capping": {"softcap": 50},
         }.items():
-            # The hyperbolic tangent is an exponential and a division more for each score.
-            at = at_most(2.15 if "softcap" in options else 1.15, dim)
+            # The hyperbolic tangent is an exponential and a reciprocal more for each score.
+            at = at_most(1.65 if "softcap" in options else 1.15, dim)
             # One head and so many keys leave most of a GPU idle: they are split.
             limits = quiet | ({"launches": 2} if name == "64-bit rows" else {})
             yield Case("attention", f"dim {dim}, {name}", attention(dim, **options), limits, at, slow=True)

@@ -23,18 +23,26 @@ never read, loads keep their 128 bits, and lengths are no part of what is compil
 first; the tile that is not full is the one with the fewest keys (filled from the front it was 1.172, not 1.098).
 
     registers, spills, ntm, ntm with mask      sm_80                  sm_90
-    head_dim 64, batch                         241, 0,  856, 1129     172, 0,  879, 1165
-    head_dim 128, batch                        206, 0,  650,  803     214, 0,  482,  642
-    head_dim 128, packed                       254, 0,  649,  803     230, 0,  483,  632
-    head_dim 128, pages of 16 (of 128)         255, 0,  744 (725)     255, 10 (none in the loops), 576 (519)
-    head_dim 128, soft-capping                 207, 0, 1137           216, 0,  963
-    head_dim 128, e4m3 (e5m2) in pages of 16   248, 0, 6319 (3222)    255, 0, 1248 (790)
+    head_dim 64, batch                         234, 0,  854, 1131     170, 0,  879, 1114
+    head_dim 128, batch                        207, 0,  648,  807     210, 0,  482,  616
+    head_dim 128, packed                       206, 0,  652,  807     212, 0,  483,  617
+    head_dim 128, packed, window               205, 0,  650,  950     225, 0,  482,  753
+    head_dim 128, pages of 16                  206, 0,  734,  950     230, 0,  554,  764
+    head_dim 128, pages of 128                 203, 0,  719,  881     234, 0,  513,  698
+    head_dim 128, soft-capping                 207, 0,  912, 1108     254, 0,  736,  919
+    head_dim 128, e4m3 in pages of 16          200, 0, 3687, 3996     223, 0,  745,  897
+    head_dim 128, e5m2 in pages of 16          206, 0, 2209, 2502     224, 0,  564,  714
 
 Pages take a pointer for each row, where batch and packed keys on sm_90 have one descriptor for the block. A page that
-holds whole blocks is one base pointer and runs like a batch. Soft-capping is a hyperbolic tangent, through an
-exponential and a division: `tanh.approx` would be half of it, with errors of softcap * 2^-11 in a score; this has
-softcap * 2^-23. fp8 numbers become float16 by shifting bits: on sm_80 each warp converts the whole block, and it is the
-reads of a long decode that fp8 halves. Keys' scales go into the softmax's scale, values' into the output.
+holds whole blocks is one base pointer and runs like a batch. Page numbers are compared with the cache's, so that no
+table makes a launch read outside it: this costs nothing (an unsigned number saves the sign's extension; 579 without).
+Soft-capping is a hyperbolic tangent, through an exponential and a reciprocal: four instructions for each score, since
+the largest score is found before it and the last subtraction is part of a product. Two of the four are of the unit that
+takes 16 a cycle, with the softmax's own three for a score, which on sm_90 take 1.5 times as long as its products at
+head_dim 128. `tanh.approx` would save one, with errors of 2^-11: of softcap 50 that is 0.024 in a score and 2.4 % in a
+weight, six times what rounding weights to bfloat16 does, so it is not taken for any dtype. fp8 numbers become float16
+by shifting bits, four in a register: on sm_80 each warp converts the whole block, and it is the reads of a long decode
+that fp8 halves. Keys' scales go into the softmax's scale, values' into the output.
 
 Few queries. Where less than a third of the GPU would be busy, the keys of a tile are split over programs, as many as
 make one wave (`configs.splits`, from shapes alone), and tiles of 16 or 64 rows take 4 warps: the bound is then the
@@ -45,11 +53,16 @@ Tried, and lost:
 - 64-bit offsets in the key loop: 40 registers, and on sm_80 28 spills. The base is 64-bit, offsets inside are 32-bit.
 - Rows and heads of the tile kept for the store: 40 registers. They are computed again, from an index that the compiler
   cannot know to be the same.
-- On sm_90, the mask that compares columns: ntm 614, but 254 registers. K of masked blocks by descriptor: ntm 657.
-- Where keys are split, the compiler's analysis loses the alignment of K and V and loads them by 16 bits; it is told
-  (`VECTOR`). Other ways to write the loop's bounds did not help.
-- Not done: half as many keys in masked blocks would compute 1.075 instead of 1.098 times the needed pairs, and scale
-  the accumulator twice as often there.
+- On sm_90, masks that compare keys (ntm 642 with mask, 214 registers) or columns (614, but 254 registers): eighths of
+  columns are constants of the code. K of masked blocks by descriptor: ntm 657. On AMD eighths spill.
+- Where keys are split, packed or in pages, the compiler's analysis loses the alignment of K and V: it loads them by 16
+  bits (packed keys with a window, sm_80: ntm 1247) or keeps more pointers (254 registers). It is told (`VECTOR`).
+- Half as many keys in masked blocks (sm_90, head_dim 128, 2048 tokens): computed pairs are 1.075 times the needed ones
+  instead of 1.098, and 16.9 % of them masked instead of 18.7 %. But the accumulator is scaled twice as often there: ntm
+  776 with mask instead of 616, so 2.7 % more instructions are issued for a needed pair (572 against 556 per million
+  operations). Registers fall to 194.
+- fp8 by the compiler's own arithmetic on 16 bits: six instructions for an e4m3 number instead of two (ntm 1247 on sm_90
+  and 6319 on sm_80).
 - float32 products are exact (`input_precision="ieee"`; TF32 has errors of 1e-3), without tensor cores: small tiles.
 """
 

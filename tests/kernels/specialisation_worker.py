@@ -8,6 +8,7 @@ Runs in a process of its own, without the interpreter. One JSON object per call 
 
 import json
 import sys
+from unittest import mock
 
 import torch
 
@@ -16,6 +17,12 @@ from tests.kernels.fake_gpu import fake_gpus, noted_keys
 
 # A model of ordinary sizes; what varies is what a serving stack varies from call to call.
 MODEL = Sizes(hidden=4096, heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16)
+# Smaller ones leave a GPU idle sooner, so that keys are split for some lengths and not for others: each way by itself.
+SMALL_MODELS = (
+    Sizes(hidden=576, heads=9, kv_heads=3, head_dim=64, dtype=torch.bfloat16),
+    Sizes(hidden=1024, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16),
+)
+SPLITS = (1, 4)
 ORDINARY = {
     "one prompt": {"batch": 1, "tokens": 2048, "selected": 682},
     "another length": {"batch": 1, "tokens": 1999, "selected": 682},
@@ -37,13 +44,23 @@ EXTREME = {
 
 
 def main() -> None:
+    from orthorank_kernels.triton import configs
+
     target = sys.argv[1]
     with fake_gpus(target, note=False), noted_keys(target) as keys:
-        for sizes, changes in {**ORDINARY, **EXTREME}.items():
-            for name, call in calls(Shapes("cuda:0"), MODEL.with_(**changes)).items():
-                keys.clear()
-                call(backend="triton")
-                print(json.dumps({"call": name, "sizes": sizes, "keys": keys}), flush=True)
+
+        def note(model: Sizes, variations: dict[str, dict[str, int]], suffix: str = "") -> None:
+            for sizes, changes in variations.items():
+                for name, call in calls(Shapes("cuda:0"), model.with_(**changes)).items():
+                    keys.clear()
+                    call(backend="triton")
+                    print(json.dumps({"call": name + suffix, "sizes": sizes, "keys": keys}), flush=True)
+
+        note(MODEL, {**ORDINARY, **EXTREME})
+        for model in SMALL_MODELS:
+            for splits in SPLITS:
+                with mock.patch.object(configs, "splits", lambda *_, splits=splits: splits):
+                    note(model, ORDINARY, f"; {model.heads}/{model.kv_heads} heads, {splits} splits")
 
 
 if __name__ == "__main__":

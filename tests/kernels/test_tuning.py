@@ -16,7 +16,7 @@ import torch
 
 from orthorank_kernels import _library, _settings, cli, tuning, tuning_problems
 from orthorank_kernels.dispatch import interpreting
-from tests.kernels.tools import poisoned_outputs
+from tests.kernels.tools import poisoned_outputs, set_settings
 
 OP = "sparse_query_attention"
 KIND = "16-bit, head_dim 128"
@@ -121,11 +121,11 @@ def test_every_op_with_settings_has_a_problem() -> None:
 SMALL = {
     "ROWS": 1,
     "LENGTH": 48,
-    "TOKENS": 2048,
+    "TOKENS": 96,
     "KV_HEADS": 1,
     "HIDDEN": 32,
     "SCORES": {"short": 40, "long": 2100, "streamed": 8300, "packed": 40},
-    "FUSED": {"short": 40, "streamed": 2100, "packed": 40, "threshold": 40},
+    "FUSED": {"short": 40, "streamed": 100, "packed": 40, "threshold": 40},
 }
 PROBLEMS = [(op, kind) for op in _settings.FIELDS for kind in _settings.kinds(op)]
 
@@ -136,6 +136,9 @@ def test_what_is_timed_takes_the_settings_of_its_kind(op: str, kind: str, monkey
     """And gives the same numbers every time, which is how candidates are compared."""
     for name, value in SMALL.items():
         monkeypatch.setattr(tuning_problems, name, value)
+    if op == "combine_splits":
+        monkeypatch.setattr(tuning_problems, "TOKENS", 256)  # or no keys are split
+    set_settings(monkeypatch, "rms_norm_select", {"short rows": {"tokens": 64}})
     asked = []
     look_up = _settings.look_up
     monkeypatch.setattr(_settings, "look_up", lambda *at: asked.append(at[:2]) or look_up(*at))
