@@ -126,6 +126,30 @@ def packed_cases() -> Iterator[Case]:
             yield Case("attention", f"dim {dim}, {queries} queries, packed", few, {**quiet, "launches": 2}, slow=True)
 
 
+def few_queries(dim: int, queries: int, keys: int, dtype: torch.dtype) -> Callable[[], Any]:
+    """A batch of one; with many keys these are split."""
+    q = empty(1, queries, 8, dim, dtype=dtype).transpose(1, 2)
+    k = empty(1, 2, keys, dim, dtype=dtype)
+    options = (dim**-0.5, None, None, 0, None, None, False)
+    return launch("attention.sparse_query_attention", q, k, k, some_positions(1, queries), *options)
+
+
+FEW_KEYS, MANY_KEYS = 120, 30_000
+
+
+def tiles_of_few_rows() -> Iterator[Case]:
+    """The settings that no other case has: of few queries, and of float32 or head_dim 256 where keys are split."""
+    for dim, dtype in ((d, t) for d in (64, 128, 256) for t in (HALF, FLOAT)):
+        wanted = [(2, FEW_KEYS), (16, FEW_KEYS)]
+        wanted += [(2, MANY_KEYS), (16, MANY_KEYS)] if dtype == FLOAT else []
+        wanted += [(100, MANY_KEYS)] if dtype == FLOAT or dim == 256 else []
+        for queries, keys in wanted:
+            limits = {"atomics": 0, "launches": 2 if keys == MANY_KEYS else 1}
+            limits |= {"hot_spills": 0} if dtype == HALF else {}
+            name = f"dim {dim}, {queries} queries of {keys:,}, {name_of(dtype)}"
+            yield Case("attention", name, few_queries(dim, queries, keys, dtype), limits, slow=True)
+
+
 def attention_cases() -> Iterator[Case]:
     wide = {"atomics": 0, "min_wide_loads": 0.95, "min_wide_stores": 1.0}
     for dim, at in ATTENTION.items():
@@ -159,3 +183,4 @@ def attention_cases() -> Iterator[Case]:
             limits = quiet | ({"launches": 2} if name == "64-bit rows" else {})
             yield Case("attention", f"dim {dim}, {name}", attention(dim, **options), limits, at, slow=True)
     yield from packed_cases()
+    yield from tiles_of_few_rows()
