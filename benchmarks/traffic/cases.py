@@ -191,6 +191,57 @@ def select(tokens: int, requested: float) -> Case:
     return Case("select_tokens", f"{tokens // 3:,} of {tokens:,}", build, {**ONCE, "requested": requested})
 
 
+def select_below(tokens: int) -> Case:
+    """Compaction below a threshold: scores once, in tiles."""
+
+    def build() -> tuple[Callable[[], Any], int, int]:
+        scores = torch.rand(1, tokens, generator=torch.Generator().manual_seed(0))
+        call = lambda: ops.select_tokens(scores, threshold=1 / 3, backend="triton")  # noqa: E731
+        return call, bytes_of(scores), 4 * (tokens + 1)
+
+    return Case("select_tokens", f"threshold, {tokens:,}", build, {**ONCE, "requested": 1.0, "atomics": 0})
+
+
+def packed_lengths(sequences: int, tokens: int) -> torch.Tensor:
+    """Where sequences of unequal length begin and end."""
+    inner = torch.randperm(tokens - 1, generator=torch.Generator().manual_seed(1))[: sequences - 1].sort().values + 1
+    return torch.cat([torch.tensor([0]), inner, torch.tensor([tokens])]).int()
+
+
+def select_packed(sequences: int, tokens: int, by_threshold: bool) -> Case:
+    """Besides scores and positions, each program reads where all sequences begin, and how many each selects."""
+
+    def build() -> tuple[Callable[[], Any], int, int]:
+        scores = torch.rand(tokens, generator=torch.Generator().manual_seed(0))
+        ends = packed_lengths(sequences, tokens)
+        k = torch.diff(ends) // 3
+        request = {"threshold": 1 / 3} if by_threshold else {"k": k}
+        call = lambda: ops.select_tokens(scores, **request, cu_seqlens=ends, backend="triton")  # noqa: E731
+        return call, bytes_of(scores, ends) + (0 if by_threshold else bytes_of(k)), 4 * (2 * tokens + 2 * sequences + 1)
+
+    name = f"packed{', threshold' if by_threshold else ''}, {sequences} sequences of {tokens:,}"
+    # By a threshold a search among the chosen rows, which 256 threads do, finds where each sequence begins: 8 of them
+    # or 256, in cached lines.
+    limits = {"launches": 1, "unique": 1.01, "requested": 3.1} if by_threshold else {**ONCE, "requested": 1.1}
+    limits["atomics"] = 0
+    return Case("select_tokens", name, build, limits)
+
+
+def norm_score_packed(sequences: int, hidden: int) -> Case:
+    """Stored sinks, one for each sequence; a program reads the sinks of the sequences that it has tokens of."""
+
+    def build() -> tuple[Callable[[], Any], int, int]:
+        x, weight = torch.ones(256, hidden, dtype=HALF), torch.ones(hidden, dtype=HALF)
+        ends = packed_lengths(sequences, 256)
+        sinks = torch.ones(sequences, hidden, dtype=HALF)
+        call = lambda: ops.rms_norm_score(x, weight, 1e-5, sink=sinks, cu_seqlens=ends, backend="triton")  # noqa: E731
+        call = with_settings("rms_norm_score", "hidden 4096", call, enough_programs=16)
+        return call, bytes_of(x, weight, sinks, ends), bytes_of(x) + 4 * 256
+
+    limits = {**ONCE, "requested": 1.10, "atomics": 0}
+    return Case("rms_norm_score", f"packed, {sequences} sequences of 256 x {hidden}{MANY}", build, limits)
+
+
 def attention(target: str, tokens: int, heads: int, kv_heads: int, head_dim: int) -> Case:
     """With the tile of a GPU in place of the interpreter's: what is requested depends on it."""
 
@@ -244,6 +295,11 @@ def cases() -> Iterator[Case]:
     yield rotary(32, 128)
     for tokens, requested in ((2048, 1.0), (8192, 1.0), (32768, 5.0), (131072, 5.0)):
         yield select(tokens, requested)
+    for tokens in (2048, 40_000):
+        yield select_below(tokens)
+    for by_threshold in (False, True):
+        yield select_packed(8, 4096, by_threshold)
+    yield norm_score_packed(8, 4096)
     for target in ("sm_80", "sm_90"):
         yield attention(target, 768, 8, 2, 64)
         yield attention(target, 768, 4, 1, 128)
