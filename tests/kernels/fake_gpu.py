@@ -55,6 +55,7 @@ def fake_gpus(target: str = "sm_90", *, note: bool = True) -> Iterator[Gpus]:
         patch.setattr(configs, "_count", lambda index: 132, raising=False)  # multiprocessors
         if not torch.backends.cuda.is_built():
             patch.setattr(torch.Tensor, "__getitem__", indexed)
+        patch.setattr(torch.cuda, "device_count", lambda: 8)
         patch.setattr(torch.cuda, "_exchange_device", gpus.exchange)
         patch.setattr(torch.cuda, "_maybe_exchange_device", gpus.exchange)
         yield gpus
