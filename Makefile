@@ -6,7 +6,8 @@ WORKERS ?= 2
 DEMO_ARGS ?= --output orthorank-demo
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help install demo lint format test test-slow test-gpu test-browser check report bench bench-install bench-model bench-search bench-gpu clean
+.PHONY: help install demo lint format test test-slow test-gpu test-browser check report bench bench-install bench-model
+.PHONY: bench-search bench-gpu docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -76,6 +77,13 @@ bench-search: install ## the layer search on the CPU: SLEB's plain loop, the exa
 
 bench-gpu: bench-install ## on a machine with a GPU: every op beside FlexAttention, SDPA, flash-attn, in less than 8 minutes
 	$(BIN)/python benchmarks/on_gpu.py bench
+
+docs: $(VENV)/.docs-installed ## the documentation as a site in build/site; a warning is an error
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.docs-installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	@touch $@
 
 clean: ## remove what the targets above made
 	rm -rf $(VENV) build dist orthorank-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,61 @@
+"""The documentation without its site: every page is in the navigation, every link leads somewhere, every name exists."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
+
+
+def nav_files(entry: object) -> list[str]:
+    if isinstance(entry, str):
+        return [entry]
+    values = entry.values() if isinstance(entry, dict) else entry
+    return [file for value in values for file in nav_files(value)]  # type: ignore[union-attr]
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    nav = nav_files(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(nav) == [page.name for page in PAGES]
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = [target for target in LINK.findall(page.read_text()) if "://" not in target]
+    missing = [target for target in targets if not (page.parent / target).exists()]
+    assert missing == []
+
+
+def test_documented_names_exist() -> None:
+    names = [name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)]
+    assert len(names) > 25
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        found = getattr(importlib.import_module(module), attribute)
+        assert found.__doc__, name
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+def test_commands_in_the_pages_exist(page: Path) -> None:
+    """``orthorank search --sparsity ...`` in a page is a command with these options."""
+    import typer
+
+    from orthorank.cli import _app
+
+    root = typer.main.get_command(_app())
+    for line in re.findall(r"^orthorank (.+)$", page.read_text(), re.MULTILINE):
+        words = line.partition("#")[0].split()
+        command = root
+        while words and words[0] in getattr(command, "commands", {}):
+            command = command.commands[words.pop(0)]
+        assert command is not root, line
+        if command.name == "lm-eval":  # passes everything on
+            continue
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        unknown = [word.partition("=")[0] for word in words if word.startswith("--")]
+        assert [word for word in unknown if word not in known] == [], line
