@@ -1,4 +1,4 @@
-"""The documentation without its site: every page is in the navigation, every link leads somewhere, every name exists."""
+"""The documentation without its site: pages are in the navigation, links lead somewhere, names and commands exist."""
 
 import importlib
 import re
