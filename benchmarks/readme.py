@@ -1,12 +1,13 @@
-"""Writes the README's tables from the committed results, so that no figure is typed by hand.
+"""Writes the tables of the README and of pages from the committed results, so that no figure is typed by hand.
 
-python benchmarks/readme.py           # rewrite the marked sections of README.md
+python benchmarks/readme.py           # rewrite the marked sections
 python benchmarks/readme.py --check   # exit 1 when they are out of date
 """
 
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,14 @@ def criteria_rows() -> list[list[str]]:
     what = "one layer at a time, WikiText-2 validation: orthogonal better than inverse"
     margins = [layer["margin"] for layer in r["layers"].values()]
     figure = f"in {sum(m > 0 for m in margins)} of {len(margins)} layers, by {min(margins):.1%} to {max(margins):.1%}"
-    return [[what, figure, "`python benchmarks/bench_criteria.py`"]]
+    command = "`python benchmarks/bench_criteria.py`, all of it in [docs/criteria.md](docs/criteria.md)"
+    rows = r["table3"]["rows"]
+    names = ("full method", "pre-norm states", "random, seed 0", "inverse", "K and V of selected tokens only")
+    ablation = ", ".join(f"{name} {rows[name]['perplexity']:.1f}" for name in names)
+    return [
+        [what, figure, command],
+        ["perplexity on C4 documents, the shipped plan's layers, every row of the paper's Table 3", ablation, command],
+    ]
 
 
 def import_rows() -> list[list[str]]:
@@ -171,26 +179,46 @@ def import_rows() -> list[list[str]]:
     ]
 
 
-def rewritten(text: str) -> str:
-    """``text`` with the marked sections made anew."""
-    for name, make in (("demo", demo_section), ("results", results_section)):
+def criteria_section() -> str:
+    """Every row of Table 3, on the shipped plan's layers."""
+    rows = load("criteria_smollm2.json")["table3"]["rows"]
+    lines = []
+    for name, row in rows.items():
+        loss = f"{row['loss']:+.4f} ± {row['error']:.4f}" if row["error"] else f"{row['loss']:+.4f}"
+        lines.append([name, f"{row['perplexity']:.2f}", loss])
+    return table(["", "perplexity", "loss"], lines)
+
+
+# By page: its marked sections, and what makes them.
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"demo": demo_section, "results": results_section},
+    "docs/criteria.md": {"criteria": criteria_section},
+}
+
+
+def rewritten(page: str, text: str) -> str:
+    """``text`` of ``page`` with its marked sections made anew."""
+    for name, make in PAGES[page].items():
         pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
         text, found = re.subn(pattern, lambda m, make=make: f"{m[1]}\n{make()}\n\n{m[2]}", text, flags=re.DOTALL)
         if not found:
-            raise SystemExit(f"README.md has no section <!-- {name}:begin -->")
+            raise SystemExit(f"{page} has no section <!-- {name}:begin -->")
     return text
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    fresh = rewritten(text)
-    if "--check" in sys.argv[1:]:
-        if fresh != text:
-            print("README.md is out of date; run: python benchmarks/readme.py")
-        return int(fresh != text)
-    readme.write_text(fresh, encoding="utf-8")
-    return 0
+    stale = False
+    for page in PAGES:
+        path = ROOT / page
+        text = path.read_text(encoding="utf-8")
+        fresh = rewritten(page, text)
+        if "--check" in sys.argv[1:]:
+            if fresh != text:
+                print(f"{page} is out of date; run: python benchmarks/readme.py")
+                stale = True
+        else:
+            path.write_text(fresh, encoding="utf-8")
+    return int(stale)
 
 
 if __name__ == "__main__":
