@@ -86,7 +86,7 @@ def run(
             "out= holds a tensor that requires grad, and what is written to given memory has no gradient; pass "
             "out.detach(), or call under torch.no_grad()"
         )
-    if out is not None:
+    if out is not None and not torch.compiler.is_compiling():  # while tracing, memory has no place yet
         _check_apart(op, args, out)
     if backend == "triton":
         _require_triton(device, needs_grad)
