@@ -52,7 +52,11 @@ def demo_section() -> str:
 
 def results_section() -> str:
     """One line for each benchmark: what, how much, by which command."""
-    rows = [line for make in (static_rows, byte_rows, prefill_rows, criteria_rows, import_rows) for line in make()]
+    rows = [
+        line
+        for make in (static_rows, byte_rows, prefill_rows, search_rows, criteria_rows, mode_rows, import_rows)
+        for line in make()
+    ]
     return table(["what", "measured", "command"], rows)
 
 
@@ -167,6 +171,31 @@ def criteria_rows() -> list[list[str]]:
     ]
 
 
+def search_rows() -> list[list[str]]:
+    r = load("search_smollm2.json")
+    wall = r["wall_ratio"]
+    return [
+        [
+            f"layer search on SmolLM2, {r['rounds']} rounds, {r['windows']} windows of {r['seq_len']} tokens: time of "
+            "SLEB's plain loop over that of the exact search (same plan, same bits of every loss) and of `--fast`",
+            f"{wall['exact']:.2f}x and {wall['fast']:.2f}x; the fast plan's loss: {r['fast_loss_above_exact']:+.4f} nats",
+            "`python benchmarks/bench_search.py`, more in [docs/search.md](docs/search.md)",
+        ]
+    ]
+
+
+def mode_rows() -> list[list[str]]:
+    found = load("modes_smollm2.json")["variants"]
+    names = ("topk", "window 256", "threshold")
+    return [
+        [
+            "perplexity on WikiText-2 test, shipped plan, by selection mode",
+            ", ".join(f"{name} {found[name]['perplexity']:.1f}" for name in names),
+            "`python benchmarks/bench_modes.py`, more in [docs/modes.md](docs/modes.md)",
+        ]
+    ]
+
+
 def import_rows() -> list[list[str]]:
     r = load("import.json")
     figure = f"{r['orthorank_kernels']['wall_ms']:.0f} ms on top of `import torch`"
@@ -189,10 +218,55 @@ def criteria_section() -> str:
     return table(["", "perplexity", "loss"], lines)
 
 
+def modes_section() -> str:
+    """All modes side by side."""
+    lines = []
+    for name, row in load("modes_smollm2.json")["variants"].items():
+        shares = list(row["achieved"].values())
+        updated = f"{sum(shares) / len(shares):.3f}, {min(shares):.3f} to {max(shares):.3f}" if shares else "all"
+        error = f" ± {row['standard_error']:.4f}" if row["standard_error"] else ""
+        lines.append([name, f"{row['perplexity']:.2f}", f"{row['above_topk']:+.4f}{error}", updated])
+    return table(["mode", "perplexity", "loss above topk", "tokens updated: mean, least and most in a layer"], lines)
+
+
+def search_section() -> str:
+    """Plain, exact and fast search."""
+    r = load("search_smollm2.json")
+    ways = {"plain": "plain loop", "exact": "exact", "fast": "`--fast`"}
+    lines = [
+        [
+            title,
+            f"{r['wall_seconds'][name]:.0f} s",
+            f"{r['wall_ratio'].get(name, 1.0):.2f}x",
+            f"{r['cpu_ratio'].get(name, 1.0):.2f}x",
+            f"{r['losses'].get(name, r['losses']['exact'])[-1]:.4f}",
+        ]
+        for name, title in ways.items()
+    ]
+    return table(["search", "wall clock", "faster", "by processor time", "loss of the plan"], lines)
+
+
+def budget_section() -> str:
+    """Mixed plans beside plans of one form."""
+    lines = [
+        [
+            row["name"],
+            f"{row['flops']:.3f}",
+            f"{row['calibration_loss']:.4f}",
+            f"{row['held_out_loss']:.4f}",
+            f"{row['held_out_perplexity']:.2f}",
+        ]
+        for row in load("budget_smollm2.json")["rows"]
+    ]
+    return table(["plan", "FLOPs of the layers", "calibration loss", "held-out loss", "held-out perplexity"], lines)
+
+
 # By page: its marked sections, and what makes them.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo": demo_section, "results": results_section},
     "docs/criteria.md": {"criteria": criteria_section},
+    "docs/modes.md": {"modes": modes_section},
+    "docs/search.md": {"search": search_section, "budget": budget_section},
 }
 
 
