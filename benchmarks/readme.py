@@ -178,7 +178,7 @@ def search_rows() -> list[list[str]]:
         [
             f"layer search on SmolLM2, {r['rounds']} rounds, {r['windows']} windows of {r['seq_len']} tokens: time of "
             "SLEB's plain loop over that of the exact search (same plan, same bits of every loss) and of `--fast`",
-            f"{wall['exact']:.2f}x and {wall['fast']:.2f}x; the fast plan's loss: {r['fast_loss_above_exact']:+.4f} nats",
+            f"{wall['exact']:.2f}x and {wall['fast']:.2f}x; fast plan's loss {r['fast_loss_above_exact']:+.4f} nats",
             "`python benchmarks/bench_search.py`, more in [docs/search.md](docs/search.md)",
         ]
     ]
