@@ -64,4 +64,4 @@ def most_windows(dataset: str | None) -> int | None:
     >>> most_windows("c4"), most_windows("wikitext2:copy"), most_windows(None)
     (256, None, None)
     """
-    return None if dataset is None else RECIPES[split_name(dataset)[0]].windows
+    return None if dataset is None else RECIPES[dataset.partition(":")[0]].windows
