@@ -31,16 +31,17 @@ def logits_by_rule(model: Any, ids: Tensor, rules: dict[int, Rule], criterion: s
             one.remove()
 
 
-def windows_mask(scores: Tensor, window: int, ratio: float, keep_last: int = 0) -> Tensor:
+def windows_mask(scores: Tensor, window: int, ratio: float, keep_last: int = 0, update_sink: bool = False) -> Tensor:
     """The smallest of each window of ``window`` tokens; ``keep_last`` counts in the windows where it falls."""
     masks, tokens = [], len(scores)
     for begin in range(0, tokens, window):
         end = min(tokens, begin + window)
         forced = min(end - begin, max(0, end - (tokens - keep_last)))
         k = int(ratio * (end - begin) + 1e-6)
-        if forced:
-            k = min(end - begin - (begin == 0), max(k, forced))
-        masks.append(selected_mask(scores[begin:end], k, forced, sink_inside=begin == 0))
+        first = begin == 0
+        if forced or (first and update_sink):
+            k = min(end - begin - (first and not update_sink), max(k, forced + (first and update_sink)))
+        masks.append(selected_mask(scores[begin:end], k, forced, update_sink, sink_inside=first))
     return torch.cat(masks)
 
 

@@ -88,6 +88,18 @@ def test_chunks(tiny_model: Any, name: str) -> None:
             assert_close(actual[row], expected[0])
 
 
+def test_status_counts_chunks_and_single_tokens_of_a_context(tiny_model: Any) -> None:
+    """Contexts of 14 and 10 in chunks of 5, 1, 6, 3: 2, 0, 2, 0 of one are selected; 2, 0, 1 of the other."""
+    model, ids = tiny_model("llama"), ids_of(2, 15, seed=6)
+    cache = DynamicCache(config=model.config)
+    with apply(model, plan("topk")) as handle, torch.no_grad(), orthorank.context(model, [14, 10]):
+        for chunk in ids.split([5, 1, 6, 3], dim=1):
+            model(chunk, past_key_values=cache)
+        counts = handle.stats[1]
+        assert counts.achieved_ratio == (2 + 0 + 2 + 0 + 2 + 0 + 1) / 24
+        assert counts.tokens_updated == 4 + 1 + 3 + 5, "and all tokens behind them"
+
+
 def test_status_counts_the_context_alone(tiny_model: Any) -> None:
     model, ids = tiny_model("llama"), ids_of(2, seed=4)
     with apply(model, plan("topk")) as handle, torch.no_grad():

@@ -74,6 +74,7 @@ def test_plan_file_and_sparsity(tmp_path: Path) -> None:
     plan = mixed()
     assert plan.selecting == [0, 2]
     assert plan.ratios == RATIOS
+    assert plan.ratio(9) == 1.0, "a layer that the plan does not name"
     assert plan.nominal_sparsity(4) == (0.75 + 1 + 0.25) / 4
     again = OrthoRankConfig.from_pretrained(plan.save_pretrained(tmp_path))
     assert again == plan

@@ -143,6 +143,18 @@ def test_dense_decoding_after_a_thresholded_prompt(tiny_model: Any) -> None:
         assert counts.achieved_ratio == (counts.tokens_updated - 4) / 8, "dense tokens are no part of the ratio"
 
 
+def test_counts_on_a_device_are_summed_without_end() -> None:
+    from orthorank.layer_status import Total
+
+    total = Total()
+    for number in range(2500):
+        total.add(torch.tensor(number))
+        total.add(1)
+    assert len(total._pending) < 1024, "nobody reads, and yet they do not pile up"
+    assert total.value() == 2500 * 2499 // 2 + 2500
+    assert total.value() == 2500 * 2499 // 2 + 2500
+
+
 def test_a_dense_cache_is_refused(tiny_model: Any) -> None:
     model, ids = tiny_model("llama"), ids_of(1, 6)
     cache = DynamicCache(config=model.config)

@@ -66,6 +66,19 @@ def test_keep_last_counts_in_the_windows_it_falls_in(tiny_model: Any, keep_last:
         assert_close(model(ids, use_cache=False).logits, expected)
 
 
+@pytest.mark.parametrize("ratio", [0.05, 0.4])
+@pytest.mark.parametrize("update_sink", [False, True])
+def test_the_sink_is_in_the_first_window(tiny_model: Any, update_sink: bool, ratio: float) -> None:
+    """Least orthogonal of all to itself: with the inverse criterion only its rule keeps it out."""
+    model, ids = tiny_model("llama"), ids_of(1, 21, seed=8)
+    for criterion in ("inverse", "orthogonal"):
+        rule = partial(rules.windows_mask, window=W, ratio=ratio, keep_last=1, update_sink=update_sink)
+        expected = rules.logits_by_rule(model, ids, dict.fromkeys(LAYERS, rule), criterion)
+        settings = {"keep_ratio": ratio, "criterion": criterion, "update_sink": update_sink}
+        with apply(model, plan(**settings)) as handle, torch.no_grad(), handle.prefilling(keep_last=1):
+            assert_close(model(ids, use_cache=False).logits, expected)
+
+
 @pytest.mark.parametrize("ends", [[8, 29], [16, 24, 29], [8, 16, 24, 28], [24, 27]])
 def test_chunks_that_end_on_multiples_change_nothing(tiny_model: Any, family: str, ends: list[int]) -> None:
     model, ids = tiny_model(family), ids_of(2, ends[-1], seed=1)
