@@ -46,6 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=4, help="calibration windows of 512 tokens (default: 4)")
     parser.add_argument("--held-out", type=int, default=12, help="held-out windows of 1,024 tokens (default: 12)")
     parser.add_argument("--budget", type=float, default=0.8, help="share of the dense layers' FLOPs (default: 0.8)")
+    parser.add_argument("--dtype", default="float32", help="of the model (default: float32)")
     parser.add_argument("--effort", type=int, nargs=3, default=(3, 32, 16), help="tries, exchanges, patience")
     parser.add_argument("--state", type=Path, help="file to go on from after a stop")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
@@ -113,7 +114,7 @@ def compare(mine: list[float], theirs: list[float]) -> dict[str, float]:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     valid, valid_sha = read_text(options.data / "wiki.valid.tokens")
     test_file = options.data / "wiki.test.raw"
-    model, tokenizer, info = load_model(device="cpu", dtype="float32")
+    model, tokenizer, info = load_model(device="cpu", dtype=options.dtype)
     ids = cut(tokenizer(valid, verbose=False)["input_ids"], 512, options.windows, "the calibration text")
     test = test_file.read_text(encoding="utf-8")
     held_out = cut(tokenizer(test, verbose=False)["input_ids"], 1024, options.held_out, "the held-out text")
