@@ -3,8 +3,9 @@
     1  every single change of the dense model is scouted, so that it is known what is worth trying
     2  down: the step with the least loss per saved unit, again and again, until the budget is met. Estimates order the
        candidates (lazy greedy); the first few of them are measured, and the best of these is taken
-    3  exchanges: undo one or two steps and do one or two others, while the loss falls. What each step of the plan is
-       worth there, which may be very different from what it was worth alone, is scouted first by undoing it
+    3  exchanges: undo one or two steps and do one or two others, while the loss falls. What every single step does to
+       the plan, which may be very different from what it does alone, is scouted first, and again when nothing more is
+       found though the plan has changed since
 
 Given plans (OrthoRank's and SLEB's, whose layers all have one form) are measured before that. 2 and 3 stop at the cost
 of each of them, too, and 3 begins there from the best plan that is known at that cost. All plans that were measured are
@@ -193,7 +194,7 @@ class _Search:
             if (found := self.ledger.best(self.space, _most(self.space, target))) is None:
                 raise OrthoRankError("the loss of every plan that was tried is infinite or NaN; check the model")
             later = self._expected(found[1], targets[number + 1 :])
-            self.to_come = len(found[1]) + 1 + self.effort.exchanges + later
+            self.to_come = len(singles) + self.effort.exchanges + later
             plan = self._exchange(*found, target)
 
     def loss(self, plan: Plan, limit: float = math.inf) -> float:
@@ -269,13 +270,15 @@ class _Search:
 
     def _exchange(self, loss: float, plan: dict[int, float], target: float) -> dict[int, float]:
         """``plan`` after exchanges that lower its loss and keep its cost within ``target``."""
-        undo = [step for step in self.space.steps(plan) if step.ratio == DENSE and step.saved < 0]
-        self._scout("what each step is worth", plan, undo)
-        self.phase, failures = "exchanges", 0
-        for _ in range(self.effort.exchanges):
+        failures, scouted, left = 0, None, self.effort.exchanges
+        while left > 0:
+            if scouted is None or (failures >= self.effort.patience and scouted != plan):
+                self._scout_from(plan, left)
+                scouted, failures = plan, 0
             steps = self._most_promising(plan, loss, target)
             if steps is None or failures >= self.effort.patience:
                 break
+            self.phase, left = "exchanges", left - 1
             found = self.loss(changed(plan, *steps), loss)
             self._learn(plan, steps, found, loss, loss)
             failures += 1
@@ -283,6 +286,12 @@ class _Search:
                 plan, loss, failures = changed(plan, *steps), found, 0
                 self.ledger.losses.follow(plan)
         return plan
+
+    def _scout_from(self, plan: dict[int, float], left: int) -> None:
+        """Estimate what each single step does where ``plan`` stands: undoing first, since others build on it."""
+        steps = sorted(self.space.steps(plan), key=lambda step: step.ratio != DENSE)
+        self.to_come = max(self.to_come, len(steps) + 1 + left)
+        self._scout("every step from here", plan, steps)
 
     def _most_promising(self, plan: dict[int, float], loss: float, target: float) -> tuple[Step, ...] | None:
         room = _most(self.space, target) - self.space.cost(plan)
@@ -301,5 +310,5 @@ class _Search:
             return 0
         step = self.space.costs.dense / self.space.costs.num_layers / 2
         steps = math.ceil(max(0.0, self.space.cost(plan) - targets[-1]) / step)
-        changed_layers = len(plan) + steps
-        return steps * self.effort.tries + len(targets) * (self.effort.exchanges + changed_layers + 1)
+        scouted = sum(map(len, self.space.ratios.values()))
+        return steps * self.effort.tries + len(targets) * (self.effort.exchanges + scouted)

@@ -64,9 +64,9 @@ def test_close_to_the_best_of_all_plans() -> None:
             assert len(losses.asked) < 60, "and with few questions"
     optimal = {kind: sum(gap < 1e-9 for gap in gaps) for kind, gaps in found.items()}
     assert optimal["flat"] == 12
-    for kind, least in {"a sum": 11, "worse together": 11, "partly infinite": 11, "coupled": 7}.items():
+    for kind, least in {"a sum": 11, "worse together": 11, "partly infinite": 11, "coupled": 10}.items():
         assert optimal[kind] >= least, (kind, optimal)
-        assert sum(found[kind]) / 12 < (0.02 if kind != "coupled" else 0.3), kind
+        assert sum(found[kind]) / 12 < (0.02 if kind != "coupled" else 0.1), kind
 
 
 def test_undoing_pays() -> None:
@@ -173,7 +173,7 @@ def test_progress() -> None:
         "given plans",
         "each layer alone",
         "down",
-        "what each step is worth",
+        "every step from here",
         "exchanges",
     ]
     least = min(where.cost(plan) for plan in FORMS.values())
