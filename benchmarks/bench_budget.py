@@ -43,7 +43,7 @@ TOKENS = 2048  # of the prompt whose FLOPs are counted
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA, help="folder with wiki.valid.tokens and wiki.test.raw")
-    parser.add_argument("--windows", type=int, default=4, help="calibration windows of 512 tokens (default: 4)")
+    parser.add_argument("--windows", type=int, default=6, help="calibration windows of 512 tokens (default: 6)")
     parser.add_argument("--held-out", type=int, default=12, help="held-out windows of 1,024 tokens (default: 12)")
     parser.add_argument("--budget", type=float, default=0.8, help="share of the dense layers' FLOPs (default: 0.8)")
     parser.add_argument("--dtype", default="float32", help="of the model (default: float32)")
