@@ -59,7 +59,6 @@ def results_section() -> str:
             byte_rows,
             prefill_rows,
             search_rows,
-            budget_rows,
             criteria_rows,
             mode_rows,
             import_rows,
@@ -189,21 +188,6 @@ def search_rows() -> list[list[str]]:
             "SLEB's plain loop over that of the exact search (same plan, same bits of every loss) and of `--fast`",
             f"{wall['exact']:.2f}x and {wall['fast']:.2f}x; fast plan's loss {r['fast_loss_above_exact']:+.4f} nats",
             "`python benchmarks/bench_search.py`, more in [docs/search.md](docs/search.md)",
-        ]
-    ]
-
-
-def budget_rows() -> list[list[str]]:
-    rows = {row["name"]: row["held_out_perplexity"] for row in load("budget_smollm2.json")["rows"]}
-    figure = ", ".join(
-        f"{rows[f'mixed, at the FLOPs of {name}']:.1f} against {rows[name]:.1f} of {name}"
-        for name in ("OrthoRank", "SLEB")
-    )
-    return [
-        [
-            "held-out perplexity of mixed plans at the FLOPs of plans of one form, SmolLM2, about 20 % sparsity",
-            figure,
-            "`python benchmarks/bench_budget.py`, more in [docs/search.md](docs/search.md)",
         ]
     ]
 
