@@ -1,0 +1,75 @@
+"""Which rows of a step a layer updates."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from orthorank.integrations.paged.steps import Step
+from orthorank_kernels import select_tokens
+
+
+class Chosen(NamedTuple):
+    """The rows that a layer updates, request by request, each in position order.
+
+    Args:
+        rows: int32 ``[n]``, indices among the step's tokens; -1 past the last one, where room is left.
+        positions: int32 ``[n]``, the same counted in each request, its cached tokens included; -1 likewise.
+        cu_selected: int32 ``[requests + 1]``, where each request begins in them.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    cu_selected: Tensor
+
+
+def choose_share(step: Step, ranks: Tensor, ratio: float) -> Chosen:
+    """The rows of smallest rank in every segment, as many as ``ratio`` says: how many in all is known on the host.
+
+    Args:
+        ranks: float32 ``[tokens or more]``; written to: the forced rows get -inf.
+    """
+    picked = select_tokens(
+        _forced(step, ranks),
+        step.counts[ratio],
+        cu_seqlens=step.cu_segments,
+        position_offsets=step.offsets,
+        sink_positions=step.sink_positions,
+        max_selected=step.selected[ratio],
+    )
+    return _by_request(step, picked.rows, picked.positions, picked.cu_selected)
+
+
+def choose_below(step: Step, ranks: Tensor, threshold: float, *, read_count: bool) -> Chosen:
+    """The rows that rank below ``threshold``. How many these are, the device knows.
+
+    Args:
+        ranks: as for `choose_share`.
+        read_count: True: the host reads that number, so that everything behind has its size; False: the host waits for
+            nothing, and everything behind has room for all tokens of the step.
+    """
+    picked = select_tokens(
+        _forced(step, ranks),
+        threshold=threshold,
+        cu_seqlens=step.cu_segments,
+        position_offsets=step.offsets,
+        sink_positions=step.sink_positions,
+        max_selected=step.tokens,
+    )
+    rows, positions, ends = picked.rows, picked.positions, picked.cu_selected
+    assert rows is not None
+    assert ends is not None  # the packed layout has both
+    if read_count:
+        count = int(ends[-1])
+        rows, positions = rows[:count], positions[:count]
+    return _by_request(step, rows, positions, ends)
+
+
+def _forced(step: Step, ranks: Tensor) -> Tensor:
+    return ranks.index_fill_(0, step.forced, -torch.inf)
+
+
+def _by_request(step: Step, rows: Tensor | None, positions: Tensor, ends: Tensor | None) -> Chosen:
+    assert rows is not None
+    assert ends is not None
+    return Chosen(rows, positions, ends.index_select(0, step.first_segment))

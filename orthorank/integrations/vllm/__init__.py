@@ -1,0 +1,24 @@
+"""OrthoRank as a plugin of vLLM: an unmodified vLLM serves a plan.
+
+vLLM calls `register` in every one of its processes (entry point group ``vllm.general_plugins``).
+"""
+
+import importlib.util
+import logging
+
+_LOGGER = logging.getLogger("orthorank")
+
+
+def register() -> None:
+    """Tell vLLM of the OrthoRank models. Cheap, may be called again, does nothing where there is no vLLM.
+
+    Where the installed vLLM lacks something that the plugin needs, one sentence is logged and vLLM goes on without it.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        return
+    from orthorank.integrations.vllm import hooks
+
+    if missing := hooks.missing():
+        _LOGGER.warning("%s", hooks.sentence(missing))
+        return
+    hooks.register()

@@ -1,0 +1,150 @@
+"""What cannot be served is refused when vLLM reads its configuration, each with the reason and the remedy."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from orthorank.errors import OrthoRankError
+from orthorank.integrations.paged.forward import SCORES
+from orthorank.integrations.vllm.hooks import ARCHITECTURES
+from orthorank.integrations.vllm.serving import Serving
+
+SCHEDULER = "orthorank.integrations.vllm.scheduler.make_scheduler"
+
+
+def verifier() -> Any:
+    """What vLLM asks before it starts: refuses what cannot be served, and sets the scheduler where one is needed."""
+    from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+    class Verifier(VerifyAndUpdateConfig):
+        """For all OrthoRank models."""
+
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            """Called once, by the front end."""
+            serving = Serving.of(getattr(vllm_config.model_config.hf_config, "orthorank", None))
+            check(serving, vllm_config)
+            scheduler = vllm_config.scheduler_config
+            if needs_scheduler(serving, bool(vllm_config.cache_config.enable_prefix_caching)):
+                if scheduler.scheduler_cls not in (None, SCHEDULER):
+                    raise OrthoRankError(
+                        f"scheduler_cls is {scheduler.scheduler_cls!r}, and this plan needs {SCHEDULER}; leave it out"
+                    )
+                scheduler.scheduler_cls = SCHEDULER
+
+    return Verifier
+
+
+def needs_scheduler(serving: Serving, prefix_caching: bool) -> bool:
+    """Whether chunks have to end at windows, or blocks have to stay out of the prefix cache."""
+    if serving.plan.select == "topk":
+        return False
+    return serving.plan.select == "window" or (prefix_caching and serving.reuse == "prompt")
+
+
+def check(serving: Serving, vllm_config: Any) -> None:
+    """Everything that is known before the weights are loaded.
+
+    Raises:
+        OrthoRankError: the plan cannot be served, or not with these settings of vLLM.
+    """
+    for obstacle in (*plan_obstacles(serving), *_model_obstacles(serving, vllm_config), *_settings(vllm_config)):
+        raise OrthoRankError(obstacle)
+    for obstacle in _mode_obstacles(serving, vllm_config):
+        raise OrthoRankError(obstacle)
+
+
+def plan_obstacles(serving: Serving) -> Iterator[str]:
+    """What a plan asks for and no server has."""
+    plan = serving.plan
+    if not plan.selecting and not plan.layers:
+        yield "the plan has no layers; serve the model without it"
+    if plan.criterion not in SCORES:
+        yield f"criterion is {plan.criterion!r}, an ablation of the paper; servers know {', '.join(map(repr, SCORES))}"
+    if plan.kv != "all":
+        yield "kv is 'selected', an ablation of the paper: a server's cache holds all tokens; set kv to 'all'"
+    if plan.update_sink:
+        yield "update_sink is True: the sink's state would depend on the request; set it to False"
+    if plan.sinks != "first":
+        yield "sinks is 'auto', which servers do not know; set it to 'first'"
+    if plan.decode != "dense":
+        yield "decode is 'threshold', and servers compute generated tokens in all layers; set it to 'dense'"
+    if plan.selecting and plan.selecting[0] == 0:
+        yield "layer 0 selects, and no sink has formed there; take it out of the plan"
+    before = [layer for layer in plan.selecting if plan.sink_layer is not None and layer <= plan.sink_layer]
+    if before:
+        yield (
+            f"layer {before[0]} selects, and the sink forms in layer {plan.sink_layer}; take it out of the plan, or "
+            "correct the plan's sink_layer"
+        )
+
+
+def _model_obstacles(serving: Serving, vllm_config: Any) -> Iterator[str]:
+    config, plan = vllm_config.model_config.hf_config, serving.plan
+    if config.model_type not in ARCHITECTURES:
+        yield f"the model's type is {config.model_type!r}; OrthoRank serves {', '.join(ARCHITECTURES)}"
+    for name in ("num_hidden_layers", "hidden_size", "model_type"):
+        wanted, found = getattr(plan, name), getattr(config, name)
+        if wanted is not None and wanted != found:
+            yield f"the plan is for a model with {name} {wanted}, and this one has {found}; find a plan for it"
+    if plan.layers and plan.layers[-1] >= config.num_hidden_layers:
+        yield f"the plan names layer {plan.layers[-1]}; the model has layers 0 to {config.num_hidden_layers - 1}"
+    if getattr(config, "ada_rms_norm_t_cond", False):
+        yield "the model's norms depend on a second input (ada_rms_norm_t_cond), which selecting layers do not know"
+    if not getattr(config, "is_causal", True):
+        yield "the model attends in both directions; token selection is for causal attention"
+
+
+def _settings(vllm_config: Any) -> Iterator[str]:
+    """Settings of vLLM that selecting layers do not work with, or that nobody has tried."""
+    parallel = vllm_config.parallel_config
+    for name, flag in (
+        ("decode_context_parallel_size", "--decode-context-parallel-size"),
+        ("prefill_context_parallel_size", "--prefill-context-parallel-size"),
+    ):
+        if getattr(parallel, name, 1) > 1:
+            yield f"{flag} is above 1: a rank would see only some keys of a selected query; leave it out"
+    if parallel.pipeline_parallel_size > 1:
+        yield (
+            "--pipeline-parallel-size is above 1, which is not tested with OrthoRank; use --tensor-parallel-size, over "
+            "several nodes if need be"
+        )
+    if getattr(parallel, "enable_dbo", False):
+        yield "--enable-dbo splits a step in two, which selecting layers do not know; leave it out"
+    if vllm_config.lora_config is not None:
+        yield "--enable-lora: the sink's state depends on the adapter; merge the adapter into the model"
+    if vllm_config.model_config.enable_prompt_embeds:
+        yield "--enable-prompt-embeds: the sink's state is known by token, and an embedding has none; leave it out"
+    if vllm_config.speculative_config is not None:
+        yield "--speculative-config is set, which is not tested with OrthoRank; leave it out"
+    if getattr(vllm_config, "kv_transfer_config", None) is not None:
+        yield "--kv-transfer-config is set, which is not tested with OrthoRank; leave it out"
+
+
+def _mode_obstacles(serving: Serving, vllm_config: Any) -> Iterator[str]:
+    """What the plan's way to select asks of the scheduler and of the cache."""
+    plan, scheduler = serving.plan, vllm_config.scheduler_config
+    caching = bool(vllm_config.cache_config.enable_prefix_caching)
+    if plan.select == "topk" and plan.selecting:
+        if scheduler.enable_chunked_prefill:
+            yield (
+                "select is 'topk', which ranks a whole prompt at once, and prompts are computed in chunks: pass "
+                "--no-enable-chunked-prefill, or use a plan with select 'window' or 'threshold'"
+            )
+        if caching:
+            yield (
+                "select is 'topk', and blocks of the prefix cache hold what another prompt selected: pass "
+                "--no-enable-prefix-caching, or use a plan with select 'window' or 'threshold'"
+            )
+    window = plan.select_window
+    if window is None:
+        return
+    if scheduler.max_num_batched_tokens < window:
+        yield (
+            f"--max-num-batched-tokens is {scheduler.max_num_batched_tokens}, less than select_window, {window}: no "
+            "window would fit a step; raise it"
+        )
+    if 0 < scheduler.long_prefill_token_threshold < window:
+        yield (
+            f"--long-prefill-token-threshold is {scheduler.long_prefill_token_threshold}, less than select_window, "
+            f"{window}: no window would fit a chunk; raise it"
+        )
