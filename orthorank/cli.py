@@ -71,6 +71,7 @@ def _app() -> "typer.Typer":
         lm_eval,
         reproduce,
         search,
+        vllm_args,
     )
 
     app = typer.Typer(
@@ -88,6 +89,7 @@ def _app() -> "typer.Typer":
     app.command("analyze")(analyze.command)
     app.command("search")(search.command)
     app.command("calibrate")(calibrate.command)
+    app.command("vllm-args")(vllm_args.command)
     measure = typer.Typer(help="Measure a model, dense and with plans: perplexity, tasks, LongBench.")
     measure.command("ppl")(eval_ppl.command)
     measure.command("tasks")(eval_tasks.command)

@@ -1,0 +1,55 @@
+"""``orthorank vllm-args``: what vLLM is started with to serve a plan."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+PLAN = "Plan, a file or folder."
+MODEL = "Folder of the checkpoint: the plan is checked against it. Needed where the plan does not say the model's type."
+COUNT = (
+    "With thresholds. read: each layer reads on the host how many tokens it selected; capacity: nothing waits, and "
+    "matrix products have room for all tokens."
+)
+REUSE = (
+    "prompt: later requests use cached blocks that every cold run would compute the same; all: also those of generated "
+    "tokens, of forced last tokens and of partial windows."
+)
+ATTENTION = "auto, paged (this package's kernel over vLLM's cache) or portable (the backend's own kernel)."
+SCORES = "own: every rank of a tensor-parallel group selects by its own scores; first rank: by those of the first one."
+CACHING = "Whether requests may use blocks of earlier ones, where the plan's way to select allows it."
+BLOCK = "Tokens of a block of the cache. Default: vLLM's choice, or what the plan's windows need."
+
+
+def command(
+    plan: Annotated[str, typer.Argument(help=PLAN, show_default=False)],
+    model: Annotated[Path | None, typer.Option(help=MODEL)] = None,
+    threshold_count: Annotated[str, typer.Option(help=COUNT)] = "read",
+    reuse: Annotated[str, typer.Option(help=REUSE)] = "prompt",
+    attention: Annotated[str, typer.Option(help=ATTENTION)] = "auto",
+    scores: Annotated[str, typer.Option(help=SCORES)] = "own",
+    prefix_caching: Annotated[bool, typer.Option(help=CACHING)] = True,
+    block_size: Annotated[int | None, typer.Option(help=BLOCK)] = None,
+    python: Annotated[bool, typer.Option("--python", help="Print keyword arguments of vllm.LLM as JSON.")] = False,
+) -> int:
+    """Print the arguments with which vLLM serves a model with a plan.
+
+    One line, quoted for a shell: eval "vllm serve MODEL $(orthorank vllm-args PLAN)". Needs no vLLM. Refuses plans that
+    no server can serve.
+    """
+    from orthorank.config import OrthoRankConfig
+    from orthorank.files import user_path
+    from orthorank.integrations.vllm.arguments import command_line, vllm_arguments
+    from orthorank.integrations.vllm.serving import Serving
+
+    serving = Serving(
+        OrthoRankConfig.from_pretrained(user_path("plan", plan)),
+        threshold_count=threshold_count,
+        reuse=reuse,
+        attention=attention,
+        scores=scores,
+    )
+    arguments = vllm_arguments(serving, model, prefix_caching=prefix_caching, block_size=block_size)
+    print(json.dumps(arguments, indent=2) if python else command_line(arguments))
+    return 0
