@@ -6,8 +6,7 @@ Shapes are odd and small: the kernels are as they are, so a program costs the sa
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,51 +14,8 @@ from torch import Tensor
 
 import orthorank_kernels
 from tests.kernels.every_op import IN_PLACE, Numbers, Sizes, calls
-
-HALF, FLOAT, HALF16 = torch.bfloat16, torch.float32, torch.float16
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call. ``writes``: the argument that the op changes, if it returns nothing."""
-
-    group: str
-    op: str
-    name: str
-    dtype: torch.dtype
-    arguments: Callable[[torch.dtype], dict[str, Any]]
-    slow: bool = False
-    writes: str | None = None
-
-    @property
-    def title(self) -> str:
-        return f"{self.op}, {self.name}, {str(self.dtype).removeprefix('torch.')}"
-
-
-def random(*shape: int, dtype: torch.dtype = FLOAT, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
-
-
-def ints(*values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def some_positions(batch: int, selected: int, tokens: int, missing: int = 1) -> Tensor:
-    """Ascending; the last row ends with ``missing`` entries of -1."""
-    generator = torch.Generator().manual_seed(selected)
-    rows = [torch.randperm(tokens, generator=generator)[:selected].sort().values for _ in range(batch)]
-    positions = torch.stack(rows).int()
-    positions[-1, selected - missing :] = -1
-    return positions
-
-
-def late_positions(selected: int, tokens: int) -> Tensor:
-    """[1, selected]: a few early ones, then a crowd at the end, so that a tile of queries sees whole blocks of keys."""
-    generator = torch.Generator().manual_seed(selected)
-    early = torch.randperm(60, generator=generator)[:5].sort().values
-    late = tokens - 1 - torch.randperm(150, generator=generator)[: selected - 6].sort(descending=True).values
-    return torch.cat([early, late, ints(-1)]).int()[None]
-
+from tests.ptx.case import FLOAT, HALF, HALF16, Case, ints, random
+from tests.ptx.cases_attention import attention_cases
 
 POSITIONS = ints([0, 3, 6, 8], [1, 5, -1, -1])
 
@@ -85,13 +41,20 @@ def row_cases() -> Iterator[Case]:
         rows = random(2, 4, hidden, dtype=dtype, seed=1)
         return {"out": random(2, 9, hidden, dtype=dtype), "positions": POSITIONS, "rows": rows}
 
-    for hidden in (200, 577, 4096):
+    for hidden in (200, 577, 1200, 4096, 5000):
         for dtype in (HALF, HALF16, FLOAT):
             slow = (hidden, dtype) not in ((200, HALF), (577, HALF16), (200, FLOAT), (4096, HALF))
             name = f"hidden {hidden}"
             yield Case("rows", "gather_rows", name, dtype, lambda d, h=hidden: gather(d, h), slow)
             yield Case("rows", "gather_add_rms_norm", name, dtype, lambda d, h=hidden: gather_add(d, h), slow)
             yield Case("rows", "scatter_rows_", name, dtype, lambda d, h=hidden: scatter(d, h), slow, writes="out")
+    plain = lambda d: {**gather_add(d, 64), "weight": None}  # noqa: E731
+    unnormed = lambda d: {**plain(d), "norm": "identity"}  # noqa: E731
+    for dtype in (HALF, HALF16, FLOAT):
+        yield Case("rows", "gather_add_rms_norm", "no weight", dtype, plain, slow=True)
+        yield Case("rows", "gather_add_rms_norm", "no norm", dtype, unnormed, slow=dtype != HALF)
+        pair = lambda d: {"gate": random(3, 1100, dtype=d), "up": random(3, 1100, dtype=d, seed=1)}  # noqa: E731
+        yield Case("rows", "silu_and_mul", "width 1100", dtype, pair, slow=True)
 
 
 def rotary_cases() -> Iterator[Case]:
@@ -110,15 +73,17 @@ def rotary_cases() -> Iterator[Case]:
             yield Case("rows", "apply_rotary_at", name, dtype, rotary, slow)
 
 
-def score_cases() -> Iterator[Case]:
-    def score(dtype: torch.dtype, hidden: int, tokens: int, **more: Any) -> dict[str, Any]:
-        return {
-            "hidden_states": random(2, tokens, hidden, dtype=dtype),
-            "weight": weight(hidden, dtype),
-            "eps": 1e-5,
-            **{key: value(dtype) if callable(value) else value for key, value in more.items()},
-        }
+def score(dtype: torch.dtype, hidden: int, tokens: int, **more: Any) -> dict[str, Any]:
+    """``more``: arguments, or functions that make them from a dtype."""
+    return {
+        "hidden_states": random(2, tokens, hidden, dtype=dtype),
+        "weight": weight(hidden, dtype),
+        "eps": 1e-5,
+        **{key: value(dtype) if callable(value) else value for key, value in more.items()},
+    }
 
+
+def score_cases() -> Iterator[Case]:
     own_sink = {"sink": lambda d: random(2, 200, dtype=d, seed=3)}
     padded = {"starts": ints(0, 2)}
     for name, hidden, tokens, more in (
@@ -126,6 +91,7 @@ def score_cases() -> Iterator[Case]:
         ("padded", 64, 7, padded),
         ("hidden 577", 577, 3, {}),
         ("hidden 4096", 4096, 3, {}),
+        ("hidden 5000", 5000, 2, {}),
     ):
         for dtype in (HALF, HALF16, FLOAT):
             slow = (hidden, dtype) not in ((200, HALF), (64, FLOAT), (577, HALF16))
@@ -135,6 +101,30 @@ def score_cases() -> Iterator[Case]:
                 ends = {"lengths": ints(5, 3)} if name == "padded" else {}
                 fused = lambda d, h=hidden, t=tokens, m=more, e=ends: {**score(d, h, t, **m), "k": 3, **e}  # noqa: E731
                 yield Case("scores", "rms_norm_select", name, dtype, fused, slow)
+    long = lambda d: {**score(d, 16, 2100), "k": 700}  # noqa: E731
+    yield Case("scores", "rms_norm_select", "2100 tokens", HALF, long, slow=True)
+
+
+def norm_cases() -> Iterator[Case]:
+    """Other norms, and what is written beside the scores."""
+    every = {
+        "residual": lambda d: random(2, 5, 64, dtype=d, seed=4),
+        "bias": lambda d: weight(64, d),
+        "weight_offset": 1.0,
+        "norm": "layer",
+        "score": "cosine",
+        "copy_input": True,
+        "k": 3,
+    }
+    options = lambda d: score(d, 64, 5, **every)  # noqa: E731
+    unweighted = lambda d: {**score(d, 64, 7), "weight": None}  # noqa: E731
+    for dtype in (HALF, HALF16, FLOAT):
+        yield Case("scores", "rms_norm_select", "LayerNorm, cosine, residual, copy", dtype, options, dtype != HALF)
+        for op, more in (("rms_norm_score", {}), ("rms_norm_select", {"k": 4})):
+            alone = lambda d, m=more: {**unweighted(d), "write_norm": False, **m}  # noqa: E731
+            yield Case("scores", op, "no weight, scores alone", dtype, alone, slow=True)
+            unnormed = lambda d, m=more: {**unweighted(d), "norm": "identity", "score": "cosine", **m}  # noqa: E731
+            yield Case("scores", op, "no norm, cosine", dtype, unnormed, slow=dtype != HALF)
 
 
 def selection_cases() -> Iterator[Case]:
@@ -154,6 +144,8 @@ def selection_cases() -> Iterator[Case]:
     for tokens in (2500, 9001):
         arguments = lambda d, t=tokens: {"scores": random(1, t), "k": 700}  # noqa: E731
         yield Case("scores", "select_tokens", f"{tokens} tokens", FLOAT, arguments, slow=True)
+        below = lambda d, t=tokens: {"scores": random(1, t), "threshold": 0.5}  # noqa: E731
+        yield Case("scores", "select_tokens", f"{tokens} tokens, threshold", FLOAT, below, slow=True)
     yield from threshold_and_packed_cases(special)
 
 
@@ -172,36 +164,9 @@ def threshold_and_packed_cases(special: Tensor) -> Iterator[Case]:
         yield Case("scores", "select_tokens", name, FLOAT, arguments, slow)
     states = {"hidden_states": random(11, 64), "weight": weight(64, FLOAT), "eps": 1e-5, "keep_last": 1}
     ends = {"cu_seqlens": ints(0, 0, 4, 5, 11)}
-    for name, more in (("packed", {"k": 2}), ("packed, threshold", {"threshold": 4.0})):
+    for name, more in (("packed", {"k": 2}), ("packed, thresholds", {"threshold": torch.tensor([4.0, 0, 9, 1])})):
         arguments = lambda d, m=more: {**states, **ends, **m}  # noqa: E731
         yield Case("scores", "rms_norm_select", name, FLOAT, arguments)
-
-
-def attention_cases() -> Iterator[Case]:
-    def attention(dtype: torch.dtype, dim: int, selected: int, keys: int, kv: int = 1, group: int = 4, **more: Any):
-        fused = more.pop("fused", False)
-        q = random(1, selected, kv * group, dim, dtype=dtype).transpose(1, 2)
-        k, v = (random(1, kv, keys, dim, dtype=dtype, seed=s) for s in (1, 2))
-        if fused:  # keys and values as slices of one projection
-            k, v = (random(1, keys, 3, kv, dim, dtype=dtype)[:, :, i].transpose(1, 2) for i in (1, 2))
-        return {"q": q, "k": k, "v": v, "positions": some_positions(1, selected, keys), **more}
-
-    window = {"window": 50, "starts": ints(9)}
-    for name, dim, selected, keys, dtype, more in (
-        ("dim 64", 64, 37, 560, HALF, {"positions": late_positions(37, 560)}),
-        ("dim 64, one tile", 64, 4, 410, HALF, {"positions": ints([390, 401, 409, -1])}),
-        ("dim 128, window and padding", 128, 9, 150, HALF16, window),
-        ("dim 64", 64, 5, 20, FLOAT, {"group": 1}),
-    ):
-        arguments = lambda d, n=dim, s=selected, t=keys, m=more: attention(d, n, s, t, **m)  # noqa: E731
-        yield Case("attention", "sparse_query_attention", name, dtype, arguments, slow=dtype == FLOAT)
-    for dim in (32, 64, 80, 96, 128, 192, 256):
-        for dtype in (HALF, HALF16, FLOAT):
-            for group, more in ((4, {"fused": True}), (1, {}), (7, window)):
-                arguments = lambda d, n=dim, g=group, m=more: attention(d, n, 9, 150, group=g, **m)  # noqa: E731
-                name = f"dim {dim}, groups of {group}" + "".join(f", {key}" for key in more)
-                if group == 4 or dim in (64, 128):
-                    yield Case("attention", "sparse_query_attention", name, dtype, arguments, slow=True)
 
 
 # Of `tests.kernels.every_op`, which has a call of every op and layout: so none can be missing here.
@@ -210,7 +175,7 @@ SMALL = Sizes(batch=2, tokens=11, selected=5, hidden=64, heads=4, kv_heads=2, he
 
 def every_op_cases() -> Iterator[Case]:
     for name, call in calls(Numbers(), SMALL).items():
-        for dtype in (HALF, FLOAT):
+        for dtype in (HALF, HALF16, FLOAT):
 
             def arguments(d: torch.dtype, name: str = name) -> dict[str, Any]:
                 made = calls(Numbers(), SMALL.with_(dtype=d))[name]
@@ -228,7 +193,7 @@ def every_op_cases() -> Iterator[Case]:
                 f"as in every_op: {title}",
                 dtype,
                 arguments,
-                slow=dtype == FLOAT or (attention and (call.op == "sparse_query_attention" or title != "plain")),
+                slow=dtype != HALF or (attention and (call.op == "sparse_query_attention" or title != "plain")),
                 writes="out" if call.op in IN_PLACE else None,
             )
 
@@ -237,6 +202,7 @@ CASES: tuple[Case, ...] = (
     *row_cases(),
     *rotary_cases(),
     *score_cases(),
+    *norm_cases(),
     *selection_cases(),
     *attention_cases(),
     *every_op_cases(),

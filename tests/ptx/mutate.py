@@ -16,7 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.ptx.cases import CASES, Case
+from tests.ptx.case import Case
+from tests.ptx.cases import CASES
 from tests.ptx.decode import Instruction, decode
 from tests.ptx.errors import PtxError
 from tests.ptx.launchers import Settings

@@ -153,10 +153,17 @@ def divide(instruction: Instruction, operands: Operands) -> Run:
     """div of floats; integers go to `integer_arithmetic`."""
     if instruction.opcode[-1] != "f32":
         return integer_arithmetic(instruction, operands)
-    if len(modifiers(instruction, "full", "approx", "rn", "f32")) != 2:
+    words = modifiers(instruction, "full", "approx", "rn", "f32")
+    if len(words) != 2:
         raise unknown(instruction)
-    function = lambda x, y: canonical((x.astype(np.float64) / y).astype(np.float32), "f32")  # noqa: E731
-    return compute(instruction, operands, function, "f32", "f32", "f32")
+
+    def quotient(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        if "approx" in words:  # x * (1 / y): the reciprocal of a number above 2^126 is flushed to zero
+            size = np.abs(y)
+            y = np.where((size > 2.0**126) & np.isfinite(y), np.copysign(np.float32(np.inf), y), y)
+        return canonical((x.astype(np.float64) / y).astype(np.float32), "f32")
+
+    return compute(instruction, operands, quotient, "f32", "f32", "f32")
 
 
 entry("div")(divide)

@@ -5,7 +5,7 @@ import pytest
 
 from tests.ptx import snippet
 from tests.ptx.errors import Misuse, Race
-from tests.ptx.test_memory import in_global, per_lane
+from tests.ptx.memories import in_global, per_lane
 
 COPY = "cp.async.cg.shared.global [%r1], [%rd1], 0x10, %r2; cp.async.commit_group;"
 

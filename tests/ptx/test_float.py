@@ -2,41 +2,13 @@
 
 import itertools
 import math
-import random
 
 import numpy as np
 import pytest
 
 from tests.ptx import exact, snippet
 from tests.ptx.bits import round_to_bfloat16
-
-BITS = {"f16": 16, "bf16": 16, "f32": 32}
-REGISTER = {16: "%rs", 32: "%r", 64: "%rd"}
-
-
-def samples(kind: str, count: int = 24) -> list[int]:
-    """Zeros of both signs, the smallest and largest numbers, infinities, NaN, neighbours of 1, and random ones."""
-    fraction, exponent = exact.FORMATS[kind]
-    one = ((1 << (exponent - 1)) - 1) << fraction
-    infinity = ((1 << exponent) - 1) << fraction
-    edges = [0, 1, (1 << fraction) - 1, 1 << fraction, one - 1, one, one + 1, infinity - 1, infinity, infinity | 1]
-    chance = random.Random(0)
-    some = [one + chance.randrange(-8 << fraction, 8 << fraction) for _ in range(count)]
-    sign = 1 << (fraction + exponent)
-    return edges + [e | sign for e in edges] + [s | chance.choice((0, sign)) for s in some]
-
-
-def apply(form: str, columns: list[tuple[int, list[int]]], result_bits: int) -> list[int]:
-    """The instruction on many inputs. ``columns``: bits and values of each source."""
-    count = len(columns[0][1])
-    threads = -(-count // 32) * 32
-    names = [f"{REGISTER[bits]}{i + 10}" for i, (bits, _) in enumerate(columns)]
-    registers = {
-        n: np.array(v + v[:1] * (threads - count), np.uint64) for n, (_, v) in zip(names, columns, strict=True)
-    }
-    result = f"{REGISTER[result_bits]}1"
-    out = snippet.run(f"{form} {result}, {', '.join(names)};", registers, threads=threads)
-    return [int(x) for x in out[result][:count]]
+from tests.ptx.samples import BITS, REGISTER, apply, floats, is_nan, near_ties, packed_triples, triples
 
 
 def subtract(x, y):
@@ -50,30 +22,11 @@ FUNCTIONS = {"add": exact.add, "sub": subtract, "mul": exact.multiply}
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_arithmetic_rounds_once_to_nearest_even(name, kind):
     """9.7.3.3 add, 9.7.3.4 sub, 9.7.3.5 mul, 9.7.4 for halves; NaN is canonical."""
-    pairs = list(itertools.product(samples(kind), samples(kind)))
+    pairs = list(itertools.product(floats(kind), floats(kind)))
     x, y = map(list, zip(*pairs, strict=True))
     want = [exact.bits(FUNCTIONS[name](exact.value(a, kind), exact.value(b, kind)), kind) for a, b in pairs]
     form = f"{name}.{kind}" if kind == "f32" else f"{name}.rn.{kind}"
     assert apply(form, [(BITS[kind], x), (BITS[kind], y)], BITS[kind]) == want
-
-
-def triples(kind: str, addend: str) -> list[tuple[int, int, int]]:
-    """Random ones, and sums near a tie, which rounding twice gets wrong."""
-    chance = random.Random(1)
-    some = [
-        (chance.choice(samples(kind)), chance.choice(samples(kind)), chance.choice(samples(addend)))
-        for _ in range(1500)
-    ]
-    fraction, exponent = exact.FORMATS[kind]
-    one = ((1 << (exponent - 1)) - 1) << fraction
-    near = []
-    for _ in range(500):
-        x, y = (one | chance.randrange(1 << fraction) for _ in range(2))
-        # An addend about half a unit of the product away, or so small that it only breaks a tie.
-        z = exact.FORMATS[addend][0]
-        unit = ((1 << (exact.FORMATS[addend][1] - 1)) - 1 - chance.choice((fraction + 1, 2 * fraction + 2, 60))) << z
-        near.append((x, y, max(unit, 1) | chance.choice((0, 1 << (BITS[addend] - 1)))))
-    return some + near
 
 
 @pytest.mark.parametrize(
@@ -96,7 +49,7 @@ def test_fused_multiply_and_add_rounds_once(form, kind, addend):
 @pytest.mark.parametrize("name", ["add", "sub"])
 def test_a_half_and_a_single(name, kind):
     """9.7.5.1 add, 9.7.5.2 sub of mixed precision."""
-    pairs = list(itertools.product(samples(kind), samples("f32")))
+    pairs = list(itertools.product(floats(kind), floats("f32")))
     x, y = map(list, zip(*pairs, strict=True))
     want = [exact.bits(FUNCTIONS[name](exact.value(a, kind), exact.value(b, "f32")), "f32") for a, b in pairs]
     assert apply(f"{name}.rn.f32.{kind}", [(16, x), (32, y)], 32) == want
@@ -106,12 +59,7 @@ def test_a_half_and_a_single(name, kind):
 def test_packed_pairs_are_two_numbers(kind):
     """9.7.3.3 add.f32x2 and its kin, 9.7.4 for f16x2 and bf16x2: low half and high half apart."""
     bits, packed = BITS[kind], f"{kind}x2"
-    cases = triples(kind, kind)[:1024]
-    low, high = cases[0::2], cases[1::2]
-    joined = [
-        [a | b << bits for a, b in zip(lo, hi, strict=True)]
-        for lo, hi in zip(zip(*low, strict=True), zip(*high, strict=True), strict=True)
-    ]
+    low, high, joined = packed_triples(kind)
 
     def want(function, count: int) -> list[int]:
         one = [
@@ -145,7 +93,7 @@ def test_minimum_and_maximum(name, kind):
             return b if nans[0] else a
         return min(a, b, key=order) if name == "min" else max(a, b, key=order)
 
-    pairs = list(itertools.product(samples(kind), samples(kind)))
+    pairs = list(itertools.product(floats(kind), floats(kind)))
     x, y = map(list, zip(*pairs, strict=True))
     columns = [(BITS[kind], x), (BITS[kind], y)]
     assert apply(f"{name}.{kind}", columns, BITS[kind]) == [pick(a, b, False) for a, b in pairs]
@@ -163,7 +111,7 @@ def test_flushed_arithmetic():
         return bits & 1 << 31 if bits & 0x7F800000 == 0 else bits
 
     near = [0x00800000, 0x00800001, 0x80C00000, 0x00FFFFFF, 0x3F000000]  # whose sums and products are subnormal
-    some = [*samples("f32", 8), *near]
+    some = [*floats("f32", 8), *near]
     x, y = map(list, zip(*itertools.product(some, some), strict=True))
     z = x[7:] + x[:7]
     p, q, r = ([exact.value(flushed_bits(a), "f32") for a in side] for side in (x, y, z))
@@ -176,7 +124,7 @@ def test_flushed_arithmetic():
 
 def test_sign_bits():
     """9.7.3.10 neg, 9.7.3.9 abs."""
-    x = samples("f32")
+    x = floats("f32")
     assert apply("neg.f32", [(32, x)], 32) == [a ^ 1 << 31 for a in x]
     assert apply("abs.f32", [(32, x)], 32) == [a & ~(1 << 31) for a in x]
 
@@ -216,7 +164,7 @@ def close(got: list[int], want: list[float], ulps: int) -> None:
 def test_powers_of_two(ftz):
     """9.7.3.19 ex2.approx: 2 ulp; .ftz flushes subnormal arguments and results."""
     x = [
-        *samples("f32"),
+        *floats("f32"),
         exact.bits(-126.5, "f32"),
         exact.bits(-149.0, "f32"),
         exact.bits(127.99, "f32"),
@@ -227,22 +175,50 @@ def test_powers_of_two(ftz):
     close(apply("ex2.approx.ftz.f32" if ftz else "ex2.approx.f32", [(32, x)], 32), want, 2)
 
 
-def test_reciprocal_roots():
-    """9.7.3.16 rsqrt.approx: 2^-22.9 relative error."""
-    x = samples("f32")
-    want = [flushed(reciprocal_root(flushed(value_of(a)))) for a in x]
-    close(apply("rsqrt.approx.ftz.f32", [(32, x)], 32), want, 2)
+def root(x: float) -> float:
+    return math.nan if math.isnan(x) or x < 0 else math.sqrt(x)
+
+
+def reciprocal(x: float) -> float:
+    return math.copysign(math.inf, x) if x == 0 else 1 / x
+
+
+def binary_logarithm(x: float) -> float:
+    if math.isnan(x) or x < 0:
+        return math.nan
+    return -math.inf if x == 0 else math.log2(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "ulps"), [("rsqrt", reciprocal_root, 2), ("sqrt", root, 2), ("rcp", reciprocal, 1)]
+)
+def test_roots_and_reciprocals(name, function, ulps):
+    """9.7.3.16 rsqrt.approx: 2^-22.9 relative error, 9.7.3.14 sqrt.approx: 2^-23, 9.7.3.13 rcp.approx: 1 ulp."""
+    x = floats("f32", 500)
+    want = [flushed(function(flushed(value_of(a)))) for a in x]
+    close(apply(f"{name}.approx.ftz.f32", [(32, x)], 32), want, ulps)
+
+
+def test_binary_logarithms():
+    """9.7.3.18 lg2.approx: 2^-22, relative away from 1 and absolute between a half and 2."""
+    x = [a for a in floats("f32", 500) if not 0x3F000000 <= a <= 0x40000000]
+    close(apply("lg2.approx.f32", [(32, x)], 32), [binary_logarithm(value_of(a)) for a in x], 4)
+    near = [0x3F000000 + i * 104729 for i in range(160)]
+    for got, a in zip(apply("lg2.approx.f32", [(32, near)], 32), near, strict=True):
+        assert abs(value_of(got) - math.log2(value_of(a))) <= 2**-22
 
 
 @pytest.mark.parametrize("form", ["div.full.f32", "div.approx.f32", "div.rn.f32"])
 def test_division(form):
-    """9.7.3.8 div: div.full and div.approx within 2 ulp, div.rn rounded."""
-    pairs = list(itertools.product(samples("f32"), samples("f32")))
+    """9.7.3.8 div: div.full and div.approx within 2 ulp, the latter up to denominators of 2^126; div.rn rounded."""
+    pairs = list(itertools.product(floats("f32"), floats("f32")))
     x, y = map(list, zip(*pairs, strict=True))
 
     def quotient(a: int, b: int) -> float:
         p, q = exact.value(a, "f32"), exact.value(b, "f32")
         sign = -1.0 if exact.negative(p) != exact.negative(q) else 1.0
+        if form == "div.approx.f32" and not exact.is_special(q) and abs(q) > 2**126:
+            q = math.inf if q > 0 else -math.inf  # the ISA: NaN if the numerator is infinite, else 0
         if exact.is_special(p, q) or q == 0:
             both = math.isnan(float(p)) or math.isnan(float(q)) or (p == 0 and q == 0)
             both = both or (math.isinf(float(p)) and math.isinf(float(q)))
@@ -255,22 +231,12 @@ def test_division(form):
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
 def test_conversion_between_floats(kind):
     """9.7.9.21 cvt: to nearest even, NaN canonical; widening is exact."""
-    wide = samples("f32", 1000)
-    chance = random.Random(3)
-    # Ties between two halves, and their neighbours.
-    fraction = 23 - exact.FORMATS[kind][0]
-    wide += [
-        (0x3F800000 + (chance.randrange(1 << 10) << fraction) + (1 << (fraction - 1)) + d)
-        for _ in range(100)
-        for d in (-1, 0, 1)
-    ]
+    wide = floats("f32", 1000) + near_ties(kind)
     want = [exact.bits(exact.value(a, "f32"), kind) for a in wide]
     assert apply(f"cvt.rn.{kind}.f32", [(32, wide)], 16) == want
     pairs = [hi << 16 | lo for hi, lo in zip(want, reversed(want), strict=True)]
     assert apply(f"cvt.rn.{kind}x2.f32", [(32, wide), (32, wide[::-1])], 32) == pairs
-    halves = [
-        a for a in samples(kind, 500) if exact.value(a, kind) == exact.value(a, kind)
-    ]  # NaN: the ISA does not say
+    halves = [a for a in floats(kind, 500) if not is_nan(a, kind)]  # of NaN the ISA does not say
     assert apply(f"cvt.f32.{kind}", [(16, halves)], 32) == [exact.bits(exact.value(a, kind), "f32") for a in halves]
 
 
@@ -300,7 +266,7 @@ def test_conversion_from_integers_rounds():
 @pytest.mark.parametrize("kind", ["f32", "bf16", "f16"])
 def test_comparison_with_nan(kind):
     """9.7.6.2 setp: ordered comparisons with NaN are false, unordered ones true; zeros are equal."""
-    pairs = list(itertools.product(samples(kind, 8), samples(kind, 8)))
+    pairs = list(itertools.product(floats(kind, 8), floats(kind, 8)))
     x, y = (np.array(side) for side in zip(*pairs, strict=True))
     threads = -(-len(pairs) // 32) * 32
     register = REGISTER[BITS[kind]]
@@ -321,6 +287,6 @@ def test_comparison_with_nan(kind):
 
 def test_bfloat16_rounding_agrees_with_the_statement():
     """The helper that the rest of the suite uses for bfloat16."""
-    x = samples("f32", 5000)
+    x = floats("f32", 5000)
     got = round_to_bfloat16(np.array(x, np.uint32).view(np.float32))
     assert got.tolist() == [exact.bits(exact.value(a, "f32"), "bf16") for a in x]

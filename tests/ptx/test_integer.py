@@ -3,42 +3,11 @@
 import itertools
 import operator
 
-import numpy as np
 import pytest
 
 from tests.ptx import snippet
 from tests.ptx.errors import UnknownInstruction
-
-EDGES = {
-    16: (0, 1, 2, 3, 7, 15, 16, 0x7FFF, 0x8000, 0x8001, 0xFFFE, 0xFFFF, 0x1234, 0x00FF, 0xFF00, 0x5555),
-    32: (0, 1, 2, 3, 31, 32, 33, 0x7FFFFFFF, 0x80000000, 0x80000001, 0xFFFFFFFE, 0xFFFFFFFF, 0x12345678, 0xFF0000FF),
-    64: (0, 1, 2, 63, 64, 1 << 31, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, 0x123456789ABCDEF0, 10**18),
-}
-REGISTER = {1: "%p", 16: "%rs", 32: "%r", 64: "%rd"}
-PAIRS = {bits: list(itertools.product(edges, edges)) for bits, edges in EDGES.items()}
-
-
-def signed(x: int, bits: int) -> int:
-    return x - (1 << bits) if x >> (bits - 1) & 1 else x
-
-
-def number(x: int, kind: str) -> int:
-    bits = int(kind[1:])
-    return signed(x, bits) if kind[0] == "s" else x
-
-
-def apply(form: str, columns: list[tuple[int, list[int]]], result_bits: int) -> list[int]:
-    """The instruction on many inputs, one for each thread. ``columns``: bits and values of each source."""
-    count = len(columns[0][1])
-    threads = -(-count // 32) * 32
-    names = [f"{REGISTER[bits]}{i + 10}" for i, (bits, _) in enumerate(columns)]
-    registers = {
-        name: np.array(values + values[:1] * (threads - count), np.uint64)
-        for name, (_, values) in zip(names, columns, strict=True)
-    }
-    result = f"{REGISTER[result_bits]}1"
-    out = snippet.run(f"{form} {result}, {', '.join(names)};", registers, threads=threads)
-    return [int(x) for x in out[result][:count]]
+from tests.ptx.samples import EDGES, PAIRS, apply, number, signed
 
 
 def truncated_division(x: int, y: int) -> int:

@@ -1,9 +1,10 @@
 """Runs cases for one GPU, which need not be present, and compares them with their references.
 
-    python -m tests.ptx.worker sm_90 attention [--slow] [--only REGEX] [--seeds 0 1 2]
+    python -m tests.ptx.worker sm_90 attention [--slow] [--only REGEX] [--seeds 0 1 2] [--done FILE]
 
 Runs in a process of its own, because the interpreter replaces the compiler for a whole process. One JSON object per
-case on the standard output: case, seconds, kernels, steps; or: case, seed, error. Seed 0 runs programs in order.
+case on the standard output: case, seconds, kernels, steps, instructions; or: case, seed, error. Seed 0 runs programs in
+order. Cases of which FILE has such an object without an error are not run again.
 """
 
 import argparse
@@ -12,6 +13,8 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +22,9 @@ import torch
 import orthorank_kernels
 from orthorank_kernels import dispatch
 from tests.kernels.tools import assert_within_budget, poisoned_outputs
-from tests.ptx.cases import CASES, Case
-from tests.ptx.launchers import Settings, run_instead_of_launch
+from tests.ptx.case import Case
+from tests.ptx.cases import CASES
+from tests.ptx.launchers import Settings, program_of, run_instead_of_launch
 
 RESIDENT = 3
 
@@ -50,11 +54,24 @@ def in_float64() -> Iterator[None]:
         dispatch.run = plain
 
 
+@contextlib.contextmanager
+def forced(case: Case) -> Iterator[None]:
+    """Inside, the attention launcher has the constants that the case asks for."""
+    from orthorank_kernels.triton import attention_launch
+
+    before = {name: getattr(attention_launch, name) for name in case.forced}
+    vars(attention_launch).update(case.forced)
+    try:
+        yield
+    finally:
+        vars(attention_launch).update(before)
+
+
 def call(case: Case, backend: str, exact: bool = False) -> list[torch.Tensor]:
     """What the case's op gives; ``exact``: in float64."""
     arguments = case.arguments(case.dtype)
     arguments = {n: v.clone() if n == case.writes else v for n, v in arguments.items()}
-    with poisoned_outputs(), in_float64() if exact else contextlib.nullcontext():
+    with poisoned_outputs(), forced(case), in_float64() if exact else contextlib.nullcontext():
         result = getattr(orthorank_kernels, case.op)(**arguments, backend=backend)
     if case.writes:
         result = arguments[case.writes]
@@ -87,7 +104,14 @@ def run_case(case: Case, settings: Settings, seeds: list[int]) -> dict[str, Any]
         "seconds": round(time.perf_counter() - began, 2),
         "kernels": sorted({launch.name for launch in settings.launches}),
         "steps": sum(launch.steps for launch in settings.launches),
+        "instructions": sorted({form for launch in settings.launches for form in forms(launch.ptx)}),
     }
+
+
+@lru_cache
+def forms(ptx: str) -> frozenset[str]:
+    """The instruction forms of a kernel: its opcodes."""
+    return frozenset(".".join(instruction.opcode) for instruction in program_of(ptx).kernel.instructions)
 
 
 def main() -> None:
@@ -97,10 +121,15 @@ def main() -> None:
     parser.add_argument("--slow", action="store_true", help="the cases marked slow instead of the others")
     parser.add_argument("--only", default="", help="cases whose title matches this expression")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--done", type=Path, help="a file of results: what is in it is not run again")
     options = parser.parse_args()
+    done = set()
+    if options.done and options.done.exists():
+        results = map(json.loads, options.done.read_text().splitlines())
+        done = {result["case"] for result in results if "error" not in result}
     settings = prepare(options.target)
     for case in CASES:
-        chosen = case.group == options.group and case.slow == options.slow
+        chosen = case.group == options.group and case.slow == options.slow and case.title not in done
         if chosen and re.search(options.only, case.title):
             print(json.dumps(run_case(case, settings, options.seeds)), flush=True)
 
