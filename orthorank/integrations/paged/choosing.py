@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from orthorank.errors import OrthoRankError
 from orthorank.integrations.paged.steps import Step
 from orthorank_kernels import select_tokens
 
@@ -28,7 +29,16 @@ def choose_share(step: Step, ranks: Tensor, ratio: float) -> Chosen:
 
     Args:
         ranks: float32 ``[tokens or more]``; written to: the forced rows get -inf.
+
+    Raises:
+        OrthoRankError: the step was made for other ratios.
     """
+    if ratio not in step.counts:
+        known = ", ".join(map(str, step.counts)) or "none"
+        raise OrthoRankError(
+            f"a layer selects with the keep ratio {ratio}; this step was made for {known}: make it with the layer's "
+            "plan, and run layers with ratio 0 or 1 without selection"
+        )
     picked = select_tokens(
         _forced(step, ranks),
         step.counts[ratio],

@@ -50,15 +50,16 @@ class SinkBank:
         Raises:
             OrthoRankError: more different tokens than the bank holds.
         """
-        wanted = set(tokens)
+        wanted = dict.fromkeys(tokens)  # in their order, which is the same on every rank
         if len(wanted) > self._capacity:
             raise OrthoRankError(
                 f"a step has {len(wanted)} different first tokens and the bank of sinks holds {self._capacity}; give "
                 "it the largest number of requests of a step as its capacity"
             )
-        for token in wanted & self._slot_of.keys():
-            self._slot_of.move_to_end(token)  # nothing of this step makes room for another of it
-        for token in dict.fromkeys(tokens):
+        for token in wanted:
+            if token in self._slot_of:
+                self._slot_of.move_to_end(token)  # nothing of this step makes room for another of it
+        for token in wanted:
             if token not in self._slot_of:
                 self._add(token)
         return [self._slot_of[token] for token in tokens]

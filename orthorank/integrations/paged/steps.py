@@ -12,7 +12,7 @@ Every number comes from the lengths of prompts and caches, so no layer waits for
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +23,8 @@ from orthorank_kernels import keep_count
 
 if TYPE_CHECKING:
     from orthorank.config import OrthoRankConfig
+
+ALIGNED = 4  # int32 in 16 bytes
 
 
 @dataclass(frozen=True)
@@ -185,8 +187,16 @@ def make_step(
 
 
 def _on_device(lists: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
-    """int32 tensors of the lists, brought to the device together."""
-    flat = torch.from_numpy(np.concatenate([np.asarray(values, dtype=np.int32) for values in lists]))
+    """int32 tensors of the lists, brought to the device together.
+
+    Each begins at 16 bytes: Triton compiles a kernel anew for every mixture of pointers that do and do not.
+    """
+    ends = list(accumulate((-(-len(values) // ALIGNED) * ALIGNED for values in lists), initial=0))
+    flat = np.zeros(ends[-1], dtype=np.int32)
+    for begin, values in zip(ends[:-1], lists, strict=True):
+        flat[begin : begin + len(values)] = np.asarray(values, dtype=np.int32)  # which does not wrap around
+    sent = torch.from_numpy(flat)
     if device.type != "cpu":
-        flat = flat.pin_memory()
-    return list(flat.to(device, non_blocking=True).split([len(values) for values in lists]))
+        sent = sent.pin_memory()
+    sent = sent.to(device, non_blocking=True)
+    return [sent.narrow(0, begin, len(values)) for begin, values in zip(ends[:-1], lists, strict=True)]

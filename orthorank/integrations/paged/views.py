@@ -23,7 +23,7 @@ def split_last(cache: Tensor, head_dim: int, fp8: torch.dtype | None = None) -> 
         Keys and values ``[blocks, block_size, kv_heads, head_dim]``.
 
     Raises:
-        OrthoRankError: the cache has another shape, such as one with scales behind the values.
+        OrthoRankError: the cache has another shape, such as one with scales behind the values, or not 8 bits.
 
     Example:
         >>> keys, values = split_last(torch.zeros(10, 2, 16, 128), 64)
@@ -35,9 +35,7 @@ def split_last(cache: Tensor, head_dim: int, fp8: torch.dtype | None = None) -> 
             f"the cache has shape {list(cache.shape)}; with {head_dim} channels a head it must be "
             f"[blocks, kv_heads, block_size, {2 * head_dim}]"
         )
-    if fp8 is not None:
-        cache = cache.view(fp8)
-    keys, values = cache.transpose(1, 2).split(head_dim, dim=-1)
+    keys, values = _as_fp8(cache, fp8).transpose(1, 2).split(head_dim, dim=-1)
     return keys, values
 
 
@@ -52,7 +50,7 @@ def unbind(cache: Tensor, fp8: torch.dtype | None = None) -> tuple[Tensor, Tenso
         Keys and values ``[blocks, block_size, kv_heads, head_dim]``.
 
     Raises:
-        OrthoRankError: neither the first nor the second axis is 2, or both are.
+        OrthoRankError: neither the first nor the second axis is 2, or both are; or the cache has not 8 bits.
 
     Example:
         >>> unbind(torch.zeros(10, 2, 16, 4, 64))[1].shape
@@ -64,9 +62,7 @@ def unbind(cache: Tensor, fp8: torch.dtype | None = None) -> tuple[Tensor, Tenso
             f"the cache has shape {list(cache.shape)}; it must be [2, blocks, block_size, kv_heads, head_dim] or "
             "[blocks, 2, block_size, kv_heads, head_dim]; pass keys and values themselves where that is ambiguous"
         )
-    if fp8 is not None:
-        cache = cache.view(fp8)
-    keys, values = cache.unbind(pairs[0])
+    keys, values = _as_fp8(cache, fp8).unbind(pairs[0])
     return keys, values
 
 
@@ -80,16 +76,30 @@ def pages_of_slots(keys: Tensor, values: Tensor, page_size: int) -> tuple[Tensor
         Keys and values ``[pages, page_size, kv_heads, head_dim]``.
 
     Raises:
-        OrthoRankError: the slots are no whole pages.
+        OrthoRankError: the slots are no whole pages, or the buffers have other shapes.
 
     Example:
         >>> slots = torch.zeros(64, 2, 8)
         >>> pages_of_slots(slots, slots, 16)[0].shape
         torch.Size([4, 16, 2, 8])
     """
+    if keys.dim() != 3:
+        raise OrthoRankError(f"keys has shape {list(keys.shape)}; it must be [slots, kv_heads, head_dim]")
+    if values.shape != keys.shape:
+        raise OrthoRankError(f"values has shape {list(values.shape)}; it must be that of keys, {list(keys.shape)}")
     if page_size < 1 or keys.shape[0] % page_size:
         raise OrthoRankError(f"page_size is {page_size}; it must divide the {keys.shape[0]} slots of the buffer")
     return (
         keys.unflatten(0, (-1, page_size)),
         values.unflatten(0, (-1, page_size)),
     )
+
+
+def _as_fp8(cache: Tensor, fp8: torch.dtype | None) -> Tensor:
+    """What the bytes of an 8-bit cache stand for."""
+    if fp8 is None:
+        return cache
+    if cache.element_size() != 1:
+        dtype = str(cache.dtype).removeprefix("torch.")
+        raise OrthoRankError(f"the cache has dtype {dtype}; an 8-bit cache has one of 8 bits: leave fp8 out")
+    return cache.view(fp8)
