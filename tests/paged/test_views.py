@@ -67,7 +67,7 @@ def attention(given: Case, keys: Tensor, values: Tensor, table: Tensor | None = 
         given.queries,
         keys,
         values,
-        torch.tensor(sum(SELECTED, [])).int(),
+        torch.tensor([position for request in SELECTED for position in request]).int(),
         torch.tensor([0, *map(len, SELECTED)]).cumsum(0).int(),
         table,
         torch.tensor(LENGTHS).int(),
