@@ -12,10 +12,14 @@ from orthorank.errors import OrthoRankError
 if TYPE_CHECKING:
     from rich.table import Table
 
+ENGINES = ("transformers", "vllm")
 PLANS = (
     "Plan to compare with the dense model, a file or folder; may be given several times. Default: the plans shipped "
     "for the model, OrthoRank's and layer pruning's."
 )
+ENGINE = "transformers, or vllm: prefill throughput and time to first token inside vLLM, one engine for each variant."
+VLLM_ARGS = "With --engine vllm: keyword arguments of vllm.LLM for all engines, a JSON object."
+DECODE = "Tokens decoded after the first one; 0: none. Default: 32; vllm: not measured."
 LENGTHS = "Prompt lengths among which the break-even is looked for, such as 128,512. Default: 64, 128, ... ; none: 0."
 
 
@@ -25,42 +29,52 @@ def command(
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Prompts processed together.")] = 1,
     rounds: Annotated[int, typer.Option(help="Timed runs of each variant.")] = 10,
-    decode_tokens: Annotated[int, typer.Option(help="Tokens decoded after the first one; 0: none.")] = 32,
+    decode_tokens: Annotated[int | None, typer.Option(help=DECODE, show_default=False)] = None,
     lengths: Annotated[str | None, typer.Option(help=LENGTHS)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of PyTorch on a CPU. Default: PyTorch's choice.")] = None,
+    engine: Annotated[str, typer.Option(help=ENGINE)] = "transformers",
+    vllm_args: Annotated[str | None, typer.Option(help=VLLM_ARGS)] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.csv.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> int:
     """Time prefill, first token and decoding of the dense model and of plans, in turn, and compare with FLOPs.
 
     Random prompts; every variant runs once a round, in a rotating order. Speed-ups are medians of the ratios within a
-    round; on a GPU times are CUDA events, on a CPU the wall clock.
+    round; on a GPU times are CUDA events, on a CPU and with vLLM the wall clock.
     """
     from rich.console import Console
 
+    from orthorank.commands import bench_vllm
     from orthorank.commands.screen import RichScreen, numbers
     from orthorank.evaluation.bench import BenchSettings, run_bench
     from orthorank.evaluation.bench_results import results_of, write_results
     from orthorank.files import writable_folder
     from orthorank.models import load_model, locate
 
+    if engine not in ENGINES:
+        raise OrthoRankError(f"engine is {engine!r}; it may be {' or '.join(ENGINES)}")
     chosen = None if lengths is None else () if lengths.strip() == "0" else tuple(numbers("lengths", lengths) or ())
     settings = BenchSettings(
         prompt_tokens=prompt_tokens,
         batch_size=batch_size,
         rounds=rounds,
-        decode_tokens=decode_tokens,
+        decode_tokens=32 if decode_tokens is None else decode_tokens,
         lengths=chosen,
     )
     plans = _read(plan)
     folder = None if output is None else writable_folder(output)
-    _set_threads(threads)
     screen = RichScreen(Console(stderr=json))
+    if engine == "vllm":
+        _refuse_for_vllm(decode_tokens=decode_tokens, lengths=lengths, threads=threads, device=device)
+        return bench_vllm.run(screen, model, plans, settings, dtype, vllm_args, folder, as_json=json)
+    if vllm_args is not None:
+        raise OrthoRankError("vllm_args is for --engine vllm")
+    _set_threads(threads)
     with screen.progress(f"loading {locate(model).name}", 1):
         loaded, _, info = load_model(model, device, dtype)
-    variants: dict[str, Any] = {"dense": None} | (plans if plans is not None else _shipped(loaded))
+    variants: dict[str, Any] = {"dense": None} | (plans if plans is not None else shipped(loaded))
     total = 2 * settings.rounds + len(settings.lengths or ())
     done = 0
     with screen.progress("timing", total) as advance:
@@ -81,6 +95,19 @@ def command(
     return 0
 
 
+def _refuse_for_vllm(**options: Any) -> None:
+    """Options that vLLM's engine leaves no choice in, or that are not measured there."""
+    remedies = {
+        "decode_tokens": "generated tokens pass all layers there, so only the prefill is measured",
+        "lengths": "one length is measured, that of --prompt-tokens",
+        "threads": "vLLM binds threads by VLLM_CPU_OMP_THREADS_BIND",
+        "device": "vLLM chooses it; hide others with CUDA_VISIBLE_DEVICES",
+    }
+    for name, value in options.items():
+        if value not in (None, "auto"):
+            raise OrthoRankError(f"--{name.replace('_', '-')} is not for --engine vllm: {remedies[name]}; leave it out")
+
+
 def _read(paths: list[str] | None) -> dict[str, Any] | None:
     from orthorank.config import OrthoRankConfig
     from orthorank.evaluation.bench import variant_names
@@ -92,7 +119,8 @@ def _read(paths: list[str] | None) -> dict[str, Any] | None:
     return dict(zip(variant_names(plans), plans, strict=True))
 
 
-def _shipped(model: Any) -> dict[str, Any]:
+def shipped(model: Any) -> dict[str, Any]:
+    """The plans that come with the package for ``model`` (anything with its ``config``), by what they are."""
     from orthorank.plans import default_plan
 
     try:

@@ -40,7 +40,7 @@ def command(
     """
     from orthorank.config import OrthoRankConfig
     from orthorank.files import user_path
-    from orthorank.integrations.vllm.arguments import command_line, vllm_arguments
+    from orthorank.integrations.vllm.arguments import command_line, config_of, vllm_arguments
     from orthorank.integrations.vllm.serving import Serving
 
     serving = Serving(
@@ -50,6 +50,7 @@ def command(
         attention=attention,
         scores=scores,
     )
-    arguments = vllm_arguments(serving, model, prefix_caching=prefix_caching, block_size=block_size)
+    config = None if model is None else config_of(model)
+    arguments = vllm_arguments(serving, config, prefix_caching=prefix_caching, block_size=block_size)
     print(json.dumps(arguments, indent=2) if python else command_line(arguments))
     return 0

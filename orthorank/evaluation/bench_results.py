@@ -55,7 +55,7 @@ def _row(name: str, plan: OrthoRankConfig | None, model: "PreTrainedModel", repo
         "name": name,
         "layers": 0 if plan is None else len(plan.layers),
         "nominal_sparsity": 0.0 if plan is None else plan.nominal_sparsity(model.config.num_hidden_layers),
-        "flop_speedup": _flop_speedup(model, plan, report.settings.prompt_tokens),
+        "flop_speedup": flop_speedup_of(model.config, plan, report.settings.prompt_tokens),
         "prefill_speedup": prefill.speedup,
         "prefill_speedup_spread": prefill.speedup_spread,
         "prefill_seconds": prefill.median,
@@ -71,12 +71,13 @@ def _row(name: str, plan: OrthoRankConfig | None, model: "PreTrainedModel", repo
     }
 
 
-def _flop_speedup(model: "PreTrainedModel", plan: OrthoRankConfig | None, tokens: int) -> float | None:
+def flop_speedup_of(config: Any, plan: OrthoRankConfig | None, tokens: int) -> float | None:
+    """What the FLOPs left out alone would give with prompts of ``tokens``; None where they cannot be counted."""
     from orthorank.evaluation.flops import flop_speedup
 
     if plan is None:
         return 1.0
     try:
-        return flop_speedup(model.config, tokens, plan.layers, plan.ratios)
+        return flop_speedup(config, tokens, plan.layers, plan.ratios)
     except OrthoRankError:  # a kind of model whose FLOPs are not counted
         return None

@@ -11,7 +11,7 @@ import pytest
 from orthorank import OrthoRankConfig
 from orthorank.cli import main
 from orthorank.errors import OrthoRankError
-from orthorank.integrations.vllm.arguments import command_line, vllm_arguments
+from orthorank.integrations.vllm.arguments import command_line, config_of
 from orthorank.integrations.vllm.checks import plan_obstacles
 from orthorank.integrations.vllm.serving import Serving
 
@@ -149,7 +149,7 @@ def test_other_refusals(
 def test_a_folder_with_another_file(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(OrthoRankError, match=r"config\.json"):
-        vllm_arguments(Serving(OrthoRankConfig(layers=[2])), tmp_path)
+        config_of(tmp_path)
 
 
 def test_true_is_an_option_without_no() -> None:

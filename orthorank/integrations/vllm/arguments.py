@@ -18,13 +18,14 @@ LEAST_STEP = 2048  # the smallest of vLLM's defaults for --max-num-batched-token
 
 
 def vllm_arguments(
-    serving: Serving, model: Path | None = None, *, prefix_caching: bool = True, block_size: int | None = None
+    serving: Serving, config: Any = None, *, prefix_caching: bool = True, block_size: int | None = None
 ) -> dict[str, Any]:
     """Keyword arguments of `vllm.LLM`, beside the model, with which it serves a plan.
 
     Args:
         serving: the plan, and how to serve it.
-        model: folder of the checkpoint, against which the plan is checked. None: the plan says the model's type.
+        config: the model's configuration (see `config_of`), against which the plan is checked. None: the plan says
+            the model's type.
         prefix_caching: whether requests may use blocks of earlier ones, where the plan's way to select allows it.
         block_size: tokens of a block of the cache. None: vLLM's choice, or what the plan's windows need.
 
@@ -40,8 +41,29 @@ def vllm_arguments(
     """
     for obstacle in plan_obstacles(serving):
         raise OrthoRankError(obstacle)
-    overrides = {"architectures": [_architecture(serving, model)], "orthorank": serving.to_dict()}
+    overrides = {"architectures": [_architecture(serving, config)], "orthorank": serving.to_dict()}
     return {"hf_overrides": overrides} | _settings(serving, prefix_caching, block_size)
+
+
+def config_of(model: Path) -> SimpleNamespace:
+    """``config.json`` in the folder of a checkpoint, as far as plans are checked against it.
+
+    Raises:
+        OrthoRankError: there is none, or it is that of something else.
+    """
+    file = user_path("model", model) / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OrthoRankError(
+            f"model is {str(model)!r}, and {file} cannot be read: {error.strerror}; name the folder of a checkpoint"
+        ) from error
+    except ValueError as error:
+        raise OrthoRankError(f"{file} is not a JSON file: {error}") from error
+    needed = ("model_type", "num_hidden_layers", "hidden_size")
+    if not isinstance(config, dict) or any(name not in config for name in needed):
+        raise OrthoRankError(f"{file} lacks one of {', '.join(needed)}: no model that OrthoRank serves has such a file")
+    return SimpleNamespace(**config)
 
 
 def command_line(arguments: dict[str, Any]) -> str:
@@ -97,9 +119,8 @@ def _positive(block_size: int) -> int:
     return block_size
 
 
-def _architecture(serving: Serving, model: Path | None) -> str:
-    if model is not None:
-        config = _config_of(model)
+def _architecture(serving: Serving, config: Any) -> str:
+    if config is not None:
         for obstacle in _model_obstacles(serving, SimpleNamespace(model_config=SimpleNamespace(hf_config=config))):
             raise OrthoRankError(obstacle)
         return ARCHITECTURES[config.model_type]
@@ -111,20 +132,3 @@ def _architecture(serving: Serving, model: Path | None) -> str:
     if model_type not in ARCHITECTURES:
         raise OrthoRankError(f"the model's type is {model_type!r}; OrthoRank serves {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[model_type]
-
-
-def _config_of(model: Path) -> SimpleNamespace:
-    """``config.json`` of a checkpoint, as far as plans are checked against it."""
-    file = user_path("model", model) / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OrthoRankError(
-            f"model is {str(model)!r}, and {file} cannot be read: {error.strerror}; name the folder of a checkpoint"
-        ) from error
-    except ValueError as error:
-        raise OrthoRankError(f"{file} is not a JSON file: {error}") from error
-    needed = ("model_type", "num_hidden_layers", "hidden_size")
-    if not isinstance(config, dict) or any(name not in config for name in needed):
-        raise OrthoRankError(f"{file} lacks one of {', '.join(needed)}: no model that OrthoRank serves has such a file")
-    return SimpleNamespace(**config)

@@ -1,0 +1,148 @@
+"""``orthorank bench --engine vllm``: how fast the dense model and plans are inside vLLM."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from orthorank.errors import OrthoRankError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from orthorank.commands.screen import RichScreen
+    from orthorank.evaluation.bench import BenchSettings
+
+NEEDS_FOLDER = "vLLM loads folders with config.json and safetensors, and hub ids"
+
+
+def run(
+    screen: "RichScreen",
+    model: str | None,
+    plans: dict[str, Any] | None,
+    settings: "BenchSettings",
+    dtype: str | None,
+    vllm_args: str | None,
+    folder: Path | None,
+    *,
+    as_json: bool,
+) -> int:
+    """Measure, write and show; arguments are those of `orthorank.commands.bench.command`, read."""
+    from orthorank.commands.bench import shipped
+    from orthorank.evaluation.bench_results import write_results
+    from orthorank.evaluation.bench_vllm import check_installed, results_of, run_vllm_bench
+
+    check_installed()
+    arguments = _arguments(vllm_args, dtype)
+    path, config = _model(model)
+    variants: dict[str, Any] = {"dense": None} | (
+        plans if plans is not None else shipped(SimpleNamespace(config=config))
+    )
+    total = len(variants) + 2 * settings.rounds
+    done = 0
+    with screen.progress("timing", total) as advance:
+
+        def on_step(what: str, number: int, of: int) -> None:
+            nonlocal done
+            done += 1
+            advance(done, f"{what} {number} of {of}")
+
+        report = run_vllm_bench(path, config, variants, settings, arguments=arguments, on_step=on_step)
+    results = results_of(path, config, variants, report)
+    if folder is not None:
+        write_results(folder, results)
+    if as_json:
+        print(json.dumps(results, indent=2))
+        return 0
+    _show(screen, results, folder)
+    return 0
+
+
+def _arguments(words: str | None, dtype: str | None) -> dict[str, Any]:
+    from orthorank.models import DTYPES
+
+    if dtype is not None and dtype not in DTYPES:
+        raise OrthoRankError(f"dtype is {dtype!r}; it may be {', '.join(DTYPES)}")
+    try:
+        arguments = json.loads(words or "{}")
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise OrthoRankError(
+            f"""vllm_args is {words!r}; it must be a JSON object such as '{{"enforce_eager": true}}'"""
+        )
+    return ({} if dtype is None else {"dtype": dtype}) | arguments
+
+
+def _model(name: str | None) -> tuple[str, Any]:
+    """What vLLM is given, and the model's configuration."""
+    from transformers import AutoConfig
+
+    from orthorank.loading import quiet
+    from orthorank.models import locate
+
+    if name is None:
+        raise OrthoRankError(f"--engine vllm needs a model: {NEEDS_FOLDER}")
+    where = locate(name)
+    if where.gguf_file is not None:
+        raise OrthoRankError(
+            f"model {name!r} is a GGUF file, and {NEEDS_FOLDER}; save the model to a folder with transformers' "
+            "save_pretrained"
+        )
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(where.path)
+    except (OSError, ValueError) as error:
+        raise OrthoRankError(f"the configuration of model {name!r} cannot be read: {error}") from error
+    if where.source == "folder" and not any(Path(where.path).glob("*.safetensors")):
+        raise OrthoRankError(f"model {name!r} has no .safetensors file, and {NEEDS_FOLDER}")
+    return where.path, config.get_text_config()
+
+
+def _show(screen: "RichScreen", results: dict[str, Any], folder: Path | None) -> None:
+    from rich.padding import Padding
+
+    from orthorank.commands.screen import INDENT
+
+    bench, model = results["bench"], results["model"]
+    settings = bench["settings"]
+    threads = f", {bench['prefill']['threads']} threads" if model["device"] == "cpu" else ""
+    screen.heading(
+        f"{model['name']}: {model['dtype']} on {model['device']}{threads}, vLLM {bench['version']}, "
+        f"{bench['attention_backend']}, by {bench['prefill']['clock']}"
+    )
+    screen.say(
+        f"Prompts of {settings['batch_size']} x {settings['prompt_tokens']} random tokens, {settings['rounds']} rounds."
+    )
+    screen.console.print()
+    screen.console.print(Padding(_table(results), (0, 0, 1, INDENT)))
+    screen.say(
+        "nominal: share of token updates left out; FLOPs: the speed-up that they alone would give; then the measured "
+        "prefill of all prompts at once and time to the first token of one prompt, each with half of the range between "
+        "the quartiles of the speed-up."
+    )
+    if bench["remark"] is not None:
+        screen.say(bench["remark"])
+    if folder is not None:
+        screen.say(f"Results: {folder / 'bench.json'}, {folder / 'bench.csv'}")
+
+
+def _table(results: dict[str, Any]) -> "Table":
+    from rich.table import Table
+
+    drawn = Table(box=None, pad_edge=False, header_style="dim")
+    for number, name in enumerate(("", "nominal", "FLOPs", "prefill", "tok/s", "token 1", "ms", "attention")):
+        drawn.add_column(name, justify="left" if number in (0, 7) else "right", no_wrap=True)
+    for row in results["rows"]:
+        ideal = row["flop_speedup"]
+        drawn.add_row(
+            row["name"],
+            f"{100 * row['nominal_sparsity']:.0f} %",
+            "-" if ideal is None else f"{ideal:.2f}x",
+            f"{row['prefill_speedup']:.2f}x ± {row['prefill_speedup_spread']:.2f}",
+            f"{row['prefill_tokens_per_second']:,.0f}",
+            f"{row['first_token_speedup']:.2f}x ± {row['first_token_speedup_spread']:.2f}",
+            f"{1000 * row['first_token_seconds']:,.1f}",
+            row["attention"] or "-",
+        )
+    return drawn
