@@ -12,8 +12,13 @@ HALF, FLOAT, HALF16 = torch.bfloat16, torch.float32, torch.float16
 
 @dataclass(frozen=True)
 class Case:
-    """One call. ``writes``: the argument that the op changes, if it returns nothing; ``forced``: constants of the
-    attention launcher that are other ones in this call, for what would take tensors of gigabytes."""
+    """One call.
+
+    Args:
+        writes: the argument that the op changes, if it returns nothing.
+        forced: constants of the attention launcher that are other ones in this call, for what would take gigabytes.
+        settings: by op, launch settings that are other ones in this call: what large inputs bring about in small ones.
+    """
 
     group: str
     op: str
@@ -23,6 +28,7 @@ class Case:
     slow: bool = False
     writes: str | None = None
     forced: Mapping[str, int] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def title(self) -> str:

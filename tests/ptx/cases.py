@@ -48,6 +48,10 @@ def row_cases() -> Iterator[Case]:
             yield Case("rows", "gather_rows", name, dtype, lambda d, h=hidden: gather(d, h), slow)
             yield Case("rows", "gather_add_rms_norm", name, dtype, lambda d, h=hidden: gather_add(d, h), slow)
             yield Case("rows", "scatter_rows_", name, dtype, lambda d, h=hidden: scatter(d, h), slow, writes="out")
+    # As with many rows, of which a program takes several.
+    few = {"gather_add_rms_norm": {"few_rows": 1, "rows": 3}}
+    large = lambda d: gather_add(d, 4096)  # noqa: E731
+    yield Case("rows", "gather_add_rms_norm", "hidden 4096, several rows a program", HALF, large, settings=few)
     plain = lambda d: {**gather_add(d, 64), "weight": None}  # noqa: E731
     unnormed = lambda d: {**plain(d), "norm": "identity"}  # noqa: E731
     for dtype in (HALF, HALF16, FLOAT):
@@ -101,6 +105,10 @@ def score_cases() -> Iterator[Case]:
                 ends = {"lengths": ints(5, 3)} if name == "padded" else {}
                 fused = lambda d, h=hidden, t=tokens, m=more, e=ends: {**score(d, h, t, **m), "k": 3, **e}  # noqa: E731
                 yield Case("scores", "rms_norm_select", name, dtype, fused, slow)
+    few = {"rms_norm_score": {"enough_programs": 4}}
+    for op, chosen in (("rms_norm_score", {}), ("rms_norm_select", {"k": 3})):
+        arguments = lambda d, k=chosen: score(d, 200, 5, **own_sink, **k)  # noqa: E731
+        yield Case("scores", op, "own sink, several rows a program", HALF, arguments, settings=few)
     long = lambda d: {**score(d, 16, 2100), "k": 700}  # noqa: E731
     yield Case("scores", "rms_norm_select", "2100 tokens", HALF, long, slow=True)
 
@@ -149,6 +157,13 @@ def selection_cases() -> Iterator[Case]:
     yield from threshold_and_packed_cases(special)
 
 
+def many_sequences() -> dict[str, Any]:
+    """101 tokens of 258 sequences, most of them empty: more than are looked at in one step."""
+    ends = torch.linspace(0, 101, 259).int()
+    k = (ends.diff() > 0).int()
+    return {"k": k, "max_selected": 101, "cu_seqlens": ends, "keep_last": 1}
+
+
 def threshold_and_packed_cases(special: Tensor) -> Iterator[Case]:
     """``special``: two rows of 101 scores. Packed, they are five sequences, two of them empty."""
     split = {"cu_seqlens": ints(0, 0, 40, 41, 101, 101), "keep_last": 1}
@@ -158,6 +173,7 @@ def threshold_and_packed_cases(special: Tensor) -> Iterator[Case]:
         ("packed", special[0], {"k": ints(3, 13, 0, 99, 4), "max_selected": 64, **split}, False),
         ("packed, threshold", special[1], {"threshold": torch.tensor([0.0, 0.5, 1.0, -0.5, 0.0]), **later}, False),
         ("packed, k in later chunks", special[1], {"k": 5, **later}, True),
+        ("packed, 258 sequences", special[0], many_sequences(), True),
         ("packed, small room", special[1], {"threshold": 0.5, "max_selected": 20, **split}, True),
     ):
         arguments = lambda d, s=scores, m=more: {"scores": s, **m}  # noqa: E731

@@ -72,17 +72,18 @@ def paged(
     dim: int = 64,
     float8: str = "",
     slack: int = 0,
+    selected: tuple[int, ...] = (5, 2),
     **more: Any,
 ) -> dict[str, Any]:
     """Pages in any order. ``float8``: format of the cache; ``slack``: tokens between the pages of the values alone."""
-    selected, pages = (5, 2), [-(-n // page) for n in keys]
+    pages = [-(-n // page) for n in keys]
     k = random(sum(pages), page, 2, dim, dtype=dtype, seed=1)
     v = random(sum(pages), page + slack, 2, dim, dtype=dtype, seed=2)[:, :page]
     if float8:
         k, v = k.to(FLOAT8[float8]), v.to(FLOAT8[float8])
         more |= {"k_scale": torch.tensor([0.7]), "v_scale": torch.tensor([1.5, 0.3])}
     order = torch.randperm(sum(pages), generator=torch.Generator().manual_seed(3)).int()
-    table = torch.zeros(2, max(pages), dtype=torch.int32)
+    table = torch.zeros(len(keys), max(pages), dtype=torch.int32)
     for row, numbers in enumerate(order.split(pages)):
         table[row, : len(numbers)] = numbers
     return {
@@ -114,6 +115,12 @@ def default_cases() -> Iterator[Case]:
     yield case("", "dim 64, one tile", HALF, batched, False, **tile)
     yield case("", "dim 128, window and padding", HALF16, batched, False, dim=128, selected=9, keys=150, **window)
     yield case("", "dim 64", FLOAT, batched, dim=64, selected=5, keys=20, group=1)
+    # The same kernels with longer loops.
+    tile = {"dim": 64, "selected": 4, "keys": 1400, "positions": ints([1100, 1350, 1399, -1])}
+    yield case("", "dim 64, one tile, more keys", HALF, batched, **tile)
+    window = {"window": 400, "starts": ints(9)}
+    name = "dim 128, window and padding, more keys"
+    yield case("", name, HALF16, batched, dim=128, selected=9, keys=700, **window)
 
 
 def tile_cases() -> Iterator[Case]:
@@ -163,6 +170,8 @@ def split_cases() -> Iterator[Case]:
 def page_cases() -> Iterator[Case]:
     """Pages larger than a block of keys have code of their own; so have fp8 caches, and two that are laid out apart."""
     yield case("_paged", "e5m2", HALF, paged, False, float8="e5m2")
+    many = {"keys": (500, *[3] * 257), "selected": (5, *[1] * 257), "max_seqlen_k": 500}
+    yield case("_paged", "e5m2, 258 sequences", HALF, paged, float8="e5m2", **many)
     for dtype in (HALF, HALF16, FLOAT):
         if dtype != HALF:
             yield case("_paged", "e5m2", dtype, paged, float8="e5m2")

@@ -23,12 +23,14 @@ SWIZZLE_BYTES = (0, 32, 64, 128)  # by Triton's number for it
 
 @dataclass
 class Settings:
-    """How kernels run. ``edit`` may return another program instead of the one compiled: to break it on purpose."""
+    """How kernels run. ``edit`` may return another program instead of the one compiled: to break it on purpose;
+    ``only_compile``: none runs, and results hold nothing."""
 
     seed: int | None = None
     resident: int = 1
     trace: Trace | None = None
     edit: Callable[[str], Program] | None = None
+    only_compile: bool = False
     launches: list["Launch"] = field(default_factory=list)
 
 
@@ -84,6 +86,9 @@ def run_instead_of_launch(target: str) -> Settings:
         if callable(grid):
             grid = grid(values)
         ptx = kernel.asm["ptx"]
+        if settings.only_compile:
+            settings.launches.append(Launch(self.fn.__name__, ptx, 0, tuple(grid)))
+            return kernel
         program = settings.edit(ptx) if settings.edit else program_of(ptx)
         memory = GlobalMemory()
         steps = launch(

@@ -168,6 +168,11 @@ def run_here(probe: Probe, seed: int | None = None, base: int = 0) -> list[np.nd
     return [*(output[: probe.count] for output in outputs), *shared[1:]]
 
 
+def forms_in(probe: Probe) -> set[str]:
+    """The instruction forms of the whole kernel, those of the harness among them."""
+    return {".".join(i.opcode) for i in Program(module([probe], "sm_90a")).kernel.instructions}
+
+
 def distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Units in the last place between float32 bits; two NaN are 0 apart, zeros of other signs and NaN alone 2^32."""
     key = [np.where(b >> 31, -(b & 0x7FFFFFFF).astype(np.int64), b.astype(np.int64)) for b in (x, y)]

@@ -53,7 +53,7 @@ def barrier_probes() -> Iterator[Probe]:
 def wgmma_probes() -> Iterator[Probe]:
     """A is 64 x 16 at byte 0, B 16 x N behind it; both K-major, or B N-major (transposed)."""
     for kind in ("f16", "bf16"):
-        for columns in (32, 64, 128):
+        for columns in (32, 64, 128, 256):
             for transposed in (0, 1) if columns == 64 else (0,):
                 a, b = small(64, 16), small(16, columns)
                 image = np.zeros((64 + max(columns, 64)) * 64, np.uint16)
@@ -89,19 +89,16 @@ ROOM = 65280  # bytes of shared memory: the address of tensor memory is near the
 
 def tensor_probes() -> Iterator[Probe]:
     image = np.zeros(ROOM // 2, np.uint16)
-    for shape, count, offset in (
-        ("32x32b", 32, ""),
-        ("16x32bx2", 16, ", 16"),
-        ("16x32bx2", 32, ", 32"),
-        ("16x32bx2", 64, ", 64"),
-    ):
+    shapes = [("32x32b", count, "") for count in (32, 64, 128)]
+    shapes += [("16x32bx2", count, f", {count}") for count in (8, 16, 32, 64)]
+    for shape, count, offset in shapes:
         given = {f"%r{100 + i}": np.arange(128, dtype=np.uint32) * 64 + i for i in range(count)}
         form = f"tcgen05.ld.sync.aligned.{shape}.x{count}.b32"
         at = f"[%r376 + 0]{offset}"
         store = f"{form.replace('.ld.', '.st.')} {at}, {registers(100, count)}; tcgen05.wait::st.sync.aligned;"
-        load = f"{form} {registers(200, count)}, {at}; tcgen05.wait::ld.sync.aligned;"
+        load = f"{form} {registers(230, count)}, {at}; tcgen05.wait::ld.sync.aligned;"
         body = f"{TID} {ALLOC} {store} bar.sync 0; {load} {FREE}"
-        yield Probe(form, body, given, names(200, count), ONLY_100, block=128, shared=image)
+        yield Probe(form, body, given, names(230, count), ONLY_100, block=128, shared=image)
     for kind in ("f16", "bf16"):
         for rows in (64, 128):
             yield tensor_product(kind, rows)

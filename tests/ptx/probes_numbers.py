@@ -60,9 +60,11 @@ def integer_probes() -> Iterator[Probe]:
         yield of(f"mad.lo.{kind}", width(kind), _with_addend(width(kind), width(kind)))
     for kind in ("s32", "u32"):
         yield of(f"mad.wide.{kind}", 64, _with_addend(32, 64))
-        pairs = [(x, y) for x, y in PAIRS[32] if y and (number(x, kind), number(y, kind)) != (-(1 << 31), -1)]
+    for kind in ("s32", "u32", "s64", "u64"):
+        bits = width(kind)
+        pairs = [(x, y) for x, y in PAIRS[bits] if y and (number(x, kind), number(y, kind)) != (-(1 << bits - 1), -1)]
         for name in ("div", "rem"):
-            yield of(f"{name}.{kind}", 32, columns_of(pairs, 32, 32))
+            yield of(f"{name}.{kind}", bits, columns_of(pairs, bits, bits))
     for form in ("neg.s32", "neg.s64", "abs.s32", "abs.s64", "not.b16", "not.b32", "not.b64"):
         bits = width(form.split(".")[-1])
         yield of(form, bits, [(bits, EDGES[bits])])
@@ -88,6 +90,7 @@ def bit_probes() -> Iterator[Probe]:
     for name in ("and", "or", "xor"):
         yield of(f"{name}.pred", 1, columns_of(list(itertools.product((0, 1), (0, 1))), 1, 1))
     yield of("not.pred", 1, [(1, (0, 1))])
+    yield of("mov.pred", 1, [(1, (0, 1))])
     for kind in ("b16", "b32", "b64", "f32"):
         bits = width(kind)
         cases = [(x, y, p) for x, y in PAIRS[bits] for p in (0, 1)]
@@ -111,7 +114,9 @@ def comparison_probes() -> Iterator[Probe]:
 
 def float_probes() -> Iterator[Probe]:
     """Bit for bit: one rounding, to nearest even, and the canonical NaN."""
-    for kind, rounding in (("f32", ""), ("f32", ".rn"), ("f32", ".ftz"), ("f16", ".rn"), ("bf16", ".rn")):
+    for kind, rounding in (
+        ("f32", ""), ("f32", ".rn"), ("f32", ".ftz"), ("f16", ""), ("f16", ".rn"), ("bf16", ""), ("bf16", ".rn"),
+    ):  # fmt: skip
         pairs = list(itertools.product(floats(kind), floats(kind)))
         targets = FROM_90 if kind == "bf16" else (80, 90, 100)
         for name in ("add", "sub", "mul"):
@@ -135,8 +140,8 @@ def float_probes() -> Iterator[Probe]:
     for name in ("neg", "abs"):
         yield of(f"{name}.f32", 32, [(32, numbers)])
     for kind, forms, targets in (
-        ("f16", ("add.rn", "sub.rn", "mul.rn", "fma.rn"), (80, 90, 100)),
-        ("bf16", ("add.rn", "sub.rn", "mul.rn"), FROM_90),
+        ("f16", ("add", "sub", "mul", "add.rn", "sub.rn", "mul.rn", "fma.rn"), (80, 90, 100)),
+        ("bf16", ("add", "sub", "mul", "add.rn", "sub.rn", "mul.rn"), FROM_90),
         ("bf16", ("fma.rn",), (80, 90, 100)),
         ("f32", ("add", "sub", "mul", "add.rn", "sub.rn", "mul.rn", "fma.rn"), FROM_100),
     ):

@@ -109,6 +109,8 @@ def memory_probes() -> Iterator[Probe]:
         if form != "s32":
             store = f"{at} st.shared.{form} [%r377], {vector};"
             yield Probe(f"st.shared.{form}", store, given, ["%r379"], block=32, shared=words)
+    store = f"{place} shl.b32 %r377, %r379, 2; add.s32 %r377, %r377, %r382; st.shared::cta.b32 [%r377], %r10;"
+    yield Probe("st.shared::cta.b32", store, {"%r10": VALUES[:32]}, ["%r379"], block=32, shared=words)
     # Vectors of the first input's own numbers: 32 lanes of every warp read (and write) the same.
     at = f"{place} and.b32 %r377, %r379, 31; ld.param.b64 %rd50, [in0]; mad.wide.u32 %rd40, %r377, {{size}}, %rd50;"
     for count in (2, 4):

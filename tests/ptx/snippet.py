@@ -32,6 +32,9 @@ HEAD = """
 """
 
 
+RUN: set[str] = set()  # the forms of all snippets of this process: see `test_emitted`
+
+
 class Snippet:
     """The block after it ran; ``["%r1"]`` is a register of every thread, as unsigned bits."""
 
@@ -71,6 +74,7 @@ def make(
     program = Program(HEAD.format(threads=threads, body=body))
     for name in registers or {}:
         program.operands.slot(name)
+    RUN.update(".".join(instruction.opcode) for instruction in program.kernel.instructions)
     check_fences(program.kernel)
     filled = isinstance(shared, np.ndarray)
     block = Block(

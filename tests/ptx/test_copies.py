@@ -25,6 +25,16 @@ def test_copies_arrive_when_they_are_waited_for():
     assert np.stack([out[f"%r{i}"] for i in range(3, 7)], 1).reshape(-1).tolist() == want.tolist()
 
 
+@pytest.mark.parametrize(("way", "size"), [("ca", 4), ("ca", 8), ("ca", 16), ("cg", 16)])
+def test_every_size(way, size):
+    x = np.arange(8 * size, dtype=np.uint32)
+    memory, at = in_global(x)
+    copy = f"cp.async.{way}.shared.global [%r1], [%rd1], {size}; cp.async.commit_group; cp.async.wait_group 0;"
+    registers = {"%rd1": per_lane(at, size), "%r1": np.arange(32) * size}
+    out = snippet.run(copy, registers, memory=memory, shared=32 * size)
+    assert (out.block.shared.data.view(np.uint32) == x).all()
+
+
 @pytest.mark.parametrize("wait", ["", "cp.async.wait_group 1;", "bar.sync 0;"])
 def test_a_copy_that_nobody_waits_for_has_not_arrived(wait):
     registers, options, _ = copy_arguments()

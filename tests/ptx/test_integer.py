@@ -114,7 +114,7 @@ def test_not(bits):
     assert apply(f"not.b{bits}", [(bits, x)], bits) == [a ^ ((1 << bits) - 1) for a in x]
 
 
-@pytest.mark.parametrize("kind", ["b32", "b64", "b16", "u32", "s32", "u64", "s64"])
+@pytest.mark.parametrize("kind", ["b32", "b64", "b16", "u16", "s16", "u32", "s32", "u64", "s64"])
 def test_shifts_beyond_the_width_are_clamped(kind):
     """9.7.8.6 shl, 9.7.8.7 shr."""
     bits = int(kind[1:])
@@ -123,6 +123,7 @@ def test_shifts_beyond_the_width_are_clamped(kind):
     if kind[0] == "b":
         want = [(a << b) % (1 << bits) if b < bits else 0 for a, b in pairs]
         assert apply(f"shl.{kind}", [(bits, x), (32, by)], bits) == want
+        assert apply(f"shr.{kind}", [(bits, x), (32, by)], bits) == [a >> min(b, bits) for a, b in pairs]
     else:
         want = [(number(a, kind) >> min(b, 300)) % (1 << bits) for a, b in pairs]
         assert apply(f"shr.{kind}", [(bits, x), (32, by)], bits) == want
@@ -175,10 +176,12 @@ COMPARISONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["s16", "u16", "s32", "u32", "s64", "u64", "b32"])
+@pytest.mark.parametrize("kind", ["s16", "u16", "s32", "u32", "s64", "u64", "b16", "b32", "b64"])
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_comparison(name, kind):
-    """9.7.6.2 setp."""
+    """9.7.6.2 setp; bits are only equal or not."""
+    if kind[0] == "b" and name not in ("eq", "ne"):
+        name = "eq"
     bits = int(kind[1:])
     x, y = map(list, zip(*PAIRS[bits], strict=True))
     want = [COMPARISONS[name](number(a, kind), number(b, kind)) for a, b in PAIRS[bits]]
@@ -193,13 +196,14 @@ def test_comparison_joined_with_a_predicate():
         assert apply(f"setp.eq.{name}.s32", [(32, x), (32, y), (1, p)], 1) == want
 
 
-@pytest.mark.parametrize("bits", [16, 32, 64])
-def test_selection(bits):
+@pytest.mark.parametrize("kind", ["b16", "b32", "b64", "f32"])
+def test_selection(kind):
     """9.7.6.3 selp."""
+    bits = int(kind[1:])
     x, y = list(EDGES[bits]), list(reversed(EDGES[bits]))
     p = [i % 3 == 0 for i in range(len(x))]
     want = [a if c else b for a, b, c in zip(x, y, p, strict=True)]
-    assert apply(f"selp.b{bits}", [(bits, x), (bits, y), (1, [int(c) for c in p])], bits) == want
+    assert apply(f"selp.{kind}", [(bits, x), (bits, y), (1, [int(c) for c in p])], bits) == want
 
 
 INTEGER_CONVERSIONS = ("s64.s32", "u64.u32", "u32.u64", "u32.u16", "s32.s16", "u16.u32", "s32.s64", "s64.s16")
@@ -212,6 +216,13 @@ def test_integer_conversion_extends_or_truncates(form):
     x = list(EDGES[int(kind[1:])])
     want = [number(a, kind) % (1 << int(result[1:])) for a in x]
     assert apply(f"cvt.{form}", [(int(kind[1:]), x)], int(result[1:])) == want
+
+
+@pytest.mark.parametrize("kind", ["b16", "u16", "b32", "u32", "b64"])
+def test_moves_copy(kind):
+    """9.7.9.4 mov."""
+    bits = int(kind[1:])
+    assert apply(f"mov.{kind}", [(bits, EDGES[bits])], bits) == list(EDGES[bits])
 
 
 def test_moves_pack_and_unpack():

@@ -25,6 +25,36 @@ def test_loads_and_stores_of_vectors():
     assert not y.reshape(32, 4)[:, :2].any()
 
 
+VECTORS = ("v2.b8", "b8", "b16", "s32", "v2.b16", "v4.b16", "b32", "v2.b32", "v4.b32", "b64", "v2.b64")
+
+
+@pytest.mark.parametrize("form", VECTORS)
+@pytest.mark.parametrize("space", ["shared", "shared::cta", "global"])
+def test_every_width(space, form):
+    """9.7.9.8 ld, 9.7.9.12 st: elements lie one after the other, the first lowest."""
+    bits, count = int(form.split(".")[-1][1:]), int(form[1]) if form[0] == "v" else 1
+    register = {8: "%rs", 16: "%rs", 32: "%r", 64: "%rd"}[bits]
+    names = [f"{register}{1 + i}" for i in range(count)]
+    vector = "{" + ", ".join(names) + "}" if count > 1 else names[0]
+    size = bits // 8 * count
+    image = (np.arange(32 * size) * 37 % 251).astype(np.uint8)
+    memory, at = in_global(image)
+    to = memory.add("copy", np.zeros(32 * size, np.uint8), np.ones(32 * size, bool))
+    if space == "global":
+        registers, source, target = {"%rd40": per_lane(at, size), "%rd41": per_lane(to, size)}, "[%rd40]", "[%rd41]"
+    else:
+        lanes = np.arange(32, dtype=np.uint32) * size
+        registers, source, target = {"%r40": lanes, "%r41": lanes + 32 * size}, "[%r40]", "[%r41]"
+    store = form.replace("s32", "b32")
+    body = f"ld.{space}.{form} {vector}, {source}; st.{space}.{store} {target}, {vector};"
+    out = snippet.run(body, registers, memory=memory, shared=np.concatenate([image, np.zeros_like(image)]))
+    elements = image.view(f"u{bits // 8}").reshape(32, count)
+    for i, name in enumerate(names):
+        assert out[name].tolist() == elements[:, i].tolist()
+    copied = memory.regions[1].data if space == "global" else out.block.shared.data[32 * size :]
+    assert (copied == image).all()
+
+
 def test_narrow_loads_extend_by_their_type_and_narrow_stores_truncate():
     memory, at = in_global(np.full(32, 0x80, np.uint8))
     body = "ld.global.b8 %rs1, [%rd1]; ld.global.s8 %rs2, [%rd1]; st.global.b8 [%rd1], %r1;"
@@ -90,7 +120,7 @@ def test_atomics_return_what_they_found():
 @pytest.mark.parametrize(
     ("form", "function"),
     [("min.s32", min), ("max.s32", max), ("min.u32", min), ("max.u32", max), ("and.b32", lambda x, y: x & y),
-     ("or.b32", lambda x, y: x | y), ("exch.b32", lambda x, y: y)],
+     ("or.b32", lambda x, y: x | y), ("exch.b32", lambda x, y: y), ("add.u32", lambda x, y: x + y)],
 )  # fmt: skip
 def test_atomics_of_every_kind(form, function):
     values = [5, 2**32 - 3, 9, 0x80000000, 6, 1, 0xF0F0F0F0, 12] * 4

@@ -19,6 +19,19 @@ def test_barriers_that_cannot_be_met():
         snippet.run(part.replace("{limit}", "16") + "bar.sync 0; ret; $OTHER: bar.sync 0;", threads=32)
 
 
+@pytest.mark.parametrize("barrier", ["bar.sync 0;", "barrier.sync 0;"])
+@pytest.mark.parametrize("seed", [None, 1, 2])
+def test_who_comes_first_waits(barrier, seed):
+    """9.7.13.1 bar, barrier: the first warp branches past the other's longer way, and reads what it stores."""
+    body = (
+        "mov.u32 %r1, %tid.x; shl.b32 %r3, %r1, 2; xor.b32 %r4, %r3, 128; setp.lt.u32 %p1, %r1, 32; @%p1 bra $SHORT;"
+        "add.s32 %r2, %r1, 5; bra.uni $MEET; $SHORT: mov.b32 %r2, %r1; $MEET: st.shared.b32 [%r3], %r2;"
+        f"{barrier} ld.shared.b32 %r5, [%r4];"
+    )
+    out = snippet.run(body, threads=64, shared=256, seed=seed)
+    assert out["%r5"].tolist() == [*range(37, 69), *range(32)]
+
+
 def test_lanes_that_branch_apart_meet_again():
     body = (
         "mov.u32 %r1, %tid.x; and.b32 %r2, %r1, 3; mov.b32 %r3, 0; $LOOP: add.s32 %r3, %r3, %r1; sub.s32 %r2, %r2, 1;"

@@ -5,8 +5,9 @@ import pytest
 
 from tests.ptx import snippet
 from tests.ptx.errors import Misuse, OutOfBounds, PtxError, Race, Stuck, Uninitialised
-from tests.ptx.test_async import store_tile
+from tests.ptx.ops_tcgen05 import TensorMemory
 from tests.ptx.test_warp import halves_of
+from tests.ptx.test_wgmma import store_tile
 
 N = 32
 A_AT, B_AT, BARRIER, SLOT = 0, 16384, 20480, 20488
@@ -132,6 +133,29 @@ def test_half_rows():
         row, column = lane // 32 * 32 + lane % 16, 4 + (16 if lane % 32 >= 16 else 0)
         got = [out.floats(name)[lane] for name in names]
         assert got == want[row, column : column + 8].tolist()
+
+
+SHAPES = [("32x32b", n) for n in (8, 32, 64, 128)] + [("16x32bx2", n) for n in (8, 16, 32, 64)]
+
+
+@pytest.mark.parametrize(("shape", "count"), SHAPES)
+def test_stores_and_loads_of_every_shape(shape, count):
+    """9.7.16.8.1 ld, 9.7.16.8.2 st: with .32x32b a lane has a row, with .16x32bx2 two lanes have parts of one."""
+    offset = f", {count}" if shape == "16x32bx2" else ""
+    given, back = ([f"%r{first + i}" for i in range(count)] for first in (200, 400))
+    alloc = ALLOC.replace("], 64;", "], 128;") + "@%p1 tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;"
+    form = f"sync.aligned.{shape}.x{count}.b32"
+    store = f"tcgen05.st.{form} [%r44 + 0]{offset}, {{{', '.join(given)}}}; tcgen05.wait::st.sync.aligned; bar.sync 0;"
+    load = f"tcgen05.ld.{form} {{{', '.join(back)}}}, [%r44 + 0]{offset}; tcgen05.wait::ld.sync.aligned;"
+    values = {name: np.arange(128, dtype=np.uint32) * 128 + i for i, name in enumerate(given)}
+    body = "".join([HEAD, alloc, PLACE, store, load])
+    out = snippet.run(body, values, threads=128, shared=SLOT + 8)
+    assert all((out[b] == values[g]).all() for b, g in zip(back, given, strict=True))
+    words = out.block.keep(TensorMemory).data.reshape(128, 512)
+    for thread in (0, 17, 40, 127):
+        lane = thread if shape == "32x32b" else thread // 32 * 32 + thread % 16
+        column = count if shape == "16x32bx2" and thread % 32 >= 16 else 0
+        assert words[lane, column : column + count].tolist() == [thread * 128 + i for i in range(count)]
 
 
 @pytest.mark.parametrize("seed", [None, 1])

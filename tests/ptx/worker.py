@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import orthorank_kernels
-from orthorank_kernels import dispatch
+from orthorank_kernels import _settings, dispatch
 from tests.kernels.tools import assert_within_budget, poisoned_outputs
 from tests.ptx.case import Case
 from tests.ptx.cases import CASES
@@ -56,15 +56,19 @@ def in_float64() -> Iterator[None]:
 
 @contextlib.contextmanager
 def forced(case: Case) -> Iterator[None]:
-    """Inside, the attention launcher has the constants that the case asks for."""
+    """Inside, the launchers have the constants and settings that the case asks for."""
     from orthorank_kernels.triton import attention_launch
 
     before = {name: getattr(attention_launch, name) for name in case.forced}
     vars(attention_launch).update(case.forced)
+    for op, changes in case.settings.items():
+        for kind in _settings.kinds(op):
+            _settings._OVERRIDES[op, kind] = {**_settings.default(op, kind, "sm_90"), **changes}
     try:
         yield
     finally:
         vars(attention_launch).update(before)
+        _settings._OVERRIDES.clear()
 
 
 def call(case: Case, backend: str, exact: bool = False) -> list[torch.Tensor]:
