@@ -1,4 +1,5 @@
-"""What needs a GPU, each in less than eight minutes: the kernel tests on hardware, and the microbenchmarks.
+"""What needs a GPU, each in less than eight minutes: the kernel tests on hardware, with single instructions compared
+with the table that `tests/ptx` runs PTX by, and the microbenchmarks.
 
     python benchmarks/on_gpu.py tests      # make test-gpu
     python benchmarks/on_gpu.py bench      # make bench-gpu
@@ -25,6 +26,7 @@ from benchmarks.bench_ops import RESULTS, device_name, refusal, versions
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 480.0  # seconds
 WORKERS = min(8, os.cpu_count() or 1)  # most of the time goes to compiling, on the CPU
+TESTS = ("tests/kernels", "tests/ptx/test_on_gpu.py")
 # What compiles for absent GPUs or reads reports is the same on every machine: `make test` runs it.
 ELSEWHERE = ("test_compile.py", "test_static_report.py", "test_committed_reports.py", "test_micro.py")
 
@@ -43,12 +45,12 @@ def summary(report: Path) -> dict[str, Any]:
 
 
 def tests(output: Path) -> int:
-    """The kernel tests, with real kernels in place of the interpreter's."""
+    """The kernel tests, with real kernels in place of the interpreter's, and the instructions one by one."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
         command = [
-            sys.executable, "-m", "pytest", "-q", "-n", str(WORKERS), "-m", "gpu or not slow", "tests/kernels",
+            sys.executable, "-m", "pytest", "-q", "-n", str(WORKERS), "-m", "gpu or not slow", *TESTS,
             f"--junitxml={report}", *(f"--ignore=tests/kernels/{name}" for name in ELSEWHERE),
         ]  # fmt: skip
         try:

@@ -2,11 +2,12 @@
 
     python -m tests.ptx gather_rows --arch 80 --seed 3 --trace
     python -m tests.ptx "sparse_query_attention.*dim 64" --arch 90 --program 0 --trace | less
+    python -m tests.ptx rms_norm_score --arch 90 --drop 103          # what a missing barrier looks like
     python -m tests.ptx --list
 
 KERNEL is a regular expression for the titles of cases (`cases`). With --trace every instruction is printed: program,
-instruction number, how many threads of which warps, the text and the line of the kernel's source. An error names the
-instruction, the warps, and for a race both accesses.
+instruction number, the warps that run it or, where not all of their lanes do, its threads, the text and the line of the
+kernel's source. An error names the instruction, the warps, and for a race both accesses.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import sys
 from tests.ptx.cases import CASES
 from tests.ptx.errors import PtxError
 from tests.ptx.scheduler import Trace
+from tests.ptx.table import Program
 
 
 def main() -> int:
@@ -28,6 +30,7 @@ def main() -> int:
     parser.add_argument("--resident", type=int, default=3, help="programs at a time")
     parser.add_argument("--trace", action="store_true", help="print every instruction")
     parser.add_argument("--program", type=int, help="trace this program alone, by its number")
+    parser.add_argument("--drop", type=int, help="leave out the instruction of this number: see `tests.ptx.mutate`")
     parser.add_argument("--ptx", action="store_true", help="print the PTX after running it")
     parser.add_argument("--list", action="store_true", help="print the titles")
     options = parser.parse_args()
@@ -41,6 +44,8 @@ def main() -> int:
     settings = prepare(f"sm_{options.arch}")
     settings.seed, settings.resident = options.seed, options.resident
     settings.trace = Trace(options.program) if options.trace or options.program is not None else None
+    if options.drop is not None:
+        settings.edit = lambda ptx: Program(ptx, {options.drop: None})
     case = found[0]
     print(f"{case.title}, sm_{options.arch}, seed {options.seed}", file=sys.stderr)
     try:

@@ -17,6 +17,8 @@ _INSTRUCTION = re.compile(
 )
 _NAME = re.compile(r"(?<![\w%$.:])[A-Za-z_$%][\w$]*")
 
+LIBRARY = "/triton/language/"  # files whose lines say nothing of a kernel
+
 
 @dataclass(frozen=True)
 class Instruction:
@@ -45,7 +47,7 @@ class Kernel:
 
 def decode(ptx: str) -> Kernel:
     """Decode the one entry function of ``ptx``."""
-    files = {number: PurePath(path).name for number, path in re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', ptx)}
+    files = dict(re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', ptx))
     ptx = re.sub(r"//[^\n]*", "", ptx)
     entry = re.search(r"\.visible\s+\.entry\s+(\w+)\s*\((.*?)\)([^{]*)\{", ptx, re.DOTALL)
     if entry is None:
@@ -81,6 +83,7 @@ class _Body:
     def __init__(self, kernel: Kernel, ptx: str, start: int, files: dict[str, str]):
         self.kernel, self.ptx, self.at, self.files = kernel, ptx, start, files
         self.source = ""
+        self.callers: dict[tuple[str, ...], tuple[str, ...]] = {}  # of inlined functions, as file, line and column
         self.scopes: list[int] = [0]
         self.opened = 0
         self.declared: dict[int, set[str]] = {0: set()}
@@ -106,9 +109,17 @@ class _Body:
         self.kernel.instructions = [self._instruction(*statement) for statement in self.statements]
 
     def _location(self, text: str) -> None:
-        _, number, line, *_ = text.split()
-        if line != "0":
-            self.source = f"{self.files.get(number, '?')}:{line}"
+        """The line of the kernel: of a function of Triton's own library, that of its call."""
+        numbers = re.findall(r"(\d+) (\d+) (\d+)", text.replace("\t", " "))
+        place, caller = numbers[0], numbers[1] if "inlined_at" in text else None
+        if place[1] == "0":
+            return
+        if caller is not None:
+            self.callers[place] = caller
+        for _ in range(8):  # a call within a call
+            if LIBRARY in self.files.get(place[0], "") and place in self.callers:
+                place = self.callers[place]
+        self.source = f"{PurePath(self.files.get(place[0], '?')).name}:{place[1]}"
 
     def _brace(self, brace: str) -> None:
         if brace == "}":

@@ -111,7 +111,7 @@ class BlockRun:
                 executed[pc] = 1
                 self.steps += 1
                 if self.trace is not None:
-                    self.trace.show(block, pc, active)
+                    self.trace.show(block, step, active)
                 if step.kind == "plain":
                     step.run(block, active)
                     pc += 1
@@ -197,11 +197,32 @@ class Trace:
     def __init__(self, program: int | None = None):
         self.program = program
 
-    def show(self, block: Block, pc: int, active: np.ndarray | None) -> None:
-        if self.program is None or block.index == self.program:
-            count = block.threads if active is None else int(active.sum())
-            warps = ",".join(map(str, block.active_warps(active)))
-            print(f"{block.index:>4} {pc:>5}  {count:>4} threads of warps {warps:<16} {block.describe(pc)}")
+    def show(self, block: Block, step: Step, active: np.ndarray | None) -> None:
+        """The instruction that ``block`` is at, and who runs it: whole warps, or threads."""
+        if self.program is not None and block.index != self.program:
+            return
+        lanes = np.ones(block.threads, bool) if active is None else active
+        if step.predicate is not None:
+            lanes = lanes & step.predicate.get(block)
+        warps = block.active_warps(lanes)
+        whole = lanes.reshape(-1, WARP)[warps].all()
+        who = f"warps {ranges(warps)}" if whole else f"threads {ranges(np.flatnonzero(lanes).tolist())}"
+        print(f"{block.index:>4} {block.pc:>5}  {who if warps else 'nobody':<24} {block.describe(block.pc)}")
+
+
+def ranges(numbers: list[int]) -> str:
+    """Ascending numbers, shortened.
+
+    >>> ranges([0, 1, 2, 3, 7, 9, 10])
+    '0-3,7,9-10'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ",".join("-".join(map(str, run)) for run in runs)
 
 
 def run_all(

@@ -60,7 +60,7 @@ class Step:
     run: Run
     kind: str
     together: bool
-    predicate: Source | None = None  # of control flow; other instructions look at theirs themselves
+    predicate: Source | None = None  # looked at for control flow; other instructions look at theirs themselves
     target: int = -1  # of a branch
     barrier: str = "0"
 
@@ -96,7 +96,8 @@ class Program:
         if opcode not in TABLE:
             raise unknown(instruction)
         run = TABLE[opcode](instruction, self.operands)
-        return Step(run if predicate is None else predicated(run, predicate), kind, opcode in TOGETHER)
+        guarded = run if predicate is None else predicated(run, predicate)
+        return Step(guarded, kind, opcode in TOGETHER, predicate)
 
     def _control(self, instruction: Instruction, kind: str, predicate: Source | None) -> Step:
         if kind == "branch":

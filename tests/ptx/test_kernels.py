@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.ptx import emitted
 from tests.ptx.cases import CASES, GROUPS
+from tests.ptx.emitted import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = ("sm_80", "sm_90", "sm_100")
 
 pytest.importorskip("triton")
 if tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) != (3, 9):
@@ -42,6 +43,9 @@ def check(target: str, group: str, slow: bool) -> None:
     assert [result["case"] for result in results] == titles
     failed = [f"{r['case']}, seed {r['seed']}: {r['error']}" for r in results if "error" in r]
     assert not failed, f"{target}\n" + "\n".join(failed)
+    known = {form for form, targets in emitted.read().items() if target in targets}
+    new = {form for result in results for form in result["instructions"]} - known
+    assert not new, f"{target}: write emitted.txt again with python -m tests.ptx.emitted; new are {sorted(new)}"
 
 
 @pytest.mark.parametrize("target", TARGETS)
