@@ -42,7 +42,7 @@ test: install ## what CI runs: everything but slow and gpu
 test-slow: install ## the full compile matrix and the long runs
 	$(PYTEST) -n $(WORKERS) -m slow
 
-test-gpu: install ## on a machine with a GPU: the kernel tests on real hardware, in less than 8 minutes
+test-gpu: install ## on a machine with a GPU: the kernel tests and PTX instructions on real hardware, in less than 8 minutes
 	$(BIN)/python benchmarks/on_gpu.py tests
 
 test-browser: install ## the report in headless Chromium, which it asks for where there is none
