@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from orthorank.integrations.paged.choosing import Chosen, choose_below, choose_share
+from orthorank.integrations.paged.plans import SCORES
 from orthorank.integrations.paged.steps import Step
 from orthorank_kernels import gather_add_rms_norm, rms_norm_score, scatter_rows_
 
 if TYPE_CHECKING:
     from orthorank.config import OrthoRankConfig
-
-SCORES = {"orthogonal": "inner", "inverse": "inner", "cosine": "cosine"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,14 @@ def selected_forward(
         hidden, residual: ``[tokens or more, hidden]``, the residual stream is their sum. Not written to.
         out_hidden, out_residual: where the result goes, contiguous, shape and dtype of ``hidden``.
         read_count: see `choose_below`; only ``select="threshold"`` asks.
+
+    Raises:
+        OrthoRankError: the layer does not select, or the step was made by another plan.
     """
+    if step.tokens == 0:  # padding alone: nothing to norm by, nothing to cache
+        out_hidden.zero_()
+        torch.add(hidden, residual, out=out_residual)
+        return
     norm = parts.norm_in
     normed = torch.empty_like(out_hidden)
     scores = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)

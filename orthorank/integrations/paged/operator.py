@@ -43,9 +43,11 @@ def decoder_layer(positions: Tensor, hidden: Tensor, residual: Tensor, name: str
         positions: int64 ``[tokens]``; hidden, residual: ``[tokens, hidden]``.
 
     Returns:
-        The new ``hidden`` and ``residual``.
+        The new ``hidden`` and ``residual``, contiguous.
     """
-    out_hidden, out_residual = torch.empty_like(hidden), torch.empty_like(residual)
+    contiguous = torch.contiguous_format
+    out_hidden = torch.empty_like(hidden, memory_format=contiguous)
+    out_residual = torch.empty_like(residual, memory_format=contiguous)
     torch.ops.orthorank.decoder_layer(positions, hidden, residual, out_hidden, out_residual, name)
     return out_hidden, out_residual
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from orthorank.integrations.paged import plans
 from orthorank_kernels import keep_count
 
 if TYPE_CHECKING:
@@ -146,7 +147,11 @@ def make_step(
         cached: ``[requests]``, tokens computed before; prompts: ``[requests]``, tokens of the prompts.
         sink_slots: ``[requests]``, where the bank holds the sink of each; any number where nothing is selected.
         device: where the layers run.
+
+    Raises:
+        OrthoRankError: the plan asks for what layers over a paged cache do not do: see `plans.obstacles`.
     """
+    plans.check(plan)
     segments: list[Segment] = []
     first_segment = [0]
     for (begin, end), before, prompt in zip(pairwise(starts), cached, prompts, strict=True):
