@@ -1,0 +1,127 @@
+"""`orthorank.integrations.vllm.serving` and the plans that `checks` refuses: what is read, and what an error says."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orthorank import OrthoRankConfig, OrthoRankError
+from orthorank.integrations.vllm.checks import needs_scheduler, plan_obstacles
+from orthorank.integrations.vllm.serving import OPTIONS, Serving
+
+PLAN = {"layers": [2, 3], "keep_ratio": 0.5}
+
+
+def plan_of(**fields: Any) -> OrthoRankConfig:
+    return OrthoRankConfig(**(PLAN | fields))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_are_read_and_written(name: str) -> None:
+    for value in OPTIONS[name]:
+        serving = Serving.of({"plan": PLAN, name: value})
+        assert getattr(serving, name) == value
+        written = serving.to_dict()
+        assert set(written) == {"plan"} | ({name} if value != OPTIONS[name][0] else set())
+        assert Serving.of(written) == serving
+
+
+def test_the_first_of_each_is_the_default() -> None:
+    serving = Serving(plan_of())
+    assert {name: getattr(serving, name) for name in OPTIONS} == {name: legal[0] for name, legal in OPTIONS.items()}
+
+
+def test_a_plan_is_a_mapping_or_a_file(tmp_path: Path) -> None:
+    file = plan_of().save_pretrained(tmp_path)
+    for value in (PLAN, {"plan": PLAN}, str(file), str(tmp_path), {"plan": str(file)}):
+        assert Serving.of(value) == Serving(plan_of())
+
+
+def test_what_is_written_survives_json_and_leaves_out_where_the_plan_came_from() -> None:
+    plan = plan_of(
+        select="threshold", thresholds={2: 0.5, 3: 0.25}, keep_ratios={3: 0.25}, calibration={"method": "by hand"}
+    )
+    written = Serving(plan).to_dict()
+    assert written["plan"]["thresholds"] == {"2": 0.5, "3": 0.25}  # as JSON has it
+    assert not {"calibration", "measured"} & set(written["plan"])
+    again = Serving.of(written).plan
+    assert again.thresholds == plan.thresholds
+    assert again.ratios == plan.ratios
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("value", ["none", None, True, ["prompt"]])
+def test_an_illegal_option(name: str, value: Any) -> None:
+    with pytest.raises(OrthoRankError) as caught:
+        Serving.of({"plan": PLAN, name: value})
+    assert str(caught.value).startswith(f"{name} is {value!r}; it may be {OPTIONS[name][0]!r} or ")
+    assert all(repr(legal) in str(caught.value) for legal in OPTIONS[name])
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (None, r"orthorank = None; it must be a plan or its path: pass --hf-overrides"),
+        (3, r"orthorank = 3; it must be"),
+        ([2, 3], r"orthorank = \[2, 3\]; it must be"),
+        ({"plan": None}, r"orthorank = None; it must be"),
+        ({"plan": PLAN, "resue": "all"}, r"the key 'resue'; beside the plan it may have \['threshold_count', 'reuse'"),
+        ({}, "no key 'layers'"),
+        ({"plan": PLAN | {"keep_ratio": 1.5}}, "keep_ratio"),
+        ("nowhere.json", r"no plan can be read at nowhere\.json"),
+    ],
+)
+def test_what_is_no_plan(value: Any, words: str) -> None:
+    with pytest.raises(OrthoRankError, match=words):
+        Serving.of(value)
+
+
+THRESHOLD: dict[str, Any] = {"select": "threshold", "thresholds": {2: 0.5, 3: 0.25}}
+REFUSED: list[tuple[dict[str, Any], list[str]]] = [
+    ({}, []),
+    ({"criterion": "cosine"}, []),
+    ({"criterion": "inverse", "sink_layer": 1}, []),
+    ({"keep_ratios": {2: 0}, "sink_layer": 2}, []),  # a removed layer may stand before the sink
+    ({"layers": [0, 3], "keep_ratios": {0: 0}}, []),
+    (THRESHOLD, []),
+    ({"layers": []}, ["no layers"]),
+    ({"criterion": "random"}, ["criterion is 'random'", "'orthogonal', 'inverse', 'cosine'"]),
+    ({"criterion": "prenorm"}, ["criterion is 'prenorm'"]),
+    ({"kv": "selected"}, ["kv is 'selected'", "set kv to 'all'"]),
+    ({"update_sink": True}, ["update_sink is True", "set it to False"]),
+    ({"sinks": "auto"}, ["sinks is 'auto'", "set it to 'first'"]),
+    (THRESHOLD | {"decode": "threshold"}, ["decode is 'threshold'", "set it to 'dense'"]),
+    ({"layers": [0, 2]}, ["layer 0 selects", "take it out"]),
+    ({"sink_layer": 2}, ["layer 2 selects", "the sink forms in layer 2"]),
+    ({"sink_layer": 5}, ["layer 2 selects", "the sink forms in layer 5"]),
+]
+
+
+@pytest.mark.parametrize(("fields", "words"), REFUSED, ids=lambda value: str(value)[:40])
+def test_plans_that_are_refused(fields: dict[str, Any], words: list[str]) -> None:
+    found = list(plan_obstacles(Serving(plan_of(**fields))))
+    assert len(found) == bool(words)
+    assert all(word in found[0] for word in words)
+
+
+def test_every_reason_is_given() -> None:
+    plan = plan_of(kv="selected", update_sink=True, layers=[0, 2], sink_layer=0)
+    words = ["kv is", "update_sink is", "layer 0 selects, and no sink", "layer 0 selects, and the sink"]
+    found = list(plan_obstacles(Serving(plan)))
+    assert len(found) == len(words)
+    assert all(start in sentence for start, sentence in zip(words, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("fields", "reuse", "caching", "needed"),
+    [
+        ({}, "prompt", True, False),
+        ({"select": "window", "select_window": 8}, "all", False, True),
+        ({"select": "window", "select_window": 8}, "prompt", True, True),
+        (THRESHOLD, "prompt", True, True),
+        (THRESHOLD, "prompt", False, False),
+        (THRESHOLD, "all", True, False),
+    ],
+)
+def test_which_plans_need_the_scheduler(fields: dict[str, Any], reuse: str, caching: bool, needed: bool) -> None:
+    assert needs_scheduler(Serving(plan_of(**fields), reuse=reuse), caching) is needed
