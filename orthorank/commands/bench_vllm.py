@@ -118,11 +118,14 @@ def _show(screen: "RichScreen", results: dict[str, Any], folder: Path | None) ->
     screen.console.print(Padding(_table(results), (0, 0, 1, INDENT)))
     screen.say(
         "nominal: share of token updates left out; FLOPs: the speed-up that they alone would give; then the measured "
-        "prefill of all prompts at once and time to the first token of one prompt, each with half of the range between "
-        "the quartiles of the speed-up."
+        "prefill of all prompts at once and time to the first token of one prompt; ±: half of the range between the "
+        "quartiles of the speed-up."
     )
     if bench["remark"] is not None:
         screen.say(bench["remark"])
+    else:
+        ways = [f"{name} {way}" for name, way in bench["attention"].items() if way is not None]
+        screen.say(f"The way in which selected queries attended: {', '.join(ways) or 'none was selected'}.")
     if folder is not None:
         screen.say(f"Results: {folder / 'bench.json'}, {folder / 'bench.csv'}")
 
@@ -131,18 +134,19 @@ def _table(results: dict[str, Any]) -> "Table":
     from rich.table import Table
 
     drawn = Table(box=None, pad_edge=False, header_style="dim")
-    for number, name in enumerate(("", "nominal", "FLOPs", "prefill", "tok/s", "token 1", "ms", "attention")):
-        drawn.add_column(name, justify="left" if number in (0, 7) else "right", no_wrap=True)
+    for number, name in enumerate(("", "nominal", "FLOPs", "prefill", "±", "tok/s", "token 1", "±", "ms")):
+        drawn.add_column(name, justify="right" if number else "left", no_wrap=True)
     for row in results["rows"]:
         ideal = row["flop_speedup"]
         drawn.add_row(
             row["name"],
             f"{100 * row['nominal_sparsity']:.0f} %",
             "-" if ideal is None else f"{ideal:.2f}x",
-            f"{row['prefill_speedup']:.2f}x ± {row['prefill_speedup_spread']:.2f}",
+            f"{row['prefill_speedup']:.2f}x",
+            f"{row['prefill_speedup_spread']:.2f}",
             f"{row['prefill_tokens_per_second']:,.0f}",
-            f"{row['first_token_speedup']:.2f}x ± {row['first_token_speedup_spread']:.2f}",
+            f"{row['first_token_speedup']:.2f}x",
+            f"{row['first_token_speedup_spread']:.2f}",
             f"{1000 * row['first_token_seconds']:,.1f}",
-            row["attention"] or "-",
         )
     return drawn

@@ -176,7 +176,7 @@ def _engine(path: str, arguments: dict[str, Any]) -> Iterator[Any]:
 
     try:
         llm: Any = LLM(path, worker_extension_cls=probe.NAME, **arguments)
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # of whatever vLLM found wrong
         told = str(error).strip() or type(error).__name__
         raise OrthoRankError(f"vLLM does not start with the model {path!r}: {told}") from error
     try:
