@@ -37,7 +37,7 @@ format: install ## let ruff rewrite the sources
 	$(BIN)/ruff format .
 
 test: install ## what CI runs: everything but slow and gpu
-	$(PYTEST) -n $(WORKERS) -m 'not slow and not gpu and not browser'
+	$(PYTEST) -n $(WORKERS) -m 'not slow and not gpu and not browser and not vllm'
 
 test-slow: install ## the full compile matrix and the long runs
 	$(PYTEST) -n $(WORKERS) -m slow

