@@ -8,7 +8,7 @@ from torch import Tensor
 from orthorank.errors import OrthoRankError
 from orthorank.integrations.paged import views
 from orthorank.integrations.paged.choosing import Chosen
-from orthorank.integrations.paged.steps import Step
+from orthorank.integrations.vllm import hooks
 from orthorank.integrations.vllm.backend import StepMetadata
 from orthorank_kernels import sparse_query_attention_paged
 
@@ -23,6 +23,8 @@ def paged_obstacle(attention: Any, dtype: torch.dtype) -> str | None:
         return f"the backend {name} keeps its cache in a layout of its own; known are {', '.join(KNOWN_LAYOUTS)}"
     if cache not in ("auto", str(dtype).removeprefix("torch."), *views.FP8):
         return f"the cache's dtype is {cache}; the kernel reads that of the model and {', '.join(views.FP8)}"
+    if cache in views.FP8 and not hooks.has_ocp_fp8():
+        return "this device's float8 has other special values (fnuz), which the kernel does not read"
     if getattr(attention.impl, "alibi_slopes", None) is not None:
         return "the model has ALiBi slopes"
     return None
@@ -58,7 +60,7 @@ def attend_paged(attention: Any, queries: Tensor, chosen: Chosen, metadata: Step
     )
 
 
-def attend_portable(attention: Any, queries: Tensor, chosen: Chosen, step: Step, metadata: StepMetadata) -> Tensor:
+def attend_portable(attention: Any, queries: Tensor, chosen: Chosen, metadata: StepMetadata) -> Tensor:
     """Attention by the backend's own kernel, whatever its cache looks like.
 
     Each query becomes a request of one token, whose keys end at its position and whose blocks are its owner's. That is

@@ -116,6 +116,14 @@ def write_cache(attention: Any, keys: Any, values: Any) -> None:
     )
 
 
+def has_ocp_fp8() -> bool:
+    """Whether the device's 8-bit cache holds ``float8_e4m3fn``, as all but AMD's older ones do."""
+    import torch
+    from vllm.platforms import current_platform
+
+    return current_platform.fp8_dtype() == torch.float8_e4m3fn
+
+
 def parallel_group() -> Any:
     """The ranks that share a layer."""
     from vllm.distributed import get_tp_group

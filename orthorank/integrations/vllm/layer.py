@@ -38,7 +38,7 @@ class SelectingLayer(nn.Module):
             self._run_dense(positions, hidden, residual, out_hidden, out_residual)
             return
         shared = self.orthorank
-        parts = LayerParts(self, found.step, found, positions, self.orthorank_projections)
+        parts = LayerParts(self, found, positions, self.orthorank_projections)
         serving = shared.serving
         selected_forward(
             parts,
@@ -78,10 +78,8 @@ class SelectingLayer(nn.Module):
 class LayerParts(Parts):
     """A layer of vLLM in one step."""
 
-    def __init__(
-        self, layer: Any, step: Step, metadata: StepMetadata, positions: Tensor, projections: Projections
-    ) -> None:
-        self.layer, self.step, self.metadata = layer, step, metadata
+    def __init__(self, layer: Any, metadata: StepMetadata, positions: Tensor, projections: Projections) -> None:
+        self.layer, self.metadata = layer, metadata
         self.positions, self.projections = positions, projections
 
     @property
@@ -112,10 +110,8 @@ class LayerParts(Parts):
         positions = chosen.positions.clamp(min=0).long()
         queries = self.projections.queries(gather_rows(normed, chosen.rows), positions, chosen.rows)
         attention = self.layer.self_attn.attn
-        if self.layer.orthorank_paged:
-            attended = attending.attend_paged(attention, queries, chosen, self.metadata)
-        else:
-            attended = attending.attend_portable(attention, queries, chosen, self.step, self.metadata)
+        attend = attending.attend_paged if self.layer.orthorank_paged else attending.attend_portable
+        attended = attend(attention, queries, chosen, self.metadata)
         projected, _ = self.layer.self_attn.o_proj(attended.flatten(1))
         return projected
 
