@@ -19,8 +19,8 @@ CHOSEN = [[0, 5, 36], [], [2, 17, 63, 79]]
 LAYOUTS = ("heads first", "tokens first", "spread")
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("float32", {}),
-    ("bfloat16", {}),
-    ("bfloat16", {"kv_cache_dtype": "fp8"}),
+    ("float16", {}),  # bfloat16 vLLM's kernel cannot do in the interpreter, which takes its bits for integers
+    ("float16", {"kv_cache_dtype": "fp8"}),
     ("float32", {"window": 20}),
     ("float32", {"logits_soft_cap": 2.0}),
 )

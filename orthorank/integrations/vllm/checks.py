@@ -5,6 +5,7 @@ from typing import Any
 
 from orthorank.errors import OrthoRankError
 from orthorank.integrations.paged.forward import SCORES
+from orthorank.integrations.vllm import hooks
 from orthorank.integrations.vllm.hooks import ARCHITECTURES
 from orthorank.integrations.vllm.serving import Serving
 
@@ -108,6 +109,8 @@ def _settings(vllm_config: Any) -> Iterator[str]:
             "--pipeline-parallel-size is above 1, which is not tested with OrthoRank; use --tensor-parallel-size, over "
             "several nodes if need be"
         )
+    if hooks.breakable_graphs():
+        yield "VLLM_USE_BREAKABLE_CUDAGRAPH is set, which is not tested with OrthoRank; unset it"
     if getattr(parallel, "enable_dbo", False):
         yield "--enable-dbo splits a step in two, which selecting layers do not know; leave it out"
     if vllm_config.lora_config is not None:

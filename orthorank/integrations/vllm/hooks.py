@@ -116,6 +116,13 @@ def write_cache(attention: Any, keys: Any, values: Any) -> None:
     )
 
 
+def breakable_graphs() -> bool:
+    """Whether vLLM captures graphs across the operators at which it otherwise splits them."""
+    from vllm import envs
+
+    return bool(getattr(envs, "VLLM_USE_BREAKABLE_CUDAGRAPH", False))
+
+
 def has_ocp_fp8() -> bool:
     """Whether the device's 8-bit cache holds ``float8_e4m3fn``, as all but AMD's older ones do."""
     import torch
