@@ -54,8 +54,9 @@ def evaluation_text(text: str | Path | None = None, dataset: str | None = None) 
     content = recipe.joiner.join(rows)
     if not content.strip():
         raise OrthoRankError(f"dataset {dataset!r} has no text")
-    words = recipe.words.format(rows=f"{len(rows):,}")
-    return Text(f"{words} (from {folder})" if folder else words, content)
+    if folder is not None:  # what its rows are of is its owner's knowledge
+        return Text(f"{name} from the local copy {folder}, first {len(rows):,} rows", content)
+    return Text(recipe.words.format(rows=f"{len(rows):,}"), content)
 
 
 def most_windows(dataset: str | None) -> int | None:
