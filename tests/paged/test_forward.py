@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank.integrations.paged.forward import selected_forward
+from orthorank_kernels import dispatch
 from tests.orthorank.naive import assert_close
 from tests.orthorank.tiny import tiny
 from tests.paged.engine import Engine, LayerParts, Request
@@ -31,7 +32,9 @@ def plan_of(select: str, **fields: Any) -> OrthoRankConfig:
         "window": {"select": "window", "select_window": WINDOW},
         "threshold": {
             "select": "threshold",
-            "thresholds": dict.fromkeys((1, 2), THRESHOLDS[fields.get("criterion", "orthogonal")]),
+            "thresholds": dict.fromkeys(
+                fields.get("layers", [1, 2]), THRESHOLDS[fields.get("criterion", "orthogonal")]
+            ),
         },
     }[select]
     return OrthoRankConfig(**({"layers": [1, 2], "keep_ratio": 0.4, "keep_last": 2} | how | fields))
@@ -298,3 +301,41 @@ def test_a_layer_that_does_not_select(models: dict[str, Any], ratio: float) -> N
     plan, given = plan_of("topk", keep_ratios={1: ratio}), [torch.zeros(5, 64) for _ in range(4)]
     with pytest.raises(OrthoRankError, match=rf"keep ratio {ratio}; this step was made for 0\.4"):
         one_layer(models["llama-2"], plan, [Row(0, 5, 5)], *given)
+
+
+@pytest.mark.skipif(not dispatch.interpreting(), reason="on a machine with a GPU, kernels run there alone")
+@pytest.mark.parametrize(
+    ("select", "read_count"),
+    [
+        ("window", True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("topk", True), ("threshold", False))),
+    ],
+)
+def test_with_the_kernels(
+    models: dict[str, Any], monkeypatch: pytest.MonkeyPatch, select: str, read_count: bool
+) -> None:
+    """In Triton's interpreter: every op of the layer, over padding, empty requests and rows that are not there."""
+    pytest.importorskip("triton")
+    engine = Engine(models["llama-2"], plan_of(select, layers=[2]), read_count=read_count, padding=3)
+    run, selecting, ran = dispatch.run, engine._selecting, set()
+
+    def with_triton(op: Any, args: Any, *, backend: str, **others: Any) -> Any:
+        ran.add(op)
+        return run(op, args, backend="triton", **others)
+
+    def selecting_with_triton(*args: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(dispatch, "run", with_triton)
+            return selecting(*args)
+
+    monkeypatch.setattr(engine, "_selecting", selecting_with_triton)
+    requests = [Request(tokens_of(13, 1), 12), Request(tokens_of(7, 2), 6), Request(tokens_of(5, 3), 5)]
+    found: list[list[Tensor]] = [[], [], []]
+    for counts in ((8, 6, 0), (5, 1, 5)):
+        for own, states in zip(found, engine.run(*zip(requests, counts, strict=True)), strict=True):
+            own.append(states)
+    assert len(ran) == 6  # norm and score, select, gather, attention, add and norm, scatter
+    for request, own in zip(requests, found, strict=True):
+        ends = [8, 12] if request.prompt == 12 and select == "topk" else None
+        assert_close(torch.cat(own), hugging_face(models["llama-2"], engine.plan, request, ends), 2e-5)
+    assert_rows_as_promised(engine)
