@@ -31,6 +31,29 @@ def one_layer(
     return parts
 
 
+def test_all_ranks_select_by_the_scores_they_agree_on(models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank whose own scores differ takes the rows of the others, also where the largest scores are selected."""
+    rows = [Row(0, 9, 9), Row(20, 5, 40)]
+    given = [torch.randn(14, 64, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    for criterion in ("orthogonal", "inverse"):
+        found, sent = [], []
+        for own in (True, False):
+
+            def agree(parts: LayerParts, scores: Tensor, own: bool = own, sent: list[Tensor] = sent) -> Tensor:
+                sent.append(scores.clone())
+                return scores if own else sent[0] + 0 * scores
+
+            monkeypatch.setattr(LayerParts, "agree", agree)
+            hidden = given[0] if own else given[0].flip(1)
+            outs = [torch.full((14, 64), torch.nan) for _ in range(2)]
+            parts = one_layer(models["llama-2"], plan_of("topk", criterion=criterion), rows, hidden, given[1], *outs)
+            assert parts.chosen is not None
+            found.append(parts.chosen.rows)
+        assert (sent[0] > 0).all()
+        assert not torch.equal(sent[0].argsort(), sent[1].argsort())
+        assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("select", ["topk", "threshold"])
 def test_strided_inputs(models: dict[str, Any], select: str) -> None:
     """Every second row, and columns of wider rows; outputs are contiguous."""
