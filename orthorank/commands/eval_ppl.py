@@ -46,6 +46,8 @@ def command(
     from orthorank.models import load_model, locate
     from orthorank.texts import check_ids, tokenize
 
+    if window < 2:
+        raise OrthoRankError(f"window is {window}; it must be at least 2, since the first token is not predicted")
     if bos not in POLICIES:
         raise OrthoRankError(f"bos is {bos!r}; it may be {', '.join(POLICIES)}")
     plans = _read(plan)
@@ -67,13 +69,13 @@ def command(
         "bos": bos,
     }
     rows: list[dict[str, Any]] = []
+    results = {"model": info.to_dict(), "text": chosen.name, "window": window, "rows": rows}
     for name, each in ({"dense": None} | plans).items():
         with nullcontext() if each is None else apply(loaded, each):
             rows.append({"name": name, "plan": None if each is None else each.to_dict()})
             rows[-1] |= _measure(screen, name, loaded, tokenizer, chosen, settings)
-    results = {"model": info.to_dict(), "text": chosen.name, "window": window, "rows": rows}
-    if output is not None:
-        write_json(output, results)
+        if output is not None:  # what is measured is kept, should the next plan fail or be interrupted
+            write_json(output, results)
     if json:
         print(json_module.dumps(results, indent=2))
         return 0

@@ -1,5 +1,6 @@
 """``orthorank eval ppl`` and the texts it measures: files as they are, datasets joined as the literature does."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -58,6 +59,7 @@ def test_the_command(tiny_folder: Path, text_file: Path, tmp_path: Path, capsys:
         (["--plan", "nowhere"], "no plan can be read"),
         (["--output", "."], "which is a folder"),
         (["--window", "1"], "window is 1"),
+        (["--window", "0", "--dataset", "c4:nowhere"], "window is 0"),
     ],
 )
 def test_the_command_says_what_is_wrong(
@@ -67,6 +69,36 @@ def test_the_command_says_what_is_wrong(
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
+    """Line ends are the file's own, and the hash that is printed is the file's."""
+    content = "one\r\ntwo\rthree\0 ü 日本語\n".encode()
+    (tmp_path / "text.txt").write_bytes(content)
+    text = evaluation_text(tmp_path / "text.txt")
+    assert text.content.encode() == content
+    assert text.sha256 == hashlib.sha256(content).hexdigest()
+
+
+def test_finished_rows_are_kept_when_a_later_plan_is_interrupted(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orthorank.commands import eval_ppl
+
+    real = eval_ppl._measure
+
+    def interrupted(screen: Any, name: str, *rest: Any) -> dict[str, Any]:
+        if name != "dense":
+            raise KeyboardInterrupt
+        return real(screen, name, *rest)
+
+    monkeypatch.setattr(eval_ppl, "_measure", interrupted)
+    plan = orthorank.OrthoRankConfig(layers=[2], keep_ratio=0.5).save_pretrained(tmp_path / "plan")
+    options = ["--text", str(text_file), "--window", "64", "--device", "cpu", "--plan", str(plan)]
+    assert main(["eval", "ppl", str(tiny_folder), *options, "--output", str(tmp_path / "ppl.json")]) == 2
+    (row,) = json.loads((tmp_path / "ppl.json").read_text())["rows"]
+    assert row["name"] == "dense"
+    assert row["windows"] > 1
 
 
 def test_wikitext_is_all_rows_of_the_test_split_joined_by_a_blank_line(tmp_path: Path) -> None:
@@ -79,7 +111,7 @@ def test_wikitext_is_all_rows_of_the_test_split_joined_by_a_blank_line(tmp_path:
     datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "copy"))
     text = evaluation_text(dataset=f"wikitext2:{tmp_path / 'copy'}")
     assert text.content == "\n\n".join(LINES)
-    assert text.name.startswith("WikiText-2 (raw) test, 40 rows joined by a blank line")
+    assert text.name == f"wikitext2 from the local copy {tmp_path / 'copy'}, first 40 rows", "its owner knows the rest"
 
 
 def test_c4_is_its_first_1100_documents(tmp_path: Path) -> None:

@@ -164,6 +164,14 @@ def test_local_files_say_what_is_wrong(tmp_path: Path, line: str, words: str) ->
         local_questions(file)
 
 
+def test_a_line_ends_at_its_newline_alone(tmp_path: Path) -> None:
+    """JSON may hold characters that Python, too, takes for ends of lines."""
+    rows = [{"task": "lcc", "idx": n, "prompt": f"a\u2028b\x85c {n}", "gold": ["x"]} for n in range(2)]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "data.jsonl").write_bytes(text.encode())
+    assert [q.prompt for q in local_questions(tmp_path / "data.jsonl")] == [row["prompt"] for row in rows]
+
+
 def test_trecs_classes_are_those_of_its_examples(tmp_path: Path) -> None:
     file = tmp_path / "data.jsonl"
     prompt = "Question: Who?\nType: Individual\nQuestion: Where?\nType: City\nQuestion: What?\nType:"
