@@ -30,25 +30,30 @@ class Cells:
         self.computed = 0
         self.found = 0
 
-    def get(self, name: str, inputs: dict[str, Any], compute: Callable[[], Any]) -> Any:
+    def get(self, name: str, inputs: dict[str, Any], compute: Callable[[], Any], text: str | None = None) -> Any:
         """The value of cell ``name``: from its file if that was made of the same inputs, else ``compute()``, kept.
 
         Values are what JSON holds; a computed one is returned as its file would give it, so that both are the same.
+        A cell of other inputs, as of another model in the same folder, is left as it is: the new one goes beside it.
+
+        Args:
+            text: hash of the text that was measured, where ``inputs`` do not say it; a file that names none fits all.
         """
-        path = self.folder / f"{name}.json"
         key = self.key(inputs)
-        known = self._read(path)
-        if known is not None and known.get("key") == key:
-            self.found += 1
-            return known["value"]
+        for path in (self.folder / f"{name}.json", self.folder / f"{name}-{self.key([key, text])}.json"):
+            known = self._read(path)
+            if known is None:
+                break
+            if known.get("key") == key and known.get("text", text) == text:
+                self.found += 1
+                return known["value"]
         value = json.loads(json.dumps(compute()))
-        self.folder.mkdir(parents=True, exist_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"key": key, "inputs": inputs, "value": value})
+        write_json(path, {"key": key, "inputs": inputs, "value": value} | ({} if text is None else {"text": text}))
         self.computed += 1
         return self._read(path)["value"]  # type: ignore[index]
 
-    def key(self, inputs: dict[str, Any]) -> str:
+    def key(self, inputs: Any) -> str:
         """A hash of ``inputs`` and of what all cells depend on."""
         text = json.dumps([self.common, inputs], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:20]
@@ -61,6 +66,8 @@ class Cells:
             return None
         except OSError as error:
             raise OrthoRankError(f"{path} cannot be read: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise OrthoRankError(f"{path} is not a JSON file; delete it, and its cell is computed again") from error
-        return found if isinstance(found, dict) and "value" in found else None
+        if not isinstance(found, dict) or not {"key", "value"} <= set(found):
+            raise OrthoRankError(f"{path} is no finished cell; delete it, and it is computed again")
+        return found

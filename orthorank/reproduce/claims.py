@@ -21,6 +21,7 @@ class Claim:
         figure: what was measured: it must be above ``threshold`` for the claim to hold.
         n: how many measurements are behind the figure; standard_error: of the figure over these, None where the
             figure has none.
+        unit: of figure, threshold and standard error.
         verdict: ``"holds"``, ``"fails"``, or ``"undecided"``: the figure is within two standard errors.
         detail: the numbers behind it, in words.
     """
@@ -33,6 +34,7 @@ class Claim:
     standard_error: float | None
     verdict: str
     detail: str
+    unit: str = "nats per token"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON stores them."""
@@ -79,6 +81,7 @@ def turning_to_the_sink(similarities: dict[str, Any], sink_layer: int | None) ->
         error,
         judge(figure, 0.0, error) if sink_layer is not None else UNDECIDED,
         f"{means[first]:.3f} in layer {first}, {means[-1]:.3f} in layer {len(means) - 1}",
+        "cosine",
     )
 
 
@@ -96,6 +99,7 @@ def still_sink(similarities: dict[str, Any], sink_layer: int | None) -> Claim:
         None,
         judge(own, 0.8, None) if sink_layer is not None and pairs else UNDECIDED,
         f"{own:.3f} over {pairs} pairs of layers; token {similarities['other']}: {other:.3f}",
+        "cosine",
     )
 
 
@@ -132,6 +136,7 @@ def layer_by_layer(compared: list[dict[str, Any]]) -> list[Claim]:
         f"better in {better} of {len(inner)} layers; "
         f"beyond two standard errors in {sum(c.verdict == HOLDS for c in inner)}, worse by as much in "
         f"{sum(c.verdict == FAILS for c in inner)}",
+        "share of layers",
     )
     return [whole, *single]
 
@@ -181,9 +186,18 @@ def check_claims(summary: dict[str, Any]) -> list[Claim]:
 
 def _on_every_text(claim: str, where: str, better: dict[str, Any], worse: dict[str, Any]) -> Iterable[Claim]:
     return [
-        lower_loss(claim, where, better["perplexity"][text], worse["perplexity"][text], text)
+        dataclasses.replace(found, detail=f"{found.detail}{_sizes(better, worse)}")
         for text in better["perplexity"]
+        for found in [lower_loss(claim, where, better["perplexity"][text], worse["perplexity"][text], text)]
     ]
+
+
+def _sizes(better: dict[str, Any], worse: dict[str, Any]) -> str:
+    """What the two plans really leave out, where layers, which are whole, make that differ."""
+    ours, theirs = (_number(row.get("nominal_sparsity")) for row in (better, worse))
+    if not abs(ours - theirs) >= 5e-4:
+        return ""
+    return f"; {100 * ours:.1f} % of the updates left out against {100 * theirs:.1f} %"
 
 
 def _pairs(layers: int) -> int:

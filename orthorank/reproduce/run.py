@@ -1,20 +1,22 @@
 """The whole reproduction: part after part, each finished cell kept, the summary written after each part."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 from orthorank.demo.screen import Screen, SilentScreen
 from orthorank.errors import OrthoRankError
-from orthorank.files import writable_folder, write_json, write_text
+from orthorank.files import finite, writable_folder, write_json, write_text
 from orthorank.reproduce import tables
 from orthorank.reproduce.claims import check_claims
-from orthorank.reproduce.settings import ReproduceSettings
+from orthorank.reproduce.settings import PARTS, ReproduceSettings
 from orthorank.reproduce.shown import markdown
-from orthorank.reproduce.subject import KEEP_RATIO, Subject
+from orthorank.reproduce.subject import KEEP_RATIO, Subject, ids_hash
 from orthorank_kernels._version import __version__
 
 SIMILARITY_FIGURES = ("fig2", "fig3", "fig6", "fig7")
+SIMILARITIES, LAYERWISE = "similarities", "layerwise"  # under which these figures' data are in the summary
 PASSAGES, PASSAGE_TOKENS = 500, 32  # the paper's 500 sentences
 
 
@@ -39,9 +41,11 @@ def reproduce(settings: ReproduceSettings, screen: Screen | None = None) -> dict
         "sizes": _sizes(subject),
         "sink": subject.sink,
     }
+    about = set(summary)
     for part in settings.parts:
         subject.screen.heading(part)
         summary |= _measured(part, subject, folder)
+        summary = _with_earlier_parts(folder, summary, about)
         summary["claims"] = [claim.to_dict() for claim in check_claims(summary)]
         write_json(folder / "summary.json", summary)
         write_text(folder / "tables.md", markdown(summary))
@@ -51,9 +55,9 @@ def reproduce(settings: ReproduceSettings, screen: Screen | None = None) -> dict
 
 def _measured(part: str, subject: Subject, folder: Path) -> dict[str, Any]:
     if part in SIMILARITY_FIGURES:
-        return {"similarities": _similarities(subject, folder)}
+        return {SIMILARITIES: _similarities(subject, folder)}
     if part == "fig4":
-        return {"layerwise": _layerwise(subject, folder)}
+        return {LAYERWISE: _layerwise(subject, folder)}
     if part == "fig5":
         return {"fig5": _chosen(subject, folder)}
     if part == "longbench" and subject.settings.longbench is None:
@@ -85,7 +89,8 @@ def _similarities(subject: Subject, folder: Path) -> dict[str, Any]:
         with subject.screen.progress("similarities", 1):
             return measure_similarities(subject.stack, passages).to_dict()
 
-    found = subject.cells.get("similarities", {"passages": count, "tokens": PASSAGE_TOKENS}, measure)
+    inputs = {"passages": count, "tokens": PASSAGE_TOKENS}
+    found = subject.cells.get("similarities", inputs, measure, text=ids_hash(passages))
     similar = Similarities(**found)
     for draw in (
         figures.draw_similarity_with_sink,
@@ -114,7 +119,8 @@ def _layerwise(subject: Subject, folder: Path) -> list[dict[str, Any]]:
             )
         return [one.to_dict() for one in compared]
 
-    found = subject.cells.get("layerwise", {"layers": layers, "windows": list(windows.shape)}, measure)
+    inputs = {"layers": layers, "windows": list(windows.shape)}
+    found = subject.cells.get("layerwise", inputs, measure, text=ids_hash(windows))
     compared = [LayerComparison(one["layer"], tuple(one["losses"]), tuple(one["other_losses"])) for one in found]
     figures.draw_layerwise(compared, ("orthogonal", "inverse"), folder)
     return found
@@ -130,6 +136,20 @@ def _chosen(subject: Subject, folder: Path) -> dict[str, Any]:
     return {name: {"layers": plan.layers, "keep_ratio": plan.keep_ratio} for name, plan in plans.items()}
 
 
+def _with_earlier_parts(folder: Path, summary: dict[str, Any], about: set[str]) -> dict[str, Any]:
+    """``summary`` with the parts that an earlier run, or one beside it, of the same model and settings has written."""
+    try:
+        earlier = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # there is none; whatever it was, its cells are there
+        return summary
+    now = json.loads(json.dumps(finite({name: summary[name] for name in about})))
+    if not isinstance(earlier, dict) or any(earlier.get(name) != value for name, value in now.items()):
+        return summary
+    parts = (SIMILARITIES, LAYERWISE, *PARTS)
+    kept = {name: earlier[name] for name in parts if name in earlier and name not in summary}
+    return summary | kept
+
+
 def _sizes(subject: Subject) -> dict[str, Any]:
     windows, length = subject.calibration.shape
     return {
@@ -141,5 +161,6 @@ def _sizes(subject: Subject) -> dict[str, Any]:
 
 
 def _plain(settings: ReproduceSettings) -> dict[str, Any]:
-    fields = dataclasses.asdict(settings) | {"output": None}
+    fields = dataclasses.asdict(settings)
+    fields = {name: value for name, value in fields.items() if name not in ("output", "only")}
     return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}

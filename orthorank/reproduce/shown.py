@@ -1,14 +1,16 @@
 """A reproduction as Markdown: tables with the paper's figures beside those measured here, and the verdicts."""
 
+import re
 from collections.abc import Iterable, Sequence
+from pathlib import PurePath
 from typing import Any
 
 
 def markdown(summary: dict[str, Any]) -> str:
     """All finished parts of ``summary``, for people."""
-    model = summary["model"]
+    model, name = summary["model"], PurePath(summary["model"]["name"])
     parts = [
-        f"# The paper's tables on {model['name']}",
+        f"# The paper's tables on {name.name if name.is_absolute() else name}",
         f"{model['dtype']} on {model['device']}; {_sizes(summary)}. Beside each figure: the paper's, for its models "
         f"({_models(summary)}).",
     ]
@@ -17,7 +19,12 @@ def markdown(summary: dict[str, Any]) -> str:
     for name, title in TITLES.items():
         if name in summary:
             parts += [f"## {title}", TABLES[name](summary[name])]
+    parts += _pictures(summary)
     return "\n\n".join(parts) + "\n"
+
+
+def _pictures(summary: dict[str, Any]) -> list[str]:
+    return [f"![{words}]({file}.png)" for key, figures in PICTURES.items() if key in summary for file, words in figures]
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -39,6 +46,7 @@ def _claims(claims: list[dict[str, Any]]) -> str:
             claim["claim"],
             claim["where"],
             f"{claim['figure']:.4g}" if claim["figure"] is not None else "-",
+            claim["unit"],
             f"{claim['threshold']:g}",
             str(claim["n"]),
             "-" if claim["standard_error"] is None else f"{claim['standard_error']:.2g}",
@@ -47,27 +55,46 @@ def _claims(claims: list[dict[str, Any]]) -> str:
         ]
         for claim in claims
     ]
-    heads = ["claim", "where", "figure", "above", "n", "standard error", "verdict", "detail"]
+    heads = ["claim", "where", "figure", "in", "threshold", "n", "standard error", "verdict", "detail"]
     return table(heads, rows)
 
 
 def _main(part: dict[str, Any]) -> str:
     texts = list(part["rows"][0]["perplexity"])
-    heads = ["", *(f"perplexity, {text}" for text in texts), "paper (C4)", "throughput", "by FLOPs", "paper"]
+    heads = ["", "layers", "left out", *(f"perplexity, {text}" for text in texts), "paper (C4)"]
+    heads += ["throughput", "tokens/s", "by FLOPs", "paper"]
     rows = []
     for row in part["rows"]:
         speed, ideal = row["throughput"], row["throughput"]["flop_speedup"]
         rows.append(
             [
                 row["row"],
+                str(len(row["plan"]["layers"])) if row["plan"] else "0",
+                _share(row),
                 *(_perplexity(row["perplexity"][text]) for text in texts),
                 _list(row["paper_perplexity"]),
-                f"{speed['speedup']:.2f}x",
+                f"{speed['speedup']:.2f}x ± {speed['speedup_spread']:.2f}",
+                f"{speed['tokens_per_second']:,.0f}",
                 "-" if ideal is None else f"{ideal:.2f}x",
                 "-" if row["paper_throughput"] is None else f"{row['paper_throughput']:.2f}x",
             ]
         )
-    return table(heads, rows)
+    return table(heads, rows) + f"\n\n{_how_timed(part['rows'][0]['throughput'])}"
+
+
+def _how_timed(speed: dict[str, Any]) -> str:
+    threads = f" with {speed['threads']} threads" if speed["device"] == "cpu" else ""
+    return (
+        f"Left out: share of all token updates. Throughput: prefill of a prompt of {speed['prompt']:,} tokens without "
+        f"a cache, on {speed['device']}{threads}, by {speed['clock']}; median of the ratios to the dense model within "
+        f"a round, ± half of the range between their quartiles, {len(speed['seconds'])} interleaved rounds. The "
+        "paper's figures: one A6000, batch 32."
+    )
+
+
+def _share(row: dict[str, Any]) -> str:
+    share = row.get("nominal_sparsity")
+    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def _accuracies(part: dict[str, Any]) -> str:
@@ -77,12 +104,24 @@ def _accuracies(part: dict[str, Any]) -> str:
         [
             row["row"],
             *(f"{100 * t['value']:.1f} ± {100 * (t['standard_error'] or 0):.1f}" for t in row["accuracy"]["tasks"]),
-            f"{100 * row['accuracy']['mean']:.2f}",
+            _mean(row["accuracy"]),
             _list(row["paper_accuracy"]),
         ]
         for row in measured
     ]
-    return table(["", *tasks, "mean", "paper"], rows)
+    if not measured:
+        return "No tasks were named."
+    counts = [f"{task['task']} ({task['rows']} rows, {task['metric']})" for task in measured[0]["accuracy"]["tasks"]]
+    return table(["", *tasks, "mean", "paper"], rows) + f"\n\n± one standard error. {'; '.join(counts)}."
+
+
+def _mean(accuracy: dict[str, Any]) -> str:
+    """The mean over tasks, and its standard error as the tasks' own give it."""
+    errors = [task["standard_error"] for task in accuracy["tasks"]]
+    shown = f"{100 * accuracy['mean']:.2f}"
+    if not errors or None in errors:
+        return shown
+    return f"{shown} ± {100 * sum(error**2 for error in errors) ** 0.5 / len(errors):.2f}"
 
 
 def _ablation(part: dict[str, Any]) -> str:
@@ -90,13 +129,15 @@ def _ablation(part: dict[str, Any]) -> str:
     if not measured:
         return "This model has too few layers behind the sink."
     texts = list(measured[0]["perplexity"])
-    heads = ["", *(f"perplexity, {text}" for text in texts), "paper", "accuracy", "paper"]
+    heads = ["", "layers", "left out", *(f"perplexity, {text}" for text in texts), "paper", "accuracy", "paper"]
     rows = [
         [
             row["row"],
+            str(len(row["plan"]["layers"])),
+            _share(row),
             *(_perplexity(row["perplexity"][text]) for text in texts),
             _list(row.get("paper_perplexity", {})),
-            "-" if not row["accuracy"] else f"{100 * row['accuracy']['mean']:.2f}",
+            "-" if not row["accuracy"] else _mean(row["accuracy"]),
             _list(row["paper_accuracy"]),
         ]
         for row in measured
@@ -113,21 +154,27 @@ def _sweep(part: dict[str, Any]) -> str:
             point["method"],
             f"{100 * point['sparsity']:.0f} %",
             str(len(point["layers"])),
+            _share(point),
             "-" if point["flop_speedup"] is None else f"{point['flop_speedup']:.2f}x",
             *(_perplexity(point["perplexity"][text]) for text in texts),
         ]
         for point in part["points"]
     ]
-    return table(["method", "sparsity", "layers", "by FLOPs", *(f"perplexity, {text}" for text in texts)], rows)
+    heads = ["method", "sparsity", "layers", "left out", "by FLOPs", *(f"perplexity, {text}" for text in texts)]
+    return table(heads, rows)
 
 
 def _longbench(part: dict[str, Any]) -> str:
+    counts = part["rows"][0]["scores"]["questions"]
     tasks = list(part["rows"][0]["scores"]["tasks"])
     rows = [
         [row["row"], *(f"{row['scores']['tasks'][task]:.1f}" for task in tasks), f"{row['scores']['mean']:.2f}"]
         for row in part["rows"]
     ]
-    return table(["", *tasks, "mean"], rows)
+    longest = f" with prompts up to {part['longest_prompt']:,} tokens" if part["longest_prompt"] else ""
+    note = f"{part['questions']} questions of {part['data']}{longest}, so many of each task as its head says. "
+    heads = ["", *(f"{task} ({counts[task]})" for task in tasks), "mean of tasks"]
+    return table(heads, rows) + f"\n\n{note}Few questions say little: no standard error is claimed."
 
 
 def _chosen(part: dict[str, Any]) -> str:
@@ -137,6 +184,15 @@ def _chosen(part: dict[str, Any]) -> str:
     )
 
 
+PICTURES = {
+    "similarities": (
+        ("fig2-similarity-with-sink", "Figure 2: cosine of the sink with other tokens, by layer"),
+        ("fig3-similarity-across-layers", "Figures 3 and 6: cosine of a state with itself in other layers"),
+        ("fig7-similarity-of-tokens", "Figure 7: the sink and another token with the tokens after them"),
+    ),
+    "layerwise": (("fig4-layerwise-selection", "Figure 4: one layer selecting, orthogonal tokens or the others"),),
+    "fig5": (("fig5-chosen-layers", "Figure 5: the chosen layers at 20 %"),),
+}
 TITLES = {
     "table1": "Table 1: perplexity and throughput",
     "table2": "Table 2: zero-shot accuracy in per cent",
@@ -175,4 +231,5 @@ def _sizes(summary: dict[str, Any]) -> str:
     sizes = summary["sizes"]
     held = "; ".join(f"{name}: {s['windows']} windows, {s['tokens']:,} tokens" for name, s in sizes["held_out"].items())
     calibration = sizes["calibration"]
-    return f"calibrated on {calibration['tokens']:,} tokens of {calibration['text']}; {held}"
+    source = re.sub(r"\S*/", "", calibration["text"])  # the name of a file, not where it lies
+    return f"calibrated on {calibration['windows']} windows, {calibration['tokens']:,} tokens of {source}; {held}"

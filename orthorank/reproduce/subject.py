@@ -133,7 +133,7 @@ class Subject:
                 )
             return result.to_dict() | {"standard_error": result.standard_error}
 
-        inputs = {"plan": plan_key(plan), "text": text, "ids": _hash(windows)}
+        inputs = {"plan": plan_key(plan), "text": text, "ids": ids_hash(windows)}
         return self.cells.get(f"perplexity/{text}-{digest(inputs)}", inputs, measure)
 
     def evaluator(self, keep_ratio: float, **options: Any) -> "Evaluator":
@@ -148,7 +148,7 @@ class Subject:
         from orthorank.search.state import SearchState
 
         candidates, evaluator = self.candidates("greedy", keep_ratio), self.evaluator(keep_ratio, batch_size=1)
-        path = self.cells.folder / f"greedy-{keep_ratio:.4f}-{self.cells.key({'ids': _hash(self.calibration)})}.json"
+        path = self.cells.folder / f"greedy-{keep_ratio:.4f}-{self.cells.key({'ids': ids_hash(self.calibration)})}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         state = SearchState.load(path) if path.exists() else None
         if state is not None and len(state.chosen) >= count:
@@ -169,7 +169,7 @@ class Subject:
     def _one_shot_scores(self, keep_ratio: float) -> dict[str, float]:
         from orthorank.search.one_shot import loss_scores
 
-        inputs = {"keep_ratio": keep_ratio, "ids": _hash(self.calibration)}
+        inputs = {"keep_ratio": keep_ratio, "ids": ids_hash(self.calibration)}
 
         def measure() -> dict[str, float]:
             candidates = self.candidates("one-shot", keep_ratio)
@@ -197,7 +197,9 @@ class Subject:
     def _identity(self) -> dict[str, Any]:
         from orthorank.search.folder import model_fingerprint
 
-        return {"model": model_fingerprint(self.model), "dtype": self.info.dtype, "torch": torch.__version__}
+        identity = {"model": model_fingerprint(self.model), "dtype": self.info.dtype, "torch": torch.__version__}
+        # Figures of one kind of device, throughput above all, are not those of another.
+        return identity if self.info.device == "cpu" else identity | {"device": self.info.device.partition(":")[0]}
 
 
 def plan_key(plan: OrthoRankConfig | None) -> dict[str, Any] | None:
@@ -219,7 +221,8 @@ def digest(inputs: Any) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def _hash(ids: Tensor) -> str:
+def ids_hash(ids: Tensor) -> str:
+    """A hash of token ids, whatever their shape."""
     return hashlib.sha256(ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()[:16]
 
 

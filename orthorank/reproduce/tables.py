@@ -1,5 +1,6 @@
 """The paper's tables, as rows of cells: each function measures what is missing and returns JSON."""
 
+from pathlib import Path
 from typing import Any
 
 from orthorank.config import OrthoRankConfig
@@ -46,6 +47,7 @@ def table1(subject: Subject) -> dict[str, Any]:
         {
             "row": name,
             "plan": plan_key(plan),
+            "nominal_sparsity": left_out(subject, plan),
             "perplexity": {text: subject.perplexity(plan, text) for text in subject.windows},
             "throughput": speeds[name],
             "paper_perplexity": dict(zip(paper.MODELS, paper.PERPLEXITY.get(name, ()), strict=False)),
@@ -76,6 +78,7 @@ def table3(subject: Subject) -> dict[str, Any]:
             {
                 "row": name,
                 "plan": plan_key(plan),
+                "nominal_sparsity": left_out(subject, plan),
                 "perplexity": {text: subject.perplexity(plan, text) for text in subject.windows},
                 "accuracy": zero_shot(subject, plan),
                 "paper_perplexity": dict(zip(paper.ABLATION_MODELS, known, strict=True)),
@@ -94,6 +97,7 @@ def table4(subject: Subject) -> dict[str, Any]:
             plan = subject.plan("greedy", keep_ratio, 0.2)
             row |= {
                 "plan": plan_key(plan),
+                "nominal_sparsity": left_out(subject, plan),
                 "perplexity": {text: subject.perplexity(plan, text) for text in subject.windows},
                 "accuracy": zero_shot(subject, plan),
             }
@@ -114,6 +118,7 @@ def sweep(subject: Subject) -> dict[str, Any]:
                     "method": name,
                     "sparsity": sparsity,
                     "layers": plan.layers,
+                    "nominal_sparsity": left_out(subject, plan),
                     "flop_speedup": _flops(subject, plan),
                     "perplexity": {text: subject.perplexity(plan, text) for text in subject.windows},
                 }
@@ -137,7 +142,13 @@ def longbench(subject: Subject) -> dict[str, Any]:
         for name, plan in main_plans(subject).items()
         if name in ("dense", "sleb-20", "sleb-20+orthorank")
     ]
-    return {"questions": len(questions), "longest_prompt": longest, "rows": rows}
+    name = source if source == "hub" else Path(source).name
+    return {"data": name, "questions": len(questions), "longest_prompt": longest, "rows": rows}
+
+
+def left_out(subject: Subject, plan: OrthoRankConfig | None) -> float:
+    """Share of token updates that a plan leaves out: layers are whole, so not quite the sparsity asked for."""
+    return 0.0 if plan is None else plan.nominal_sparsity(subject.num_layers)
 
 
 def throughput(subject: Subject, plans: dict[str, OrthoRankConfig | None]) -> dict[str, Any]:

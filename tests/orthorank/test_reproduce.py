@@ -99,12 +99,12 @@ def test_a_second_run_computes_nothing(
     computed: list[str] = []
     real = Cells.get
 
-    def watched(self: Cells, name: str, inputs: dict[str, Any], compute: Any) -> Any:
+    def watched(self: Cells, name: str, inputs: dict[str, Any], compute: Any, **more: Any) -> Any:
         def noted() -> Any:
             computed.append(name)
             return compute()
 
-        return real(self, name, inputs, noted)
+        return real(self, name, inputs, noted, **more)
 
     monkeypatch.setattr(Cells, "get", watched)
     again = reproduce(settings_for(tiny_folder, inputs, copied))
@@ -137,9 +137,71 @@ def test_cells_of_other_inputs_are_computed_again(tmp_path: Path) -> None:
     assert cells.get("x", {"n": 1}, lambda: [1, (2,)]) == [1, [2]]
     assert cells.get("x", {"n": 2}, lambda: 5) == 5
     assert Cells(tmp_path, {"model": "b"}).get("x", {"n": 2}, lambda: 6) == 6
-    (tmp_path / "x.json").write_text("{")
-    with pytest.raises(OrthoRankError, match=r"x.json is not a JSON file; delete it"):
-        cells.get("x", {"n": 2}, lambda: 5)
+    for content, words in (
+        ("{", r"x.json is not a JSON file; delete it"),
+        ("[]", r"x.json is no finished cell; delete"),
+    ):
+        (tmp_path / "x.json").write_text(content)
+        with pytest.raises(OrthoRankError, match=words):
+            cells.get("x", {"n": 2}, lambda: 5)
+
+
+def test_no_cell_takes_the_place_of_another(tmp_path: Path) -> None:
+    """Two models in one folder, and two texts: each finds what it finished."""
+    one, other = Cells(tmp_path, {"model": "a"}), Cells(tmp_path, {"model": "b"})
+    assert [cells.get("x", {}, lambda n=n: n) for n, cells in enumerate((one, other))] == [0, 1]
+    assert [cells.get("x", {}, lambda: 9) for cells in (one, other)] == [0, 1]
+    assert [one.get("y", {}, lambda n=n: n, text=f"text {n}") for n in range(3)] == [0, 1, 2]
+    assert [one.get("y", {}, lambda: 9, text=f"text {n}") for n in range(3)] == [0, 1, 2]
+    assert one.get("x", {}, lambda: 9, text="any") == 0, "a file that names no text"
+
+
+def test_another_text_has_figures_of_its_own(tiny_folder: Path, inputs: Path, tmp_path: Path) -> None:
+    found = [
+        reproduce(
+            settings_for(
+                tiny_folder, inputs, tmp_path, only=("fig2", "fig4"), texts={"it": str(inputs / f"{name}.txt")}
+            )
+        )
+        for name in ("one", "two", "one")
+    ]
+    for part in ("similarities", "layerwise"):
+        assert found[0][part] != found[1][part]
+        assert found[0][part] == found[2][part]
+
+
+def test_parts_that_run_one_by_one_are_one_summary(
+    finished: tuple[Path, dict[str, Any]], tiny_folder: Path, inputs: Path, tmp_path: Path
+) -> None:
+    """A run of some parts keeps the others' figures and verdicts, if they were made with the same settings."""
+    copied = tmp_path / "copy"
+    shutil.copytree(finished[0], copied)
+    before = json.loads((copied / "summary.json").read_text())
+    reproduce(settings_for(tiny_folder, inputs, copied, only=("table4",)))
+    after = json.loads((copied / "summary.json").read_text())
+    assert after == before
+    assert "Table 1" in (copied / "tables.md").read_text()
+    summary = reproduce(settings_for(tiny_folder, inputs, copied, only=("table4",), windows=2))
+    assert "table1" not in summary, "other sizes: its figures do not stand beside those"
+    for content in ("{", "[]"):
+        (copied / "summary.json").write_text(content)
+        assert "table4" in reproduce(settings_for(tiny_folder, inputs, copied, only=("table4",)))
+
+
+def test_sizes_that_differ_are_said(finished: tuple[Path, dict[str, Any]]) -> None:
+    """One of six layers removed, and one of six at a third: not the same share of updates, and the claim says so."""
+    rows = {row["row"]: row for row in finished[1]["table1"]["rows"]}
+    assert rows["sleb-20"]["nominal_sparsity"] == pytest.approx(1 / 6)
+    assert rows["sleb-20+orthorank"]["nominal_sparsity"] == pytest.approx(
+        len(rows["sleb-20+orthorank"]["plan"]["layers"]) / 9
+    )
+    (claim, *_) = [one for one in check_claims(finished[1]) if "SLEB + OrthoRank" in one.claim]
+    assert "of the updates left out against 16.7 %" in claim.detail
+    assert claim.unit == "nats per token"
+    text = (finished[0] / "tables.md").read_text()
+    assert " threads, by wall clock" in text
+    assert "lcc (2)" in text
+    assert str(finished[0].parent) not in text, "no path of this machine"
 
 
 @pytest.mark.parametrize(
