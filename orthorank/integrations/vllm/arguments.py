@@ -9,7 +9,7 @@ from typing import Any
 
 from orthorank.errors import OrthoRankError
 from orthorank.files import user_path
-from orthorank.integrations.vllm.checks import _model_obstacles, plan_obstacles
+from orthorank.integrations.vllm.checks import model_obstacles, plan_obstacles
 from orthorank.integrations.vllm.hooks import ARCHITECTURES
 from orthorank.integrations.vllm.serving import Serving
 
@@ -121,7 +121,7 @@ def _positive(block_size: int) -> int:
 
 def _architecture(serving: Serving, config: Any) -> str:
     if config is not None:
-        for obstacle in _model_obstacles(serving, SimpleNamespace(model_config=SimpleNamespace(hf_config=config))):
+        for obstacle in model_obstacles(serving, config):
             raise OrthoRankError(obstacle)
         return ARCHITECTURES[config.model_type]
     model_type = serving.plan.model_type

@@ -1,6 +1,7 @@
 """What cannot be served is refused when vLLM reads its configuration, each with the reason and the remedy."""
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from orthorank.errors import OrthoRankError
@@ -48,9 +49,13 @@ def check(serving: Serving, vllm_config: Any) -> None:
     Raises:
         OrthoRankError: the plan cannot be served, or not with these settings of vLLM.
     """
-    for obstacle in (*plan_obstacles(serving), *_model_obstacles(serving, vllm_config), *_settings(vllm_config)):
-        raise OrthoRankError(obstacle)
-    for obstacle in _mode_obstacles(serving, vllm_config):
+    obstacles = chain(
+        plan_obstacles(serving),
+        model_obstacles(serving, vllm_config.model_config.hf_config),
+        _settings(vllm_config),
+        _mode_obstacles(serving, vllm_config),
+    )
+    for obstacle in obstacles:
         raise OrthoRankError(obstacle)
 
 
@@ -79,8 +84,9 @@ def plan_obstacles(serving: Serving) -> Iterator[str]:
         )
 
 
-def _model_obstacles(serving: Serving, vllm_config: Any) -> Iterator[str]:
-    config, plan = vllm_config.model_config.hf_config, serving.plan
+def model_obstacles(serving: Serving, config: Any) -> Iterator[str]:
+    """What does not fit the model of that ``config``, transformers' configuration."""
+    plan = serving.plan
     if config.model_type not in ARCHITECTURES:
         yield f"the model's type is {config.model_type!r}; OrthoRank serves {', '.join(ARCHITECTURES)}"
     for name in ("num_hidden_layers", "hidden_size", "model_type"):
