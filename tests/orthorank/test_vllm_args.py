@@ -59,7 +59,7 @@ def test_the_line_survives_a_shell(tmp_path: Path, capsys: pytest.CaptureFixture
         (WINDOW, ["--block-size", "48"], {"block_size": 48}),
         (WINDOW, ["--reuse", "all"], {}),
         (WINDOW, ["--no-prefix-caching", "--block-size", "64"], {"enable_prefix_caching": False, "block_size": 64}),
-        (WINDOW | {"select_window": 4096}, [], {"block_size": 4096, "max_num_batched_tokens": 4096}),
+        (WINDOW | {"select_window": 4096}, [], {"block_size": 4096, "max_num_batched_tokens": 5120}),
     ],
 )
 def test_what_each_way_to_select_asks_of_vllm(

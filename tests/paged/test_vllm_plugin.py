@@ -41,7 +41,8 @@ def package(tmp_path: Path) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("raise SystemExit('imported')\n" + "".join(f"{name} = None\n" for name in names))
     for folder in {parent for file in tmp_path.rglob("*.py") for parent in file.parents if tmp_path in parent.parents}:
-        (folder / "__init__.py").touch()
+        stops = "" if folder.name == "vllm" else "raise SystemExit('imported')\n"
+        (folder / "__init__.py").write_text(stops)
     return tmp_path
 
 

@@ -28,6 +28,8 @@ pytestmark = pytest.mark.vllm
         (PLAN, WHOLE_PROMPTS | {"enable_lora": True}, "merge the adapter"),
         (PLAN, WHOLE_PROMPTS | {"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         (WINDOW, {"max_num_batched_tokens": 16, "max_num_seqs": 4}, "--max-num-batched-tokens is 16"),
+        (WINDOW, {"max_num_batched_tokens": 34, "max_num_seqs": 4}, "a step needs 35"),
+        (WINDOW | {"keep_last": 2}, {}, "keep_last is 2"),
         ({"plan": PLAN, "reuse": "some"}, WHOLE_PROMPTS, "reuse is 'some'"),
         (7, WHOLE_PROMPTS, "orthorank = 7"),
     ],

@@ -14,6 +14,7 @@ from orthorank.integrations.vllm.hooks import ARCHITECTURES
 from orthorank.integrations.vllm.serving import Serving
 
 BLOCK = 32  # tokens; every backend of vLLM takes blocks that are multiples of it
+MOST_REQUESTS = 1024  # the largest of vLLM's defaults for --max-num-seqs: each has a token beside the window
 LEAST_STEP = 2048  # the smallest of vLLM's defaults for --max-num-batched-tokens
 
 
@@ -96,8 +97,8 @@ def _settings(serving: Serving, prefix_caching: bool, block_size: int | None) ->
         block_size = _whole_windows(window, block_size)
     if block_size is not None:
         settings["block_size"] = _positive(block_size)
-    if window is not None and window > LEAST_STEP:
-        settings["max_num_batched_tokens"] = window
+    if window is not None and window + MOST_REQUESTS > LEAST_STEP:
+        settings["max_num_batched_tokens"] = window + MOST_REQUESTS
     return settings
 
 

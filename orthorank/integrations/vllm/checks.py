@@ -5,7 +5,7 @@ from itertools import chain
 from typing import Any
 
 from orthorank.errors import OrthoRankError
-from orthorank.integrations.paged.forward import SCORES
+from orthorank.integrations.paged import plans
 from orthorank.integrations.vllm import hooks
 from orthorank.integrations.vllm.hooks import ARCHITECTURES
 from orthorank.integrations.vllm.serving import Serving
@@ -64,16 +64,7 @@ def plan_obstacles(serving: Serving) -> Iterator[str]:
     plan = serving.plan
     if not plan.selecting and not plan.layers:
         yield "the plan has no layers; serve the model without it"
-    if plan.criterion not in SCORES:
-        yield f"criterion is {plan.criterion!r}, an ablation of the paper; servers know {', '.join(map(repr, SCORES))}"
-    if plan.kv != "all":
-        yield "kv is 'selected', an ablation of the paper: a server's cache holds all tokens; set kv to 'all'"
-    if plan.update_sink:
-        yield "update_sink is True: the sink's state would depend on the request; set it to False"
-    if plan.sinks != "first":
-        yield "sinks is 'auto', which servers do not know; set it to 'first'"
-    if plan.decode != "dense":
-        yield "decode is 'threshold', and servers compute generated tokens in all layers; set it to 'dense'"
+    yield from plans.obstacles(plan)
     if plan.selecting and plan.selecting[0] == 0:
         yield "layer 0 selects, and no sink has formed there; take it out of the plan"
     before = [layer for layer in plan.selecting if plan.sink_layer is not None and layer <= plan.sink_layer]
@@ -144,13 +135,19 @@ def _mode_obstacles(serving: Serving, vllm_config: Any) -> Iterator[str]:
                 "select is 'topk', and blocks of the prefix cache hold what another prompt selected: pass "
                 "--no-enable-prefix-caching, or use a plan with select 'window' or 'threshold'"
             )
+    if caching and serving.reuse == "prompt" and plan.select != "topk" and plan.keep_last > 1:
+        yield (
+            f"keep_last is {plan.keep_last}: a shorter prompt would find some of its forced tokens in the prefix "
+            "cache, unforced; set the plan's keep_last to 1, pass --no-enable-prefix-caching, or accept it: reuse 'all'"
+        )
     window = plan.select_window
     if window is None:
         return
-    if scheduler.max_num_batched_tokens < window:
+    least = window + scheduler.max_num_seqs - 1  # a window beside every other request's generated token
+    if scheduler.max_num_batched_tokens < least:
         yield (
-            f"--max-num-batched-tokens is {scheduler.max_num_batched_tokens}, less than select_window, {window}: no "
-            "window would fit a step; raise it"
+            f"--max-num-batched-tokens is {scheduler.max_num_batched_tokens}, and a step needs {least}: a window of "
+            f"{window} beside one token of each other request (--max-num-seqs); raise it, or prompts wait for answers"
         )
     if 0 < scheduler.long_prefill_token_threshold < window:
         yield (

@@ -29,13 +29,15 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "vllm.model_executor.models.config": ("MODELS_CONFIG_MAP", "VerifyAndUpdateConfig", "verify_and_update_config"),
     "vllm.v1.attention.backend": (
         "subclass_attention_backend",
-        "CommonAttentionMetadata",
         "query_start_loc_cpu",
         "seq_lens_cpu_upper_bound",
+        "is_prefilling",
+        "req_idx",
+        "_num_computed_tokens_cache",
+        "_token_to_req_indices_cache",
         "forward_includes_kv_cache_update",
         "do_kv_cache_update",
     ),
-    "vllm.model_executor.layers.attention.kv_transfer_utils": ("maybe_transfer_kv_layer",),
     "vllm.v1.core.sched.scheduler": ("_mamba_block_aligned_split", "need_mamba_block_aligned_split"),
     "vllm.v1.core.kv_cache_coordinator": ("cache_blocks",),
     "vllm.v1.worker.gpu_model_runner": ("_build_attention_metadata",),
@@ -165,8 +167,11 @@ class _Running:
 
 
 def _source(module: str) -> str:
-    try:
-        spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        return ""
-    return "" if spec is None or spec.origin is None else Path(spec.origin).read_text(encoding="utf-8")
+    """The source of a module of vLLM. ``find_spec`` of the module itself would import the packages above it."""
+    package = importlib.util.find_spec("vllm")
+    for root in (package.submodule_search_locations or ()) if package else ():
+        path = Path(root, *module.split(".")[1:])
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if file.is_file():
+                return file.read_text(encoding="utf-8")
+    return ""

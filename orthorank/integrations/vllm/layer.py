@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from orthorank.errors import OrthoRankError
 from orthorank.integrations.paged import operator
 from orthorank.integrations.paged.choosing import Chosen
 from orthorank.integrations.paged.forward import Parts, RMSNorm, selected_forward
@@ -138,6 +139,11 @@ class RemovedLayer(nn.Module):
 def make_selecting(layer: Any, index: int, shared: Shared, contexts: dict[str, Any]) -> None:
     """Turn ``layer`` into a selecting layer, known as such in ``contexts``, vLLM's layers by name."""
     attention = layer.self_attn.attn
+    if attention.attn_backend.forward_includes_kv_cache_update:
+        raise OrthoRankError(
+            f"the attention backend {attention.attn_backend.get_name()} writes keys and values as it attends, so those "
+            "of unselected tokens would be lost; choose another one with --attention-backend, such as TRITON_ATTN"
+        )
     attention.attn_backend = selecting_backend(attention.attn_backend)
     attention.orthorank = shared
     layer.orthorank, layer.orthorank_index = shared, index
