@@ -26,7 +26,9 @@ def draw_similarity_with_sink(found: "Similarities", sink_layer: int | None, fol
             axes.plot(values, color=BLUE, alpha=0.25 + 0.4 * number / many, linewidth=1)
         axes.plot(found.sink_mean, color=ORANGE, linewidth=2.5, label=f"mean of tokens 1 to {many}")
         _mark(axes, sink_layer)
-        axes.set(xlabel="layer", ylabel="cosine with the sink token", title="Normalised states turn towards the sink")
+        axes.set(
+            xlabel="layer", ylabel="cosine with the sink token", title="Normalised states: the sink with other tokens"
+        )
         axes.legend(frameon=False)
 
     return _save(draw, folder, "fig2-similarity-with-sink", (7, 4))
@@ -36,12 +38,14 @@ def draw_similarity_across_layers(found: "Similarities", sink_layer: int | None,
     """Figures 3 and 6: cosine of a token's state with itself in other layers; of the sink, and of another token."""
 
     def draw(axes: Any) -> None:
-        titles = ("sink token", f"token {found.other}")
+        box = "" if sink_layer is None else " (box: after the sink forms)"
+        titles = (f"sink token{box}", f"token {found.other}{box}")
         for panel, matrix, title in zip(axes, (found.sink_across, found.other_across), titles, strict=True):
             shown = panel.imshow(matrix, vmin=-0.1, vmax=1, cmap="viridis", origin="upper")
             if sink_layer is not None:
                 begin, size = sink_layer + 0.5, len(matrix) - sink_layer - 1
-                panel.add_patch(_rectangle((begin, begin), size, size))
+                for colour, width in (("white", 3.5), ("black", 1.5)):  # one of them is seen on any colour
+                    panel.add_patch(_rectangle((begin, begin), size, size, colour, width))
             panel.set(xlabel="layer", ylabel="layer", title=title)
         axes[-1].figure.colorbar(shown, ax=list(axes), label="cosine", shrink=0.8)
 
@@ -56,9 +60,10 @@ def draw_similarity_of_others(found: "Similarities", sink_layer: int | None, fol
         for panel, rows, title in zip(axes, (found.sink_with, found.other_with), titles, strict=True):
             for number in range(len(rows[0])):
                 panel.plot([row[number] for row in rows], color=BLUE, alpha=0.4, linewidth=1)
-            panel.plot([sum(row) / len(row) for row in rows], color=ORANGE, linewidth=2.5)
-            _mark(panel, sink_layer)
-            panel.set(xlabel="layer", ylabel="cosine", title=title, ylim=(-0.3, 1.02))
+            panel.plot([sum(row) / len(row) for row in rows], color=ORANGE, linewidth=2.5, label="their mean")
+            panel.legend(frameon=False, loc="lower left")
+            panel.set(xlabel="layer", ylabel="cosine", title=title, ylim=(-0.5, 1.1))
+            _mark(panel, sink_layer)  # once the axis has its end: the words stand there
 
     return _save(draw, folder, "fig7-similarity-of-tokens", (10, 4), panels=2)
 
@@ -149,7 +154,7 @@ def _mark(axes: Any, sink_layer: int | None) -> None:
         axes.annotate("sink formed", (sink_layer + 0.7, axes.get_ylim()[1]), color=GREY, va="top", fontsize=9)
 
 
-def _rectangle(corner: tuple[float, float], width: float, height: float) -> Any:
+def _rectangle(corner: tuple[float, float], width: float, height: float, colour: str, line: float) -> Any:
     from matplotlib.patches import Rectangle
 
-    return Rectangle(corner, width, height, fill=False, edgecolor="red", linewidth=1.5)
+    return Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=line, clip_on=False)

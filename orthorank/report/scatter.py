@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from orthorank.report.charts import linear_ticks
 from orthorank.report.pictures import line, svg, text
 
-HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 240.0, 48.0, 16.0, 16.0, 40.0
+HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 252.0, 48.0, 16.0, 28.0, 40.0
 
 
 @dataclass(frozen=True)

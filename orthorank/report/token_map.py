@@ -19,8 +19,9 @@ def token_map_html(found: dict[str, Any]) -> str:
     )
     steps = "".join(f'<span class="token shade{shade}">&nbsp;</span>' for shade in range(SHADES + 1))
     return (
-        f'<p class="legend soft">updated in no layer {steps} in all {total}</p>\n'
-        f'<div class="tokens" role="group" aria-label="token map">{tokens}</div>'
+        f'<p class="legend soft">updated in no layer <span class="steps">{steps}</span> in all {total}</p>\n'
+        f'<a class="skip" href="#after-map">skip the {len(found["pieces"])} tokens</a>\n'
+        f'<div class="tokens" role="group" aria-label="token map">{tokens}</div><div id="after-map"></div>'
     )
 
 
@@ -31,6 +32,6 @@ def _token(number: int, piece: str, layers: list[int], total: int) -> str:
     detail = escape(f"token {number}, {note}", quote=True)
     spoken = f"{escape(piece, quote=True)}: {detail}"
     return (
-        f'<span class="token shade{shade}" tabindex="0" data-detail="{detail}" aria-label="{spoken}">'
+        f'<span class="token shade{shade}" role="img" tabindex="0" data-detail="{detail}" aria-label="{spoken}">'
         f"{escape(piece)}</span>"
     )

@@ -11,7 +11,7 @@ from orthorank.files import finite, writable_folder, write_json, write_text
 from orthorank.reproduce import tables
 from orthorank.reproduce.claims import check_claims
 from orthorank.reproduce.settings import PARTS, ReproduceSettings
-from orthorank.reproduce.shown import markdown
+from orthorank.reproduce.shown import markdown, titled
 from orthorank.reproduce.subject import KEEP_RATIO, Subject, ids_hash
 from orthorank_kernels._version import __version__
 
@@ -130,7 +130,7 @@ def _chosen(subject: Subject, folder: Path) -> dict[str, Any]:
     from orthorank.analysis import figures
 
     plans = {name: plan for name, plan in tables.main_plans(subject).items() if plan is not None and "20" in name}
-    ratios = {name: {layer: plan.ratio(layer) for layer in plan.layers} for name, plan in plans.items()}
+    ratios = {titled(name): {layer: plan.ratio(layer) for layer in plan.layers} for name, plan in plans.items()}
     if ratios:
         figures.draw_chosen_layers(ratios, subject.num_layers, folder)
     return {name: {"layers": plan.layers, "keep_ratio": plan.keep_ratio} for name, plan in plans.items()}

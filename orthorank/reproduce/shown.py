@@ -8,9 +8,9 @@ from typing import Any
 
 def markdown(summary: dict[str, Any]) -> str:
     """All finished parts of ``summary``, for people."""
-    model, name = summary["model"], PurePath(summary["model"]["name"])
+    model, where = summary["model"], PurePath(summary["model"]["name"])
     parts = [
-        f"# The paper's tables on {name.name if name.is_absolute() else name}",
+        f"# The paper's tables on {where.name if where.is_absolute() else where}",
         f"{model['dtype']} on {model['device']}; {_sizes(summary)}. Beside each figure: the paper's, for its models "
         f"({_models(summary)}).",
     ]
@@ -25,6 +25,19 @@ def markdown(summary: dict[str, Any]) -> str:
 
 def _pictures(summary: dict[str, Any]) -> list[str]:
     return [f"![{words}]({file}.png)" for key, figures in PICTURES.items() if key in summary for file, words in figures]
+
+
+def titled(row: str) -> str:
+    """A row's name as people write it; names that say no method are left as they are.
+
+    >>> titled("sleb-20+orthorank"), titled("shortened-10"), titled("inverse")
+    ('SLEB 20 % + OrthoRank', 'Shortened LLaMA 10 %', 'inverse')
+    """
+    method, _, ours = row.partition("+")
+    name, _, percent = method.partition("-")
+    if name not in METHODS:
+        return row
+    return f"{METHODS[name]} {percent} %" + (" + OrthoRank" if ours else "")
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -68,7 +81,7 @@ def _main(part: dict[str, Any]) -> str:
         speed, ideal = row["throughput"], row["throughput"]["flop_speedup"]
         rows.append(
             [
-                row["row"],
+                titled(row["row"]),
                 str(len(row["plan"]["layers"])) if row["plan"] else "0",
                 _share(row),
                 *(_perplexity(row["perplexity"][text]) for text in texts),
@@ -102,7 +115,7 @@ def _accuracies(part: dict[str, Any]) -> str:
     tasks = [task["task"] for task in measured[0]["accuracy"]["tasks"]] if measured else []
     rows = [
         [
-            row["row"],
+            titled(row["row"]),
             *(f"{100 * t['value']:.1f} ± {100 * (t['standard_error'] or 0):.1f}" for t in row["accuracy"]["tasks"]),
             _mean(row["accuracy"]),
             _list(row["paper_accuracy"]),
@@ -132,7 +145,7 @@ def _ablation(part: dict[str, Any]) -> str:
     heads = ["", "layers", "left out", *(f"perplexity, {text}" for text in texts), "paper", "accuracy", "paper"]
     rows = [
         [
-            row["row"],
+            titled(row["row"]),
             str(len(row["plan"]["layers"])),
             _share(row),
             *(_perplexity(row["perplexity"][text]) for text in texts),
@@ -168,7 +181,7 @@ def _longbench(part: dict[str, Any]) -> str:
     counts = part["rows"][0]["scores"]["questions"]
     tasks = list(part["rows"][0]["scores"]["tasks"])
     rows = [
-        [row["row"], *(f"{row['scores']['tasks'][task]:.1f}" for task in tasks), f"{row['scores']['mean']:.2f}"]
+        [titled(row["row"]), *(f"{row['scores']['tasks'][task]:.1f}" for task in tasks), f"{row['scores']['mean']:.2f}"]
         for row in part["rows"]
     ]
     longest = f" with prompts up to {part['longest_prompt']:,} tokens" if part["longest_prompt"] else ""
@@ -180,10 +193,11 @@ def _longbench(part: dict[str, Any]) -> str:
 def _chosen(part: dict[str, Any]) -> str:
     return table(
         ["plan", "keep ratio", "layers"],
-        [[name, f"{row['keep_ratio']:.3g}", ", ".join(map(str, row["layers"]))] for name, row in part.items()],
+        [[titled(name), f"{row['keep_ratio']:.3g}", ", ".join(map(str, row["layers"]))] for name, row in part.items()],
     )
 
 
+METHODS = {"sleb": "SLEB", "shortened": "Shortened LLaMA"}
 PICTURES = {
     "similarities": (
         ("fig2-similarity-with-sink", "Figure 2: cosine of the sink with other tokens, by layer"),

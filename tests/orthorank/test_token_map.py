@@ -1,5 +1,8 @@
 """The token map: what it says is what the layers select, and its tokens add up to the text."""
 
+import re
+from collections.abc import Iterable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +65,9 @@ def test_pieces_add_up_to_the_text(loaded: tuple[Any, Any], tokens: int) -> None
     assert len(spans) == len(found.pieces)
     shown = "".join(page.words)
     assert shown.endswith(whole)
+    ids = {attributes.get("id") for _, attributes in page.tags}
+    (way_past,) = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    assert way_past.removeprefix("#") in ids, "the keyboard need not go through all tokens"
 
 
 def test_shades_say_in_how_many_layers() -> None:
@@ -88,3 +94,23 @@ def test_a_scatter_places_points_by_their_figures() -> None:
     assert float(circles[0]["cx"] or 0) < float(circles[1]["cx"] or 0)
     assert float(circles[0]["cy"] or 0) > float(circles[1]["cy"] or 0), "more is higher up"
     assert {"dense", "plan"} <= set(page.words)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_text_is_read_on_every_shade(dark: bool) -> None:
+    """WCAG's contrast of 4.5 between the text and each shade behind it, in the light and in the dark."""
+    css = files("orthorank.report").joinpath("page.css").read_text(encoding="utf-8")
+    colours = dict(re.findall(r"--([\w-]+): (#\w{6})", css.split("@media (prefers-color-scheme: dark)")[dark]))
+    shares = [int(share) / 100 for share in re.findall(r"var\(--map\) (\d+)%", css)]
+    assert len(shares) == SHADES
+    ink, card, shade = (bytes.fromhex(colours[name][1:]) for name in ("ink", "card", "map"))
+    for share in shares:
+        mixed = [share * over + (1 - share) * under for over, under in zip(shade, card, strict=True)]
+        low, high = sorted((luminance(ink), luminance(mixed)))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, (share, mixed)
+
+
+def luminance(colour: Iterable[float]) -> float:
+    """Relative luminance of sRGB, 0 to 255, as WCAG defines it."""
+    linear = [v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4 for v in (c / 255 for c in colour)]
+    return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
