@@ -15,7 +15,10 @@ def markdown(summary: dict[str, Any]) -> str:
         f"({_models(summary)}).",
     ]
     if "claims" in summary:
-        parts += ["## Claims", _claims(summary["claims"])]
+        layers = [claim for claim in summary["claims"] if claim["claim"].startswith("layer ")]
+        parts += ["## Claims", _claims([claim for claim in summary["claims"] if claim not in layers])]
+        if layers:
+            parts += ["### Figure 4, layer by layer", _claims(layers)]
     for name, title in TITLES.items():
         if name in summary:
             parts += [f"## {title}", TABLES[name](summary[name])]
