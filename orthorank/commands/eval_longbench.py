@@ -58,6 +58,8 @@ def command(
         loaded, tokenizer, info = load_model(model, device, dtype)
     if only_shorter is not None:
         questions = [q for q in questions if len(tokenizer(q.prompt, verbose=False)["input_ids"]) <= only_shorter]
+        if not questions:
+            raise OrthoRankError(f"only_shorter is {only_shorter}, and every prompt has more tokens; raise it")
     what = json_module.dumps([info.name, info.source, info.dtype, None if chosen is None else chosen.to_dict()])
     with (
         nullcontext() if chosen is None else apply(loaded, chosen),
@@ -67,15 +69,20 @@ def command(
         def on_answer(done: int, total: int, question: Question, value: float) -> None:
             advance(done, f"{question.task}: {100 * value:.0f}")
 
-        scores = run_longbench(
-            loaded,
-            tokenizer,
-            questions,
-            max_tokens=max_tokens,
-            answers=folder / "answers.jsonl",
-            identity=hashlib.sha256(what.encode()).hexdigest(),
-            on_answer=on_answer,
-        )
+        try:
+            scores = run_longbench(
+                loaded,
+                tokenizer,
+                questions,
+                max_tokens=max_tokens,
+                answers=folder / "answers.jsonl",
+                identity=hashlib.sha256(what.encode()).hexdigest(),
+                on_answer=on_answer,
+            )
+        except KeyboardInterrupt:
+            raise OrthoRankError(
+                f"interrupted; the answers so far are in {folder / 'answers.jsonl'}: the same command goes on there"
+            ) from None
     plan_fields = None if chosen is None else chosen.to_dict()
     results = {"model": info.to_dict(), "plan": plan_fields, "data": str(data or "hub"), "max_tokens": max_tokens}
     results |= {"only_shorter": only_shorter, "scores": scores}

@@ -71,9 +71,14 @@ def command(
     rows: list[dict[str, Any]] = []
     results = {"model": info.to_dict(), "text": chosen.name, "window": window, "rows": rows}
     for name, each in ({"dense": None} | plans).items():
-        with nullcontext() if each is None else apply(loaded, each):
-            rows.append({"name": name, "plan": None if each is None else each.to_dict()})
-            rows[-1] |= _measure(screen, name, loaded, tokenizer, chosen, settings)
+        try:
+            with nullcontext() if each is None else apply(loaded, each):
+                found = _measure(screen, name, loaded, tokenizer, chosen, settings)
+        except KeyboardInterrupt:
+            if output is None or not rows:
+                raise
+            raise OrthoRankError(f"interrupted; {', '.join(row['name'] for row in rows)} finished: {output}") from None
+        rows.append({"name": name, "plan": None if each is None else each.to_dict()} | found)
         if output is not None:  # what is measured is kept, should the next plan fail or be interrupted
             write_json(output, results)
     if json:

@@ -78,7 +78,10 @@ def command(
         dtype=dtype,
     )
     console = Console()
-    summary = reproduce(settings.quick() if quick else settings, RichScreen(console))
+    try:
+        summary = reproduce(settings.quick() if quick else settings, RichScreen(console))
+    except KeyboardInterrupt:
+        raise OrthoRankError(f"interrupted; finished cells are in {output}: the same command goes on there") from None
     console.print(Markdown(markdown(summary)))
     RichScreen(console).say(f"Everything is in {output}: tables.md, summary.json, the pictures, and the cells.")
     return 0

@@ -1,7 +1,9 @@
 """Running the harness on a model with a plan, and the paper's mean over tasks."""
 
 import copy
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +60,8 @@ def evaluate_tasks(
             "what there is, and --include-path names a folder with task files of your own"
         )
     own = copy.deepcopy(tokenizer)  # the harness gives it a padding token
-    adapter = OrthoRankLM(model, plan=plan, context_only=context_only, tokenizer=own, batch_size=batch_size)
+    with _quiet("lm_eval.models.huggingface"):  # which warns of a model that is loaded already: as is meant here
+        adapter = OrthoRankLM(model, plan=plan, context_only=context_only, tokenizer=own, batch_size=batch_size)
     try:
         found = lm_eval.simple_evaluate(
             model=adapter, tasks=list(tasks), task_manager=manager, num_fewshot=0, limit=limit, log_samples=False
@@ -79,6 +82,18 @@ def evaluate_tasks(
         "last_token_selected": adapter.last_tokens.share,
         "harness": lm_eval.__version__,
     }
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """The logger ``name`` says nothing below an error."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _row(task: str, metric: str, found: dict[str, Any]) -> dict[str, Any]:

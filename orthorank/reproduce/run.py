@@ -60,18 +60,27 @@ def _measured(part: str, subject: Subject, folder: Path) -> dict[str, Any]:
         return {LAYERWISE: _layerwise(subject, folder)}
     if part == "fig5":
         return {"fig5": _chosen(subject, folder)}
-    if part == "longbench" and subject.settings.longbench is None:
-        subject.screen.say("left out: no questions were named")
-        return {}
+    if part == "longbench":
+        return _longbench(subject)
     measure = {
         "table1": tables.table1,
         "table2": tables.table2,
         "table3": tables.table3,
         "table4": tables.table4,
         "sweep": tables.sweep,
-        "longbench": tables.longbench,
     }[part]
     return {part: measure(subject)}
+
+
+def _longbench(subject: Subject) -> dict[str, Any]:
+    if subject.settings.longbench is None:
+        subject.screen.say("left out: no questions were named")
+        return {}
+    found = tables.longbench(subject)
+    if not found["questions"]:
+        subject.screen.say(f"left out: every prompt has more than {subject.settings.longbench_tokens} tokens")
+        return {}
+    return {"longbench": found}
 
 
 def _similarities(subject: Subject, folder: Path) -> dict[str, Any]:

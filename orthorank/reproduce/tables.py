@@ -140,7 +140,7 @@ def longbench(subject: Subject) -> dict[str, Any]:
     rows = [
         {"row": name, "plan": plan_key(plan), "scores": _answered(subject, plan, questions)}
         for name, plan in main_plans(subject).items()
-        if name in ("dense", "sleb-20", "sleb-20+orthorank")
+        if questions and name in ("dense", "sleb-20", "sleb-20+orthorank")
     ]
     name = source if source == "hub" else Path(source).name
     return {"data": name, "questions": len(questions), "longest_prompt": longest, "rows": rows}

@@ -81,7 +81,11 @@ def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
 
 
 def test_finished_rows_are_kept_when_a_later_plan_is_interrupted(
-    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from orthorank.commands import eval_ppl
 
@@ -96,6 +100,7 @@ def test_finished_rows_are_kept_when_a_later_plan_is_interrupted(
     plan = orthorank.OrthoRankConfig(layers=[2], keep_ratio=0.5).save_pretrained(tmp_path / "plan")
     options = ["--text", str(text_file), "--window", "64", "--device", "cpu", "--plan", str(plan)]
     assert main(["eval", "ppl", str(tiny_folder), *options, "--output", str(tmp_path / "ppl.json")]) == 2
+    assert "interrupted; dense finished: " in capsys.readouterr().err
     (row,) = json.loads((tmp_path / "ppl.json").read_text())["rows"]
     assert row["name"] == "dense"
     assert row["windows"] > 1

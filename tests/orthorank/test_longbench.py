@@ -194,3 +194,12 @@ def test_the_command(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 2
     assert main(["eval", "longbench", str(tiny_folder), *options, "--tasks", "imdb"]) == 2
     assert "task is 'imdb'" in capsys.readouterr().err
+
+
+def test_prompts_that_are_all_too_long_are_said(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data.jsonl").write_text(json.dumps({"task": "lcc", "prompt": "some text", "gold": ["x"]}))
+    options = ["--data", str(tmp_path / "data.jsonl"), "--only-shorter", "5", "--output", str(tmp_path / "out")]
+    assert main(["eval", "longbench", str(tiny_folder), "--device", "cpu", *options]) == 2
+    assert "only_shorter is 5" in capsys.readouterr().err

@@ -188,6 +188,12 @@ def test_parts_that_run_one_by_one_are_one_summary(
         assert "table4" in reproduce(settings_for(tiny_folder, inputs, copied, only=("table4",)))
 
 
+def test_longbench_without_a_short_prompt_is_left_out(tiny_folder: Path, inputs: Path, tmp_path: Path) -> None:
+    summary = reproduce(settings_for(tiny_folder, inputs, tmp_path, only=("longbench",), longbench_tokens=1))
+    assert "longbench" not in summary
+    assert (tmp_path / "tables.md").is_file()
+
+
 def test_sizes_that_differ_are_said(finished: tuple[Path, dict[str, Any]]) -> None:
     """One of six layers removed, and one of six at a third: not the same share of updates, and the claim says so."""
     rows = {row["row"]: row for row in finished[1]["table1"]["rows"]}
@@ -273,6 +279,25 @@ def test_the_command(tiny_folder: Path, inputs: Path, tmp_path: Path, capsys: py
     assert main(["reproduce", str(tiny_folder), *options, *sizes, "--only", "sweep,fig5", "--output", str(out)]) == 0
     assert "Perplexity over sparsity" in capsys.readouterr().out
     assert json.loads((out / "summary.json").read_text())["settings"]["windows"] == 2
+
+
+def test_an_interrupted_command_says_what_is_kept(
+    tiny_folder: Path,
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tables, "table4", interrupted)
+    options = ["--calibration", str(inputs / "calibration.txt"), "--text", f"one={inputs / 'one.txt'}"]
+    sizes = ["--calibration-len", "32", "--window", "64", "--device", "cpu", "--tasks", "none", "--quick"]
+    out = tmp_path / "out"
+    assert main(["reproduce", str(tiny_folder), *options, *sizes, "--only", "fig5,table4", "--output", str(out)]) == 2
+    assert f"finished cells are in {out}: the same command goes on there" in capsys.readouterr().err
+    assert "fig5" in json.loads((out / "summary.json").read_text())
 
 
 @pytest.mark.parametrize(
