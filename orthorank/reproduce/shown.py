@@ -99,7 +99,8 @@ def _main(part: dict[str, Any]) -> str:
 
 
 def _how_timed(speed: dict[str, Any]) -> str:
-    threads = f" with {speed['threads']} threads" if speed["device"] == "cpu" else ""
+    many = "thread" if speed["threads"] == 1 else "threads"
+    threads = f" with {speed['threads']} {many}" if speed["device"] == "cpu" else ""
     return (
         f"Left out: share of all token updates. Throughput: prefill of a prompt of {speed['prompt']:,} tokens without "
         f"a cache, on {speed['device']}{threads}, by {speed['clock']}; median of the ratios to the dense model within "
