@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import readme_reproduce
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 NAMES = {"dense": "dense", "layer-pruning": "layer pruning (SLEB)", "orthorank": "OrthoRank"}
@@ -269,9 +271,16 @@ def budget_section() -> str:
     return table(["plan", "FLOPs of the layers", "calibration loss", "held-out loss", "held-out perplexity"], lines)
 
 
+def reproduce_section() -> str:
+    """The paper's main rows and claims on SmolLM2."""
+    summary = load(f"{readme_reproduce.FOLDER}/summary.json")
+    rows, claims = readme_reproduce.main_rows(summary), readme_reproduce.claim_rows(summary)
+    return f"{table(*rows)}\n\n{table(*claims)}\n\n{readme_reproduce.note(summary)}"
+
+
 # By page: its marked sections, and what makes them.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"demo": demo_section, "results": results_section},
+    "README.md": {"demo": demo_section, "reproduce": reproduce_section, "results": results_section},
     "docs/criteria.md": {"criteria": criteria_section},
     "docs/modes.md": {"modes": modes_section},
     "docs/search.md": {"search": search_section, "budget": budget_section},
