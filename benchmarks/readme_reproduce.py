@@ -43,7 +43,7 @@ def note(summary: dict[str, Any]) -> str:
     held = ", ".join(f"{size['windows']} windows of {name}" for name, size in sizes["held_out"].items())
     return (
         f"`{summary['model']['name']}` in {summary['model']['dtype']} on a CPU; {held}; the first {sizes['task_rows']} "
-        f"rows of each zero-shot set; prefill of {speed['prompt']:,} tokens on {speed['threads']} CPU thread(s). From "
+        f"rows of each zero-shot set; prefill of {speed['prompt']:,} tokens on {speed['threads']} threads. From "
         f"`orthorank reproduce`; every cell, Tables 3 and 4, the sweep to 50 %, LongBench and the pictures are in "
         f"[benchmarks/results/{FOLDER}](benchmarks/results/{FOLDER}/tables.md)."
     )
