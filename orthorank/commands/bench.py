@@ -1,6 +1,8 @@
 """``orthorank bench``: how fast the dense model and plans run here, and how much memory they hold."""
 
 import json as json_module
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,7 +51,7 @@ def command(
     from orthorank.commands import bench_vllm
     from orthorank.commands.screen import RichScreen, numbers
     from orthorank.evaluation.bench import BenchSettings, run_bench
-    from orthorank.evaluation.bench_results import results_of, write_results
+    from orthorank.evaluation.bench_results import results_of
     from orthorank.files import writable_folder
     from orthorank.models import load_model, locate
 
@@ -76,22 +78,32 @@ def command(
         loaded, _, info = load_model(model, device, dtype)
     variants: dict[str, Any] = {"dense": None} | (plans if plans is not None else shipped(loaded))
     total = 2 * settings.rounds + len(settings.lengths or ())
-    done = 0
     with screen.progress("timing", total) as advance:
-
-        def on_step(what: str, number: int, of: int) -> None:
-            nonlocal done
-            done += 1
-            advance(done, f"{what} {number} of {of}")
-
-        report = run_bench(loaded, variants, settings, on_step=on_step)
+        report = run_bench(loaded, variants, settings, on_step=counted(advance))
     results = results_of(loaded, info, variants, report)
+    return deliver(results, folder, as_json=json, show=lambda: _show(screen, results, folder))
+
+
+def counted(advance: Callable[[int, str], object]) -> Callable[[str, int, int], None]:
+    """What a benchmark calls after each of its steps: moves a bar of all of them on by one."""
+    steps = count(1)
+
+    def on_step(what: str, number: int, of: int) -> None:
+        advance(next(steps), f"{what} {number} of {of}")
+
+    return on_step
+
+
+def deliver(results: dict[str, Any], folder: Path | None, *, as_json: bool, show: Callable[[], None]) -> int:
+    """Write the results to ``folder`` if there is one, and print them, for a machine or (``show``) for people."""
+    from orthorank.evaluation.bench_results import write_results
+
     if folder is not None:
         write_results(folder, results)
-    if json:
+    if as_json:
         print(json_module.dumps(results, indent=2))
-        return 0
-    _show(screen, results, folder)
+    else:
+        show()
     return 0
 
 

@@ -28,8 +28,7 @@ def run(
     as_json: bool,
 ) -> int:
     """Measure, write and show; arguments are those of `orthorank.commands.bench.command`, read."""
-    from orthorank.commands.bench import shipped
-    from orthorank.evaluation.bench_results import write_results
+    from orthorank.commands.bench import counted, deliver, shipped
     from orthorank.evaluation.bench_vllm import check_installed, results_of, run_vllm_bench
 
     check_installed()
@@ -39,23 +38,10 @@ def run(
         plans if plans is not None else shipped(SimpleNamespace(config=config))
     )
     total = len(variants) + 2 * settings.rounds
-    done = 0
     with screen.progress("timing", total) as advance:
-
-        def on_step(what: str, number: int, of: int) -> None:
-            nonlocal done
-            done += 1
-            advance(done, f"{what} {number} of {of}")
-
-        report = run_vllm_bench(path, config, variants, settings, arguments=arguments, on_step=on_step)
+        report = run_vllm_bench(path, config, variants, settings, arguments=arguments, on_step=counted(advance))
     results = results_of(path, config, variants, report)
-    if folder is not None:
-        write_results(folder, results)
-    if as_json:
-        print(json.dumps(results, indent=2))
-        return 0
-    _show(screen, results, folder)
-    return 0
+    return deliver(results, folder, as_json=as_json, show=lambda: _show(screen, results, folder))
 
 
 def _arguments(words: str | None, dtype: str | None) -> dict[str, Any]:

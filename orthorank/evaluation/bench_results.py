@@ -49,13 +49,28 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
 
 
 def _row(name: str, plan: OrthoRankConfig | None, model: "PreTrainedModel", report: "BenchReport") -> dict[str, Any]:
-    prefill, first = report.prefill.timings[name], report.first_token[name]
     decode = None if report.decode is None else report.decode[name]
+    return prefill_fields(name, plan, model.config, report) | {
+        "decode_speedup": None if decode is None else decode.speedup,
+        "decode_speedup_spread": None if decode is None else decode.speedup_spread,
+        "decode_tokens_per_second": None if decode is None else decode.tokens_per_second,
+        "peak_bytes": report.peak_memory[name],
+        "break_even": report.break_even.get(name),
+    }
+
+
+def prefill_fields(name: str, plan: OrthoRankConfig | None, config: Any, report: Any) -> dict[str, Any]:
+    """The fields that every engine's row has: the plan's size, prefill, and time to the first token.
+
+    Args:
+        config: the model's; report: a `BenchReport` or a `VLLMReport`.
+    """
+    prefill, first = report.prefill.timings[name], report.first_token[name]
     return {
         "name": name,
         "layers": 0 if plan is None else len(plan.layers),
-        "nominal_sparsity": 0.0 if plan is None else plan.nominal_sparsity(model.config.num_hidden_layers),
-        "flop_speedup": flop_speedup_of(model.config, plan, report.settings.prompt_tokens),
+        "nominal_sparsity": 0.0 if plan is None else plan.nominal_sparsity(config.num_hidden_layers),
+        "flop_speedup": flop_speedup_of(config, plan, report.settings.prompt_tokens),
         "prefill_speedup": prefill.speedup,
         "prefill_speedup_spread": prefill.speedup_spread,
         "prefill_seconds": prefill.median,
@@ -63,11 +78,6 @@ def _row(name: str, plan: OrthoRankConfig | None, model: "PreTrainedModel", repo
         "first_token_speedup": first.speedup,
         "first_token_speedup_spread": first.speedup_spread,
         "first_token_seconds": first.median,
-        "decode_speedup": None if decode is None else decode.speedup,
-        "decode_speedup_spread": None if decode is None else decode.speedup_spread,
-        "decode_tokens_per_second": None if decode is None else decode.tokens_per_second,
-        "peak_bytes": report.peak_memory[name],
-        "break_even": report.break_even.get(name),
     }
 
 

@@ -133,7 +133,8 @@ def engine_arguments(
     for plan in variants.values():
         asked = _plan_arguments(plan, config)
         asked.pop("hf_overrides", None)
-        most = max(needed["max_num_batched_tokens"], getattr(plan, "select_window", None) or 0)
+        window = getattr(plan, "select_window", None) or 0  # which has to fit beside a token of each other prompt
+        most = max(needed["max_num_batched_tokens"], window + settings.batch_size - 1)
         needed |= asked | {"max_num_batched_tokens": most}
     return needed
 
@@ -250,27 +251,12 @@ def _first_tokens(llm: Any, prompts: list[Any]) -> None:
 
 def results_of(path: str, config: Any, variants: Mapping[str, Any], report: VLLMReport) -> dict[str, Any]:
     """The report with a row for each variant, as `orthorank.evaluation.bench_results.results_of` has them."""
-    from orthorank.evaluation.bench_results import flop_speedup_of
+    from orthorank.evaluation.bench_results import prefill_fields
 
-    rows = []
-    for name, plan in variants.items():
-        prefill, first = report.prefill.timings[name], report.first_token[name]
-        rows.append(
-            {
-                "name": name,
-                "layers": 0 if plan is None else len(plan.layers),
-                "nominal_sparsity": 0.0 if plan is None else plan.nominal_sparsity(config.num_hidden_layers),
-                "flop_speedup": flop_speedup_of(config, plan, report.settings.prompt_tokens),
-                "prefill_speedup": prefill.speedup,
-                "prefill_speedup_spread": prefill.speedup_spread,
-                "prefill_seconds": prefill.median,
-                "prefill_tokens_per_second": prefill.tokens_per_second,
-                "first_token_speedup": first.speedup,
-                "first_token_speedup_spread": first.speedup_spread,
-                "first_token_seconds": first.median,
-                "attention": report.attention[name],
-            }
-        )
+    rows = [
+        prefill_fields(name, plan, config, report) | {"attention": report.attention[name]}
+        for name, plan in variants.items()
+    ]
     plans = {name: plan.to_dict() for name, plan in variants.items() if plan is not None}
     about = {name: getattr(config, name) for name in ("model_type", "num_hidden_layers", "hidden_size")}
     model = {"name": path} | about | {"device": report.prefill.device, "dtype": report.prefill.dtype}

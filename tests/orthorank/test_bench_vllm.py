@@ -132,3 +132,11 @@ def test_plans_are_checked_before_an_engine_starts() -> None:
     config: Any = SimpleNamespace(model_type="llama", num_hidden_layers=2, hidden_size=64)
     with pytest.raises(OrthoRankError, match="the plan names layer 2; the model has layers 0 to 1"):
         bench_vllm._plan_arguments(PLAN, config)
+
+
+def test_a_step_holds_a_window_beside_the_other_prompts() -> None:
+    """Short prompts with wide windows: the engine would refuse a smaller step."""
+    plan = orthorank.OrthoRankConfig(layers=[2], select="window", select_window=256)
+    config = LlamaConfig(num_hidden_layers=4)
+    found = engine_arguments(config, {"plan": plan}, BenchSettings(prompt_tokens=20, batch_size=3))
+    assert found["max_num_batched_tokens"] >= 256 + found["max_num_seqs"] - 1

@@ -21,10 +21,8 @@ from orthorank.evaluation import perplexity, prefill_flops
 from orthorank.search import Evaluator
 from orthorank.search.budget import best_plan, budget_search
 from orthorank.search.budget_state import BudgetState
-from orthorank.search.costs import CostTable, count_flops, measure_seconds
+from orthorank.search.costs import CostTable
 from orthorank.search.job import run_search
-from orthorank.search.pareto import Point
-from orthorank.search.pareto_plot import draw_front
 from orthorank.search.plan_loss import CalibrationLoss
 from orthorank.search.plans import Space
 from orthorank.search.settings import SearchSettings
@@ -262,124 +260,6 @@ def test_from_the_command_line(tiny_folder: Path, tmp_path: Path, capsys: pytest
     assert "earlier result" in capsys.readouterr().err
     assert cli.main([*words, "--resume", "--exchanges", "1"]) == 2
     assert "its exchanges is 0 and now it is 1" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"budget": 0.0}, "budget is 0; it must be above 0"),
-        ({"budget": 1.2}, r"budget is 1\.2"),
-        ({"budget": math.nan}, "budget is nan"),
-        ({"budget": None, "exchanges": None, "prompt_tokens": None, "keep_ratios": (0.5,)}, "keep_ratios is for mixed"),
-        ({"budget": None}, "exchanges is for mixed plans"),
-        ({"sparsity": 0.2}, "sparsity is for plans of one form"),
-        ({"layers": 2}, "layers is for plans of one form"),
-        ({"method": "influence"}, "method is influence"),
-        ({"keep_ratio": 0.0}, "keep_ratio is 0, and with a budget"),
-        ({"budget_unit": "joules"}, "budget_unit is 'joules'; it may be flops or time"),
-        ({"keep_ratios": (0.5, 1.0)}, "keep_ratios holds 1"),
-        ({"keep_ratios": ()}, "keep_ratios is empty"),
-        ({"starts": ("none", "a.json")}, "starts is none and a plan file"),
-        ({"exchanges": -1}, "exchanges is -1"),
-        ({"prompt_tokens": 1}, "prompt_tokens is 1"),
-    ],
-)
-def test_settings_say_what_is_wrong(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
-    with pytest.raises(OrthoRankError, match=words):
-        settings(tmp_path, tmp_path, **changes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"starts": ("nowhere.json",)}, "no plan can be read at nowhere"),
-        ({"starts": ("~nobody-here/plan.json",)}, "no such home directory"),
-        ({"prompt_tokens": 10_000}, "prompt_tokens is 10000; the model's longest input has 512"),
-        ({"budget": 0.01, "starts": ("none",)}, r"budget is 0\.01, and the cheapest plan costs"),
-        ({"protect_first": 3, "protect_last": 3}, "no layer may be chosen"),
-    ],
-)
-def test_searches_say_what_is_wrong(changes: dict[str, Any], words: str, tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(OrthoRankError, match=words):
-        run_search(settings(tiny_folder, tmp_path, **changes), Watcher())
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"layers": [2], "num_hidden_layers": 30}, "made for a model with num_hidden_layers 30"),
-        ({"layers": [9]}, "layers holds 9"),
-        ({"layers": [2], "criterion": "inverse"}, "whose criterion is 'inverse'"),
-        ({"layers": [2], "kv": "selected"}, "whose kv is 'selected'"),
-    ],
-)
-def test_plans_that_do_not_fit(fields: dict[str, Any], words: str, tiny_folder: Path, tmp_path: Path) -> None:
-    OrthoRankConfig(**fields).save_pretrained(tmp_path / "plan")
-    with pytest.raises(OrthoRankError, match=words):
-        run_search(settings(tiny_folder, tmp_path / "out", starts=(str(tmp_path / "plan"),)), Watcher())
-
-
-def test_forms_that_the_budget_does_not_allow(tiny_folder: Path, tmp_path: Path) -> None:
-    """At 0.95 a layer of six is more than is due; the search goes on from the dense model."""
-    watcher = Watcher()
-    results = run_search(settings(tiny_folder, tmp_path, budget=0.95, exchanges=1, keep_ratios=(0.5, 0.0)), watcher)
-    assert [row["name"] for row in results["rows"]] == ["dense", "mixed"]
-    assert sum("less than one layer" in words for words in watcher.said) == 2
-
-
-def test_measured_seconds() -> None:
-    """One entry for each layer; layers of one kind share a time, a removed layer takes none."""
-    model = make_tiny_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=2)
-    stack, rounds = LayerStack(model), []
-    table = measure_seconds(
-        stack, torch.ones(1, 32, dtype=torch.long), [0.5], rounds=3, on_round=lambda done, total: rounds.append(done)
-    )
-    assert rounds == [1, 2, 3]
-    assert (table.unit, table.tokens, table.num_layers) == ("time", 32, 4)
-    assert set(table.by_ratio) == {1.0, 0.5, 0.0}
-    assert table.by_ratio[0.0] == (0.0,) * 4
-    for ratio in (1.0, 0.5):
-        first = table.by_ratio[ratio]
-        assert min(first) > 0
-        assert first[0] == first[1]
-        assert first[2] == first[3]
-        assert first[0] != first[2], "a sliding layer is of another kind"
-    assert CostTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
-    with pytest.raises(OrthoRankError, match="rounds is 0"):
-        measure_seconds(stack, torch.ones(1, 32, dtype=torch.long), [0.5], rounds=0)
-    with pytest.raises(OrthoRankError, match="input_ids has shape"):
-        measure_seconds(stack, torch.ones(1, 1, dtype=torch.long), [0.5])
-    with pytest.raises(OrthoRankError, match=r"ratios holds 1\.5"):
-        measure_seconds(stack, torch.ones(1, 32, dtype=torch.long), [1.5])
-
-
-def test_flops_of_layers() -> None:
-    from transformers import LlamaConfig
-
-    table = count_flops(LlamaConfig(num_key_value_heads=32), 2048, [1 / 3])
-    assert table.layer(0, 0.0) == 0.0
-    assert table.dense == 32 * table.layer(0, 1.0)
-    nine = table.of(dict.fromkeys(range(20, 29), 1 / 3))
-    assert table.dense / nine == pytest.approx(1.187, abs=1e-3), "the paper's nine layers"
-    with pytest.raises(OrthoRankError, match="tokens is 0"):
-        count_flops(LlamaConfig(), 0, [0.5])
-
-
-def test_pictures_of_few_points(tmp_path: Path) -> None:
-    """One point, equal points, losses far apart and infinite perplexities: a picture all the same."""
-    for number, points in enumerate(
-        (
-            [Point(2.0, 3.0, {})],
-            [Point(2.0, 3.0, {}), Point(2.0, 3.0, {1: 0.5}, "given")],
-            [Point(2.0, 1.0, {}), Point(1.0, 9.0, {1: 0.0}, "given"), Point(1.5, 1e4, {2: 0.0})],
-        )
-    ):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        files = draw_front(points, 2.0, folder, title="a $title", budget=0.5, chosen=points[0])
-        assert [file.name for file in files] == ["pareto.png", "pareto.svg"]
-        again = draw_front(points, 2.0, tmp_path, title="a $title", budget=0.5, chosen=points[0])
-        assert again[1].read_bytes() == files[1].read_bytes(), "the same data gives the same file"
 
 
 @pytest.mark.parametrize(("size", "batch_size"), [(2, 1), (3, 2)])

@@ -7,12 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ARCHITECTURES = {
-    "llama": "OrthoRankLlamaForCausalLM",
-    "mistral": "OrthoRankMistralForCausalLM",
-    "qwen2": "OrthoRankQwen2ForCausalLM",
-    "qwen3": "OrthoRankQwen3ForCausalLM",
-}
+from orthorank.integrations.vllm.hooks import ARCHITECTURES
+
 PLAN: dict[str, Any] = {"layers": [1, 2], "keep_ratio": 1 / 3}
 WINDOW = PLAN | {"select": "window", "select_window": 32}
 WHOLE_PROMPTS = {"enable_prefix_caching": False, "enable_chunked_prefill": False}

@@ -8,6 +8,7 @@ from torch import Tensor
 from orthorank.errors import OrthoRankError
 from orthorank.integrations.paged.steps import Step
 from orthorank_kernels import select_tokens
+from orthorank_kernels.selection import Selection
 
 
 class Chosen(NamedTuple):
@@ -47,7 +48,7 @@ def choose_share(step: Step, ranks: Tensor, ratio: float) -> Chosen:
         sink_positions=step.sink_positions,
         max_selected=step.selected[ratio],
     )
-    return _by_request(step, picked.rows, picked.positions, picked.cu_selected)
+    return _by_request(step, picked)
 
 
 def choose_below(step: Step, ranks: Tensor, threshold: float, *, read_count: bool) -> Chosen:
@@ -66,20 +67,19 @@ def choose_below(step: Step, ranks: Tensor, threshold: float, *, read_count: boo
         sink_positions=step.sink_positions,
         max_selected=step.tokens,
     )
-    rows, positions, ends = picked.rows, picked.positions, picked.cu_selected
-    assert rows is not None
-    assert ends is not None  # the packed layout has both
-    if read_count:
-        count = int(ends[-1])
-        rows, positions = rows[:count], positions[:count]
-    return _by_request(step, rows, positions, ends)
+    chosen = _by_request(step, picked)
+    if not read_count:
+        return chosen
+    count = int(chosen.cu_selected[-1])
+    return chosen._replace(rows=chosen.rows[:count], positions=chosen.positions[:count])
 
 
 def _forced(step: Step, ranks: Tensor) -> Tensor:
     return ranks.index_fill_(0, step.forced, -torch.inf)
 
 
-def _by_request(step: Step, rows: Tensor | None, positions: Tensor, ends: Tensor | None) -> Chosen:
-    assert rows is not None
-    assert ends is not None
-    return Chosen(rows, positions, ends.index_select(0, step.first_segment))
+def _by_request(step: Step, picked: Selection) -> Chosen:
+    """What was picked segment by segment."""
+    assert picked.rows is not None
+    assert picked.cu_selected is not None  # the packed layout has both
+    return Chosen(picked.rows, picked.positions, picked.cu_selected.index_select(0, step.first_segment))

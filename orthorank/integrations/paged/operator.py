@@ -11,8 +11,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-NAME = "orthorank::decoder_layer"
-
 
 class Layer(Protocol):
     """What a name stands for."""
