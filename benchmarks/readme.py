@@ -278,11 +278,31 @@ def reproduce_section() -> str:
     return f"{table(*rows)}\n\n{table(*claims)}\n\n{readme_reproduce.note(summary)}"
 
 
+def chat_section() -> str:
+    """The second turn of a chat inside vLLM, with and without blocks of generated tokens."""
+    found = load("vllm_chat_smollm2.json")
+    most = found["sizes"]["second_answer"]
+    lines = []
+    for name, row in found["modes"].items():
+        cached, apart = row["cached"], row["first_token_difference"]
+        lines.append(
+            [
+                f'`"{name}"`',
+                f"{sum(cached['all']) // len(cached['all'])} against {sum(cached['prompt']) // len(cached['prompt'])}",
+                f"{apart['mean']:.2f}, {apart['largest']:.2f}",
+                f"{', '.join(map(str, row['equal_greedy_tokens']))} of {most}",
+            ]
+        )
+    head = ["`--reuse all` against `prompt`", "cached tokens", "log-probabilities: mean, largest difference"]
+    return table([*head, "equal greedy tokens, by conversation"], lines)
+
+
 # By page: its marked sections, and what makes them.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo": demo_section, "reproduce": reproduce_section, "results": results_section},
     "docs/criteria.md": {"criteria": criteria_section},
     "docs/modes.md": {"modes": modes_section},
+    "docs/vllm.md": {"chat": chat_section},
     "docs/search.md": {"search": search_section, "budget": budget_section},
 }
 

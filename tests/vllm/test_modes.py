@@ -37,7 +37,6 @@ def threshold(llama: Path) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
     ids = torch.tensor(prompts([256] * 4, seed=5))
     plan = calibrate(model, ids, OrthoRankConfig(**PLAN))
-    plan = getattr(plan, "plan", plan)
     return PLAN | {"select": "threshold", "thresholds": {str(layer): tau for layer, tau in plan.thresholds.items()}}
 
 
