@@ -4,19 +4,22 @@ It ends with 0, with 1 where a command answers "no" (`orthorank doctor`), or wit
 import torch and transformers when they run, so that ``--help`` does not wait for them and Ctrl-C is always understood.
 """
 
+import functools
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Annotated, Any
 
 from orthorank.errors import OrthoRankError
+from orthorank.plan_checks import shown
 
 if TYPE_CHECKING:
     import typer
 
 FAILED = 2
 INTERRUPTED = 130  # what typer makes of Ctrl-C, in some versions
+MOST = 2**31 - 1  # of any number of tokens, layers or rounds: what lies beyond it overflows somewhere
 NOTHING_KEPT = "interrupted before there was anything to keep"
 
 
@@ -81,19 +84,19 @@ def _app() -> "typer.Typer":
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
-    app.command("demo")(demo.command)
-    app.command("doctor")(doctor.command)
-    app.command("bench")(bench.command)
-    app.command("env")(env.command)
-    app.command("reproduce")(reproduce.command)
-    app.command("analyze")(analyze.command)
-    app.command("search")(search.command)
-    app.command("calibrate")(calibrate.command)
-    app.command("vllm-args")(vllm_args.command)
+    app.command("demo")(_bounded(demo.command))
+    app.command("doctor")(_bounded(doctor.command))
+    app.command("bench")(_bounded(bench.command))
+    app.command("env")(_bounded(env.command))
+    app.command("reproduce")(_bounded(reproduce.command))
+    app.command("analyze")(_bounded(analyze.command))
+    app.command("search")(_bounded(search.command))
+    app.command("calibrate")(_bounded(calibrate.command))
+    app.command("vllm-args")(_bounded(vllm_args.command))
     measure = typer.Typer(help="Measure a model, dense and with plans: perplexity, tasks, LongBench.")
-    measure.command("ppl")(eval_ppl.command)
-    measure.command("tasks")(eval_tasks.command)
-    measure.command("longbench")(eval_longbench.command)
+    measure.command("ppl")(_bounded(eval_ppl.command))
+    measure.command("tasks")(_bounded(eval_tasks.command))
+    measure.command("longbench")(_bounded(eval_longbench.command))
     app.add_typer(measure, name="eval")
     app.command("lm-eval", add_help_option=False, context_settings=lm_eval.SETTINGS)(lm_eval.command)
 
@@ -109,6 +112,19 @@ def _app() -> "typer.Typer":
         return 0
 
     return app
+
+
+def _bounded(command: Callable[..., int]) -> Callable[..., int]:
+    """``command`` with its whole numbers checked: no tensor and no loop has to be the first to overflow."""
+
+    @functools.wraps(command)
+    def run(**options: Any) -> int:
+        for name, value in options.items():
+            if isinstance(value, int) and abs(value) > MOST:
+                raise OrthoRankError(f"{name} is {shown(value)}; it must be at most {MOST:,}")
+        return command(**options)
+
+    return run
 
 
 def _interrupted(error: BaseException | None) -> bool:

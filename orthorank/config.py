@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthorank.errors import OrthoRankError
-from orthorank.files import finite
-from orthorank.plan_checks import check_fields
+from orthorank.files import finite, read_json, user_path, write_text
+from orthorank.plan_checks import RECORDS, check_fields, release_of, shown
 from orthorank_kernels._version import __version__
 
 if TYPE_CHECKING:
@@ -134,14 +134,20 @@ class OrthoRankConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON stores them: mappings by layer have strings as keys, records no infinite figures."""
         values = dataclasses.asdict(self)
-        values |= {name: finite(values[name]) for name in ("calibration", "measured")}
+        values |= {name: finite(values[name]) for name in RECORDS}
         return values | {name: {str(layer): x for layer, x in values[name].items()} for name in BY_LAYER}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "OrthoRankConfig":
-        """The plan in ``values``. Keys that this version does not know are ignored with a warning."""
+        """The plan in ``values``.
+
+        Keys that this version does not know are ignored with a warning. It also warns of a plan that a newer version
+        wrote, and of one without layers, with which a model is the dense one.
+        """
         if not isinstance(values, dict):
             raise OrthoRankError(f"a plan is a JSON object, not {type(values).__name__}")
+        if wrong := [key for key in values if not isinstance(key, str)]:
+            raise OrthoRankError(f"the plan has the key {shown(wrong[0])}; its keys must be names of fields, strings")
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             warnings.warn(
@@ -151,31 +157,42 @@ class OrthoRankConfig:
             )
         if "layers" not in values:
             raise OrthoRankError("the plan has no key 'layers'; it must list the layers that select tokens")
-        return cls(**{k: v for k, v in values.items() if k in known})
+        plan = cls(**{k: v for k, v in values.items() if k in known})
+        if release_of(plan.version) > release_of(__version__):
+            warnings.warn(
+                f"this plan was written by version {plan.version}, and this is {__version__}: what its fields mean may "
+                "have changed; follow it with that version",
+                stacklevel=3,
+            )
+        if not plan.layers:
+            warnings.warn("this plan names no layers: with it a model is the dense one", stacklevel=3)
+        return plan
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``folder/orthorank.json`` (sorted keys, replaced in one step) and return its path."""
-        folder = Path(folder)
+        """Write ``folder/orthorank.json`` (sorted keys, replaced in one step) and return its path.
+
+        Raises:
+            OrthoRankError: it cannot be written, or a field was changed to something illegal; then nothing is.
+        """
+        check_fields(self)
+        where = user_path("folder", folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / FILE_NAME
-            part = path.with_suffix(f".{os.getpid()}.part")
-            part.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            os.replace(part, path)
+            where.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OrthoRankError(f"the plan cannot be written to {folder}: {error.strerror}") from error
-        return path
+            raise OrthoRankError(f"the plan cannot be written to {where}: {error.strerror}") from error
+        write_text(where / FILE_NAME, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+        return where / FILE_NAME
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str]) -> "OrthoRankConfig":
         """Read a plan from a JSON file, or from ``orthorank.json`` in a folder."""
-        file = Path(path)
+        file = user_path("plan", path)
         file = file / FILE_NAME if file.is_dir() else file
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = read_json(file)
         except OSError as error:
             raise OrthoRankError(f"no plan can be read at {file}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise OrthoRankError(f"{file} is not a JSON file: {error}") from error
         try:
             return cls.from_dict(values)

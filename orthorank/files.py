@@ -1,5 +1,7 @@
-"""Writing results: into a folder that is known to be writable, each file replaced in one step."""
+"""Files: JSON that says each thing once, and results, each file replaced in one step."""
 
+import contextlib
+import errno
 import json
 import os
 import tempfile
@@ -8,17 +10,73 @@ from typing import Any
 
 from orthorank.errors import OrthoRankError
 
+_NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP)  # no file can be there, whatever is asked of it
+
 
 def user_path(name: str, path: str | os.PathLike[str]) -> Path:
-    """``path`` with ``~`` written out.
+    """``path`` with ``~`` written out, whether there is a file or not.
 
     Raises:
-        OrthoRankError: it begins with the home of a user that does not exist; ``name`` is the argument's.
+        OrthoRankError: it is no path, begins with the home of a user that does not exist, or no file can have such a
+            name; ``name`` is the argument's.
+
+    >>> user_path("plan", "x" * 5000)
+    Traceback (most recent call last):
+        ...
+    orthorank.errors.OrthoRankError: plan is 'xxxxxxxxxxxxxxxxxxxxxxxx...' (5000 characters), which cannot be the path \
+of a file: File name too long
     """
     try:
-        return Path(path).expanduser()
+        found = Path(path).expanduser()
+        os.lstat(found)
     except RuntimeError as error:
         raise OrthoRankError(f"{name} is {str(path)!r}: there is no such home directory") from error
+    except TypeError as error:
+        raise OrthoRankError(f"{name} is a {type(path).__name__}; it must be the path of a file or folder") from error
+    except ValueError as error:  # a zero byte
+        raise OrthoRankError(f"{name} is {_short(path)}, which cannot be the path of a file: {error}") from error
+    except OSError as error:
+        if error.errno in _NO_NAME:
+            reason = f"which cannot be the path of a file: {error.strerror}"
+            raise OrthoRankError(f"{name} is {_short(path)}, {reason}") from error
+    return found
+
+
+def _short(path: str | os.PathLike[str]) -> str:
+    said = str(path)
+    return repr(said) if len(said) <= 200 else f"{said[:24] + '...'!r} ({len(said)} characters)"
+
+
+def read_json(file: Path) -> Any:
+    """What the JSON file ``file`` holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON in UTF-8, or an object in it has a key twice: which of the two counts is not known.
+
+    >>> from_json('{"layers": [1], "layers": [2]}')
+    Traceback (most recent call last):
+        ...
+    ValueError: the key 'layers' is there twice
+    """
+    return from_json(file.read_text(encoding="utf-8"))
+
+
+def from_json(text: str | bytes) -> Any:
+    """What the JSON ``text`` holds; raises ValueError as `read_json` does."""
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
 
 
 def writable_folder(path: str | os.PathLike[str]) -> Path:
@@ -45,16 +103,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` in one step, as `write_text` does."""
+    """Write ``content`` to ``path`` in one step, as `write_text` does. Nothing else is left behind when it fails."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(content)
         os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OrthoRankError(f"{path} cannot be written: {error.strerror}") from error
-    except BaseException:
-        part.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # on a disk that fails, this may fail, too
+            part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OrthoRankError(f"{path} cannot be written: {error.strerror}") from error
         raise
 
 

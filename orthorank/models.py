@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from orthorank.errors import OrthoRankError
 from orthorank.files import user_path
-from orthorank.loading import gguf_parsed_once, quiet
+from orthorank.loading import Complete, gguf_parsed_once, quiet
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +85,8 @@ def load_model(
         ``(model, tokenizer, info)``.
 
     Raises:
-        OrthoRankError: the model cannot be found, read or is of a family without a spec; the device is not there.
+        OrthoRankError: the model cannot be found, read or is of a family without a spec; tensors are missing or have
+            another shape; the device is not there.
 
     Example:
         ``model, tokenizer, info = load_model("HuggingFaceTB/SmolLM2-135M-Instruct", device="cpu")``
@@ -197,7 +198,7 @@ def _load(
         config = AutoConfig.from_pretrained(where.path, **where.arguments)
         _check_family(where, config)
         tokenizer = AutoTokenizer.from_pretrained(where.path, **where.arguments)
-        model = AutoModelForCausalLM.from_pretrained(
+        model = Complete(AutoModelForCausalLM, where.name).from_pretrained(
             where.path, config=config, dtype=dtype, device_map=device_map, **where.arguments, **_dequantized(where)
         )
     except OrthoRankError:

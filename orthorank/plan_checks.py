@@ -1,6 +1,8 @@
 """What a plan's fields may hold; each error names the field, what it was, and what it may be."""
 
 import math
+import re
+import reprlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,16 @@ LEGAL: dict[str, tuple[str, ...]] = {
     "sinks": ("first", "auto"),
     "decode": ("dense", "threshold"),
 }
+MOST = {
+    "keep_last": 2**23,  # as many as the kernels can force
+    "select_window": 2**30,  # as many tokens as a selection takes
+    "seed": 2**63 - 1,
+    "num_hidden_layers": 10**6,
+    "hidden_size": 10**9,
+    "sink_layer": 10**6,
+}
+RECORDS = ("calibration", "measured")
+_VERSION = re.compile(r"\d+(\.\d+)*", re.ASCII)
 
 
 def check_fields(plan: "OrthoRankConfig") -> None:
@@ -25,26 +37,28 @@ def check_fields(plan: "OrthoRankConfig") -> None:
         OrthoRankError: a field holds an illegal value, or two fields exclude each other.
     """
     plan.keep_ratio = _ratio("keep_ratio", plan.keep_ratio)
-    check_integer("keep_last", plan.keep_last, 0)
-    check_integer("seed", plan.seed, 0)
+    check_integer("keep_last", plan.keep_last, 0, MOST["keep_last"])
+    check_integer("seed", plan.seed, 0, MOST["seed"])
     for name in ("num_hidden_layers", "hidden_size", "select_window"):
         if getattr(plan, name) is not None:
-            check_integer(name, getattr(plan, name), 1)
+            check_integer(name, getattr(plan, name), 1, MOST[name])
     plan.layers = _layers(plan.layers, plan.num_hidden_layers)
     if plan.sink_layer is not None:
-        check_integer("sink_layer", plan.sink_layer, 0)
+        check_integer("sink_layer", plan.sink_layer, 0, MOST["sink_layer"])
     if not isinstance(plan.update_sink, bool):
-        raise OrthoRankError(f"update_sink is {plan.update_sink!r}; it must be True or False")
-    for name in ("calibration", "measured"):
+        raise OrthoRankError(f"update_sink is {shown(plan.update_sink)}; it must be True or False")
+    for name in RECORDS:
         if not isinstance(getattr(plan, name), dict):
-            raise OrthoRankError(f"{name} is {getattr(plan, name)!r}; it must be a mapping")
+            raise OrthoRankError(f"{name} is {shown(getattr(plan, name))}; it must be a mapping")
+        _check_record(name, getattr(plan, name))
     for name in ("model_id", "model_revision", "model_type", "version"):
         value = getattr(plan, name)
         if not (value is None or isinstance(value, str)) or (name == "version" and value is None):
-            raise OrthoRankError(f"{name} is {value!r}; it must be a string")
+            raise OrthoRankError(f"{name} is {shown(value)}; it must be a string")
+    release_of(plan.version)
     for name, legal in LEGAL.items():
         if getattr(plan, name) not in legal:
-            raise OrthoRankError(f"{name} is {getattr(plan, name)!r}; it may be {' or '.join(map(repr, legal))}")
+            raise OrthoRankError(f"{name} is {shown(getattr(plan, name))}; it may be {' or '.join(map(repr, legal))}")
     plan.keep_ratios = {
         layer: _ratio(f"keep_ratios[{layer}]", ratio) for layer, ratio in _by_layer("keep_ratios", plan).items()
     }
@@ -54,10 +68,61 @@ def check_fields(plan: "OrthoRankConfig") -> None:
     _check_modes(plan)
 
 
-def check_integer(name: str, value: object, minimum: int) -> None:
-    """``value`` is an int, not a bool, of at least ``minimum``."""
+def check_integer(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
+    """``value`` is an int, not a bool, of at least ``minimum`` and at most ``maximum``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise OrthoRankError(f"{name} is {value!r}; it must be an integer, {minimum} or more")
+        raise OrthoRankError(f"{name} is {shown(value)}; it must be an integer, {minimum} or more")
+    if maximum is not None and value > maximum:
+        raise OrthoRankError(f"{name} is {shown(value)}; it must be an integer from {minimum} to {maximum:,}")
+
+
+def shown(value: object) -> str:
+    """``value`` as an error shows it: cut short, and an integer of more digits than Python prints by its size.
+
+    >>> shown("12"), shown(10**5000), len(shown([0] * 10**6)) < 100
+    ("'12'", 'an integer of 16,610 bits', True)
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length():,} bits"
+    try:
+        return repr(value) if not isinstance(value, list | tuple | set | dict) else _REPR.repr(value)
+    except ValueError:  # a long integer inside of it
+        return f"a {type(value).__name__}"
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxset = _REPR.maxdict = 20
+
+
+def release_of(version: str) -> tuple[int, ...]:
+    """The numbers of a version.
+
+    >>> release_of("0.10.1rc2")
+    (0, 10, 1)
+    """
+    if (found := _VERSION.match(version)) is None or len(version) > 100:
+        raise OrthoRankError(
+            f"version is {shown(version[:100])}; it must be a version of this package, such as '0.1.0'"
+        )
+    return tuple(map(int, found[0].split(".")))
+
+
+def _check_record(name: str, value: object) -> None:
+    """What JSON gives back as it is: names as keys, and numbers, strings, lists and mappings of such."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise OrthoRankError(f"{name} has the key {shown(key)}; keys must be strings, such as {str(key)!r}")
+            _check_record(f"{name}[{key!r}]", item)
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            _check_record(f"{name}[{number}]", item)
+    elif isinstance(value, int) and value.bit_length() > 1024:
+        raise OrthoRankError(f"{name} is {shown(value)}; more than a file can hold")
+    elif not (value is None or isinstance(value, int | float | str)):
+        raise OrthoRankError(
+            f"{name} is a {type(value).__name__}; a plan's records hold numbers, strings, lists and mappings, and null"
+        )
 
 
 def _check_modes(plan: "OrthoRankConfig") -> None:
@@ -86,28 +151,37 @@ def _check_modes(plan: "OrthoRankConfig") -> None:
 
 def _ratio(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise OrthoRankError(f"{name} is {value!r}; it must be a number from 0 to 1, such as 1/3")
+        raise OrthoRankError(f"{name} is {shown(value)}; it must be a number from 0 to 1, such as 1/3")
     if not 0 <= value <= 1:  # NaN fails this, too
-        raise OrthoRankError(f"{name} is {value}; it must be from 0 (remove the layer) to 1 (dense), such as 1/3")
+        raise OrthoRankError(
+            f"{name} is {shown(value)}; it must be from 0 (remove the layer) to 1 (dense), such as 1/3"
+        )
     return float(value)
 
 
 def _threshold(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise OrthoRankError(f"{name} is {value!r}; it must be a finite number: tokens that score less are selected")
-    return float(value)
+    try:
+        tau = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    except OverflowError:  # an integer that no float is as large as
+        tau = math.inf
+    if not math.isfinite(tau):
+        raise OrthoRankError(
+            f"{name} is {shown(value)}; it must be a finite number: tokens that score less are selected"
+        )
+    return tau
 
 
 def _layers(layers: object, total: int | None) -> list[int]:
     if not isinstance(layers, list | tuple | range | set) or not all(type(i) is int for i in layers):
-        raise OrthoRankError(f"layers is {layers!r}; it must be a list of layer numbers, counted from 0")
+        raise OrthoRankError(f"layers is {shown(layers)}; it must be a list of layer numbers, counted from 0")
     ordered = sorted(layers)
     if ordered and ordered[0] < 0:
-        raise OrthoRankError(f"layers holds {ordered[0]}; layers are counted from 0")
-    if total is not None and ordered and ordered[-1] >= total:
-        raise OrthoRankError(f"layers holds {ordered[-1]}; the model has layers 0 to {total - 1}")
+        raise OrthoRankError(f"layers holds {shown(ordered[0])}; layers are counted from 0")
+    if ordered and ordered[-1] >= (total or MOST["num_hidden_layers"]):
+        model = f"the model has layers 0 to {total - 1}" if total else "no model has as many layers"
+        raise OrthoRankError(f"layers holds {shown(ordered[-1])}; {model}")
     if len(set(ordered)) != len(ordered):
-        raise OrthoRankError(f"layers is {list(layers)}; a layer is listed twice")
+        raise OrthoRankError(f"layers is {shown(list(layers))}; a layer is listed twice")
     return ordered
 
 
@@ -115,12 +189,14 @@ def _by_layer(name: str, plan: "OrthoRankConfig") -> dict[int, Any]:
     """The field ``name``, a mapping from layers of the plan, with its keys as ints and sorted."""
     given = getattr(plan, name)
     if not isinstance(given, Mapping):
-        raise OrthoRankError(f"{name} is {given!r}; it must be a mapping from layer numbers")
+        raise OrthoRankError(f"{name} is {shown(given)}; it must be a mapping from layer numbers")
     found: dict[int, Any] = {}
     for key, value in given.items():
-        layer = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
+        layer = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 9 else key
         if type(layer) is not int or layer not in plan.layers:
-            raise OrthoRankError(f"{name} has the key {key!r}; its keys must be among the plan's layers, {plan.layers}")
+            raise OrthoRankError(
+                f"{name} has the key {shown(key)}; its keys must be among the plan's layers, {shown(plan.layers)}"
+            )
         if layer in found:
             raise OrthoRankError(f"{name} has the key {layer} twice, as a number and as a string")
         found[layer] = value

@@ -90,10 +90,16 @@ def save(op: str, name: str, tuned: dict[str, Tuned], folder: Path) -> Path:
         content["settings"][kind] = dict(found.settings)
         content["milliseconds"][kind] = {"tuned": found.milliseconds, "default": found.default_milliseconds}
     folder.mkdir(parents=True, exist_ok=True)
+    whole = json.dumps(content, indent=2, sort_keys=True) + "\n"
     with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False, encoding="utf-8") as file:
-        json.dump(content, file, indent=2, sort_keys=True)
-        file.write("\n")
-    os.replace(file.name, path)
+        try:
+            file.write(whole)
+            file.flush()
+            os.replace(file.name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):  # on a disk that fails, this may fail, too
+                os.unlink(file.name)
+            raise
     _settings.forget()
     return path
 

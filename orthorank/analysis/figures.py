@@ -1,10 +1,12 @@
 """The paper's figures of any model, by matplotlib: PNG and SVG, with colours that colour-blind readers tell apart."""
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthorank.errors import OrthoRankError
+from orthorank.files import write_bytes
 
 if TYPE_CHECKING:
     from orthorank.analysis.layerwise import LayerComparison
@@ -128,11 +130,11 @@ def _save(
             panel.xaxis.get_major_locator().set_params(integer=True)  # layers
         paths = [folder / f"{name}.{kind}" for kind in FORMATS]
         for path in paths:
-            part = path.with_name(f".{path.name}.part")
+            drawn = io.BytesIO()
             figure.savefig(
-                part, dpi=150, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None
+                drawn, dpi=150, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None
             )
-            part.replace(path)
+            write_bytes(path, drawn.getvalue())
     return paths
 
 

@@ -32,10 +32,9 @@ def command(
     Similarities with the sink token (Figures 2 and 7) and across layers (3 and 6), selection layer by layer (4), and
     the chosen layers of plans (5).
     """
-    from rich.console import Console
 
     from orthorank.analysis.job import AnalysisSettings, run_analysis
-    from orthorank.commands.screen import RichScreen, number
+    from orthorank.commands.screen import RichScreen, console, number
 
     ratio = number("keep_ratio", keep_ratio)
     if ratio is None or not 0 < ratio < 1:
@@ -53,5 +52,5 @@ def command(
         device=device,
         dtype=dtype,
     )
-    run_analysis(settings, RichScreen(Console()))
+    run_analysis(settings, RichScreen(console()))
     return 0

@@ -46,10 +46,9 @@ def command(
     Random prompts; every variant runs once a round, in a rotating order. Speed-ups are medians of the ratios within a
     round; on a GPU times are CUDA events, on a CPU and with vLLM the wall clock.
     """
-    from rich.console import Console
 
     from orthorank.commands import bench_vllm
-    from orthorank.commands.screen import RichScreen, numbers
+    from orthorank.commands.screen import RichScreen, console, numbers
     from orthorank.evaluation.bench import BenchSettings, run_bench
     from orthorank.evaluation.bench_results import results_of
     from orthorank.files import writable_folder
@@ -67,7 +66,7 @@ def command(
     )
     plans = _read(plan)
     folder = None if output is None else writable_folder(output)
-    screen = RichScreen(Console(stderr=json))
+    screen = RichScreen(console(stderr=json))
     if engine == "vllm":
         _refuse_for_vllm(decode_tokens=decode_tokens, lengths=lengths, threads=threads, device=device)
         return bench_vllm.run(screen, model, plans, settings, dtype, vllm_args, folder, as_json=json)

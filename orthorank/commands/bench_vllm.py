@@ -1,6 +1,5 @@
 """``orthorank bench --engine vllm``: how fast the dense model and plans are inside vLLM."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -49,8 +48,10 @@ def _arguments(words: str | None, dtype: str | None) -> dict[str, Any]:
 
     if dtype is not None and dtype not in DTYPES:
         raise OrthoRankError(f"dtype is {dtype!r}; it may be {', '.join(DTYPES)}")
+    from orthorank.files import from_json
+
     try:
-        arguments = json.loads(words or "{}")
+        arguments = from_json(words or "{}")
     except ValueError:
         arguments = None
     if not isinstance(arguments, dict):

@@ -44,10 +44,9 @@ def command(
     no longer depends on the others. Calibrated on windows of the text's first half; windows of its second half show
     which share of other tokens that is.
     """
-    from rich.console import Console
     from rich.padding import Padding
 
-    from orthorank.commands.screen import INDENT, RichScreen, number
+    from orthorank.commands.screen import INDENT, RichScreen, console, number
     from orthorank.config import OrthoRankConfig
     from orthorank.files import writable_folder
     from orthorank.texts import find_text, join_texts
@@ -58,8 +57,8 @@ def command(
     followed = None if plan == "default" else OrthoRankConfig.from_pretrained(plan)
     source = join_texts([find_text(path) for path in text]) if text else find_text()
     folder = writable_folder(output)
-    console = Console()
-    screen = RichScreen(console)
+    terminal = console()
+    screen = RichScreen(terminal)
 
     from orthorank.calibration import calibrate
     from orthorank.models import load_model, locate
@@ -94,7 +93,7 @@ def command(
     found.calibration["thresholds"] |= {"text": source.name, "text_sha256": source.sha256}
     checked = _check(screen, loaded, found, samples.held_out)
     path = found.save_pretrained(folder)
-    console.print(Padding(table(found, checked), (1, 0, 1, INDENT)))
+    terminal.print(Padding(table(found, checked), (1, 0, 1, INDENT)))
     for sentence in remarks(found):
         screen.say(sentence)
     screen.say(f"Plan: {path}; use it with orthorank demo --plan {output}")

@@ -42,10 +42,9 @@ def command(
     Looks at the model's sink token, chooses layers by greedy search (or takes a plan), and measures perplexity and
     prefill speed of the dense model, of layer pruning (SLEB) and of OrthoRank at the same sparsity.
     """
-    from rich.console import Console
     from rich.padding import Padding
 
-    from orthorank.commands.screen import INDENT, RichScreen, number, numbers
+    from orthorank.commands.screen import INDENT, RichScreen, console, number, numbers
     from orthorank.demo.settings import Settings
 
     settings = Settings(
@@ -66,11 +65,11 @@ def command(
     from orthorank.demo import run_demo  # after the checks above, which are quick
     from orthorank.report import words
 
-    console = Console()
-    screen = RichScreen(console)
+    terminal = console()
+    screen = RichScreen(terminal)
     results = run_demo(settings, screen)
-    console.print()
-    console.print(Padding(table(results), (0, 0, 1, INDENT)))
+    terminal.print()
+    terminal.print(Padding(table(results), (0, 0, 1, INDENT)))
     screen.say(words.verdict(results))
     screen.say(
         f"Report, results and plans: {output / 'report.html'}, {output / 'results.json'}, {output / 'orthorank.json'}"

@@ -18,15 +18,14 @@ def command(
     Looks for the layer after which the first token is an attention sink. Exit code: 0 it applies, 1 it does not, 2 the
     question could not be answered.
     """
-    from rich.console import Console
 
-    from orthorank.commands.screen import RichScreen
+    from orthorank.commands.screen import RichScreen, console
     from orthorank.models import load_model, locate
     from orthorank.report import words
     from orthorank.sink import candidate_layers, detect_sink
 
-    console = Console(stderr=json)
-    with RichScreen(console).progress(f"loading {locate(model).name}", 1):
+    terminal = console(stderr=json)
+    with RichScreen(terminal).progress(f"loading {locate(model).name}", 1):
         loaded, tokenizer, info = load_model(model, device)
     sink = detect_sink(loaded, tokenizer)
     candidates = candidate_layers(sink) if sink.applies else []
@@ -34,7 +33,7 @@ def command(
         report = {"model": info.to_dict(), "sink": sink.to_dict(), "candidate_layers": candidates}
         print(json_module.dumps(report, indent=2))
         return 0 if sink.applies else 1
-    screen = RichScreen(console)
+    screen = RichScreen(terminal)
     screen.heading(f"{info.name}: OrthoRank {'applies' if sink.applies else 'does not apply'}")
     screen.say(words.sink_sentence(sink.to_dict()))
     for line in words.sink_figures(sink.to_dict()):

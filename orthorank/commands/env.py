@@ -18,10 +18,11 @@ def command(
         print(json_module.dumps({**here.to_dict(), "ops": [vars(choice) for choice in choices]}, indent=2))
         return 0
 
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from orthorank.commands.screen import console
+
+    terminal = console()
     versions = Table(box=None, show_header=False, pad_edge=False)
     versions.add_row("python", here.python)
     for name, version in here.versions.items():
@@ -29,10 +30,10 @@ def command(
     versions.add_row("platform", here.platform)
     versions.add_row("processor", f"{here.processor}; PyTorch uses {here.threads} threads")
     versions.add_row("devices", "\n".join(here.devices))
-    console.print(versions)
+    terminal.print(versions)
     ops = Table("op", "device", 'backend="auto" takes', "because", box=None, pad_edge=False)
     for choice in choices:
         ops.add_row(choice.op, choice.device, choice.backend, choice.reason)
-    console.print()
-    console.print(ops)
+    terminal.print()
+    terminal.print(ops)
     return 0

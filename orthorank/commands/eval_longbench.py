@@ -36,9 +36,8 @@ def command(
 
     Each answer is kept as soon as it is there: the same command continues where it was stopped.
     """
-    from rich.console import Console
 
-    from orthorank.commands.screen import RichScreen
+    from orthorank.commands.screen import RichScreen, console
     from orthorank.config import OrthoRankConfig
     from orthorank.evaluation.longbench import Question, metrics
     from orthorank.evaluation.longbench_run import run_longbench
@@ -53,7 +52,7 @@ def command(
     metrics()
     questions = _questions(data, tasks, limit)
     folder = writable_folder(output)
-    screen = RichScreen(Console(stderr=json))
+    screen = RichScreen(console(stderr=json))
     with screen.progress(f"loading {locate(model).name}", 1):
         loaded, tokenizer, info = load_model(model, device, dtype)
     if only_shorter is not None:

@@ -35,9 +35,8 @@ def command(
     The text is tokenised in one call and cut into windows without overlap, the tail is dropped, and the perplexity is
     exp(mean over windows of the mean cross entropy).
     """
-    from rich.console import Console
 
-    from orthorank.commands.screen import RichScreen
+    from orthorank.commands.screen import RichScreen, console
     from orthorank.evaluation.perplexity import BOS as POLICIES
     from orthorank.evaluation.perplexity import auto_batch_size
     from orthorank.evaluation.texts import evaluation_text, most_windows
@@ -53,7 +52,7 @@ def command(
     plans = _read(plan)
     check_output(output)
     chosen = evaluation_text(text, dataset)
-    screen = RichScreen(Console(stderr=json))
+    screen = RichScreen(console(stderr=json))
     with screen.progress(f"loading {locate(model).name}", 1):
         loaded, tokenizer, info = load_model(model, device, dtype)
     for each in plans.values():

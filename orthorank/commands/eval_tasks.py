@@ -31,10 +31,9 @@ def command(
 
     The mean is over acc_norm where a task has it, else acc. Data come from the hub, or from --include-path's files.
     """
-    from rich.console import Console
 
     from orthorank.commands.eval_ppl import check_output
-    from orthorank.commands.screen import RichScreen
+    from orthorank.commands.screen import RichScreen, console
     from orthorank.evaluation.task_scores import evaluate_tasks
     from orthorank.files import write_json
     from orthorank.models import load_model, locate
@@ -46,7 +45,7 @@ def command(
     if include_path is not None and not include_path.is_dir():
         raise OrthoRankError(f"include_path is {str(include_path)!r}, and there is no such folder")
     check_output(output)
-    screen = RichScreen(Console(stderr=json))
+    screen = RichScreen(console(stderr=json))
     with screen.progress(f"loading {locate(model).name}", 1):
         loaded, tokenizer, info = load_model(model, device, dtype)
     results = {"model": info.to_dict()} | evaluate_tasks(

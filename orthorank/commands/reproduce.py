@@ -46,10 +46,9 @@ def command(
 
     Every finished cell is kept in the output folder: the same command goes on where it was stopped.
     """
-    from rich.console import Console
     from rich.markdown import Markdown
 
-    from orthorank.commands.screen import RichScreen
+    from orthorank.commands.screen import RichScreen, console
     from orthorank.reproduce.run import reproduce
     from orthorank.reproduce.settings import TASKS, ReproduceSettings
     from orthorank.reproduce.shown import markdown
@@ -77,13 +76,13 @@ def command(
         device=device,
         dtype=dtype,
     )
-    console = Console()
+    terminal = console()
     try:
-        summary = reproduce(settings.quick() if quick else settings, RichScreen(console))
+        summary = reproduce(settings.quick() if quick else settings, RichScreen(terminal))
     except KeyboardInterrupt:
         raise OrthoRankError(f"interrupted; finished cells are in {output}: the same command goes on there") from None
-    console.print(Markdown(markdown(summary)))
-    RichScreen(console).say(f"Everything is in {output}: tables.md, summary.json, the pictures, and the cells.")
+    terminal.print(Markdown(markdown(summary)))
+    RichScreen(terminal).say(f"Everything is in {output}: tables.md, summary.json, the pictures, and the cells.")
     return 0
 
 

@@ -16,6 +16,11 @@ from orthorank.errors import OrthoRankError
 INDENT = 3
 
 
+def console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """A terminal that prints what it is given: a name may hold [brackets] and :colons:, which are not rich's markup."""
+    return Console(stderr=stderr, quiet=quiet, markup=False, emoji=False)
+
+
 class RichScreen:
     """A run shown on a terminal; on a file or pipe the bars are left out and the sentences stay."""
 
@@ -34,15 +39,15 @@ class RichScreen:
     def progress(self, title: str, total: int) -> Iterator[Advance]:
         """A bar that goes away when the work is done; a spinner where the work has no parts."""
         if total <= 1:
-            with self.console.status(title):
+            with self.console.status(Text(title)):
                 yield lambda done, note: None
             return
         bar = Progress(
-            TextColumn(" " * (INDENT - 1) + "{task.description}"),
+            TextColumn(" " * (INDENT - 1) + "{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(table_column=Column(min_width=7)),  # on a narrow terminal the bar gives way
             TimeElapsedColumn(table_column=Column(min_width=7)),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
             transient=True,
             disable=not self.console.is_terminal,

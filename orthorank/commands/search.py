@@ -120,23 +120,22 @@ def command(
 
 def run(settings: "SearchSettings") -> int:
     """Search, and print what came out; of several processes the first one prints, errors included."""
-    from rich.console import Console
     from rich.padding import Padding
 
-    from orthorank.commands.screen import INDENT, RichScreen
+    from orthorank.commands.screen import INDENT, RichScreen, console
     from orthorank.search.distributed import launched_rank
     from orthorank.search.job import run_search
 
-    console = Console(quiet=launched_rank() > 0)
-    screen = RichScreen(console)
+    terminal = console(quiet=launched_rank() > 0)
+    screen = RichScreen(terminal)
     try:
         results = run_search(settings, screen)
     except OrthoRankError:
         if launched_rank() > 0:
             return 2  # rank 0 says the same
         raise
-    console.print()
-    console.print(Padding(table(results), (0, 0, 1, INDENT)))
+    terminal.print()
+    terminal.print(Padding(table(results), (0, 0, 1, INDENT)))
     screen.say(f"Plan: {results['plan_file']}; use it with orthorank demo --plan {settings.output}")
     return 0
 

@@ -7,7 +7,6 @@ functions, as the harness carries them.
 """
 
 import importlib
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 
 from orthorank.errors import OrthoRankError
 from orthorank.families import device_of
-from orthorank.files import user_path
+from orthorank.files import from_json, user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -273,13 +272,13 @@ def summary(scores: dict[str, list[float]]) -> dict[str, Any]:
 def _parsed(path: str | Path, number: int, line: str) -> Question:
     where = f"line {number} of {str(path)!r}"
     try:
-        row = json.loads(line)
+        row = from_json(line)
         name, prompt = row["task"], row["prompt"]
         answers = row.get("gold", row.get("answers"))
         answers = (answers,) if isinstance(answers, str) else tuple(answers)
         classes = tuple(row.get("all_classes") or ())
         index = int(row.get("idx", number))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise OrthoRankError(
             f"{where} is no question ({type(error).__name__}: {error}); it must be a JSON object with task, prompt and "
             "gold (a list of right answers)"

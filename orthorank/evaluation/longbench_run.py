@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from orthorank.errors import OrthoRankError
 from orthorank.evaluation.longbench import Question, answer, score, summary
+from orthorank.files import from_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,8 +76,11 @@ def _known(path: Path) -> dict[str, str]:
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             os.truncate(path, len(whole))
-        rows = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
-        return {row["key"]: row["answer"] for row in rows}
+        rows = [from_json(line) for line in whole.decode("utf-8").splitlines()]
+        known = {row["key"]: row["answer"] for row in rows}
+        if not all(isinstance(text, str) for text in known.values()):
+            raise ValueError("an answer is no text")
+        return known
     except OSError as error:
         raise OrthoRankError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from orthorank.errors import OrthoRankError
-from orthorank.files import write_json
+from orthorank.files import read_json, write_json
 
 
 class Cells:
@@ -61,12 +61,12 @@ class Cells:
     @staticmethod
     def _read(path: Path) -> dict[str, Any] | None:
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise OrthoRankError(f"{path} cannot be read: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise OrthoRankError(f"{path} is not a JSON file; delete it, and its cell is computed again") from error
         if not isinstance(found, dict) or not {"key", "value"} <= set(found):
             raise OrthoRankError(f"{path} is no finished cell; delete it, and it is computed again")

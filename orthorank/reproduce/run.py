@@ -7,7 +7,7 @@ from typing import Any
 
 from orthorank.demo.screen import Screen, SilentScreen
 from orthorank.errors import OrthoRankError
-from orthorank.files import finite, writable_folder, write_json, write_text
+from orthorank.files import finite, read_json, writable_folder, write_json, write_text
 from orthorank.reproduce import tables
 from orthorank.reproduce.claims import check_claims
 from orthorank.reproduce.settings import PARTS, ReproduceSettings
@@ -148,7 +148,7 @@ def _chosen(subject: Subject, folder: Path) -> dict[str, Any]:
 def _with_earlier_parts(folder: Path, summary: dict[str, Any], about: set[str]) -> dict[str, Any]:
     """``summary`` with the parts that an earlier run, or one beside it, of the same model and settings has written."""
     try:
-        earlier = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        earlier = read_json(folder / "summary.json")
     except (OSError, ValueError):  # there is none; whatever it was, its cells are there
         return summary
     now = json.loads(json.dumps(finite({name: summary[name] for name in about})))

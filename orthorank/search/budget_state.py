@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from orthorank.errors import OrthoRankError
-from orthorank.files import write_text
+from orthorank.files import read_json, write_text
+from orthorank.plan_checks import shown
 from orthorank.search.pareto import Point
 from orthorank.search.plans import Key, Plan, Space, key_of
 
@@ -108,14 +109,21 @@ class BudgetState:
             OrthoRankError: no such file, or it is not the state of a budget search.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-            if values["search"] != "budget" or values["schema"] != SCHEMA or not isinstance(values["settings"], dict):
+            values = read_json(Path(path))
+            if values["search"] != "budget" or not isinstance(values["settings"], dict):
                 raise ValueError
+            if (schema := values["schema"]) != SCHEMA:
+                raise OrthoRankError(
+                    f"{path} has schema {shown(schema)} and this version reads {SCHEMA}; go on with the version that "
+                    "wrote it, or delete it to begin anew"
+                )
             seen = {_key(key): _read(*rest) for key, *rest in values["seen"]}
             origins = {_key(key): str(name) for key, name in values["origins"]}
+        except OrthoRankError:
+            raise
         except OSError as error:
             raise OrthoRankError(f"no search state can be read at {path}: {error.strerror}") from error
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise OrthoRankError(
                 f"{path} is not the state of a budget search (schema {SCHEMA}); delete it to begin anew"
             ) from error

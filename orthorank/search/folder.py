@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from orthorank.config import FILE_NAME
 from orthorank.errors import OrthoRankError
-from orthorank.files import user_path, writable_folder, write_json
+from orthorank.files import read_json, user_path, writable_folder, write_json
+from orthorank.plan_checks import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,18 +93,22 @@ class Folder:
     def _identity(self) -> dict[str, Any] | None:
         file = self.path / SEARCH
         try:
-            value = json.loads(file.read_text(encoding="utf-8"))
-            if value["format"] != FORMAT:
-                raise OrthoRankError(
-                    f"{file} has format {value['format']} and this version reads {FORMAT}; name another folder"
-                )
-            return dict(value["search"])
+            value = read_json(file)
+            format_, search = value["format"], value["search"]
         except FileNotFoundError:
             return None
         except OSError as error:
             raise OrthoRankError(f"{file} cannot be read: {error.strerror}") from error
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise OrthoRankError(f"{file} is no record of a search; name another folder with --output") from error
+        if type(format_) is int and format_ != FORMAT:  # before what such a format may hold is judged by this one
+            raise OrthoRankError(
+                f"{file} has format {shown(format_)} and this version reads {FORMAT}; go on with the version that "
+                "wrote it, or name another folder with --output"
+            )
+        if type(format_) is not int or not isinstance(search, dict):
+            raise OrthoRankError(f"{file} is no record of a search; name another folder with --output")
+        return search
 
 
 def model_fingerprint(model: "PreTrainedModel") -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from orthorank.errors import OrthoRankError
-from orthorank.files import write_text
+from orthorank.files import read_json, write_text
 from orthorank.search.evaluator import Evaluator
 from orthorank.search.saved import check_layers, check_losses, check_size
 
@@ -112,7 +112,7 @@ class ScoreState:
             OrthoRankError: no such file, or it is not such a state.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = read_json(Path(path))
             values["scores"] = {int(layer): score for layer, score in values["scores"].items()}
             state = cls(**values)
             check_layers(state.candidates)
@@ -121,7 +121,7 @@ class ScoreState:
             return state
         except OSError as error:
             raise OrthoRankError(f"no search state can be read at {path}: {error.strerror}") from error
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise OrthoRankError(f"{path} is not a saved one-shot search; delete it to begin anew") from error
 
 

@@ -1,6 +1,5 @@
 """What a search is asked to do, checked before the long work starts, and what each method leaves alone by default."""
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ WINDOWS, SEQ_LEN = 4, 512  # of a text; a dataset has its own recipe
 # Layers at the beginning and at the end that a method leaves alone as its paper has it: SLEB the first and the last,
 # Shortened LLaMA ("+") the first four and the last two, ShortGPT none.
 PROTECTED = {"greedy": (1, 1), "one-shot": (4, 2), "influence": (0, 0)}
+MOST_MEMORY = 2**20  # GiB, a pebibyte
 SELECTION_PROTECT_LAST = 2  # token selection in the last two layers costs many models more than anywhere else
 
 
@@ -107,8 +107,11 @@ class SearchSettings:
             _check_least(name, getattr(self, name), least)
         for name, least in (("sink_layer", 0), ("layers", 1), ("batch_size", 1)):
             _check_least(name, getattr(self, name), least)
-        if self.memory is not None and not 0 <= self.memory < math.inf:
-            raise OrthoRankError(f"memory is {self.memory:g}; it must be 0 (keep nothing) or more, in GiB, such as 0.5")
+        if self.memory is not None and not 0 <= self.memory <= MOST_MEMORY:
+            raise OrthoRankError(
+                f"memory is {self.memory:g}; it must be 0 (keep nothing) or more, in GiB, such as 0.5, and at most "
+                f"{MOST_MEMORY:,}"
+            )
         self._check_pairs()
         self._check_budget()
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from orthorank.errors import OrthoRankError
-from orthorank.files import write_text
+from orthorank.files import read_json, write_text
+from orthorank.plan_checks import shown
 from orthorank.search.counts import evaluation_count, halving_stages
 from orthorank.search.saved import check_layers, check_losses, check_numbers, check_size
 
@@ -130,16 +131,18 @@ class SearchState:
         """
         wrong = f"{path} is not a saved search state; delete it to begin anew"
         try:
-            values: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+            values: dict[str, Any] = read_json(Path(path))
         except OSError as error:
             raise OrthoRankError(f"no search state can be read at {path}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise OrthoRankError(wrong) from error
         schema = values.get("schema", 1) if isinstance(values, dict) else None
-        if isinstance(schema, int) and schema > SCHEMA:
+        if type(schema) is not int or schema < 1:
+            raise OrthoRankError(wrong)
+        if schema > SCHEMA:
             raise OrthoRankError(
-                f"{path} was saved by a newer version of this package (schema {schema}, and this one reads up to "
-                f"{SCHEMA}); go on with that version, or delete the file to begin anew"
+                f"{path} was saved by a newer version of this package (schema {shown(schema)}, and this one reads up "
+                f"to {SCHEMA}); go on with that version, or delete the file to begin anew"
             )
         try:
             for name in {"known", "sums", "first"} & values.keys() | {"current"}:
