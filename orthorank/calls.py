@@ -36,6 +36,7 @@ class Call:
         sink_positions: the sink's index inside the call, -1 where it was in an earlier one; None: the first token.
         tails: how many decoded tokens each row ends with, where that differs; None: ``decode_tokens`` in all rows.
         shortest: with ``tails``: no row without padding has fewer prompt tokens in the call.
+        keeps: with ``tails``: ``keep_last`` of each row, 0 where its prompt ends in another call; None: of all rows.
         valid: the sum of lengths, counted: `counts` with padding and their sum, by keep ratio; once for all layers.
         workspace: zeros for `rms_norm_select`, which leaves them zero, so that one serves all layers.
         ran: the plan's layers that ran in this call; updated: how many tokens the selecting ones among them updated.
@@ -56,6 +57,7 @@ class Call:
     valid: Tensor | None = None
     tails: Tensor | None = None
     shortest: int = 0
+    keeps: Tensor | None = None
     counted: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict)
     windows: dict[float, Windows] = field(default_factory=dict)
     workspace: Tensor | None = None
@@ -93,7 +95,12 @@ class Call:
         column = torch.arange(self.tokens, device=device)[None]
         end = self.tokens if self.starts is None or self.lengths is None else (self.starts + self.lengths)[:, None]
         prompt_end = end - (self.decode_tokens if self.tails is None else self.tails[:, None])
-        return (column >= prompt_end - self.keep_last) & (column < (prompt_end if self.ranks_decoded else end))
+        return (column >= prompt_end - self.kept) & (column < (prompt_end if self.ranks_decoded else end))
+
+    @property
+    def kept(self) -> int | Tensor:
+        """`keep_last` of all rows, or of each: int32 ``[batch, 1]``."""
+        return self.keep_last if self.keeps is None else self.keeps[:, None]
 
     def counts(self, ratio: float) -> tuple[int | Tensor, int]:
         """How many tokens of each row a layer updates (an int without padding), and the most that any row can have."""
@@ -111,10 +118,17 @@ class Call:
         tails = extra if self.tails is None else self.tails
         prompt = (self.lengths - tails).clamp(min=0)
         inside = torch.ones_like(prompt, dtype=torch.bool) if self.sink_positions is None else self.sink_positions >= 0
-        each = keep_count(prompt, ratio, keep, sink_inside=inside & never)
-        if self.update_sink:
-            each = torch.where(inside, keep_count(prompt, ratio, with_sink, sink_inside=False), each)
+        each = self._each(prompt, ratio, keep, inside)
+        if self.keeps is not None:  # and a row whose prompt ends elsewhere keeps none of these
+            each = torch.where(self.keeps > 0, each, self._each(prompt, ratio, 0, inside))
         return torch.where(self.lengths > 0, each + tails, 0).int(), most
+
+    def _each(self, prompt: Tensor, ratio: float, keep: int, inside: Tensor) -> Tensor:
+        """How many of the ``prompt`` tokens of each row a layer updates; ``inside``: whether the sink is among them."""
+        each = keep_count(prompt, ratio, keep, sink_inside=inside & (not self.update_sink))
+        if not self.update_sink:
+            return each
+        return torch.where(inside, keep_count(prompt, ratio, keep + 1, sink_inside=False), each)
 
     def row_positions(self, device: torch.device) -> Tensor:
         """Each token's place in its row, the first valid token at 0: int64 ``[batch or 1, tokens]``, below 0 before it.
@@ -200,7 +214,7 @@ def read_call(
         mask = phase.padding_mask
     columns = valid_columns(mask, past + tokens, batch)
     refuse_restarts(kwargs.get("position_ids"), columns, past)
-    if phase.context is not None and not ranks_decoded:
+    if phase.context is not None and (call.keep_last or not ranks_decoded):
         return _with_context(call, columns, phase.context, device)
     return _placed(call, columns, device)
 
@@ -223,8 +237,10 @@ def _with_context(call: Call, columns: Columns | None, context: tuple[int, ...],
             "each row, or one for all"
         )
     here = [min(call.tokens, max(0, length - call.past)) for length in context]
-    if columns is None and min(here) == max(here):
-        return _placed(dataclasses.replace(call, prompt_tokens=here[0]), None, device)
+    ends = [call.past < length <= call.past + call.tokens for length in context]  # whether it does in this call
+    if columns is None and min(here) == max(here) and (min(ends) == max(ends) or call.keep_last == 0):
+        keep = min(call.keep_last, here[0]) if ends[0] else 0
+        return _placed(dataclasses.replace(call, prompt_tokens=here[0], keep_last=keep), None, device)
     if columns is None:
         zeros = torch.zeros(call.batch, dtype=torch.int64, device=device)
         columns = zeros, zeros + call.past + call.tokens
@@ -232,7 +248,10 @@ def _with_context(call: Call, columns: Columns | None, context: tuple[int, ...],
     prompt_end = start + torch.tensor(context, device=device)
     here_from, here_to = start.clamp(min=call.past), end.clamp(max=call.past + call.tokens)
     tails = (here_to - torch.maximum(prompt_end, here_from)).clamp(min=0).int()
-    return dataclasses.replace(_padded(call, columns, device), tails=tails, shortest=min(here))
+    keeps = None
+    if call.keep_last:  # where the context ends in this call: a row that is shorter may go on in the next
+        keeps = torch.where((prompt_end > call.past) & (prompt_end <= end), call.keep_last, 0).int()
+    return dataclasses.replace(_padded(call, columns, device), tails=tails, shortest=min(here), keeps=keeps)
 
 
 def cache_of(kwargs: dict[str, Any]) -> Any:

@@ -55,6 +55,8 @@ class DecoderForward(Patch):
                 "two calls of a model with a plan applied overlap; give each thread a copy.deepcopy of the patched "
                 "model, or take turns with a lock"
             )
+        if attention_mask is None and handle.selecting and handle.phase.context is None:
+            handle.unmasked(given, self.owner.config)
         shape = given.shape[0], given.shape[1]
         call = read_call(shape, given.device, handle.phase, kwargs, handle.config.decode)
         # Before any layer runs: a failure further up would leave the lower layers' cache longer than the others'.

@@ -18,8 +18,9 @@ from orthorank.forwards import DecoderForward, Generate, LayerForward, PrepareIn
 from orthorank.layer_status import LayerCounts, Status, status_of
 from orthorank.patching import Patch
 from orthorank.phases import Phase, context_lengths, phase_of
-from orthorank.plan_checks import check_integer
+from orthorank.plan_checks import MOST, check_integer
 from orthorank.refusals import refused_methods
+from orthorank.unmasked import Watch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,6 +33,11 @@ def apply(model: "PreTrainedModel", config: OrthoRankConfig) -> "Handle":
 
     In the plan's layers only the tokens most orthogonal to the sink token are updated while a prompt is processed;
     generated tokens are dense (paper, section 3, Algorithm 1).
+
+    A padded batch needs its ``attention_mask`` (``[batch, tokens]``, 1 for tokens and 0 for padding), on whichever side
+    the padding is and whatever head reads the states. A dense causal model gives the same without one where the padding
+    is on the right; with a plan the pads would be counted and ranked. A call without a mask that seems to end in
+    padding warns, once.
 
     Args:
         model: a causal LM of a known family (see `orthorank.families.FAMILIES`), not patched yet; of a `PeftModel` or
@@ -87,22 +93,30 @@ def status(model: Any) -> Status:
     return status_of(handle.config, len(decoder_of(model).layers), handle.stats, family_of(model).note)
 
 
-def context(model: Any, lengths: int | Sequence[int] | Tensor) -> AbstractContextManager[None]:
+def context(
+    model: Any, lengths: int | Sequence[int] | Tensor, keep_last: int | None = None
+) -> AbstractContextManager[None]:
     """Inside, tokens are selected from the context of each row alone; the continuation behind it is dense.
 
     For scoring continuations: without this, tokens of the continuation compete with those of the context (as in the
     paper), so that the context is not computed alike for two of them. Inside, a call with context and continuation
-    gives what a prefill of the context and dense steps over its cache give: k, windows and thresholds are those of the
-    context. Nothing is forced: ``keep_last`` is 0. With ``decode="threshold"`` the continuation is selected as
-    generated tokens are.
+    gives what `generate()` gives: a prefill of the context, and dense steps over its cache. k, windows and thresholds
+    are those of the context, and its last tokens are updated as the plan says. With ``decode="threshold"`` the
+    continuation is selected as generated tokens are.
+
+    Who trains on rollouts (or scores what a model generated) computes log-probabilities in here, with the lengths of
+    the prompts: a plain forward gives others than those that the tokens were drawn from. Who compares with perplexity
+    or with the harness's scores passes ``keep_last=0``, as plain calls have it.
 
     Args:
         model: with a plan applied.
         lengths: how many tokens of each row are context, from its first token (not padding) on, 1 or more: an int for
             all rows, or one number for each. Of a shorter row all tokens are context.
+        keep_last: tokens at each context's end that are always updated, from the call on in which the context ends;
+            None: the plan's, as in `generate()`.
 
     Raises:
-        OrthoRankError: no plan is applied, or lengths is something else.
+        OrthoRankError: no plan is applied, or lengths or keep_last is something else.
 
     Example:
         >>> import torch
@@ -110,7 +124,7 @@ def context(model: Any, lengths: int | Sequence[int] | Tensor) -> AbstractContex
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
         ...     num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1))
         >>> handle = apply(model, OrthoRankConfig(layers=[2], keep_ratio=1/3))
-        >>> with context(model, [9, 6]):  # 3 and 2 of the contexts, all of the continuations
+        >>> with context(model, [9, 6]):  # 3 and 2 of the contexts (their last tokens among them), all that follows
         ...     _ = model(torch.arange(24).view(2, 12))
         >>> handle.stats[2].tokens_updated == (3 + 3) + (2 + 6)
         True
@@ -118,7 +132,7 @@ def context(model: Any, lengths: int | Sequence[int] | Tensor) -> AbstractContex
     handle = handle_of(model)
     if handle is None:
         raise OrthoRankError("no plan is applied to this model; apply one with orthorank.apply(model, config)")
-    return handle.context(lengths)
+    return handle.context(lengths, keep_last)
 
 
 def check_plan(model: Any, config: OrthoRankConfig) -> None:
@@ -168,6 +182,7 @@ class Handle(AbstractContextManager["Handle"]):
         self.thread: int | None = None  # the one whose phase this is
         self.call: Call | None = None
         self.watcher: Watcher | None = None
+        self.unmasked = Watch()
         self._patches: list[Patch] = [DecoderForward(self, decoder)]
         if hasattr(model, "generate"):
             self._patches += [Generate(self, model), PrepareInputs(self, model), *refused_methods(model)]
@@ -203,12 +218,16 @@ class Handle(AbstractContextManager["Handle"]):
             keep_last: tokens at each row's end that are always updated; None: the plan's.
         """
         keep = self.config.keep_last if keep_last is None else keep_last
-        check_integer("keep_last", keep, 0)
+        check_integer("keep_last", keep, 0, MOST["keep_last"])
         return phase_of(self, Phase(keep_last=keep))
 
-    def context(self, lengths: int | Sequence[int] | Tensor) -> AbstractContextManager[None]:
+    def context(
+        self, lengths: int | Sequence[int] | Tensor, keep_last: int | None = None
+    ) -> AbstractContextManager[None]:
         """Inside, so many tokens of each row are prompt and the others generated ones; see `orthorank.context`."""
-        return phase_of(self, Phase(context=context_lengths(lengths)))
+        keep = self.config.keep_last if keep_last is None else keep_last
+        check_integer("keep_last", keep, 0, MOST["keep_last"])
+        return phase_of(self, Phase(context=context_lengths(lengths), keep_last=keep))
 
     @contextmanager
     def watching(self, watcher: Watcher) -> Iterator[None]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from orthorank.errors import OrthoRankError
 from orthorank.families import device_of
-from orthorank.texts import check_ids
+from orthorank.texts import Bos, beginning_with, check_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,6 +59,7 @@ class SinkReport:
             layer l: L entries. It rises with depth after l_sink (paper, Observation 1).
         cos_self: median cosine of the sink token's normalised state in layer l with that in layer l + 1: L - 1
             entries. It stays near 1 after l_sink (paper, Observation 2).
+        bos: whether every passage begins with the tokenizer's BOS, and their second tokens differ.
     """
 
     num_layers: int
@@ -73,6 +74,7 @@ class SinkReport:
     ratios_high: tuple[float, ...]
     cos_others: tuple[float, ...]
     cos_self: tuple[float, ...]
+    bos: bool = False
 
     @property
     def applies(self) -> bool:
@@ -95,11 +97,13 @@ def detect_sink(
     input_ids: Tensor | None = None,
     first_tokens: int = MIN_FIRST_TOKENS,
     tokens: int = 64,
+    bos: str = "auto",
 ) -> SinkReport:
     """Find the layer after which the model's first token is an attention sink (paper, sections 2 and 3.2).
 
-    Norms and cosines of the residual stream are measured on short passages that begin with different tokens. The model
-    is only read.
+    Norms and cosines of the residual stream are measured on short passages that begin with different tokens; where the
+    tokenizer begins a text with a BOS token, which is the sink then, with that one and different second tokens. The
+    model is only read.
 
     Args:
         model: a causal language model of a known family, without a plan applied.
@@ -108,6 +112,8 @@ def detect_sink(
         input_ids: int64 ``[count]`` or ``[1, count]``, one long text; passages are cut out of it.
         first_tokens: passages, each with another first token; at least 16.
         tokens: length of a passage, at least 8.
+        bos: with ``tokenizer``: ``"auto"``, ``"every"`` (passage), ``"first"`` or ``"none"``; see
+            `orthorank.texts.Bos`.
 
     Returns:
         The report; ``report.sink_layer`` is None, with a reason, when no layer passes.
@@ -131,12 +137,16 @@ def detect_sink(
     if tokens < 8:
         raise OrthoRankError(f"tokens is {tokens}; a passage needs at least 8 tokens")
     stack = LayerStack(model)
-    ids = _ids(model, tokenizer, input_ids, first_tokens, tokens)
+    where = None if tokenizer is None or input_ids is not None else Bos.of(bos, tokenizer)
+    leading = None if where is None else where.leading
+    ids = _ids(model, tokenizer, input_ids, first_tokens, tokens, where)
     check_ids(ids, model, "the tokenizer" if input_ids is None else "input_ids")
-    passages = _passages(ids, first_tokens, tokens).to(device_of(model))
+    passages = beginning_with(leading, _passages(ids, first_tokens, tokens - (leading is not None)))
+    check_ids(passages, model)  # the BOS, too
+    passages = passages.to(device_of(model))
     measured = _measure(stack, passages)
     layer, reason = find_sink_layer(measured["ratios"], measured["cos_self"])
-    return SinkReport(stack.num_layers, layer, reason, first_tokens, tokens, **measured)
+    return SinkReport(stack.num_layers, layer, reason, first_tokens, tokens, **measured, bos=leading is not None)
 
 
 def find_sink_layer(ratios: Sequence[float], cos_self: Sequence[float] = ()) -> tuple[int | None, str]:
@@ -224,7 +234,14 @@ def _range_after(sink_layer: int, num_layers: int, protect_last: int) -> range:
     return range(sink_layer + 1, num_layers - protect_last)
 
 
-def _ids(model: "PreTrainedModel", tokenizer: Any, input_ids: Tensor | None, first_tokens: int, tokens: int) -> Tensor:
+def _ids(
+    model: "PreTrainedModel",
+    tokenizer: Any,
+    input_ids: Tensor | None,
+    first_tokens: int,
+    tokens: int,
+    bos: Bos | None,
+) -> Tensor:
     """The text to cut passages from, int64 ``[count]``."""
     if input_ids is not None:
         if input_ids.dim() == 2 and input_ids.shape[0] == 1:
@@ -233,7 +250,7 @@ def _ids(model: "PreTrainedModel", tokenizer: Any, input_ids: Tensor | None, fir
             raise OrthoRankError(f"input_ids has shape {list(input_ids.shape)}; it must be [tokens] or [1, tokens]")
         return input_ids.cpu()
     if tokenizer is not None:
-        ids = tokenizer(_PROSE)["input_ids"]
+        ids = tokenizer(_PROSE, add_special_tokens=bos is None or bos.policy == "first")["input_ids"]
         copies = 1 + (tokens + 4 * first_tokens) // max(1, len(ids))
         return torch.tensor(ids * copies)
     vocabulary = model.config.get_text_config().vocab_size

@@ -18,6 +18,58 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+BOS = ("auto", "first", "every", "none")
+
+
+def check_bos(bos: str) -> None:
+    """``bos`` is one of `BOS`."""
+    if bos not in BOS:
+        raise OrthoRankError(f"bos is {bos!r}; it may be {', '.join(BOS)}")
+
+
+@dataclass(frozen=True)
+class Bos:
+    """Where the tokenizer's BOS token stands: a model that was trained with one has its sink there.
+
+    Args:
+        policy: ``"every"``: at the beginning of each window, which holds one token of the text less; ``"first"``: where
+            the tokenizer puts it, at the beginning of the text, hence in the first window only; ``"none"``: nowhere.
+        token: its id; None: the tokenizer has none.
+        adds: whether the tokenizer begins a text with it by itself. asked: what was asked for, one of `BOS`.
+    """
+
+    policy: str
+    token: int | None
+    adds: bool
+    asked: str
+
+    @classmethod
+    def of(cls, asked: str, tokenizer: "PreTrainedTokenizerBase") -> "Bos":
+        """What ``asked`` means with ``tokenizer``: ``"auto"`` is ``"every"`` where it adds one itself, else ``"none"``.
+
+        Raises:
+            OrthoRankError: an unknown policy, or every window is to begin with a token that there is not.
+        """
+        check_bos(asked)
+        token = getattr(tokenizer, "bos_token_id", None)
+        adds = token is not None and list(tokenizer("a", verbose=False)["input_ids"])[:1] == [token]
+        if asked == "every" and token is None:
+            raise OrthoRankError("bos is 'every' and the tokenizer has no BOS token; it may be auto, first or none")
+        policy = ("every" if adds else "none") if asked == "auto" else asked
+        return cls(policy, token, adds, asked)
+
+    @property
+    def leading(self) -> int | None:
+        """The token that every window begins with; None: there is no such."""
+        return self.token if self.policy == "every" else None
+
+    def __str__(self) -> str:
+        adds = "the tokenizer adds one" if self.adds else "the tokenizer adds none"
+        why = f" (auto: {adds})" if self.asked == "auto" else ""
+        every = f"every window begins with BOS, id {self.token}"
+        first = "BOS as the tokenizer does it, in the first window" if self.adds else "no BOS, as the tokenizer does it"
+        return {"every": every, "first": first, "none": "no BOS"}[self.policy] + why
+
 
 @dataclass(frozen=True)
 class Text:
@@ -87,11 +139,43 @@ def join_texts(texts: Sequence[Text]) -> Text:
     return Text(", ".join(text.name for text in texts), "\n\n".join(text.content for text in texts))
 
 
-def tokenize(text: Text, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
-    """All tokens of ``text`` in one call, int64 ``[tokens]``; a BOS, if the tokenizer adds one, comes first."""
+def tokenize(text: Text, tokenizer: "PreTrainedTokenizerBase", bos: Bos | None = None) -> "Tensor":
+    """All tokens of ``text`` in one call, int64 ``[tokens]``.
+
+    A BOS, if the tokenizer adds one, comes first, unless ``bos`` says that it is in every window or nowhere.
+    """
     import torch
 
-    return torch.tensor(tokenizer(text.content, verbose=False)["input_ids"], dtype=torch.int64)
+    special = bos is None or bos.policy == "first"
+    ids = tokenizer(text.content, add_special_tokens=special, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def read_tokens(
+    text: Text, tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", bos: Bos | None = None
+) -> "Tensor":
+    """As `tokenize`; raises where `check_ids` does, for the BOS token, too."""
+    import torch
+
+    tokens = tokenize(text, tokenizer, bos)
+    check_ids(tokens, model)
+    if bos is not None and bos.leading is not None:
+        check_ids(torch.tensor([bos.leading]), model)
+    return tokens
+
+
+def beginning_with(token: int | None, windows: "Tensor") -> "Tensor":
+    """``windows [count, length]`` with ``token`` before each, ``[count, length + 1]``; None: as they are.
+
+    >>> import torch
+    >>> beginning_with(7, torch.tensor([[1, 2], [3, 4]])).tolist()
+    [[7, 1, 2], [7, 3, 4]]
+    """
+    import torch
+
+    if token is None:
+        return windows
+    return torch.cat([torch.full_like(windows[:, :1], token), windows], dim=1)
 
 
 def check_ids(ids: "Tensor", model: "PreTrainedModel", name: str = "the tokenizer") -> None:
@@ -117,6 +201,7 @@ def take_samples(
     held_out_windows: int,
     held_out_len: int,
     name: str = "the text",
+    leading: int | None = None,
 ) -> Samples:
     """Cut calibration windows from the first half of ``tokens`` and held-out windows from the second.
 
@@ -128,6 +213,7 @@ def take_samples(
         held_out_windows, held_out_len: the same for the held-out windows; fewer are taken where the text is short,
             but never less than one.
         name: what the error calls the text.
+        leading: a token that every window begins with, as `Bos.leading`; its length counts it.
 
     Raises:
         OrthoRankError: the text is too short, with the number of tokens it has and needs; a number is out of range.
@@ -145,8 +231,8 @@ def take_samples(
     ):
         if value < least:
             raise OrthoRankError(f"{key} is {value}; it must be {least} or more")
-    half = len(tokens) // 2
-    needed = 2 * max(windows * seq_len, held_out_len)
+    half, room = len(tokens) // 2, 0 if leading is None else 1
+    needed = 2 * max(windows * (seq_len - room), held_out_len - room)
     if half < needed // 2:
         raise OrthoRankError(
             f"{name} is too short: it has {len(tokens):,} tokens and {needed:,} are needed "
@@ -154,18 +240,20 @@ def take_samples(
             "name a longer one with --text, or lower --windows or --seq-len"
         )
     return Samples(
-        calibration=_spread(tokens[:half], windows, seq_len),
-        held_out=_spread(tokens[half:], min(held_out_windows, (len(tokens) - half) // held_out_len), held_out_len),
+        calibration=spread(tokens[:half], windows, seq_len, leading),
+        held_out=spread(
+            tokens[half:], min(held_out_windows, (len(tokens) - half) // (held_out_len - room)), held_out_len, leading
+        ),
         text_tokens=len(tokens),
     )
 
 
-def _spread(tokens: "Tensor", windows: int, length: int) -> "Tensor":
-    """``windows`` non-overlapping windows at even distances, ``[windows, length]``."""
+def spread(tokens: "Tensor", windows: int, length: int, leading: int | None = None) -> "Tensor":
+    """Windows without overlap at even distances, ``[windows, length]``; ``leading`` as in `take_samples`."""
     import torch
 
-    distance = len(tokens) // windows
-    return torch.stack([tokens[i * distance : i * distance + length] for i in range(windows)])
+    distance, body = len(tokens) // windows, length - (leading is not None)
+    return beginning_with(leading, torch.stack([tokens[i * distance : i * distance + body] for i in range(windows)]))
 
 
 def _standard_library() -> Text:

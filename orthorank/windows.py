@@ -67,7 +67,7 @@ def windows_of(call: "Call", window: int, ratio: float, device: torch.device) ->
     lengths = edges.diff(dim=1)
     sink = torch.zeros_like(begin) if call.sink_positions is None else call.sink_positions[:, None].long()
     inside = (sink >= edges[:, :-1]) & (sink < edges[:, 1:])
-    forced = (edges[:, 1:] - torch.maximum(edges[:, :-1], prompt_end - call.keep_last)).clamp(min=0)
+    forced = (edges[:, 1:] - torch.maximum(edges[:, :-1], prompt_end - call.kept)).clamp(min=0)
     counts = _counts(lengths, ratio, forced, inside, call.update_sink)
     bounds = torch.cat([edges, end], dim=1) + call.tokens * torch.arange(call.batch, device=device)[:, None]
     padding = torch.zeros_like(begin)

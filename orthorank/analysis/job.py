@@ -8,6 +8,7 @@ from orthorank.config import OrthoRankConfig
 from orthorank.demo.screen import Screen
 from orthorank.errors import OrthoRankError
 from orthorank.files import user_path, writable_folder, write_json
+from orthorank.texts import check_bos, spread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,12 +35,14 @@ class AnalysisSettings:
     keep_ratio: float = 1 / 3
     device: str = "auto"
     dtype: str | None = None
+    bos: str = "auto"
 
     def __post_init__(self) -> None:
         for name, least in (("passages", 1), ("passage_tokens", 12), ("windows", 0), ("seq_len", 2)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise OrthoRankError(f"{name} is {value!r}; it must be an integer, {least} or more")
+        check_bos(self.bos)
 
     def read_plans(self) -> dict[str, OrthoRankConfig]:
         """The plans by a title; raises when one cannot be read."""
@@ -57,19 +60,20 @@ def run_analysis(settings: AnalysisSettings, screen: Screen) -> dict[str, Any]:
     from orthorank.models import load_model, locate
     from orthorank.sink import detect_sink
     from orthorank.stack import LayerStack
-    from orthorank.texts import check_ids, find_text, tokenize
+    from orthorank.texts import Bos, find_text, read_tokens
 
     plans = settings.read_plans()
     text = find_text(settings.text)
     folder = writable_folder(settings.output)
     with screen.progress(f"loading {locate(settings.model).name}", 1):
         model, tokenizer, info = load_model(settings.model, settings.device, settings.dtype)
-    ids = tokenize(text, tokenizer)
-    check_ids(ids, model)
-    sink = detect_sink(model, tokenizer)
+    bos = Bos.of(settings.bos, tokenizer)
+    ids = read_tokens(text, tokenizer, model, bos)
+    sink = detect_sink(model, tokenizer, bos=settings.bos)
     screen.heading(f"{info.name}: {sink.reason}")
+    screen.say(f"{text.name}; {bos}")
     stack = LayerStack(model)
-    passages = _cut(ids, settings.passages, settings.passage_tokens, "passages").to(model.device)
+    passages = _cut(ids, settings.passages, settings.passage_tokens, "passages", bos.leading).to(model.device)
     with screen.progress("similarities", 1):
         similar = measure_similarities(stack, passages)
     paths = [
@@ -80,12 +84,13 @@ def run_analysis(settings: AnalysisSettings, screen: Screen) -> dict[str, Any]:
     results: dict[str, Any] = {
         "model": info.to_dict(),
         "text": {"name": text.name, "sha256": text.sha256},
+        "bos": bos.policy,
         "sink": sink.to_dict(),
         "similarities": similar.to_dict(),
     }
     write_json(folder / "analysis.json", results)
     if settings.windows:
-        windows = _cut(ids, settings.windows, settings.seq_len, "windows").to(model.device)
+        windows = _cut(ids, settings.windows, settings.seq_len, "windows", bos.leading).to(model.device)
         layers = _layers_after_sink(stack, sink.sink_layer)
         with screen.progress("layer by layer", len(layers)) as advance:
             compared = compare_layers(
@@ -109,17 +114,15 @@ def run_analysis(settings: AnalysisSettings, screen: Screen) -> dict[str, Any]:
     return results
 
 
-def _cut(ids: "Tensor", count: int, length: int, name: str) -> "Tensor":
-    """``count`` pieces of ``length`` tokens at even distances, ``[count, length]``."""
-    import torch
-
-    if len(ids) < count * length:
+def _cut(ids: "Tensor", count: int, length: int, name: str, leading: int | None) -> "Tensor":
+    """``count`` pieces of ``length`` tokens at even distances, ``[count, length]``, ``leading`` before each if any."""
+    body = length - (leading is not None)
+    if len(ids) < count * body:
         raise OrthoRankError(
-            f"the text has {len(ids):,} tokens, and {count} {name} of {length} need {count * length:,}; name a longer "
+            f"the text has {len(ids):,} tokens, and {count} {name} of {length} need {count * body:,}; name a longer "
             f"text, or lower --{name}"
         )
-    distance = len(ids) // count
-    return torch.stack([ids[n * distance : n * distance + length] for n in range(count)])
+    return spread(ids, count, length, leading)
 
 
 def _layers_after_sink(stack: "LayerStack", sink_layer: int | None) -> range:

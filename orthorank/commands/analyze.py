@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from orthorank.commands.demo import MODEL
+from orthorank.commands.demo import BOS, MODEL
 from orthorank.errors import OrthoRankError
 
 TEXT = "UTF-8 text file. Default: the documentation of Python inside its standard library."
@@ -24,6 +24,7 @@ def command(
     windows: Annotated[int, typer.Option(help="Windows for the layer-wise comparison; 0 leaves it out.")] = 4,
     seq_len: Annotated[int, typer.Option(help="Tokens of such a window.")] = 512,
     keep_ratio: Annotated[str, typer.Option(help="Share of tokens that a layer updates there.")] = "1/3",
+    bos: Annotated[str, typer.Option(help=BOS)] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
 ) -> int:
@@ -49,6 +50,7 @@ def command(
         windows=windows,
         seq_len=seq_len,
         keep_ratio=ratio,
+        bos=bos,
         device=device,
         dtype=dtype,
     )

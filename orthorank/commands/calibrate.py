@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orthorank.commands.demo import MODEL
+from orthorank.commands.demo import BOS, MODEL
 from orthorank.errors import OrthoRankError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def command(
     keep_last: Annotated[int | None, typer.Option(help=KEEP_LAST)] = None,
     windows: Annotated[int, typer.Option(help=WINDOWS)] = 8,
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    bos: Annotated[str, typer.Option(help=BOS)] = "auto",
     output: Annotated[Path, typer.Option(help="Folder for the plan (orthorank.json).")] = OUTPUT,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
@@ -49,8 +50,9 @@ def command(
     from orthorank.commands.screen import INDENT, RichScreen, console, number
     from orthorank.config import OrthoRankConfig
     from orthorank.files import writable_folder
-    from orthorank.texts import find_text, join_texts
+    from orthorank.texts import check_bos, find_text, join_texts
 
+    check_bos(bos)
     given = {"keep_ratio": number("keep_ratio", keep_ratio), "decode": decode, "keep_last": keep_last}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     OrthoRankConfig(layers=[], select="threshold", **changes)  # complains, if anything does, before the model loads
@@ -63,14 +65,14 @@ def command(
     from orthorank.calibration import calibrate
     from orthorank.models import load_model, locate
     from orthorank.plans import default_plan
-    from orthorank.texts import check_ids, take_samples, tokenize
+    from orthorank.texts import Bos, read_tokens, take_samples
 
     with screen.progress(f"loading {locate(model).name}", 1):
         loaded, tokenizer, info = load_model(model, device, dtype)
     if seq_len > info.max_tokens:
         raise OrthoRankError(f"seq_len is {seq_len}; the model's longest input has {info.max_tokens} tokens")
-    ids = tokenize(source, tokenizer)
-    check_ids(ids, loaded)
+    where = Bos.of(bos, tokenizer)
+    ids = read_tokens(source, tokenizer, loaded, where)
     samples = take_samples(
         ids,
         windows=windows,
@@ -78,9 +80,11 @@ def command(
         held_out_windows=windows,
         held_out_len=seq_len,
         name=f"the text ({source.name})",
+        leading=where.leading,
     )
     followed = default_plan(loaded) if followed is None else followed
     screen.heading(f"{info.name}: thresholds on {windows} windows of {seq_len} tokens")
+    screen.say(f"{source.name}; {where}")
     with screen.progress("calibration", followed.selecting[-1] + 1 if followed.selecting else 1) as advance:
         found = calibrate(
             loaded,
@@ -90,7 +94,11 @@ def command(
             batch_size=batch_size,
             on_layer=lambda done, _, tau: advance(done, "" if tau is None else f"threshold {tau:.4g}"),
         )
-    found.calibration["thresholds"] |= {"text": source.name, "text_sha256": source.sha256}
+    found.calibration["thresholds"] |= {
+        "text": source.name,
+        "text_sha256": source.sha256,
+        "bos": where.policy,
+    }
     checked = _check(screen, loaded, found, samples.held_out)
     path = found.save_pretrained(folder)
     terminal.print(Padding(table(found, checked), (1, 0, 1, INDENT)))

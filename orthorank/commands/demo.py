@@ -14,6 +14,10 @@ MODEL = "Hub id, folder or .gguf file. Default: the SmolLM2-135M-Instruct that t
 TEXT = "UTF-8 text file. Default: the documentation of Python inside its standard library."
 PLAN = "search, default (the plan shipped for the model), or the path of a plan."
 
+BOS = (
+    "Where the tokenizer's BOS stands. every: it begins each window; first: where the tokenizer puts it; none; "
+    "auto: every where the tokenizer adds one by itself, else none."
+)
 SPARSITY = (
     "Share of token updates that a search leaves out, over all layers; layer pruning gets the same. Default: 0.2."
 )
@@ -31,6 +35,7 @@ def command(
     keep_ratio: Annotated[str | None, typer.Option(help=KEEP_RATIO)] = None,
     windows: Annotated[int, typer.Option(help="Calibration windows of a search.")] = 2,
     seq_len: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 256,
+    bos: Annotated[str, typer.Option(help=BOS)] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     layers: Annotated[str | None, typer.Option(help=LAYERS)] = None,
     sink_layer: Annotated[int | None, typer.Option(help=SINK_LAYER)] = None,
@@ -56,6 +61,7 @@ def command(
         keep_ratio=number("keep_ratio", keep_ratio),
         windows=windows,
         seq_len=seq_len,
+        bos=bos,
         device=device,
         layers=numbers("layers", layers),
         sink_layer=sink_layer,

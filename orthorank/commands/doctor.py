@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
-from orthorank.commands.demo import MODEL
+from orthorank.commands.demo import BOS, MODEL
 
 
 def command(
     model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    bos: Annotated[str, typer.Option(help=BOS)] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of words.")] = False,
 ) -> int:
     """Say whether OrthoRank applies to a model, and why.
@@ -23,14 +24,18 @@ def command(
     from orthorank.models import load_model, locate
     from orthorank.report import words
     from orthorank.sink import candidate_layers, detect_sink
+    from orthorank.texts import Bos, check_bos
+
+    check_bos(bos)
 
     terminal = console(stderr=json)
     with RichScreen(terminal).progress(f"loading {locate(model).name}", 1):
         loaded, tokenizer, info = load_model(model, device)
-    sink = detect_sink(loaded, tokenizer)
+    where = Bos.of(bos, tokenizer)
+    sink = detect_sink(loaded, tokenizer, bos=bos)
     candidates = candidate_layers(sink) if sink.applies else []
     if json:
-        report = {"model": info.to_dict(), "sink": sink.to_dict(), "candidate_layers": candidates}
+        report = {"model": info.to_dict(), "bos": where.policy, "sink": sink.to_dict(), "candidate_layers": candidates}
         print(json_module.dumps(report, indent=2))
         return 0 if sink.applies else 1
     screen = RichScreen(terminal)
@@ -38,6 +43,7 @@ def command(
     screen.say(words.sink_sentence(sink.to_dict()))
     for line in words.sink_figures(sink.to_dict()):
         screen.say(line)
+    screen.say(f"Passages: {where}.")
     if sink.applies:
         screen.say(
             f"Layers {words.layers(candidates)} may select tokens ({len(candidates)} of {info.num_hidden_layers})."

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orthorank.commands.demo import MODEL
+from orthorank.commands.demo import BOS, MODEL
 from orthorank.errors import OrthoRankError
 
 DATA = "JSONL file with task, prompt and gold in each line. Default: the hub's data."
@@ -25,6 +25,7 @@ def command(
     limit: Annotated[int | None, typer.Option(help="First questions of each task. Default: all.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help=MAX_TOKENS)] = None,
     only_shorter: Annotated[int | None, typer.Option(help=SHORT)] = None,
+    bos: Annotated[str, typer.Option(help=BOS)] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for answers.jsonl and longbench.json.")] = Path(
@@ -44,10 +45,13 @@ def command(
     from orthorank.files import user_path, writable_folder, write_json
     from orthorank.handle import apply
     from orthorank.models import load_model, locate
+    from orthorank.search.folder import model_fingerprint
+    from orthorank.texts import Bos, check_bos
 
     for name, value in (("limit", limit), ("max_tokens", max_tokens), ("only_shorter", only_shorter)):
         if value is not None and value < 1:
             raise OrthoRankError(f"{name} is {value}; it must be at least 1")
+    check_bos(bos)
     chosen = None if plan is None else OrthoRankConfig.from_pretrained(user_path("plan", plan))
     metrics()
     questions = _questions(data, tasks, limit)
@@ -59,7 +63,9 @@ def command(
         questions = [q for q in questions if len(tokenizer(q.prompt, verbose=False)["input_ids"]) <= only_shorter]
         if not questions:
             raise OrthoRankError(f"only_shorter is {only_shorter}, and every prompt has more tokens; raise it")
-    what = json_module.dumps([info.name, info.source, info.dtype, None if chosen is None else chosen.to_dict()])
+    Bos.of(bos, tokenizer)  # complains before the first answer
+    about = [info.name, model_fingerprint(loaded), info.dtype, None if chosen is None else chosen.to_dict()]
+    what = json_module.dumps(about)
     with (
         nullcontext() if chosen is None else apply(loaded, chosen),
         screen.progress("LongBench", len(questions)) as advance,
@@ -74,6 +80,7 @@ def command(
                 tokenizer,
                 questions,
                 max_tokens=max_tokens,
+                bos=bos,
                 answers=folder / "answers.jsonl",
                 identity=hashlib.sha256(what.encode()).hexdigest(),
                 on_answer=on_answer,
@@ -84,7 +91,7 @@ def command(
             ) from None
     plan_fields = None if chosen is None else chosen.to_dict()
     results = {"model": info.to_dict(), "plan": plan_fields, "data": str(data or "hub"), "max_tokens": max_tokens}
-    results |= {"only_shorter": only_shorter, "scores": scores}
+    results |= {"only_shorter": only_shorter, "bos": bos, "scores": scores}
     write_json(folder / "longbench.json", results)
     if json:
         print(json_module.dumps(results, indent=2))
@@ -129,4 +136,6 @@ def _show(screen: Any, results: dict[str, Any], folder: Path) -> None:
     drawn.add_row("mean of the tasks", "", f"{scores['mean']:.2f}", style="bold")
     screen.console.print()
     screen.console.print(Padding(drawn, (0, 0, 1, INDENT)))
+    said = {"auto": "BOS where tokenizer and template put it", "none": "no BOS"}
+    screen.say(f"Prompts: {said.get(results['bos'], 'BOS before each')}.")
     screen.say(f"Results: {folder / 'longbench.json'}, {folder / 'answers.jsonl'}")

@@ -7,13 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from orthorank.commands.demo import MODEL
+from orthorank.commands.demo import BOS, MODEL
 from orthorank.errors import OrthoRankError
 
 PLAN = "Plan, a file or folder; may be given several times. The dense model is measured as well."
 TEXT = "UTF-8 text file, read as it is. Default: the documentation of Python inside its standard library."
 DATASET = "wikitext2 (test split) or c4 (validation), with :FOLDER for a copy that is already here."
-BOS = "first: the tokenizer's BOS, if it has one, begins the text; every: it begins each window; none."
 
 
 def command(
@@ -23,7 +22,7 @@ def command(
     dataset: Annotated[str | None, typer.Option(help=DATASET)] = None,
     window: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     windows: Annotated[int | None, typer.Option(help="Windows from the beginning. Default: all.")] = None,
-    bos: Annotated[str, typer.Option(help=BOS)] = "first",
+    bos: Annotated[str, typer.Option(help=BOS)] = "auto",
     batch_size: Annotated[int | None, typer.Option(help="Windows at a time. Default: as memory allows.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
@@ -37,18 +36,16 @@ def command(
     """
 
     from orthorank.commands.screen import RichScreen, console
-    from orthorank.evaluation.perplexity import BOS as POLICIES
     from orthorank.evaluation.perplexity import auto_batch_size
     from orthorank.evaluation.texts import evaluation_text, most_windows
     from orthorank.files import write_json
     from orthorank.handle import apply, check_plan
     from orthorank.models import load_model, locate
-    from orthorank.texts import check_ids, tokenize
+    from orthorank.texts import Bos, check_bos, read_tokens
 
     if window < 2:
         raise OrthoRankError(f"window is {window}; it must be at least 2, since the first token is not predicted")
-    if bos not in POLICIES:
-        raise OrthoRankError(f"bos is {bos!r}; it may be {', '.join(POLICIES)}")
+    check_bos(bos)
     plans = _read(plan)
     check_output(output)
     chosen = evaluation_text(text, dataset)
@@ -57,8 +54,8 @@ def command(
         loaded, tokenizer, info = load_model(model, device, dtype)
     for each in plans.values():
         check_plan(loaded, each)
-    ids = tokenize(chosen, tokenizer)
-    check_ids(ids, loaded)
+    where = Bos.of(bos, tokenizer)
+    ids = read_tokens(chosen, tokenizer, loaded, where)
     if windows is None and (most := most_windows(dataset)) is not None:
         windows = max(1, min(most * 2048, len(ids)) // window)
     settings: dict[str, Any] = {
@@ -83,7 +80,7 @@ def command(
     if json:
         print(json_module.dumps(results, indent=2))
         return 0
-    _show(screen, results, output)
+    _show(screen, results, str(where), output)
     return 0
 
 
@@ -121,7 +118,7 @@ def check_output(output: Path | None) -> None:
     writable_folder(output.parent)
 
 
-def _show(screen: Any, results: dict[str, Any], output: Path | None) -> None:
+def _show(screen: Any, results: dict[str, Any], bos: str, output: Path | None) -> None:
     from rich.padding import Padding
     from rich.table import Table
 
@@ -132,7 +129,7 @@ def _show(screen: Any, results: dict[str, Any], output: Path | None) -> None:
     screen.say(f"{results['text']}; sha256 {first['text_sha256'][:16]}")
     screen.say(
         f"{first['windows']} windows of {first['window']} tokens ({first['tokens']:,} tokens, "
-        f"{first['predictions']:,} predicted), BOS: {first['bos']}"
+        f"{first['predictions']:,} predicted); {bos}"
     )
     drawn = Table(box=None, pad_edge=False, header_style="dim")
     for number, head in enumerate(("", "perplexity", "loss", "standard error")):

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orthorank.commands.demo import MODEL
+from orthorank.commands.demo import BOS, MODEL
 from orthorank.errors import OrthoRankError
 
 TASKS = "Tasks of the harness, such as piqa,winogrande. Default: the paper's five."
@@ -22,6 +22,7 @@ def command(
     limit: Annotated[int | None, typer.Option(help="First rows of each task. Default: all.")] = None,
     batch_size: Annotated[int, typer.Option(help="Requests at a time; results do not depend on it.")] = 8,
     context_only: Annotated[bool, typer.Option("--context-only", help=CONTEXT)] = False,
+    bos: Annotated[str, typer.Option(help=BOS)] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
@@ -37,6 +38,7 @@ def command(
     from orthorank.evaluation.task_scores import evaluate_tasks
     from orthorank.files import write_json
     from orthorank.models import load_model, locate
+    from orthorank.texts import check_bos
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     for name, value in (("limit", limit), ("batch_size", batch_size)):
@@ -44,6 +46,7 @@ def command(
             raise OrthoRankError(f"{name} is {value}; it must be at least 1")
     if include_path is not None and not include_path.is_dir():
         raise OrthoRankError(f"include_path is {str(include_path)!r}, and there is no such folder")
+    check_bos(bos)
     check_output(output)
     screen = RichScreen(console(stderr=json))
     with screen.progress(f"loading {locate(model).name}", 1):
@@ -57,6 +60,7 @@ def command(
         limit=limit,
         batch_size=batch_size,
         context_only=context_only,
+        bos=bos,
     )
     if output is not None:
         write_json(output, results)
@@ -90,6 +94,7 @@ def _show(screen: Any, results: dict[str, Any], output: Path | None) -> None:
     drawn.add_row("mean", "", "", f"{100 * results['mean']:.2f}", "", style="bold")
     screen.console.print()
     screen.console.print(Padding(drawn, (0, 0, 1, INDENT)))
+    screen.say(f"Requests begin with {'BOS' if results['bos'] else 'no BOS'}.")
     if plan is not None and results["last_token_selected"] is not None:
         screen.say(
             f"The last token of a request was among those that a layer updated in "

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orthorank.commands.demo import MODEL
+from orthorank.commands.demo import BOS, MODEL
 from orthorank.errors import OrthoRankError
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def command(
     fast: Annotated[bool, typer.Option("--fast", help=FAST)] = False,
     output: Annotated[Path, typer.Option(help="Folder for the plan (orthorank.json) and the state.")] = OUTPUT,
     resume: Annotated[bool, typer.Option("--resume", help=RESUME)] = False,
+    bos: Annotated[str, typer.Option(help=BOS)] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     device_map: Annotated[str | None, typer.Option(help=DEVICE_MAP)] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
@@ -97,6 +98,7 @@ def command(
         dataset=dataset,
         windows=windows,
         seq_len=seq_len,
+        bos=bos,
         protect_first=protect_first,
         protect_last=protect_last,
         sink_floor=False if no_sink_floor else None,

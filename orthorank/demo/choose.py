@@ -238,6 +238,7 @@ def _calibration(run: Run, intention: Intention, state: "SearchState") -> dict[s
         "tokens": windows * seq_len,
         "windows": windows,
         "seq_len": seq_len,
+        "bos": run.results["bos"],
         "method": f"greedy search (SLEB) among layers {words.layers(list(intention.candidates))}",
         "loss": state.losses[-1] if state.losses else None,
         "complete": state.complete,

@@ -17,7 +17,7 @@ from orthorank.errors import OrthoRankError
 from orthorank.files import writable_folder
 from orthorank.models import load_model, locate, pick_device
 from orthorank.report import words
-from orthorank.texts import check_ids, find_text, take_samples, tokenize
+from orthorank.texts import Bos, find_text, read_tokens, take_samples
 from orthorank_kernels._version import __version__
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ def _prepare(settings: Settings, screen: Screen) -> Run:
         model, tokenizer, info = load_model(settings.model, settings.device)
         advance(1, "")
     settings.check_layers(info.num_hidden_layers)
-    tokens = tokenize(text, tokenizer)
-    check_ids(tokens, model)
+    bos = Bos.of(settings.bos, tokenizer)
+    tokens = read_tokens(text, tokenizer, model, bos)
     samples = take_samples(
         tokens,
         windows=settings.windows,
@@ -77,11 +77,13 @@ def _prepare(settings: Settings, screen: Screen) -> Run:
         held_out_windows=settings.held_out_windows,
         held_out_len=min(settings.held_out_len, info.max_tokens),
         name=f"the text ({text.name})",
+        leading=bos.leading,
     )
     run = Run(settings, screen, folder, model, tokenizer, info, text, samples, began)
     run.results |= _preamble(run)
     shape = f"{info.num_hidden_layers} layers, {info.parameters / 1e6:,.0f} M weights, {info.dtype} on {info.device}"
-    screen.say(f"{shape}; text: {text.name}, {samples.text_tokens:,} tokens")
+    screen.say(f"{shape}; text: {text.name}, {samples.text_tokens:,} tokens; {bos}")
+    run.results["bos"] = bos.policy
     return run
 
 
@@ -108,7 +110,7 @@ def _look_at_sink(run: Run) -> "SinkReport":
 
     run.screen.heading("1  The sink token")
     with run.timed("sink"):
-        sink = detect_sink(run.model, run.tokenizer)
+        sink = detect_sink(run.model, run.tokenizer, bos=run.settings.bos)
     run.results["sink"] = sink.to_dict()
     run.screen.say(words.sink_sentence(run.results["sink"]))
     return sink

@@ -6,6 +6,7 @@ from typing import Any
 
 from orthorank.config import OrthoRankConfig
 from orthorank.errors import OrthoRankError
+from orthorank.texts import check_bos
 
 SPARSITY, KEEP_RATIO = 0.2, 1 / 3  # of a search, where nothing else is asked for
 
@@ -24,6 +25,7 @@ class Settings:
         layers: layers to select instead of a search. sink_layer: l_sink instead of the detected one.
         held_out_windows, held_out_len: windows that perplexity is measured on, and their length in tokens.
         prompt_tokens, repeats: length of the timed prompt, and timed runs of each variant.
+        bos: where the tokenizer's BOS stands: one of `orthorank.texts.BOS`.
 
     Raises:
         OrthoRankError: a value is out of range, or two of them exclude each other.
@@ -49,6 +51,7 @@ class Settings:
     held_out_len: int = 512
     prompt_tokens: int = 2048
     repeats: int = 3
+    bos: str = "auto"
 
     def __post_init__(self) -> None:
         if self.sparsity is not None and not 0 < self.sparsity < 1:
@@ -61,6 +64,7 @@ class Settings:
         for name, least in (("windows", 1), ("seq_len", 16), ("prompt_tokens", 16), ("repeats", 1)):
             if getattr(self, name) < least:
                 raise OrthoRankError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+        check_bos(self.bos)
         if not self.plan:
             raise OrthoRankError("plan is empty; it may be search, default, or a plan's file or folder")
         self._check_one_source()

@@ -18,6 +18,7 @@ import torch
 from orthorank.errors import OrthoRankError
 from orthorank.families import device_of
 from orthorank.files import from_json, user_path
+from orthorank.texts import Bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -173,8 +174,14 @@ def middle_cut(ids: list[int], longest: int) -> list[int]:
     return ids[:half] + ids[len(ids) - half :]
 
 
-def prompt_ids(question: Question, tokenizer: "PreTrainedTokenizerBase", longest: int) -> list[int]:
-    """The question in tokens: cut in its middle to ``longest``, then in the chat template where the task takes one."""
+def prompt_ids(question: Question, tokenizer: "PreTrainedTokenizerBase", longest: int, bos: str = "auto") -> list[int]:
+    """The question in tokens: cut in its middle to ``longest``, then in the chat template where the task takes one.
+
+    Args:
+        bos: ``"auto"``: BOS where tokenizer and template put it; ``"first"`` and ``"every"``: before every prompt;
+            ``"none"``: before none.
+    """
+    where = Bos.of(bos, tokenizer)
     text = question.prompt
     ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
     if len(ids) > longest:
@@ -186,17 +193,29 @@ def prompt_ids(question: Question, tokenizer: "PreTrainedTokenizerBase", longest
         ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
     else:
         ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
-    return middle_cut(list(ids), longest)
+    ids = list(ids)
+    begins = where.token is not None and ids[:1] == [where.token]
+    if bos == "none":
+        ids = ids[1:] if begins else ids
+    elif bos != "auto" and not begins:
+        if where.token is None:
+            raise OrthoRankError(f"bos is {bos!r} and the tokenizer has no BOS token; it may be auto or none")
+        ids = [where.token, *ids]
+    return middle_cut(ids, longest)
 
 
 @torch.inference_mode()
 def answer(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", question: Question, max_tokens: int | None = None
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    question: Question,
+    max_tokens: int | None = None,
+    bos: str = "auto",
 ) -> str:
     """What ``model``, with whatever plan is applied to it, answers: greedy, until it ends or the task's length.
 
     Args:
-        max_tokens: longest prompt with its answer; None: what the model was made for.
+        max_tokens: longest prompt with its answer; None: what the model was made for. bos: as for `prompt_ids`.
     """
     task = task_of(question.task)
     made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
@@ -206,7 +225,7 @@ def answer(
             f"max_tokens is {max_tokens}, and answers of {question.task} take {task.max_new_tokens} tokens; nothing is "
             "left for a prompt"
         )
-    ids = torch.tensor([prompt_ids(question, tokenizer, longest)], device=device_of(model))
+    ids = torch.tensor([prompt_ids(question, tokenizer, longest, bos)], device=device_of(model))
     settings: dict[str, Any] = {}
     if question.task == "samsum":  # a summary is one line: it ends at the first one, and is not empty
         settings = {"min_new_tokens": 1, "eos_token_id": [tokenizer.eos_token_id, tokenizer.encode("\n")[-1]]}

@@ -23,6 +23,7 @@ def run_longbench(
     questions: Iterable[Question],
     *,
     max_tokens: int | None = None,
+    bos: str = "auto",
     answers: Path | None = None,
     identity: str = "",
     on_answer: OnAnswer | None = None,
@@ -33,7 +34,8 @@ def run_longbench(
         max_tokens: longest prompt with its answer; longer prompts lose their middle. None: what the model takes.
         answers: a JSONL file that gets each answer as soon as it is there. Answers that it holds already are not
             computed again, if they are of the same question, ``max_tokens`` and ``identity``.
-        identity: what else the answers depend on: the model and the plan.
+        identity: what else the answers depend on: the model and the plan. bos: as for
+            `orthorank.evaluation.longbench.prompt_ids`.
         on_answer: called after each question as ``on_answer(done, total, question, score)``.
 
     Returns:
@@ -48,11 +50,11 @@ def run_longbench(
     known = _known(answers) if answers is not None else {}
     scores: dict[str, list[float]] = {}
     for number, question in enumerate(asked, 1):
-        key = _key(question, max_tokens, identity)
+        key = _key(question, max_tokens, identity if bos == "auto" else f"{identity} bos {bos}")
         if key in known:
             text = known[key]
         else:
-            text = answer(model, tokenizer, question, max_tokens)
+            text = answer(model, tokenizer, question, max_tokens, bos)
             if answers is not None:
                 _append(answers, {"key": key, "task": question.task, "index": question.index, "answer": text})
         value = score(question, text)

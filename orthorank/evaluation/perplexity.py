@@ -2,7 +2,8 @@
 
 The protocol of the pruning literature (paper, section 4.1): the text is tokenised in one call, cut into windows, and
 the tail that fills no window is dropped. The first token of a window is not predicted. A tokenizer that adds a BOS
-token does so at the beginning of the text, hence in the first window only.
+token does so at the beginning of the text, hence in the first window only; a model that needs one (Gemma) is then
+measured on text that it never sees, and ``bos="every"`` or ``"auto"`` measures it as it is used.
 """
 
 import dataclasses
@@ -18,11 +19,11 @@ from torch.nn.functional import cross_entropy
 
 from orthorank.errors import OrthoRankError
 from orthorank.families import device_of
+from orthorank.texts import Bos, Text, beginning_with, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-BOS = ("first", "none", "every")
 _TOKENS_AT_ONCE = 512  # whose logits are widened to float32 together
 
 OnWindow = Callable[[int, int, float], None]
@@ -39,7 +40,7 @@ class PerplexityResult:
         windows, window: how many, of how many tokens.
         tokens: tokens read, ``windows * window``; one of each window is not predicted.
         predictions: tokens whose loss was averaged.
-        bos: the BOS policy, None when token ids were given.
+        bos: ``"first"``, ``"every"`` or ``"none"``; None when token ids were given.
         text_sha256: of the text in UTF-8, None when token ids were given.
         ids_sha256: of the tokens read, as little-endian int64.
     """
@@ -92,7 +93,7 @@ def perplexity(
         batch_size: windows in one forward. It changes results by rounding only.
         bos: for ``text``: ``"first"``: as the tokenizer does it (a BOS, if it adds one, begins the text);
             ``"none"``: no special tokens; ``"every"``: a BOS begins every window, which holds ``window - 1`` tokens
-            of the text.
+            of the text; ``"auto"``: ``"every"`` where the tokenizer adds one by itself, else ``"none"``.
         on_window: called after each batch as ``on_window(done, total, perplexity so far)``.
 
     Returns:
@@ -113,7 +114,7 @@ def perplexity(
         raise OrthoRankError("model is in training mode; call model.eval() first")
     if batch_size < 1:
         raise OrthoRankError(f"batch_size is {batch_size}; it must be at least 1")
-    cut, sha256 = _windows(input_ids, text, tokenizer, window, bos)
+    cut, sha256, policy = _windows(input_ids, text, tokenizer, window, bos)
     cut = _first(cut, windows)
     _check_length(model, cut.shape[1])
     losses: list[float] = []
@@ -131,7 +132,7 @@ def perplexity(
         window=cut.shape[1],
         tokens=cut.numel(),
         predictions=cut.shape[0] * (cut.shape[1] - 1),
-        bos=None if text is None else bos,
+        bos=policy,
         text_sha256=sha256,
         ids_sha256=hashlib.sha256(cut.cpu().numpy().astype("<i8").tobytes()).hexdigest(),
     )
@@ -153,14 +154,15 @@ def auto_batch_size(model: "PreTrainedModel", window: int) -> int:
 
 def _windows(
     input_ids: Tensor | None, text: str | None, tokenizer: Any, window: int, bos: str
-) -> tuple[Tensor, str | None]:
-    """``[windows, window]`` tokens, and the hash of the text."""
+) -> tuple[Tensor, str | None, str | None]:
+    """``[windows, window]`` tokens, the hash of the text, and the BOS policy."""
     if window < 2:
         raise OrthoRankError(f"window is {window}; it must be at least 2, since the first token is not predicted")
     if input_ids is None:
         if text is None:
             raise OrthoRankError("neither input_ids nor text is given; give one of them")
-        return _tokenised_windows(text, tokenizer, window, bos), hashlib.sha256(text.encode()).hexdigest()
+        cut, policy = _tokenised_windows(text, tokenizer, window, bos)
+        return cut, hashlib.sha256(text.encode()).hexdigest(), policy
     if text is not None:
         raise OrthoRankError("both input_ids and text are given; give one of them")
     if input_ids.dim() not in (1, 2) or input_ids.is_floating_point():
@@ -171,23 +173,16 @@ def _windows(
     if input_ids.dim() == 2:
         if input_ids.shape[0] < 1 or input_ids.shape[1] < 2:
             raise OrthoRankError(f"input_ids has shape {list(input_ids.shape)}; it must be at least [1, 2]")
-        return input_ids, None
-    return _cut(input_ids, window), None
+        return input_ids, None, None
+    return _cut(input_ids, window), None, None
 
 
-def _tokenised_windows(text: str, tokenizer: Any, window: int, bos: str) -> Tensor:
+def _tokenised_windows(text: str, tokenizer: Any, window: int, bos: str) -> tuple[Tensor, str]:
     if tokenizer is None:
         raise OrthoRankError("text was given without a tokenizer; pass tokenizer=, or token ids as input_ids")
-    if bos not in BOS:
-        raise OrthoRankError(f"bos is {bos!r}; it may be {', '.join(map(repr, BOS))}")
-    # verbose=False: the text is longer than the model's context, which is as intended.
-    ids = torch.tensor(tokenizer(text, add_special_tokens=bos == "first", verbose=False)["input_ids"], dtype=torch.long)
-    if bos != "every":
-        return _cut(ids, window)
-    if tokenizer.bos_token_id is None:
-        raise OrthoRankError('bos is "every" and the tokenizer has no BOS token; use "first" or "none"')
-    body = _cut(ids, window - 1)
-    return torch.cat([torch.full((len(body), 1), tokenizer.bos_token_id), body], dim=1)
+    where = Bos.of(bos, tokenizer)
+    ids = tokenize(Text("", text), tokenizer, where)
+    return beginning_with(where.leading, _cut(ids, window - (where.leading is not None))), where.policy
 
 
 def _cut(ids: Tensor, window: int) -> Tensor:

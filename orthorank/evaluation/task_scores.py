@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthorank.errors import OrthoRankError
+from orthorank.texts import Bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +28,7 @@ def evaluate_tasks(
     limit: int | None = None,
     batch_size: int = 8,
     context_only: bool = False,
+    bos: str = "auto",
 ) -> dict[str, Any]:
     """Accuracy of ``model`` on tasks of lm-evaluation-harness, without examples in the prompt (paper, section 4.1).
 
@@ -37,10 +39,13 @@ def evaluate_tasks(
         limit: first rows of each task; None: all.
         batch_size: requests that run together; the results do not depend on it but for rounding.
         context_only: select among the context alone; see `orthorank.evaluation.tasks.OrthoRankLM`.
+        bos: whether a request begins with the tokenizer's BOS: ``"auto"`` where the tokenizer adds one by itself,
+            ``"first"`` and ``"every"`` the same, or an error where it adds none; ``"none"``.
 
     Returns:
         ``tasks`` (a row for each: metric, value and standard error, 0 to 1), ``mean``, the plan, and
-        ``last_token_selected``: how often a layer of the plan updated the last token of a request, 0 to 1.
+        ``last_token_selected``: how often a layer of the plan updated the last token of a request, 0 to 1; ``bos``:
+        whether requests begin with it.
 
     Raises:
         OrthoRankError: no tasks, one that the harness does not know, data that cannot be loaded, a task without an
@@ -59,9 +64,22 @@ def evaluate_tasks(
             f"tasks holds {unknown[0]!r}, which the harness does not know; `orthorank lm-eval ls tasks` lists "
             "what there is, and --include-path names a folder with task files of your own"
         )
+    begins = Bos.of(bos, tokenizer)
+    if bos in ("first", "every") and not begins.adds:
+        raise OrthoRankError(
+            f"bos is {bos!r} and the tokenizer adds no BOS to a request; it may be auto or none, or let the tokenizer "
+            "add one (add_bos_token in its tokenizer_config.json)"
+        )
     own = copy.deepcopy(tokenizer)  # the harness gives it a padding token
     with _quiet("lm_eval.models.huggingface"):  # which warns of a model that is loaded already: as is meant here
-        adapter = OrthoRankLM(model, plan=plan, context_only=context_only, tokenizer=own, batch_size=batch_size)
+        adapter = OrthoRankLM(
+            model,
+            plan=plan,
+            context_only=context_only,
+            tokenizer=own,
+            batch_size=batch_size,
+            add_bos_token=False if bos == "none" else None,
+        )
     try:
         found = lm_eval.simple_evaluate(
             model=adapter, tasks=list(tasks), task_manager=manager, num_fewshot=0, limit=limit, log_samples=False
@@ -80,6 +98,7 @@ def evaluate_tasks(
         "plan": None if adapter.handle is None else adapter.handle.config.to_dict(),
         "context_only": adapter.context_only,
         "last_token_selected": adapter.last_tokens.share,
+        "bos": begins.adds and bos != "none",
         "harness": lm_eval.__version__,
     }
 

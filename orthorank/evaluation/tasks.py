@@ -192,7 +192,7 @@ class OrthoRankLM(HFLM):
             if self.handle is not None:
                 around.enter_context(self.handle.watching(self.last_tokens))
                 if self.context_only:
-                    around.enter_context(orthorank.context(self.model, contexts))
+                    around.enter_context(orthorank.context(self.model, contexts, keep_last=0))  # as plain calls have it
             return self.model(ids.to(self.device), attention_mask=padded).logits
 
 

@@ -59,7 +59,8 @@ def sink_sentence(sink: dict[str, Any]) -> str:
 def sink_figures(sink: dict[str, Any]) -> list[str]:
     """The sink in a few lines: norms before and after it forms, cosines with itself and with the others."""
     at, ratios = sink.get("sink_layer"), sink["ratios"]
-    counted = f"measured on {sink['first_tokens']} passages of {sink['tokens']} tokens with different first tokens"
+    begin = "that begin with BOS" if sink.get("bos") else "with different first tokens"
+    counted = f"measured on {sink['first_tokens']} passages of {sink['tokens']} tokens {begin}"
     if at is None:
         return [f"Largest norm of the first token: {max(ratios):.3g} times that of the others; {counted}."]
     after = slice(at + 1, None)

@@ -65,10 +65,10 @@ class Subject:
 
     @cached_property
     def sink(self) -> dict[str, Any]:
-        """What `orthorank.sink.detect_sink` reports."""
+        """What `orthorank.sink.detect_sink` reports, by the paper's protocol: a BOS where the tokenizer puts it."""
         from orthorank.sink import detect_sink
 
-        return self.cells.get("sink", {}, lambda: detect_sink(self.model, self.tokenizer).to_dict())
+        return self.cells.get("sink", {}, lambda: detect_sink(self.model, self.tokenizer, bos="first").to_dict())
 
     @property
     def floor(self) -> int:

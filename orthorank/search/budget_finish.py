@@ -103,6 +103,7 @@ def config_of(search: "Search", state: BudgetState, *, complete: bool) -> OrthoR
         criterion=job.settings.criterion,
         sink_layer=job.sink_layer,
         calibration=job.calibration.to_dict()
+        | {"bos": job.calibration.bos.policy}
         | {
             "method": job.settings.title,
             "keep_ratios": sorted({ratio for own in search.space.ratios.values() for ratio in own}),

@@ -8,7 +8,7 @@ from orthorank.corpora import RECIPES, SEQ_LEN, dataset_texts, split_name
 from orthorank.errors import OrthoRankError
 from orthorank.search import settings as defaults
 from orthorank.search.settings import SearchSettings
-from orthorank.texts import Text, check_ids, find_text, take_samples, tokenize
+from orthorank.texts import Bos, Text, beginning_with, find_text, read_tokens, take_samples, tokenize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ class Calibration:
         windows: int64 ``[windows, seq_len]``. held_out: int64 ``[held-out windows, seq_len]``; None: there is no
             text left for it.
         text: what the windows are from; text_tokens: how many tokens it has.
-        held_out_words: what the held-out windows are from.
+        held_out_words: what the held-out windows are from. bos: where the tokenizer's BOS stands.
     """
 
     windows: "Tensor"
@@ -45,6 +45,7 @@ class Calibration:
     text: Text
     text_tokens: int
     held_out_words: str
+    bos: Bos
 
     def to_dict(self) -> dict[str, Any]:
         """What a plan records of its calibration: the text's hash, the tokens' hash (little-endian int64), sizes."""
@@ -87,10 +88,10 @@ def cut_windows(
     wanted = settings.seq_len or min(SEQ_LEN if source.dataset else defaults.SEQ_LEN, max_tokens)
     if wanted > max_tokens:
         raise OrthoRankError(f"seq_len is {wanted}; the model's longest input has {max_tokens} tokens")
-    tokens = tokenize(source.text, tokenizer)
-    check_ids(tokens, model)
+    bos = Bos.of(settings.bos, tokenizer)
+    tokens = read_tokens(source.text, tokenizer, model, bos)
     if source.dataset:
-        return _consecutive(settings, source, tokens, tokenizer, wanted)
+        return _consecutive(settings, source, tokens, tokenizer, wanted, bos)
     windows = settings.windows or defaults.WINDOWS
     samples = take_samples(
         tokens,
@@ -99,17 +100,24 @@ def cut_windows(
         held_out_windows=windows,
         held_out_len=wanted,
         name=f"the text ({source.text.name})",
+        leading=bos.leading,
     )
     words = f"{source.text.name} (second half)"
-    return Calibration(samples.calibration, samples.held_out, source.text, samples.text_tokens, words)
+    return Calibration(samples.calibration, samples.held_out, source.text, samples.text_tokens, words, bos)
 
 
 def _consecutive(
-    settings: SearchSettings, source: Source, tokens: "Tensor", tokenizer: "PreTrainedTokenizerBase", seq_len: int
+    settings: SearchSettings,
+    source: Source,
+    tokens: "Tensor",
+    tokenizer: "PreTrainedTokenizerBase",
+    seq_len: int,
+    bos: Bos,
 ) -> Calibration:
     """SLEB's windows: one after another from the beginning, the tail dropped."""
     assert source.dataset is not None
-    recipe, available = RECIPES[source.dataset], len(tokens) // seq_len
+    body = seq_len - (bos.leading is not None)  # tokens of the text in a window
+    recipe, available = RECIPES[source.dataset], len(tokens) // body
     count = settings.windows or min(recipe.windows or available, available)
     if count > available or available == 0:
         raise OrthoRankError(
@@ -118,7 +126,9 @@ def _consecutive(
         )
     held_out, words = None, ""
     if source.held_out is not None:
-        others = tokenize(source.held_out, tokenizer)
-        if (fit := min(count, len(others) // seq_len)) > 0:
-            held_out, words = others[: fit * seq_len].view(fit, seq_len), source.held_out.name
-    return Calibration(tokens[: count * seq_len].view(count, seq_len), held_out, source.text, len(tokens), words)
+        others = tokenize(source.held_out, tokenizer, bos)
+        if (fit := min(count, len(others) // body)) > 0:
+            held_out = beginning_with(bos.leading, others[: fit * body].view(fit, body))
+            words = source.held_out.name
+    windows = beginning_with(bos.leading, tokens[: count * body].view(count, body))
+    return Calibration(windows, held_out, source.text, len(tokens), words, bos)

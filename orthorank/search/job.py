@@ -140,7 +140,7 @@ def prepare(settings: SearchSettings, screen: Screen, group: Group) -> Job:
     calibration = cut_windows(settings, source, model, tokenizer, info.max_tokens)
     shape = f"{info.num_hidden_layers} layers, {info.parameters / 1e6:,.0f} M weights, {info.dtype} on {info.device}"
     screen.say(shape if group.size == 1 else f"{shape}; {group.size} processes")
-    screen.say(f"calibration: {_windows_in_words(calibration)}")
+    screen.say(f"calibration: {_windows_in_words(calibration)}; {calibration.bos}")
     sink_layer = _sink_layer(settings, screen, model, tokenizer)
     return Job(
         settings=settings,
@@ -187,7 +187,7 @@ def _sink_layer(
         return None
     if settings.sink_layer is not None:
         return settings.sink_layer
-    sink = detect_sink(model, tokenizer)
+    sink = detect_sink(model, tokenizer, bos=settings.bos)
     if sink.sink_layer is None:
         raise OrthoRankError(
             f"{sink.reason}. To search nevertheless, name the layer after which layers may be chosen with "
@@ -273,6 +273,7 @@ def plan_of(job: Job, outcome: Outcome, **calibration: Any) -> OrthoRankConfig:
         sink_layer=job.sink_layer,
         calibration=job.calibration.to_dict()
         | {
+            "bos": job.calibration.bos.policy,
             "method": f"{job.settings.title} among layers {words.layers(job.candidates)}",
             "order": outcome.order,
             "losses": outcome.losses,

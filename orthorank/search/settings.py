@@ -6,6 +6,7 @@ from typing import Any
 
 from orthorank.errors import OrthoRankError
 from orthorank.plan_checks import LEGAL
+from orthorank.texts import BOS
 
 METHODS = ("greedy", "one-shot", "influence")
 METRICS = ("ppl", "taylor", "magnitude")
@@ -50,6 +51,7 @@ class SearchSettings:
             given: those of ``keep_ratio`` and of layer pruning at the same nominal sparsity are searched.
         exchanges: exchanges of steps that are tried at each cost; None: 48.
         prompt_tokens: prompt length for which the cost of a layer counts; None: 2,048, or as many as the model takes.
+        bos: where the tokenizer's BOS stands: one of `orthorank.texts.BOS`.
 
     Raises:
         OrthoRankError: a value is out of range, or two of them exclude each other.
@@ -91,10 +93,12 @@ class SearchSettings:
     starts: tuple[str, ...] = ()
     exchanges: int | None = None
     prompt_tokens: int | None = None
+    bos: str = "auto"
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, METHODS)
         _check_choice("criterion", self.criterion, LEGAL["criterion"])
+        _check_choice("bos", self.bos, BOS)
         if self.metric is not None:
             _check_choice("metric", self.metric, METRICS)
             if self.method != "one-shot":
