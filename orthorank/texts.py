@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from orthorank.errors import OrthoRankError
 from orthorank.files import user_path
@@ -27,6 +27,12 @@ def check_bos(bos: str) -> None:
         raise OrthoRankError(f"bos is {bos!r}; it may be {', '.join(BOS)}")
 
 
+def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether ``tokenizer`` begins a text with its BOS token by itself: its model was trained so."""
+    token = getattr(tokenizer, "bos_token_id", None)
+    return token is not None and list(tokenizer("a", verbose=False)["input_ids"])[:1] == [token]
+
+
 @dataclass(frozen=True)
 class Bos:
     """Where the tokenizer's BOS token stands: a model that was trained with one has its sink there.
@@ -34,13 +40,11 @@ class Bos:
     Args:
         policy: ``"every"``: at the beginning of each window, which holds one token of the text less; ``"first"``: where
             the tokenizer puts it, at the beginning of the text, hence in the first window only; ``"none"``: nowhere.
-        token: its id; None: the tokenizer has none.
-        adds: whether the tokenizer begins a text with it by itself. asked: what was asked for, one of `BOS`.
+        token: its id; None: the tokenizer has none. asked: what was asked for, one of `BOS`.
     """
 
     policy: str
     token: int | None
-    adds: bool
     asked: str
 
     @classmethod
@@ -52,11 +56,10 @@ class Bos:
         """
         check_bos(asked)
         token = getattr(tokenizer, "bos_token_id", None)
-        adds = token is not None and list(tokenizer("a", verbose=False)["input_ids"])[:1] == [token]
         if asked == "every" and token is None:
             raise OrthoRankError("bos is 'every' and the tokenizer has no BOS token; it may be auto, first or none")
-        policy = ("every" if adds else "none") if asked == "auto" else asked
-        return cls(policy, token, adds, asked)
+        policy = ("every" if adds_bos(tokenizer) else "none") if asked == "auto" else asked
+        return cls(policy, token, asked)
 
     @property
     def leading(self) -> int | None:
@@ -64,10 +67,10 @@ class Bos:
         return self.token if self.policy == "every" else None
 
     def __str__(self) -> str:
-        adds = "the tokenizer adds one" if self.adds else "the tokenizer adds none"
-        why = f" (auto: {adds})" if self.asked == "auto" else ""
+        adds = "none" if self.leading is None else "one"
+        why = f" (auto: the tokenizer adds {adds} by itself)" if self.asked == "auto" else ""
         every = f"every window begins with BOS, id {self.token}"
-        first = "BOS as the tokenizer does it, in the first window" if self.adds else "no BOS, as the tokenizer does it"
+        first = "BOS where the tokenizer puts it, in the first window at most"
         return {"every": every, "first": first, "none": "no BOS"}[self.policy] + why
 
 
@@ -146,9 +149,8 @@ def tokenize(text: Text, tokenizer: "PreTrainedTokenizerBase", bos: Bos | None =
     """
     import torch
 
-    special = bos is None or bos.policy == "first"
-    ids = tokenizer(text.content, add_special_tokens=special, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    plain: dict[str, Any] = {} if bos is None or bos.policy == "first" else {"add_special_tokens": False}
+    return torch.tensor(tokenizer(text.content, verbose=False, **plain)["input_ids"], dtype=torch.int64)
 
 
 def read_tokens(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthorank.errors import OrthoRankError
-from orthorank.texts import Bos
+from orthorank.texts import adds_bos, check_bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,8 +64,9 @@ def evaluate_tasks(
             f"tasks holds {unknown[0]!r}, which the harness does not know; `orthorank lm-eval ls tasks` lists "
             "what there is, and --include-path names a folder with task files of your own"
         )
-    begins = Bos.of(bos, tokenizer)
-    if bos in ("first", "every") and not begins.adds:
+    check_bos(bos)
+    adds = adds_bos(tokenizer)
+    if bos in ("first", "every") and not adds:
         raise OrthoRankError(
             f"bos is {bos!r} and the tokenizer adds no BOS to a request; it may be auto or none, or let the tokenizer "
             "add one (add_bos_token in its tokenizer_config.json)"
@@ -98,7 +99,7 @@ def evaluate_tasks(
         "plan": None if adapter.handle is None else adapter.handle.config.to_dict(),
         "context_only": adapter.context_only,
         "last_token_selected": adapter.last_tokens.share,
-        "bos": begins.adds and bos != "none",
+        "bos": adds and bos != "none",
         "harness": lm_eval.__version__,
     }
 

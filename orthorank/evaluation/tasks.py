@@ -19,8 +19,10 @@ import orthorank
 from orthorank.calls import Call
 from orthorank.config import OrthoRankConfig
 from orthorank.errors import OrthoRankError
+from orthorank.evaluation import answer_cache
 from orthorank.files import user_path
 from orthorank.handle import Handle, apply
+from orthorank.loading import Complete
 
 try:
     from lm_eval.api.registry import register_model
@@ -70,7 +72,8 @@ class OrthoRankLM(HFLM):
         further: as for ``hf``: batch_size, device, dtype, max_length, ...
 
     Raises:
-        OrthoRankError: the plan cannot be read, does not fit the model, or the model is no causal one.
+        OrthoRankError: the plan cannot be read, does not fit the model, or the model is no causal one; its checkpoint
+            lacks tensors.
     """
 
     def __init__(
@@ -94,6 +97,27 @@ class OrthoRankLM(HFLM):
         self.context_only = context_only in (True, "True", "true", "1")
         self.handle: Handle | None = None if plan is None else apply(self.model, plan)
         self.last_tokens = LastTokens()
+
+    def _create_model(self, pretrained: Any, *args: Any, **kwargs: Any) -> None:
+        """As the harness's own; a checkpoint without all of the model's tensors is refused."""
+        loader, self.AUTO_MODEL_CLASS = self.AUTO_MODEL_CLASS, Complete(self.AUTO_MODEL_CLASS)
+        try:
+            super()._create_model(pretrained, *args, **kwargs)
+        finally:
+            self.AUTO_MODEL_CLASS = loader
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """What the harness calls with its cache of answers; see `orthorank.evaluation.answer_cache`.
+
+        Raises:
+            OrthoRankError: the answers in it are of another model or plan.
+        """
+        if (answers := getattr(cache_hook, "dbdict", None)) is not None:
+            plan = None if self.handle is None else self.handle.config
+            further = {"max_length": self.max_length, "add_bos_token": self.add_bos_token}
+            owner = answer_cache.owner_of(self.model, plan, self.context_only, further)
+            answer_cache.claim(answers, owner, str(getattr(answers, "filename", "given")))
+        super().set_cache_hook(cache_hook)
 
     def loglikelihood(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """As the harness's own; raises when a layer of the plan was never active."""

@@ -158,12 +158,12 @@ def test_a_thresholded_continuation_is_no_different(tiny_model: Any) -> None:
     threshold = {"select": "threshold", "thresholds": dict.fromkeys(LAYERS, 5.0), "decode": "threshold"}
     with apply(model, OrthoRankConfig(layers=LAYERS, **threshold)), torch.no_grad():
         expected = model(ids).logits
+        stepped = [stepwise(model, row, [length], 3) for row, length in zip(ids, [3, 20], strict=True)]
         with orthorank.context(model, [3, 20], keep_last=0):
             assert torch.equal(model(ids).logits, expected)
         with orthorank.context(model, [3, 20], keep_last=3):  # of the contexts alone; the others as they score
             forced = model(ids).logits
-            for row, length in enumerate([3, 20]):
-                assert_close(forced[row], stepwise(model, ids[row], [length], 3))
+        assert_close(forced, torch.stack(stepped))
         assert (forced - expected).abs().max() > 1e-3
 
 
