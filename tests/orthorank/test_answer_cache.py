@@ -143,7 +143,6 @@ def test_answers_to_longbench_are_of_the_weights(
     from transformers import AutoTokenizer
 
     from orthorank.cli import main
-    from orthorank.evaluation import longbench_run
     from orthorank.models import load_model
 
     pytest.importorskip("rouge")
@@ -155,17 +154,20 @@ def test_answers_to_longbench_are_of_the_weights(
     import json
 
     (tmp_path / "q.jsonl").write_text(json.dumps({"task": "lcc", "prompt": "def f(x):", "gold": ["return x"]}))
-    asked: list[int] = []
-    monkeypatch.setattr(longbench_run, "answer", lambda *_, **__: asked.append(1) or "pass")
+    monkeypatch.chdir(tmp_path)
+
+    def kept() -> int:
+        return len((tmp_path / "out" / "answers.jsonl").read_text().splitlines())
+
     command = ["eval", "longbench", str(folder), "--data", str(tmp_path / "q.jsonl"), "--output", str(tmp_path / "out")]
     assert main(command) == main(command) == 0
-    assert len(asked) == 1, "the second run finds the answer of the first"
+    assert kept() == 1, "the second run finds the answer of the first"
     model, _, _ = load_model(str(folder), device="cpu")
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
     model.save_pretrained(folder)
     assert main(command) == 0
-    assert len(asked) == 2, "other weights in the same folder answer for themselves"
+    assert kept() == 2, "other weights in the same folder answer for themselves"
     assert main([*command, "--bos", "none"]) == 0
-    assert len(asked) == 3, "and so do prompts without BOS"
+    assert kept() == 3, "and so do prompts of another BOS policy"
     capsys.readouterr()

@@ -36,7 +36,8 @@ def byte_tokenizer(adds: bool, folder: Path) -> Any:
 
 def planted(name: str) -> Any:
     """A model in which BOS, and no other token, grows to an attention sink: in layer 1, by its MLP."""
-    model = tiny(name, vocab_size=260, num_hidden_layers=8, bos_token_id=BOS_ID, eos_token_id=0)
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 4} if name.startswith("gemma-3") else {}
+    model = tiny(name, vocab_size=260, num_hidden_layers=8, bos_token_id=BOS_ID, eos_token_id=0, **kinds)
     with torch.no_grad():
         embedding = model.get_input_embeddings().weight
         embedding[:, :2] = 0  # dimension 0 says that it is BOS
