@@ -1,5 +1,6 @@
 """The README is true: its figures are those of the committed results, its code runs."""
 
+import json
 import re
 import subprocess
 import sys
@@ -13,6 +14,28 @@ def test_figures_are_those_of_the_committed_results() -> None:
         [sys.executable, "benchmarks/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_what_it_says_of_the_shipped_plans_is_in_a_committed_file() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "shipped_smollm2.json").read_text())
+    values = {row["name"]: row["perplexity"] for row in found["rows"]}
+    ratio = found["log_ratio"]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert (
+        f"layer pruning has a perplexity of {values['layer pruning']:.1f} there and OrthoRank "
+        f"{values['orthorank']:.1f}: level with pruning"
+    ) in text
+    assert f"(log ratio {ratio['mean']:.3f} ± {ratio['standard_error']:.3f};" in text
+    assert abs(ratio["mean"]) < 2 * ratio["standard_error"], "level: within two standard errors"
+    demo = json.loads((ROOT / "benchmarks" / "results" / "demo" / "results.json").read_text())
+    assert found["text_sha256"] == demo["text_info"]["sha256"], "of the table's text"
+
+
+def test_the_install_lines_work_before_the_package_is_on_an_index() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("index.md", "quickstart.md", "vllm.md"))]
+    for page in pages:
+        lines = re.findall(r"pip install '?orthorank-kernels[^\n]*", page.read_text())
+        assert lines == [], page
 
 
 def test_the_kernels_example_runs() -> None:

@@ -100,7 +100,8 @@ class OrthoRankLM(HFLM):
 
     def _create_model(self, pretrained: Any, *args: Any, **kwargs: Any) -> None:
         """As the harness's own; a checkpoint without all of the model's tensors is refused."""
-        loader, self.AUTO_MODEL_CLASS = self.AUTO_MODEL_CLASS, Complete(self.AUTO_MODEL_CLASS)
+        loader: Any = self.AUTO_MODEL_CLASS
+        self.AUTO_MODEL_CLASS: Any = Complete(loader)
         try:
             super()._create_model(pretrained, *args, **kwargs)
         finally:

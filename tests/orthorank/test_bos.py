@@ -40,7 +40,7 @@ def planted(name: str) -> Any:
     model = tiny(name, vocab_size=260, num_hidden_layers=8, bos_token_id=BOS_ID, eos_token_id=0, **kinds)
     with torch.no_grad():
         embedding = model.get_input_embeddings().weight
-        embedding[:, :2] = 0  # dimension 0 says that it is BOS
+        embedding[:, 0] = 0  # the dimension that says that it is BOS
         embedding[BOS_ID] = 0
         embedding[BOS_ID, 0] = embedding.norm(dim=1).median()
         for number, layer in enumerate(model.model.layers):
