@@ -112,7 +112,9 @@ class BudgetState:
             values = read_json(Path(path))
             if values["search"] != "budget" or not isinstance(values["settings"], dict):
                 raise ValueError
-            if (schema := values["schema"]) != SCHEMA:
+            if type(schema := values["schema"]) is not int:
+                raise ValueError
+            if schema != SCHEMA:
                 raise OrthoRankError(
                     f"{path} has schema {shown(schema)} and this version reads {SCHEMA}; go on with the version that "
                     "wrote it, or delete it to begin anew"

@@ -211,7 +211,6 @@ def test_a_state_of_another_search_is_refused(change: str) -> None:
         "[]",
         "null",
         '{"schema": 1, "search": "greedy", "settings": {}, "seen": [], "origins": []}',
-        '{"schema": 9, "search": "budget", "settings": {}, "seen": [], "origins": []}',
         '{"schema": 1, "search": "budget", "settings": [], "seen": [], "origins": []}',
         '{"schema": 1, "search": "budget", "settings": {}, "seen": [[[["a", 0.5]], 1.0, null, null]], "origins": []}',
         '{"schema": 1, "search": "budget", "settings": {}, "seen": [[[[1, 0.5]], NaN, null, null]], "origins": []}',
