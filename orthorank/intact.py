@@ -65,8 +65,10 @@ class TakenApart:
             parts = self.family.parts(self.layer)
             self._check_layer()
             self._check_attention(parts.attention)
+            around = getattr(self.layer, self.family.attention)  # the same, or what torch.compile puts around it
+            self._check_hooks(around)
             self._check_functions(parts.attention)
-            self.parts, self._seen = parts, Seen(self.layer, parts.attention)
+            self.parts, self._seen = parts, Seen(self.layer, parts.attention, around)
         return self.parts
 
     def _check_layer(self) -> None:
@@ -87,10 +89,13 @@ class TakenApart:
             self._refuse(where, f"the forward that its class {kind.__name__} was given, {_name(kind.forward)}")
         if kind.__call__ is not nn.Module.__call__:
             self._refuse(where, f"the __call__ of its class {kind.__name__}")
+        self._check_hooks(attention)
+
+    def _check_hooks(self, attention: Any) -> None:
         for name, word in HOOKS.items():
             for hook in vars(attention)[name].values():
                 if _home(hook) not in LISTENERS:
-                    self._refuse(where, f"the {word} {_name(hook)}")
+                    self._refuse(f"its {self.family.attention}", f"the {word} {_name(hook)}")
 
     def _check_functions(self, attention: Any) -> None:
         """Attention's own functions: of its modelling file, and the one that ``attn_implementation`` names."""
@@ -123,7 +128,7 @@ class TakenApart:
 class Seen:
     """What was looked at, so that the next look is a comparison of references."""
 
-    def __init__(self, layer: Any, attention: Any) -> None:
+    def __init__(self, layer: Any, attention: Any, around: Any) -> None:
         self.layer, self.attention = layer, attention
         self.own = attention.__dict__
         self.children = dict(layer._modules)
@@ -132,7 +137,7 @@ class Seen:
         self.implementation = implementation_of(attention.config)
         self.globals = getattr(type(attention).forward, "__globals__", {})
         self.functions = [(name, self.globals.get(name)) for name in FUNCTIONS]
-        self.hooks = [(name, dict(self.own[name])) for name in HOOKS]
+        self.hooks = [(vars(m)[name], dict(vars(m)[name])) for m in {attention, around} for name in HOOKS]
 
     def holds(self, implementation: str | None) -> bool:
         """Whether nothing changed."""
@@ -148,8 +153,8 @@ class Seen:
             or self.layer._modules != self.children
         ):
             return False
-        for name, hooks in self.hooks:
-            if own[name] != hooks if hooks else own[name]:
+        for hooks, seen in self.hooks:
+            if hooks != seen if seen else hooks:
                 return False
         return all(self.globals.get(name) is function for name, function in self.functions)
 

@@ -41,7 +41,7 @@ def test_regions_that_accelerate_compiles(tiny_model: Any) -> None:
     with apply(model, plan):
         expected = model(ids, use_cache=False).logits
         copied = utils.compile_regions(model, backend=graphs)
-        with pytest.raises(OrthoRankError, match="shallow copy .*compile_regions.* apply the plan to what you get"):
+        with pytest.raises(OrthoRankError, match=r"shallow copy .*compile_regions.* apply the plan to what you get"):
             copied(ids, use_cache=False)
         with pytest.raises(OrthoRankError, match="shallow copy"):
             copied.generate(ids, max_new_tokens=2)

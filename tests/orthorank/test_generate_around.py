@@ -7,7 +7,6 @@ import torch
 
 import orthorank
 from orthorank import OrthoRankConfig, OrthoRankError, apply
-from tests.orthorank.naive import assert_close
 from tests.orthorank.test_layer import ids_of
 
 PLAN = OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3)
@@ -109,7 +108,7 @@ def test_prefix_tuning_is_refused(tiny_model: Any) -> None:
     settings = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6)
     wrapped = peft.get_peft_model(model, settings).eval()
     handle = apply(wrapped, PLAN)
-    with pytest.raises(OrthoRankError, match="the cache was filled without a plan|was replaced around"):
+    with pytest.raises(OrthoRankError, match=r"the cache was filled without a plan|was replaced around"):
         wrapped.generate(input_ids=ids, **GREEDY)
     handle.remove()
 
@@ -128,9 +127,9 @@ def test_a_plan_that_leaves_every_layer_dense_gives_every_output(tiny_model: Any
             generated = model.generate(ids, output_attentions=True, return_dict_in_generate=True, **GREEDY)
             assert len(generated.attentions) == 6
     for ratio in (0, 0.5):
-        with apply(model, OrthoRankConfig(layers=[1, 2], keep_ratios={2: 1}, keep_ratio=ratio)):
-            with pytest.raises(OrthoRankError, match=f"{name} is True"):
-                model(ids, **{name: True})
+        plan = OrthoRankConfig(layers=[1, 2], keep_ratios={2: 1}, keep_ratio=ratio)
+        with apply(model, plan), pytest.raises(OrthoRankError, match=f"{name} is True"):
+            model(ids, **{name: True})
 
 
 @torch.no_grad()
@@ -143,7 +142,7 @@ def test_right_padding_before_tokens_that_are_ranked(tiny_model: Any) -> None:
     right[1, 8:] = 0
     left[1, :4] = 0
     with apply(model, plan) as handle:
-        with pytest.raises(OrthoRankError, match="row 1 of the prompt has padding on the right.*pad on the left"):
+        with pytest.raises(OrthoRankError, match=r"row 1 of the prompt has padding on the right.*pad on the left"):
             model.generate(ids, attention_mask=right, **GREEDY)
         assert handle.stats[1].calls == 0, "said before anything ran"
         model(ids, attention_mask=right)  # a prompt alone may be padded anywhere
