@@ -11,6 +11,7 @@ import sys
 from functools import cache
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from orthorank.errors import OrthoRankError
 from orthorank.patching import Patch
@@ -34,7 +35,7 @@ def phase_inside(
     """
     if phase.prompt:
         return _with_added(phase, model, tokens, filled)
-    if phase.prompt == 0 or phase.context is not None or (caller := _generating()) is None:
+    if phase.prompt == 0 or phase.context is not None or (caller := _generating(decoder)) is None:
         return phase
     cached = 0 if filled is None else int(filled.get_seq_length())
     if filled is None and not inputs["use_cache"]:
@@ -64,9 +65,20 @@ def _with_added(phase: Phase, model: Any, tokens: int, filled: Any) -> Phase:
             "it, or give generate() the prompt as inputs_embeds"
         )
     added = 0 if phase.given is None else tokens - phase.given
+    phase.given = None  # it was of this call: others may come before the next is prepared (guidance, scorers)
     if added > 0 and (filled is None or int(filled.get_seq_length()) == 0):
         phase.added = added
     return phase
+
+
+_INSIDE: WeakKeyDictionary[Any, WeakKeyDictionary[Any, bool]] = WeakKeyDictionary()  # found once: models are large
+
+
+def _is_inside(decoder: Any, model: Any) -> bool:
+    known = _INSIDE.setdefault(model, WeakKeyDictionary())
+    if decoder not in known:
+        known[decoder] = any(module is decoder for module in model.modules())
+    return known[decoder]
 
 
 class _Caller(NamedTuple):
@@ -85,8 +97,11 @@ def _codes() -> tuple[CodeType, CodeType | None]:
     return inspect.unwrap(GenerationMixin.generate).__code__, drafting and inspect.unwrap(drafting).__code__
 
 
-def _generating() -> _Caller | None:
-    """Who generates in this thread, or None."""
+def _generating(decoder: Any) -> _Caller | None:
+    """Who generates in this thread and has ``decoder`` inside, or None.
+
+    Another model's `generate()` may call this one for its own purposes, to score or to guide.
+    """
     if "transformers.generation.utils" not in sys.modules:
         return None
     (generates, checks), drafts = _codes(), False
@@ -94,6 +109,9 @@ def _generating() -> _Caller | None:
     while frame is not None:
         drafts = drafts or frame.f_code is checks
         if frame.f_code is generates:
-            return _Caller(type(frame.f_locals.get("self")).__name__, drafts)
+            model = frame.f_locals.get("self")
+            if _is_inside(decoder, model):
+                return _Caller(type(model).__name__, drafts)
+            drafts = False
         frame = frame.f_back
     return None

@@ -53,6 +53,37 @@ def test_an_inner_part_under_other_tricks(tiny_model: Any, trick: dict[str, Any]
 
 
 @torch.no_grad()
+def test_a_scorer_inside_the_generation_of_another_model(tiny_model: Any) -> None:
+    """It is called for its own prompts, as always, though a `generate()` is running that is not around it."""
+    model, scorer, ids = tiny_model("llama"), tiny_model("llama", seed=1), ids_of(1, 24)
+    seen: list[torch.Tensor] = []
+
+    def score(given: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        seen.append(scorer(ids, use_cache=False).logits)
+        return logits
+
+    with apply(scorer, PLAN):
+        expected = scorer(ids, use_cache=False).logits
+        model.generate(ids, logits_processor=[score], **GREEDY)
+    assert len(seen) == 6
+    assert all(torch.equal(logits, expected) for logits in seen)
+
+
+@torch.no_grad()
+def test_guidance_by_a_longer_prompt(tiny_model: Any) -> None:
+    """Its calls come between those of `generate()`, of the same model, and move nothing."""
+    model, ids, negative = tiny_model("llama"), ids_of(1, 12), ids_of(1, 30, seed=2)
+    with apply(model, PLAN) as handle:
+        updated = []
+        for guided in ({}, {"guidance_scale": 1.5, "negative_prompt_ids": negative}):
+            before = handle.stats[1].tokens_updated
+            model.generate(ids, **GREEDY, **guided)
+            updated.append(handle.stats[1].tokens_updated - before)
+        assert updated[0] == 4 + 5
+        assert updated[1] - updated[0] == (12 // 3 + 18) + 5, "as far as the prompt goes, guidance is prompt"
+
+
+@torch.no_grad()
 def test_an_assistant_that_is_an_inner_part(tiny_model: Any) -> None:
     """Its plan drafts; what it drafts over several tokens is refused, and the model it assists goes on without it."""
     model, assistant, ids = tiny_model("llama"), tiny_model("llama", seed=1), ids_of(1, 24)
