@@ -159,7 +159,7 @@ def _most(call: "Call", window: int, ratio: float) -> int:
     """The most tokens that a row can select; exactly that where `is_exact`."""
     decoded = call.decode_tokens if call.tails is None else 0
     if not is_exact(call):
-        selected = math.floor(ratio * call.tokens + 1e-6 * (_most_windows(call, window) + 1))
+        selected = math.floor((ratio + 1e-6) * call.tokens + 2e-6)  # no window is empty, so there are no more of them
         forced = call.keep_last + call.update_sink
         return call.tokens if call.tails is not None else min(call.tokens, selected + forced + decoded)
     total, prompt = decoded, call.prompt_tokens

@@ -63,7 +63,7 @@ def test_windows_of_any_length_are_one_graph(tiny_model: Any) -> None:
     model, graphs = tiny_model("llama", num_hidden_layers=2, **SMALL), Graphs()
     compiled = torch.compile(model, backend=graphs, fullgraph=True, dynamic=True)
     with apply(model, OrthoRankConfig(layers=[1], keep_ratio=0.4, select="window", select_window=8)) as handle:
-        for tokens in (9, 16, 17, 31, 64, 100):
+        for tokens in (9, 16, 31, 100):
             ids = ids_of(1, tokens)
             expected = model(ids, use_cache=False).logits
             updated = handle.stats[1].tokens_updated
