@@ -71,7 +71,8 @@ class Norm:
     def _is_plain(self, weight: Any, x: Tensor, needed: bool) -> bool:
         if weight is None:
             return not needed
-        return type(weight) in (nn.Parameter, Tensor) and weight.dtype == x.dtype
+        kind = type(weight)  # a fake one stands for it where a program is traced or exported
+        return (kind in (nn.Parameter, Tensor) or kind.__name__ == "FakeTensor") and weight.dtype == x.dtype
 
     @contextmanager
     def applied(self, x: Tensor) -> Iterator[tuple[Tensor | None, dict[str, Any]]]:
