@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from orthorank.errors import OrthoRankError
-from orthorank.masks import Columns, refuse_packed, refuse_restarts, valid_columns
+from orthorank.masks import Columns, refuse_packed, refuse_restarts, refuse_right_padding, valid_columns
 from orthorank.phases import Phase
 from orthorank.windows import Windows, windows_by_ratio
 from orthorank_kernels import keep_count
@@ -39,7 +39,6 @@ class Call:
         keeps: with ``tails``: ``keep_last`` of each row, 0 where its prompt ends in another call; None: of all rows.
         valid: the sum of lengths, counted: `counts` with padding and their sum, by keep ratio; once for all layers.
         workspace: zeros for `rms_norm_select`, which leaves them zero, so that one serves all layers.
-        ran: the plan's layers that ran in this call; updated: how many tokens the selecting ones among them updated.
         watcher: is told what each layer selects; see `Handle.watching`.
         update_sink: whether the sinks are always updated, counted among the others.
     """
@@ -61,8 +60,6 @@ class Call:
     counted: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict)
     windows: dict[float, Windows] = field(default_factory=dict)
     workspace: Tensor | None = None
-    ran: list[int] = field(default_factory=list)
-    updated: dict[int, int | Tensor] = field(default_factory=dict)
     watcher: "Watcher | None" = None
     update_sink: bool = False
 
@@ -207,12 +204,14 @@ def read_call(
     call = Call(batch, tokens, past, _prompt_tokens(phase, past, tokens, ranks_decoded), ranks_decoded)
     if call.decodes_only:
         return call
-    if phase.prompt is None or past + tokens >= phase.prompt:
+    if phase.prompt_end is None or past + tokens >= phase.prompt_end:
         call = dataclasses.replace(call, keep_last=min(phase.keep_last, call.prompt_tokens))
     mask = None if phase.unpadded else kwargs.get("attention_mask")
     if phase.padding_mask is not None and phase.padding_mask.shape == (batch, past + tokens):
         mask = phase.padding_mask
     columns = valid_columns(mask, past + tokens, batch)
+    if ranks_decoded and phase.prompt and columns is not None:
+        refuse_right_padding(columns, past + tokens)
     refuse_restarts(kwargs.get("position_ids"), columns, past)
     if phase.context is not None and (call.keep_last or not ranks_decoded):
         return _with_context(call, columns, phase.context, device)
@@ -267,7 +266,7 @@ def _past(cache: Any, phase: Phase, tokens: int) -> int:
     length = cache.get_seq_length()
     if isinstance(length, Tensor) and length.device.type != "cpu" and phase.padding_mask is not None:
         return phase.padding_mask.shape[1] - tokens  # the mask of `generate()` covers all columns: nothing waits
-    return int(length)
+    return int(length) if isinstance(length, Tensor) else length  # which a graph may leave open
 
 
 def _decodes_over_tensors(cache: Any, phase: Phase, tokens: int) -> bool:
@@ -281,8 +280,8 @@ def _decodes_over_tensors(cache: Any, phase: Phase, tokens: int) -> bool:
 
 def _prompt_tokens(phase: Phase, past: int, tokens: int, ranks_decoded: bool) -> int:
     """How many of the call's tokens are prompt. A single token over a filled cache is a decode step."""
-    if phase.prompt is not None:
-        return max(0, min(tokens, phase.prompt - past))
+    if phase.prompt_end is not None:
+        return max(0, min(tokens, phase.prompt_end - past))
     if phase.context is not None or ranks_decoded:
         return tokens
     return 0 if past > 0 and tokens == 1 else tokens

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from orthorank.windows import select_in_windows
+from orthorank.layer_plan import threshold_of
+from orthorank.windows import is_exact, select_in_windows
 from orthorank_kernels import select_tokens
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def request(plan: "OrthoRankConfig", layer: int, call: "Call") -> dict[str, Any]
     """How ``plan`` selects in ``layer``, as arguments of `select_tokens`: k or threshold, keep_last and room."""
     forced = call.forced_at_end or 0
     if plan.select == "threshold":
-        return {"threshold": plan.thresholds[layer], "keep_last": forced, "max_selected": call.tokens}
+        return {"threshold": threshold_of(plan, layer), "keep_last": forced, "max_selected": call.tokens}
     each, most = call.counts(plan.ratio(layer))
     return {"k": each, "keep_last": forced, "max_selected": most}
 
@@ -74,7 +75,7 @@ def count_of(plan: "OrthoRankConfig", layer: int, call: "Call", positions: Tenso
     """
     if plan.select == "topk":
         return call.tokens_updated(plan.ratio(layer))
-    if plan.select == "window" and call.lengths is None:
+    if plan.select == "window" and is_exact(call):
         return positions.numel()
     return counts.sum()
 

@@ -49,6 +49,7 @@ def norm_and_select(
     hidden_states: Tensor,
     norm: dict[str, Any],
     sink: Tensor | None,
+    normed: Tensor | None = None,
 ) -> Chosen:
     """The input norm of all tokens, and the tokens that ``plan`` selects in ``layer``.
 
@@ -57,10 +58,11 @@ def norm_and_select(
         hidden_states: ``[batch, tokens, hidden]``; norm: the input norm, as `rms_norm_score` takes it (weight, eps).
         sink: the sinks' states ``[batch, hidden]`` where the rows began in an earlier call, `scored_states` of then;
             None: the rows begin in this call.
+        normed: the input norm of all tokens, where its module was called; ``norm`` is the identity then.
     """
     if is_fused(plan) and choosing.is_plain(plan, call):
         chosen: Any = rms_norm_select(
-            hidden_states,
+            hidden_states if normed is None else normed,
             **norm,
             **choosing.request(plan, layer, call),
             score=SCORES[plan.criterion],
@@ -69,10 +71,12 @@ def norm_and_select(
             lengths=call.lengths,
             sink_positions=call.sink_positions,
             workspace=call.workspace,
-            copy_input=True,
+            copy_input=normed is None,
         )
+        if normed is not None:
+            return Chosen(normed, chosen.positions, hidden_states.clone(), chosen.counts)
         return Chosen(chosen.normed, chosen.positions, chosen.residual, chosen.counts)
-    normed, ranks, updated = norm_and_rank(plan, layer, call, hidden_states, norm, sink)
+    normed, ranks, updated = norm_and_rank(plan, layer, call, hidden_states, norm, sink, normed)
     sinks = call.sink_positions
     if plan.update_sink:
         ranks = torch.where(is_sink(call, ranks.device), -torch.inf, ranks)
@@ -88,23 +92,25 @@ def norm_and_rank(
     hidden_states: Tensor,
     norm: dict[str, Any],
     sink: Tensor | None = None,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The input norm of all tokens, their ranks, and a copy of ``hidden_states``; arguments as for `norm_and_select`.
 
-    The ranks of the sinks mean nothing.
+    The ranks of the sinks mean nothing. ``given`` is its ``normed``.
     """
     own = sink if plan.criterion in SCORES else None  # what the others keep of the sink is no state for this score
     scored: Any = rms_norm_score(
-        hidden_states,
+        hidden_states if given is None else given,
         **norm,
         score=SCORES.get(plan.criterion, "inner"),
         sink=own,
         starts=call.starts,
         lengths=call.lengths,
-        copy_input=True,
+        copy_input=given is None,
     )
-    ranks = ranks_of(plan, layer, call, scored_states(plan, hidden_states, scored.normed), scored.scores, sink)
-    return scored.normed, ranks, scored.residual
+    normed = scored.normed if given is None else given
+    ranks = ranks_of(plan, layer, call, scored_states(plan, hidden_states, normed), scored.scores, sink)
+    return normed, ranks, scored.residual if given is None else hidden_states.clone()
 
 
 def is_fused(plan: "OrthoRankConfig") -> bool:

@@ -89,7 +89,9 @@ class Family:
 
     Args:
         name: the architecture's name as users know it.
-        norm: ``"rms"``, or ``"layer"`` for LayerNorm; weight_offset: added to the norms' weights (Gemma: 1).
+        home: the module of Python that has its classes; empty: not stated, and any classes will do.
+        norm: ``"rms"``, or ``"layer"`` for LayerNorm; torch_norm: its norms are PyTorch's class, not one of their own;
+            weight_offset: added to the norms' weights (Gemma: 1).
         norm_in: attribute name of the norm before attention; None: there is none, and tokens are scored on the layer's
             input itself.
         attention, mlp: their attribute names.
@@ -108,7 +110,9 @@ class Family:
     """
 
     name: str
+    home: str = ""
     norm: str = "rms"
+    torch_norm: bool = False
     weight_offset: float = 0.0
     norm_in: str | None = "input_layernorm"
     attention: str = "self_attn"
@@ -144,10 +148,11 @@ class Family:
                 f"a {type(layer).__name__} has no {', '.join(missing)}, which {self.name} layers have; the installed "
                 "transformers may be newer than this package: see the supported range in the README"
             )
+        home = "torch.nn.modules.normalization" if self.torch_norm else self.home
         into, attended, post, fed = (
-            Norm(name and getattr(layer, name), self.norm, self.weight_offset) for name in norms
+            Norm(name and getattr(layer, name), self.norm, self.weight_offset, home) for name in norms
         )
-        attention, mlp = getattr(layer, self.attention), getattr(layer, self.mlp)
+        attention, mlp = not_compiled(getattr(layer, self.attention)), getattr(layer, self.mlp)
         parts = Parts(self, layer, attention, mlp, into, attended, post, fed, parallel)
         parts.check()
         return parts
@@ -172,7 +177,7 @@ _OLMO_2 = Family(
 )
 _COHERE = Family("Cohere", norm="layer", norm_post=None, parallel=_always, heads=_norm_of_cohere, interleaved=True)
 
-FAMILIES: dict[str, Family] = {
+_SPECS: dict[str, Family] = {
     "llama": Family("Llama"),
     "mistral": Family("Mistral", window=_window_of_config),
     "mixtral": Family("Mixtral", window=_window_of_config),
@@ -196,11 +201,25 @@ FAMILIES: dict[str, Family] = {
     "granite": Family("Granite", residual_scale="residual_multiplier"),
     "smollm3": Family("SmolLM3", rotates=_rotates_smollm3, window=_window_of_layer),
     "stablelm": Family(
-        "StableLM", norm="layer", parallel=_parallel_stablelm, heads=_norm_of_stablelm, drop_fed="dropout"
+        "StableLM",
+        norm="layer",
+        torch_norm=True,
+        parallel=_parallel_stablelm,
+        heads=_norm_of_stablelm,
+        drop_fed="dropout",
     ),
     "cohere": _COHERE,
     "cohere2": replace(_COHERE, name="Cohere 2", heads=_plain_heads, rotates=_slides, window=_window_of_layer),
 }
+_PACKAGES = {"gemma3_text": "gemma3"}  # of transformers.models, where it is not called like the model type
+
+
+def _home_of(model_type: str) -> str:
+    package = _PACKAGES.get(model_type, model_type)
+    return f"transformers.models.{package}.modeling_{package}"
+
+
+FAMILIES: dict[str, Family] = {key: replace(spec, home=_home_of(key)) for key, spec in _SPECS.items()}
 
 
 def family_of(model: "PreTrainedModel") -> Family:
@@ -225,10 +244,24 @@ def unwrapped(model: Any) -> Any:
     while True:
         if callable(base := getattr(model, "get_base_model", None)):  # a PeftModel
             model = base()
-        elif isinstance(original := getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile
+        elif (original := not_compiled(model)) is not model:
             model = original
         else:
             return model
+
+
+def not_compiled(module: Any) -> Any:
+    """The module inside, if ``module`` is what `torch.compile` puts around one.
+
+    What accelerate's ``compile_regions`` returns is not: it has layers of its own, and only remembers the other model.
+    """
+    inside = getattr(module, "_modules", {}).get("_orig_mod")
+    return module if inside is None else inside
+
+
+def layers_of(model: Any) -> list[Any]:
+    """The decoder layers of ``model``, without what `torch.compile` puts around each."""
+    return [not_compiled(layer) for layer in decoder_of(model).layers]
 
 
 def decoder_of(model: "PreTrainedModel") -> Any:

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 from orthorank import sink_state
+from orthorank.call_lock import CallLock
 from orthorank.calls import Call, Watcher
 from orthorank.config import OrthoRankConfig, hub_id
 from orthorank.errors import OrthoRankError
-from orthorank.families import Family, decoder_of, device_of, family_of, unwrapped
+from orthorank.families import Family, decoder_of, device_of, family_of, layers_of, unwrapped
 from orthorank.forwards import DecoderForward, Generate, LayerForward, PrepareInputs
+from orthorank.intact import TakenApart, check_classes, implementation_of
 from orthorank.layer_status import LayerCounts, Status, status_of
-from orthorank.patching import Patch
+from orthorank.patching import Patch, forward_of
 from orthorank.phases import Phase, context_lengths, phase_of
 from orthorank.plan_checks import MOST, check_integer
 from orthorank.refusals import refused_methods
@@ -67,8 +69,12 @@ def apply(model: "PreTrainedModel", config: OrthoRankConfig) -> "Handle":
     if handle_of(model) is not None:
         raise OrthoRankError("a plan is applied to this model already; call handle.remove() first")
     check_plan(model, config)
-    for index in config.layers:
-        family.parts(decoder_of(model).layers[index])  # raises when a layer does not look right
+    for index, layer in enumerate(layers_of(model)):  # raises when one does not look right, before anything changes
+        if 0 < config.ratio(index) < 1:
+            TakenApart(family, layer, index, forward_of(layer))
+        elif index in config.layers:
+            check_classes(family, layer, index)
+            family.parts(layer)
     return Handle(model, dataclasses.replace(copy.deepcopy(config)), family)  # checks its fields again
 
 
@@ -172,21 +178,23 @@ class Handle(AbstractContextManager["Handle"]):
     """
 
     def __init__(self, model: "PreTrainedModel", config: OrthoRankConfig, family: Family) -> None:
-        decoder = decoder_of(model)
+        decoder, layers = decoder_of(model), layers_of(model)
         self.model, self.config = model, config
-        self.stats = {index: LayerCounts(device_of(decoder.layers[index])) for index in config.layers}
+        self.stats = {index: LayerCounts(device_of(layers[index])) for index in config.layers}
         self.selecting = config.selecting
+        self.skips = any(config.ratio(layer) < 1 for layer in config.layers)
         self.removes = any(config.ratio(layer) == 0 for layer in config.layers)
         self.identity = sink_state.identity(config)
         self.phase = Phase()
-        self.thread: int | None = None  # the one whose phase this is
+        self.lock = CallLock()
         self.call: Call | None = None
         self.watcher: Watcher | None = None
         self.unmasked = Watch()
         self._patches: list[Patch] = [DecoderForward(self, decoder)]
         if hasattr(model, "generate"):
             self._patches += [Generate(self, model), PrepareInputs(self, model), *refused_methods(model)]
-        self._patches += [LayerForward(self, decoder.layers[i], i, family) for i in config.layers]
+        self.layers = [LayerForward(self, layers[i], i, family) for i in config.layers]
+        self._patches += self.layers
         for module in {model, decoder}:
             module.__dict__[ATTRIBUTE] = self
 
@@ -194,15 +202,31 @@ class Handle(AbstractContextManager["Handle"]):
         """Undo the plan: the model gets back the identical objects it had.
 
         Raises:
-            OrthoRankError: a method was replaced by someone else in the meantime; nothing is undone then.
+            OrthoRankError: a method was replaced by someone else in the meantime, or another thread is calling the
+                model; nothing is undone then.
         """
-        for patch in self._patches:
-            patch.check_on_top()
-        for patch in reversed(self._patches):
-            patch.undo()
-        self._patches = []
-        for module in {self.model, decoder_of(self.model)}:
-            module.__dict__.pop(ATTRIBUTE, None)
+        with self.lock:
+            for patch in self._patches:
+                patch.check_on_top()
+            for patch in reversed(self._patches):
+                patch.undo()
+            self._patches, self.layers = [], []
+            for module in {self.model, decoder_of(self.model)}:
+                module.__dict__.pop(ATTRIBUTE, None)
+
+    def check_layers(self, config: Any) -> None:
+        """The selecting layers are what their family's spec says; see `orthorank.intact`.
+
+        Args:
+            config: of the decoder.
+
+        Raises:
+            OrthoRankError: one is not any more.
+        """
+        implementation = implementation_of(config)
+        for layer in self.layers:
+            if layer.taken_apart is not None:
+                layer.taken_apart.check(implementation)
 
     def decoding(self) -> AbstractContextManager[None]:
         """Inside, every token of every call is a generated one, however many come in one call.
@@ -236,11 +260,12 @@ class Handle(AbstractContextManager["Handle"]):
         ``positions`` are int32 ``[batch, most]``, ascending, -1 past a row's count; they count the tokens of the call,
         whose padding `call` knows. Calls in which all tokens are dense are left out.
         """
-        before, self.watcher = self.watcher, watcher
-        try:
-            yield
-        finally:
-            self.watcher = before
+        with self.lock:
+            before, self.watcher = self.watcher, watcher
+            try:
+                yield
+            finally:
+                self.watcher = before
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

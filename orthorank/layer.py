@@ -32,6 +32,7 @@ def selected_forward(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     cache: Any = None,
+    updated: list[int | Tensor] | None = None,
 ) -> Tensor:
     """One decoder layer in which only the selected tokens are updated.
 
@@ -41,12 +42,16 @@ def selected_forward(
         hidden_states: ``[batch, tokens, hidden]``. Left as it is: whoever captured it keeps the right values.
         position_embeddings: cos and sin, ``[batch or 1, tokens, rotary_dim]``.
         cache: a transformers cache, which gets the keys and values of all tokens, or None. None with ``kv="selected"``.
+        updated: gets how many tokens are updated, at its end.
 
     Returns:
         ``[batch, tokens, hidden]``: unselected tokens as they came.
     """
     tables = parts.tables(position_embeddings)
-    normed, positions, updated, _ = _norm_and_select(parts, index, config, call, hidden_states, cache)
+    normed, positions, written, counts = _norm_and_select(parts, index, config, call, hidden_states, cache)
+    if updated is not None:
+        updated.append(choosing.count_of(config, index, call, positions, counts))
+    positions = choosing.fitted(config, call, positions, counts)
 
     if call.watcher is not None:
         call.watcher(index, positions, call)
@@ -83,8 +88,8 @@ def selected_forward(
     addend = parts.output(attended).to(hidden_states.dtype)  # autocast may have made it another
     residual, fed = parts.add_and_norm(hidden_states, positions, addend, selected)
     rows = parts.feed_forward(fed).to(residual.dtype)
-    scatter_add_rows_(updated, positions, rows, residual, scale=parts.residual_scale)
-    return updated
+    scatter_add_rows_(written, positions, rows, residual, scale=parts.residual_scale)
+    return written
 
 
 def _norm_and_select(
@@ -99,13 +104,12 @@ def _norm_and_select(
         return scored_states(config, rows, parts.norm_in(rows))
 
     sink = None if call.first else sink_state.continued(call, cache, index, hidden_states, states)
-    with parts.norm_in.loaded() as norm:
-        chosen = norm_and_select(config, index, call, hidden_states, norm, sink)
+    with parts.norm_in.applied(hidden_states) as (normed, norm):
+        chosen = norm_and_select(config, index, call, hidden_states, norm, sink, normed)
     if cache is not None:
         scored = scored_states(config, hidden_states, chosen.normed)
         sink_state.keep(cache, index, sink_state.rows_at(scored, call.starts) if sink is None else sink)
-    call.updated[index] = choosing.count_of(config, index, call, chosen.positions, chosen.counts)
-    return chosen._replace(positions=choosing.fitted(config, call, chosen.positions, chosen.counts))
+    return chosen
 
 
 def removed_forward(index: int, hidden_states: Tensor, cache: Any = None) -> Tensor:

@@ -25,10 +25,8 @@ class Total:
             self._known += count
 
     def value(self) -> int:
-        """The sum so far."""
-        self._known += sum(int(count) for count in self._pending)
-        self._pending.clear()
-        return self._known
+        """The sum so far. Nothing is changed: another thread may be adding."""
+        return self._known + sum(int(count) for count in list(self._pending))
 
 
 class LayerCounts:
@@ -36,7 +34,7 @@ class LayerCounts:
 
     Inside a compiled graph (`torch.compile`) the counts are added to a tensor on the layer's device: an int attribute
     would be a constant of the graph, which then would be compiled anew for each call. No call waits for the device;
-    reading does.
+    reading does. An exported program counts nothing: it has no handle to read from, and may write to no tensor of ours.
 
     Args:
         device: where the layer's tokens are; the CPU is taken for "meta", where offloaded weights wait.
@@ -55,6 +53,8 @@ class LayerCounts:
 
     def add(self, tokens_in: int | Tensor, tokens_updated: int | Tensor, unranked: int | Tensor = 0) -> None:
         """Count one call; ``unranked`` of the updated tokens were generated ones, all of which are updated."""
+        if torch.compiler.is_exporting():
+            return
         if torch.compiler.is_compiling():
             counts = [_scalar(count, self._compiled.device) for count in (1, tokens_in, tokens_updated, unranked)]
             self._compiled.add_(torch.stack(counts))

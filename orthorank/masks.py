@@ -139,3 +139,20 @@ def refuse_restarts(positions: Any, columns: Columns | None, past: int) -> None:
             "position_ids restart or jump inside a row: packed sequences (several in one row) are not supported while "
             "a plan is applied; pass one sequence a row, padded, with a [batch, tokens] attention_mask"
         )
+
+
+def refuse_right_padding(columns: Columns, total: int) -> None:
+    """A prompt of `generate()` whose generated tokens are ranked ends at the last column, where they go on.
+
+    Args:
+        columns: what is padding, as `valid_columns` gives it; total: columns so far.
+    """
+    start, end = columns
+    wrong = (end < total) & (end > start)
+    if _any(wrong):
+        rows = wrong.nonzero().flatten().tolist()
+        raise OrthoRankError(
+            f"row {rows[0]} of the prompt has padding on the right, and the plan says decode='threshold': generated "
+            "tokens would stand behind the padding, which selected layers cannot leave out between tokens; pad on the "
+            "left (tokenizer.padding_side = 'left'), or use a plan with decode='dense'"
+        )

@@ -5,15 +5,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from orthorank.errors import OrthoRankError
+from orthorank.intact import has_own_forward, is_code_of
 from orthorank_kernels import apply_rotary_at, gather_add_rms_norm, silu_and_mul
 
 if TYPE_CHECKING:
     from orthorank.families import Family
 
 Tables = tuple[Tensor, Tensor]  # cos and sin
+
+
+IDENTITY: dict[str, Any] = {"weight": None, "eps": 1e-6, "norm": "identity"}  # what the kernels take where none is
 
 
 @dataclass(frozen=True)
@@ -23,11 +28,13 @@ class Norm:
     Args:
         module: the layer's module; None: there is no norm here.
         kind: ``"rms"`` or ``"layer"``; weight_offset: added to the weight, 1 for Gemma.
+        home: the module of Python that the family's norms are code of; empty: any.
     """
 
     module: Any
     kind: str = "rms"
     weight_offset: float = 0.0
+    home: str = ""
 
     def __call__(self, x: Tensor) -> Tensor:
         """The norm of ``x`` by the module itself; ``x`` where there is none."""
@@ -43,26 +50,57 @@ class Norm:
         """How the module calls it."""
         return "eps" if hasattr(self.module, "eps") else "variance_epsilon"
 
-    @contextmanager
-    def loaded(self) -> Iterator[dict[str, Any]]:
-        """weight, eps, norm, bias and weight_offset for the kernels, on the device where the norm runs.
+    def is_weights(self, x: Tensor) -> bool:
+        """Whether the kernels may compute the norm of ``x`` from its weights, or the module has to be called.
 
-        ``accelerate`` keeps offloaded weights elsewhere until the module is called.
+        It is called where that does more than its class says, or something else: hooks, another class or forward
+        (adapters, Liger-Kernel), weights that are sharded, parametrised or of another dtype than ``x``.
+        """
+        module = self.module
+        if module is None:
+            return True
+        return (
+            _is_code_of(type(module), self.home)
+            and not _has_hooks(module)
+            and has_own_forward(module)
+            and all(
+                self._is_plain(getattr(module, name, None), x, needed=name == "weight") for name in ("weight", "bias")
+            )
+        )
+
+    def _is_plain(self, weight: Any, x: Tensor, needed: bool) -> bool:
+        if weight is None:
+            return not needed
+        kind = type(weight)  # a fake one stands for it where a program is traced or exported
+        return (kind in (nn.Parameter, Tensor) or kind.__name__ == "FakeTensor") and weight.dtype == x.dtype
+
+    @contextmanager
+    def applied(self, x: Tensor) -> Iterator[tuple[Tensor | None, dict[str, Any]]]:
+        """What the kernels norm ``x`` by, on the device where the norm runs: weight, eps, norm, bias, weight_offset.
+
+        Before that, None; or where the module has to be called, the norm of ``x``, of which the kernels then take the
+        identity. ``accelerate`` keeps offloaded weights elsewhere until the module is called.
         """
         if self.module is None:
-            yield {"weight": None, "eps": 1e-6, "norm": "identity"}
+            yield None, IDENTITY
+            return
+        if not self.is_weights(x):
+            yield self.module(x), IDENTITY
             return
         hook = getattr(self.module, "_hf_hook", None)
         if hook is not None:
             hook.pre_forward(self.module)
         try:
-            yield {
-                "weight": self.module.weight,
-                "eps": self.eps,
-                "norm": self.kind,
-                "bias": getattr(self.module, "bias", None),
-                "weight_offset": self.weight_offset,
-            }
+            yield (
+                None,
+                {
+                    "weight": self.module.weight,
+                    "eps": self.eps,
+                    "norm": self.kind,
+                    "bias": getattr(self.module, "bias", None),
+                    "weight_offset": self.weight_offset,
+                },
+            )
         finally:
             if hook is not None:
                 hook.post_forward(self.module, None)
@@ -90,16 +128,17 @@ class Parts:
     parallel: bool
 
     def check(self) -> None:
-        """The norms and the attention have what is read from them, and attention is causal."""
-        norms = (self.norm_in, self.norm_attended, self.norm_post, self.norm_fed)
-        wanted = [(norm.module, ("weight", norm.eps_name)) for norm in norms if norm.module is not None]
+        """The attention has what is read from it, and is causal. A norm that is not the family's is called."""
+        attention = self.attention
         projections = ("q_proj", "k_proj", "v_proj") if self.family.qkv is None else (self.family.qkv,)
-        for module, names in (*wanted, (self.attention, (*projections, "o_proj", "head_dim", "scaling"))):
-            if missing := [name for name in names if not hasattr(module, name)]:
-                raise OrthoRankError(
-                    f"a {type(module).__name__} has no {', '.join(missing)}, which {self.family.name} models have; the "
-                    "installed transformers may be newer than this package: see the supported range in the README"
-                )
+        if missing := [
+            name for name in (*projections, "o_proj", "head_dim", "scaling") if not hasattr(attention, name)
+        ]:
+            raise OrthoRankError(
+                f"a {type(attention).__name__} has no {', '.join(missing)}, which {self.family.name} models have; the "
+                "installed transformers may be newer than this package (see the supported range in the README), or the "
+                "attention was put into another module: take that off first"
+            )
         if not getattr(self.attention, "is_causal", True):
             raise OrthoRankError(
                 "the model attends in both directions (use_bidirectional_attention); token selection is for causal "
@@ -176,13 +215,19 @@ class Parts:
         Args:
             addend: attention's output; selected: what attention read, of the same tokens.
         """
-        inner = self.norm_attended
-        if inner.module is not None and (self.norm_post.module is not None and inner.eps != self.norm_post.eps):
-            addend, inner = inner(addend), Norm(None)  # one pass has one eps
-        with inner.loaded() as attended, self.norm_post.loaded() as post:
-            eps = post["eps"] if self.norm_post.module is not None else attended["eps"]
-            offset = max(attended.get("weight_offset", 0.0), post.get("weight_offset", 0.0))
-            options = post | {"eps": eps, "weight_offset": offset}
+        inner, post = self.norm_attended, self.norm_post
+        if not inner.is_weights(addend) or (
+            inner.module is not None and (post.module is not None and inner.eps != post.eps)  # one pass has one eps
+        ):
+            addend, inner = inner(addend).to(hidden_states.dtype), Norm(None)
+        by_weights = post.is_weights(hidden_states)
+        with (
+            inner.applied(addend) as (_, attended),
+            (post if by_weights else Norm(None)).applied(hidden_states) as (_, behind),
+        ):
+            eps = attended["eps"] if behind is IDENTITY else behind["eps"]
+            offset = max(attended.get("weight_offset", 0.0), behind.get("weight_offset", 0.0))
+            options = behind | {"eps": eps, "weight_offset": offset}
             residual, normed = gather_add_rms_norm(
                 hidden_states,
                 positions,
@@ -191,6 +236,8 @@ class Parts:
                 addend_weight=attended["weight"],
                 **options,
             )
+        if not by_weights:
+            normed = post(residual)
         return residual, selected if self.parallel else normed
 
     def feed_forward(self, normed: Tensor) -> Tensor:
@@ -270,7 +317,8 @@ def _swiglu(mlp: Any) -> str | None:
     activation = getattr(mlp, "activation_fn" if found == "fused" else "act_fn", None)
     plain = (
         found is not None
-        and all(m.startswith("transformers.models.") for m in (kind.__module__, kind.forward.__module__))
+        and kind.__module__.startswith("transformers.models.")
+        and _is_code_of(kind, kind.__module__)
         and type(activation).__name__ in ("SiLU", "SiLUActivation")
         and not is_changed(mlp)
         and not is_changed(activation)
@@ -280,5 +328,15 @@ def _swiglu(mlp: Any) -> str | None:
 
 def is_changed(module: Any) -> bool:
     """Whether calling ``module`` runs more, or something else, than its class says."""
+    return "forward" in vars(module) or _has_hooks(module)
+
+
+def _has_hooks(module: Any) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return "forward" in vars(module) or any(hooks)
+    return any(hooks)
+
+
+@torch.compiler.assume_constant_result
+def _is_code_of(kind: Any, home: str) -> bool:
+    """`is_code_of` for the forward of a class, which a compiled graph takes as it is."""
+    return is_code_of(kind.forward, home)

@@ -1,6 +1,5 @@
 """What the caller says of the calls to come: which of their tokens are prompt, and which are generated."""
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ class Phase:
         any_cache: whether a cache may be continued that another plan, or none, has filled.
         context: tokens of each row (or one number for all) that are prompt, counted from the row's first; the others
             are decoded. None: ``prompt`` says.
+        given: columns that `generate()` hands to the next call; None: it has prepared none.
+        added: columns that came before the prompt of `generate()` afterwards.
     """
 
     prompt: int | None = None
@@ -33,6 +34,13 @@ class Phase:
     decodes: bool = False
     any_cache: bool = False
     context: tuple[int, ...] | None = None
+    given: int | None = None
+    added: int = 0
+
+    @property
+    def prompt_end(self) -> int | None:
+        """Where the prompt ends, among all columns; None: not said."""
+        return None if self.prompt is None else self.prompt + self.added
 
 
 def context_lengths(lengths: int | Sequence[int] | Tensor) -> tuple[int, ...]:
@@ -53,19 +61,9 @@ def context_lengths(lengths: int | Sequence[int] | Tensor) -> tuple[int, ...]:
 @contextmanager
 def phase_of(holder: Any, phase: Phase) -> Iterator[None]:
     """Inside, calls of the model are read by ``phase``."""
-    refuse_other_threads(holder)
-    before = holder.phase, holder.thread
-    holder.phase, holder.thread = phase, threading.get_ident()
-    try:
-        yield
-    finally:
-        holder.phase, holder.thread = before
-
-
-def refuse_other_threads(holder: Any) -> None:
-    """A phase holds for the thread that began it; another thread's calls would be read by it, too."""
-    if holder.thread is not None and holder.thread != threading.get_ident():
-        raise OrthoRankError(
-            "a model with a plan applied is in use by another thread (in generate(), decoding() or prefilling()); give "
-            "each thread a copy.deepcopy of the patched model, or take turns with a lock"
-        )
+    with holder.lock:  # another thread's calls would be read by this phase, too
+        before, holder.phase = holder.phase, phase
+        try:
+            yield
+        finally:
+            holder.phase = before

@@ -12,11 +12,12 @@ from orthorank.calls import Call, read_call
 from orthorank.config import OrthoRankConfig
 from orthorank.criteria import norm_and_rank
 from orthorank.errors import OrthoRankError
-from orthorank.families import decoder_of, device_of, family_of
+from orthorank.families import decoder_of, device_of, family_of, layers_of
 from orthorank.handle import handle_of
+from orthorank.intact import TakenApart
 from orthorank.layer import selected_forward
 from orthorank.parts import Parts
-from orthorank.patching import Patch
+from orthorank.patching import Patch, forward_of
 from orthorank.phases import Phase
 
 if TYPE_CHECKING:
@@ -65,7 +66,9 @@ class LayerStack:
         self.family = family_of(model)
         if handle_of(model) is not None:
             raise OrthoRankError("a plan is applied to this model; call handle.remove() first")
-        self.parts: list[Parts] = [self.family.parts(layer) for layer in self.decoder.layers]
+        self.layers: list[Any] = layers_of(model)
+        self.parts: list[Parts] = [self.family.parts(layer) for layer in self.layers]
+        self._taken_apart: dict[int, TakenApart] = {}
 
     @property
     def num_layers(self) -> int:
@@ -106,18 +109,23 @@ class LayerStack:
                 and so on.
 
         Raises:
-            OrthoRankError: criterion or an option is one that a plan may not have.
+            OrthoRankError: criterion or an option is one that a plan may not have, or the layer cannot be taken apart
+                (see `orthorank.intact`).
         """
         if keep_ratio == 0:
             return hidden_states
-        device = device_of(self.decoder.layers[layer])
+        device = device_of(self.layers[layer])
         hidden_states, kwargs = hidden_states.to(device), _on(device, inputs.layer_kwargs[layer])
         if keep_ratio == 1:
-            output = self.decoder.layers[layer](hidden_states, **kwargs)
+            output = self.layers[layer](hidden_states, **kwargs)
             return output[0] if isinstance(output, tuple) else output
         plan = OrthoRankConfig(layers=[layer], keep_ratio=keep_ratio, criterion=criterion, **options)
         call = replace(inputs.call, update_sink=plan.update_sink).on(device)
-        return selected_forward(self.parts[layer], layer, plan, call, hidden_states, kwargs["position_embeddings"])
+        if layer not in self._taken_apart:
+            of_layer = self.layers[layer]
+            self._taken_apart[layer] = TakenApart(self.family, of_layer, layer, forward_of(of_layer))
+        parts = self._taken_apart[layer].check()
+        return selected_forward(parts, layer, plan, call, hidden_states, kwargs["position_embeddings"])
 
     @torch.no_grad()
     def ranks(
@@ -127,10 +135,11 @@ class LayerStack:
 
         Arguments as for `run`. The sinks' ranks mean nothing.
         """
-        device = device_of(self.decoder.layers[layer])
+        device = device_of(self.layers[layer])
         plan = OrthoRankConfig(layers=[layer], criterion=criterion, **options)
-        with self.parts[layer].norm_in.loaded() as norm:
-            return norm_and_rank(plan, layer, inputs.call.on(device), hidden_states.to(device), norm)[1]
+        hidden_states = hidden_states.to(device)
+        with self.parts[layer].norm_in.applied(hidden_states) as (normed, norm):
+            return norm_and_rank(plan, layer, inputs.call.on(device), hidden_states, norm, given=normed)[1]
 
     @torch.no_grad()
     def normed(self, layer: int, hidden_states: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ window is one packed sequence. Row i of a call turns into these, one after the o
     what follows it     the tokens that are generated, all of them
 """
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -31,7 +32,7 @@ class Windows:
     Args:
         cu_seqlens: where each begins among the ``batch * tokens`` of the call.
         counts: how many tokens each selects; sinks: where the row's sink is in it, -1 for elsewhere.
-        most: the most that a row can select; without padding, what each row selects.
+        most: the most that a row can select; where `is_exact`, what each row selects.
     """
 
     cu_seqlens: Tensor
@@ -100,10 +101,19 @@ def select_in_windows(plan: "OrthoRankConfig", layer: int, call: "Call", ranks: 
     counts = chosen.counts.view(call.batch, -1).sum(dim=1, dtype=torch.int32)
     rows = chosen.rows
     assert rows is not None  # the packed layout has them
-    if call.lengths is None:
+    if is_exact(call):
         offsets = call.tokens * torch.arange(call.batch, dtype=torch.int32, device=rows.device)
         return rows.view(call.batch, windows.most) - offsets[:, None], counts
     return _unpacked(rows, counts, call.tokens, windows.most), counts
+
+
+def is_exact(call: "Call") -> bool:
+    """Whether all rows select alike, and the host counts how many: without padding, outside compiled code.
+
+    Counting goes from window to window, and would make one graph for each number of windows. In a graph there is room
+    for as many tokens as a row may select, and what is left over is -1.
+    """
+    return call.lengths is None and not torch.compiler.is_compiling()
 
 
 def _size(plan: "OrthoRankConfig") -> int:
@@ -141,15 +151,15 @@ def _counts(lengths: Tensor, ratio: float, forced: Tensor, inside: Tensor, updat
 
 def _most_windows(call: "Call", window: int) -> int:
     """Windows that a row of the call can touch."""
-    whole = -(-call.tokens // window)
-    return whole if call.lengths is None and call.past % window == 0 else whole + 1
+    whole = (call.tokens + window - 1) // window
+    return whole if is_exact(call) and call.past % window == 0 else whole + 1
 
 
 def _most(call: "Call", window: int, ratio: float) -> int:
-    """The most tokens that a row can select; exactly that without padding, where all rows are alike."""
+    """The most tokens that a row can select; exactly that where `is_exact`."""
     decoded = call.decode_tokens if call.tails is None else 0
-    if call.lengths is not None:
-        selected = int(ratio * call.tokens + 1e-6 * (_most_windows(call, window) + 1))
+    if not is_exact(call):
+        selected = math.floor((ratio + 1e-6) * call.tokens + 2e-6)  # no window is empty, so there are no more of them
         forced = call.keep_last + call.update_sink
         return call.tokens if call.tails is not None else min(call.tokens, selected + forced + decoded)
     total, prompt = decoded, call.prompt_tokens

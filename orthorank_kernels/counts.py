@@ -71,7 +71,7 @@ def keep_count(
             inside = sink_inside.to(torch.int32) if isinstance(sink_inside, Tensor) else int(sink_inside)
             counts = torch.minimum(valid.to(torch.int32) - inside, counts.clamp(min=at_least))
         return counts.clamp(min=0)
-    if not isinstance(n_valid, int):
+    if not isinstance(n_valid, int | torch.SymInt):  # a length that an exported program leaves open
         raise TypeError(f"n_valid is a {type(n_valid).__name__}; it must be an int or an integer tensor")
     _checks.integer("n_valid", n_valid, at_least=0, at_most=MAX_COUNT)
     if isinstance(sink_inside, Tensor):

@@ -176,7 +176,7 @@ def select_request(
         "max_selected", max_selected, at_least=0, at_most=MAX_TOKENS, none="the largest number that can be selected"
     )
     which = _which(k, threshold, rows, tokens, tokens_like)
-    width = tokens if cu_seqlens is not None or not isinstance(k, int) else k
+    width = tokens if cu_seqlens is not None or not isinstance(k, int | torch.SymInt) else k
     if max_selected is not None:
         width = max_selected
     elif out is not None:
@@ -217,9 +217,9 @@ def _which(
     if isinstance(k, Tensor):
         _per_row("k", k, (torch.int32, torch.int64), rows, like)
         return tokens, k, None, None
-    if isinstance(k, bool) or not isinstance(k, int):
+    if isinstance(k, bool) or not isinstance(k, int | torch.SymInt):
         raise TypeError(f"k is a {type(k).__name__}; it must be an int or an int32 or int64 tensor [batch]")
-    if not 0 <= k <= tokens:
+    if isinstance(k, int) and not 0 <= k <= tokens:  # of a length that is left open, no bound can be shown
         raise ValueError(f"k is {k}; it must be from 0 to the number of tokens, {tokens}")
     return k, None, None, None
 

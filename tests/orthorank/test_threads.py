@@ -1,0 +1,224 @@
+"""Threads and one patched model: a call is refused by name, or it is right."""
+
+import copy
+import pickle
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import orthorank
+from orthorank import OrthoRankConfig, OrthoRankError, apply
+from orthorank.call_lock import CallLock
+from orthorank.integrations.paged.choosing import choose_share
+from orthorank.integrations.paged.steps import make_step
+from orthorank.layer_status import Total
+from orthorank_kernels import rms_norm_select, sparse_query_attention
+from tests.orthorank.test_layer import ids_of
+
+PLAN = OrthoRankConfig(layers=[1], keep_ratio=1 / 3)
+SMALL: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+THREADS = 8
+
+
+def in_threads(work: Callable[[int], bool], accepted: int) -> tuple[int, list[BaseException]]:
+    """Let eight threads do ``work`` until so many calls were accepted: how many were wrong, and stray errors."""
+    done, wrong, stray = [0] * THREADS, [0] * THREADS, []
+    start = threading.Barrier(THREADS)
+
+    def run(number: int) -> None:
+        start.wait()
+        while sum(done) < accepted and not stray:
+            try:
+                right = work(number)
+            except OrthoRankError as error:
+                if "in use by another thread" not in str(error):
+                    stray.append(error)
+                time.sleep(0.002)  # refused: another one's turn
+            except BaseException as error:
+                stray.append(error)
+            else:
+                done[number] += 1
+                wrong[number] += not right
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(wrong), stray
+
+
+@pytest.mark.parametrize("accepted", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_eight_threads_are_refused_or_right(tiny_model: Any, accepted: int) -> None:
+    model = tiny_model("llama", **SMALL)
+    prompts = [ids_of(1, 6 + i, seed=i) for i in range(THREADS)]
+    with apply(model, PLAN):
+        with torch.no_grad():
+            expected = [model(ids, use_cache=False).logits for ids in prompts]
+
+        @torch.no_grad()
+        def call(number: int) -> bool:
+            return torch.equal(model(prompts[number], use_cache=False).logits, expected[number])
+
+        assert in_threads(call, accepted) == (0, [])
+
+
+def test_threads_that_generate(tiny_model: Any) -> None:
+    """Calls of one thread beside the generation of another, which holds the model from its prompt to its end."""
+    model = tiny_model("llama", **SMALL)
+    prompts = [ids_of(1, 6 + i, seed=i) for i in range(THREADS)]
+    greedy: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    with apply(model, PLAN), torch.no_grad():
+        tokens = [model.generate(ids, **greedy) for ids in prompts]
+        logits = [model(ids).logits for ids in prompts]
+
+        @torch.no_grad()
+        def call(number: int) -> bool:
+            if number % 2:
+                return torch.equal(model.generate(prompts[number], **greedy), tokens[number])
+            return torch.equal(model(prompts[number]).logits, logits[number])
+
+        assert in_threads(call, 60) == (0, [])
+
+
+def test_backward_of_one_thread_beside_calls_of_another(tiny_model: Any) -> None:
+    """What a recomputation needs was bound in forward: that another call is running then changes nothing."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if "__call__" in vars(GradientCheckpointingLayer):  # older transformers: refused, see test_apply.py
+        return
+    ids, others = ids_of(1, 12), ids_of(1, 30, seed=1)
+    gradients = []
+    for beside in (False, True):
+        model = tiny_model("llama", **SMALL).train()
+        model.gradient_checkpointing_enable()
+        with apply(model, PLAN):
+            loss = model(ids, labels=ids, use_cache=False).loss
+            inside, finished = threading.Event(), threading.Event()
+
+            def wait(*_: Any, inside: Any = inside, finished: Any = finished) -> None:
+                inside.set()
+                finished.wait(60)
+
+            def call(model: Any = model, wait: Any = wait) -> None:
+                hook = model.model.layers[1].register_forward_pre_hook(wait)
+                with torch.no_grad():
+                    model(others, use_cache=False)
+                hook.remove()
+
+            other = threading.Thread(target=call)
+            if beside:
+                other.start()
+                assert inside.wait(60)
+            loss.backward()
+            finished.set()
+            if beside:
+                other.join()
+        gradients.append([weight.grad for weight in model.parameters()])
+    for expected, actual in zip(*gradients, strict=True):
+        assert torch.equal(expected, actual)
+
+
+def refused_elsewhere(work: Callable[[], Any]) -> str:
+    """What another thread is told that does ``work``."""
+    said: list[str] = []
+
+    def run() -> None:
+        try:
+            work()
+        except OrthoRankError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return said[0] if said else ""
+
+
+@torch.no_grad()
+def test_what_one_thread_said_holds_for_no_other(tiny_model: Any) -> None:
+    model, ids = tiny_model("llama", **SMALL), ids_of(1, 8)
+    seen: list[int] = []
+    handle = apply(model, PLAN)
+    before = model(ids).logits
+    contexts = [
+        handle.decoding(),
+        handle.prefilling(keep_last=3),
+        orthorank.context(model, 4),
+        handle.watching(lambda layer, positions, call: seen.append(layer)),
+    ]
+    for context in contexts:
+        with context:
+            assert "in use by another thread" in refused_elsewhere(lambda: model(ids))
+            assert "in use by another thread" in refused_elsewhere(handle.remove)
+            assert "in use by another thread" in refused_elsewhere(lambda: model.generate(ids, max_new_tokens=1))
+        assert refused_elsewhere(lambda: model(ids)) == ""
+    assert seen == []
+    assert torch.equal(model(ids).logits, before)
+    handle.remove()
+
+
+@torch.no_grad()
+def test_a_model_called_while_it_is_being_called(tiny_model: Any) -> None:
+    """By a hook, in the same thread: not a matter of turns, and said otherwise."""
+    model, ids = tiny_model("llama", **SMALL), ids_of(1, 8)
+    with apply(model, PLAN):
+        expected = model(ids).logits
+        hook = model.model.layers[0].register_forward_hook(lambda *_: model(ids))
+        with pytest.raises(OrthoRankError, match="called while it was being called"):
+            model(ids)
+        hook.remove()
+        assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_have_a_lock_of_their_own(tiny_model: Any, clone: Any) -> None:
+    model, ids = tiny_model("llama", **SMALL), ids_of(1, 8)
+    with apply(model, PLAN) as handle, torch.no_grad(), handle.decoding():
+        other = clone(model)
+        own = orthorank.handle_of(other)
+        assert own is not None
+        assert own.lock is not handle.lock
+        assert refused_elsewhere(lambda: other(ids)) == ""
+    with CallLock() as _:
+        pass
+
+
+def test_counters_are_read_without_changing_them() -> None:
+    total = Total()
+    total.add(3)
+    total.add(torch.tensor(4))
+    before = vars(total) | {"_pending": list(total._pending)}
+    assert total.value() == total.value() == 7
+    assert vars(total) == before, "a reader that writes would lose what another thread adds"
+
+
+@torch.no_grad()
+def test_ops_and_paged_choices_of_eight_threads() -> None:
+    """Nothing below a model is shared between calls, so threads need no turns there."""
+    torch.manual_seed(0)
+    weight = torch.rand(32)
+    states = [torch.randn(1, 20 + i, 32) for i in range(THREADS)]
+    plan = OrthoRankConfig(layers=[0], keep_ratio=0.5)
+
+    def results(number: int) -> list[torch.Tensor]:
+        tokens = states[number].shape[1]
+        picked = rms_norm_select(states[number], weight, 1e-5, tokens // 3)
+        heads = picked.normed.view(1, tokens, 2, 16).transpose(1, 2)
+        positions = picked.positions
+        attended = sparse_query_attention(heads[:, :, positions[0].long()], heads, heads, positions)
+        step = make_step(plan, [0, tokens], [0], [tokens], [0], torch.device("cpu"))
+        chosen = choose_share(step, picked.scores[0].clone(), 0.5)
+        return [positions, attended, chosen.rows, chosen.cu_selected]
+
+    expected = [results(i) for i in range(THREADS)]
+
+    def call(number: int) -> bool:
+        with torch.no_grad():
+            return all(map(torch.equal, results(number), expected[number]))
+
+    assert in_threads(call, 200) == (0, [])
