@@ -34,7 +34,7 @@ def draw_demo(results: dict[str, Any]) -> str:
         names = [[str(number)] * 2 for number in range(len(changed))]
         panels = figure.subplot_mosaic([*names, ["perplexity", "speedup"]], height_ratios=[1] * len(changed) + [2.4])
         for number, row in enumerate(changed):
-            pictures.layers(panels[str(number)], row, results["model_info"]["num_hidden_layers"])
+            pictures.layers(panels[str(number)], row, results["model_info"]["num_hidden_layers"], numbered=True)
             panels[str(number)].set_title(words.plan_title(row), loc="left", pad=5)
         for key, title in (("perplexity", "Perplexity: lower is better"), ("speedup", "Prefill speed-up, measured")):
             pictures.bars(panels[key], rows, key)

@@ -64,11 +64,11 @@ STYLE = {
 
 
 @contextmanager
-def new_figure(width: float, height: float) -> Iterator["Figure"]:
+def new_figure(width: float, height: float, edge: float = 4) -> Iterator["Figure"]:
     """An empty figure; it is drawn and saved inside the ``with`` block, where the style holds.
 
     Args:
-        width, height: in CSS pixels.
+        width, height: in CSS pixels. edge: what is left free at the left and the right, also in pixels.
 
     Raises:
         OrthoRankError: matplotlib is not installed.
@@ -81,10 +81,11 @@ def new_figure(width: float, height: float) -> Iterator["Figure"]:
     try:
         import matplotlib
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise OrthoRankError("drawing figures needs matplotlib; run: pip install 'orthorank-kernels[plot]'") from error
     with matplotlib.rc_context(STYLE):
-        yield Figure(figsize=(width / INCH, height / INCH), layout="constrained")
+        yield Figure((width / INCH, height / INCH), layout=ConstrainedLayoutEngine(w_pad=edge / INCH))
 
 
 def svg(figure: "Figure", label: str, alone: bool = False) -> str:
@@ -142,7 +143,9 @@ def layer_strip(axes: "Axes", shares: Sequence[float]) -> None:
     part = [layer for layer, share in enumerate(shares) if share < 1]
     some = [layer for layer, share in enumerate(shares) if share > 0]
     look: dict[str, Any] = {"width": 0.84, "clip_on": False}
-    empty = axes.bar(part, [1 - shares[n] for n in part], bottom=[shares[n] for n in part], color=LIGHT["left-out"], **look)
+    empty = axes.bar(
+        part, [1 - shares[n] for n in part], bottom=[shares[n] for n in part], color=LIGHT["left-out"], **look
+    )
     colours = [LIGHT["dense" if shares[n] == 1 else "kept"] for n in some]
     filled = axes.bar(some, [shares[n] for n in some], color=colours, **look)
     for layer, column in [*zip(part, empty, strict=True), *zip(some, filled, strict=True)]:
@@ -156,5 +159,5 @@ def mark_sink(axes: "Axes", sink_layer: int | None) -> None:
     if sink_layer is None:
         return
     axes.axvline(sink_layer + 0.5, color=LIGHT["pruned"], linestyle="--", linewidth=1, clip_on=False)
-    place = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "ha": "center"}
-    axes.annotate("the sink forms", (sink_layer + 0.5, 1), (0, 3), fontsize=8, **place)
+    top = axes.get_xaxis_transform()
+    axes.annotate("the sink forms", (sink_layer + 0.5, 1), (0, 3), top, "offset points", ha="center", fontsize=8)

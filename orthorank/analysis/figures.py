@@ -64,7 +64,7 @@ def draw_layerwise(found: Sequence["LayerComparison"], criteria: tuple[str, str]
         axes.axhline(0, color=LIGHT["ink"], linewidth=0.8)
         title = f"{criteria[0]} minus {criteria[1]}: below 0, {criteria[0]} is better"
         axes.set(xlabel="layer that selects", ylabel="difference of perplexity", title=title)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params("x", integer=True)
         return save(figure, folder, "fig4-layerwise-selection")
 
 
@@ -89,4 +89,4 @@ def _cosines(axes: "Axes", rows: Sequence[Sequence[float]], mean: str, sink_laye
     axes.plot([sum(row) / len(row) for row in rows], color=LIGHT["kept"], linewidth=2.5, label=mean)
     mark_sink(axes, sink_layer)
     axes.set_xlabel("layer")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params("x", integer=True)

@@ -20,8 +20,7 @@ def picture(draw: Callable[..., None], label: str, width: float, height: float, 
         draw: a function below; it gets the axes, then ``arguments`` and ``options``.
         label: what it shows, for those who cannot see it. width, height: in CSS pixels.
     """
-    with new_figure(width, height) as figure:
-        figure.get_layout_engine().set(w_pad=0)  # flush with the page's text
+    with new_figure(width, height, edge=0) as figure:  # flush with the page's text
         draw(figure.subplots(), *arguments, **options)
         return svg(figure, label)
 
@@ -45,18 +44,17 @@ def scatter(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
     for row in found:
         at, right = (row["speedup"], row["perplexity"]), row["speedup"] <= middle  # the name goes where there is room
         axes.plot(*at, "o", color=LIGHT[COLOURS[row["name"]]], markersize=8, clip_on=False)
-        place = {"xytext": (8 if right else -8, 0), "textcoords": "offset points", "ha": "left" if right else "right"}
-        axes.annotate(words.TITLES[row["name"]], at, va="center", **place)
+        beside, side = ((8, 0), "left") if right else ((-8, 0), "right")
+        axes.annotate(words.TITLES[row["name"]], at, beside, textcoords="offset points", va="center", ha=side)
     axes.margins(0.08)
     axes.set(xlabel="measured prefill speed-up", ylabel="perplexity")
     axes.grid(axis="y", clip_on=False)
 
 
-def layers(axes: "Axes", row: dict[str, Any], num_layers: int) -> None:
-    """What a row's plan does to each layer; with the numbers of its layers where there is room for them."""
+def layers(axes: "Axes", row: dict[str, Any], num_layers: int, numbered: bool) -> None:
+    """What a row's plan does to each layer; ``numbered``: its layers have their numbers, otherwise every fifth has."""
     layer_strip(axes, [words.ratio_of(row, layer) for layer in range(num_layers)])
-    room = axes.get_figure().get_figwidth() / num_layers > 0.16  # inches
-    axes.set_xticks(row["layers"] if room else range(0, num_layers, 5))
+    axes.set_xticks(row["layers"] if numbered else range(0, num_layers, 5))
 
 
 def curve(axes: "Axes", values: Sequence[float], sink_layer: int | None, last: int, logarithmic: bool = False) -> None:
