@@ -1,7 +1,9 @@
 """The pictures of the page, each drawn on the axes of a figure."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from orthorank.plot import LIGHT, layer_strip, mark_sink, new_figure, svg
@@ -20,6 +22,12 @@ def picture(draw: Callable[..., None], label: str, width: float, height: float, 
         draw: a function below; it gets the axes, then ``arguments`` and ``options``.
         label: what it shows, for those who cannot see it. width, height: in CSS pixels.
     """
+    return _drawn(draw, label, width, height, json.dumps([arguments, options]))
+
+
+@lru_cache(maxsize=32)  # the demo writes its page after each step, with mostly the same pictures
+def _drawn(draw: Callable[..., None], label: str, width: float, height: float, inputs: str) -> str:
+    arguments, options = json.loads(inputs)
     with new_figure(width, height, edge=0) as figure:  # flush with the page's text
         draw(figure.subplots(), *arguments, **options)
         return svg(figure, label)
