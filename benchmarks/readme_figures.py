@@ -1,62 +1,70 @@
-"""Draw the README's picture from the committed results of the demo.
+"""Draw the pictures of the README and of the pages again, from committed results; nothing is measured.
 
-Run: ``python benchmarks/readme_figures.py``. Reads ``benchmarks/results/demo/results.json`` and writes
-``docs/images/demo.svg``.
+Run: ``python benchmarks/readme_figures.py``. Reads ``benchmarks/results/demo/results.json`` and
+``benchmarks/results/reproduce/smollm2-135m/summary.json``; writes ``docs/images/`` and the pictures beside the summary.
 """
 
 import json
-import re
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from orthorank.analysis import LayerComparison, figures
+from orthorank.analysis.similarity import Similarities
 from orthorank.files import write_text
-from orthorank.report import words
-from orthorank.report.page import COLOURS
-from orthorank.report.pictures import bars, layer_stacks, svg, text
+from orthorank.plot import new_figure, svg
+from orthorank.report import pictures, words
+from orthorank.reproduce.shown import titled
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, PICTURE = ROOT / "benchmarks/results/demo/results.json", ROOT / "docs/images/demo.svg"
-WIDTH, MARGIN, GAP = 800, 20, 36
+DEMO = ROOT / "benchmarks/results/demo/results.json"
+SUMMARY = ROOT / "benchmarks/results/reproduce/smollm2-135m/summary.json"
+IMAGES = ROOT / "docs/images"
+SHOWN = {  # in docs/images: the picture of the reproduction
+    "sink-similarity.svg": "fig2-similarity-with-sink.svg",
+    "sink-across-layers.svg": "fig3-similarity-across-layers.svg",
+    "chosen-layers.svg": "fig5-chosen-layers.svg",
+}
 
 
-def style() -> str:
-    """The page's colours and the rules for pictures; the rest of its style sheet is for text."""
-    css = files("orthorank.report").joinpath("page.css").read_text(encoding="utf-8")
-    light, dark = re.findall(r":root \{.*?\n\s*\}", css, re.DOTALL)
-    rules = re.findall(r"^\.ink .*?(?=^@media)", css, re.DOTALL | re.MULTILINE)
-    return f"<style>{light} @media (prefers-color-scheme: dark) {{ {dark} }} {' '.join(rules)}</style>"
-
-
-def placed(picture: str, x: float, y: float) -> tuple[str, float]:
-    """``picture`` at a place inside another one, and its height."""
-    found = re.search(r'height="([\d.]+)"', picture)
-    assert found is not None
-    return picture.replace("<svg ", f'<svg x="{x:g}" y="{y:g}" ', 1), float(found[1])
-
-
-def draw(results: dict[str, Any]) -> str:
+def draw_demo(results: dict[str, Any]) -> str:
     """The chosen layers above, perplexity and speed-up side by side below."""
     rows = results["rows"]
-    changed = [row | {"title": words.plan_title(row)} for row in rows if row["layers"]]
-    total = results["model_info"]["num_hidden_layers"]
-    stacks, height = placed(layer_stacks(changed, total, WIDTH - 2 * MARGIN), MARGIN, MARGIN)
-    y, half = MARGIN + height + 14, (WIDTH - 2 * MARGIN - GAP) / 2
-    body = ['<rect width="100%" height="100%" style="fill:var(--paper)"/>', stacks]
-    pairs = (("perplexity", "Perplexity: lower is better"), ("speedup", "Prefill speed-up, measured"))
-    for number, (key, title) in enumerate(pairs):
-        x = MARGIN + number * (half + GAP)
-        entries = [(words.TITLES[r["name"]], r[key], words.shown(key, r[key]), COLOURS[r["name"]]) for r in rows]
-        picture, height = placed(bars(entries, half, title), x, y + 22)
-        body += [text(x, y + 10, title), picture]
-    return svg(WIDTH, y + 22 + height + MARGIN / 2, [style(), *body], words.verdict(results)) + "\n"
+    changed = [row for row in rows if row["layers"]]
+    with new_figure(800, 100 * len(changed) + 190) as figure:
+        names = [[str(number)] * 2 for number in range(len(changed))]
+        panels = figure.subplot_mosaic([*names, ["perplexity", "speedup"]], height_ratios=[1] * len(changed) + [2.4])
+        for number, row in enumerate(changed):
+            pictures.layers(panels[str(number)], row, results["model_info"]["num_hidden_layers"], numbered=True)
+            panels[str(number)].set_title(words.plan_title(row), loc="left", pad=5)
+        for key, title in (("perplexity", "Perplexity: lower is better"), ("speedup", "Prefill speed-up, measured")):
+            pictures.bars(panels[key], rows, key)
+            panels[key].set_title(title, loc="left", pad=5)
+        return svg(figure, words.verdict(results), alone=True) + "\n"
+
+
+def draw_reproduction(summary: dict[str, Any], folder: Path) -> list[Path]:
+    """The paper's figures, as `orthorank reproduce` draws them."""
+    similar, sink_layer = Similarities(**summary["similarities"]), summary["sink"]["sink_layer"]
+    compared = [
+        LayerComparison(one["layer"], tuple(one["losses"]), tuple(one["other_losses"])) for one in summary["layerwise"]
+    ]
+    plans = {titled(name): dict.fromkeys(plan["layers"], plan["keep_ratio"]) for name, plan in summary["fig5"].items()}
+    return [
+        *figures.draw_similarity_with_sink(similar, sink_layer, folder),
+        *figures.draw_similarity_across_layers(similar, sink_layer, folder),
+        *figures.draw_similarity_of_others(similar, sink_layer, folder),
+        *figures.draw_layerwise(compared, ("orthogonal", "inverse"), folder),
+        *figures.draw_chosen_layers(plans, summary["model"]["num_hidden_layers"], folder),
+    ]
 
 
 def main() -> None:
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    write_text(PICTURE, draw(results))
-    print(f"wrote {PICTURE.relative_to(ROOT)}: {words.verdict(results)}")
+    write_text(IMAGES / "demo.svg", draw_demo(json.loads(DEMO.read_text(encoding="utf-8"))))
+    paths = draw_reproduction(json.loads(SUMMARY.read_text(encoding="utf-8")), SUMMARY.parent)
+    for name, drawn in SHOWN.items():
+        write_text(IMAGES / name, (SUMMARY.parent / drawn).read_text(encoding="utf-8"))
+    for path in (IMAGES / "demo.svg", *paths, *(IMAGES / name for name in SHOWN)):
+        print(f"wrote {path.relative_to(ROOT)}, {path.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

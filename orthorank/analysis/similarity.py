@@ -42,11 +42,6 @@ class Similarities:
     sink_across: tuple[tuple[float, ...], ...]
     other_across: tuple[tuple[float, ...], ...]
 
-    @property
-    def sink_mean(self) -> tuple[float, ...]:
-        """Cosine of the sink with the other tokens, one mean for each layer."""
-        return tuple(sum(row) / len(row) for row in self.sink_with)
-
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON stores them."""
         return dataclasses.asdict(self)

@@ -1,94 +1,80 @@
-"""Pictures as SVG text: they follow the page's colours, so one picture serves light and dark."""
+"""The pictures of the page, each drawn on the axes of a figure."""
 
-from collections.abc import Sequence
-from html import escape
-from typing import Any
+import json
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
+from orthorank.plot import LIGHT, layer_strip, mark_sink, new_figure, svg
 from orthorank.report import words
 
-FONT = 'font-family="system-ui, -apple-system, Segoe UI, Roboto, sans-serif"'
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = {"dense": "dense", "layer-pruning": "pruned", "orthorank": "kept"}
 
 
-def svg(width: float, height: float, body: Sequence[str], label: str) -> str:
-    """An SVG element of ``width`` x ``height`` pixels around ``body``, with a text for those who cannot see it.
-
-    >>> svg(10, 5, [rect(0, 0, 10, 5, "dense")], "a bar")[-61:]
-    '<rect class="dense" x="0" y="0" width="10" height="5"/></svg>'
-    """
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
-        f'height="{height:g}" role="img" aria-label="{escape(label, quote=True)}" {FONT} font-size="12">'
-        + "".join(body)
-        + "</svg>"
-    )
-
-
-def text(x: float, y: float, words: str, css: str = "ink", anchor: str = "start", size: float = 12) -> str:
-    """One line of text; ``css`` names its colour class."""
-    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size:g}"'
-    return f'<text class="{css}" {place}>{escape(words)}</text>'
-
-
-def rect(x: float, y: float, wide: float, tall: float, css: str) -> str:
-    """A rectangle; nothing when it has no area."""
-    if wide <= 0 or tall <= 0:
-        return ""
-    place = " ".join(f'{name}="{round(v, 1):g}"' for name, v in (("x", x), ("y", y), ("width", wide), ("height", tall)))
-    return f'<rect class="{css}" {place}/>'
-
-
-def line(x1: float, y1: float, x2: float, y2: float, css: str) -> str:
-    """A straight line."""
-    return f'<line class="{css}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
-
-
-def layer_stacks(rows: Sequence[dict[str, Any]], num_layers: int, width: float) -> str:
-    """The chosen layers as in the paper's Figure 5: a strip per row, in it a column per layer.
-
-    A column's filled part is the share of tokens that the layer updates: all of it in a dense layer, ``keep_ratio`` of
-    it in a selected one, nothing in a removed one.
+def picture(draw: Callable[..., None], label: str, width: float, height: float, *arguments: Any, **options: Any) -> str:
+    """SVG of what ``draw`` draws.
 
     Args:
-        rows: each with "title", "layers", "keep_ratio" and, where layers differ, "keep_ratios".
-        num_layers: columns. width: of the picture in pixels.
+        draw: a function below; it gets the axes, then ``arguments`` and ``options``.
+        label: what it shows, for those who cannot see it. width, height: in CSS pixels.
     """
-    step = width / num_layers
-    wide, tall = step - min(3.0, step / 4), 44.0
-    body, y = [], 0.0
-    for row in rows:
-        body.append(text(0, y + 12, row["title"]))
-        y += 20
-        body += [_column(layer, words.ratio_of(row, layer), layer * step, y, wide, tall) for layer in range(num_layers)]
-        y += tall + 13
-        numbered = row["layers"] if step >= 15 else range(0, num_layers, 5)  # closer, the numbers would overlap
-        body += [text(layer * step + wide / 2, y, str(layer), "soft", "middle", 11) for layer in numbered]
-        y += 18
-    label = "; ".join(f"{row['title']}: layers {', '.join(map(str, row['layers']))}" for row in rows)
-    return svg(width, y, body, label)
+    return _drawn(draw, label, width, height, json.dumps([arguments, options]))
 
 
-def _column(layer: int, share: float, x: float, y: float, wide: float, tall: float) -> str:
-    filled = tall * share
-    title = f"<title>{escape(f'layer {layer} updates {share:.0%} of the tokens')}</title>"
-    left_out = rect(x, y, wide, tall - filled, "left-out")
-    return f"<g>{title}{left_out}{rect(x, y + tall - filled, wide, filled, 'dense' if share == 1 else 'kept')}</g>"
+@lru_cache(maxsize=32)  # the demo writes its page after each step, with mostly the same pictures
+def _drawn(draw: Callable[..., None], label: str, width: float, height: float, inputs: str) -> str:
+    arguments, options = json.loads(inputs)
+    with new_figure(width, height, edge=0) as figure:  # flush with the page's text
+        draw(figure.subplots(), *arguments, **options)
+        return svg(figure, label)
 
 
-def bars(entries: Sequence[tuple[str, float | None, str, str]], width: float, label: str) -> str:
-    """Horizontal bars, each with its name above it and its figure at its end.
+def bars(axes: "Axes", rows: Sequence[dict[str, Any]], key: str) -> None:
+    """A horizontal bar for each row, its name above it and its figure ``key`` at its end; None has no bar."""
+    values = [row.get(key) or 0.0 for row in rows]
+    axes.barh(range(len(rows)), values, 0.36, color=[LIGHT[COLOURS[row["name"]]] for row in rows], clip_on=False)
+    for number, (row, value) in enumerate(zip(rows, values, strict=True)):
+        axes.text(0, number - 0.27, words.TITLES[row["name"]], color=LIGHT["soft"], va="bottom")
+        shown = words.shown(key, row.get(key))
+        axes.annotate(shown, (value, number), (5, 0), textcoords="offset points", va="center", fontsize=10)
+    axes.set(xlim=(0, 1.18 * (max(values) or 1.0)), ylim=(len(rows) - 0.75, -0.75))
+    axes.axis("off")
 
-    Args:
-        entries: ``(name, value, figure, colour class)``; a value of None draws no bar.
-        width: of the picture in pixels. label: what the picture shows, for those who cannot see it.
-    """
-    largest = max((value for _, value, _, _ in entries if value), default=1.0)
-    body, y = [], 0.0
-    for name, value, shown, css in entries:
-        length = (width - 64) * (value or 0) / largest
-        body += [
-            text(0, y + 12, name, "soft"),
-            rect(0, y + 18, length, 16, css),
-            text(length + 6, y + 30.5, shown, size=13),
-        ]
-        y += 44
-    return svg(width, y, body, f"{label}: " + ", ".join(f"{name} {shown}" for name, _, shown, _ in entries))
+
+def scatter(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
+    """Perplexity over measured speed-up, each point with its name beside it."""
+    found = [row for row in rows if row.get("perplexity") and row.get("speedup")]
+    middle = sum(row["speedup"] for row in found) / max(1, len(found))
+    for row in found:
+        at, right = (row["speedup"], row["perplexity"]), row["speedup"] <= middle  # the name goes where there is room
+        axes.plot(*at, "o", color=LIGHT[COLOURS[row["name"]]], markersize=8, clip_on=False)
+        beside, side = ((8, 0), "left") if right else ((-8, 0), "right")
+        axes.annotate(words.TITLES[row["name"]], at, beside, textcoords="offset points", va="center", ha=side)
+    axes.margins(0.08)
+    axes.set(xlabel="measured prefill speed-up", ylabel="perplexity")
+    axes.grid(axis="y", clip_on=False)
+
+
+def layers(axes: "Axes", row: dict[str, Any], num_layers: int, numbered: bool) -> None:
+    """What a row's plan does to each layer; ``numbered``: its layers have their numbers, otherwise every fifth has."""
+    layer_strip(axes, [words.ratio_of(row, layer) for layer in range(num_layers)])
+    axes.set_xticks(row["layers"] if numbered else range(0, num_layers, 5))
+
+
+def curve(axes: "Axes", values: Sequence[float], sink_layer: int | None, last: int, logarithmic: bool = False) -> None:
+    """A line over the layers from 0 to ``last``; a value that cannot be shown is left out."""
+    points = [(at, value) for at, value in enumerate(values) if math.isfinite(value) and (value > 0 or not logarithmic)]
+    if logarithmic:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+    axes.plot(*zip(*points, strict=True) if points else ([], []), color=LIGHT["kept"], linewidth=2, clip_on=False)
+    axes.set(xlim=(0, last), xlabel="layer")
+    axes.minorticks_off()
+    axes.grid(axis="y", clip_on=False)
+    mark_sink(axes, sink_layer)
+    if not points:
+        axes.text(0.5, 0.5, "nothing measured", transform=axes.transAxes, ha="center")

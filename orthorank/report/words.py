@@ -1,5 +1,6 @@
 """The results in words: used by the terminal and by the page, so that both say the same."""
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -171,70 +172,10 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [TITLES[row["name"]], changed(row), *(shown(key, row.get(key)) for key in figures)]
 
 
-def usage(results: Results) -> str:
-    """Python that applies the found plan."""
-    named = results["settings"]["model"]
-    return (
-        "import orthorank\n"
-        "from orthorank.models import load_model\n"
-        "\n"
-        f"model, tokenizer, info = load_model({named!r})\n".replace("load_model(None)", "load_model()")
-        + f"plan = orthorank.OrthoRankConfig.from_pretrained({results['plan_file']!r})\n"
-        "handle = orthorank.apply(model, plan)\n"
-        "\n"
-        'prompt = tokenizer("The attention sink is", return_tensors="pt").to(model.device)\n'
-        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))\n"
-        "print(orthorank.status(model))\n"
-        "handle.remove()  # the model is as it was\n"
-    )
-
-
-def how_measured(results: Results) -> list[tuple[str, str]]:
-    """Facts that a reader needs to repeat the run, as pairs of name and value; only those that are known."""
-    facts: list[tuple[str, str]] = []
-    model, source = results.get("model_info", {}), results.get("text_info", {})
-    if model:
-        facts.append(("model", f"{model['name']}, from {model['source']}"))
-    if source:
-        facts.append(("text", f"{source['name']}, {source['tokens']:,} tokens, sha256 {source['sha256'][:12]}"))
-    facts += [
-        (TITLES[name], _how_chosen(found, results["seconds"].get(f"search {name}")))
-        for name, found in results.get("plans", {}).items()
-    ]
-    if quality := results.get("quality"):
-        facts.append(("perplexity", f"{quality['windows']} held-out windows of {quality['seq_len']} tokens"))
-    if speed := results.get("speed"):
-        facts.append(
-            (
-                "speed",
-                f"prefill of {speed['prompt']:,} random tokens, batch {speed['batch']}, logits of the last one; "
-                f"medians of {speed['rounds']} interleaved rounds, {speed['clock']}",
-            )
-        )
-    if here := results.get("environment"):
-        versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items() if version)
-        facts.append(("machine", f"{here['processor']}; {here['threads']} threads; Python {here['python']}"))
-        facts.append(("software", versions))
-    if seconds := results.get("seconds"):
-        facts.append(("time", f"{seconds['total']:.0f} s"))
-    return facts
-
-
 def _span(values: list[float]) -> str:
     if not values:
         return "not measured"
     return f"{min(values):.3f} to {max(values):.3f}, median {sorted(values)[len(values) // 2]:.3f}"
-
-
-def _how_chosen(found: dict[str, Any], seconds: float | None) -> str:
-    chosen = f"layers {layers(found['layers'])}"
-    if "evaluations" not in found:
-        return f"{chosen}; {found['origin']}"
-    ended = f"in {seconds:.0f} s" if seconds is not None else "before it was interrupted"
-    return (
-        f"{chosen}; greedy search among layers {layers(found['candidates'])}, {found['evaluations']} evaluations of "
-        f"{found['tokens']:,} tokens {ended}"
-    )
 
 
 def _comparison(results: Results, pruned: dict[str, Any], ortho: dict[str, Any]) -> str:
@@ -248,6 +189,4 @@ def _comparison(results: Results, pruned: dict[str, Any], ortho: dict[str, Any])
 
 
 def _log_ratio(pruned: dict[str, Any], ortho: dict[str, Any]) -> float:
-    import math
-
     return math.log(ortho["perplexity"] / pruned["perplexity"])

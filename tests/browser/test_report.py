@@ -35,6 +35,8 @@ addEventListener("load", () => {
     detail: getComputedStyle(tokens[1], "::after").content,
     shades: [0, 3, 6].map(n => getComputedStyle(document.querySelector(".legend .shade" + n)).backgroundColor),
     paper: getComputedStyle(document.body).backgroundColor,
+    bar: getComputedStyle(document.querySelector('svg path[style*="fill: #0f766e"]')).fill,
+    hover: document.querySelector(".wide svg title").textContent,
   };
   tokens[1].focus();
   seen.detail = getComputedStyle(tokens[1], "::after").content;
@@ -101,5 +103,7 @@ def test_shades_differ_in_light_and_dark(tmp_path: Path, page: str) -> None:
     light, _ = browse(tmp_path, page, 900)
     dark, _ = browse(tmp_path, page, 901, "--blink-settings=preferredColorScheme=0")
     assert light["paper"] != dark["paper"]
+    assert (light["bar"], dark["bar"]) == ("rgb(15, 118, 110)", "rgb(45, 212, 191)"), "a picture's own colour"
+    assert light["hover"] == "layer 3 updates 0% of the tokens"
     for seen in (light, dark):
         assert len(set(seen["shades"])) == 3

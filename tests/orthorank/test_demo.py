@@ -18,6 +18,7 @@ from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank.demo import Settings, SilentScreen, run_demo
 from orthorank.models import load_model
 from orthorank.plans import default_plan, shipped_plans
+from tests.orthorank.test_report import usage
 
 ROW = {
     "name",
@@ -168,11 +169,9 @@ def test_the_page_is_there_and_names_the_layers(finished):
 
 
 def test_the_usage_on_the_page_runs(finished, capsys):
-    from orthorank.report import words
-
-    _, _, results = finished
+    output, _, results = finished
     names: dict[str, Any] = {}
-    exec(words.usage(results), names)
+    exec(usage((output / "report.html").read_text()), names)
     out = capsys.readouterr().out
     assert "The attention sink is" in out
     assert "selected" in out, "the status of the plan"

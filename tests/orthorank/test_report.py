@@ -1,15 +1,18 @@
 """The page is read back: structure, figures, and what it says when OrthoRank is the worse choice."""
 
 import re
+import sys
+from html import unescape
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orthorank.report import html_page, words
-from orthorank.report.charts import Marks, line_chart, linear_ticks, log_ticks
-from orthorank.report.pictures import bars, layer_stacks
+from orthorank.errors import OrthoRankError
+from orthorank.plot import DARK, LIGHT
+from orthorank.report import html_page, pictures, words
 
 VOID = {"meta", "br", "hr", "img", "link", "input", "wbr"}
 
@@ -127,7 +130,7 @@ def test_the_page_has_colours_for_light_and_dark_for_each_name_it_uses(results):
     html = html_page(results)
     light, dark = re.findall(r":root \{(.*?)\}", html, re.DOTALL)
     defined = [set(re.findall(r"(--[a-z-]+):", block)) for block in (light, dark)]
-    assert defined[0] == defined[1] == set(re.findall(r"var\((--[a-z-]+)\)", html))
+    assert defined[0] == defined[1] >= set(re.findall(r"var\((--[a-z-]+)\)", html))
     assert "prefers-color-scheme: dark" in html
     classes = {name for css in re.findall(r'class="([^"]+)"', html) for name in css.split()}
     assert {name for name in classes if f".{name}" not in html} == set(), "a class without a rule"
@@ -150,13 +153,26 @@ def test_names_are_escaped(results):
     assert "<model>" not in html
 
 
-def test_pictures_come_in_two_widths_with_words_for_those_who_cannot_see_them(results):
-    page = Page(html_page(results))
-    pictures = [a for tag, a in page.tags if tag == "svg"]
-    assert len(pictures) == 2 * (2 + 1 + 1 + 3), "two of bars, speed against quality, the layers, the sink"
-    assert all(a["role"] == "img" and a["aria-label"] for a in pictures)
-    narrow = [int(a["width"] or 0) for a in pictures[1::2]]
-    assert max(narrow) <= 360 - 2 * 16, "wider than a phone's page"
+def test_pictures_fit_a_phone_and_have_words_for_those_who_cannot_see_them(results):
+    html = html_page(results)
+    drawn = [a for tag, a in Page(html).tags if tag == "svg"]
+    assert len(drawn) == 2 + 1 + 2 * 2 + 3, "bars, speed against quality, two plans in two widths, the sink"
+    assert all(a["role"] == "img" and a["aria-label"] for a in drawn)
+    labels = [str(a["aria-label"]) for a in drawn]
+    assert labels[0] == "Perplexity: lower is better: dense 21.15, layer pruning (SLEB) 47.00, OrthoRank 50.00"
+    assert labels[2].endswith("dense 21.15 at 1.00x; layer pruning (SLEB) 47.00 at 1.25x; OrthoRank 50.00 at 1.20x")
+    assert labels[-4] == "OrthoRank: 9 layers update 1/3 of the tokens, layers 14-22"
+    wide = re.findall(r'<div class="wide">.*?</div>', html, re.DOTALL)
+    shown = [float(points) * 96 / 72 for points in re.findall(r'<svg[^>]*width="([\d.]+)pt"', html)]
+    assert len(wide) == 2
+    assert sorted(set(map(round, shown))) == [326, 364, 760]
+
+
+def test_a_page_of_two_plans_has_no_number_twice(results):
+    found = {"pieces": ["a"], "layers": [[]], "selecting": [3]}
+    ids = [a["id"] for _, a in Page(html_page(results | {"token_map": found})).tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert "after-map" in ids
 
 
 def test_a_run_that_ended_early_still_gives_a_page(results):
@@ -174,12 +190,6 @@ def test_an_interrupted_search_shows_the_layers_so_far(results):
     text = Page(html_page(results)).text
     assert "OrthoRank: 9 layers update 1/3 of the tokens" in text
     assert "before it was interrupted" in text
-
-
-def test_charts_of_one_model_share_their_axis():
-    marks = Marks(last=4)
-    ends = [re.findall(r" ([\d.]+),", line_chart([1.0] * n, 342, "x", marks))[-1] for n in (5, 3)]
-    assert [float(x) for x in ends] == [330.0, pytest.approx(42 + 288 / 2)]
 
 
 def test_partial_rows_show_a_dash(results):
@@ -213,51 +223,130 @@ def test_the_verdict_without_layer_pruning(results):
     )
 
 
-def test_layer_stacks_fill_each_column_by_its_share():
-    rows = [{"title": "a plan", "layers": [1, 3], "keep_ratio": 0.25}]
-    picture = layer_stacks(rows, 4, 400)
-    assert picture.count("<g>") == 4
-    heights = {css: re.findall(rf'class="{css}"[^>]*height="([\d.]+)"', picture) for css in ("dense", "kept")}
-    assert heights == {"dense": ["44", "44"], "kept": ["11", "11"]}
-    assert "layer 3 updates 25% of the tokens" in picture
-    assert "kept" not in layer_stacks([rows[0] | {"keep_ratio": 0.0}], 4, 400), "a removed layer has nothing filled"
+def shapes(svg: str, colour: str) -> list[list[tuple[float, float]]]:
+    """The corners of every path of a colour of the palette, as ``(x, y)``."""
+    paths = re.findall(rf'<path d="([^"]+)"[^>]*style="[^"]*{LIGHT[colour]}', svg)
+    return [[(float(x), float(y)) for x, y in re.findall(r"([\d.]+) ([\d.]+)", path)] for path in paths]
+
+
+def size(corners: list[tuple[float, float]], axis: int) -> float:
+    return max(corner[axis] for corner in corners) - min(corner[axis] for corner in corners)
+
+
+def test_a_layer_s_column_is_filled_by_its_share(results):
+    row = a_row("orthorank", [1, 3], 0.25)
+    svg = pictures.picture(pictures.layers, "a plan", 400, 64, row, 4, True)
+    full = [size(column, 1) for column in shapes(svg, "dense")]
+    part = [size(column, 1) for column in shapes(svg, "kept")]
+    rest = [size(column, 1) for column in shapes(svg, "left-out")]
+    assert full == [pytest.approx(full[0], abs=0.02)] * 2
+    assert part == [pytest.approx(0.25 * full[0], abs=0.02)] * 2
+    assert rest == [pytest.approx(0.75 * full[0], abs=0.02)] * 2
+    titles = re.findall(r"<title>(.*?)</title>", svg)
+    assert sorted(set(titles)) == [f"layer {n} updates {share}% of the tokens" for n, share in enumerate([100, 25] * 2)]
+    removed = pictures.picture(pictures.layers, "a plan", 400, 64, row | {"keep_ratio": 0.0}, 4, False)
+    assert shapes(removed, "kept") == [], "a removed layer has nothing filled"
 
 
 def test_bars_are_as_long_as_their_values():
-    picture = bars([("a", 10.0, "10", "dense"), ("b", 5.0, "5", "kept"), ("c", None, "-", "kept")], 264, "sizes")
-    assert re.findall(r'<rect[^>]*width="([\d.]+)"', picture) == ["200", "100"]
-    assert 'aria-label="sizes: a 10, b 5, c -"' in picture
+    rows = [a_row("dense", [], 1.0, speedup=1.0), a_row("layer-pruning", [1], 0.0, speedup=2.0)]
+    rows.append(a_row("orthorank", [1], 0.5, speedup=None))
+    svg = pictures.picture(pictures.bars, "sizes", 364, 132, rows, "speedup")
+    (dense,), (pruned,) = shapes(svg, "dense"), shapes(svg, "pruned")
+    assert size(pruned, 0) == pytest.approx(2 * size(dense, 0), abs=0.05)
+    assert re.findall(r">([^<>]+)</text>", svg) == [
+        "dense", "1.00x", "layer pruning (SLEB)", "2.00x", "OrthoRank", "-"
+    ]  # fmt: skip
 
 
-def test_a_line_passes_through_its_values():
-    picture = line_chart([1.0, 10.0, float("nan"), 100.0], 342, "ratios", Marks(at=1, words="here"), logarithmic=True)
-    points = re.search(r'<polyline[^>]*points="([^"]+)"', picture)
-    assert points is not None
-    xy = [tuple(map(float, point.split(","))) for point in points[1].split()]
-    assert len(xy) == 3, "a value that is not finite is left out"
-    assert xy[0][1] - xy[1][1] == pytest.approx(xy[1][1] - xy[2][1]), "factors of ten are equal steps"
-    assert ">here</text>" in picture
-    assert "nothing measured" in line_chart([float("inf")], 300, "nothing")
+def test_a_curve_passes_through_its_values_and_ends_where_the_axis_of_its_model_does():
+    def points(values: list[float], **options: Any) -> list[tuple[float, float]]:
+        return shapes(pictures.picture(pictures.curve, "a curve", 364, 200, values, 1, 4, **options), "kept")[0]
+
+    found = points([1.0, 10.0, float("nan"), 100.0, -1.0], logarithmic=True)
+    assert len(found) == 3, "a value that cannot be shown is left out"
+    assert found[0][1] - found[1][1] == pytest.approx(found[1][1] - found[2][1], abs=0.02), "equal factors, equal steps"
+    steps = [b[0] - a[0] for a, b in pairwise(found)]
+    assert steps[1] == pytest.approx(2 * steps[0], abs=0.02), "layer 2 is missing"
+    longer = points([1.0, 10.0, 5.0, 100.0, 7.0])
+    assert len(longer) == 5
+    assert longer[3][0] - longer[0][0] == pytest.approx(found[2][0] - found[0][0], rel=0.02), "one axis for both"
+    nothing = pictures.picture(pictures.curve, "nothing", 364, 200, [float("inf")], None, 4)
+    assert "nothing measured" in nothing
+    assert "the sink forms" not in nothing
 
 
-@pytest.mark.parametrize("values", [[0.0, 1.0], [0.989, 0.991], [-3.0, 7.0], [5.0, 5.0], [0.0], [1e-4, 1234.0]])
-def test_ticks_enclose_the_values(values):
-    ticks = linear_ticks(values)
-    assert ticks[0] <= min(values) + 1e-9
-    assert ticks[-1] >= max(values) - 1e-9
-    assert 2 <= len(ticks) <= 9
-    if min(values) > 0:
-        powers = log_ticks(values)
-        assert powers[0] * 0.89 <= min(values)
-        assert powers[-1] >= max(values)
+def test_a_scatter_places_points_by_their_figures():
+    rows = [a_row("dense", [], 1.0, speedup=1.0, perplexity=20.0)]
+    rows.append(a_row("orthorank", [1], 0.5, speedup=1.2, perplexity=30.0))
+    rows.append(a_row("layer-pruning", [1], 0.0, speedup=None, perplexity=40.0))
+    svg = pictures.picture(pictures.scatter, "two plans", 364, 300, rows)
+    points = [(float(x), float(y)) for x, y in re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"', svg)]
+    assert len(points) == 2, "a plan without a speed is not shown"
+    assert points[0][0] < points[1][0]
+    assert points[0][1] > points[1][1], "more is higher up"
+    assert {"dense", "OrthoRank"} <= set(re.findall(r">([^<>]+)</text>", svg))
+
+
+def usage(html: str) -> str:
+    """The Python on the page."""
+    (code,) = re.findall(r"<pre>(.*?)</pre>", html, re.DOTALL)
+    return unescape(code)
 
 
 def test_the_usage_in_the_page_is_python(results):
-    compile(words.usage(results), "usage", "exec")
-    assert "load_model()" in words.usage(results)
-    results["settings"]["model"] = "owner/model"
-    assert "load_model('owner/model')" in words.usage(results)
+    code = usage(html_page(results))
+    compile(code, "usage", "exec")
+    assert "load_model()" in code
+    results["settings"]["model"] = "owner/<model>'s"
+    code = usage(html_page(results))
+    compile(code, "usage", "exec")
+    assert """load_model("owner/<model>'s")""" in code
 
 
-def test_the_style_sheet_is_part_of_the_package():
-    assert (Path(words.__file__).parent / "page.css").is_file()
+def test_how_it_was_measured(results):
+    page = re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", html_page(results), re.DOTALL)
+    assert {name: " ".join(unescape(value).split()) for name, value in page} == {
+        "model": "owner/<model>, from folder",
+        "text": "a text, 113,108 tokens, sha256 0123456789ab",
+        "OrthoRank": "layers 14-22; greedy search among layers 12-27, 108 evaluations of 512 tokens in 45 s",
+        "layer pruning (SLEB)": "layers 3, 5, 7, 9, 11, 20; shipped with the package",
+        "perplexity": "16 held-out windows of 512 tokens",
+        "speed": "prefill of 2,048 random tokens, batch 1, logits of the last one; medians of 5 interleaved rounds, "
+        "wall clock",
+        "machine": "a CPU; 2 threads; Python 3.11.7",
+        "software": "torch 2.13.0",
+        "time": "200 s",
+    }
+
+
+@pytest.mark.parametrize(("module", "remedy"), [("jinja2", "[demo]"), ("matplotlib", "[plot]")])
+def test_what_is_missing_is_named_with_its_extra(results, monkeypatch, module, remedy):
+    monkeypatch.setitem(sys.modules, module, None)
+    pictures._drawn.cache_clear()
+    with pytest.raises(OrthoRankError, match=rf"needs {module}; run: pip install 'orthorank-kernels\{remedy}'"):
+        html_page(results)
+
+
+def test_template_and_style_sheet_are_part_of_the_package():
+    folder = Path(words.__file__).parent
+    assert {"page.css", "page.html.j2"} <= {file.name for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("colours", [LIGHT, DARK])
+def test_text_is_read_on_the_paper(colours):
+    for name in ("ink", "soft"):
+        assert contrast(colours[name], colours["paper"]) >= 4.5, name
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG's contrast of two colours."""
+    low, high = sorted(luminance(colour) for colour in (one, other))
+    return (high + 0.05) / (low + 0.05)
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of sRGB, as WCAG defines it."""
+    values = [v / 255 for v in bytes.fromhex(colour.removeprefix("#"))]
+    linear = [v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4 for v in values]
+    return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
