@@ -21,6 +21,7 @@ def command(
     from rich.console import Console
 
     from orthorank.commands.screen import RichScreen
+    from orthorank.integrations.vllm.installed import installed
     from orthorank.models import load_model, locate
     from orthorank.report import words
     from orthorank.sink import candidate_layers, detect_sink
@@ -29,9 +30,14 @@ def command(
     with RichScreen(console).progress(f"loading {locate(model).name}", 1):
         loaded, tokenizer, info = load_model(model, device)
     sink = detect_sink(loaded, tokenizer)
-    candidates = candidate_layers(sink) if sink.applies else []
+    candidates, vllm = candidate_layers(sink) if sink.applies else [], installed()
     if json:
-        report = {"model": info.to_dict(), "sink": sink.to_dict(), "candidate_layers": candidates}
+        report = {
+            "model": info.to_dict(),
+            "sink": sink.to_dict(),
+            "candidate_layers": candidates,
+            "vllm": vllm.to_dict() | {"serves": vllm.serves(info.model_type)},
+        }
         print(json_module.dumps(report, indent=2))
         return 0 if sink.applies else 1
     screen = RichScreen(console)
@@ -45,4 +51,5 @@ def command(
         )
     elif sink.sink_layer is not None:
         screen.say("It forms so late that no layer is left between it and the protected last two.")
+    screen.say(vllm.sentence(info.model_type))
     return 0 if sink.applies else 1
