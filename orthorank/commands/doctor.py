@@ -21,6 +21,7 @@ def command(
     """
 
     from orthorank.commands.screen import RichScreen, console
+    from orthorank.integrations.vllm.installed import installed
     from orthorank.models import load_model, locate
     from orthorank.report import words
     from orthorank.sink import candidate_layers, detect_sink
@@ -33,9 +34,15 @@ def command(
         loaded, tokenizer, info = load_model(model, device)
     where = Bos.of(bos, tokenizer)
     sink = detect_sink(loaded, tokenizer, bos=bos)
-    candidates = candidate_layers(sink) if sink.applies else []
+    candidates, vllm = candidate_layers(sink) if sink.applies else [], installed()
     if json:
-        report = {"model": info.to_dict(), "bos": where.policy, "sink": sink.to_dict(), "candidate_layers": candidates}
+        report = {
+            "model": info.to_dict(),
+            "bos": where.policy,
+            "sink": sink.to_dict(),
+            "candidate_layers": candidates,
+            "vllm": vllm.to_dict() | {"serves": vllm.serves(info.model_type)},
+        }
         print(json_module.dumps(report, indent=2))
         return 0 if sink.applies else 1
     screen = RichScreen(terminal)
@@ -50,4 +57,5 @@ def command(
         )
     elif sink.sink_layer is not None:
         screen.say("It forms so late that no layer is left between it and the protected last two.")
+    screen.say(vllm.sentence(info.model_type))
     return 0 if sink.applies else 1

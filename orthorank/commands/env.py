@@ -11,13 +11,16 @@ def command(
 ) -> int:
     """Versions, devices, and for each op which implementation it takes and why."""
     from orthorank.environment import environment, op_backends
+    from orthorank.integrations.vllm.installed import installed
 
-    here = environment()
+    here, vllm = environment(), installed()
     choices = [choice for device in here.devices for choice in op_backends(device.split()[0])]
     if json:
-        print(json_module.dumps({**here.to_dict(), "ops": [vars(choice) for choice in choices]}, indent=2))
+        ops_found = [vars(choice) for choice in choices]
+        print(json_module.dumps({**here.to_dict(), "vllm": vllm.to_dict(), "ops": ops_found}, indent=2))
         return 0
 
+    from rich.markup import escape
     from rich.table import Table
 
     from orthorank.commands.screen import console
@@ -27,6 +30,7 @@ def command(
     versions.add_row("python", here.python)
     for name, version in here.versions.items():
         versions.add_row(name, version or "not installed")
+    versions.add_row("vllm", escape(vllm.plugin))
     versions.add_row("platform", here.platform)
     versions.add_row("processor", f"{here.processor}; PyTorch uses {here.threads} threads")
     versions.add_row("devices", "\n".join(here.devices))

@@ -1,6 +1,7 @@
 """``orthorank vllm-args``: what vLLM is started with to serve a plan."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,10 @@ REUSE = (
 ATTENTION = "auto, paged (this package's kernel over vLLM's cache) or portable (the backend's own kernel)."
 SCORES = "own: every rank of a tensor-parallel group selects by its own scores; first rank: by those of the first one."
 CACHING = "Whether requests may use blocks of earlier ones, where the plan's way to select allows it."
+LENGTH = (
+    "Tokens of the longest prompt and answer together. Default: the model's context. With top-k a step has room for as "
+    "many, and the cache has less."
+)
 BLOCK = "Tokens of a block of the cache. Default: vLLM's choice, or what the plan's windows need."
 
 
@@ -31,6 +36,7 @@ def command(
     scores: Annotated[str, typer.Option(help=SCORES)] = "own",
     prefix_caching: Annotated[bool, typer.Option(help=CACHING)] = True,
     block_size: Annotated[int | None, typer.Option(help=BLOCK)] = None,
+    max_model_len: Annotated[int | None, typer.Option(help=LENGTH)] = None,
     python: Annotated[bool, typer.Option("--python", help="Print keyword arguments of vllm.LLM as JSON.")] = False,
 ) -> int:
     """Print the arguments with which vLLM serves a model with a plan.
@@ -40,7 +46,7 @@ def command(
     """
     from orthorank.config import OrthoRankConfig
     from orthorank.files import user_path
-    from orthorank.integrations.vllm.arguments import command_line, config_of, vllm_arguments
+    from orthorank.integrations.vllm.arguments import command_line, config_of, hints, vllm_arguments
     from orthorank.integrations.vllm.serving import Serving
 
     serving = Serving(
@@ -51,6 +57,10 @@ def command(
         scores=scores,
     )
     config = None if model is None else config_of(model)
-    arguments = vllm_arguments(serving, config, prefix_caching=prefix_caching, block_size=block_size)
+    arguments = vllm_arguments(
+        serving, config, prefix_caching=prefix_caching, block_size=block_size, max_model_len=max_model_len
+    )
+    for hint in hints(serving, config, max_model_len):
+        print(f"orthorank: {hint}", file=sys.stderr)  # the shell evaluates what goes to stdout
     print(json.dumps(arguments, indent=2) if python else command_line(arguments))
     return 0

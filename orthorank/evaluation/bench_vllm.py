@@ -5,7 +5,6 @@ A time is the wall clock around `vllm.LLM.generate` for one token: scheduler, sa
 are in it, as a server's users have them.
 """
 
-import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -141,12 +140,12 @@ def engine_arguments(
 
 def check_installed() -> None:
     """vLLM is there, with what the plugin needs of it."""
-    from orthorank.integrations.vllm import hooks
+    from orthorank.integrations.vllm.installed import installed
 
-    if importlib.util.find_spec("vllm") is None:
+    if (here := installed()).version is None:
         raise OrthoRankError("engine is 'vllm', which is not installed; run: pip install 'orthorank-kernels[vllm]'")
-    if missing := hooks.missing():
-        raise OrthoRankError(hooks.sentence(missing).removeprefix("orthorank: "))
+    if here.obstacle is not None:
+        raise OrthoRankError(f"engine is 'vllm', and its plugin {here.obstacle}")
 
 
 def _plan_arguments(plan: "OrthoRankConfig | None", config: Any) -> dict[str, Any]:
@@ -198,7 +197,7 @@ def _measure(
 ) -> VLLMReport:
     import torch
 
-    from orthorank.integrations.vllm import hooks
+    from orthorank.integrations.vllm import interface
 
     prompts = _prompts(config, settings)
     clock = clock_of(torch.device("cpu"))
@@ -228,7 +227,7 @@ def _measure(
         warmup=settings.warmup,
     )
     ways = {name: each["attention"] for name, each in about.items()}
-    return VLLMReport(settings, common, hooks.version(), one["backend"], report, first, ways)
+    return VLLMReport(settings, common, interface.version(), one["backend"], report, first, ways)
 
 
 def _prompts(config: Any, settings: BenchSettings) -> list[dict[str, list[int]]]:

@@ -101,6 +101,20 @@ def test_before_anything_was_asked_for() -> None:
         _ = bank.states
 
 
+def test_forgotten_states_are_computed_anew() -> None:
+    """By whatever the weights are then, in the order of the tokens that come, so that all ranks stay alike."""
+    weight = [1.0]
+    bank = SinkBank(lambda token: torch.full((1, 1), weight[0] * token), 3)
+    bank.slots([5, 7])
+    weight[0] = 10.0
+    assert bank.states[bank.slots([5]), 0, 0].tolist() == [5.0]  # nothing says that they changed
+    bank.forget()
+    assert bank.slots([7, 5]) == [0, 1]
+    assert bank.states[:2, 0, 0].tolist() == [70.0, 50.0]
+    bank.slots([1, 2])  # makes room as before
+    assert bank.states[bank.slots([2, 1, 5]), 0, 0].tolist() == [20.0, 10.0, 50.0]
+
+
 def test_a_computation_that_fails_leaves_the_bank_as_it_was() -> None:
     fails = [2]
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from orthorank import OrthoRankError
 from orthorank.integrations.vllm import hooks
 from orthorank.integrations.vllm.requests import RequestTable
 
@@ -29,11 +30,39 @@ def test_rows_of_the_runner_that_builds_metadata(monkeypatch: pytest.MonkeyPatch
     """Rows past its requests are padding, whatever stands there."""
     batch = SimpleNamespace(
         num_reqs=2,
+        req_ids=["a", "b"],
         num_prompt_tokens=np.array([3, 5, 9, 9]),
         token_ids_cpu=np.array([[7, 1], [8, 1], [9, 1], [4, 1]]),
     )
-    monkeypatch.setattr(hooks._Running, "runner", SimpleNamespace(input_batch=batch))
+    requests = dict.fromkeys("ab", SimpleNamespace(sampling_params=None))
+    monkeypatch.setattr(hooks._Running, "runner", SimpleNamespace(input_batch=batch, requests=requests))
     assert RequestTable(4).rows(common(3, None)) == ([3, 5, 0], [7, 8, 9])
+
+
+def test_requests_that_say_how_many_tokens_are_their_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beams, and answers that are sent again: what was generated is not selected from, by either runner."""
+    said = SimpleNamespace(extra_args={"orthorank_prompt_tokens": 2})
+    table = RequestTable(4)
+    table.add(0, [7, 8, 9], said)
+    table.add(1, [7], said)
+    table.add(2, [7, 8, 9], SimpleNamespace(extra_args=None))
+    assert table.rows(common(3, [0, 1, 2]))[0] == [2, 1, 3]
+    batch = SimpleNamespace(
+        num_reqs=2,
+        req_ids=["a", "b"],
+        num_prompt_tokens=np.array([3, 5, 9]),
+        token_ids_cpu=np.array([[7, 1], [8, 1], [9, 1]]),
+    )
+    requests = {"a": SimpleNamespace(sampling_params=said), "b": SimpleNamespace(sampling_params=None)}
+    monkeypatch.setattr(hooks._Running, "runner", SimpleNamespace(input_batch=batch, requests=requests))
+    assert RequestTable(4).rows(common(2, None)) == ([2, 5], [7, 8])
+
+
+def test_a_runner_that_keeps_them_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = SimpleNamespace(num_reqs=1, req_ids=["a"], num_prompt_tokens=[3], token_ids_cpu=np.array([[7]]))
+    monkeypatch.setattr(hooks._Running, "runner", SimpleNamespace(input_batch=batch, requests={}))
+    with pytest.raises(OrthoRankError, match="has num_prompt_tokens of type list, and OrthoRank needs ndarray"):
+        RequestTable(4).rows(common(1, None))
 
 
 def test_metadata_that_no_runner_asked_for() -> None:

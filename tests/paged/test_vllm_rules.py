@@ -1,9 +1,19 @@
 """`orthorank.integrations.vllm.rules`: where chunks end, and what may be used again, against the stated groups."""
 
+from types import SimpleNamespace
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthorank.integrations.vllm.rules import chunk_tokens, reusable_tokens
+from orthorank import OrthoRankError
+from orthorank.integrations.vllm.rules import (
+    check_prompt_tokens,
+    chunk_tokens,
+    prompt_tokens,
+    reusable_tokens,
+    without_layers,
+)
 from tests.paged.stated import Group, Row, groups
 
 
@@ -60,3 +70,30 @@ def test_by_a_threshold_it_is_what_is_not_forced(prompt: int, keep_last: int) ->
     free = [row for group in found for row in group.rows if row not in group.forced]
     assert reusable_tokens(prompt, keep_last, None) == len(free)
     assert free == list(range(len(free)))
+
+
+@pytest.mark.parametrize("said", ["9", 0, -1, 2.0, True, [3]])
+def test_what_is_no_number_of_prompt_tokens(said: object) -> None:
+    """Refused where a request is taken; where it came another way, its whole prompt is one."""
+    extra = {"orthorank_prompt_tokens": said}
+    with pytest.raises(OrthoRankError, match="it must be the number of the prompt's own tokens, at least 1"):
+        check_prompt_tokens(extra)
+    assert prompt_tokens(12, SimpleNamespace(extra_args=extra)) == 12
+
+
+def test_prompt_tokens() -> None:
+    for extra in (None, {}, {"other": 3}, {"orthorank_prompt_tokens": 3}):
+        check_prompt_tokens(extra)
+    assert prompt_tokens(12, SimpleNamespace(extra_args={"other": 3})) == 12
+    assert prompt_tokens(12, SimpleNamespace()) == 12
+    assert prompt_tokens(2, SimpleNamespace(extra_args={"orthorank_prompt_tokens": 3})) == 2
+
+
+def test_weights_of_removed_layers_are_passed_over() -> None:
+    names = [
+        *("model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight", "layers.1.attention.wq.weight"),
+        *("model.layers.11.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight", "lm_head.weight"),
+    ]
+    kept = [name for name, _ in without_layers(zip(names, names, strict=True), (1, 2))]
+    assert kept == [names[0], names[3], names[5]]
+    assert list(without_layers(zip(names, names, strict=True), ())) == list(zip(names, names, strict=True))

@@ -1,12 +1,14 @@
 """`orthorank.integrations.vllm.serving` and the plans that `checks` refuses: what is read, and what an error says."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from orthorank import OrthoRankConfig, OrthoRankError
-from orthorank.integrations.vllm.checks import needs_scheduler, plan_obstacles
+from orthorank.integrations.vllm.checks import lost_plan, needs_scheduler, plan_obstacles
 from orthorank.integrations.vllm.serving import OPTIONS, Serving
 
 PLAN = {"layers": [2, 3], "keep_ratio": 0.5}
@@ -67,6 +69,8 @@ def test_an_illegal_option(name: str, value: Any) -> None:
         ({"plan": None}, r"orthorank = None; it must be"),
         ({"plan": PLAN, "resue": "all"}, r"the key 'resue'; beside the plan it may have \['threshold_count', 'reuse'"),
         ({}, "no key 'layers'"),
+        (PLAN | {"keep_ratoi": 0.5}, "keep_ratoi.*A server ignores none: correct.*known are layers, keep_ratio"),
+        ({"plan": PLAN | {"selcet": "window"}}, "selcet"),
         ({"plan": PLAN | {"keep_ratio": 1.5}}, "keep_ratio"),
         ("nowhere.json", r"no plan can be read at nowhere\.json"),
     ],
@@ -74,6 +78,26 @@ def test_an_illegal_option(name: str, value: Any) -> None:
 def test_what_is_no_plan(value: Any, words: str) -> None:
     with pytest.raises(OrthoRankError, match=words):
         Serving.of(value)
+
+
+def test_a_typo_in_a_file_is_refused_too(tmp_path: Path) -> None:
+    file = plan_of().save_pretrained(tmp_path)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"keep_lats": 4}))
+    with pytest.raises(OrthoRankError, match="keep_lats"):
+        Serving.of(str(file))
+
+
+def model(model_type: str, architecture: str) -> SimpleNamespace:
+    return SimpleNamespace(architecture=architecture, hf_config=SimpleNamespace(model_type=model_type))
+
+
+def test_a_plan_beside_a_dense_architecture() -> None:
+    assert list(lost_plan(model("llama", "OrthoRankLlamaForCausalLM"))) == []
+    (said,) = lost_plan(model("qwen2", "Qwen2ForCausalLM"))
+    assert "'Qwen2ForCausalLM', which would be served dense" in said
+    assert "set architectures to ['OrthoRankQwen2ForCausalLM']: pass --hf-overrides" in said
+    (said,) = lost_plan(model("gemma3_text", "Gemma3ForCausalLM"))
+    assert "model_type is 'gemma3_text', and OrthoRank serves llama, mistral, qwen2, qwen3; take the plan out" in said
 
 
 THRESHOLD: dict[str, Any] = {"select": "threshold", "thresholds": {2: 0.5, 3: 0.25}}

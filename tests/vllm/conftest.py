@@ -1,6 +1,7 @@
 """What vLLM reads from the environment, said before it is imported; the checkpoints that are served."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ TINY = {
     "pad_token_id": 0,
     "tie_word_embeddings": True,
 }
+EMBEDDING = "model.embed_tokens.weight"  # vLLM's CPU build packs matrices; tables stay as they are
 DIFFERENT = {"llama": {}, "mistral": {"sliding_window": 48}, "qwen2": {}, "qwen3": {}}
 
 
@@ -52,6 +54,42 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def llama(checkpoints: dict[str, Path]) -> Path:
     """The tiny Llama."""
     return checkpoints["llama"]
+
+
+@pytest.fixture(scope="session")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two tiny Llamas, and the first one with the second one's embedding. With embeddings tied to the output vLLM's CPU
+    build keeps the old output when it reloads, with or without a plan.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    models = {}
+    for seed, name in enumerate(("first", "second", "mixed")):
+        torch.manual_seed(seed % 2)
+        config = AutoConfig.for_model("llama", **(TINY | {"tie_word_embeddings": False}))
+        models[name] = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    models["mixed"].load_state_dict(
+        models["first"].state_dict() | {EMBEDDING: models["second"].state_dict()[EMBEDDING]}
+    )
+    folders = {name: tmp_path_factory.mktemp(name) for name in models}
+    for name, model in models.items():
+        model.save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def llama_with_words(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with a tokenizer, which beam search asks for."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("words") / "llama"
+    shutil.copytree(llama, folder)
+    words = {f"<{number}>": number for number in range(TINY["vocab_size"])}  # type: ignore[call-overload]
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<0>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<1>", eos_token="<2>").save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Engines, what they answer, and what the Hugging Face path of this package answers."""
 
+import copy
 import gc
 import random
 from collections.abc import Iterator
@@ -91,6 +92,51 @@ def outputs(llm: Any, asked: list[list[int]], tokens: int, log_probabilities: bo
     )
     given: list[Any] = llm.generate([{"prompt_token_ids": prompt} for prompt in asked], params, use_tqdm=False)
     return given
+
+
+def converse(llm: Any, inputs: list[list[int]], tokens: int) -> list[Answer]:
+    """A streaming-input session, as vLLM's asynchronous front end leads it: each input, and so many tokens after it."""
+    from vllm import SamplingParams
+    from vllm.inputs import tokens_input
+    from vllm.sampling_params import RequestOutputKind
+
+    front = llm.llm_engine
+    params = SamplingParams(
+        temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0, output_kind=RequestOutputKind.DELTA
+    )
+    identity: str | None = None
+
+    def send(ids: list[int], *, resumable: bool) -> None:
+        nonlocal identity
+        tasks = front.get_supported_tasks()
+        request = front.input_processor.process_inputs(
+            identity or "session", tokens_input(list(ids)), params, supported_tasks=tasks, resumable=resumable
+        )
+        if identity is None:
+            front.input_processor.assign_request_id(request)
+            identity = request.request_id
+        else:
+            request.external_req_id = "session"
+        front.output_processor.add_request(request, None, None, 0)
+        front.engine_core.add_request(copy.deepcopy(request))  # which goes to another process there
+
+    turns = []
+    for ids in inputs:
+        send(ids, resumable=True)
+        written: list[int] = []
+        scores: list[float] = []
+        for _ in range(100 + tokens):
+            if len(written) == tokens:
+                break
+            for output in front.step():
+                new = output.outputs[0]
+                written += new.token_ids
+                scores += [found[token].logprob for token, found in zip(new.token_ids, new.logprobs, strict=True)]
+        turns.append(Answer(written, scores, []))
+    send([0], resumable=False)
+    while front.has_unfinished_requests():
+        front.step()
+    return turns
 
 
 def answer_of(output: Any) -> Answer:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +15,18 @@ from typing import Any
 
 import pytest
 
-from tests.vllm.engines import PLAN, WHOLE_PROMPTS, WINDOW, Answer, check, expect, prompts, settings
+from tests.vllm.engines import (
+    PLAN,
+    WHOLE_PROMPTS,
+    WINDOW,
+    Answer,
+    check,
+    converse,
+    engine,
+    expect,
+    prompts,
+    settings,
+)
 
 pytestmark = pytest.mark.vllm
 LENGTHS = [7, 30, 64, 200]
@@ -25,8 +37,12 @@ TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING
 def _answers(
     tmp_path: Path, chosen: dict[str, Any], asked: list[list[int]], environment: dict[str, str]
 ) -> list[Answer]:
+    return [Answer(*answer) for answer in _run(tmp_path, {"settings": chosen, "prompts": asked}, environment)]
+
+
+def _run(tmp_path: Path, asked: dict[str, Any], environment: dict[str, str]) -> list[Any]:
     job = tmp_path / "job.json"
-    job.write_text(json.dumps({"settings": chosen, "prompts": asked}))
+    job.write_text(json.dumps(asked))
     process = subprocess.run(
         [sys.executable, "-m", "tests.vllm.run", str(job)],
         cwd=ROOT,
@@ -36,7 +52,8 @@ def _answers(
         timeout=600,
     )
     assert process.returncode == 0, (process.stdout + process.stderr)[-4000:]
-    return [Answer(*answer) for answer in json.loads(Path(f"{job}.out").read_text())]
+    answered: list[Any] = json.loads(Path(f"{job}.out").read_text())
+    return answered
 
 
 @pytest.mark.parametrize("compiler", ["dynamo", "inductor"])
@@ -49,13 +66,39 @@ def test_compiled(tmp_path: Path, llama: Path, compiler: str) -> None:
     check(_answers(tmp_path, chosen, prompts(LENGTHS), environment), expect(llama, PLAN, prompts(LENGTHS)))
 
 
-@pytest.mark.parametrize("plan", [PLAN, WINDOW], ids=["topk", "window"])
-def test_second_model_runner(tmp_path: Path, llama: Path, plan: dict[str, Any]) -> None:
+SECOND = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+
+
+def test_second_model_runner(tmp_path: Path, llama: Path) -> None:
     """The one that GPUs run: its kernels in Triton's interpreter."""
-    others = WHOLE_PROMPTS if plan is PLAN else {"enable_prefix_caching": False, "max_num_batched_tokens": 100}
-    environment = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
     asked = prompts([7, 30, 64, 110])
-    check(_answers(tmp_path, settings(llama, plan, **others), asked, environment), expect(llama, plan, asked))
+    check(_answers(tmp_path, settings(llama, PLAN, **WHOLE_PROMPTS), asked, SECOND), expect(llama, PLAN, asked))
+
+
+def test_second_model_runner_with_a_prefix_cache(tmp_path: Path, untied: dict[str, Path]) -> None:
+    """Preemption with prefix caching, hits, a session, other weights: one engine, blocks for some 350 tokens."""
+    first, second = untied["first"], untied["second"]
+    (long,) = prompts([100], seed=3)
+    together, hits = prompts([70, 75, 80], seed=4), [long, [*long[:70], *long[:30]], long]
+    inputs = [prompts([70], seed=6)[0], prompts([40], seed=7)[0]]
+    steps = [
+        {"ask": together, "tokens": 60},
+        {"one by one": hits},
+        {"converse": inputs, "tokens": 8},
+        {"reload": str(second)},
+        {"one by one": [long]},
+    ]
+    chosen = settings(first, WINDOW, num_gpu_blocks_override=11, max_num_batched_tokens=100, max_model_len=256)
+    found = _run(tmp_path, {"settings": chosen, "steps": steps}, SECOND)
+    answers = [[Answer(*answer) for answer in step["answers"]] for step in found]
+    assert all(step["runner"] for step in found)
+    assert found[0]["thrown out"] > 0
+    check(answers[0], expect(first, WINDOW, together, tokens=60))
+    assert found[1]["cached"] == [0, 64, 96]
+    check(answers[1], expect(first, WINDOW, hits))
+    with engine(first, WINDOW, max_num_batched_tokens=100) as of_the_first_runner:
+        check(answers[2], converse(of_the_first_runner, inputs, 8))
+    check(answers[4], expect(second, WINDOW, [long]))
 
 
 @pytest.mark.parametrize("scores", ["own", "first rank"])
@@ -75,13 +118,20 @@ def test_bfloat16_runs(tmp_path: Path, llama: Path, cache: str) -> None:
     assert sum(abs(a - b) for a, b in pairs) / len(pairs) < (0.1 if cache == "auto" else 0.3)
 
 
-def test_server(llama: Path) -> None:
-    """vLLM's OpenAI server, told of the plan by its arguments alone."""
-    (asked,), port = prompts([90]), 18411
-    arguments = [*_arguments(llama, PLAN), "--port", str(port)]
-    with _running("-m", "vllm.entrypoints.openai.api_server", *arguments) as server:
+def test_server(llama_with_words: Path) -> None:
+    """vLLM's OpenAI server, told of the plan by its arguments alone: a prompt, beams, an answer that is sent again."""
+    folder, (asked,), port = llama_with_words, prompts([90]), 18411
+    arguments = [word for word in _arguments(folder, PLAN) if word != "--skip-tokenizer-init"]
+    with _running("-m", "vllm.entrypoints.openai.api_server", *arguments, "--port", str(port)) as server:
         _wait_until_healthy(port, server)
-        assert _complete(port, str(llama), asked) == expect(llama, PLAN, [asked])[0].tokens
+        wanted = expect(folder, PLAN, [asked])[0].tokens
+        assert _complete(port, str(folder), asked) == wanted
+        assert _complete(port, str(folder), asked, use_beam_search=True) == wanted
+        again = {"max_tokens": 2, "vllm_xargs": {"orthorank_prompt_tokens": len(asked)}}
+        assert _complete(port, str(folder), asked + wanted[:4], **again) == wanted[4:]
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            _complete(port, str(folder), asked, vllm_xargs={"orthorank_prompt_tokens": "many"})
+        assert _complete(port, str(folder), asked) == wanted
 
 
 def test_two_nodes(llama: Path) -> None:
@@ -151,9 +201,9 @@ def _wait_until_healthy(port: int, server: subprocess.Popen[bytes], seconds: flo
     raise AssertionError(f"no answer in {seconds} s")
 
 
-def _complete(port: int, model: str, prompt: list[int]) -> list[int]:
+def _complete(port: int, model: str, prompt: list[int], **others: Any) -> list[int]:
     body = {"model": model, "prompt": prompt, "max_tokens": 6, "temperature": 0, "ignore_eos": True}
-    body |= {"return_token_ids": True}
+    body |= {"return_token_ids": True} | others
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions",
         data=json.dumps(body).encode(),

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
+from orthorank.integrations.vllm import interface
+from orthorank.integrations.vllm.attention import backend_obstacle
 from tests.vllm.engines import PLAN, WHOLE_PROMPTS, WINDOW, settings
 
 pytestmark = pytest.mark.vllm
+OTHER_CLASS = {"architectures": ["OrthoRankQwen2ForCausalLM"], "orthorank": PLAN}
 
 
 @pytest.mark.parametrize(
@@ -30,6 +33,9 @@ pytestmark = pytest.mark.vllm
         (WINDOW, {"max_num_batched_tokens": 16, "max_num_seqs": 4}, "--max-num-batched-tokens is 16"),
         (WINDOW, {"max_num_batched_tokens": 34, "max_num_seqs": 4}, "a step needs 35"),
         (WINDOW | {"keep_last": 2}, {}, "keep_last is 2"),
+        (PLAN | {"keep_ratoi": 0.5}, WHOLE_PROMPTS, "keep_ratoi"),
+        (PLAN, WHOLE_PROMPTS | {"hf_overrides": {"orthorank": PLAN}}, "would be served dense, as if there were none"),
+        (PLAN, WHOLE_PROMPTS | {"hf_overrides": OTHER_CLASS}, "which is served by 'OrthoRankLlamaForCausalLM'"),
         ({"plan": PLAN, "reuse": "some"}, WHOLE_PROMPTS, "reuse is 'some'"),
         (7, WHOLE_PROMPTS, "orthorank = 7"),
     ],
@@ -44,6 +50,38 @@ def test_what_is_served_is_not_refused(llama: Path) -> None:
     assert _configure(llama, PLAN, **WHOLE_PROMPTS).scheduler_config.scheduler_cls is None
     found = _configure(llama, WINDOW).scheduler_config.scheduler_cls
     assert found == "orthorank.integrations.vllm.scheduler.make_scheduler"
+
+
+GROUPS = {
+    "registered": interface.REGISTERED,
+    "front": interface.FRONT,
+    "worker": interface.WORKER,
+    "scheduler": interface.SCHEDULER,
+}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_this_vllm_is_as_it_is_expected(group: str) -> None:
+    assert interface.missing() == []
+    interface.require(GROUPS[group])
+
+
+def test_a_private_name_that_changed_is_said(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a plan is read; without a plan nobody asks."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    monkeypatch.setattr(InputProcessor, "process_inputs", None)
+    with pytest.raises(Exception, match=r"InputProcessor.process_inputs is a NoneType, not a function; this package"):
+        _configure(llama, PLAN, **WHOLE_PROMPTS)
+    _configure(llama, None)
+
+
+def test_backends_that_selecting_layers_cannot_have() -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    from vllm.v1.attention.backends.flex_attention import FlexAttentionBackend
+
+    assert backend_obstacle(CPUAttentionBackend) is None
+    assert "FLEX_ATTENTION has room for --max-num-seqs requests" in (backend_obstacle(FlexAttentionBackend) or "")
 
 
 def test_operator_splits_graphs(llama: Path) -> None:

@@ -64,6 +64,20 @@ class SinkBank:
                 self._add(token)
         return [self._slot_of[token] for token in tokens]
 
+    def forget(self) -> None:
+        """Compute every state again when it is asked for next: the weights have changed.
+
+        Example:
+            >>> import torch
+            >>> bank = SinkBank(lambda token: torch.full((2, 3), float(token)), capacity=2)
+            >>> bank.slots([5, 7])
+            [0, 1]
+            >>> bank.forget()
+            >>> bank.slots([7])
+            [0]
+        """
+        self._slot_of.clear()
+
     def _add(self, token: int) -> None:
         state = self._compute(token)
         if self._states is None:

@@ -12,13 +12,16 @@ _LOGGER = logging.getLogger("orthorank")
 def register() -> None:
     """Tell vLLM of the OrthoRank models. Cheap, may be called again, does nothing where there is no vLLM.
 
-    Where the installed vLLM lacks something that the plugin needs, one sentence is logged and vLLM goes on without it.
+    Where the installed vLLM is not as the plugin needs it, one sentence is logged and vLLM goes on without it: whatever
+    happens here, models without a plan are served.
     """
     if importlib.util.find_spec("vllm") is None:
         return
-    from orthorank.integrations.vllm import hooks
+    from orthorank.integrations.vllm import hooks, interface
 
-    if missing := hooks.missing():
-        _LOGGER.warning("%s", hooks.sentence(missing))
-        return
-    hooks.register()
+    try:
+        wrong = interface.missing() or hooks.register()
+    except Exception as error:
+        wrong = [f"{type(error).__name__}: {error}"]
+    if wrong:
+        _LOGGER.warning("%s", hooks.sentence(wrong))

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ from orthorank.errors import OrthoRankError
 from orthorank.files import user_path
 from orthorank.integrations.vllm.checks import model_obstacles, plan_obstacles
 from orthorank.integrations.vllm.hooks import ARCHITECTURES
+from orthorank.integrations.vllm.installed import left_out
 from orthorank.integrations.vllm.serving import Serving
 
 BLOCK = 32  # tokens; every backend of vLLM takes blocks that are multiples of it
@@ -19,7 +22,12 @@ LEAST_STEP = 2048  # the smallest of vLLM's defaults for --max-num-batched-token
 
 
 def vllm_arguments(
-    serving: Serving, config: Any = None, *, prefix_caching: bool = True, block_size: int | None = None
+    serving: Serving,
+    config: Any = None,
+    *,
+    prefix_caching: bool = True,
+    block_size: int | None = None,
+    max_model_len: int | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments of `vllm.LLM`, beside the model, with which it serves a plan.
 
@@ -29,6 +37,8 @@ def vllm_arguments(
             the model's type.
         prefix_caching: whether requests may use blocks of earlier ones, where the plan's way to select allows it.
         block_size: tokens of a block of the cache. None: vLLM's choice, or what the plan's windows need.
+        max_model_len: the longest prompt and answer together. None: the model's context; see `hints` for what that
+            costs with ``select="topk"``.
 
     Raises:
         OrthoRankError: no server can serve the plan, it is for another model, or windows do not fit into the blocks.
@@ -43,7 +53,29 @@ def vllm_arguments(
     for obstacle in plan_obstacles(serving):
         raise OrthoRankError(obstacle)
     overrides = {"architectures": [_architecture(serving, config)], "orthorank": serving.to_dict()}
-    return {"hf_overrides": overrides} | _settings(serving, prefix_caching, block_size)
+    longest = {} if max_model_len is None else {"max_model_len": _positive("max_model_len", max_model_len)}
+    return {"hf_overrides": overrides} | _settings(serving, prefix_caching, block_size) | longest
+
+
+def hints(serving: Serving, config: Any = None, max_model_len: int | None = None) -> Iterator[str]:
+    """What to know of the arguments, in sentences.
+
+    Example:
+        >>> from orthorank import OrthoRankConfig
+        >>> config = SimpleNamespace(max_position_embeddings=131072)
+        >>> print(next(hints(Serving(OrthoRankConfig(layers=[2])), config)))  # doctest: +ELLIPSIS
+        select is 'topk', so vLLM gives a step room for a whole context, 131072 tokens of this model, in place ...
+    """
+    if serving.plan.select == "topk" and serving.plan.selecting and max_model_len is None:
+        context = getattr(config, "max_position_embeddings", None)
+        room = f"a whole context, {context} tokens of this model," if context else "the model's whole context"
+        yield (
+            f"select is 'topk', so vLLM gives a step room for {room} in place of its 2,048 to 16,384 "
+            "(max_num_batched_tokens), and takes the memory of that step's activations from the cache; pass "
+            "--max-model-len with the longest prompt and answer that you need"
+        )
+    if said := left_out(os.environ.get("VLLM_PLUGINS")):
+        yield said
 
 
 def config_of(model: Path) -> SimpleNamespace:
@@ -96,7 +128,7 @@ def _settings(serving: Serving, prefix_caching: bool, block_size: int | None) ->
     elif window is not None and serving.reuse == "prompt":
         block_size = _whole_windows(window, block_size)
     if block_size is not None:
-        settings["block_size"] = _positive(block_size)
+        settings["block_size"] = _positive("block_size", block_size)
     if window is not None and window + MOST_REQUESTS > LEAST_STEP:
         settings["max_num_batched_tokens"] = window + MOST_REQUESTS
     return settings
@@ -114,10 +146,10 @@ def _whole_windows(window: int, block_size: int | None) -> int:
     return block_size
 
 
-def _positive(block_size: int) -> int:
-    if block_size < 1:
-        raise OrthoRankError(f"block_size is {block_size}; it must be at least 1")
-    return block_size
+def _positive(name: str, value: int) -> int:
+    if value < 1:
+        raise OrthoRankError(f"{name} is {value}; it must be at least 1")
+    return value
 
 
 def _architecture(serving: Serving, config: Any) -> str:

@@ -10,10 +10,27 @@ from orthorank.integrations.paged import views
 from orthorank.integrations.paged.choosing import Chosen
 from orthorank.integrations.vllm import hooks
 from orthorank.integrations.vllm.backend import StepMetadata
+from orthorank.integrations.vllm.interface import expect
 from orthorank_kernels import sparse_query_attention_paged
 
 # Backends whose cache is [blocks, kv_heads, block_size, 2 * head_dim], keys before values in the last axis.
 KNOWN_LAYOUTS = ("FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
+
+
+def backend_obstacle(backend: Any) -> str | None:
+    """Why selecting layers cannot have this attention backend of vLLM, or None."""
+    other = "choose another one with --attention-backend, such as TRITON_ATTN"
+    if backend.forward_includes_kv_cache_update:
+        return (
+            f"the attention backend {backend.get_name()} writes keys and values as it attends, so those of unselected "
+            f"tokens would be lost; {other}"
+        )
+    if backend.get_name() == "FLEX_ATTENTION":
+        return (
+            "the attention backend FLEX_ATTENTION has room for --max-num-seqs requests in a step, and each selected "
+            f"token would be one; {other}"
+        )
+    return None
 
 
 def paged_obstacle(attention: Any, dtype: torch.dtype) -> str | None:
@@ -81,7 +98,7 @@ def attend_portable(attention: Any, queries: Tensor, chosen: Chosen, metadata: S
         block_table_tensor=common.block_table_tensor.index_select(0, owner),
         positions=positions.long(),
         is_prefilling=None,
-        seq_lens_cpu_upper_bound=None,
+        seq_lens_cpu_upper_bound=torch.full((count,), common.max_seq_len, dtype=torch.int32),
         req_idx=None,
         _num_computed_tokens_cache=None,
         _token_to_req_indices_cache=None,
@@ -100,6 +117,8 @@ def choose_way(wanted: str, attention: Any, dtype: torch.dtype) -> bool:
         OrthoRankError: it is asked for and cannot be.
     """
     obstacle = paged_obstacle(attention, dtype)
+    if attention.kv_cache_dtype in views.FP8:
+        expect(attention, _k_scale=Tensor, _v_scale=Tensor)
     if wanted == "paged" and obstacle is not None:
         raise OrthoRankError(f"attention is 'paged', and {obstacle}; use 'auto' or 'portable'")
     return wanted != "portable" and obstacle is None

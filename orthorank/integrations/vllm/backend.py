@@ -25,13 +25,14 @@ class Shared:
 
     Args:
         serving: how to serve; layers: the selecting ones, in order; bank: the sinks' states of each of these.
-        requests: prompt lengths and first tokens.
+        requests: prompt lengths and first tokens; removed: layers that are not there.
     """
 
     serving: Serving
     layers: list[int]
     bank: SinkBank
     requests: RequestTable
+    removed: tuple[int, ...] = ()
 
     def step(self, common: Any, device: "torch.device") -> Step | None:
         """The step that ``common`` (vLLM's metadata) describes; None when no prompt is in it: all layers are dense."""

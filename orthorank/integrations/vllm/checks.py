@@ -6,9 +6,9 @@ from typing import Any
 
 from orthorank.errors import OrthoRankError
 from orthorank.integrations.paged import plans
-from orthorank.integrations.vllm import hooks
+from orthorank.integrations.vllm import hooks, interface
 from orthorank.integrations.vllm.hooks import ARCHITECTURES
-from orthorank.integrations.vllm.serving import Serving
+from orthorank.integrations.vllm.serving import HOW, Serving
 
 SCHEDULER = "orthorank.integrations.vllm.scheduler.make_scheduler"
 
@@ -22,7 +22,8 @@ def verifier() -> Any:
 
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
-            """Called once, by the front end."""
+            """Called once, by each front end."""
+            interface.require(interface.FRONT)
             serving = Serving.of(getattr(vllm_config.model_config.hf_config, "orthorank", None))
             check(serving, vllm_config)
             scheduler = vllm_config.scheduler_config
@@ -32,6 +33,7 @@ def verifier() -> Any:
                         f"scheduler_cls is {scheduler.scheduler_cls!r}, and this plan needs {SCHEDULER}; leave it out"
                     )
                 scheduler.scheduler_cls = SCHEDULER
+            hooks.watch_prompts()
 
     return Verifier
 
@@ -52,6 +54,7 @@ def check(serving: Serving, vllm_config: Any) -> None:
     obstacles = chain(
         plan_obstacles(serving),
         model_obstacles(serving, vllm_config.model_config.hf_config),
+        _architecture(vllm_config.model_config),
         _settings(vllm_config),
         _mode_obstacles(serving, vllm_config),
     )
@@ -90,6 +93,35 @@ def model_obstacles(serving: Serving, config: Any) -> Iterator[str]:
         yield "the model's norms depend on a second input (ada_rms_norm_t_cond), which selecting layers do not know"
     if not getattr(config, "is_causal", True):
         yield "the model attends in both directions; token selection is for causal attention"
+
+
+def _architecture(model_config: Any) -> Iterator[str]:
+    """A class that is not the model's."""
+    found, model_type = model_config.architecture, model_config.hf_config.model_type
+    if (wanted := ARCHITECTURES.get(model_type)) is not None and found != wanted:
+        yield (
+            f"architectures is {found!r}, and the checkpoint's model_type is {model_type!r}, which is served by "
+            f"{wanted!r}; pass that one, as `orthorank vllm-args PLAN --model FOLDER` prints it"
+        )
+
+
+def lost_plan(model_config: Any) -> Iterator[str]:
+    """A plan beside an architecture that would not read it."""
+    found = model_config.architecture
+    if found in ARCHITECTURES.values():
+        return
+    model_type = getattr(model_config.hf_config, "model_type", "unknown")
+    wanted = ARCHITECTURES.get(model_type)
+    served = ", ".join(ARCHITECTURES)
+    yield (
+        f"the model's configuration has a plan (orthorank), and its architecture is {found!r}, which would be served "
+        "dense, as if there were none: "
+        + (
+            f"set architectures to [{wanted!r}]: {HOW}"
+            if wanted
+            else f"model_type is {model_type!r}, and OrthoRank serves {served}; take the plan out"
+        )
+    )
 
 
 def _settings(vllm_config: Any) -> Iterator[str]:

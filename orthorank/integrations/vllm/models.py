@@ -12,12 +12,13 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from orthorank.integrations.paged import operator
 from orthorank.integrations.paged.sinks import SinkBank
-from orthorank.integrations.vllm import hooks
+from orthorank.integrations.vllm import hooks, interface
 from orthorank.integrations.vllm.backend import Shared
 from orthorank.integrations.vllm.checks import check
 from orthorank.integrations.vllm.first_token import first_token_states
 from orthorank.integrations.vllm.layer import make_removed, make_selecting
 from orthorank.integrations.vllm.requests import RequestTable
+from orthorank.integrations.vllm.rules import without_layers
 from orthorank.integrations.vllm.serving import Serving
 
 BANK = 256  # first tokens whose sinks are kept, if a step has no more requests
@@ -34,26 +35,34 @@ class _WithPlan(nn.Module):
         config = vllm_config.model_config.hf_config
         serving = Serving.of(getattr(config, "orthorank", None))
         check(serving, vllm_config)
+        interface.require(interface.WORKER)
         operator.find_layers_by(hooks.layer_named)
         hooks.watch_runner()
+        hooks.watch_weights()
         plan, most = serving.plan, vllm_config.scheduler_config.max_num_seqs
         bank = SinkBank(lambda token: first_token_states(self.model, plan, token), max(BANK, most))
-        self.orthorank = Shared(serving, plan.selecting, bank, RequestTable(most))
+        removed = tuple(index for index in plan.layers if plan.ratio(index) == 0)
+        self.orthorank = Shared(serving, plan.selecting, bank, RequestTable(most), removed)
         contexts = vllm_config.compilation_config.static_forward_context
         for index in plan.layers:
             if index in plan.selecting:
                 make_selecting(self.model.layers[index], index, self.orthorank, contexts)
-            elif plan.ratio(index) == 0:
+            elif index in removed:
                 make_removed(self.model.layers[index], contexts)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """vLLM's, after which removed layers give back their memory."""
-        loaded: set[str] = super().load_weights(weights)  # type: ignore[misc]
-        plan = self.orthorank.serving.plan
-        for index in plan.layers:
-            if plan.ratio(index) == 0:
-                layer = self.model.layers[index]
-                layer.self_attn, layer.mlp = nn.Identity(), nn.Identity()
+        """vLLM's, after which removed layers give back their memory; later, weights for these are passed over.
+
+        The sinks' states are computed anew: they belong to the weights that were there before.
+        """
+        removed = self.orthorank.removed
+        gone = [index for index in removed if not list(self.model.layers[index].parameters())]
+        loaded: set[str] = super().load_weights(without_layers(weights, gone))  # type: ignore[misc]
+        for index in removed:
+            layer = self.model.layers[index]
+            for name, _ in list(layer.named_children()):
+                setattr(layer, name, nn.Identity())
+        self.orthorank.bank.forget()
         return loaded
 
     def get_model_state_cls(self) -> Any:
@@ -66,7 +75,8 @@ class _WithPlan(nn.Module):
             def add_request(self, req_index: int, new_req_data: Any) -> None:
                 """A new request in that row."""
                 super().add_request(req_index, new_req_data)
-                self.model.orthorank.requests.add(req_index, new_req_data.prompt_token_ids)
+                requests: RequestTable = self.model.orthorank.requests
+                requests.add(req_index, new_req_data.prompt_token_ids, new_req_data.sampling_params)
 
         return ModelState
 

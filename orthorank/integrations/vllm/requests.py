@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 
 from orthorank.integrations.vllm import hooks
+from orthorank.integrations.vllm.interface import expect
+from orthorank.integrations.vllm.rules import prompt_tokens
 
 
 class RequestTable:
@@ -22,9 +24,9 @@ class RequestTable:
         self._prompts = np.zeros(size, dtype=np.int64)
         self._first = np.zeros(size, dtype=np.int64)
 
-    def add(self, row: int, prompt: Sequence[int] | None) -> None:
-        """A new request in ``row``; no prompt: nothing of it is selected from."""
-        self._prompts[row] = len(prompt) if prompt else 0
+    def add(self, row: int, prompt: Sequence[int] | None, params: Any = None) -> None:
+        """A new request in ``row``, with its sampling parameters; no prompt: nothing of it is selected from."""
+        self._prompts[row] = prompt_tokens(len(prompt), params) if prompt else 0
         self._first[row] = prompt[0] if prompt else 0
 
     def rows(self, common: Any) -> tuple[list[int], list[int]]:
@@ -36,7 +38,11 @@ class RequestTable:
         runner = hooks.runner()
         if runner is None:  # metadata that no runner asked for
             return [0] * count, [0] * count
-        batch = runner.input_batch
-        prompts = batch.num_prompt_tokens[:count].tolist()
-        prompts = [n if row < batch.num_reqs else 0 for row, n in enumerate(prompts)]
-        return prompts, batch.token_ids_cpu[:count, 0].tolist()
+        batch, requests = runner.input_batch, runner.requests
+        expect(batch, num_reqs=int, num_prompt_tokens=np.ndarray, token_ids_cpu=np.ndarray, req_ids=list)
+        known = min(count, batch.num_reqs)  # rows behind are padding
+        prompts = [
+            prompt_tokens(tokens, requests[request].sampling_params)
+            for request, tokens in zip(batch.req_ids[:known], batch.num_prompt_tokens[:known].tolist(), strict=True)
+        ]
+        return prompts + [0] * (count - known), batch.token_ids_cpu[:count, 0].tolist()

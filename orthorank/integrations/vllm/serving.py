@@ -1,6 +1,7 @@
 """What a server is told: the plan, and how to run it there."""
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, fields
 from typing import Any
 
 from orthorank.config import OrthoRankConfig
@@ -78,8 +79,17 @@ class Serving:
 
 
 def _plan(value: object) -> OrthoRankConfig:
-    if isinstance(value, str):
-        return OrthoRankConfig.from_pretrained(value)
-    if isinstance(value, dict):
-        return OrthoRankConfig.from_dict(value)
+    """Keys that a plan does not have are refused here: nobody reads a warning in a server's log."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        try:
+            if isinstance(value, str):
+                return OrthoRankConfig.from_pretrained(value)
+            if isinstance(value, dict):
+                return OrthoRankConfig.from_dict(value)
+        except UserWarning as warning:
+            known = ", ".join(field.name for field in fields(OrthoRankConfig))
+            raise OrthoRankError(
+                f"{warning}. A server ignores none: correct them or take them out; known are {known}"
+            ) from None
     raise OrthoRankError(f"the model's configuration has orthorank = {value!r}; it must be a plan or its path: {HOW}")

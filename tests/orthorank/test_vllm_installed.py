@@ -1,0 +1,163 @@
+"""What `orthorank env`, `doctor`, `vllm-args` and `interface` say of the vLLM that is here, or is not."""
+
+import importlib.util
+import inspect
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from orthorank import OrthoRankConfig, OrthoRankError
+from orthorank.cli import main
+from orthorank.integrations.vllm import installed as module
+from orthorank.integrations.vllm import interface
+from orthorank.integrations.vllm.installed import Installed, installed
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, **found: Any) -> None:
+    """As if there were a vLLM here; no engine is started by what is tested."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[]))
+    monkeypatch.setattr(interface, "version", lambda: "0.32.0")
+    monkeypatch.setattr(interface, "missing", lambda: found.get("missing", []))
+    if not found.get("known", True):
+        monkeypatch.setattr(module.importlib.metadata, "entry_points", lambda group: ())
+
+
+@pytest.mark.parametrize(
+    ("plugins", "found", "said"),
+    [
+        (None, {}, None),
+        ("orthorank,others", {}, None),
+        ("others", {}, "is left out: VLLM_PLUGINS is 'others', which leaves the plugin out: add orthorank to it"),
+        ("", {}, "is left out: VLLM_PLUGINS is ''"),
+        (None, {"known": False}, "is not known to this Python's packages"),
+        (None, {"missing": ["vllm.a.b is not there"]}, "does not register itself: the installed vLLM 0.32.0"),
+    ],
+)
+def test_would_a_plan_be_served(
+    monkeypatch: pytest.MonkeyPatch, plugins: str | None, found: dict[str, Any], said: str | None
+) -> None:
+    pretend(monkeypatch, **found)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if plugins is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    here = installed()
+    assert here.version == "0.32.0"
+    assert here.serves("llama") is (said is None)
+    assert not here.serves("gemma3_text")
+    if said is None:
+        assert here.obstacle is None
+        assert here.sentence("llama").startswith("vLLM 0.32.0 serves plans for this type of model")
+    else:
+        assert here.obstacle is not None
+        assert said in here.obstacle
+        assert said in here.sentence("llama")
+        assert said in here.plugin
+
+
+def test_without_vllm() -> None:
+    here = Installed(None, "0.32", None)
+    assert here.plugin == "not installed"
+    assert not here.serves("llama")
+    assert here.sentence("llama") == "vLLM, which can serve a plan for this type of model, is not installed."
+    assert "cannot be served for models of type phi3; it can for llama, mistral" in here.sentence("phi3")
+
+
+def test_env_says_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pretend(monkeypatch)
+    monkeypatch.setenv("VLLM_PLUGINS", "others")
+    assert main(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["vllm"]
+    assert (found["version"], found["tested"]) == ("0.32.0", "0.32")
+    assert "add orthorank to it" in found["obstacle"]
+    assert main(["env"]) == 0
+    assert "VLLM_PLUGINS is 'others'" in " ".join(capsys.readouterr().out.split())
+
+
+def test_doctor_says_it(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(interface, "version", lambda: "0.32.0")
+    monkeypatch.setattr(module, "installed", lambda: Installed("0.32.0", "0.32", "is left out: VLLM_PLUGINS is 'x'"))
+    main(["doctor", str(tiny_folder)])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "vLLM 0.32.0 would not serve a plan: its plugin is left out: VLLM_PLUGINS is 'x'." in said
+    main(["doctor", str(tiny_folder), "--json"])
+    assert json.loads(capsys.readouterr().out)["vllm"]["serves"] is False
+
+
+def test_arguments_say_what_topk_costs(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the terminal: the shell evaluates the other stream."""
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    plan = str(OrthoRankConfig(layers=[2], model_type="llama").save_pretrained(tmp_path))
+    assert main(["vllm-args", plan, "--model", str(tiny_folder), "--python"]) == 0
+    out, err = capsys.readouterr()
+    context = json.loads((tiny_folder / "config.json").read_text())["max_position_embeddings"]
+    assert err.startswith("orthorank: select is 'topk', so vLLM gives a step room for a whole context")
+    assert f"{context} tokens of this model" in err
+    assert "max_model_len" not in json.loads(out)
+    assert main(["vllm-args", plan, "--max-model-len", "512", "--python"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert json.loads(out)["max_model_len"] == 512
+    assert main(["vllm-args", plan, "--max-model-len", "0"]) == 2
+    assert "max_model_len is 0; it must be at least 1" in capsys.readouterr().err
+    window = OrthoRankConfig(layers=[2], model_type="llama", select="window", select_window=32)
+    monkeypatch.setenv("VLLM_PLUGINS", "others")
+    assert main(["vllm-args", str(window.save_pretrained(tmp_path / "window"))]) == 0
+    assert capsys.readouterr().err == (
+        "orthorank: VLLM_PLUGINS is 'others', which leaves the plugin out: add orthorank to it, or unset it\n"
+    )
+
+
+def some(first: int, second: int, *more: int, third: int = 0, **others: int) -> None: ...
+
+
+class Some:
+    other: int
+
+    def __init__(self) -> None:
+        self.field = [1]
+
+
+def test_checks_of_the_interface() -> None:
+    assert interface.called_with("first", "second", "third")(some) is None
+    assert interface.called_with("first", "fourth")(some) == "has no argument fourth"
+    assert interface.called_with("first")(some) == "needs an argument second"
+    assert interface.called_with("first")(3) == "is a int, not a function"
+    assert interface.function(some) is None
+    assert interface.function(Some) == "is a type, not a function"
+    assert interface.a(list)([1]) is None
+    assert interface.a(dict)([1]) == "is a list, not a dict"
+    assert interface.with_fields("version", "tested")(Installed) is None
+    assert interface.with_fields("version", "colour")(Installed) == "has no field colour"
+    assert interface.with_fields("field")(Some) == "is no dataclass"
+    assert interface.that_sets("field", "other")(Some) is None
+    assert interface.that_sets("fiel")(Some) == "has no attribute fiel"
+    assert interface.that_sets("field")(3) == "is a int, not a class"
+
+
+def test_what_is_not_as_needed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm_of_the_test", SimpleNamespace(some=some, values=[1]))  # type: ignore[arg-type]
+    fits = {"vllm_of_the_test": {"some": interface.called_with("first", "second"), "values": interface.a(list)}}
+    interface.require(fits)
+    group = {"vllm_of_the_test": {"values": interface.a(dict), "gone.by": interface.function}, "no.such.one": fits}
+    with pytest.raises(OrthoRankError) as caught:
+        interface.require(group | {"no.such.one": {"name": interface.function}})
+    for words in ("vllm_of_the_test.values is a list, not a dict", "vllm_of_the_test.gone.by is not there"):
+        assert words in str(caught.value)
+    assert "no.such.one.name is not there" in str(caught.value)
+    assert "tested with vLLM 0.32" in str(caught.value)
+
+
+def test_attributes_of_objects() -> None:
+    interface.expect(Some(), field=list)
+    interface.expect(Some(), field=(dict, list))
+    with pytest.raises(OrthoRankError, match="vLLM's Some has no colour, and OrthoRank needs it, of type int"):
+        interface.expect(Some(), colour=int)
+    with pytest.raises(OrthoRankError, match="has field of type list, and OrthoRank needs dict or int"):
+        interface.expect(Some(), field=(dict, int))
+    assert inspect.getdoc(interface.expect)
