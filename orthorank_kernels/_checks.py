@@ -181,6 +181,19 @@ def positions(value: object, batch: int | None, like: torch.Tensor) -> None:
     unit_last_stride(positions=value)
 
 
+def positions_inside(value: torch.Tensor, tokens: int, of: str) -> None:
+    """No position is past the token axis of ``of``. Seen on a CPU, where looking is free."""
+    if not readable(value) or value.numel() == 0:
+        return
+    largest = int(value.max())
+    if largest >= tokens:
+        legal = f"from 0 to {tokens - 1}, or -1 for no token" if tokens else "-1, no token"
+        raise IndexError(
+            f"positions holds {largest}, and {of} has {tokens} tokens; each must be {legal}: they count from the first "
+            f"token of {of}, not from that of a longer sequence"
+        )
+
+
 def output(name: str, value: object, expected: Sequence[int], dtype: torch.dtype, like: torch.Tensor) -> None:
     """``value`` can take an op's output: shape ``expected``, ``dtype``, the device of ``like``, contiguous."""
     if not isinstance(value, torch.Tensor):

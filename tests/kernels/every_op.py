@@ -159,7 +159,7 @@ def _rows(new: Shapes, s: Sizes) -> dict[str, Call]:
     positions = new.positions(s.batch, s.selected, s.tokens)
     residual, bias = new.floats(*rows.shape, dtype=s.dtype), new.floats(s.hidden, dtype=s.dtype)
     q = new.floats(s.batch, s.selected, s.heads, s.head_dim, dtype=s.dtype).transpose(1, 2)
-    cos, sin = new.floats(1, s.tokens, s.head_dim, dtype=s.dtype), new.floats(1, s.tokens, s.head_dim, dtype=s.dtype)
+    cos, sin = (new.floats(1, s.tokens, s.head_dim // 2, dtype=s.dtype).repeat(1, 1, 2) for _ in range(2))
     layer = {"norm": "layer", "bias": bias, "weight_offset": 1.0, "scale": 0.5, "addend_weight": weight}
     # Not x[0]: indexing asks a fake GPU for its driver.
     x_, positions_, rows_, residual_ = (t.select(0, 0) for t in (x, positions, rows, residual))
