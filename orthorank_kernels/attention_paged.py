@@ -94,10 +94,11 @@ def sparse_query_attention_paged(
         >>> sparse_query_attention_paged(q, k_cache, v_cache, positions, cu_selected, block_table, seq_lens)[:, 0, 0]
         tensor([6.0000, 4.3333, 2.0000])
     """
-    _attention.check_options(q, scale, window, softcap, sinks, return_lse)
-    _check(q, k_cache, v_cache, positions, cu_selected, block_table, seq_lens, table_rows, window)
+    _check(q, k_cache, v_cache, positions, cu_selected, block_table, seq_lens, table_rows)
     k_scale, v_scale = _scale("k_scale", k_scale, k_cache, q), _scale("v_scale", v_scale, k_cache, q)
     _checks.integer("max_seqlen_k", max_seqlen_k, at_least=0, none="no bound")
+    _attention.check_options(q, scale, window, softcap, sinks, return_lse)
+    _check_pages(k_cache, positions, cu_selected, block_table, seq_lens, table_rows, window)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     indices = (positions, cu_selected, block_table, seq_lens, table_rows, max_seqlen_k)
@@ -114,7 +115,6 @@ def _check(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     table_rows: torch.Tensor | None,
-    window: int | None,
 ) -> None:
     _checks.tensor("q", q, "[n, heads, head_dim]")
     for name, value in (("k_cache", k_cache), ("v_cache", v_cache)):
@@ -143,7 +143,6 @@ def _check(
             f"{sequences} sequences of cu_selected"
         )
     _check_lengths(k_cache, cu_selected, block_table, seq_lens, table_rows)
-    _check_pages(k_cache, positions, cu_selected, block_table, seq_lens, table_rows, window)
 
 
 def _check_lengths(
