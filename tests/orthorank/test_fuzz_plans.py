@@ -108,7 +108,7 @@ WORDS = [
 ]
 COMMANDS = [
     *(["doctor"], ["search"], ["bench"], ["calibrate"], ["demo", "--model", "no-such"], ["vllm-args"], ["analyze"]),
-    *(["eval", "ppl"], ["eval", "tasks"], ["eval", "longbench"], ["eval"], [], ["no-such"]),
+    *(["eval", "ppl"], ["eval"], [], ["no-such"]),
 ]
 
 
