@@ -214,6 +214,7 @@ def test_thirty_plans_at_random(tmp_path: Path) -> None:
     try_plans(range(30), tmp_path)
 
 
+@pytest.mark.slow
 def test_thirty_commands_at_random(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 2 in {run_a_command(seed, tmp_path, capsys) for seed in range(30)}
 
