@@ -40,8 +40,8 @@ format: install ## let ruff rewrite the sources
 test: install ## what CI runs: everything but slow and gpu
 	$(PYTEST) -n $(WORKERS) -m 'not slow and not gpu and not browser and not vllm'
 
-test-slow: install ## the full compile matrix and the long runs
-	$(PYTEST) -n $(WORKERS) -m slow
+test-slow: install ## the full compile matrix, the long runs, and with TRANSFORMERS_TESTS=DIR transformers' own tests
+	TRANSFORMERS_TESTS='$(TRANSFORMERS_TESTS)' $(PYTEST) -n $(WORKERS) -m slow
 
 test-gpu: install ## on a machine with a GPU: the kernel tests and PTX instructions on real hardware, in less than 8 minutes
 	$(BIN)/python benchmarks/on_gpu.py tests

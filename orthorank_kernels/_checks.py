@@ -12,7 +12,6 @@ import torch
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _INTEGERS = (torch.int64, torch.int16, torch.int8, torch.uint8)
 _INFINITY = float("inf")
-_LARGEST_FLOAT = 10**38  # an int beyond float32; torch reads the larger ones as no number at all
 _INT64 = 2**63
 
 
@@ -34,9 +33,9 @@ def number(
         return
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{name} is {_shown(value)}; {_wanted('a number', _bound(above, at_least), none, because)}")
-    if isinstance(value, int) and abs(value) > _LARGEST_FLOAT:
+    if isinstance(value, int) and not -_INT64 <= value < _INT64:  # more than torch takes for a number
         wanted = _wanted("a number", _bound(above, at_least), none, because)
-        raise ValueError(f"{name} is an int of {value.bit_length()} bits; {wanted}")
+        raise ValueError(f"{name} is an int of {value.bit_length()} bits; {wanted}: pass a float")
     # The comparisons are false for NaN.
     if (above is not None and not value > above) or (at_least is not None and not value >= at_least):
         raise ValueError(f"{name} is {value}; {_wanted('a number', _bound(above, at_least), none, because)}")
@@ -179,6 +178,19 @@ def positions(value: object, batch: int | None, like: torch.Tensor) -> None:
     if value.device != like.device:
         raise ValueError(f"positions is on {value.device}; it must be on {like.device} like the other tensors")
     unit_last_stride(positions=value)
+
+
+def positions_inside(value: torch.Tensor, tokens: int, of: str) -> None:
+    """No position is past the token axis of ``of``. Seen on a CPU, where looking is free."""
+    if not readable(value) or value.numel() == 0:
+        return
+    largest = int(value.max())
+    if largest >= tokens:
+        legal = f"from 0 to {tokens - 1}, or -1 for no token" if tokens else "-1, no token"
+        raise IndexError(
+            f"positions holds {largest}, and {of} has {tokens} tokens; each must be {legal}: they count from the first "
+            f"token of {of}, not from that of a longer sequence"
+        )
 
 
 def output(name: str, value: object, expected: Sequence[int], dtype: torch.dtype, like: torch.Tensor) -> None:

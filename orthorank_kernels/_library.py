@@ -61,6 +61,12 @@ class Operator:
         """Their names, in the schema's order."""
         return [argument.name for argument in self.functional._schema.arguments]
 
+    @property
+    def written(self) -> list[int]:
+        """Places of the arguments that an in-place op writes to."""
+        arguments = self.functional._schema.arguments
+        return [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+
 
 def define(
     schema: str,

@@ -68,6 +68,7 @@ def gather_add_rms_norm(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, stride, device or value.
+        IndexError: on a CPU, a position is past the token axis.
         BackendError: ``backend="triton"`` cannot run here, or ``out`` is given and an input requires grad.
 
     >>> hidden_states = torch.tensor([[[1.0, 1.0], [3.0, 4.0]]])

@@ -80,6 +80,7 @@ def sparse_query_attention_paged(
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or stride, or an illegal value.
+        IndexError: on a CPU, an entry of ``block_table`` that is looked up is no page of the cache.
         dispatch.BackendError: the requested backend cannot run here.
 
     Example:
@@ -97,6 +98,7 @@ def sparse_query_attention_paged(
     k_scale, v_scale = _scale("k_scale", k_scale, k_cache, q), _scale("v_scale", v_scale, k_cache, q)
     _checks.integer("max_seqlen_k", max_seqlen_k, at_least=0, none="no bound")
     _attention.check_options(q, scale, window, softcap, sinks, return_lse)
+    _check_pages(k_cache, positions, cu_selected, block_table, seq_lens, table_rows, window)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     indices = (positions, cu_selected, block_table, seq_lens, table_rows, max_seqlen_k)
@@ -166,6 +168,41 @@ def _check_lengths(
             )
         if length and not 0 <= row < block_table.shape[0]:
             raise ValueError(f"table_rows[{s}] is {row}; block_table has rows 0 to {block_table.shape[0] - 1}")
+
+
+def _check_pages(
+    k_cache: torch.Tensor,
+    positions: torch.Tensor,
+    cu_selected: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    table_rows: torch.Tensor | None,
+    window: int | None,
+) -> None:
+    """On a CPU: the entries of the block table that queries look up are pages of the cache.
+
+    Looked up are those of a sequence's keys up to its last one, with a window from the first that its first query sees.
+    """
+    sequences = seq_lens.shape[0]
+    if not _checks.readable(positions, cu_selected, block_table, seq_lens, table_rows):
+        return
+    if 0 in (sequences, positions.shape[0], block_table.numel()):
+        return
+    blocks, block_size = k_cache.shape[:2]
+    rows = torch.arange(sequences) if table_rows is None else table_rows.long()
+    begins = cu_selected[:-1].clamp(max=positions.shape[0] - 1).long()
+    first_key = torch.zeros_like(begins) if window is None else (positions[begins].long() - window + 1).clamp(min=0)
+    first_page = (first_key // block_size)[:, None]
+    page = torch.arange(block_table.shape[1])
+    looked_up = (page >= first_page) & (page * block_size < seq_lens[:, None]) & (cu_selected.diff() > 0)[:, None]
+    entries = block_table[rows.clamp(0, block_table.shape[0] - 1)]
+    wrong = (looked_up & ((entries < 0) | (entries >= blocks))).nonzero()
+    if wrong.shape[0]:
+        s, j = wrong[0].tolist()
+        raise IndexError(
+            f"block_table[{rows[s]}, {j}] is {entries[s, j]}; sequence {s} has keys there, so it must be a page of "
+            f"k_cache, from 0 to {blocks - 1}"
+        )
 
 
 def _scale(name: str, value: object, k_cache: torch.Tensor, q: torch.Tensor) -> torch.Tensor | None:

@@ -86,20 +86,24 @@ def run(
             "out= holds a tensor that requires grad, and what is written to given memory has no gradient; pass "
             "out.detach(), or call under torch.no_grad()"
         )
-    if out is not None and not torch.compiler.is_compiling():  # while tracing, memory has no place yet
-        _check_apart(op, args, out)
+    if not torch.compiler.is_compiling():  # while tracing, memory has no place yet
+        if out is not None:
+            _check_apart(op, args, out)
+        _check_written(op, args, out, needs_grad)
     if backend == "triton":
         _require_triton(device, needs_grad)
+        _check_interpreted(op, args, out)
         if not torch.compiler.is_compiling() and _checks.is_inside_func(*_tensors(args)):
             raise BackendError(
                 'backend="triton" got a tensor inside torch.vmap or torch.func, which a kernel cannot look through; '
                 'use backend="auto", which runs one member of the batch after the other, or give the op the whole batch'
             )
-        if any(a.is_neg() for a in _tensors((*args, *(out or ())))):
-            raise BackendError(
-                'backend="triton" got a view whose values are negated when read (of torch.conj, for example), and '
-                "kernels read memory as it is; pass the argument's .resolve_neg()"
-            )
+        for name, value in _named(op, args):
+            if value.is_neg():
+                raise BackendError(
+                    f"{name} is a view whose values are negated when read (of torch.conj, for example), and with "
+                    f'backend="triton" kernels read memory as it is; pass {name}.resolve_neg()'
+                )
         launch = _library.launcher(op.launcher)
         return launch(*args) if out is None else _into(out, lambda: launch(*args, out=out))
     if backend == "reference" or needs_grad:
@@ -115,10 +119,50 @@ def _tensors(values: tuple[Any, ...]) -> list[torch.Tensor]:
     return [value for value in values if isinstance(value, torch.Tensor)]
 
 
+def _named(op: Operator, args: tuple[Any, ...]) -> list[tuple[str, torch.Tensor]]:
+    return [(n, a) for n, a in zip(op.arguments, args, strict=False) if isinstance(a, torch.Tensor)]
+
+
+def _check_written(
+    op: Operator, args: tuple[Any, ...], out: tuple[torch.Tensor | None, ...] | None, needs_grad: bool
+) -> None:
+    """What is written to takes values as they are, and PyTorch lets it be written to."""
+    outputs = [(f"out[{i}]" if len(out) > 1 else "out", x) for i, x in enumerate(out) if x is not None] if out else []
+    changed = [(op.arguments[i], args[i]) for i in op.written]
+    for name, value in (*outputs, *changed):
+        if value.is_neg():
+            raise BackendError(
+                f"{name} is a view whose values are negated when read (of torch.conj, for example), and it is written "
+                f"to; pass {name}.resolve_neg(), and copy the result back with .copy_()"
+            )
+        if value.is_inference() and not torch.is_inference_mode_enabled():
+            raise BackendError(
+                f"{name} was made under torch.inference_mode(), and PyTorch lets nothing outside write to it; call "
+                f"inside, or pass {name}.clone()"
+            )
+    for name, value in changed if needs_grad else ():
+        if reason := _unwritable(value):
+            raise BackendError(
+                f"{name} {reason}, and PyTorch lets nothing write to it while gradients are recorded; pass "
+                f"{name}.clone(), or call under torch.no_grad()"
+            )
+
+
+def _unwritable(x: torch.Tensor) -> str | None:
+    """Why autograd does not let ``x`` be written to, or None."""
+    if any(t is not None and t.is_leaf and t.requires_grad for t in (x, x._base)):
+        return "is a leaf that requires grad, or a view of one"
+    if x._is_view() and torch._C._autograd._get_creation_meta(x) != torch._C._autograd.CreationMeta.DEFAULT:
+        return (
+            "is a view of a kind that autograd does not follow (of unbind, split or chunk, or made without grad mode)"
+        )
+    return None
+
+
 def _check_apart(op: Operator, args: tuple[Any, ...], out: tuple[torch.Tensor | None, ...]) -> None:
     """No output shares memory with an argument, except where it may be that argument, or with another output."""
     named = [(f"out[{i}]" if len(out) > 1 else "out", x) for i, x in enumerate(out) if x is not None]
-    inputs = [(n, a) for n, a in zip(op.arguments, args, strict=False) if isinstance(a, torch.Tensor)]
+    inputs = _named(op, args)
     for i, (name, x) in enumerate(named):
         for other_name, other in (*inputs, *named[:i]):
             if not (other_name in op.aliases and _same_view(x, other)):
@@ -139,6 +183,34 @@ def _is_differentiated(x: torch.Tensor) -> bool:
 def _into(out: tuple[torch.Tensor | None, ...], write: Callable[[], Any]) -> tuple[torch.Tensor | None, ...]:
     write()
     return out
+
+
+def _check_interpreted(op: Operator, args: tuple[Any, ...], out: tuple[torch.Tensor | None, ...] | None) -> None:
+    """Triton's interpreter computes with the dtypes of the arguments as a GPU does."""
+    if not interpreting() or not any(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in _tensors(args)):
+        return
+    if not _interprets_bfloat16():
+        name = next(name for name, x in _named(op, args) if x.dtype == torch.bfloat16)
+        raise BackendError(
+            f"{name} has dtype bfloat16, which Triton's interpreter (TRITON_INTERPRET=1) takes for integers, so that "
+            'results mean nothing; use float32 or float16, backend="reference", or a GPU'
+        )
+
+
+def _interprets_bfloat16() -> bool:
+    """Whether the interpreter adds and rounds bfloat16 as numbers, asked of itself: 1 + 1, and 1 + 3/512 to nearest."""
+    import numpy as np
+
+    try:
+        from triton.language import bfloat16, float32
+        from triton.runtime.interpreter import TensorHandle, interpreter_builder
+
+        one = TensorHandle(np.array([0x3F80], np.uint16), bfloat16)
+        total = interpreter_builder.binary_op(one, one, np.add)
+        rounded = interpreter_builder.cast_impl(TensorHandle(np.array([1 + 3 / 512], np.float32), float32), bfloat16)
+    except (ImportError, AttributeError, TypeError):  # another interpreter, of which nothing is known
+        return False
+    return (int(total.data[0]), int(rounded.data[0])) == (0x4000, 0x3F81)
 
 
 def _require_triton(device: torch.device, needs_grad: bool) -> None:

@@ -155,6 +155,8 @@ def _check_workspace(workspace: Tensor, hidden_states: Tensor, cu_seqlens: Tenso
         )
     _checks.unit_last_stride(workspace=workspace)
     _checks.same_device("hidden_states", hidden_states, workspace=workspace)
+    if _checks.readable(workspace) and workspace.any():
+        raise ValueError("workspace holds numbers other than 0, which the kernel would count on from: pass zeros")
 
 
 def _fake(

@@ -6,6 +6,8 @@ from orthorank_kernels import _checks, _library, dispatch
 from orthorank_kernels._layout import empty_ordered_like
 from orthorank_kernels.reference import rotary as reference
 
+CLOSE = 1e-3  # a table's columns may differ by that and still be one: tables may be trained
+
 
 def apply_rotary_at(
     x: Tensor,
@@ -29,17 +31,18 @@ def apply_rotary_at(
     Args:
         x: ``[batch, heads, selected, head_dim]`` or packed ``[selected, heads, head_dim]``, floating point. Any
             strides, the last one 1: the transposed view of a projection's output is the normal case.
-        cos: ``[batch or 1, tokens, rotary_dim]`` or packed ``[tokens, rotary_dim]``, floating point, as Hugging Face's
-            rotary modules return it: the second half of the last dimension repeats the first (only the first is read).
-            ``rotary_dim`` is even and at most ``head_dim``; elements of ``x`` from there on pass through. Any strides,
-            the last one 1.
+        cos: ``[batch or 1, tokens, width]`` or packed ``[tokens, width]``, floating point, any strides, the last one 1.
+            ``width`` is ``rotary_dim``, as Hugging Face's rotary modules return it: the second half of the last
+            dimension repeats the first (only the first is read). Or it is half of ``rotary_dim``, without the
+            repetition (the two halves of vLLM's ``cos_sin_cache``, for example).
         sin: like ``cos``.
         positions: int32 ``[batch, selected]`` or ``[selected]``, indices into the token axis of ``cos``; -1 gives
             zeros. None: ``x`` holds all tokens, in order. A position past the token axis is an IndexError on a CPU,
             undefined on a GPU.
         interleaved: which elements are a pair.
-        rotary_dim: elements of a head that are rotated, where ``cos`` and ``sin`` are half as wide, without the
-            repetition (the two halves of vLLM's ``cos_sin_cache``, for example). None: the width of ``cos``.
+        rotary_dim: elements of a head that are rotated, even and at most ``head_dim``; those from there on pass
+            through. None: the whole head, and ``cos`` must be as wide. It has to be said where the tables are narrower,
+            since they may be of a part of the head or without the repetition, and nothing in them tells which.
         out: where to write the result: its shape, dtype and strides; it may be ``x`` itself. None: new memory.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``.
 
@@ -48,7 +51,9 @@ def apply_rotary_at(
         given. Differentiable in ``x``, ``cos`` and ``sin``.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, shape, stride or device.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, stride or device; or on a CPU, the second
+            half of a table does not repeat the first, as where each angle stands there twice, side by side.
+        IndexError: on a CPU, a position is past the token axis.
         BackendError: ``backend="triton"`` cannot run here, or ``out`` is given and an input requires grad.
 
     >>> import torch
@@ -93,7 +98,7 @@ def _check(
     _checks.tensor("x", x, "[selected, heads, head_dim]" if packed else "[batch, heads, selected, head_dim]")
     _checks.flag("interleaved", interleaved)
     batch, selected, head_dim = 1 if packed else x.shape[0], x.shape[0 if packed else 2], x.shape[-1]
-    table = "[tokens, rotary_dim]" if packed else "[batch or 1, tokens, rotary_dim]"
+    table = "[tokens, width]" if packed else "[batch or 1, tokens, width]"
     _checks.tensor("cos", cos, table)
     _checks.tensor("sin", sin, table)
     _checks.shape("sin", sin, cos.shape, "the shape of cos")
@@ -102,7 +107,7 @@ def _check(
     _checks.unit_last_stride(x=x, cos=cos, sin=sin)
     if not packed and cos.shape[0] not in (1, batch):
         raise ValueError(f"cos has shape {list(cos.shape)}; its first dimension must be the batch of x, {batch}, or 1")
-    width = _rotated(cos, rotary_dim, head_dim)
+    width = _rotated(cos, sin, rotary_dim, head_dim)
     if positions is None:
         if cos.shape[-2] != selected:
             raise ValueError(
@@ -111,25 +116,45 @@ def _check(
         return width
     _checks.positions(positions, None if packed else batch, x)
     _checks.shape("positions", positions, (selected,) if packed else (batch, selected), "the shape of x")
+    _checks.positions_inside(positions, cos.shape[-2], "cos")
     return width
 
 
-def _rotated(cos: Tensor, rotary_dim: int | None, head_dim: int) -> int:
+def _rotated(cos: Tensor, sin: Tensor, rotary_dim: int | None, head_dim: int) -> int:
+    """How many elements of a head are rotated, of which the tables must be as wide or half as wide."""
+    width = cos.shape[-1]
     if rotary_dim is None:
-        width = cos.shape[-1]
-        if width % 2 or not 0 < width <= head_dim:
+        if width != head_dim or width % 2 or width == 0:
             raise ValueError(
-                f"cos has shape {list(cos.shape)}; its last dimension, rotary_dim, must be even, "
-                f"above 0 and at most the head_dim of x, {head_dim}"
+                f"cos has shape {list(cos.shape)} and x a head_dim of {head_dim}; without rotary_dim the last "
+                "dimension of cos must be the head_dim, above 0 and even: pass rotary_dim, how many elements of a head "
+                f"are rotated ({width} if that dimension's second half repeats the first, {2 * width} if nothing does)"
             )
-        return width
-    _checks.integer("rotary_dim", rotary_dim, at_least=2, at_most=head_dim, none="the width of cos")
-    if rotary_dim % 2 or cos.shape[-1] < rotary_dim // 2:
+        rotary_dim = width
+    _checks.integer("rotary_dim", rotary_dim, at_least=2, at_most=head_dim, none="the head_dim")
+    if rotary_dim % 2 or width not in (rotary_dim, rotary_dim // 2):
         raise ValueError(
             f"rotary_dim is {rotary_dim} and cos has shape {list(cos.shape)}; rotary_dim must be even, and the last "
-            "dimension of cos at least half of it"
+            "dimension of cos as large, or half of it where nothing is repeated"
         )
+    if width == rotary_dim:
+        _check_repetition("cos", cos, rotary_dim // 2)
+        _check_repetition("sin", sin, rotary_dim // 2)
     return rotary_dim
+
+
+def _check_repetition(name: str, table: Tensor, half: int) -> None:
+    """On a CPU: the second half of a table's columns repeats the first. Looks at two tokens, which takes no time."""
+    if not _checks.readable(table):
+        return
+    seen = table.detach().narrow(0, 0, min(2 if table.dim() == 2 else 1, table.shape[0]))
+    seen = seen.narrow(-2, 0, min(2, seen.shape[-2]))
+    if ((seen[..., :half] - seen[..., half:]).abs() > CLOSE).any():  # no NaN is
+        raise ValueError(
+            f"{name} has shape {list(table.shape)}, and the second half of its last dimension does not repeat the "
+            f"first; where each angle stands there twice, side by side (repeat_interleave), pass {name}[..., ::2] and "
+            f"rotary_dim={2 * half}; where nothing is repeated, pass rotary_dim={4 * half}"
+        )
 
 
 def _check_out(out: Tensor, x: Tensor) -> None:

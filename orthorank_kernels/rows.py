@@ -9,8 +9,11 @@ adds and normalises on the way. Two layouts:
   packed axis (the ``rows`` of `select_tokens`), whichever sequence they belong to.
 
 -1 marks a missing entry, where fewer tokens were selected than there is room for. It gives zeros in a gather and is
-skipped in a scatter. Positions are trusted: one past the token axis is an IndexError on a CPU and undefined on a GPU,
-since looking at the values would make the host wait for the device.
+skipped in a scatter. One past the token axis is an IndexError on a CPU and undefined on a GPU, where positions are
+trusted, since looking at the values would make the host wait for the device.
+
+What a scatter writes to may not be a leaf that requires grad, nor a view of one, unless grad mode is off: PyTorch lets
+nothing write to those.
 """
 
 import torch
@@ -36,6 +39,7 @@ def gather_rows(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, stride or device.
+        IndexError: on a CPU, a position is past the token axis.
         BackendError: ``backend="triton"`` cannot run here, or ``out`` is given and ``x`` requires grad.
 
     >>> x = torch.arange(6.0).reshape(1, 3, 2)
@@ -76,7 +80,8 @@ def scatter_rows_(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, stride or device.
-        BackendError: ``backend="triton"`` cannot run here.
+        IndexError: on a CPU, a position is past the token axis.
+        BackendError: ``backend="triton"`` cannot run here, or ``out`` cannot be written to.
 
     >>> out = torch.zeros(1, 3, 2)
     >>> scatter_rows_(out, torch.tensor([[2, -1]], dtype=torch.int32), torch.ones(1, 2, 2))
@@ -115,7 +120,8 @@ def scatter_add_rows_(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, stride or device.
-        BackendError: ``backend="triton"`` cannot run here.
+        IndexError: on a CPU, a position is past the token axis.
+        BackendError: ``backend="triton"`` cannot run here, or ``out`` cannot be written to.
 
     >>> out = torch.zeros(3, 2)
     >>> rows, residual = torch.ones(2, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
@@ -147,6 +153,7 @@ def check_rows(name: str, x: torch.Tensor, positions: torch.Tensor) -> bool:
     packed = isinstance(x, torch.Tensor) and x.dim() == 2
     _checks.tensor(name, x, "[total, hidden]" if packed else "[batch, tokens, hidden]")
     _checks.positions(positions, None if packed else x.shape[0], x)
+    _checks.positions_inside(positions, x.shape[-2], name)
     return packed
 
 

@@ -12,7 +12,7 @@ from benchmarks.static.pairs import selected_positions
 from benchmarks.traffic.counting import bytes_of, counted
 from orthorank_kernels import _settings
 
-HALF = torch.bfloat16
+HALF = torch.float16  # as wide as bfloat16, which the interpreter takes for integers
 
 
 @dataclass(frozen=True)

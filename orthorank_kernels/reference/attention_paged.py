@@ -44,7 +44,9 @@ def sparse_query_attention_paged(
     sequence, owned = owners(cu_selected, q.shape[0])
     first, end = visible(positions[None], seq_lens[sequence][None], window, None)
     end = end.masked_fill(~owned, 0)
-    tables = block_table if table_rows is None else block_table[table_rows]  # [seqs, max_blocks]
+    tables = block_table  # [seqs, max_blocks]
+    if table_rows is not None:  # of a sequence without queries it may be anything
+        tables = block_table[table_rows.clamp(0, block_table.shape[0] - 1)]
 
     def read(pages: torch.Tensor) -> Pair:
         """Keys and values of these pages, each ``[1, kv_heads, keys, head_dim]``."""

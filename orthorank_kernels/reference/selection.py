@@ -39,7 +39,7 @@ def sequences(tokens: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def preference(scores: Tensor, begin: Tensor, end: Tensor, sink: Tensor, keep_last: int) -> Tensor:
     """When each token's turn comes, int64 like ``scores``: a total order, positions included."""
     position = torch.arange(scores.shape[-1], device=scores.device)
-    bits = scores.detach().float().view(torch.int32).long()
+    bits = scores.detach().float().resolve_neg().view(torch.int32).long()
     key = torch.where(bits < 0, -bits, bits + 2**31)  # ascends with the score; -0.0 and 0.0 meet at 2**31
     key = torch.where(scores.isnan(), NAN, key)
     if keep_last > 0:

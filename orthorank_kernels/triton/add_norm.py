@@ -65,6 +65,7 @@ def gather_add_rms_norm_kernel(
     addend_weight = None if addend_weight_ptr is None else tl.load(addend_weight_ptr + columns, mask=inside, other=0.0)
 
     for entry in range(first, tl.minimum(first + rows_per_program, selected)):
+        entry = tl.cast(entry, tl.int64)  # as it is in a compiled kernel; the interpreter counts in Python's ints
         position = tl.load(positions_ptr + entry).to(tl.int64)
         read = columns < tl.where(position >= 0, HIDDEN, 0)  # a missing entry reads nothing: both outputs are zeros
         hidden = tl.load(hidden_ptr + position * stride_hidden_token + columns, mask=read, other=0.0)

@@ -83,6 +83,7 @@ def norm_and_score(
     if COSINE:
         sink_length = length(sink.to(tl.float32))
     for token in range(first, end):
+        token = tl.cast(token, tl.int64)  # as it is in a compiled kernel; the interpreter counts in Python's ints
         h = load_state(x_ptr, residual_ptr, token * stride_x_token, token * stride_residual_token, channel, inside)
         out = row * stride_out_row + token
         if sum_ptr is not None:

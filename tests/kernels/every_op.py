@@ -48,7 +48,7 @@ class Shapes:
         return torch.empty(len(values), dtype=dtype, device=self.device)
 
     def cumulative(self, sequences: int, tokens: int) -> Tensor:
-        return self.ints(*range(0, (sequences + 1) * tokens, tokens))
+        return self.ints(*[i * tokens for i in range(sequences + 1)])
 
     def positions(self, batch: int, selected: int, tokens: int) -> Tensor:
         return torch.empty(batch, selected, dtype=torch.int32, device=self.device)
@@ -159,7 +159,7 @@ def _rows(new: Shapes, s: Sizes) -> dict[str, Call]:
     positions = new.positions(s.batch, s.selected, s.tokens)
     residual, bias = new.floats(*rows.shape, dtype=s.dtype), new.floats(s.hidden, dtype=s.dtype)
     q = new.floats(s.batch, s.selected, s.heads, s.head_dim, dtype=s.dtype).transpose(1, 2)
-    cos, sin = new.floats(1, s.tokens, s.head_dim, dtype=s.dtype), new.floats(1, s.tokens, s.head_dim, dtype=s.dtype)
+    cos, sin = (new.floats(1, s.tokens, s.head_dim // 2, dtype=s.dtype).repeat(1, 1, 2) for _ in range(2))
     layer = {"norm": "layer", "bias": bias, "weight_offset": 1.0, "scale": 0.5, "addend_weight": weight}
     # Not x[0]: indexing asks a fake GPU for its driver.
     x_, positions_, rows_, residual_ = (t.select(0, 0) for t in (x, positions, rows, residual))
@@ -207,7 +207,7 @@ def _packed_attention(new: Shapes, s: Sizes) -> dict[str, Call]:
     q = new.floats(s.batch * s.selected, 3 * s.heads, s.head_dim, dtype=s.dtype).narrow(1, 0, s.heads)
     k, v = (new.floats(s.batch * s.tokens, s.kv_heads, s.head_dim, dtype=s.dtype) for _ in range(2))
     positions = new.positions(s.batch, s.selected, s.tokens).flatten()
-    cu_selected, cu_seqlens_k = (new.ints(*range(0, s.batch * n + 1, n)) for n in (s.selected, s.tokens))
+    cu_selected, cu_seqlens_k = (new.cumulative(s.batch, n) for n in (s.selected, s.tokens))
     packed = (q, k, v, positions, cu_selected, cu_seqlens_k)
     options = {"window": s.tokens // 2 + 1, "scale": 0.3, "max_seqlen_k": s.tokens, **_of_scores(new, s)}
 

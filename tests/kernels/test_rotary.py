@@ -77,7 +77,7 @@ def test_rotation_is_as_exact_as_eager(backend, tokens, heads, head_dim, rotary_
     x = random(2, selected, heads, head_dim, dtype=dtype).transpose(1, 2)
     cos, sin = tables(1, tokens, rotary_dim, dtype)
     positions = positions_with_gaps(2, tokens, selected)
-    actual = apply_rotary_at(x, cos, sin, positions, backend=backend)
+    actual = apply_rotary_at(x, cos, sin, positions, rotary_dim=rotary_dim, backend=backend)
     exact = rotated_by_loop(x, cos, sin, positions)
     assert_within_budget(actual, reference.apply_rotary_at(x, cos, sin, positions), exact, dtype)
     kept = x[..., rotary_dim:].masked_fill((positions < 0)[:, None, :, None], 0)
@@ -96,7 +96,7 @@ def test_interleaved_pairs(backend, tokens, heads, head_dim, rotary_dim, dtype, 
     x = random(2, selected, heads, head_dim, dtype=dtype).transpose(1, 2)
     cos, sin = tables(1, tokens, rotary_dim, dtype)
     positions = positions_with_gaps(2, tokens, selected)
-    actual = apply_rotary_at(x, cos, sin, positions, interleaved=True, backend=backend)
+    actual = apply_rotary_at(x, cos, sin, positions, interleaved=True, rotary_dim=rotary_dim, backend=backend)
     exact = rotated_by_loop(x, cos, sin, positions, interleaved=True)
     assert_within_budget(actual, reference.apply_rotary_at(x, cos, sin, positions, True), exact, dtype)
     kept = x[..., rotary_dim:].masked_fill((positions < 0)[:, None, :, None], 0)
@@ -108,7 +108,7 @@ def test_interleaved_is_hugging_face_s_glm(backend):
     glm = pytest.importorskip("transformers.models.glm.modeling_glm")
     q, (cos, sin) = random(1, 12, 4, 64).transpose(1, 2), tables(1, 12, 32, torch.float32)
     expected, _ = glm.apply_rotary_pos_emb(q, q, cos, sin)
-    actual = apply_rotary_at(q, cos, sin, interleaved=True, backend=backend)
+    actual = apply_rotary_at(q, cos, sin, interleaved=True, rotary_dim=32, backend=backend)
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -119,13 +119,12 @@ def test_packed_is_a_batch_of_one(backend, interleaved, poisoned):
     cos, sin = (t[0] for t in tables(1, 40, 8, torch.float32))
     positions = positions_with_gaps(1, 40, 9)[0]
     positions[-2:] = -1
-    actual = apply_rotary_at(x, cos, sin, positions, interleaved=interleaved, backend=backend)
-    batch = apply_rotary_at(
-        x.transpose(0, 1)[None], cos[None], sin[None], positions[None], interleaved=interleaved, backend=backend
-    )
+    options = {"interleaved": interleaved, "rotary_dim": 8, "backend": backend}
+    actual = apply_rotary_at(x, cos, sin, positions, **options)
+    batch = apply_rotary_at(x.transpose(0, 1)[None], cos[None], sin[None], positions[None], **options)
     assert torch.equal(actual, batch[0].transpose(0, 1))
     assert actual.is_contiguous()
-    everyone = apply_rotary_at(x, cos[:9], sin[:9], interleaved=interleaved, backend=backend)
+    everyone = apply_rotary_at(x, cos[:9], sin[:9], **options)
     assert torch.equal(everyone[0], actual[0])
     assert not torch.equal(everyone[1], actual[1])
 
@@ -136,10 +135,9 @@ def test_tables_without_the_repetition(backend, interleaved):
     """As a serving stack keeps them: the cosines of a position, then its sines."""
     x, (cos, sin) = random(5, 3, 40), (t[0] for t in tables(1, 30, 32, torch.float32))
     cache, positions = torch.cat([cos[:, :16], sin[:, :16]], -1), positions_with_gaps(1, 30, 5)[0]
-    actual = apply_rotary_at(
-        x, cache[:, :16], cache[:, 16:], positions, interleaved=interleaved, rotary_dim=32, backend=backend
-    )
-    assert torch.equal(actual, apply_rotary_at(x, cos, sin, positions, interleaved=interleaved, backend=backend))
+    options = {"interleaved": interleaved, "rotary_dim": 32, "backend": backend}
+    actual = apply_rotary_at(x, cache[:, :16], cache[:, 16:], positions, **options)
+    assert torch.equal(actual, apply_rotary_at(x, cos, sin, positions, **options))
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -151,9 +149,10 @@ def test_out_is_written_and_returned_and_may_be_x(backend, in_place, packed, int
     cos, sin = (t[0] if packed else t for t in tables(1, 20, 8, torch.float32))
     positions = positions_with_gaps(2, 20, 7)
     args = (cos, sin, positions[0] if packed else positions)
-    expected = apply_rotary_at(x, *args, interleaved=interleaved, backend=backend)
+    options = {"interleaved": interleaved, "rotary_dim": 8, "backend": backend}
+    expected = apply_rotary_at(x, *args, **options)
     out = x if in_place else torch.full((*x.shape[:-1], 20), float("nan"), device=DEVICE)[..., 2:18]
-    assert apply_rotary_at(x, *args, interleaved=interleaved, out=out, backend=backend) is out
+    assert apply_rotary_at(x, *args, out=out, **options) is out
     assert torch.equal(out, expected)
 
 
@@ -214,8 +213,9 @@ def test_missing_entries_are_zeros_whatever_is_in_the_way(backend, poisoned):
     x = torch.full((2, 3, 2, 10), float("inf"), device=DEVICE)
     cos = sin = torch.full((1, 4, 8), float("nan"), device=DEVICE)
     positions = torch.full((2, 2), -1, dtype=torch.int32, device=DEVICE)
-    assert torch.equal(apply_rotary_at(x, cos, sin, positions, backend=backend), torch.zeros_like(x))
-    assert torch.equal(apply_rotary_at(x, cos[:, :0], sin[:, :0], positions, backend=backend), torch.zeros_like(x))
+    for n in (4, 0):
+        got = apply_rotary_at(x, cos[:, :n], sin[:, :n], positions, rotary_dim=8, backend=backend)
+        assert torch.equal(got, torch.zeros_like(x))
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4)])
@@ -249,7 +249,7 @@ def test_gradients_are_exact():
     x = torch.randn(2, 2, 3, 6, dtype=torch.float64).transpose(1, 2).requires_grad_()
     cos, sin = (t.cpu().requires_grad_() for t in tables(1, 5, 4, torch.float64))
     for interleaved in (False, True):
-        turn = partial(apply_rotary_at, positions=positions, interleaved=interleaved)
+        turn = partial(apply_rotary_at, positions=positions, interleaved=interleaved, rotary_dim=4)
         assert torch.autograd.gradcheck(turn, (x, cos, sin))
 
 

@@ -10,7 +10,7 @@ from tests.kernels.tools import DEVICE
 X, COS, POSITIONS = torch.zeros(2, 3, 4, 8), torch.zeros(1, 6, 8), torch.zeros(2, 4, dtype=torch.int32)
 BAD_CALLS = {
     "x has two dimensions": ((X[0, 0], COS, COS), ValueError, r"x has shape \[4, 8\]; it must be \[batch, heads, sel"),
-    "tables of the other layout": ((X[0], COS, COS), ValueError, r"cos has shape \[1, 6, 8\]; it must be \[tokens, ro"),
+    "tables of the other layout": ((X[0], COS, COS), ValueError, r"cos has shape \[1, 6, 8\]; it must be \[tokens, wi"),
     "positions of the other layout": (
         (X[0], COS[0], COS[0], POSITIONS),
         ValueError,
@@ -23,8 +23,17 @@ BAD_CALLS = {
     ),
     "sin of another dtype": ((X, COS, COS.half(), POSITIONS), TypeError, "sin has dtype float16 and cos float32"),
     "tables of another batch": ((X, *[COS.repeat(3, 1, 1)] * 2, POSITIONS), ValueError, "the batch of x, 2, or 1"),
-    "rotary_dim too large": ((X, *[COS.repeat(1, 1, 2)] * 2, POSITIONS), ValueError, "at most the head_dim of x, 8"),
-    "rotary_dim odd": ((X, COS[..., :5], COS[..., :5], POSITIONS), ValueError, "rotary_dim, must be even"),
+    "tables wider than a head": ((X, *[COS.repeat(1, 1, 2)] * 2, POSITIONS), ValueError, "x a head_dim of 8; without"),
+    "tables of an odd width": (
+        (X, *[COS[..., :5]] * 2, POSITIONS),
+        ValueError,
+        "must be the head_dim, above 0 and even",
+    ),
+    "an odd head_dim": (
+        (X[..., :5], *[COS[..., :5]] * 2, POSITIONS),
+        ValueError,
+        "must be the head_dim, above 0 and even",
+    ),
     "no positions for a part": ((X, COS, COS), ValueError, "cos has 6 tokens and x 4; pass positions"),
     "positions of another count": ((X, COS, COS, POSITIONS[:, :3]), ValueError, r"the shape of x asks for \[2, 4\]"),
     "positions are int64": ((X, COS, COS, POSITIONS.long()), TypeError, "positions has dtype int64; it may be int32"),
@@ -58,7 +67,7 @@ def test_errors_name_the_option_and_the_fix(name):
 
 
 def test_tables_too_narrow():
-    with pytest.raises(ValueError, match="the last dimension of cos at least half of it"):
+    with pytest.raises(ValueError, match=r"rotary_dim is 6 and cos has shape .* half of it where nothing is repeated"):
         apply_rotary_at(X, COS[..., :2], COS[..., :2], POSITIONS, rotary_dim=6)
 
 

@@ -115,7 +115,7 @@ def test_rotary_reads_each_angle_once_for_all_heads(heads, head_dim, rotary_dim)
     x = torch.ones(1, 10, heads, head_dim, dtype=HALF).transpose(1, 2)
     table, positions = torch.ones(1, 30, rotary_dim, dtype=HALF), every_third(30)
     with counted() as traffic:
-        apply_rotary_at(x, table, table, positions, backend="triton")
+        apply_rotary_at(x, table, table, positions, rotary_dim=rotary_dim, backend="triton")
     angles = 10 * rotary_dim // 2 * table.element_size()
     assert traffic.requested == 2 * bytes_of(x) + 2 * angles + bytes_of(positions)
     assert traffic.launches == 1
