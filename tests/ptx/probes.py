@@ -15,7 +15,6 @@ from tests.ptx.launch import launch
 from tests.ptx.table import Program
 
 THREADS = 128  # of a program, unless the probe says how many; more inputs take more programs
-VERSION = "8.8"
 FILL = 0xA5  # of what no result has been written to
 BITS = {"%p": 32, "%rs": 16, "%r": 32, "%rd": 64}  # in memory, where a predicate is a word of 0 or 1
 REGISTERS = ".reg .pred %p<40>; .reg .b16 %rs<40>; .reg .b32 %r<400>; .reg .b64 %rd<60>;"
@@ -132,9 +131,21 @@ HEAD = """.version {version}
 """
 
 
+def version(architecture: str) -> str:
+    """Of PTX: the least that knows the architecture and all probes for it, so that older assemblers take them, too.
+
+    >>> version("sm_86"), version("sm_90a"), version("sm_100a"), version("sm_103a")
+    ('7.8', '8.0', '8.6', '8.8')
+    """
+    number = int("".join(c for c in architecture if c.isdigit()))
+    if number < 100:
+        return "7.8" if number < 90 else "8.0"
+    return {100: "8.6", 101: "8.6", 120: "8.7"}.get(number, "8.8")
+
+
 def module(probes: Sequence[Probe], architecture: str) -> str:
     """All kernels in one text; ``architecture``: sm_80, sm_90a ..."""
-    return HEAD.format(version=VERSION, architecture=architecture) + "\n".join(map(entry, probes))
+    return HEAD.format(version=version(architecture), architecture=architecture) + "\n".join(map(entry, probes))
 
 
 def inputs_of(probe: Probe) -> list[np.ndarray]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ptx import snippet
+from tests.ptx import probes, snippet
 from tests.ptx.cuda_driver import Gpu, architecture, assemble, generation
 from tests.ptx.errors import PtxError
 from tests.ptx.probes import FILL, Probe, differences, distance, inputs_of, module, prefix, run_here
@@ -49,6 +49,14 @@ def test_the_kernels_are_assembled(target):
     known = [probe for probe in PROBES if target in probe.targets]
     assert len(known) > 200
     assert assemble(known, TARGETS[target]).startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize(("target", "older"), [(80, "7.7"), (90, "7.8"), (100, "8.5")])
+def test_no_older_version_of_ptx_has_all_kernels(target, older, monkeypatch):
+    """So the kernels ask for the least: the assembler of an older Triton knows no newer one."""
+    monkeypatch.setattr(probes, "version", lambda architecture: older)
+    with pytest.raises(RuntimeError, match=r"requires PTX ISA \.version"):
+        assemble([probe for probe in PROBES if target in probe.targets], TARGETS[target])
 
 
 def test_what_cannot_be_assembled_is_said():

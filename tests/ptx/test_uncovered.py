@@ -9,7 +9,7 @@ from tests.ptx.errors import UnknownInstruction
 from tests.ptx.uncovered import UNCOVERED
 
 pytest.importorskip("triton")
-MODULE = """.version 8.8
+MODULE = """.version 8.6
 .target {target}
 .address_size 64
 .func helper() {{ ret; }}

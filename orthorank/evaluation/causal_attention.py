@@ -1,0 +1,121 @@
+"""Dense attention that stays the same when a model is captured or compiled: SDPA with ``is_causal``, never a mask.
+
+Transformers' own ``"sdpa"`` gives PyTorch ``is_causal=True`` and grouped heads in eager mode alone. While it is traced
+or captured it builds a mask ``[batch, 1, tokens, tokens]`` and repeats keys and values for every query head: another,
+slower model, beside which a plan would look better than it is. The attention registered here does the same in every
+mode, for prompts that need no mask; what would need one is refused.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orthorank.errors import OrthoRankError
+
+NAME = "sdpa_causal"
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+
+
+def register() -> str:
+    """Make ``"sdpa_causal"`` known to transformers as an attention implementation; again does no harm.
+
+    Returns:
+        The name, for ``attn_implementation`` or ``model.set_attn_implementation``.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+        ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)).eval()
+        >>> ids = torch.arange(12)[None]
+        >>> plain = model(ids).logits
+        >>> model.set_attn_implementation(register())
+        >>> torch.allclose(model(ids).logits, plain, atol=1e-5)
+        True
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, causal_attention)
+    AttentionMaskInterface.register(NAME, no_mask)
+    return NAME
+
+
+def causal_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of a whole unpadded prompt, or of one generated token over those before it.
+
+    Args:
+        module: the attention module, unused; query: ``[batch, heads, tokens, head_dim]``.
+        key, value: ``[batch, kv_heads, keys, head_dim]``, as many keys as tokens, or one token.
+        attention_mask: None.
+        scaling: of the scores; None: ``head_dim ** -0.5``. kwargs: as transformers gives them.
+
+    Returns:
+        ``[batch, tokens, heads, head_dim]`` and None.
+
+    Raises:
+        OrthoRankError: a mask, a sliding window shorter than the keys, a soft-cap, packed sequences, or a part of a
+            prompt over a filled cache.
+    """
+    tokens, keys, window = query.shape[2], key.shape[2], kwargs.get("sliding_window")
+    if attention_mask is not None:
+        raise _refusal(f"attention_mask is a tensor of shape {list(attention_mask.shape)}", "takes no mask")
+    if window is not None and keys > window:
+        raise _refusal(f"the model has a sliding window of {window} and {keys} keys", "sees all keys before a token")
+    if kwargs.get("softcap") is not None:
+        raise _refusal(f"the model caps scores at {kwargs['softcap']}", "has no cap")
+    if named := [name for name in PACKED if kwargs.get(name) is not None]:
+        raise _refusal(f"{named[0]} was given", "takes one sequence a row")
+    if tokens not in (1, keys):
+        raise _refusal(f"the call has {tokens} tokens and {keys} keys", "takes a whole prompt, or one token at a time")
+    attended = nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        dropout_p=dropout,
+        scale=scaling,
+        is_causal=tokens > 1,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def no_mask(
+    *, attention_mask: Tensor | None = None, q_length: Any = 1, kv_length: Any = 1, q_offset: Any = 0, **kwargs: Any
+) -> None:
+    """What transformers asks for a mask: there is none. Without this function it would drop a padding mask unsaid.
+
+    Args:
+        attention_mask: ``[batch, tokens]``, 1 for tokens, or None; q_length, kv_length, q_offset: tokens of the call,
+            keys, tokens before the call.
+
+    Raises:
+        OrthoRankError: there is padding (while a graph is traced or captured: a mask at all), or a static cache.
+    """
+    if attention_mask is not None:
+        if torch.compiler.is_compiling() or _capturing(attention_mask):
+            raise _refusal("attention_mask was given while a graph is made", "cannot see whether it hides anything")
+        if not bool(attention_mask.all()):
+            raise _refusal("attention_mask has padding", "takes prompts of one length")
+    if isinstance(q_offset, Tensor) or q_offset + q_length != kv_length:
+        raise _refusal("the call has a cache that is allocated ahead of time", "would see its empty places")
+
+
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _refusal(found: str, reason: str) -> OrthoRankError:
+    return OrthoRankError(
+        f"{found}, and the attention {NAME!r} {reason}: leave it out, pass prompts of one length without padding, or "
+        "call model.set_attn_implementation('sdpa')"
+    )
