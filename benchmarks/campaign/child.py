@@ -10,6 +10,7 @@ import faulthandler
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from benchmarks.campaign.job import Job
 from benchmarks.campaign.lines import Lines, read
@@ -38,9 +39,18 @@ def main(given: Sequence[str] | None = None) -> int:
         return LOST
     except Exception as error:
         lines.write(status="failed", note=words(error), what=" ".join(more) or step)
-        return 1
+        return LOST if is_lost(machine) else 1
     own = [line for line in read(job.results)[before:] if line.get("step") == step]
     return int(any(line.get("status") in ("wrong", "failed")[: 1 + context.strict] for line in own))
+
+
+def is_lost(machine: Any) -> bool:
+    """Whether the GPU does nothing any more in this process."""
+    try:
+        machine.wait()
+    except RuntimeError:
+        return True
+    return False
 
 
 if __name__ == "__main__":

@@ -68,8 +68,7 @@ class Gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
-    def peak(self) -> int:
-        """Bytes that were held at most since `free`."""
+    def peak(self) -> int:  # bytes that were held at most since `free`
         return torch.cuda.max_memory_allocated()
 
     def probes(self, every: list[Any]) -> tuple[list[Any], Callable[[Any], Any]]:

@@ -16,7 +16,7 @@ class Sizes:
         models: configurations for `random_model`, by name. flex, compiled: where a compiled peer is measured.
         copy: bytes that the copy moves; product: rows of the square product.
         warm: seconds of products before timing. measurement: seconds that one may take.
-        sets: inputs that take turns. compiler: backend of torch.compile.
+        sets: inputs that take turns. compiler, modes: of torch.compile.
         forwards: in a turn, for prompts below ``short`` tokens. layers: of the models; None: all of them.
     """
 
@@ -36,6 +36,7 @@ class Sizes:
     measurement: float = 2.0
     sets: int = 3
     compiler: str = "inductor"
+    modes: Sequence[str] = ("default", "reduce-overhead")
     short: int = 4096
     forwards: int = 10
     layers: int | None = None
@@ -73,6 +74,7 @@ DRY = Sizes(
     measurement=0.02,
     sets=2,
     compiler="eager",
+    modes=("default",),
     short=40,
     forwards=2,
 )

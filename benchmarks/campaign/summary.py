@@ -116,7 +116,9 @@ def expected_share(op: str) -> dict[str, float]:
 def outcomes(lines: Iterable[Line], step: str) -> Counter[str]:
     """How many checks and tests of a step ended how."""
     return Counter(
-        line.get("status", "ok") for line in lines if line.get("step") == step and line.get("kind") in ("check", "test")
+        line.get("status", "ok")
+        for line in lines
+        if line.get("step") == step and line.get("kind") in ("check", "test") and line.get("test") != "all"
     )
 
 

@@ -126,7 +126,7 @@ def checks(lines: Sequence[Line], step: str) -> str:
 
 
 def trouble(lines: Sequence[Line]) -> str:
-    names = ("op", "model", "shape", "provider", "mode", "variant", "what", "child")
+    names = ("op", "model", "shape", "provider", "mode", "variant", "what", "test", "child")
     rows = [
         [line.get("step", ""), line["status"], short("; ".join(str(line[n]) for n in names if line.get(n))),
          short(str(line.get("note", "")))]

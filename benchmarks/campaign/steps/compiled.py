@@ -3,16 +3,15 @@
 import time
 
 import torch
-from orthorank.evaluation.random_weights import random_model
 
 from benchmarks.campaign.measure import Context, measure, warm
 from benchmarks.campaign.sizes import LLAMA_3
 from benchmarks.campaign.steps.layers import near
 from orthorank import OrthoRankConfig, apply
 from orthorank.evaluation.flops import prefill_flops
+from orthorank.evaluation.random_weights import random_model
 
 LAYERS = 4
-MODES = ("default", "reduce-overhead")
 
 
 def run(context: Context) -> None:
@@ -23,7 +22,7 @@ def run(context: Context) -> None:
     prompt = torch.arange(batch * tokens, device=machine.device).view(batch, tokens) % model.config.vocab_size
     plan = OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3)
     amount = batch * prefill_flops(model.config, tokens, plan.layers, plan.ratios)
-    context.planned = len(MODES) + 1
+    context.planned = len(sizes.modes) + 1
 
     def forward() -> torch.Tensor:
         return model(input_ids=prompt, use_cache=False, logits_to_keep=1).logits
@@ -33,7 +32,7 @@ def run(context: Context) -> None:
         eager = forward()
         measure(context, [(forward, lambda result: near(result, eager))], amount=amount, unit="TFLOP/s",
                 provider="eager", **fields)  # fmt: skip
-        for mode in MODES:
+        for mode in sizes.modes:
             torch.compiler.reset()
             how = {"mode": mode} if sizes.compiler == "inductor" else {"backend": sizes.compiler}
             fields["provider"] = f"torch.compile, {mode}"
