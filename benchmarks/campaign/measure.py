@@ -69,15 +69,18 @@ class Context:
     @contextmanager
     def guard(self, **fields: Any) -> Iterator[None]:
         """What fails inside is a line, and its memory is free again; a lost GPU raises `Lost`."""
+        well = False
         try:
             yield
+            well = True
         except LeftOut as reason:
             self.lines.write(status="left out", note=str(reason), **fields)
         except AssertionError as error:
             self.lines.write(status="wrong", note=str(error), **fields)
         except Exception as error:
             self.lines.write(status="failed", note=words(error), **fields)
-        gc.collect()  # a traceback held the tensors of what failed until here
+        if not well:
+            gc.collect()  # a traceback held the tensors of what failed until here
         try:
             self.machine.free()
             self.machine.wait()
@@ -177,8 +180,8 @@ def eager(machine: Any, call: Call, host: list[float]) -> Callable[[], float]:
         host.append(time.perf_counter() - began)
 
     def run() -> float:
-        machine.wait()
         machine.flush()
+        machine.wait()  # else the flush would hide a part of the host's time
         return float(machine.around(watched))
 
     return run

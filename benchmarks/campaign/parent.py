@@ -146,7 +146,8 @@ class Parent:
             command = [self.options.python, *command]
         tail = Tail(work / child.lines_from) if child.lines_from else None
         try:
-            running = Running(child.name, command, work / "output.txt", seconds, self.environment, ROOT)
+            environment = {**self.environment, **child.environment}
+            running = Running(child.name, command, work / "output.txt", seconds, environment, ROOT)
         except OSError as error:  # the program is not there
             self.lines.write(step=step.name, child=child.name, status="left out", note=f"cannot be started: {error}")
             return

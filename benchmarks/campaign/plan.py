@@ -23,7 +23,7 @@ class Child:
         command: what follows ``python``, or a whole command line if ``program``.
         seconds: its limit; None: the step's.
         dry: what runs instead in a dry run; None: the same.
-        off: environment for all later steps if it does not end well.
+        off: environment for all later steps if it does not end well. environment: of this process alone.
         lines_from: a file in its work folder whose lines become results.
         refuses: its exit code 2 says that this cannot run here, and is no failure.
     """
@@ -34,6 +34,7 @@ class Child:
     program: bool = False
     dry: Sequence[str] | None = None
     off: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
     lines_from: str | None = None
     refuses: bool = False
 
@@ -100,7 +101,9 @@ def sanitizer(tool: str) -> Child:
     """Every op at small sizes under one tool of compute-sanitizer; without a GPU the same calls without it."""
     command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--log-file", "{files}/" + f"{tool}.txt",
                "{python}", *own("every_op"))  # fmt: skip
-    return Child(tool, command, program=True, dry=own("every_op") if tool == "memcheck" else ("--version",))
+    dry = own("every_op") if tool == "memcheck" else ("--version",)
+    # Without PyTorch's cache each tensor is an allocation of its own, past whose end memcheck sees.
+    return Child(tool, command, program=True, dry=dry, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
 COUNTERS = Child(

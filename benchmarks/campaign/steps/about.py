@@ -86,7 +86,7 @@ def first_of(path: Path, name: str) -> str:
 def said(command: Sequence[str]) -> str:
     """What a program says of the card; what is wrong with it where it cannot."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"unknown: {error}"
     return (done.stdout or done.stderr).strip()
