@@ -27,7 +27,7 @@ def main(given: Sequence[str] | None = None) -> int:
     from benchmarks.campaign.measure import Context, Lost, words
 
     machine = dry.Cpu() if job.dry else cuda.Gpu()
-    lines = Lines(job.outputs_as_paths(), {**job.common, "step": step, "gpu": machine.facts()["gpu"]})
+    lines = Lines(job.outputs_as_paths(), {"step": step, **job.common, "gpu": machine.facts()["gpu"]})
     context = Context(machine, job, lines, sizes.DRY if job.dry else sizes.FULL)
     before = len(read(job.results))
     run = importlib.import_module(f"benchmarks.campaign.steps.{step}").run
@@ -40,7 +40,7 @@ def main(given: Sequence[str] | None = None) -> int:
     except Exception as error:
         lines.write(status="failed", note=words(error), what=" ".join(more) or step)
         return LOST if is_lost(machine) else 1
-    own = [line for line in read(job.results)[before:] if line.get("step") == step]
+    own = [line for line in read(job.results)[before:] if line.get("step") == lines.common["step"]]
     return int(any(line.get("status") in ("wrong", "failed")[: 1 + context.strict] for line in own))
 
 

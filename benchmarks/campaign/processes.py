@@ -69,12 +69,29 @@ class Running:
         return True
 
     def kill(self) -> None:
-        """End the whole group: the process, and what it left running."""
+        """End the whole group: the process, and what it left running; in groups of their own, too."""
+        others = descendants(self.process.pid) if self.process.returncode is None else []
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        for number in others:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(number, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=5)  # a process inside the driver may take its time; nothing here waits longer
 
     def said(self) -> str:
         """Its last words."""
         return self.output.read_text(encoding="utf-8", errors="replace")[-KEPT:].strip()
+
+
+def descendants(pid: int, proc: Path = Path("/proc")) -> list[int]:
+    """Processes that ``pid`` and its children started and that still run; none where there is no /proc to read."""
+    parents: dict[int, int] = {}
+    for status in proc.glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
+    found, new = [], {pid}
+    while new:
+        new = {child for child, parent in parents.items() if parent in new}
+        found += sorted(new)
+    return found

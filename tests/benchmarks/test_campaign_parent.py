@@ -15,6 +15,7 @@ from benchmarks import gpu_campaign
 from benchmarks.campaign import lines, machine, parent, plan
 from benchmarks.campaign.parent import Options, Parent
 from benchmarks.campaign.plan import Child, Step
+from benchmarks.campaign.processes import descendants
 
 WRITE = """
 import sys
@@ -60,8 +61,12 @@ def test_every_line_says_where_and_with_what_it_was_made(tmp_path):
 
 
 def test_a_child_that_hangs_is_killed_with_what_it_started_and_the_next_step_runs(tmp_path):
-    forks = f"import subprocess\np = subprocess.Popen([sys.executable, '-c', {HANG!r}])\n"
-    tells = forks + "lines.write(what='grandchild', pid=p.pid)\n" + HANG
+    forks = (
+        f"import subprocess\nfor own in (False, True):\n"
+        f"    p = subprocess.Popen([sys.executable, '-c', {HANG!r}], start_new_session=own)\n"
+        "    lines.write(what='grandchild', pid=p.pid)\n"
+    )
+    tells = forks + HANG
     code, found, table = run(tmp_path, step("hangs", child(tells), seconds=4.0), step("next", child("", "after")))
     assert code == 1
     assert ends(found) == {"child": "failed", "after": "ok"}
@@ -69,9 +74,21 @@ def test_a_child_that_hangs_is_killed_with_what_it_started_and_the_next_step_run
     assert "killed after 4 s" in end["note"]
     assert "said before the end" in end["note"]
     assert found[0]["what"] == "first", "what it wrote before is kept"
-    pid = next(line["pid"] for line in found if line.get("what") == "grandchild")
-    assert not is_alive(pid)
+    pids = [line["pid"] for line in found if line.get("what") == "grandchild"]
+    assert len(pids) == 2, "one of them in a group of its own"
+    assert not any(map(is_alive, pids))
     assert "killed after 4 s" in table
+
+
+def test_where_there_is_no_proc_nothing_is_found(tmp_path):
+    assert descendants(1, tmp_path) == []
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "stat").write_text("7 (a b) c) S 1 7")
+    (tmp_path / "8").mkdir()
+    (tmp_path / "8" / "stat").write_text("8 (x) R 7 8")
+    (tmp_path / "9").mkdir()
+    (tmp_path / "9" / "stat").write_text("gone")
+    assert descendants(1, tmp_path) == [7, 8]
 
 
 def is_alive(pid: int) -> bool:
@@ -252,6 +269,7 @@ sys.exit(Parent(Options("A", steps * 2, folder / "out", 60, folder / "machine"))
     running = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     results = tmp_path / "out" / "results.jsonl"
     wait_for(lambda: any(line.get("what") == "first" for line in lines.read(results)))
+    wait_for((tmp_path / "out" / "log.txt").exists)
     running.send_signal(signal.SIGTERM)
     said, _ = running.communicate(timeout=30)
     assert running.returncode == 130
