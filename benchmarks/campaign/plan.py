@@ -112,7 +112,7 @@ COUNTERS = Child(
      "4", "--csv", "--page", "raw", "--log-file", "{files}/ncu.csv", "{python}", *own("counters")),
     program=True, dry=own("counters"),
 )  # fmt: skip
-HUGE = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "-k", "past_32_bits or more_than_2_to_31",
+HUGE = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "past_32_bits or more_than_2_to_31",
         "tests/kernels/test_attention.py", "tests/kernels/test_scoring.py")  # fmt: skip
 B = (
     Step("replays", 30, "graph replay equal to eager bit for bit after inputs changed",

@@ -245,7 +245,7 @@ def test_without_any_kernel_the_peers_are_measured(tmp_path):
     assert not any(name.startswith("orthorank") for name in names)
     assert "SDPA flash, all tokens" in names
     model = layers.made(on, sizes.TINY)
-    layer.timed(on, "tiny", layers.layer(on, model, 1, 24), "orthorank_kernels")
+    layer.timed(on, "tiny", layers.layer(on, model, 1, 24), "orthorank_kernels", "")
     assert list(prefill.variants_of(on, model)) == ["dense"]  # two layers are too few for 20 %
     assert [line["status"] for line in found(tmp_path)] == ["left out"] * 3
     assert all("switched off" in line["note"] for line in found(tmp_path))
@@ -266,7 +266,7 @@ def test_what_is_cut_is_not_measured(tmp_path, monkeypatch):
 
 def test_a_late_prefill_says_what_it_leaves_out(tmp_path):
     with torch.inference_mode():
-        prefill.whole(context(tmp_path, seconds=0.0), "tiny", sizes.TINY, 0.0)
+        prefill.whole(context(tmp_path, seconds=0.0), "tiny", sizes.TINY, 0.0, "")
     notes = {(line["variant"], line["note"]) for line in found(tmp_path)}
     assert ("dense", "late") in notes
     assert len(notes) == 5
@@ -274,7 +274,7 @@ def test_a_late_prefill_says_what_it_leaves_out(tmp_path):
 
 def test_a_prefill_stops_when_its_next_turn_would_not_fit(tmp_path, monkeypatch):
     monkeypatch.setattr(prefill, "turn", lambda on, *given: setattr(on, "began", on.began - 90.0))
-    prefill.whole(context(tmp_path, seconds=1000.0), "tiny", sizes.TINY, 0.0)
+    prefill.whole(context(tmp_path, seconds=1000.0), "tiny", sizes.TINY, 0.0, "")
     assert not found(tmp_path), "ten turns of 90 s fit, an eleventh does not"
 
 
@@ -381,3 +381,19 @@ def test_the_calls_of_cuda_are_in_one_short_file():
 
 def test_tensors_of_a_result_are_found():
     assert [x.numel() for x in dry.tensors((torch.ones(1), [torch.ones(2)], None, 3))] == [1, 2]
+
+
+def test_dense_layers_take_one_backend_that_runs_here_and_it_is_named(tmp_path):
+    from torch.nn.attention import SDPBackend
+
+    from benchmarks.campaign.steps.backends import one_backend
+
+    on = context(tmp_path)
+    with one_backend(on) as name:
+        assert name == "FLASH_ATTENTION"
+        assert torch.backends.cuda.flash_sdp_enabled()
+        assert not torch.backends.cuda.math_sdp_enabled()
+    [note] = found(tmp_path)
+    assert note["what"] == "SDPA CUDNN_ATTENTION is not taken"
+    with pytest.raises(RuntimeError, match="CUDNN_ATTENTION runs here"), one_backend(on, [SDPBackend.CUDNN_ATTENTION]):
+        pass

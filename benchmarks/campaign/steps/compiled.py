@@ -6,6 +6,7 @@ import torch
 
 from benchmarks.campaign.measure import Context, measure, warm
 from benchmarks.campaign.sizes import LLAMA_3
+from benchmarks.campaign.steps.backends import one_backend
 from benchmarks.campaign.steps.layers import near
 from orthorank import OrthoRankConfig, apply
 from orthorank.evaluation.flops import prefill_flops
@@ -28,7 +29,7 @@ def run(context: Context) -> None:
         return model(input_ids=prompt, use_cache=False, logits_to_keep=1).logits
 
     fields = {"op": "prefill of 4 layers", "shape": f"{LLAMA_3}, {batch} x {tokens}"}
-    with apply(model, plan):
+    with apply(model, plan), one_backend(context) as fields["backend"]:
         eager = forward()
         measure(context, [(forward, lambda result: near(result, eager))], amount=amount, unit="TFLOP/s",
                 provider="eager", **fields)  # fmt: skip

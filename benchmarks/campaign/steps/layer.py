@@ -6,6 +6,7 @@ from benchmarks.campaign import kernels
 from benchmarks.campaign.measure import Context, measure, warm
 from benchmarks.campaign.sizes import LLAMA_3, cut_of
 from benchmarks.campaign.steps import layers
+from benchmarks.campaign.steps.backends import one_backend
 from benchmarks.campaign.summary import OURS
 from orthorank.evaluation.flops import Dimensions, layer_cost
 from orthorank_kernels import keep_count
@@ -27,13 +28,14 @@ def run(context: Context) -> None:
     wanted.sort(key=lambda case: case[-1] == COMPILED)  # last: a compilation takes as long as ten measurements
     context.planned = len(wanted)
     config, made = None, None
-    for model, needed, batch, tokens, name in wanted:
-        if config != needed:
-            made, config = layers.made(context, needed), needed
-        timed(context, model, layers.layer(context, made, batch, tokens), name)
+    with one_backend(context) as backend:
+        for model, needed, batch, tokens, name in wanted:
+            if config != needed:
+                made, config = layers.made(context, needed), needed
+            timed(context, model, layers.layer(context, made, batch, tokens), name, backend)
 
 
-def timed(context: Context, model: str, layer: layers.Layer, name: str) -> None:
+def timed(context: Context, model: str, layer: layers.Layer, name: str, backend: str) -> None:
     """One way to run the layer. The rate is that of the FLOPs it needs; ``flop_ratio``: dense over these."""
     batch, tokens = layer.hidden.shape[:2]
     fields = {"op": "layer", "shape": f"{model}, {batch} x {tokens}", "provider": name}
@@ -52,5 +54,6 @@ def timed(context: Context, model: str, layer: layers.Layer, name: str) -> None:
         else:
             compiled = torch.compile(layer.dense, dynamic=False, backend=context.sizes.compiler)
             call = (lambda: compiled(), lambda result: layers.near(result, layer.dense()))
-        fields |= {"flop_ratio": ratio, "note": f"dense FLOPs over these: {ratio:.2f}"}
+        note = f"dense FLOPs over these: {ratio:.2f}" if name == OURS else f"SDPA {backend}"
+        fields |= {"flop_ratio": ratio, "note": note, "backend": "" if name == OURS else backend}
         measure(context, [call], amount=amount, unit="TFLOP/s", **fields)

@@ -10,13 +10,14 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from orthorank.evaluation.random_weights import random_model, unsearched_plans
 
 from benchmarks.campaign import kernels
 from benchmarks.campaign.measure import Context, warm
 from benchmarks.campaign.sizes import cut_of
+from benchmarks.campaign.steps.backends import one_backend
 from orthorank import OrthoRankConfig, apply
 from orthorank.evaluation import flop_speedup
+from orthorank.evaluation.random_weights import random_model, unsearched_plans
 
 Variants = Mapping[str, OrthoRankConfig | None]
 
@@ -31,12 +32,12 @@ def run(context: Context) -> None:
             wanted.append((name, config))
     for number, (name, config) in enumerate(wanted):
         end = context.left() * (1 - 1 / (len(wanted) - number))  # what has to be left for the models after this one
-        with context.guard(model=name):
-            whole(context, name, config, end)
+        with context.guard(model=name), one_backend(context) as backend:
+            whole(context, name, config, end, backend)
 
 
-def whole(context: Context, name: str, config: str, end: float) -> None:
-    """One model, round after round while there is time."""
+def whole(context: Context, name: str, config: str, end: float, backend: str) -> None:
+    """One model, round after round while there is time. ``backend``: of SDPA in dense layers."""
     machine, sizes = context.machine, context.sizes
     model = random_model(config, device=machine.device, dtype=machine.dtype, layers=sizes.layers)
     variants = variants_of(context, model)
@@ -56,7 +57,7 @@ def whole(context: Context, name: str, config: str, end: float) -> None:
                     return
                 before = context.left()
                 if before > end:
-                    turn(context, model, name, shape, variant, variants[variant], number)
+                    turn(context, model, name, shape, variant, variants[variant], number, backend)
                 else:
                     context.lines.write(status="left out", model=name, shape=f"{shape}", variant=variant, note="late")
                 took[key] = before - context.left()
@@ -81,6 +82,7 @@ def turn(
     variant: str,
     plan: Any,
     number: int,
+    backend: str,
     untimed: bool = True,
 ) -> None:
     """One variant at one shape: an untimed forward, checked, then the timed ones, a line each.
@@ -89,7 +91,8 @@ def turn(
     """
     machine, (batch, tokens) = context.machine, shape
     ideal = 1.0 if plan is None else flop_speedup(model.config, tokens, plan.layers, plan.ratios)
-    fields = {"model": name, "shape": f"{batch} x {tokens}", "variant": variant, "round": number}
+    fields = {"model": name, "shape": f"{batch} x {tokens}", "variant": variant, "round": number,
+              "backend": backend}  # fmt: skip
     generator = torch.Generator().manual_seed(number)
     prompt = torch.randint(0, model.config.vocab_size, shape, generator=generator).to(machine.device)
 
