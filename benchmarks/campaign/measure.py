@@ -75,17 +75,26 @@ class Context:
             well = True
         except LeftOut as reason:
             self.lines.write(status="left out", note=str(reason), **fields)
-        except AssertionError as error:
-            self.lines.write(status="wrong", note=str(error), **fields)
         except Exception as error:
-            self.lines.write(status="failed", note=words(error), **fields)
+            wrong = isinstance(error, AssertionError)
+            self.lines.write(
+                status="wrong" if wrong else "failed", note=str(error) if wrong else words(error), **fields
+            )
+            forget(error)
         if not well:
-            gc.collect()  # a traceback held the tensors of what failed until here
+            gc.collect()
         try:
             self.machine.free()
             self.machine.wait()
         except RuntimeError as error:
             raise Lost(str(error)) from error
+
+
+def forget(error: BaseException | None) -> None:
+    """Empty the frames of an error and of those before it: they hold the tensors of what failed."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def words(error: BaseException) -> str:
