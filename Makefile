@@ -46,7 +46,7 @@ test: install ## what CI runs: everything but slow and gpu
 test-slow: install ## the full compile matrix and the long runs
 	$(PYTEST) -n $(WORKERS) -m slow
 
-test-gpu: install ## on a machine with a GPU: the kernel tests and PTX instructions on real hardware, in less than 8 minutes
+test-gpu: install ## on a machine with a GPU: the tests that a GPU can judge, in less than 8 minutes; a line for each as it ends
 	$(BIN)/python benchmarks/on_gpu.py tests
 
 test-browser: install ## the report in headless Chromium, which it asks for where there is none

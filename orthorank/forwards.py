@@ -82,6 +82,7 @@ class LayerForward(Patch):
     def __init__(self, handle: "Handle", layer: Any, index: int, family: Family) -> None:
         super().__init__(layer, "forward")
         self.handle, self.index, self.family = handle, index, family
+        self.select = selected_forward
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         config, call, counts = self.handle.config, self.handle.call, self.handle.stats[self.index]
@@ -107,7 +108,7 @@ class LayerForward(Patch):
 
     def _select(self, hidden_states: Tensor, cos_sin: tuple[Tensor, Tensor], cache: Any, call: Call) -> Any:
         parts = self.family.parts(self.owner)
-        run = partial(selected_forward, parts, self.index, self.handle.config, call.on(hidden_states.device))
+        run = partial(self.select, parts, self.index, self.handle.config, call.on(hidden_states.device))
         if getattr(self.owner, "gradient_checkpointing", False) and self.owner.training:
             # as transformers' own layers do it, without a cache: the recomputation would fill it twice
             again = partial(run, position_embeddings=cos_sin)

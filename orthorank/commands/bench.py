@@ -22,6 +22,13 @@ PLANS = (
 ENGINE = "transformers, or vllm: prefill throughput and time to first token inside vLLM, one engine for each variant."
 VLLM_ARGS = "With --engine vllm: keyword arguments of vllm.LLM for all engines, a JSON object."
 DECODE = "Tokens decoded after the first one; 0: none. Default: 32; vllm: not measured."
+RANDOM = (
+    "In place of a model: llama-2-7b, llama-3-8b, mistral-7b, qwen2.5-7b, or a config.json as the hub has it. Prefill "
+    "with random weights, made on the device; quality is not measured."
+)
+MODEL_LAYERS = "With --random-weights: decoder layers to make. Default: all."
+GRAPH = "With --random-weights: replay a CUDA graph of the prefill in place of calling the model."
+COMPILE = "With --random-weights: torch.compile of the layers, one compilation for all that are alike."
 LENGTHS = "Prompt lengths among which the break-even is looked for, such as 128,512. Default: 64, 128, ... ; none: 0."
 
 
@@ -38,6 +45,10 @@ def command(
     threads: Annotated[int | None, typer.Option(help="Threads of PyTorch on a CPU. Default: PyTorch's choice.")] = None,
     engine: Annotated[str, typer.Option(help=ENGINE)] = "transformers",
     vllm_args: Annotated[str | None, typer.Option(help=VLLM_ARGS)] = None,
+    random_weights: Annotated[str | None, typer.Option(help=RANDOM, show_default=False)] = None,
+    model_layers: Annotated[int | None, typer.Option(help=MODEL_LAYERS, show_default=False)] = None,
+    graph: Annotated[bool, typer.Option("--graph", help=GRAPH)] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help=COMPILE)] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.csv.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> int:
@@ -48,7 +59,7 @@ def command(
     """
     from rich.console import Console
 
-    from orthorank.commands import bench_vllm
+    from orthorank.commands import bench_random, bench_vllm
     from orthorank.commands.screen import RichScreen, numbers
     from orthorank.evaluation.bench import BenchSettings, run_bench
     from orthorank.evaluation.bench_results import results_of
@@ -69,8 +80,29 @@ def command(
     folder = None if output is None else writable_folder(output)
     screen = RichScreen(Console(stderr=json))
     if engine == "vllm":
-        _refuse_for_vllm(decode_tokens=decode_tokens, lengths=lengths, threads=threads, device=device)
+        _refuse_for_vllm(
+            decode_tokens=decode_tokens, lengths=lengths, threads=threads, device=device, random_weights=random_weights
+        )
         return bench_vllm.run(screen, model, plans, settings, dtype, vllm_args, folder, as_json=json)
+    if random_weights is not None:
+        bench_random.refuse(model=model, decode_tokens=decode_tokens, lengths=lengths, vllm_args=vllm_args)
+        _set_threads(threads)
+        return bench_random.run(
+            screen,
+            random_weights,
+            plans,
+            settings,
+            device=device,
+            dtype=dtype,
+            layers=model_layers,
+            graph=graph,
+            compiled=compiled,
+            folder=folder,
+            as_json=json,
+        )
+    for name, value in (("--model-layers", model_layers), ("--graph", graph), ("--compile", compiled)):
+        if value:
+            raise OrthoRankError(f"{name} is for --random-weights; leave it out")
     if vllm_args is not None:
         raise OrthoRankError("vllm_args is for --engine vllm")
     _set_threads(threads)
@@ -114,6 +146,7 @@ def _refuse_for_vllm(**options: Any) -> None:
         "lengths": "one length is measured, that of --prompt-tokens",
         "threads": "vLLM binds threads by VLLM_CPU_OMP_THREADS_BIND",
         "device": "vLLM chooses it; hide others with CUDA_VISIBLE_DEVICES",
+        "random_weights": "the model that is measured there is loaded by vLLM",
     }
     for name, value in options.items():
         if value not in (None, "auto"):

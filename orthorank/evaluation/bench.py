@@ -148,7 +148,7 @@ def run_bench(
     _check_length(model, max(settings.prompt_tokens + settings.decode_tokens, *lengths, 0))
     step = on_step or (lambda what, done, total: None)
     prompt = random_prompt(model, settings.batch_size, settings.prompt_tokens)
-    common = {"rounds": settings.rounds, "warmup": settings.warmup}
+    common: dict[str, Any] = {"rounds": settings.rounds, "warmup": settings.warmup}
     prefill = time_prefill(model, variants, prompt, on_round=lambda n, of: step("prefill", n, of), **common)
     generated = in_turns(
         list(variants),

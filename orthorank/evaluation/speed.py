@@ -9,7 +9,6 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,8 +17,8 @@ from torch import Tensor
 
 from orthorank.config import OrthoRankConfig
 from orthorank.errors import OrthoRankError
+from orthorank.evaluation.prefill_ways import Ways
 from orthorank.families import device_of
-from orthorank.handle import apply
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,6 +108,8 @@ def time_prefill(
     rounds: int = 50,
     warmup: int = 1,
     logits_to_keep: int = 1,
+    graph: bool = False,
+    compiled: bool = False,
     on_round: OnRound | None = None,
 ) -> SpeedReport:
     """Time one forward over the prompt, without a cache, for each variant in turn (paper, section 4.1, throughput).
@@ -119,6 +120,8 @@ def time_prefill(
         input_ids: int64 ``[batch, tokens]``, prompts without padding; random ids do.
         rounds: timed forwards of each variant; warmup: untimed ones before.
         logits_to_keep: positions from the end whose logits are computed; 1 is what generation needs, 0 means all.
+        graph: replay a CUDA graph of each variant's forward instead of calling the model; compiled: compile its layers,
+            once for all that are alike. See `orthorank.evaluation.prefill_ways`.
         on_round: called after each round as ``on_round(done, rounds)``.
 
     Returns:
@@ -147,13 +150,11 @@ def time_prefill(
     prompt = input_ids.to(device)
     measure = clock_of(device)[1]
 
-    def forward() -> None:
-        model(input_ids=prompt, use_cache=False, logits_to_keep=logits_to_keep)
+    ways = Ways(model, variants, prompt, logits_to_keep=logits_to_keep, graph=graph, compiled=compiled)
 
     def timed(name: str) -> float:
-        plan = variants[name]
-        with nullcontext() if plan is None else apply(model, plan):
-            return measure(forward)
+        with ways.running(name) as run:
+            return measure(run)
 
     seconds = in_turns(list(variants), timed, rounds=rounds, warmup=warmup, on_round=on_round)
     return SpeedReport(

@@ -1,10 +1,14 @@
 """Set-up for the kernel tests."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from importlib.util import find_spec
+from typing import Any
 
 import pytest
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from orthorank_kernels.dispatch import interpreting
+from tests.kernels import on_gpu
 from tests.kernels.tools import poisoned_outputs
 
 
@@ -15,6 +19,44 @@ def _repaired_interpreter() -> None:
         from tests.kernels.interpreter import repair_bfloat16
 
         repair_bfloat16()
+
+
+def _count_launches() -> list[int]:
+    """How many kernels the interpreter has run, as one number that grows."""
+    from triton.runtime.interpreter import GridExecutor
+
+    count, run = [0], GridExecutor.__call__
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        return run(self, *args, **kwargs)
+
+    GridExecutor.__call__ = counted
+    return count
+
+
+LAUNCHES = _count_launches() if interpreting() and find_spec("triton") else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """What is chosen for hardware is right: a test launches kernels if and only if `on_gpu.uses_gpu` says so."""
+    before = None if LAUNCHES is None else LAUNCHES[0]
+    result = yield  # what fails or is skipped ends here
+    if LAUNCHES is not None:
+        launched, where = LAUNCHES[0] > before, "tests/kernels/on_gpu.py"
+        if launched and not on_gpu.uses_gpu(item):
+            pytest.fail(f"this test launches kernels, and a GPU would leave it out: see {where}")
+        if not launched and on_gpu.must_launch(item):
+            pytest.fail(f"this test launches no kernel, and a GPU would run it: name it in {where}")
+    return result
+
+
+@pytest.fixture(autouse=True)
+def _one_eager_attention() -> Iterator[None]:
+    """The reference computes alike wherever it runs: PyTorch would choose among backends by device and set-up."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @pytest.fixture

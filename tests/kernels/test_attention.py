@@ -248,13 +248,16 @@ def test_64_bit_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.huge
 @pytest.mark.skipif(DEVICE == "cpu", reason="17 GB of keys and values")
 def test_extents_past_32_bits_on_a_gpu() -> None:
-    q, k, v, positions = inputs(2**25 + 100, 40, (1, 1), 128, dtype=torch.float16)
-    window = 1000
+    keys, drawn = 2**25 + 100, torch.Generator(DEVICE).manual_seed(0)  # on the GPU: a CPU would take a minute
+    q, k, v = (torch.randn(1, 1, n, 128, generator=drawn, device=DEVICE, dtype=torch.float16) for n in (40, keys, keys))
+    positions = torch.randint(keys, (1, 40), generator=drawn, device=DEVICE).unique().int()[None]
+    q, window = q[:, :, : positions.shape[1]], 1000
     out = sparse_query_attention(q, k, v, positions, window=window)
     first = positions[0].long() - window + 1
-    for i in range(0, 40, 13):
+    for i in range(0, positions.shape[1], 13):
         near = slice(max(0, int(first[i])), int(positions[0, i]) + 1)
         weights = (q[0, 0, i].double() @ k[0, 0, near].double().T * 128**-0.5).softmax(-1)
         torch.testing.assert_close(out[0, 0, i].double(), weights @ v[0, 0, near].double(), rtol=1e-2, atol=2e-3)

@@ -151,10 +151,8 @@ def test_without_a_gpu_the_gpu_commands_refuse(what):
 
 
 def test_the_summary_of_a_test_run_names_what_failed(tmp_path):
-    report = tmp_path / "junit.xml"
-    report.write_text(
-        '<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1">'
-        '<testcase classname="a.b" name="good"/><testcase classname="a.b" name="bad"><failure/></testcase>'
-        '<testcase classname="a.b" name="left"><skipped/></testcase></testsuite></testsuites>'
-    )
-    assert on_gpu.summary(report) == {"tests": 3, "failures": 1, "errors": 0, "skipped": 1, "failed": ["a.b::bad"]}
+    report = tmp_path / "tests.jsonl"
+    lines = [{"test": name, "status": status} for name, status in (("a", "ok"), ("b", "failed"), ("c", "skipped"))]
+    late = {"test": "all", "status": "failed", "note": "4 selected, 1 left out for lack of time"}
+    report.write_text("\n".join(map(json.dumps, [*lines, late])) + '\n{"test": "cut o')
+    assert on_gpu.summary(report) == {"tests": 3, "ok": 1, "skipped": 1, "failed": ["b"], "late": [late["note"]]}

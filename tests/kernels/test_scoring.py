@@ -220,6 +220,7 @@ def test_errors_name_the_argument(change, error, words):
 
 
 @pytest.mark.gpu
+@pytest.mark.huge
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_more_than_2_to_31_elements():
     tokens, hidden = 2**31 // 4096 + 3, 4096
