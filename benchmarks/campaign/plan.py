@@ -72,8 +72,10 @@ SMOKE = Step(
 # Later steps find them in the page cache; nobody waits for it but who is killed at the limit.
 IMPORTS = ("-c", "import transformers.models.llama.modeling_llama, triton, torch._dynamo")
 TESTS = ("benchmarks/on_gpu.py", "tests", "--output", "{work}", "--seconds", "{seconds}")
-# What a GPU test run does without one: a few tests of the same kind, a line for each.
-DRY_TESTS = ("-m", "benchmarks.campaign.few_tests", "{work}")
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.hardware",
+          "--hardware-lines={work}/tests.jsonl")  # fmt: skip
+# A few of the same tests in the interpreter, with a line each.
+DRY_TESTS = (*PYTEST, "tests/kernels/test_rows.py", "-k", "gather and not offsets and float32")
 A = (
     Step("about", 15, "versions, card, ceilings",
          [Child("about", own("about")), Child("imports", IMPORTS, dry=("--version",))]),
@@ -112,8 +114,7 @@ COUNTERS = Child(
      "4", "--csv", "--page", "raw", "--log-file", "{files}/ncu.csv", "{python}", *own("counters")),
     program=True, dry=own("counters"),
 )  # fmt: skip
-HUGE = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "past_32_bits or more_than_2_to_31",
-        "tests/kernels/test_attention.py", "tests/kernels/test_scoring.py")  # fmt: skip
+HUGE = Child("huge", (*PYTEST, "-m", "huge", "tests/kernels"), dry=("--version",), lines_from="tests.jsonl")
 B = (
     Step("replays", 30, "graph replay equal to eager bit for bit after inputs changed",
          [Child("replays", own("replays"))]),
@@ -122,7 +123,7 @@ B = (
     Step("sanitizer", 60, "memcheck and racecheck over every op", [sanitizer("memcheck"), sanitizer("racecheck")]),
     Step("counters", 20, "ncu's counters of attention and norm + selection", [COUNTERS]),
     Step("long", 20, "a prompt of 131,072 tokens", [Child("long", own("long"))]),
-    Step("huge", 45, "tests past 2^31 elements", [Child("huge", HUGE, dry=("--version",))]),
+    Step("huge", 45, "tests past 2^31 elements", [HUGE]),
 )  # fmt: skip
 CAMPAIGNS = {"A": A, "B": B}
 SECONDS = {"A": A_SECONDS, "B": B_SECONDS}
