@@ -48,8 +48,13 @@ def main(given: Sequence[str] | None = None) -> int:
     wanted = (options.steps or "").split(",") if options.steps else None
     steps = [step for step in plan.CAMPAIGNS[name] if wanted is None or step.name in wanted]
     place = options.machine or machine.folder()
+    patience = plan.PATIENCE if options.dry_run and options.seconds is None else 1.0
     seconds = plan.SECONDS[name] if options.seconds is None else options.seconds
-    return Parent(Options(name, steps, options.output, seconds, place, dry=options.dry_run, earlier=name == "B")).run()
+    return Parent(
+        Options(
+            name, steps, options.output, seconds, place, dry=options.dry_run, patience=patience, earlier=name == "B"
+        )
+    ).run()
 
 
 if __name__ == "__main__":

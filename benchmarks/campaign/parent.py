@@ -26,7 +26,6 @@ ROOT = Path(__file__).resolve().parents[2]
 LOST = 75  # exit code of a child whose GPU context is lost: it can be started again for what it has not measured
 MOST_BYTES = 15 << 20  # of a file that comes back
 MARGIN = 4.0  # seconds between the time that a child is told and its limit
-PATIENCE = 20  # in a dry run: whatever else the machine does, no limit is reached
 STARTS = 3  # of one child
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -41,6 +40,7 @@ class Options:
     name: of the campaign; steps: what it does; output: folder of the results.
     seconds: when it stops itself; machine: folder in which campaigns on this machine leave their lines for later ones.
     earlier: whether the output begins with the lines of earlier campaigns.
+    patience: how many seconds one second of all limits is.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Options:
     machine: Path
     dry: bool = False
     earlier: bool = False
+    patience: float = 1.0
     python: str = sys.executable
 
 
@@ -76,7 +77,7 @@ class Parent:
 
     def left(self) -> float:
         """Seconds until the campaign stops itself."""
-        return self.options.seconds - (self.clock() - self.began)
+        return self.options.seconds - (self.clock() - self.began) / self.options.patience
 
     def run(self) -> int:
         """All steps, then the table. 0: every child ended well; 1: one did not; 130: it was stopped by a signal."""
@@ -110,7 +111,7 @@ class Parent:
         if used := [cut for cut in cuts if cut in step.saves]:
             self.lines.write(step=step.name, status="shortened", note=f"late: without {', '.join(used)}")
         print(f"{step.name}: {step.what}, {seconds:.0f} s at most", flush=True)
-        patience = PATIENCE if self.options.dry else 1
+        patience = self.options.patience
         end = self.clock() + seconds * patience
         for child in step.children:
             self.start(step, child, min(child.seconds or seconds, seconds) * patience, cuts)

@@ -12,6 +12,7 @@ from benchmarks.campaign.kernels import KERNELS
 CUT_FIRST = ("D64", "Llama-2-7B", "1x32768")  # in this order, when a campaign is late
 LEAST = 8.0  # seconds; with less a step cannot start its process and measure anything
 A_SECONDS, B_SECONDS = 520.0, 275.0
+PATIENCE = 20.0  # of a dry run without --seconds: whatever else the machine does, no limit is reached
 
 
 @dataclass(frozen=True)
