@@ -339,6 +339,6 @@ def test_json_of_a_job_is_read_back(tmp_path):
 def test_a_patient_campaign_has_longer_limits(tmp_path):
     """As a dry run on a busy machine: a step of 1 second takes 3."""
     slow = step("slow", child("import time\ntime.sleep(2.5)"), seconds=1.0)
-    code, found, _ = run(tmp_path, slow, seconds=1.0, patience=20.0)
+    code, found, _ = run(tmp_path, slow, seconds=5.0, patience=20.0)
     assert code == 0
     assert ends(found) == {"child": "ok"}
