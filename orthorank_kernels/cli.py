@@ -5,10 +5,13 @@ It ends with 0, or with 2 and one sentence on stderr.
 
 import argparse
 import contextlib
+import importlib.util
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from orthorank_kernels._version import __version__
 
@@ -71,44 +74,58 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--output",
         type=Path,
-        help="folder for the files; default: ORTHORANK_CONFIG_DIR, or the user's configuration folder, where launches "
-        "look for them",
+        help="folder for the files, or one archive of them (FILE.tar); default: ORTHORANK_CONFIG_DIR, or the user's "
+        "configuration folder, where launches look for them",
+    )
+    tune.add_argument("--seconds", type=float, help="after which no candidate is begun; default: until all are timed")
+    tune.add_argument(
+        "--workers", type=int, help="processes that compile while another candidate is timed; default: by the cores"
+    )
+    tune.add_argument(
+        "--compile",
+        metavar="TARGET",
+        help="compile the candidates for a GPU that need not be here, such as sm_90, and measure nothing",
     )
     return parser
 
 
 def _tune(options: argparse.Namespace) -> int:
-    from orthorank_kernels import _library, _settings, dispatch, tuning
+    from orthorank_kernels import _settings, dispatch, tuning, tuning_run
 
     try:
         device = dispatch.device_of(options.device)
     except ValueError:
         raise tuning.TuningError(f"device is {options.device!r}; it may be cuda or cuda:N") from None
-    jobs = _jobs(options.op, options.kind)
+    workers = tuning_run.default_workers() if options.workers is None else options.workers
+    seconds = float("inf") if options.seconds is None else options.seconds
+    for name, value in (("workers", workers), ("seconds", seconds)):
+        if not value >= 0:
+            raise tuning.TuningError(f"{name} is {value}; it must be 0 or more")
+    jobs = tuning_run.jobs_of(options.op, options.kind)
+    how: dict[str, Any] = {"seconds": seconds, "workers": workers, "say": lambda line: print(line, flush=True)}
+    if options.compile is not None:
+        left = tuning_run.compile_only(jobs, _target(options.compile), **how)
+        return _late(f"{left} candidates were not compiled") if left else 0
     tuning.check_gpu(device)
-    target = _library.launcher("configs.target_of")(device)
     folder = options.output or _settings.user_folder()
-    for number, (op, kind) in enumerate(jobs, 1):
-        print(f"[{number}/{len(jobs)}] {op}, {kind}", file=sys.stderr, flush=True)
-        found = tuning.tune(op, kind, device)
-        path = tuning.save(op, _settings.gpu_name(target), {kind: found}, folder)
-        settings = ", ".join(f"{name} {value}" for name, value in sorted(found.settings.items()))
-        print(f"{op}, {kind}: {found.milliseconds:.3f} ms (default {found.default_milliseconds:.3f} ms): {settings}")
-        print(f"  written to {path}", flush=True)
+    left = tuning_run.measure(jobs, device, folder, **how)
+    return _late(f"{left} of {len(jobs)} kinds were not measured and keep the settings they had") if left else 0
+
+
+def _target(name: str) -> str:
+    from orthorank_kernels import tuning
+
+    if not re.fullmatch(r"sm_\d{2,3}|gfx[0-9a-f]{3,4}", name):
+        raise tuning.TuningError(f"compile is {name!r}; it may be an architecture such as sm_80, sm_90 or gfx942")
+    if importlib.util.find_spec("triton") is None:
+        raise tuning.TuningError("Triton is not installed; run: pip install 'orthorank-kernels[triton]'")
+    return name
+
+
+def _late(sentence: str) -> int:
+    """What the time was too short for is no failure: what was done is kept."""
+    print(f"orthorank-kernels: the time is over: {sentence}", file=sys.stderr)
     return 0
-
-
-def _jobs(ops: list[str] | None, kinds: list[str] | None) -> list[tuple[str, str]]:
-    from orthorank_kernels import _settings, tuning
-
-    for op in ops or ():
-        if op not in tuning.tunable():
-            raise tuning.TuningError(f"op is {op!r}; ops with launch settings are {', '.join(tuning.tunable())}")
-    jobs = [(op, kind) for op in ops or tuning.tunable() for kind in _settings.kinds(op)]
-    for kind in kinds or ():
-        if kind not in (known := [k for _, k in jobs]):
-            raise tuning.TuningError(f"kind is {kind!r}; it may be one of {'; '.join(known)}")
-    return [(op, kind) for op, kind in jobs if not kinds or kind in kinds]
 
 
 def _fail(sentence: str) -> int:

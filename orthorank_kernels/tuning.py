@@ -11,8 +11,9 @@ import contextlib
 import json
 import os
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +26,7 @@ from orthorank_kernels import _library, _settings, tuning_problems
 from orthorank_kernels._settings import Settings
 from orthorank_kernels.dispatch import triton_unavailable
 
+OnCandidate = Callable[[Settings, float | None], None]
 MARGIN = 0.02  # of the time; closer than that two settings are the same to a clock
 
 
@@ -34,11 +36,13 @@ class TuningError(RuntimeError):
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was measured for one kind of problem: the fastest settings, their time, and that of the default."""
+    """What was measured for one kind of problem: the fastest settings, their time, that of the default, and how many
+    candidates were timed."""
 
     settings: Settings
     milliseconds: float
     default_milliseconds: float
+    candidates: int = 0
 
 
 def tunable() -> list[str]:
@@ -57,26 +61,49 @@ def candidates(op: str, kind: str, target: str) -> Iterator[Settings]:
     yield from tuning_problems.search(op, kind, default, _settings.family(target))
 
 
-def tune(op: str, kind: str, device: torch.device) -> Tuned:
-    """Time the candidates for one kind of problem on ``device``; takes a compilation of seconds for each."""
+def tune(
+    op: str,
+    kind: str,
+    device: torch.device,
+    *,
+    offered: Iterable[Settings] | None = None,
+    until: float = float("inf"),
+    on_candidate: OnCandidate | None = None,
+) -> Tuned:
+    """Time the candidates for one kind of problem on ``device``; each that is not compiled yet takes seconds more.
+
+    Args:
+        offered: what to time, the default first; None: all of `candidates`.
+        until: time (of `time.monotonic`) after which no candidate is begun, but for the default.
+        on_candidate: called with each candidate's settings and its milliseconds, None if it did not run or gave another
+            result than the default.
+
+    Raises:
+        TuningError: the GPU cannot launch the default.
+    """
     target, run = _library.launcher("configs.target_of")(device), tuning_problems.problem(op, kind, device)
     measure = _library.launcher("timing.milliseconds")
-    offered = list(candidates(op, kind, target))
+    tried: list[Settings] = []
     times: list[float] = []
     expected: Tensor | None = None
-    for settings in offered:
+    for settings in candidates(op, kind, target) if offered is None else offered:
+        if tried and time.monotonic() > until:
+            break
         with _settings.overridden(op, kind, settings):
-            result, time = measure(run)
+            result, took = measure(run)
         if expected is None:
             if result is None:
                 raise TuningError(f"{op}, {kind}: {target} cannot launch the default settings {dict(settings)}")
             expected = result
         agrees = result is not None and torch.allclose(result, expected, rtol=2e-2, atol=2e-3)
-        times.append(time if agrees else float("inf"))
+        tried.append(settings)
+        times.append(took if agrees else float("inf"))
+        if on_candidate is not None:
+            on_candidate(settings, took if agrees else None)
     best = min(range(len(times)), key=lambda number: times[number])
     if times[best] > times[0] * (1 - MARGIN):
         best = 0
-    return Tuned(offered[best], times[best], times[0])
+    return Tuned(tried[best], times[best], times[0], len(tried))
 
 
 def save(op: str, name: str, tuned: dict[str, Tuned], folder: Path) -> Path:
@@ -85,10 +112,11 @@ def save(op: str, name: str, tuned: dict[str, Tuned], folder: Path) -> Path:
     content: dict[str, Any] = {"settings": {}, "milliseconds": {}}
     if _settings.read(path, op):
         content |= json.loads(path.read_text(encoding="utf-8"))
-    content |= {"device": name, "op": op, "versions": _versions()}
+    content |= {"device": name, "op": op, "versions": versions()}
     for kind, found in tuned.items():
         content["settings"][kind] = dict(found.settings)
-        content["milliseconds"][kind] = {"tuned": found.milliseconds, "default": found.default_milliseconds}
+        times = {"tuned": found.milliseconds, "default": found.default_milliseconds}
+        content["milliseconds"][kind] = times | ({"candidates": found.candidates} if found.candidates else {})
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False, encoding="utf-8") as file:
         json.dump(content, file, indent=2, sort_keys=True)
@@ -138,7 +166,8 @@ def check_gpu(device: torch.device) -> None:
         raise TuningError(f"device is {device}, and PyTorch sees {torch.cuda.device_count()} GPUs here")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what compiles and launches: settings measured with one Triton need not be the best with another."""
     return {name: metadata.version(name) for name in ("orthorank-kernels", "torch", "triton") if _is_installed(name)}
 
 

@@ -58,6 +58,19 @@ class Random:
         return torch.arange(sequences + 1, dtype=torch.int32, device=self.device) * length
 
 
+class Blank(Random):
+    """Tensors of the same shapes whose values nobody set, for launches that compile and do not run."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def floats(self, *shape: int, dtype: torch.dtype = HALF) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def positions(self, batch: int, selected: int, tokens: int) -> Tensor:
+        return torch.arange(selected, dtype=torch.int32, device=self.device).repeat(batch, 1)
+
+
 def search(op: str, kind: str, default: Settings, family: str) -> Iterator[dict[str, int]]:
     """Settings of ``op`` worth a measurement beside the default, distinct, and within what is legal."""
     most_warps = MOST_WARPS.get(family, LEGAL["num_warps"][1])

@@ -1,16 +1,119 @@
-"""The time of a launch, for `orthorank_kernels.tuning`."""
+"""The time of a call on a GPU, for `orthorank_kernels.tuning`: replays of a CUDA graph, with a cold L2 cache.
 
-from collections.abc import Callable
+A short kernel takes less time than Python needs to launch it, so what is timed is no call of Python's: one graph holds
+[flush, event, call, event], and its replay asks nothing of the host between the events.
+"""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import cuda
 from triton.errors import TritonError
-from triton.testing import do_bench
+
+LEAST, MOST = 20, 2000  # replays
+STEADY = 0.02  # range between the quartiles, as a share of the median
+SECONDS = 0.15  # for one candidate
+MEBIBYTE = 1 << 20
 
 
-def milliseconds(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor | None, float]:
-    """The result of ``run`` and its median time with a cold L2 cache; (None, inf) if the GPU cannot launch it."""
+def milliseconds(run: Callable[[], torch.Tensor], seconds: float = SECONDS) -> tuple[torch.Tensor | None, float]:
+    """The result of ``run`` and its median time; (None, inf) if the GPU cannot launch it.
+
+    Args:
+        run: a call that asks the host for nothing; it is timed where its result is.
+        seconds: after which no replay begins, though the times are not steady yet; but for `LEAST` of them.
+
+    Returns:
+        What a replay wrote, copied, and milliseconds.
+    """
     try:
-        result = run()
+        first = run()
+        with cuda.device_of(first):  # events and graphs belong to the current GPU
+            replay = Replay(run)
+            times = repeated(replay, seconds)
+            return replay.result.clone(), statistics.median(times)
     except (TritonError, RuntimeError):  # it does not compile, or wants more shared memory or registers than there are
         return None, float("inf")
-    return result, do_bench(run, warmup=20, rep=100, return_mode="median")
+
+
+class Replay:
+    """``run`` captured; calling it replays and gives milliseconds. ``result`` is what a replay writes to."""
+
+    def __init__(self, run: Callable[[], torch.Tensor]) -> None:
+        size = max(256 * MEBIBYTE, 4 * cuda.get_device_properties(cuda.current_device()).L2_cache_size)
+        self.other = torch.zeros(size // 4, dtype=torch.int32, device="cuda")
+        self.around = self._events(external=False)
+        self.events = self.empty = None
+        with contextlib.suppress(TypeError):  # PyTorch before 2.7 has no events inside graphs
+            self.events = self._events(external=True)
+        self._warm_up(run)
+        self.graph, self.result = self._captured(run)
+        if self.events is None:
+            self.empty, _ = self._captured(None)
+
+    def __call__(self) -> float:
+        if self.empty is not None:
+            return max(0.0, self._whole(self.graph) - self._whole(self.empty))
+        self.graph.replay()
+        cuda.synchronize()
+        begin, end = self.events
+        return begin.elapsed_time(end)
+
+    def _events(self, external: bool) -> tuple[cuda.Event, cuda.Event]:
+        options = {"external": True} if external else {}
+        return tuple(cuda.Event(enable_timing=True, **options) for _ in range(2))
+
+    def _warm_up(self, run: Callable[[], torch.Tensor]) -> None:
+        """Twice beside the current stream, as a capture will be: what is set up once is not captured."""
+        side = cuda.Stream()
+        side.wait_stream(cuda.current_stream())
+        with cuda.stream(side):
+            for _ in range(2):
+                run()
+        cuda.current_stream().wait_stream(side)
+
+    def _captured(self, run: Callable[[], torch.Tensor] | None) -> tuple[cuda.CUDAGraph, torch.Tensor | None]:
+        graph, result = cuda.CUDAGraph(), None
+        with cuda.graph(graph, capture_error_mode="thread_local"):
+            self.other.amax()  # reads: then the cache holds nothing of ours, and nothing that must be written back
+            if run is not None:
+                if self.events:
+                    self.events[0].record()
+                result = run()
+                if self.events:
+                    self.events[1].record()
+        return graph, result
+
+    def _whole(self, graph: cuda.CUDAGraph) -> float:
+        begin, end = self.around
+        begin.record()
+        graph.replay()
+        end.record()
+        cuda.synchronize()
+        return begin.elapsed_time(end)
+
+
+def repeated(take: Callable[[], float], seconds: float) -> list[float]:
+    """Times, at least `LEAST`, until they are steady or ``seconds`` are spent.
+
+    >>> repeated(lambda: 1.0, 1.0) == [1.0] * LEAST
+    True
+    """
+    found: list[float] = []
+    end = time.monotonic() + seconds
+    while len(found) < LEAST or (len(found) < MOST and time.monotonic() < end and spread(found) >= STEADY):
+        found.append(take())
+    return found
+
+
+def spread(times: Sequence[float]) -> float:
+    """The range between the quartiles, as a share of the median.
+
+    >>> spread([1.0, 2.0, 3.0, 4.0, 5.0])
+    0.6666666666666666
+    """
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+    return (high - low) / max(median, 1e-9)
