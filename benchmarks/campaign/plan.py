@@ -97,6 +97,7 @@ ATTENTION_KINDS = ("16-bit, head_dim 128", "16-bit, head_dim 64")
 TUNE = (
     "-m", "orthorank_kernels", "tune", "--op", "sparse_query_attention",
     *(word for kind in ATTENTION_KINDS for word in ("--kind", kind)), "--output", "{files}/configs",
+    "--seconds", "{seconds}",
 )  # fmt: skip
 
 
