@@ -254,6 +254,13 @@ def test_nothing_is_left_where_nothing_can_be(tmp_path):
     assert machine.folder().parent.is_dir()
 
 
+def test_a_package_that_is_absent_has_no_version(monkeypatch):
+    monkeypatch.setattr(machine, "PACKAGES", ("torch", "no-such-package"))
+    found = machine.versions()
+    assert found.keys() == {"python", "torch", "no-such-package"}
+    assert found["no-such-package"] == "none"
+
+
 def test_a_campaign_that_is_asked_to_stop_keeps_everything(tmp_path):
     code = WRITE + HANG
     script = f"""
