@@ -55,8 +55,6 @@ class Running:
 
     def poll(self) -> bool:
         """Whether it has ended; kills it, with everything that it started, when its time is over."""
-        if self.ended is not None:
-            return True
         code = self.process.poll()
         self.seconds = time.monotonic() - self.began
         if code is None and self.seconds < self.limit:
