@@ -60,11 +60,6 @@ def own(step: str, *more: str) -> tuple[str, ...]:
     return ("-m", "benchmarks.campaign.child", step, "{job}", *more)
 
 
-def one(name: str, seconds: float, what: str, **saves: float) -> Step:
-    """A step of one process of this package; ``saves`` with "_" for "-" as names cannot have it."""
-    return Step(name, seconds, what, [Child(name, own(name))], {n.replace("_", "-"): s for n, s in saves.items()})
-
-
 SMOKE = Step(
     "smoke", 25, "every op once against float64, each attention kernel in a process of its own",
     [Child("ops", own("smoke", "ops"))]
