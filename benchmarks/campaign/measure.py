@@ -101,7 +101,9 @@ def words(error: BaseException) -> str:
     """An error in a line: its text, and the place in our code or a library that raised it."""
     frame = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
     place = f" ({frame.filename.rsplit('/', 1)[-1]}:{frame.lineno})" if frame else ""
-    return f"{type(error).__name__}: {str(error)[-600:]}{place}"
+    text = str(error)
+    text = text if len(text) <= 700 else f"{text[:350]} [...] {text[-350:]}"  # the cause may stand at either end
+    return f"{type(error).__name__}: {text}{place}"
 
 
 def poison(result: Any) -> None:
