@@ -2,13 +2,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+REHEARSE_VENV ?= .venv-rehearse
+PYTHON312 ?= python3.12
+GPU_OUTPUT := build/gpu/$(shell date +%Y%m%d-%H%M%S)
 BIN := $(VENV)/bin
 WORKERS ?= 2
 DEMO_ARGS ?= --output orthorank-demo
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: help install demo lint format test test-slow test-gpu test-browser test-vllm check report bench bench-install bench-model
-.PHONY: bench-search bench-gpu docs clean
+.PHONY: bench-search bench-gpu gpu rehearse-gpu docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -85,8 +88,24 @@ bench-model: install ## prefill of a whole model on the CPU, against what its fl
 bench-search: install ## the layer search on the CPU: SLEB's plain loop, the exact search, the fast one; 10 to 20 minutes
 	$(BIN)/python benchmarks/bench_search.py
 
-bench-gpu: bench-install ## on a machine with a GPU: every op beside FlexAttention, SDPA, flash-attn, in less than 8 minutes
+bench-gpu: bench-install ## on a machine with a GPU: every op beside PyTorch, SDPA and FlexAttention, a part of `make gpu`
 	$(BIN)/python benchmarks/on_gpu.py bench
+
+gpu: bench-install ## on a machine with a GPU: everything that is measured on one, in 15 minutes; see docs/gpu.md
+	-$(BIN)/python benchmarks/gpu_campaign.py A --output $(GPU_OUTPUT)/A
+	$(BIN)/python benchmarks/gpu_campaign.py B --output $(GPU_OUTPUT)/B
+
+# The versions of a GPU machine. Triton 3.6's interpreter does not know NumPy 2.5, so NP22 has an older one for it alone.
+rehearse-gpu: $(REHEARSE_VENV)/.installed ## without a GPU: all of the campaign that needs none; QUICK=1 for what comes just before one
+	$(REHEARSE_VENV)/bin/python benchmarks/rehearse.py $(if $(QUICK),--quick)
+
+$(REHEARSE_VENV)/.installed:
+	@command -v $(PYTHON312) >/dev/null && $(PYTHON312) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null || { echo "The rehearsal needs Python 3.12, as the GPU machine has it, and $(PYTHON312) is none; name one with: make PYTHON312=/path/to/python3.12 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON312) -m venv $(REHEARSE_VENV)
+	$(REHEARSE_VENV)/bin/python -m pip install --quiet torch==2.11.0 triton==3.6.0 transformers==5.17.0 numpy==2.5.2 accelerate==1.15.0 \
+	  peft safetensors==0.8.0 pytest pytest-benchmark pytest-xdist pytest-timeout hypothesis typer rich matplotlib jinja2 pandas scipy coverage
+	$(REHEARSE_VENV)/bin/python -m pip install --quiet --no-deps --target $(REHEARSE_VENV)/NP22 numpy==2.2.6
+	@touch $@
 
 docs: $(VENV)/.docs-installed ## the documentation as a site in build/site; a warning is an error
 	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -96,4 +115,4 @@ $(VENV)/.docs-installed: $(VENV)/.installed
 	@touch $@
 
 clean: ## remove what the targets above made
-	rm -rf $(VENV) $(VLLM_VENV) build dist orthorank-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(REHEARSE_VENV) build dist orthorank-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,12 +1,12 @@
 """Microbenchmarks of every op beside its reference, torch.compile of that, and the kernels of others.
 
-    python benchmarks/bench_ops.py                     # on the GPU if there is one, else on the CPU, small shapes
+    python benchmarks/bench_ops.py
     python benchmarks/bench_ops.py --only attention
 
-Every result is checked before its time is taken; one that is wrong has no number and the command exits with 1. Medians;
-a GPU is timed by its own events with a cold L2 cache (see `benchmarks/micro/timing.py`), a CPU by the clock, in one
-thread. What is counted as work is said in the docstring of each workload in `benchmarks/micro/`. Writes ``ops.csv``,
-``ops.svg`` and ``ops.json`` (versions, and what was left out and why) to ``benchmarks/results/<device>/``.
+On a CPU, at small shapes, in one thread; on a GPU the same workloads are a part of `benchmarks/gpu_campaign.py`. Every
+result is checked before its time is taken; one that is wrong has no number and the command exits with 1. Medians. What
+is counted as work is said in the docstring of each workload in `benchmarks/micro/`. Writes ``ops.csv``, ``ops.svg`` and
+``ops.json`` (versions, and what was left out and why) to ``benchmarks/results/cpu/``.
 """
 
 import argparse
@@ -50,35 +50,31 @@ def versions() -> dict[str, str]:
     return {"torch": torch.__version__, "triton": triton_version(), "python": sys.version.split()[0]}
 
 
-def run(device: str, only: str, seconds: float, folder: Path) -> tuple[int, dict[str, Any]]:
+def run(only: str, seconds: float, folder: Path) -> tuple[int, dict[str, Any]]:
     """Run pytest-benchmark in a process of its own; returns its exit code, and the measurements if there are any."""
     report, left_out = folder / "report.json", folder / "left_out.json"
     command = [
         sys.executable, "-m", "pytest", "benchmarks/micro", "-q", "--no-header", "--tb=short", "--show-capture=no",
         "-p", "no:cacheprovider", "-p", "no:xdist", "--benchmark-columns=median,rounds", "--benchmark-warmup=off",
-        "-W", "ignore::DeprecationWarning", f"--device={device}", f"--seconds={seconds}",
+        "-W", "ignore::DeprecationWarning", f"--seconds={seconds}",
         f"--benchmark-json={report}", f"--left-out={left_out}", *(["-k", only] if only else []),
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if device == "cpu" else dict(os.environ)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
     measured = report.exists() and report.stat().st_size > 0
     return code, {
-        "rows": rows_of(report, device_name(device)) if measured else [],
+        "rows": rows_of(report, "cpu") if measured else [],
         "left_out": json.loads(left_out.read_text(encoding="utf-8")) if left_out.exists() else [],
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", default="", metavar="WORD", help="benchmarks whose name holds it; writes nothing")
     parser.add_argument("--seconds", type=float, default=420.0, help="no benchmark begins after so many (default: 420)")
     parser.add_argument("--output", type=Path, help="folder for the results")
     options = parser.parse_args()
-    if options.device == "cuda" and (reason := refusal()) is not None:
-        print(f"bench_ops: {reason}", file=sys.stderr)
-        return 2
     try:
         import matplotlib  # noqa: F401
         import pytest_benchmark  # noqa: F401
@@ -86,16 +82,16 @@ def main() -> int:
         print(f"bench_ops: {error.name} is not installed; run: make bench-install", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:
-        code, measured = run(options.device, options.only, options.seconds, Path(folder))
+        code, measured = run(options.only, options.seconds, Path(folder))
     print(table(measured["rows"]))
     for left in measured["left_out"]:
         print(f"left out: {left['benchmark']}: {left['why']}")
     if measured["rows"] and not options.only:
-        output = options.output or RESULTS / device_name(options.device)
+        output = options.output or RESULTS / "cpu"
         output.mkdir(parents=True, exist_ok=True)
         write_csv(output / "ops.csv", measured["rows"])
         write_plot(output / "ops.svg", measured["rows"])
-        about = {"device": device_name(options.device), **versions(), "left_out": measured["left_out"]}
+        about = {"device": "cpu", **versions(), "left_out": measured["left_out"]}
         (output / "ops.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         print(f"wrote {output}/ops.csv, ops.svg and ops.json")
     return code

@@ -97,8 +97,10 @@ def tests(output: Path, seconds: float) -> int:
 
 
 def bench() -> int:
-    """The microbenchmarks; the last minute is for what has begun, and for writing."""
-    command = [sys.executable, "benchmarks/bench_ops.py", "--device", "cuda", "--seconds", f"{LIMIT - 60:.0f}"]
+    """The microbenchmarks: steps of the campaign, whose results and table go to a folder of their own."""
+    output = ROOT / "build" / "bench-gpu" / time.strftime("%Y%m%d-%H%M%S")
+    command = [sys.executable, "benchmarks/gpu_campaign.py", "A", "--steps", "about,smoke,attention,rows", "--output",
+               str(output), "--seconds", f"{LIMIT:.0f}"]  # fmt: skip
     return subprocess.run(command, cwd=ROOT, check=False).returncode
 
 

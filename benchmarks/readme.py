@@ -11,7 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import readme_reproduce
+
+from benchmarks import readme_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -297,9 +301,25 @@ def chat_section() -> str:
     return table([*head, "equal greedy tokens, by conversation"], lines)
 
 
+def gpu_section() -> str:
+    """Tables of the GPUs that were measured, or that there are none."""
+    return readme_gpu.section(RESULTS)
+
+
+def gpu_limits() -> str:
+    """The same on a page of the documentation, whose links begin elsewhere."""
+    return readme_gpu.section(RESULTS, docs="")
+
+
 # By page: its marked sections, and what makes them.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"demo": demo_section, "reproduce": reproduce_section, "results": results_section},
+    "README.md": {
+        "demo": demo_section,
+        "reproduce": reproduce_section,
+        "results": results_section,
+        "gpu": gpu_section,
+    },
+    "docs/limits.md": {"gpu": gpu_limits},
     "docs/criteria.md": {"criteria": criteria_section},
     "docs/modes.md": {"modes": modes_section},
     "docs/vllm.md": {"chat": chat_section},

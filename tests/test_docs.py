@@ -98,7 +98,7 @@ def test_links_and_files_exist() -> None:
 def test_the_commands_and_variables_are_the_real_ones() -> None:
     from orthorank_kernels import cli
 
-    sources = "".join(p.read_text() for p in (DOCS.parent / "orthorank_kernels").glob("*.py"))
+    sources = "".join(p.read_text() for p in (DOCS.parent / "orthorank_kernels").rglob("*.py"))
     help_text = cli._parser().format_help() + cli._parser()._subparsers._group_actions[0].choices["tune"].format_help()
     for variable in re.findall(r"^\| `(ORTHORANK_\w+|TRITON_INTERPRET)", KERNELS, flags=re.MULTILINE):
         assert f'"{variable}"' in sources, variable

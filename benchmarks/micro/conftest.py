@@ -5,14 +5,12 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 BEGAN = time.monotonic()
 LEFT_OUT: list[dict[str, str]] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.addoption("--seconds", type=float, default=420.0, help="no benchmark begins after so many seconds")
     parser.addoption("--left-out", type=Path, help="JSON file of what was left out and why")
 
@@ -21,13 +19,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "item" in metafunc.fixturenames:
         from benchmarks.micro.suite import benchmarks
 
-        device = torch.device(metafunc.config.getoption("--device"))
-        metafunc.parametrize("item", list(benchmarks(device)), ids=lambda item: item.name)
-
-
-@pytest.fixture
-def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.config.getoption("--device"))
+        metafunc.parametrize("item", list(benchmarks()), ids=lambda item: item.name)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.micro import rows
-from benchmarks.micro.attention import sparse_query_attention
+from benchmarks.micro.attention import DENSE, MASKED, sparse_query_attention
 from benchmarks.micro.workload import Workload
 
 ROWS = (
@@ -20,13 +20,9 @@ ROWS = (
     rows.scatter_add_rows,
     rows.silu_and_mul,
 )
-# batch, tokens, hidden: a CPU gets what takes it milliseconds, a GPU prompts of a model with 8 billion parameters.
-ROW_SIZES = {"cpu": [(1, 1024, 576)], "cuda": [(16, 2048, 4096), (1, 32768, 4096)]}
-# batch, tokens, heads, kv_heads, head_dim
-ATTENTION_SIZES = {
-    "cpu": [(1, 1024, 9, 3, 64)],
-    "cuda": [(8, 2048, 32, 8, 128), (1, 32768, 32, 8, 128), (8, 2048, 32, 8, 64), (1, 32768, 32, 8, 64)],
-}
+# What takes a CPU milliseconds. A GPU gets prompts of a model with 8 billion parameters: see `benchmarks/campaign`.
+ROW_SIZES = [(1, 1024, 576)]  # batch, tokens, hidden
+ATTENTION_SIZES = [(1, 1024, 9, 3, 64)]  # batch, tokens, heads, kv_heads, head_dim
 OURS = ("triton", "reference", "torch.compile")
 PEERS = {
     "rms_norm_score": ("Liger-Kernel, no score",),
@@ -34,7 +30,7 @@ PEERS = {
     "gather_rows": ("torch.gather",),
     "scatter_rows": ("torch.scatter_",),
     "scatter_add_rows": ("add, torch.scatter_",),
-    "sparse_query_attention": ("SDPA with a mask", "FlexAttention", "flash-attn, all tokens"),
+    "sparse_query_attention": (*DENSE, *MASKED, "FlexAttention"),
 }
 
 
@@ -54,10 +50,10 @@ class Benchmark:
         return self.make(device, *self.size)
 
 
-def benchmarks(device: torch.device) -> Iterator[Benchmark]:
+def benchmarks() -> Iterator[Benchmark]:
     """All of them, those of our kernels first, so that a short run has them."""
-    sized = [(make, size) for make in ROWS for size in ROW_SIZES[device.type]]
-    sized += [(sparse_query_attention, size) for size in ATTENTION_SIZES[device.type]]
+    sized = [(make, size) for make in ROWS for size in ROW_SIZES]
+    sized += [(sparse_query_attention, size) for size in ATTENTION_SIZES]
     made = [
         Benchmark(make, size, provider) for make, size in sized for provider in (*OURS, *PEERS.get(make.__name__, ()))
     ]

@@ -8,6 +8,7 @@ spill in the loop.
 Functions of shapes, dtype and target, so that a test can compile exactly what would be launched.
 """
 
+import os
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -126,5 +127,8 @@ def fits_tma(x: torch.Tensor) -> bool:
 
 @lru_cache
 def _has_descriptors() -> bool:
-    """Triton has them from 3.4 on. Looked up once: finding a module takes longer than a launch."""
-    return find_spec("triton.tools.tensor_descriptor") is not None
+    """Triton has them from 3.4 on; ``ORTHORANK_TMA=0`` says not to use them.
+
+    Looked up once: finding a module takes longer than a launch.
+    """
+    return os.environ.get("ORTHORANK_TMA") != "0" and find_spec("triton.tools.tensor_descriptor") is not None

@@ -45,34 +45,24 @@ def test_kernels_are_left_out_on_a_cpu_and_the_reason_is_said(make):
 def test_peers_of_torch_pass(monkeypatch):
     for make, names in ((rows.gather_rows, ["torch.gather"]), (rows.scatter_rows, ["torch.scatter_"]),
                         (rows.scatter_add_rows, ["add, torch.scatter_"]), (rows.select_tokens, ["torch.topk + sort"]),
-                        (attention.sparse_query_attention, ["SDPA with a mask"])):  # fmt: skip
+                        (attention.sparse_query_attention, ["SDPA math with a mask", "SDPA flash, all tokens"]),
+                        ):  # fmt: skip
         made = make(CPU, *SIZES[make])
         for name in names:
             made.check(made.providers[name]()())
 
 
-def dense(q, k, v, causal):
-    """What flash-attn computes, in its layout."""
-    assert causal
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-
-
 def test_peers_that_need_a_gpu_are_called_right(monkeypatch):
     """With stand-ins that compute on a CPU what the peers are documented to compute."""
-    monkeypatch.setattr(attention, "needs", lambda *_: None)
     monkeypatch.setattr(rows, "needs", lambda *_: None)
-    flash = types.SimpleNamespace(flash_attn_func=dense)
     liger = types.SimpleNamespace(rms_norm_forward=lambda x, w, eps, offset, mode, row_mode: (
         functional.rms_norm(x, (x.shape[-1],), w, eps), None))  # fmt: skip
     gems = types.SimpleNamespace(topk=lambda x, k, largest: torch.topk(x, k, largest=largest))
     for name in ("liger_kernel", "liger_kernel.ops", "flag_gems", "flag_gems.ops"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, "flash_attn", flash)
     monkeypatch.setitem(sys.modules, "liger_kernel.ops.rms_norm", liger)
     monkeypatch.setitem(sys.modules, "flag_gems.ops.topk", gems)
     for make, name in (
-        (attention.sparse_query_attention, "flash-attn, all tokens"),
         (rows.rms_norm_score, "Liger-Kernel, no score"),
         (rows.select_tokens, "FlagGems topk + sort"),
     ):
@@ -84,34 +74,47 @@ def test_peers_that_need_a_gpu_are_called_right(monkeypatch):
 
 
 def test_every_provider_is_in_the_suite():
-    for device in ("cpu", "cuda"):
-        listed = {(b.make, b.provider) for b in suite.benchmarks(torch.device(device))}
-        for make, size in SIZES.items():
-            assert {(make, name) for name in make(CPU, *size).providers} == {p for p in listed if p[0] is make}
+    listed = {(b.make, b.provider) for b in suite.benchmarks()}
+    for make, size in SIZES.items():
+        assert {(make, name) for name in make(CPU, *size).providers} == {p for p in listed if p[0] is make}
 
 
-def test_a_gpu_is_timed_by_pairs_of_its_events():
-    log = []
+@pytest.mark.parametrize("name", ["SDPA cuDNN, all tokens", "SDPA cuDNN with a mask", "SDPA efficient with a mask"])
+def test_backends_of_a_gpu_are_left_out_on_a_cpu(name):
+    with pytest.raises(workload.LeftOut, match="needs a GPU"):
+        attention.sparse_query_attention(CPU, *SIZES[attention.sparse_query_attention]).providers[name]()
 
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-            self.number = len(log)
 
-        def record(self):
-            log.append(f"record {self.number}")
+def test_one_backend_of_sdpa_runs_and_no_other():
+    """The one that is named: it is the only one that is enabled inside."""
+    enabled = []
 
-        def synchronize(self):
-            log.append("wait")
+    def look():
+        asked = {"flash": "flash_sdp", "math": "math_sdp", "efficient": "mem_efficient_sdp", "cudnn": "cudnn_sdp"}
+        enabled.append([name for name, on in asked.items() if getattr(torch.backends.cuda, f"{on}_enabled")()])
 
-        def elapsed_time(self, later):
-            return 5.0 * (later.number - self.number)
+    for backend in (*attention.DENSE.values(), *attention.MASKED.values()):
+        attention.forced(backend, torch.device("cuda"), look)()
+    assert enabled == [["flash"], ["cudnn"], ["cudnn"], ["efficient"], ["math"]]
 
-    timer = timing.event_timer(Event)
-    first = [timer(), timer()]
-    assert first == [0.0, 0.005]
-    assert log == ["record 0", "record 1", "wait"], "nothing waits between the events"
-    assert timer() == 0.0, "the next pair starts anew"
+
+def test_work_is_that_of_the_queries_that_there_are():
+    """All tokens: half of the square and half of the diagonal; a third of them: what their positions see."""
+    batch, tokens, heads, kv_heads, head_dim = SIZES[attention.sparse_query_attention]
+    made = attention.sparse_query_attention(CPU, batch, tokens, heads, kv_heads, head_dim)
+    assert made.amount_of("SDPA flash, all tokens") == 4 * head_dim * heads * batch * sum(range(1, tokens + 1))
+    positions = workload.thirds(CPU, batch, tokens)
+    assert made.amount == made.amount_of("triton") == 4 * head_dim * heads * int((positions + 1).sum())
+
+
+def test_inputs_follow_the_seed():
+    first, again = (workload.random(CPU, 3) for _ in range(2))
+    with workload.seeded(1):
+        other = workload.random(CPU, 3)
+        assert not torch.equal(workload.thirds(CPU, 1, 30), workload.thirds(CPU, 1, 30) * 0)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(first, workload.random(CPU, 3))
 
 
 @pytest.mark.parametrize(("once", "rounds"), [(0.01, 50), (0.1, 10), (3.0, 5)])
@@ -137,7 +140,7 @@ def test_rows_and_files(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-@pytest.mark.parametrize("what", ["on_gpu.py tests", "on_gpu.py bench", "bench_ops.py --device=cuda"])
+@pytest.mark.parametrize("what", ["on_gpu.py tests", "on_gpu.py bench"])
 def test_without_a_gpu_the_gpu_commands_refuse(what):
     script, argument = what.split()
     command = [sys.executable, f"benchmarks/{script}", argument]

@@ -1,0 +1,80 @@
+"""All CUDA calls of the campaign. `dry.Cpu` has the same methods, and everything else is tested with it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.cuda import Event
+
+
+class Gpu:
+    """The current GPU."""
+
+    device, dtype, backend, target = torch.device("cuda"), torch.bfloat16, "triton", "the GPU"
+
+    def __init__(self) -> None:
+        size = max(256 << 20, 4 * torch.cuda.get_device_properties(0).L2_cache_size)
+        self.flushing = 0.0
+        self.other = torch.zeros(size // 4, dtype=torch.int32, device="cuda")
+
+    def facts(self) -> dict[str, Any]:
+        found = torch.cuda.get_device_properties(0)
+        return {"gpu": found.name, "GiB": found.total_memory >> 30, "capability": f"{found.major}.{found.minor}",
+                "SMs": found.multi_processor_count, "L2 MiB": found.L2_cache_size >> 20, "torch": torch.__version__,
+                "CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}  # fmt: skip
+
+    def flush(self) -> None:
+        """Read other data: then the L2 cache holds nothing of ours, and nothing that has to be written back."""
+        self.other.amax()
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
+
+    def around(self, call: Callable[[], Any]) -> float:
+        """Seconds between events around a call."""
+        begin, end = Event(enable_timing=True), Event(enable_timing=True)
+        begin.record()
+        call()
+        end.record()
+        self.wait()
+        return begin.elapsed_time(end) / 1e3
+
+    def capture(self, call: Callable[[], Any]) -> tuple[Any, Callable[[], float]]:
+        """What a captured call writes to, and a replay of [flush, event, call, event] that gives its seconds."""
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        begin, end = (Event(enable_timing=True, external=True) for _ in range(2))
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            self.flush()
+            begin.record()
+            result = call()
+            end.record()
+
+        def replay() -> float:
+            whole = self.around(graph.replay)
+            try:
+                return begin.elapsed_time(end) / 1e3
+            except RuntimeError:  # no times inside graphs here: the whole graph, less what its flush takes
+                self.flushing = self.flushing or min(self.around(self.flush) for _ in range(20))
+                return whole - self.flushing
+
+        return result, replay
+
+    def free(self) -> None:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> int:  # bytes that were held at most since `free`
+        return torch.cuda.max_memory_allocated()
+
+    def probes(self, every: list[Any]) -> tuple[list[Any], Callable[[Any], Any]]:
+        """The PTX probes that this GPU has, and what runs one."""
+        from tests.ptx.cuda_driver import Gpu, architecture, assemble, generation
+
+        capability = torch.cuda.get_device_capability()
+        known = [probe for probe in every if generation(capability) in probe.targets]
+        return known, Gpu(assemble(known, architecture(capability))).run

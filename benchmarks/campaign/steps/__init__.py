@@ -1,0 +1,1 @@
+"""What each step measures: a module for each, with ``run(context, *what)``."""
