@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.bench_criteria import JOINED, read_text
 from orthorank import OrthoRankConfig, OrthoRankError, apply
+from orthorank.common.files import write_json
+from orthorank.common.models import load_model
 from orthorank.evaluation import perplexity
-from orthorank.files import write_json
-from orthorank.models import load_model
 from orthorank.plans import default_plan
 from orthorank.search import Evaluator, candidate_layers
 from orthorank.search.budget import BudgetInterrupted, BudgetState, Effort, Progress, best_plan, budget_search
@@ -32,8 +32,8 @@ from orthorank.search.costs import count_flops
 from orthorank.search.pareto import Point, front_of
 from orthorank.search.plan_loss import CalibrationLoss
 from orthorank.search.plans import Space, key_of, plan_of
-from orthorank.sink import detect_sink
-from orthorank.stack import LayerStack
+from orthorank.stack.layers import LayerStack
+from orthorank.stack.sink import detect_sink
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "wikitext2"
 RATIOS = (1 / 2, 1 / 3, 1 / 4, 0.0)

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from orthorank import OrthoRankError
-from orthorank.models import load_model
+from orthorank.common.models import load_model
 from orthorank.search import Evaluator, candidate_layers
-from orthorank.sink import detect_sink
-from orthorank.stack import LayerStack
+from orthorank.stack.layers import LayerStack
+from orthorank.stack.sink import detect_sink
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the benchmarks beside this one
 from benchmarks.table3 import DOCUMENTS, measure_table

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
-from orthorank.calibration import calibrate
+from orthorank.calibration.thresholds import calibrate
+from orthorank.common.files import write_json
+from orthorank.common.models import load_model
 from orthorank.evaluation import perplexity
-from orthorank.files import write_json
-from orthorank.models import load_model
 from orthorank.plans import default_plan
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "wikitext2"

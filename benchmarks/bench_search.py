@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 from orthorank import OrthoRankError
+from orthorank.common.models import load_model
+from orthorank.common.texts import find_text, take_samples, tokenize
 from orthorank.evaluation.flops import Dimensions
-from orthorank.models import load_model
 from orthorank.search import Evaluator, SearchState, begin_search, candidate_layers, greedy_round
-from orthorank.sink import detect_sink
-from orthorank.stack import LayerStack
-from orthorank.texts import find_text, take_samples, tokenize
+from orthorank.stack.layers import LayerStack
+from orthorank.stack.sink import detect_sink
 from orthorank_kernels import keep_count
 
 TEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext2" / "wiki.valid.tokens"

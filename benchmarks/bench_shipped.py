@@ -13,13 +13,13 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import orthorank
+from orthorank.common.environment import environment
+from orthorank.common.files import write_json
+from orthorank.common.models import load_model
+from orthorank.common.texts import find_text, take_samples, tokenize
 from orthorank.demo.settings import Settings
-from orthorank.environment import environment
 from orthorank.evaluation import perplexity
-from orthorank.files import write_json
-from orthorank.models import load_model
 from orthorank.plans import default_plan
-from orthorank.texts import find_text, take_samples, tokenize
 
 
 def main() -> None:

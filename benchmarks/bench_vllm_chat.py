@@ -23,13 +23,13 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from orthorank import OrthoRankConfig
-from orthorank.calibration import calibrate
-from orthorank.files import write_json
-from orthorank.integrations.vllm.arguments import vllm_arguments
-from orthorank.integrations.vllm.serving import Serving
-from orthorank.models import load_model
+from orthorank.calibration.thresholds import calibrate
+from orthorank.common.files import write_json
+from orthorank.common.models import load_model
+from orthorank.common.texts import find_text, tokenize
 from orthorank.plans import default_plan
-from orthorank.texts import find_text, tokenize
+from orthorank.serving.vllm.arguments import vllm_arguments
+from orthorank.serving.vllm.serving import Serving
 
 CONVERSATIONS, PROMPT, ANSWER, MORE, SECOND = 4, 500, 200, 60, 32
 WINDOW = BLOCK = 64

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from orthorank import OrthoRankConfig, apply
+from orthorank.common.files import write_text
+from orthorank.common.models import load_model
 from orthorank.evaluation import flop_speedup, perplexity
-from orthorank.files import write_text
-from orthorank.models import load_model
 from orthorank.search import Evaluator, SearchState, candidate_layers, greedy_search, layer_count
-from orthorank.sink import detect_sink
-from orthorank.stack import LayerStack
+from orthorank.stack.layers import LayerStack
+from orthorank.stack.sink import detect_sink
 
 ROOT = Path(__file__).resolve().parents[1]
 SPARSITY, KEEP_RATIO = 0.2, 1 / 3

@@ -10,9 +10,10 @@ from typing import Any
 
 from orthorank.analysis import LayerComparison, figures
 from orthorank.analysis.similarity import Similarities
-from orthorank.files import write_text
-from orthorank.plot import new_figure, svg
-from orthorank.report import pictures, words
+from orthorank.common import format as words
+from orthorank.common.files import write_text
+from orthorank.common.plot import new_figure, svg
+from orthorank.report import pictures
 from orthorank.reproduce.shown import titled
 
 ROOT = Path(__file__).resolve().parents[1]

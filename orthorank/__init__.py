@@ -9,10 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from orthorank.common.errors import OrthoRankError
     from orthorank.config import OrthoRankConfig
-    from orthorank.errors import OrthoRankError
-    from orthorank.families import FAMILIES
-    from orthorank.handle import Handle, apply, context, handle_of, status
+    from orthorank.hf.apply import Handle, apply, context, handle_of, status
+    from orthorank.hf.families import FAMILIES
     from orthorank_kernels._version import __version__
 
 __all__ = [
@@ -30,13 +30,13 @@ __all__ = [
 # Imported when first asked for: torch takes seconds, and the command line should answer, and stop, before that.
 _HOMES = {
     "OrthoRankConfig": "orthorank.config",
-    "OrthoRankError": "orthorank.errors",
-    "FAMILIES": "orthorank.families",
-    "Handle": "orthorank.handle",
-    "apply": "orthorank.handle",
-    "context": "orthorank.handle",
-    "handle_of": "orthorank.handle",
-    "status": "orthorank.handle",
+    "OrthoRankError": "orthorank.common.errors",
+    "FAMILIES": "orthorank.hf.families",
+    "Handle": "orthorank.hf.apply",
+    "apply": "orthorank.hf.apply",
+    "context": "orthorank.hf.apply",
+    "handle_of": "orthorank.hf.apply",
+    "status": "orthorank.hf.apply",
     "__version__": "orthorank_kernels._version",
 }
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orthorank.errors import OrthoRankError
-from orthorank.files import finite, read_json, user_path, write_text
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.files import finite, read_json, user_path, write_text
 from orthorank.plan_checks import RECORDS, check_fields, release_of, shown
 from orthorank_kernels._version import __version__
 

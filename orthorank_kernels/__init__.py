@@ -1,19 +1,19 @@
 """Triton kernels for OrthoRank's token selection, each with a PyTorch reference that defines correct."""
 
 from orthorank_kernels._version import __version__
-from orthorank_kernels.activation import silu_and_mul
-from orthorank_kernels.add_norm import gather_add_rms_norm
-from orthorank_kernels.attention import sparse_query_attention
-from orthorank_kernels.attention_paged import sparse_query_attention_paged
-from orthorank_kernels.attention_varlen import sparse_query_attention_varlen
 from orthorank_kernels.counts import keep_count
-from orthorank_kernels.norm_selection import rms_norm_select
-from orthorank_kernels.rotary import apply_rotary_at
-from orthorank_kernels.rows import gather_rows, scatter_add_rows_, scatter_rows_
-from orthorank_kernels.scoring import rms_norm_score
-from orthorank_kernels.selection import select_tokens
+from orthorank_kernels.ops.activation import silu_and_mul
+from orthorank_kernels.ops.add_norm import gather_add_rms_norm
+from orthorank_kernels.ops.attention import sparse_query_attention
+from orthorank_kernels.ops.attention_paged import sparse_query_attention_paged
+from orthorank_kernels.ops.attention_varlen import sparse_query_attention_varlen
+from orthorank_kernels.ops.norm_score import rms_norm_score
+from orthorank_kernels.ops.norm_selection import rms_norm_select
+from orthorank_kernels.ops.rotary import apply_rotary_at
+from orthorank_kernels.ops.rows import gather_rows, scatter_add_rows_, scatter_rows_
+from orthorank_kernels.ops.selection import select_tokens
 from orthorank_kernels.support import is_supported
-from orthorank_kernels.warming import warmup
+from orthorank_kernels.warmup import warmup
 
 __all__ = [
     "__version__",

@@ -48,8 +48,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     if options.command is None:
         parser.print_help()
         return 0
-    from orthorank_kernels._settings import SettingsError
-    from orthorank_kernels.tuning import TuningError
+    from orthorank_kernels.settings.lookup import SettingsError
+    from orthorank_kernels.tuning.tune import TuningError
 
     try:
         return _tune(options)
@@ -90,7 +90,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _tune(options: argparse.Namespace) -> int:
-    from orthorank_kernels import _settings, dispatch, tuning, tuning_run
+    from orthorank_kernels import dispatch
+    from orthorank_kernels.settings import lookup as _settings
+    from orthorank_kernels.tuning.tune import run as tuning_run
+    from orthorank_kernels.tuning.tune import tune as tuning
 
     try:
         device = dispatch.device_of(options.device)
@@ -113,7 +116,7 @@ def _tune(options: argparse.Namespace) -> int:
 
 
 def _target(name: str) -> str:
-    from orthorank_kernels import tuning
+    from orthorank_kernels.tuning.tune import tune as tuning
 
     if not re.fullmatch(r"sm_\d{2,3}|gfx[0-9a-f]{3,4}", name):
         raise tuning.TuningError(f"compile is {name!r}; it may be an architecture such as sm_80, sm_90 or gfx942")

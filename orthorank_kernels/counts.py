@@ -6,7 +6,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from orthorank_kernels import _checks
+from orthorank_kernels import checks as _checks
 
 # Forced tokens rank below the key of -inf, which leaves them 2^23 places.
 MAX_KEEP_LAST = 2**23

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from orthorank_kernels import _checks, _library
-from orthorank_kernels._library import Operator
+from orthorank_kernels import checks as _checks
+from orthorank_kernels import op as _library
+from orthorank_kernels.op import Operator
 
 BACKENDS = ("auto", "triton", "reference")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from orthorank_kernels import _library
+from orthorank_kernels import op as _library
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 REPORTED_TARGETS = (*TARGETS, "gfx1100")  # the last without limits: its matrix instructions want other tiles

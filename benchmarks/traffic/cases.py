@@ -10,7 +10,7 @@ import torch
 import orthorank_kernels as ops
 from benchmarks.static.pairs import selected_positions
 from benchmarks.traffic.counting import bytes_of, counted
-from orthorank_kernels import _settings
+from orthorank_kernels.settings import lookup as _settings
 
 HALF = torch.float16  # as wide as bfloat16, which the interpreter takes for integers
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orthorank.plot import LIGHT, layer_strip, mark_sink, new_figure, save
+from orthorank.common.plot import LIGHT, layer_strip, mark_sink, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

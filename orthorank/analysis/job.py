@@ -4,16 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.files import user_path, writable_folder, write_json
+from orthorank.common.progress import Screen
+from orthorank.common.texts import check_bos, spread
 from orthorank.config import OrthoRankConfig
-from orthorank.demo.screen import Screen
-from orthorank.errors import OrthoRankError
-from orthorank.files import user_path, writable_folder, write_json
-from orthorank.texts import check_bos, spread
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from orthorank.stack import LayerStack
+    from orthorank.stack.layers import LayerStack
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ def run_analysis(settings: AnalysisSettings, screen: Screen) -> dict[str, Any]:
     from orthorank.analysis import figures
     from orthorank.analysis.layerwise import compare_layers
     from orthorank.analysis.similarity import measure_similarities
-    from orthorank.models import load_model, locate
-    from orthorank.sink import detect_sink
-    from orthorank.stack import LayerStack
-    from orthorank.texts import Bos, find_text, read_tokens
+    from orthorank.common.models import load_model, locate
+    from orthorank.common.texts import Bos, find_text, read_tokens
+    from orthorank.stack.layers import LayerStack
+    from orthorank.stack.sink import detect_sink
 
     plans = settings.read_plans()
     text = find_text(settings.text)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 
 if TYPE_CHECKING:
-    from orthorank.stack import LayerStack
+    from orthorank.stack.layers import LayerStack
 
 OnLayer = Callable[[int, int, "LayerComparison"], None]
 
@@ -86,7 +86,7 @@ def compare_layers(
     Example:
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from orthorank.stack import LayerStack
+        >>> from orthorank.stack.layers import LayerStack
         >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
         ...                      num_attention_heads=2, num_key_value_heads=1)
         >>> stack = LayerStack(LlamaForCausalLM(config).eval())
@@ -94,7 +94,7 @@ def compare_layers(
         >>> [one.layer for one in found], len(found[0].losses)
         ([1, 2], 2)
     """
-    from orthorank.search.evaluator import Evaluator
+    from orthorank.stack.evaluator import Evaluator
 
     asked = sorted(set(layers))
     if not asked:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 
 if TYPE_CHECKING:
-    from orthorank.stack import LayerStack
+    from orthorank.stack.layers import LayerStack
 
 OTHERS = 10  # tokens 1 to 10, as in the paper's Figure 2
 
@@ -60,7 +60,7 @@ def measure_similarities(stack: "LayerStack", passages: Tensor, *, other: int = 
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from orthorank.stack import LayerStack
+        >>> from orthorank.stack.layers import LayerStack
         >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
         ...                      num_attention_heads=2, num_key_value_heads=1)
         >>> found = measure_similarities(LayerStack(LlamaForCausalLM(config).eval()), torch.arange(32).view(2, 16))

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from orthorank.commands.demo import BOS, MODEL
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 
 TEXT = "UTF-8 text file. Default: the documentation of Python inside its standard library."
 PLANS = "Plan whose layers are drawn, a file or folder; may be given several times. Default: the shipped ones, if any."

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orthorank.commands.demo import MODEL
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,10 +60,10 @@ def command(
 
     from orthorank.commands import bench_random, bench_vllm
     from orthorank.commands.screen import RichScreen, console, numbers
+    from orthorank.common.files import writable_folder
+    from orthorank.common.models import load_model, locate
     from orthorank.evaluation.bench import BenchSettings, run_bench
     from orthorank.evaluation.bench_results import results_of
-    from orthorank.files import writable_folder
-    from orthorank.models import load_model, locate
 
     if engine not in ENGINES:
         raise OrthoRankError(f"engine is {engine!r}; it may be {' or '.join(ENGINES)}")
@@ -153,9 +153,9 @@ def _refuse_for_vllm(**options: Any) -> None:
 
 
 def _read(paths: list[str] | None) -> dict[str, Any] | None:
+    from orthorank.common.files import user_path
     from orthorank.config import OrthoRankConfig
     from orthorank.evaluation.bench import variant_names
-    from orthorank.files import user_path
 
     if not paths:
         return None

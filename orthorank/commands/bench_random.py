@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,9 +44,9 @@ def run(
     import torch
 
     from orthorank.commands.bench import counted, deliver
+    from orthorank.common.models import pick_device
     from orthorank.evaluation.bench_random import bench_random
     from orthorank.evaluation.random_weights import random_model, read_config, unsearched_plans
-    from orthorank.models import pick_device
 
     read_config(config, layers)  # what is wrong with it is said before a model is made
     if graph and (place := pick_device(device)).type != "cuda":

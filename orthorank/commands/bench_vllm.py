@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,11 +44,11 @@ def run(
 
 
 def _arguments(words: str | None, dtype: str | None) -> dict[str, Any]:
-    from orthorank.models import DTYPES
+    from orthorank.common.models import DTYPES
 
     if dtype is not None and dtype not in DTYPES:
         raise OrthoRankError(f"dtype is {dtype!r}; it may be {', '.join(DTYPES)}")
-    from orthorank.files import from_json
+    from orthorank.common.files import from_json
 
     try:
         arguments = from_json(words or "{}")
@@ -65,8 +65,8 @@ def _model(name: str | None) -> tuple[str, Any]:
     """What vLLM is given, and the model's configuration."""
     from transformers import AutoConfig
 
-    from orthorank.loading import quiet
-    from orthorank.models import locate
+    from orthorank.common.loading import quiet
+    from orthorank.common.models import locate
 
     if name is None:
         raise OrthoRankError(f"--engine vllm needs a model: {NEEDS_FOLDER}")

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orthorank.commands.demo import BOS, MODEL
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 
 if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
+    from orthorank.common.progress import Screen
     from orthorank.config import OrthoRankConfig
-    from orthorank.demo.screen import Screen
 
 OUTPUT = Path("orthorank-calibrate")
 PLAN = "A plan file, its folder, or default: the plan shipped for the model."
@@ -48,9 +48,9 @@ def command(
     from rich.padding import Padding
 
     from orthorank.commands.screen import INDENT, RichScreen, console, number
+    from orthorank.common.files import writable_folder
+    from orthorank.common.texts import check_bos, find_text, join_texts
     from orthorank.config import OrthoRankConfig
-    from orthorank.files import writable_folder
-    from orthorank.texts import check_bos, find_text, join_texts
 
     check_bos(bos)
     given = {"keep_ratio": number("keep_ratio", keep_ratio), "decode": decode, "keep_last": keep_last}
@@ -62,10 +62,10 @@ def command(
     terminal = console()
     screen = RichScreen(terminal)
 
-    from orthorank.calibration import calibrate
-    from orthorank.models import load_model, locate
+    from orthorank.calibration.thresholds import calibrate
+    from orthorank.common.models import load_model, locate
+    from orthorank.common.texts import Bos, read_tokens, take_samples
     from orthorank.plans import default_plan
-    from orthorank.texts import Bos, read_tokens, take_samples
 
     with screen.progress(f"loading {locate(model).name}", 1):
         loaded, tokenizer, info = load_model(model, device, dtype)
@@ -111,7 +111,7 @@ def command(
 def _check(screen: "Screen", model: Any, plan: "OrthoRankConfig", held_out: "Tensor") -> dict[int, float]:
     """The share of tokens that each layer updates on the second half of the text; noted in ``plan.measured``."""
     from orthorank.evaluation import perplexity
-    from orthorank.handle import apply
+    from orthorank.hf.apply import apply
 
     with apply(model, plan) as handle, screen.progress("second half of the text", len(held_out)) as advance:
         result = perplexity(model, held_out, on_window=lambda done, _, value: advance(done, f"perplexity {value:.2f}"))

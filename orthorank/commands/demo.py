@@ -68,8 +68,8 @@ def command(
         prompt_tokens=prompt_tokens,
         repeats=repeats,
     )
+    from orthorank.common import format as words
     from orthorank.demo import run_demo  # after the checks above, which are quick
-    from orthorank.report import words
 
     terminal = console()
     screen = RichScreen(terminal)
@@ -87,7 +87,7 @@ def table(results: dict[str, Any]) -> "Table":
     """The rows of the results as a rich table."""
     from rich.table import Table
 
-    from orthorank.report import words
+    from orthorank.common import format as words
 
     heads = ("", "layers changed", "perplexity", "tokens/s", "speed-up", "FLOP-ideal")
     drawn = Table(box=None, pad_edge=False, header_style="dim")

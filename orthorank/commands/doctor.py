@@ -21,11 +21,11 @@ def command(
     """
 
     from orthorank.commands.screen import RichScreen, console
-    from orthorank.integrations.vllm.installed import installed
-    from orthorank.models import load_model, locate
-    from orthorank.report import words
-    from orthorank.sink import candidate_layers, detect_sink
-    from orthorank.texts import Bos, check_bos
+    from orthorank.common import format as words
+    from orthorank.common.models import load_model, locate
+    from orthorank.common.texts import Bos, check_bos
+    from orthorank.serving.vllm.installed import installed
+    from orthorank.stack.sink import candidate_layers, detect_sink
 
     check_bos(bos)
 

@@ -10,8 +10,8 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> int:
     """Versions, devices, and for each op which implementation it takes and why."""
-    from orthorank.environment import environment, op_backends
-    from orthorank.integrations.vllm.installed import installed
+    from orthorank.common.environment import environment, op_backends
+    from orthorank.serving.vllm.installed import installed
 
     here, vllm = environment(), installed()
     choices = [choice for device in here.devices for choice in op_backends(device.split()[0])]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from orthorank.commands.demo import BOS, MODEL
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 
 DATA = "JSONL file with task, prompt and gold in each line. Default: the hub's data."
 TASKS = "Tasks, such as qasper,trec. Default: all that the data has."
@@ -39,14 +39,14 @@ def command(
     """
 
     from orthorank.commands.screen import RichScreen, console
+    from orthorank.common.files import user_path, writable_folder, write_json
+    from orthorank.common.models import load_model, locate
+    from orthorank.common.texts import Bos, check_bos
     from orthorank.config import OrthoRankConfig
     from orthorank.evaluation.longbench import Question, metrics
     from orthorank.evaluation.longbench_run import run_longbench
-    from orthorank.files import user_path, writable_folder, write_json
-    from orthorank.handle import apply
-    from orthorank.models import load_model, locate
+    from orthorank.hf.apply import apply
     from orthorank.search.folder import model_fingerprint
-    from orthorank.texts import Bos, check_bos
 
     for name, value in (("limit", limit), ("max_tokens", max_tokens), ("only_shorter", only_shorter)):
         if value is not None and value < 1:

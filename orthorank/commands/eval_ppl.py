@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from orthorank.commands.demo import BOS, MODEL
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 
 PLAN = "Plan, a file or folder; may be given several times. The dense model is measured as well."
 TEXT = "UTF-8 text file, read as it is. Default: the documentation of Python inside its standard library."
@@ -36,12 +36,12 @@ def command(
     """
 
     from orthorank.commands.screen import RichScreen, console
+    from orthorank.common.files import write_json
+    from orthorank.common.models import load_model, locate
+    from orthorank.common.texts import Bos, check_bos, read_tokens
     from orthorank.evaluation.perplexity import auto_batch_size
     from orthorank.evaluation.texts import evaluation_text, most_windows
-    from orthorank.files import write_json
-    from orthorank.handle import apply, check_plan
-    from orthorank.models import load_model, locate
-    from orthorank.texts import Bos, check_bos, read_tokens
+    from orthorank.hf.apply import apply, check_plan
 
     if window < 2:
         raise OrthoRankError(f"window is {window}; it must be at least 2, since the first token is not predicted")
@@ -99,9 +99,9 @@ def _measure(screen: Any, name: str, model: Any, tokenizer: Any, text: Any, sett
 
 
 def _read(paths: list[str] | None) -> dict[str, Any]:
+    from orthorank.common.files import user_path
     from orthorank.config import OrthoRankConfig
     from orthorank.evaluation.bench import variant_names
-    from orthorank.files import user_path
 
     plans = [OrthoRankConfig.from_pretrained(user_path("plan", path)) for path in paths or []]
     return dict(zip(variant_names(plans), plans, strict=True))
@@ -109,7 +109,7 @@ def _read(paths: list[str] | None) -> dict[str, Any]:
 
 def check_output(output: Path | None) -> None:
     """A result can be written to the file ``output``; raises when it cannot."""
-    from orthorank.files import writable_folder
+    from orthorank.common.files import writable_folder
 
     if output is None:
         return

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from orthorank.commands.demo import BOS, MODEL
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 
 TASKS = "Tasks of the harness, such as piqa,winogrande. Default: the paper's five."
 PAPER = "piqa,winogrande,hellaswag,arc_easy,arc_challenge"
@@ -35,10 +35,10 @@ def command(
 
     from orthorank.commands.eval_ppl import check_output
     from orthorank.commands.screen import RichScreen, console
+    from orthorank.common.files import write_json
+    from orthorank.common.models import load_model, locate
+    from orthorank.common.texts import check_bos
     from orthorank.evaluation.task_scores import evaluate_tasks
-    from orthorank.files import write_json
-    from orthorank.models import load_model, locate
-    from orthorank.texts import check_bos
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     for name, value in (("limit", limit), ("batch_size", batch_size)):

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from orthorank.commands.demo import MODEL
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 
 ONLY = "Parts, such as table1,fig4. Default: all."
 CALIBRATION = "Text file, or wikitext2 or c4 (with :FOLDER for a local copy), to choose layers on."

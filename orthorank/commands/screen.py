@@ -10,8 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 from rich.text import Text
 
-from orthorank.demo.screen import Advance
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.progress import Advance
 
 INDENT = 3
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orthorank.commands.demo import BOS, MODEL
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -146,7 +146,7 @@ def table(results: dict[str, Any]) -> "Table":
     """The dense model and the plan as a rich table."""
     from rich.table import Table
 
-    from orthorank.report import words
+    from orthorank.common import format as words
 
     mixed = any("changes" in row for row in results["rows"])
     heads = (

@@ -44,10 +44,10 @@ def command(
     One line, quoted for a shell: eval "vllm serve MODEL $(orthorank vllm-args PLAN)". Needs no vLLM. Refuses plans that
     no server can serve.
     """
+    from orthorank.common.files import user_path
     from orthorank.config import OrthoRankConfig
-    from orthorank.files import user_path
-    from orthorank.integrations.vllm.arguments import command_line, config_of, hints, vllm_arguments
-    from orthorank.integrations.vllm.serving import Serving
+    from orthorank.serving.vllm.arguments import command_line, config_of, hints, vllm_arguments
+    from orthorank.serving.vllm.serving import Serving
 
     serving = Serving(
         OrthoRankConfig.from_pretrained(user_path("plan", plan)),

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from orthorank.demo.screen import Screen, SilentScreen
+from orthorank.common.progress import Screen, SilentScreen
 from orthorank.demo.settings import Settings
 
 if TYPE_CHECKING:

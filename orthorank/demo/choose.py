@@ -6,18 +6,18 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from orthorank.common import format as words
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.files import user_path
 from orthorank.config import OrthoRankConfig
 from orthorank.demo.run import PLAN_FILES, Run
 from orthorank.demo.settings import KEEP_RATIO, SPARSITY, Settings
-from orthorank.errors import OrthoRankError
-from orthorank.files import user_path
-from orthorank.handle import check_plan
+from orthorank.hf.apply import check_plan
 from orthorank.plans import default_plan
-from orthorank.report import words
 
 if TYPE_CHECKING:
     from orthorank.search import SearchState
-    from orthorank.sink import SinkReport
+    from orthorank.stack.sink import SinkReport
 
 TOKENS_AT_ONCE = 1024  # in one forward of the search: more save little on a CPU, and their logits take memory
 
@@ -162,7 +162,7 @@ def _search_intention(run: Run, sink: "SinkReport", method: str, sparsity: float
 
 def _candidates(run: Run, sink: "SinkReport", keep_ratio: float) -> list[int]:
     """Token selection: the layers after the sink. Removal: SLEB's own range, all but the first and the last layer."""
-    from orthorank.sink import candidate_layers
+    from orthorank.stack.sink import candidate_layers
 
     total = run.info.num_hidden_layers
     if keep_ratio == 0:
@@ -180,7 +180,7 @@ def _candidates(run: Run, sink: "SinkReport", keep_ratio: float) -> list[int]:
 def _search(run: Run, intention: Intention) -> "SearchState":
     """Greedy search on the calibration windows; what it has found is kept also when it is interrupted."""
     from orthorank.search import Evaluator, SearchInterrupted, evaluation_count, greedy_search
-    from orthorank.stack import LayerStack
+    from orthorank.stack.layers import LayerStack
 
     count = intention.count
     windows = run.samples.calibration.to(run.model.device)

@@ -8,20 +8,20 @@ import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from orthorank.common import format as words
+from orthorank.common.environment import environment
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.files import writable_folder
+from orthorank.common.models import load_model, locate, pick_device
+from orthorank.common.progress import Screen, SilentScreen
+from orthorank.common.texts import Bos, find_text, read_tokens, take_samples
 from orthorank.demo import choose, measure
 from orthorank.demo.run import PLAN_FILES, REPORT, RESULTS, Run
-from orthorank.demo.screen import Screen, SilentScreen
 from orthorank.demo.settings import Settings
-from orthorank.environment import environment
-from orthorank.errors import OrthoRankError
-from orthorank.files import writable_folder
-from orthorank.models import load_model, locate, pick_device
-from orthorank.report import words
-from orthorank.texts import Bos, find_text, read_tokens, take_samples
 from orthorank_kernels._version import __version__
 
 if TYPE_CHECKING:
-    from orthorank.sink import SinkReport
+    from orthorank.stack.sink import SinkReport
 
 
 def run_demo(settings: Settings, screen: Screen | None = None) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def _preamble(run: Run) -> dict[str, Any]:
 
 
 def _look_at_sink(run: Run) -> "SinkReport":
-    from orthorank.sink import detect_sink
+    from orthorank.stack.sink import detect_sink
 
     run.screen.heading("1  The sink token")
     with run.timed("sink"):

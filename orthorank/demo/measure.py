@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
+from orthorank.common import format as words
 from orthorank.config import OrthoRankConfig
 from orthorank.demo.run import Run
-from orthorank.report import words
 
 MAP_TOKENS = 200  # of the token map: as much as one looks at
 
@@ -48,7 +48,7 @@ def _row(run: Run, name: str, plan: OrthoRankConfig | None) -> dict[str, Any]:
 
 def _add_perplexity(run: Run, variants: Variants) -> None:
     from orthorank.evaluation import perplexity
-    from orthorank.handle import apply
+    from orthorank.hf.apply import apply
 
     ids = run.samples.held_out
     losses: dict[str, Sequence[float]] = {}
@@ -93,7 +93,7 @@ def _add_speed(run: Run, variants: Variants) -> None:
 
 def _add_token_map(run: Run, plan: OrthoRankConfig) -> None:
     """Which layers updated which token, at the beginning of the held-out text."""
-    from orthorank.analysis.token_map import token_map
+    from orthorank.evaluation.token_map import token_map
 
     if not getattr(run.tokenizer, "is_fast", False):
         return

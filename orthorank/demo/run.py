@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orthorank.common.files import write_json, write_text
+from orthorank.common.models import ModelInfo
+from orthorank.common.progress import Screen
+from orthorank.common.texts import Samples, Text
 from orthorank.config import FILE_NAME, OrthoRankConfig
-from orthorank.demo.screen import Screen
 from orthorank.demo.settings import Settings
-from orthorank.files import write_json, write_text
-from orthorank.models import ModelInfo
-from orthorank.texts import Samples, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

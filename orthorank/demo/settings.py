@@ -4,9 +4,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.texts import check_bos
 from orthorank.config import OrthoRankConfig
-from orthorank.errors import OrthoRankError
-from orthorank.texts import check_bos
 
 SPARSITY, KEEP_RATIO = 0.2, 1 / 3  # of a search, where nothing else is asked for
 
@@ -17,7 +17,7 @@ class Settings:
 
     Args:
         output: folder for the results.
-        model, device: as for `orthorank.models.load_model`. text: a file; None: see `orthorank.texts`.
+        model, device: as for `orthorank.common.models.load_model`. text: a file; None: see `orthorank.common.texts`.
         plan: ``"search"``, ``"default"`` (the one shipped for the model), or a plan's file or folder.
         sparsity: nominal share of token-layer updates that a search leaves out; None: 0.2.
         keep_ratio: of a selected layer, in a search or with ``layers``; None: 1/3.
@@ -25,7 +25,7 @@ class Settings:
         layers: layers to select instead of a search. sink_layer: l_sink instead of the detected one.
         held_out_windows, held_out_len: windows that perplexity is measured on, and their length in tokens.
         prompt_tokens, repeats: length of the timed prompt, and timed runs of each variant.
-        bos: where the tokenizer's BOS stands: one of `orthorank.texts.BOS`.
+        bos: where the tokenizer's BOS stands: one of `orthorank.common.texts.BOS`.
 
     Raises:
         OrthoRankError: a value is out of range, or two of them exclude each other.
@@ -33,7 +33,7 @@ class Settings:
     >>> Settings(output=Path("out"), sparsity=1.5)
     Traceback (most recent call last):
         ...
-    orthorank.errors.OrthoRankError: sparsity is 1.5; it must be above 0 and below 1, such as 0.2
+    orthorank.common.errors.OrthoRankError: sparsity is 1.5; it must be above 0 and below 1, such as 0.2
     """
 
     output: Path

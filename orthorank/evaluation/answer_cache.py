@@ -8,8 +8,8 @@ import json
 from collections.abc import MutableMapping
 from typing import Any
 
+from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
-from orthorank.errors import OrthoRankError
 from orthorank.search.folder import model_fingerprint
 
 OWNER = "orthorank"  # no hash of a request, which has 64 characters

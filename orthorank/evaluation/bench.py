@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
-from orthorank.errors import OrthoRankError
 from orthorank.evaluation.memory import memory_meter, peak_bytes
 from orthorank.evaluation.speed import SpeedReport, Timing, clock_of, in_turns, time_prefill, timings_of
-from orthorank.families import device_of
-from orthorank.handle import apply
+from orthorank.hf.apply import apply
+from orthorank.hf.families import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

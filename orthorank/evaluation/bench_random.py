@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
-from orthorank.errors import OrthoRankError
 from orthorank.evaluation.bench import BenchSettings, OnStep, random_prompt
 from orthorank.evaluation.bench_results import flop_speedup_of
 from orthorank.evaluation.memory import memory_meter, peak_bytes
 from orthorank.evaluation.prefill_ways import Ways
 from orthorank.evaluation.speed import time_prefill
-from orthorank.families import device_of
+from orthorank.hf.families import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.files import write_json, write_text
 from orthorank.config import OrthoRankConfig
-from orthorank.errors import OrthoRankError
-from orthorank.files import write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from orthorank.common.models import ModelInfo
     from orthorank.evaluation.bench import BenchReport
-    from orthorank.models import ModelInfo
 
 
 def results_of(

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 from orthorank.evaluation.bench import BenchSettings, OnStep
 from orthorank.evaluation.speed import SpeedReport, Timing, clock_of, in_turns, timings_of
 
@@ -140,7 +140,7 @@ def engine_arguments(
 
 def check_installed() -> None:
     """vLLM is there, with what the plugin needs of it."""
-    from orthorank.integrations.vllm.installed import installed
+    from orthorank.serving.vllm.installed import installed
 
     if (here := installed()).version is None:
         raise OrthoRankError("engine is 'vllm', which is not installed; run: pip install 'orthorank-kernels[vllm]'")
@@ -149,8 +149,8 @@ def check_installed() -> None:
 
 
 def _plan_arguments(plan: "OrthoRankConfig | None", config: Any) -> dict[str, Any]:
-    from orthorank.integrations.vllm.arguments import vllm_arguments
-    from orthorank.integrations.vllm.serving import Serving
+    from orthorank.serving.vllm.arguments import vllm_arguments
+    from orthorank.serving.vllm.serving import Serving
 
     return {} if plan is None else vllm_arguments(Serving(plan), config, prefix_caching=False)
 
@@ -172,7 +172,7 @@ def _log_to_stderr() -> None:
 def _engine(path: str, arguments: dict[str, Any]) -> Iterator[Any]:
     from vllm import LLM
 
-    from orthorank.integrations.vllm import probe
+    from orthorank.serving.vllm import probe
 
     try:
         llm: Any = LLM(path, worker_extension_cls=probe.NAME, **arguments)
@@ -197,7 +197,7 @@ def _measure(
 ) -> VLLMReport:
     import torch
 
-    from orthorank.integrations.vllm import interface
+    from orthorank.serving.vllm import interface
 
     prompts = _prompts(config, settings)
     clock = clock_of(torch.device("cpu"))

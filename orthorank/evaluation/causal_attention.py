@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 
 NAME = "sdpa_causal"
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")

@@ -21,8 +21,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orthorank.errors import OrthoRankError
-from orthorank.families import FAMILIES
+from orthorank.common.errors import OrthoRankError
+from orthorank.hf.families import FAMILIES
 from orthorank_kernels import keep_count
 
 LOGITS = ("last", "all")

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from orthorank.errors import OrthoRankError
-from orthorank.families import device_of
-from orthorank.files import from_json, user_path
-from orthorank.texts import Bos
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.files import from_json, user_path
+from orthorank.common.texts import Bos
+from orthorank.hf.families import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

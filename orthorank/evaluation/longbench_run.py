@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.files import from_json
 from orthorank.evaluation.longbench import Question, answer, score, summary
-from orthorank.files import from_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from orthorank.errors import OrthoRankError
-from orthorank.families import device_of
-from orthorank.texts import Bos, Text, beginning_with, tokenize
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.texts import Bos, Text, beginning_with, tokenize
+from orthorank.hf.families import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
-from orthorank.errors import OrthoRankError
-from orthorank.families import decoder_of, device_of
-from orthorank.handle import apply
+from orthorank.hf.apply import apply
+from orthorank.hf.families import decoder_of, device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orthorank.errors import OrthoRankError
-from orthorank.files import user_path
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.files import user_path
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ def random_model(
 
     Args:
         config: a name of `shipped_configs`, a config.json as the hub has it, or a folder with one.
-        device: where; dtype: of the weights, as `orthorank.models.load_model` takes it.
+        device: where; dtype: of the weights, as `orthorank.common.models.load_model` takes it.
         attention: transformers' ``attn_implementation``; ``"sdpa_causal"`` is
             `orthorank.evaluation.causal_attention`, the same in eager, captured and compiled models.
         layers: decoder layers to make; None: as many as the configuration has.
@@ -65,8 +65,8 @@ def random_model(
     import torch
     from transformers import AutoModelForCausalLM
 
+    from orthorank.common.models import pick_device, pick_dtype
     from orthorank.evaluation.causal_attention import NAME, register
-    from orthorank.models import pick_device, pick_dtype
 
     place = pick_device(str(device))
     read = read_config(config, layers)
@@ -88,7 +88,7 @@ def read_config(config: str | Path, layers: int | None = None) -> Any:
     """The transformers configuration that ``config`` names, with ``layers`` decoder layers. See `random_model`."""
     from transformers import AutoConfig
 
-    from orthorank.families import FAMILIES
+    from orthorank.hf.families import FAMILIES
 
     file = _file(config)
     try:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
-from orthorank.errors import OrthoRankError
 from orthorank.evaluation.prefill_ways import Ways
-from orthorank.families import device_of
+from orthorank.hf.families import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

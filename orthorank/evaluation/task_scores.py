@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orthorank.errors import OrthoRankError
-from orthorank.texts import adds_bos, check_bos
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.texts import adds_bos, check_bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

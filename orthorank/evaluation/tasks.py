@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 import orthorank
-from orthorank.calls import Call
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.files import user_path
+from orthorank.common.loading import Complete
 from orthorank.config import OrthoRankConfig
-from orthorank.errors import OrthoRankError
 from orthorank.evaluation import answer_cache
-from orthorank.files import user_path
-from orthorank.handle import Handle, apply
-from orthorank.loading import Complete
+from orthorank.hf.apply import Handle, apply
+from orthorank.hf.calls import Call
 
 try:
     from lm_eval.api.registry import register_model

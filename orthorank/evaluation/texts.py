@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from orthorank.corpora import Recipe, rows_of, split_name
-from orthorank.errors import OrthoRankError
-from orthorank.texts import Text, find_text
+from orthorank.common.datasets import Recipe, rows_of, split_name
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.texts import Text, find_text
 
 # SLEB's evaluation. WikiText-2: all rows of the test split, an empty row for each blank line of the file.
 RECIPES = {
@@ -42,7 +42,7 @@ def evaluation_text(text: str | Path | None = None, dataset: str | None = None) 
     >>> evaluation_text("notes.txt", "c4")
     Traceback (most recent call last):
         ...
-    orthorank.errors.OrthoRankError: both text and dataset are given; give one of them
+    orthorank.common.errors.OrthoRankError: both text and dataset are given; give one of them
     """
     if dataset is None:
         return find_text(text)

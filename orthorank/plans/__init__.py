@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig, hub_id
-from orthorank.errors import OrthoRankError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -3,10 +3,11 @@
 What it says stands in ``page.html.j2``, how it looks in ``page.css``.
 """
 
-from orthorank.errors import OrthoRankError
-from orthorank.plot import DARK, LIGHT, dark_rules
-from orthorank.report import pictures, words
-from orthorank.report.words import Results
+from orthorank.common import format as words
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.format import Results
+from orthorank.common.plot import DARK, LIGHT, dark_rules
+from orthorank.report import pictures
 
 
 def html_page(results: Results) -> str:

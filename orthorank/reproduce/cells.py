@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orthorank.errors import OrthoRankError
-from orthorank.files import read_json, write_json
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.files import read_json, write_json
 
 
 class Cells:

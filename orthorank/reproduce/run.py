@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from orthorank.demo.screen import Screen, SilentScreen
-from orthorank.errors import OrthoRankError
-from orthorank.files import finite, read_json, writable_folder, write_json, write_text
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.files import finite, read_json, writable_folder, write_json, write_text
+from orthorank.common.progress import Screen, SilentScreen
 from orthorank.reproduce import tables
 from orthorank.reproduce.claims import check_claims
 from orthorank.reproduce.settings import PARTS, ReproduceSettings

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 
 PARTS = (
     "fig2",
@@ -39,7 +39,7 @@ class ReproduceSettings:
         longbench: JSONL file of questions, ``hub``, or None to leave it out; longbench_tokens: only prompts up to
             this length, None: all.
         sweep: nominal sparsities. prompt_tokens, rounds: of the throughput.
-        device, dtype: as for `orthorank.models.load_model`.
+        device, dtype: as for `orthorank.common.models.load_model`.
 
     Raises:
         OrthoRankError: a value that is not possible.

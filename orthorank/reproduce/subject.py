@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.models import load_model, locate
+from orthorank.common.progress import Screen
+from orthorank.common.texts import Text, check_ids, tokenize
 from orthorank.config import OrthoRankConfig
-from orthorank.demo.screen import Screen
-from orthorank.errors import OrthoRankError
-from orthorank.handle import apply
-from orthorank.models import load_model, locate
+from orthorank.hf.apply import apply
 from orthorank.reproduce.cells import Cells
 from orthorank.reproduce.settings import ReproduceSettings
 from orthorank.search.counts import layer_count
-from orthorank.texts import Text, check_ids, tokenize
 
 if TYPE_CHECKING:
-    from orthorank.search.evaluator import Evaluator
-    from orthorank.stack import LayerStack
+    from orthorank.stack.evaluator import Evaluator
+    from orthorank.stack.layers import LayerStack
 
 KEEP_RATIO = 1 / 3
 METHODS = ("greedy", "one-shot")
@@ -54,7 +54,7 @@ class Subject:
     @cached_property
     def stack(self) -> "LayerStack":
         """The model layer by layer, for searches and analyses."""
-        from orthorank.stack import LayerStack
+        from orthorank.stack.layers import LayerStack
 
         return LayerStack(self.model)
 
@@ -65,8 +65,8 @@ class Subject:
 
     @cached_property
     def sink(self) -> dict[str, Any]:
-        """What `orthorank.sink.detect_sink` reports, by the paper's protocol: a BOS where the tokenizer puts it."""
-        from orthorank.sink import detect_sink
+        """What `orthorank.stack.sink.detect_sink` reports, with a BOS where the tokenizer puts it, as in the paper."""
+        from orthorank.stack.sink import detect_sink
 
         return self.cells.get("sink", {}, lambda: detect_sink(self.model, self.tokenizer, bos="first").to_dict())
 
@@ -138,7 +138,7 @@ class Subject:
 
     def evaluator(self, keep_ratio: float, **options: Any) -> "Evaluator":
         """The calibration loss."""
-        from orthorank.search.evaluator import Evaluator
+        from orthorank.stack.evaluator import Evaluator
 
         return Evaluator(self.stack, self.calibration, keep_ratio=keep_ratio, **options)
 
@@ -228,9 +228,9 @@ def ids_hash(ids: Tensor) -> str:
 
 def _text(source: str, calibration: bool = False) -> Text:
     """A file or a dataset, by its name; of a dataset the calibration text is from its training split."""
-    from orthorank.corpora import dataset_texts
+    from orthorank.common.datasets import dataset_texts
+    from orthorank.common.texts import find_text
     from orthorank.evaluation.texts import RECIPES, evaluation_text
-    from orthorank.texts import find_text
 
     if source.partition(":")[0] not in RECIPES:
         return find_text(source)

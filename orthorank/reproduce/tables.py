@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
-from orthorank.errors import OrthoRankError
 from orthorank.evaluation.flops import flop_speedup
 from orthorank.reproduce import paper
 from orthorank.reproduce.subject import KEEP_RATIO, Subject, digest, plan_key
@@ -200,7 +200,7 @@ def _answered(subject: Subject, plan: OrthoRankConfig | None, questions: list[An
     from contextlib import nullcontext
 
     from orthorank.evaluation.longbench_run import run_longbench
-    from orthorank.handle import apply
+    from orthorank.hf.apply import apply
 
     inputs = {"plan": plan_key(plan), "questions": digest([[q.task, q.prompt] for q in questions])}
     folder = subject.cells.folder / "longbench"

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orthorank.search.counts import evaluation_count, halving_stages, layer_count
-    from orthorank.search.evaluator import Evaluator
     from orthorank.search.greedy import begin_search, greedy_round, greedy_search
     from orthorank.search.influence import block_influence
     from orthorank.search.job import run_search
     from orthorank.search.one_shot import loss_scores, magnitude_scores, one_shot_candidates, rank_layers
-    from orthorank.search.processes import OneProcess, Processes
     from orthorank.search.settings import SearchSettings
     from orthorank.search.state import SearchInterrupted, SearchState
     from orthorank.search.taylor import taylor_scores
-    from orthorank.sink import candidate_layers
+    from orthorank.stack.evaluator import Evaluator
+    from orthorank.stack.processes import OneProcess, Processes
+    from orthorank.stack.sink import candidate_layers
 
 __all__ = [
     "Evaluator",
@@ -61,7 +61,7 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     homes = {each: f"orthorank.search.{module}" for module, names in _HOMES.items() for each in names}
-    homes["candidate_layers"] = "orthorank.sink"
+    homes["candidate_layers"] = "orthorank.stack.sink"
     if name not in homes:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(homes[name]), name)

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 from orthorank.search.budget_state import BudgetInterrupted, BudgetState, Ledger, PlanLoss
 from orthorank.search.estimates import Estimates, exchanges
 from orthorank.search.pareto import Point, best_within

@@ -5,10 +5,10 @@ from collections import Counter
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from orthorank.common import format as words
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.files import write_json, write_text
 from orthorank.config import OrthoRankConfig
-from orthorank.errors import OrthoRankError
-from orthorank.files import write_json, write_text
-from orthorank.report import words
 from orthorank.search.budget_state import BudgetState
 from orthorank.search.pareto import Point, front_as_csv, front_as_dict
 from orthorank.search.pareto_plot import can_draw, draw_front
@@ -153,7 +153,7 @@ def _row(search: "Search", name: str, point: Point, plan: OrthoRankConfig | None
 def _held_out(search: "Search", plan: OrthoRankConfig | None) -> float | None:
     """Perplexity on windows that the search has not seen, by the patched model itself; None: there is no text left."""
     from orthorank.evaluation import perplexity
-    from orthorank.handle import apply
+    from orthorank.hf.apply import apply
 
     job = search.job
     if job.calibration.held_out is None:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orthorank.common import format as words
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.files import user_path
 from orthorank.config import OrthoRankConfig
-from orthorank.errors import OrthoRankError
-from orthorank.files import user_path
-from orthorank.handle import check_plan
-from orthorank.report import words
+from orthorank.hf.apply import check_plan
 from orthorank.search.budget import Effort, best_plan, budget_search
 from orthorank.search.budget_state import BudgetInterrupted, BudgetState
 from orthorank.search.costs import CostTable, count_flops, measure_seconds

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from orthorank.errors import OrthoRankError
-from orthorank.files import read_json, write_text
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.files import read_json, write_text
 from orthorank.plan_checks import shown
 from orthorank.search.pareto import Point
 from orthorank.search.plans import Key, Plan, Space, key_of

@@ -4,11 +4,11 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from orthorank.corpora import RECIPES, SEQ_LEN, dataset_texts, split_name
-from orthorank.errors import OrthoRankError
+from orthorank.common.datasets import RECIPES, SEQ_LEN, dataset_texts, split_name
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.texts import Bos, Text, beginning_with, find_text, read_tokens, take_samples, tokenize
 from orthorank.search import settings as defaults
 from orthorank.search.settings import SearchSettings
-from orthorank.texts import Bos, Text, beginning_with, find_text, read_tokens, take_samples, tokenize
 
 if TYPE_CHECKING:
     from torch import Tensor

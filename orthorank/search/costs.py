@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 from orthorank_kernels import keep_count
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from orthorank.stack import LayerStack
+    from orthorank.stack.layers import LayerStack
 
 UNITS = ("flops", "time")
 OnRound = Callable[[int, int], None]
@@ -137,7 +137,7 @@ def measure_seconds(
         OrthoRankError: a number out of range.
     """
     from orthorank.evaluation.speed import clock_of, in_turns
-    from orthorank.families import device_of
+    from orthorank.hf.families import device_of
 
     if rounds < 1:
         raise OrthoRankError(f"rounds is {rounds}; it must be at least 1")

@@ -6,7 +6,7 @@ A selected layer leaves out ``1 - keep_ratio`` of the token updates, so a sparsi
 
 import math
 
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 
 _ROUNDING = 1e-6  # repairs products such as 30 * 0.2 / (2 / 3), which may fall just below 9
 

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from orthorank.errors import OrthoRankError
-from orthorank.search.processes import OneProcess, Processes
+from orthorank.common.errors import OrthoRankError
+from orthorank.stack.processes import OneProcess, Processes
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,8 +4,8 @@ import time
 from contextlib import nullcontext
 from typing import Any
 
+from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
-from orthorank.errors import OrthoRankError
 from orthorank.evaluation import flop_speedup
 from orthorank.search.job import Job, Outcome, plan_of
 
@@ -49,7 +49,7 @@ def _write(job: Job, outcome: Outcome, dense_loss: float, loss: float) -> dict[s
 def _held_out(job: Job, plan: OrthoRankConfig) -> dict[str, Any]:
     """Perplexity on windows that the search has not seen, by the patched model itself."""
     from orthorank.evaluation import perplexity
-    from orthorank.handle import apply
+    from orthorank.hf.apply import apply
 
     ids = job.calibration.held_out
     if ids is None:

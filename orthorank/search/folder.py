@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.files import read_json, user_path, writable_folder, write_json
 from orthorank.config import FILE_NAME
-from orthorank.errors import OrthoRankError
-from orthorank.files import read_json, user_path, writable_folder, write_json
 from orthorank.plan_checks import shown
 
 if TYPE_CHECKING:

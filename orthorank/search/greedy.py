@@ -9,11 +9,11 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 from orthorank.search.counts import evaluation_count
-from orthorank.search.evaluator import Evaluator
 from orthorank.search.halving import fast_evaluations
 from orthorank.search.state import OnEvaluation, SearchInterrupted, SearchState
+from orthorank.stack.evaluator import Evaluator
 
 
 def greedy_search(
@@ -32,7 +32,7 @@ def greedy_search(
 
     Args:
         evaluator: the calibration loss; its keep ratio and criterion say what "switched" means.
-        candidates: layers that may be switched: `orthorank.sink.candidate_layers`, or for SLEB's own setting
+        candidates: layers that may be switched: `orthorank.stack.sink.candidate_layers`, or for SLEB's own setting
             ``range(1, num_layers - 1)``, which protects the first and the last layer.
         rounds: layers to switch; see `layer_count`.
         fast: whether all candidates see a few windows only, the best half twice as many, and so on to the best few on
@@ -54,7 +54,7 @@ def greedy_search(
     Example:
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from orthorank.stack import LayerStack
+        >>> from orthorank.stack.layers import LayerStack
         >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=6,
         ...                      num_attention_heads=2, num_key_value_heads=1)
         >>> evaluator = Evaluator(LayerStack(LlamaForCausalLM(config).eval()), torch.arange(32)[None])

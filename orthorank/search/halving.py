@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterator
 
-from orthorank.search.evaluator import Evaluator
 from orthorank.search.state import SearchState
+from orthorank.stack.evaluator import Evaluator
 
 
 def fast_evaluations(evaluator: Evaluator, state: SearchState) -> Iterator[tuple[int, float, bool]]:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from orthorank.errors import OrthoRankError
-from orthorank.families import device_of
-from orthorank.search.processes import OneProcess, Processes
+from orthorank.common.errors import OrthoRankError
+from orthorank.hf.families import device_of
+from orthorank.stack.processes import OneProcess, Processes
 
 if TYPE_CHECKING:
-    from orthorank.stack import LayerStack
+    from orthorank.stack.layers import LayerStack
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def block_influence(
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from orthorank.stack import LayerStack
+        >>> from orthorank.stack.layers import LayerStack
         >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4,
         ...                      num_attention_heads=2, num_key_value_heads=1)
         >>> scores = block_influence(LayerStack(LlamaForCausalLM(config).eval()), torch.arange(32)[None])

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from orthorank.common import format as words
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.models import ModelInfo, load_model, locate, pick_device, pick_dtype
+from orthorank.common.progress import Screen, SilentScreen
 from orthorank.config import OrthoRankConfig
-from orthorank.demo.screen import Screen, SilentScreen
-from orthorank.errors import OrthoRankError
-from orthorank.models import ModelInfo, load_model, locate, pick_device, pick_dtype
-from orthorank.report import words
 from orthorank.search.calibration import Calibration, cut_windows, find_source
 from orthorank.search.distributed import Group, joined, local_device, together
 from orthorank.search.folder import Folder, model_fingerprint
@@ -20,8 +20,8 @@ from orthorank_kernels._version import __version__
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from orthorank.search.evaluator import Evaluator
-    from orthorank.stack import LayerStack
+    from orthorank.stack.evaluator import Evaluator
+    from orthorank.stack.layers import LayerStack
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Job:
     @cached_property
     def evaluator(self) -> "Evaluator":
         """The calibration loss. One for the whole job: its batch size, which decides the last bits, is set once."""
-        from orthorank.search.evaluator import Evaluator
+        from orthorank.stack.evaluator import Evaluator
 
         return Evaluator(
             self.stack,
@@ -119,7 +119,7 @@ def run_search(settings: SearchSettings, screen: Screen | None = None) -> dict[s
 
 def prepare(settings: SearchSettings, screen: Screen, group: Group) -> Job:
     """What every search needs. What can go wrong early goes wrong here, the cheap things first."""
-    from orthorank.stack import LayerStack
+    from orthorank.stack.layers import LayerStack
 
     began = time.perf_counter()
     where, device = locate(settings.model), local_device(settings.device)
@@ -181,7 +181,7 @@ def _sink_layer(
     settings: SearchSettings, screen: Screen, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
 ) -> int | None:
     """l_sink where the candidates depend on it."""
-    from orthorank.sink import detect_sink
+    from orthorank.stack.sink import detect_sink
 
     if not settings.floored:
         return None

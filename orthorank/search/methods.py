@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 from orthorank.search.distributed import together
 from orthorank.search.greedy import begin_search, greedy_search
 from orthorank.search.influence import block_influence

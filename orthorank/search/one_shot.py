@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from orthorank.errors import OrthoRankError
-from orthorank.files import read_json, write_text
-from orthorank.search.evaluator import Evaluator
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.files import read_json, write_text
 from orthorank.search.saved import check_layers, check_losses, check_size
+from orthorank.stack.evaluator import Evaluator
 
 if TYPE_CHECKING:
-    from orthorank.stack import LayerStack
+    from orthorank.stack.layers import LayerStack
 
 PROTECT_FIRST, PROTECT_LAST = 4, 2
 OnScore = Callable[[int, float, int, int], None]
@@ -160,7 +160,7 @@ def loss_scores(
     Example:
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from orthorank.stack import LayerStack
+        >>> from orthorank.stack.layers import LayerStack
         >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=8,
         ...                      num_attention_heads=2, num_key_value_heads=1)
         >>> evaluator = Evaluator(LayerStack(LlamaForCausalLM(config).eval()), torch.arange(32)[None], keep_ratio=0)
@@ -203,7 +203,7 @@ def magnitude_scores(stack: "LayerStack") -> dict[int, float]:
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from orthorank.stack import LayerStack
+        >>> from orthorank.stack.layers import LayerStack
         >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4,
         ...                      num_attention_heads=2, num_key_value_heads=1)
         >>> len(magnitude_scores(LayerStack(LlamaForCausalLM(config))))

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orthorank.files import write_bytes
+from orthorank.common.files import write_bytes
 from orthorank.search.pareto import Point, front_of
 
 if TYPE_CHECKING:

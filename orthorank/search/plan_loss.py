@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from orthorank.search.plans import Plan
 
 if TYPE_CHECKING:
-    from orthorank.search.evaluator import Evaluator
+    from orthorank.stack.evaluator import Evaluator
 
 SCOUTED = 0.25  # share of the windows that an estimate sees
 
@@ -21,7 +21,7 @@ class CalibrationLoss:
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from orthorank.search import Evaluator
-        >>> from orthorank.stack import LayerStack
+        >>> from orthorank.stack.layers import LayerStack
         >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4,
         ...                      num_attention_heads=2, num_key_value_heads=1)
         >>> stack = LayerStack(LlamaForCausalLM(config).eval())

@@ -4,9 +4,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.texts import BOS
 from orthorank.plan_checks import LEGAL
-from orthorank.texts import BOS
 
 METHODS = ("greedy", "one-shot", "influence")
 METRICS = ("ppl", "taylor", "magnitude")
@@ -26,14 +26,14 @@ class SearchSettings:
 
     Args:
         output: folder for the plan and the state.
-        model, device, device_map, dtype: as for `orthorank.models.load_model`.
+        model, device, device_map, dtype: as for `orthorank.common.models.load_model`.
         method: ``"greedy"`` (SLEB), ``"one-shot"`` (Shortened LLaMA) or ``"influence"`` (ShortGPT).
         metric: of one-shot: ``"ppl"``, ``"taylor"`` or ``"magnitude"``; None: ppl.
         keep_ratio: of a chosen layer; 0 removes it.
         criterion: by which a chosen layer selects tokens.
         sparsity, layers: how many layers, as a nominal sparsity or as their number; None: a sparsity of 0.2.
         text: a UTF-8 file; dataset: ``"wikitext2"`` or ``"c4"``, with ``:FOLDER`` for a local copy; neither: the
-            text of `orthorank.texts.find_text`.
+            text of `orthorank.common.texts.find_text`.
         windows, seq_len: calibration windows and their length in tokens; None: 4 of 512 from a text, and the
             dataset's own recipe.
         protect_first, protect_last: layers that are never chosen; None: the method's own (`protected`).
@@ -51,7 +51,7 @@ class SearchSettings:
             given: those of ``keep_ratio`` and of layer pruning at the same nominal sparsity are searched.
         exchanges: exchanges of steps that are tried at each cost; None: 48.
         prompt_tokens: prompt length for which the cost of a layer counts; None: 2,048, or as many as the model takes.
-        bos: where the tokenizer's BOS stands: one of `orthorank.texts.BOS`.
+        bos: where the tokenizer's BOS stands: one of `orthorank.common.texts.BOS`.
 
     Raises:
         OrthoRankError: a value is out of range, or two of them exclude each other.
@@ -61,7 +61,7 @@ class SearchSettings:
     >>> SearchSettings(output=Path("out"), method="beam")
     Traceback (most recent call last):
         ...
-    orthorank.errors.OrthoRankError: method is 'beam'; it may be greedy, one-shot or influence
+    orthorank.common.errors.OrthoRankError: method is 'beam'; it may be greedy, one-shot or influence
     """
 
     output: Path

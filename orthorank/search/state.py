@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orthorank.errors import OrthoRankError
-from orthorank.files import read_json, write_text
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.files import read_json, write_text
 from orthorank.plan_checks import shown
 from orthorank.search.counts import evaluation_count, halving_stages
 from orthorank.search.saved import check_layers, check_losses, check_numbers, check_size

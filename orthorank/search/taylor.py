@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from orthorank.errors import OrthoRankError
-from orthorank.families import device_of
+from orthorank.common.errors import OrthoRankError
+from orthorank.hf.families import device_of
 from orthorank.search.distributed import Alone, Group
 from orthorank.search.one_shot import layer_weights
 
 if TYPE_CHECKING:
-    from orthorank.stack import LayerStack, Pass
+    from orthorank.stack.layers import LayerStack, Pass
 
 
 def taylor_scores(
@@ -51,7 +51,7 @@ def taylor_scores(
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from orthorank.stack import LayerStack
+        >>> from orthorank.stack.layers import LayerStack
         >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4,
         ...                      num_attention_heads=2, num_key_value_heads=1)
         >>> scores = taylor_scores(LayerStack(LlamaForCausalLM(config).eval()), torch.arange(32)[None])

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from orthorank.demo.screen import Advance, Screen
+from orthorank.common.progress import Advance, Screen
 from orthorank.search.state import SearchState
 
 if TYPE_CHECKING:

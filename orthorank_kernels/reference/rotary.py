@@ -8,7 +8,7 @@ elements; the rest passes through. Computed in float32 and rounded once.
 
 import torch
 
-from orthorank_kernels._layout import empty_ordered_like
+from orthorank_kernels.layout import empty_ordered_like
 
 
 def apply_rotary_at(

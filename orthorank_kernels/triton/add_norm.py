@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from orthorank_kernels import _settings
+from orthorank_kernels.settings import lookup as _settings
 from orthorank_kernels.triton.configs import target_of
 from orthorank_kernels.triton.primitives import add_scaled, norm_row, refuse_float64
 

@@ -1,8 +1,8 @@
 """Launch settings of the attention kernel, and what they depend on: the GPU and what its hardware can describe.
 
-The tiles themselves are data: `configs/sparse_query_attention.*.json`, read by `orthorank_kernels._settings`. Chosen
-without a GPU: 128 rows halve the traffic of K and V against 64, and 8 warps hold them without spilling; the bound is
-shared memory (99 KiB on "ampere-small") or registers. Float32 has no tensor cores here (ieee products): larger tiles
+The tiles themselves are data: `configs/sparse_query_attention.*.json`, read by `orthorank_kernels.settings.lookup`.
+Chosen without a GPU: 128 rows halve the traffic of K and V against 64, and 8 warps hold them without spilling; the bound
+is shared memory (99 KiB on "ampere-small") or registers. Float32 has no tensor cores here (ieee products): larger tiles
 spill in the loop.
 
 Functions of shapes, dtype and target, so that a test can compile exactly what would be launched.
@@ -15,8 +15,8 @@ from importlib.util import find_spec
 import torch
 import triton
 
-from orthorank_kernels import _settings
-from orthorank_kernels._settings import family
+from orthorank_kernels.settings import lookup as _settings
+from orthorank_kernels.settings.lookup import family
 
 _LARGEST_PACK = 16  # heads in one tile; a group of 71 would leave 57 of 128 rows idle, in tiles of 15 it leaves 8
 LEAST_SPLITS = 3
@@ -96,7 +96,7 @@ def _count(index: int) -> int:
 
 
 def target_of(device: torch.device) -> str:
-    """The target that kernels on ``device`` are compiled for; see `orthorank_kernels._settings`."""
+    """The target that kernels on ``device`` are compiled for; see `orthorank_kernels.settings.lookup`."""
     return _settings.INTERPRETER if device.type == "cpu" else _gpu_target(device.index or 0)
 
 

@@ -23,8 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
-from orthorank_kernels import _settings
-from orthorank_kernels._layout import norm_outputs, selection_outputs
+from orthorank_kernels.layout import norm_outputs, selection_outputs
+from orthorank_kernels.settings import lookup as _settings
 from orthorank_kernels.triton.configs import target_of
 from orthorank_kernels.triton.norm_score import bounds, first_piece, norm_and_score
 from orthorank_kernels.triton.packing import write_quotas

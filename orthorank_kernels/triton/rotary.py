@@ -29,8 +29,8 @@ import torch
 import triton
 import triton.language as tl
 
-from orthorank_kernels import _settings
-from orthorank_kernels._layout import empty_ordered_like
+from orthorank_kernels.layout import empty_ordered_like
+from orthorank_kernels.settings import lookup as _settings
 from orthorank_kernels.triton.configs import target_of
 from orthorank_kernels.triton.primitives import refuse_float64
 

@@ -40,8 +40,8 @@ import torch
 import triton
 import triton.language as tl
 
-from orthorank_kernels import _settings
-from orthorank_kernels._layout import selection_outputs
+from orthorank_kernels.layout import selection_outputs
+from orthorank_kernels.settings import lookup as _settings
 from orthorank_kernels.triton.configs import target_of
 from orthorank_kernels.triton.packing import fill_missing, quotas_around, sink_of, write_quotas
 from orthorank_kernels.triton.radix import select_smallest

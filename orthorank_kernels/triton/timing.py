@@ -1,4 +1,4 @@
-"""The time of a call on a GPU, for `orthorank_kernels.tuning`: replays of a CUDA graph, with a cold L2 cache.
+"""The time of a call on a GPU, for `orthorank_kernels.tuning.tune`: replays of a CUDA graph, with a cold L2 cache.
 
 A short kernel takes less time than Python needs to launch it, so what is timed is no call of Python's: one graph holds
 [flush, event, call, event], and its replay asks nothing of the host between the events.

@@ -5,7 +5,7 @@ import random as python_random
 
 import torch
 
-from orthorank_kernels.selection import Selection
+from orthorank_kernels.ops.selection import Selection
 from tests.kernels.tools import DEVICE
 
 BACKENDS = ("reference", "triton")

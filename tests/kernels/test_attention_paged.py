@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from orthorank_kernels.attention_paged import sparse_query_attention_paged
-from orthorank_kernels.attention_varlen import sparse_query_attention_varlen
+from orthorank_kernels.ops.attention_paged import sparse_query_attention_paged
+from orthorank_kernels.ops.attention_varlen import sparse_query_attention_varlen
 from tests.kernels.attention_cases import FP8, Packed, assert_right, integers, packed, random, stated_packed
 from tests.kernels.cache_layouts import LAYOUTS, Paged, paged
 from tests.kernels.test_attention_options import Largest

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from orthorank_kernels import _library
-from orthorank_kernels.attention_paged import sparse_query_attention_paged
+from orthorank_kernels import op as _library
 from orthorank_kernels.dispatch import BackendError
+from orthorank_kernels.ops.attention_paged import sparse_query_attention_paged
 from tests.kernels.attention_cases import FP8, Packed, integers, packed, random, stated_packed
 from tests.kernels.cache_layouts import LAYOUTS, Paged, bits, paged
 from tests.kernels.test_attention_paged import check, sinks

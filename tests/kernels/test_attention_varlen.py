@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from orthorank_kernels import sparse_query_attention
-from orthorank_kernels.attention_varlen import sparse_query_attention_varlen
 from orthorank_kernels.dispatch import BackendError
+from orthorank_kernels.ops.attention_varlen import sparse_query_attention_varlen
 from tests.kernels.attention_cases import Packed, assert_right, integers, packed, random, stated_packed
 from tests.kernels.tools import DEVICE, DTYPES, poisoned_outputs
 

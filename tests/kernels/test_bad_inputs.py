@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import orthorank_kernels as ok
-from orthorank_kernels import _checks, _library, dispatch, support
+from orthorank_kernels import checks as _checks
+from orthorank_kernels import dispatch, support
+from orthorank_kernels import op as _library
 from orthorank_kernels.dispatch import BackendError, interpreting
 from tests.kernels.every_op import IN_PLACE, Numbers, Sizes, calls, flat
 

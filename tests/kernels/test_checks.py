@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import orthorank_kernels as ok
-from orthorank_kernels import _checks
+from orthorank_kernels import checks as _checks
 from orthorank_kernels.dispatch import BackendError
 from tests.kernels.every_op import NOT_OPS, Numbers, calls
 

@@ -7,7 +7,7 @@ import torch
 
 from orthorank_kernels import rms_norm_score, rms_norm_select, select_tokens
 from orthorank_kernels.dispatch import BackendError, interpreting
-from orthorank_kernels.norm_selection import NormSelection
+from orthorank_kernels.ops.norm_selection import NormSelection
 from orthorank_kernels.triton import norm_selection as kernels
 from orthorank_kernels.triton import scoring as scoring_kernels
 from tests.kernels.selections import BACKENDS, bounds, float32, int32, random, shuffled

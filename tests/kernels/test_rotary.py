@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from orthorank_kernels import apply_rotary_at
-from orthorank_kernels._layout import empty_ordered_like
+from orthorank_kernels.layout import empty_ordered_like
 from orthorank_kernels.reference import rotary as reference
 from tests.kernels.tools import DEVICE, DTYPES, assert_within_budget
 

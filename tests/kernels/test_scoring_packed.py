@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from orthorank_kernels import rms_norm_score
-from orthorank_kernels.scoring import NormScore
+from orthorank_kernels.ops.norm_score import NormScore
 from tests.kernels.test_scoring_options import BACKENDS, EPS, int32, random
 from tests.kernels.tools import DEVICE, set_settings
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orthorank_kernels import select_tokens
-from orthorank_kernels.selection import Selection
+from orthorank_kernels.ops.selection import Selection
 from tests.kernels.selections import (
     BACKENDS,
     INF,

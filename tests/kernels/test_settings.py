@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orthorank_kernels import _settings
+from orthorank_kernels.settings import lookup as _settings
 
 OP = "sparse_query_attention"
 KIND = "16-bit, head_dim 128"

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from triton.runtime.jit import KernelInterface
 
 from benchmarks.static.cases_attention import attention_cases
-from orthorank_kernels import _settings
+from orthorank_kernels.settings import lookup as _settings
 from orthorank_kernels.triton import configs
 
 OP = "sparse_query_attention"

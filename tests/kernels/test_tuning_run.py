@@ -15,7 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from orthorank_kernels import _library, _settings, cli, compiling, tuning, tuning_problems, tuning_run
+from orthorank_kernels import cli
+from orthorank_kernels import op as _library
+from orthorank_kernels.settings import lookup as _settings
+from orthorank_kernels.tuning.tune import compiling
+from orthorank_kernels.tuning.tune import problems as tuning_problems
+from orthorank_kernels.tuning.tune import run as tuning_run
+from orthorank_kernels.tuning.tune import tune as tuning
 from tests.kernels.test_tuning import CPU, GPU, KIND, OP, ROOT, Clock
 
 triton = pytest.importorskip("triton")

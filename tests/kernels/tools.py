@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from orthorank_kernels import _settings
+from orthorank_kernels.settings import lookup as _settings
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

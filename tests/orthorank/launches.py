@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import orthorank_kernels
-from orthorank_kernels import _library
+from orthorank_kernels import op as _library
 from tests.kernels.fake_gpu import Gpus
 
 FREE = {

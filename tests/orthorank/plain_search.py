@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthorank.stack import LayerStack
+from orthorank.stack.layers import LayerStack
 
 LAYERS = 7
 

@@ -5,9 +5,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from orthorank.common.texts import find_text, take_samples, tokenize
 from orthorank.demo import SilentScreen
 from orthorank.search.settings import SearchSettings
-from orthorank.texts import find_text, take_samples, tokenize
 
 
 def short_text(folder: Path) -> Path:

@@ -13,8 +13,8 @@ from torch.nn.functional import cosine_similarity
 import orthorank
 from orthorank.analysis import LayerComparison, compare_layers, figures, measure_similarities
 from orthorank.cli import main
-from orthorank.errors import OrthoRankError
-from orthorank.stack import LayerStack
+from orthorank.common.errors import OrthoRankError
+from orthorank.stack.layers import LayerStack
 
 
 @pytest.fixture

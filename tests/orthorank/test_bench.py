@@ -10,7 +10,7 @@ import torch
 
 import orthorank
 from orthorank.cli import main
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 from orthorank.evaluation import bench
 from orthorank.evaluation.bench import BenchSettings, break_even, run_bench, variant_names
 from orthorank.evaluation.memory import memory_meter, peak_bytes

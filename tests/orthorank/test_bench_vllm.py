@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 import orthorank
 from orthorank.cli import main
 from orthorank.commands import bench_vllm as command
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 from orthorank.evaluation import bench_vllm
 from orthorank.evaluation.bench import BenchSettings
 from orthorank.evaluation.bench_vllm import VLLMReport, engine_arguments

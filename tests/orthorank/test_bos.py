@@ -9,10 +9,10 @@ import torch
 
 from orthorank import OrthoRankConfig, OrthoRankError
 from orthorank.cli import main
+from orthorank.common.models import load_model
+from orthorank.common.texts import Bos, Text, adds_bos, take_samples, tokenize
 from orthorank.evaluation import perplexity
-from orthorank.models import load_model
-from orthorank.sink import detect_sink
-from orthorank.texts import Bos, Text, adds_bos, take_samples, tokenize
+from orthorank.stack.sink import detect_sink
 from tests.orthorank.tiny import tiny
 
 BOS_ID = 256
@@ -216,7 +216,7 @@ def test_a_dataset_is_cut_alike(needs_bos: Path, tmp_path: Path, monkeypatch: py
 
 def test_reproduce_keeps_the_papers_protocol(needs_bos: Path, text: Path, tmp_path: Path) -> None:
     """BOS in the first window alone: figures that are published were taken so."""
-    from orthorank.demo.screen import SilentScreen
+    from orthorank.common.progress import SilentScreen
     from orthorank.reproduce.settings import ReproduceSettings
     from orthorank.reproduce.subject import Subject
 

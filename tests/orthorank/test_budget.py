@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
-from orthorank.errors import OrthoRankError
 from orthorank.search.budget import Effort, Progress, best_plan, budget_search
 from orthorank.search.budget_state import BudgetInterrupted, BudgetState
 from orthorank.search.costs import CostTable

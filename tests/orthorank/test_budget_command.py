@@ -26,7 +26,7 @@ from orthorank.search.job import run_search
 from orthorank.search.plan_loss import CalibrationLoss
 from orthorank.search.plans import Space
 from orthorank.search.settings import SearchSettings
-from orthorank.stack import LayerStack
+from orthorank.stack.layers import LayerStack
 from tests.orthorank.conftest import make_tiny_model
 from tests.orthorank.plain_search import LAYERS, random_windows, small_stack
 from tests.orthorank.test_search_command import Watcher
@@ -123,7 +123,7 @@ def test_the_applied_plan_has_the_loss_of_the_search(
     run: tuple[Path, dict[str, Any], Watcher], tiny_folder: Path
 ) -> None:
     """The same windows through the patched model: perplexity is the exponential of the calibration loss."""
-    from orthorank.models import load_model
+    from orthorank.common.models import load_model
     from orthorank.search.calibration import cut_windows, find_source
 
     output, results, _ = run

@@ -10,7 +10,7 @@ from orthorank import OrthoRankError
 from orthorank.search.costs import CostTable, count_flops, measure_seconds
 from orthorank.search.pareto import Point
 from orthorank.search.pareto_plot import draw_front
-from orthorank.stack import LayerStack
+from orthorank.stack.layers import LayerStack
 from tests.orthorank.conftest import make_tiny_model
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
-from orthorank.sink_state import identity
+from orthorank.hf.cache_state import identity
 from tests.orthorank.naive import assert_close
 from tests.orthorank.test_layer import ids_of
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from orthorank import OrthoRankError
-from orthorank.corpora import dataset_texts
-from orthorank.models import load_model
+from orthorank.common.datasets import dataset_texts
+from orthorank.common.models import load_model
 from orthorank.search import run_search
 from tests.orthorank.search_runs import plan_in, settings
 
@@ -96,6 +96,6 @@ def test_datasets_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     remedy = r"'wikitext2' cannot be loaded: .*name a local copy \(wikitext2:FOLDER\) or a text file \(--text\)"
     with pytest.raises(OrthoRankError, match=remedy):
         dataset_texts("wikitext2")
-    monkeypatch.setattr("orthorank.corpora.find_spec", lambda name: None)
+    monkeypatch.setattr("orthorank.common.datasets.find_spec", lambda name: None)
     with pytest.raises(OrthoRankError, match=r"pip install 'orthorank-kernels\[eval\]', or name a text file"):
         dataset_texts("wikitext2")

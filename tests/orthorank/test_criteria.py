@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
-from orthorank.calls import Call
-from orthorank.criteria import SINK_COSINE, norm_and_select
-from orthorank.stack import LayerStack
+from orthorank.hf.calls import Call
+from orthorank.hf.criteria import SINK_COSINE, norm_and_select
+from orthorank.stack.layers import LayerStack
 from tests.orthorank import naive
 from tests.orthorank.naive import assert_close
 from tests.orthorank.test_layer import WINDOWS, ids_of

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
+from orthorank.common.models import load_model
 from orthorank.demo import Settings, SilentScreen, run_demo
-from orthorank.models import load_model
 from orthorank.plans import default_plan, shipped_plans
 from tests.orthorank.test_report import usage
 
@@ -104,8 +104,8 @@ def test_the_results_have_the_promised_form(finished):
 
 
 def test_the_figures_are_those_of_the_plans_in_the_folder(finished, tiny_folder):
+    from orthorank.common.texts import find_text, take_samples, tokenize
     from orthorank.evaluation import flop_speedup, perplexity
-    from orthorank.texts import find_text, take_samples, tokenize
 
     output, _, results = finished
     model, tokenizer, _ = load_model(str(tiny_folder), device="cpu")
@@ -137,8 +137,8 @@ def test_the_watcher_sees_every_evaluation_and_the_running_best(finished):
 
 def test_the_search_minimised_what_it_says(finished, tiny_folder):
     """The losses are those of the real patched model on the calibration windows; the first round took the best."""
+    from orthorank.common.texts import find_text, take_samples, tokenize
     from orthorank.evaluation import perplexity
-    from orthorank.texts import find_text, take_samples, tokenize
 
     _, _, results = finished
     model, tokenizer, _ = load_model(str(tiny_folder), device="cpu")
@@ -266,7 +266,7 @@ def test_a_plan_of_another_model_is_refused(finished, tiny_folder, tmp_path):
 
 @pytest.mark.parametrize(("method", "count", "ratio"), [("orthorank", 9, 1 / 3), ("layer-pruning", 6, 0.0)])
 def test_the_shipped_plans_are_at_20_percent_and_fit_smollm2(smollm2, method, count, ratio):
-    from orthorank.handle import check_plan
+    from orthorank.hf.apply import check_plan
 
     plan = default_plan(smollm2[0], method)
     check_plan(smollm2[0], plan)

@@ -10,7 +10,7 @@ import pytest
 
 import orthorank
 from orthorank.cli import main
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 from orthorank.evaluation.perplexity import auto_batch_size, perplexity
 from orthorank.evaluation.texts import evaluation_text, most_windows
 
@@ -25,7 +25,7 @@ def text_file(tmp_path: Path) -> Path:
 
 
 def test_the_command(tiny_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from orthorank.models import load_model
+    from orthorank.common.models import load_model
 
     plan = orthorank.OrthoRankConfig(layers=[2, 3], keep_ratio=0.5)
     removed = orthorank.OrthoRankConfig(layers=[2], keep_ratio=0)

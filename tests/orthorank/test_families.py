@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from orthorank import FAMILIES, OrthoRankConfig, OrthoRankError, apply, status
-from orthorank.stack import LayerStack
+from orthorank.stack.layers import LayerStack
 from tests.orthorank.dense_rows import DenseRows, call
 from tests.orthorank.naive import assert_close, without_layers
 from tests.orthorank.test_layer import Doubled, ids_of
@@ -203,7 +203,7 @@ def test_the_stack_of_layers(name: str) -> None:
 
 
 def test_detection_of_the_sink_reads_every_family(name: str) -> None:
-    from orthorank.sink import detect_sink
+    from orthorank.stack.sink import detect_sink
 
     report = detect_sink(tiny(name), tokens=8)
     assert len(report.ratios) == 5

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from orthorank import OrthoRankConfig, apply
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 from orthorank.evaluation.flops import flop_speedup, layer_cost, prefill_flops
 from tests.orthorank.tiny import MODELS, tiny
 

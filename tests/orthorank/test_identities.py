@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orthorank import OrthoRankConfig, apply
-from orthorank.stack import LayerStack
+from orthorank.stack.layers import LayerStack
 from tests.orthorank.naive import assert_close, without_layers
 from tests.orthorank.test_layer import WINDOWS, ids_of
 

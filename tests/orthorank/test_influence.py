@@ -9,7 +9,7 @@ from torch import Tensor
 from orthorank import OrthoRankError
 from orthorank.search.influence import block_influence
 from orthorank.search.one_shot import rank_layers
-from orthorank.stack import LayerStack
+from orthorank.stack.layers import LayerStack
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from orthorank import OrthoRankConfig
-from orthorank.calls import Call
-from orthorank.families import FAMILIES
-from orthorank.layer import selected_forward
+from orthorank.hf.calls import Call
+from orthorank.hf.families import FAMILIES
+from orthorank.hf.layer import selected_forward
 from orthorank_kernels import (
     apply_rotary_at,
     gather_add_rms_norm,

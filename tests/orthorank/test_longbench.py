@@ -9,7 +9,7 @@ import torch
 
 import orthorank
 from orthorank.cli import main
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 from orthorank.evaluation import longbench, longbench_run
 from orthorank.evaluation.longbench import TASKS, Question, local_questions, prompt_ids, score, summary
 from orthorank.evaluation.longbench_run import run_longbench
@@ -82,7 +82,7 @@ def test_templates_and_lengths_agree_with_the_harness() -> None:
 
 @pytest.fixture
 def byte_model(tiny_folder: Path) -> tuple[Any, Any]:
-    from orthorank.models import load_model
+    from orthorank.common.models import load_model
 
     model, tokenizer, _ = load_model(str(tiny_folder), device="cpu")
     return model, tokenizer

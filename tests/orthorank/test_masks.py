@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
-from orthorank.calls import cache_of
-from orthorank.masks import valid_columns
+from orthorank.hf.calls import cache_of
+from orthorank.hf.masks import valid_columns
 from tests.orthorank.naive import assert_close
 from tests.orthorank.test_layer import ids_of
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply, cli
-from orthorank.calibration import calibrate, threshold_for
+from orthorank.calibration.thresholds import calibrate, threshold_for
 from tests.orthorank import rules
 
 WINDOWS, TOKENS = 3, 40
@@ -161,7 +161,7 @@ def test_the_command(orthorank: Any, tiny_folder: Path, text: Path, tmp_path: Pa
 
 
 def apply_to(folder: Path, plan: OrthoRankConfig) -> Any:
-    from orthorank.models import load_model
+    from orthorank.common.models import load_model
 
     return apply(load_model(str(folder), "cpu")[0], plan)
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import orthorank
-from orthorank import OrthoRankConfig, apply, choosing
+from orthorank import OrthoRankConfig, apply
+from orthorank.hf import selection as choosing
 from tests.orthorank.naive import assert_close
 from tests.orthorank.test_company_compile import Graphs, fresh_compiler, left_padded
 from tests.orthorank.test_family_kernels import kernels

@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from orthorank import OrthoRankConfig, apply
-from orthorank.calibration import calibrate
-from orthorank.calls import Call
+from orthorank.calibration.thresholds import calibrate
+from orthorank.common.texts import find_text
+from orthorank.hf.calls import Call
 from orthorank.plans import default_plan
-from orthorank.stack import LayerStack
-from orthorank.texts import find_text
+from orthorank.stack.layers import LayerStack
 
 LENGTHS = (25, 14, 19)
 Selected = dict[int, set[tuple[int, int]]]  # of each layer: row and position in the row

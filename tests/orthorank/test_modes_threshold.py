@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply, status
-from orthorank.stack import LayerStack
+from orthorank.stack.layers import LayerStack
 from tests.orthorank import rules
 from tests.orthorank.naive import assert_close
 
@@ -115,7 +115,7 @@ def test_generation_selects_every_token_alike(tiny_model: Any, family: str) -> N
 
 def test_keep_last_is_the_prompts_with_candidates_behind_it(tiny_model: Any) -> None:
     """In `generate()` the prompt's last tokens are updated, wherever they stand in the call."""
-    from orthorank.phases import Phase, phase_of
+    from orthorank.hf.phases import Phase, phase_of
 
     model, ids = tiny_model("llama"), ids_of(2, TOKENS, seed=5)
     followed = plan(model, keep_last=2)
@@ -144,7 +144,7 @@ def test_dense_decoding_after_a_thresholded_prompt(tiny_model: Any) -> None:
 
 
 def test_counts_on_a_device_are_summed_without_end() -> None:
-    from orthorank.layer_status import Total
+    from orthorank.hf.status import Total
 
     total = Total()
     for number in range(2500):

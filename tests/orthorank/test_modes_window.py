@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 
 from orthorank import OrthoRankConfig, apply, status
-from orthorank.calls import Call, read_call
-from orthorank.phases import Phase
-from orthorank.windows import windows_of
+from orthorank.hf.calls import Call, read_call
+from orthorank.hf.phases import Phase
+from orthorank.hf.windows import windows_of
 from tests.orthorank import naive, rules
 from tests.orthorank.naive import assert_close
 
@@ -182,7 +182,7 @@ def test_device_and_host_count_alike(seed: int) -> None:
 @pytest.mark.parametrize("padding", [False, True])
 def test_nothing_waits_for_a_device(tiny_model: Any, padding: bool) -> None:
     """Fake tensors have no values: whoever reads one fails."""
-    from orthorank.choosing import pick
+    from orthorank.hf.selection import pick
 
     with FakeTensorMode():
         ranks = torch.empty(2, 29)

@@ -20,7 +20,7 @@ from orthorank.search.one_shot import (
     rank_layers,
 )
 from orthorank.search.taylor import taylor_scores
-from orthorank.stack import LayerStack
+from orthorank.stack.layers import LayerStack
 
 # Perplexity with one block removed, rounded to three digits after the point, by block: published with the code of
 # Shortened LLaMA (output_block_sensitivity/*/ppl_n10/all_ppl_unsorted.csv).
@@ -172,7 +172,7 @@ def test_taylor_sums_over_batches_before_the_absolute_value(model: Any, windows:
 
 def test_taylor_slices_the_logits(model: Any, windows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = taylor_scores(LayerStack(model), windows)
-    monkeypatch.setattr("orthorank.stack.LOGITS_AT_ONCE", 128 * 7)
+    monkeypatch.setattr("orthorank.stack.layers.LOGITS_AT_ONCE", 128 * 7)
     assert list(taylor_scores(LayerStack(model), windows).values()) == pytest.approx(list(whole.values()), rel=1e-4)
 
 

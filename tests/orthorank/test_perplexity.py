@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import orthorank
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 from orthorank.evaluation import perplexity
 
 WIKITEXT = Path(__file__).parents[3] / "shared" / "data" / "wikitext2" / "wiki.test.raw"

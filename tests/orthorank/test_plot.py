@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks import readme_figures
-from orthorank.plot import DARK, LIGHT, dark_rules, layer_strip, new_figure, save, svg
+from orthorank.common.plot import DARK, LIGHT, dark_rules, layer_strip, new_figure, save, svg
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = sorted((ROOT / "docs/images").glob("*.svg"))

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from orthorank.errors import OrthoRankError
-from orthorank.plot import DARK, LIGHT
-from orthorank.report import html_page, pictures, words
+from orthorank.common import format as words
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.plot import DARK, LIGHT
+from orthorank.report import html_page, pictures
 
 VOID = {"meta", "br", "hr", "img", "link", "input", "wbr"}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 from orthorank.reproduce import paper, tables
 from orthorank.reproduce.cells import Cells
 from orthorank.reproduce.claims import judge, layer_by_layer, lower_loss, paired

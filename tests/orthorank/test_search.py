@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 from orthorank.search import (
     Evaluator,
     SearchInterrupted,
@@ -18,7 +18,7 @@ from orthorank.search import (
     greedy_search,
     layer_count,
 )
-from orthorank.stack import LayerStack
+from orthorank.stack.layers import LayerStack
 from tests.orthorank.plain_search import LAYERS, plain_search, random_windows, small_stack
 
 

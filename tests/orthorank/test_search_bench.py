@@ -7,10 +7,10 @@ import pytest
 from torch import Tensor
 
 from benchmarks.bench_search import bound, compare, plain_round, search_bound
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 from orthorank.evaluation.flops import Dimensions
 from orthorank.search import Evaluator, begin_search, greedy_round, greedy_search
-from orthorank.stack import LayerStack
+from orthorank.stack.layers import LayerStack
 from orthorank_kernels import keep_count
 from tests.orthorank.plain_search import LAYERS, random_windows, small_stack
 

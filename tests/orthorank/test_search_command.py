@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from orthorank import OrthoRankConfig, OrthoRankError, cli
+from orthorank.common.models import load_model
+from orthorank.common.texts import find_text
 from orthorank.demo import Settings, run_demo
-from orthorank.models import load_model
 from orthorank.search.job import run_search
-from orthorank.texts import find_text
 from tests.orthorank.search_runs import Watcher, calibration_ids, plan_in, settings, short_text, without_times
 
 ROOT = Path(__file__).parents[2]
@@ -31,9 +31,9 @@ def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 
 def test_the_plan_says_where_it_is_from(finished: Any, tiny_folder: Path) -> None:
+    from orthorank.common.texts import take_samples, tokenize
     from orthorank.evaluation import perplexity
-    from orthorank.handle import apply
-    from orthorank.texts import take_samples, tokenize
+    from orthorank.hf.apply import apply
 
     output, _, results = finished
     plan = OrthoRankConfig.from_pretrained(output)
@@ -63,7 +63,7 @@ def test_the_plan_says_where_it_is_from(finished: Any, tiny_folder: Path) -> Non
 def test_the_plan_is_sleb_s_when_layers_are_removed(tiny_folder: Path, tmp_path: Path) -> None:
     """Against SLEB's loop as it is written down, on the patched model itself."""
     from orthorank.evaluation import perplexity
-    from orthorank.handle import apply
+    from orthorank.hf.apply import apply
 
     run_search(settings(tiny_folder, tmp_path / "out", keep_ratio=0.0, protect_last=None))
     model, tokenizer, _ = load_model(str(tiny_folder), device="cpu")

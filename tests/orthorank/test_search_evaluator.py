@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 from orthorank.search import Evaluator, greedy_search
-from orthorank.stack import LayerStack
+from orthorank.stack.layers import LayerStack
 from tests.orthorank.plain_search import LAYERS, plain_loss, random_windows, small_stack
 
 STATE = 24 * 32 * 4  # bytes of one window's states
@@ -130,7 +130,7 @@ def test_some_candidates_are_given_up(recording: Recording) -> None:
 
 
 def test_given_up_inside_a_window(recording: Recording, windows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orthorank.stack.LOGITS_AT_ONCE", 64 * 5)  # slices of five tokens
+    monkeypatch.setattr("orthorank.stack.layers.LOGITS_AT_ONCE", 64 * 5)  # slices of five tokens
     evaluator = Evaluator(recording, windows[:1])
     full = evaluator.loss([2])
     assert recording.parts_of_losses == 5
@@ -148,7 +148,7 @@ def test_nothing_within_the_limit_is_given_up(stack: LayerStack, monkeypatch: py
             *parts, last = super().loss_parts(hidden, ids)
             yield from (*parts, torch.zeros_like(last))
 
-    monkeypatch.setattr("orthorank.stack.LOGITS_AT_ONCE", 64)  # token by token
+    monkeypatch.setattr("orthorank.stack.layers.LOGITS_AT_ONCE", 64)  # token by token
     for count, layer in itertools.product((1, 2, 3), range(LAYERS)):
         evaluator = Evaluator(Certain(stack.model), random_windows(count, 8), keep_ratio=0.0)
         full = evaluator.loss([layer])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from orthorank.search import block_influence, magnitude_scores, taylor_scores
-from orthorank.stack import LayerStack
+from orthorank.stack.layers import LayerStack
 from tests.orthorank.tiny import MODELS, tiny
 
 WINDOWS = torch.randint(3, 128, (2, 19), generator=torch.Generator().manual_seed(1))  # longer than the sliding windows

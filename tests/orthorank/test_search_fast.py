@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 from orthorank.search import Evaluator, SearchInterrupted, SearchState, greedy_search, halving_stages
-from orthorank.stack import LayerStack
+from orthorank.stack.layers import LayerStack
 from tests.orthorank.plain_search import LAYERS, plain_loss, random_windows, small_stack
 
 CANDIDATES = list(range(1, LAYERS - 1))

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from orthorank import OrthoRankConfig, OrthoRankError, cli
-from orthorank.models import load_model
+from orthorank.common.models import load_model
 from orthorank.search.job import run_search
 from orthorank.search.settings import SearchSettings
-from orthorank.stack import LayerStack
+from orthorank.stack.layers import LayerStack
 from tests.orthorank.search_runs import Watcher, calibration_ids, plan_in, settings, without_times
 
 ONE_PASS = [("one-shot", "taylor"), ("one-shot", "magnitude"), ("influence", None)]

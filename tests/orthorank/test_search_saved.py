@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 from orthorank.search.one_shot import ScoreState
 from orthorank.search.state import SearchState
 

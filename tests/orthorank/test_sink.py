@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from orthorank.errors import OrthoRankError
-from orthorank.sink import SinkReport, candidate_layers, detect_sink, find_sink_layer
-from orthorank.stack import LayerStack
+from orthorank.common.errors import OrthoRankError
+from orthorank.stack.layers import LayerStack
+from orthorank.stack.sink import SinkReport, candidate_layers, detect_sink, find_sink_layer
 
 # SmolLM2-135M-Instruct, rounded: a bump that rises to 9 in layers 1 and 2, then the sink after layer 11.
 SMOLLM2 = [0.98, 1.26, 3.1, 9.0, 8.1, 7.6, 7.1, 6.6, 6.1, 4.5, 1.1, 1.0, 175, 168, 155, 148, 136, 125, 120, 113, 102,
@@ -81,7 +81,7 @@ def test_measured_figures_are_those_of_the_model(model: Any) -> None:
     spread = zip(report.ratios_low, report.ratios, report.ratios_high, strict=True)
     assert all(low <= middle <= high for low, middle, high in spread)
 
-    from orthorank import sink
+    from orthorank.stack.layers import sink
 
     passages = sink._passages(ids, 17, 9)
     assert len(set(passages[:, 0].tolist())) == 17

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import orthorank
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 from orthorank.evaluation import speed
 from orthorank.evaluation.speed import Timing, time_prefill
 

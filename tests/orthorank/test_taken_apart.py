@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
-from orthorank.stack import LayerStack
+from orthorank.stack.layers import LayerStack
 from tests.orthorank.naive import assert_close, logits
 from tests.orthorank.test_layer import ids_of
 from tests.orthorank.tiny import MODELS, tiny

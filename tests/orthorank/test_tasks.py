@@ -12,7 +12,7 @@ import torch
 
 import orthorank
 from orthorank.cli import main
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
 from orthorank.evaluation.task_scores import evaluate_tasks, paper_mean
 
 PLAN = orthorank.OrthoRankConfig(layers=[2, 3, 4], keep_ratio=0.3)
@@ -65,7 +65,7 @@ def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def byte_model(folder: Path) -> tuple[Any, Any]:
-    from orthorank.models import load_model
+    from orthorank.common.models import load_model
 
     model, tokenizer, _ = load_model(str(folder), device="cpu")
     return model, tokenizer
@@ -175,7 +175,7 @@ def test_an_idle_layer_is_an_error(byte_model: tuple[Any, Any]) -> None:
 
 
 def test_a_tokenizer_without_bos_and_eos_is_refused(tiny_folder: Path) -> None:
-    from orthorank.models import load_model
+    from orthorank.common.models import load_model
 
     model, tokenizer, _ = load_model(str(tiny_folder), device="cpu")
     with pytest.raises(OrthoRankError, match="neither a BOS nor an EOS token"):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from orthorank import OrthoRankError
-from orthorank.texts import Text, find_text, take_samples, tokenize
+from orthorank.common.texts import Text, find_text, take_samples, tokenize
 
 
 def take(tokens: int, **sizes: int) -> Any:

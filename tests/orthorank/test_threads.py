@@ -12,10 +12,10 @@ import torch
 
 import orthorank
 from orthorank import OrthoRankConfig, OrthoRankError, apply
-from orthorank.call_lock import CallLock
-from orthorank.integrations.paged.choosing import choose_share
-from orthorank.integrations.paged.steps import make_step
-from orthorank.layer_status import Total
+from orthorank.hf.call_lock import CallLock
+from orthorank.hf.status import Total
+from orthorank.serving.selection import choose_share
+from orthorank.serving.steps import make_step
 from orthorank_kernels import rms_norm_select, sparse_query_attention
 from tests.orthorank.test_layer import ids_of
 

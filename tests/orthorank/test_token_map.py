@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import orthorank
-from orthorank.analysis.token_map import token_map
-from orthorank.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError
+from orthorank.evaluation.token_map import token_map
 from orthorank.report import html_page
 from tests.orthorank.test_report import Page, contrast
 
@@ -24,7 +24,7 @@ def page_of(found: dict[str, Any]) -> str:
 
 @pytest.fixture
 def loaded(tiny_folder: Path) -> tuple[Any, Any]:
-    from orthorank.models import load_model
+    from orthorank.common.models import load_model
 
     model, tokenizer, _ = load_model(str(tiny_folder), device="cpu")
     return model, tokenizer

@@ -10,10 +10,10 @@ import pytest
 
 from orthorank import OrthoRankConfig
 from orthorank.cli import main
-from orthorank.errors import OrthoRankError
-from orthorank.integrations.vllm.arguments import command_line, config_of
-from orthorank.integrations.vllm.checks import plan_obstacles
-from orthorank.integrations.vllm.serving import Serving
+from orthorank.common.errors import OrthoRankError
+from orthorank.serving.vllm.arguments import command_line, config_of
+from orthorank.serving.vllm.checks import plan_obstacles
+from orthorank.serving.vllm.serving import Serving
 
 MODEL = {"model_type": "llama", "num_hidden_layers": 6, "hidden_size": 64}
 THRESHOLD: dict[str, Any] = {"select": "threshold", "thresholds": {2: 0.5, 3: 0.25}}

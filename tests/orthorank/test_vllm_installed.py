@@ -12,9 +12,9 @@ import pytest
 
 from orthorank import OrthoRankConfig, OrthoRankError
 from orthorank.cli import main
-from orthorank.integrations.vllm import installed as module
-from orthorank.integrations.vllm import interface
-from orthorank.integrations.vllm.installed import Installed, installed
+from orthorank.serving.vllm import installed as module
+from orthorank.serving.vllm import interface
+from orthorank.serving.vllm.installed import Installed, installed
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, **found: Any) -> None:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from orthorank import OrthoRankConfig
-from orthorank.integrations.paged import views
-from orthorank.integrations.paged.choosing import Chosen
-from orthorank.integrations.paged.forward import Parts, RMSNorm, selected_forward
-from orthorank.integrations.paged.sinks import SinkBank
-from orthorank.integrations.paged.steps import Step, make_step
+from orthorank.serving import views
+from orthorank.serving.layer import Parts, RMSNorm, selected_forward
+from orthorank.serving.selection import Chosen
+from orthorank.serving.sinks import SinkBank
+from orthorank.serving.steps import Step, make_step
 from orthorank_kernels import gather_rows, sparse_query_attention_paged
 
 BLOCK_SIZE = 16

@@ -1,4 +1,4 @@
-"""`orthorank.integrations.paged.choosing` against a plain sort."""
+"""`orthorank.serving.selection` against a plain sort."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orthorank import OrthoRankConfig, OrthoRankError
-from orthorank.integrations.paged.choosing import Chosen, choose_below, choose_share
-from orthorank.integrations.paged.steps import Step
+from orthorank.serving.selection import Chosen, choose_below, choose_share
+from orthorank.serving.steps import Step
 from tests.paged.stated import Row, by_request, groups, step_of
 
 NAN, INF = float("nan"), float("inf")

@@ -1,4 +1,4 @@
-"""`orthorank.integrations.paged.forward`: packed requests give what Hugging Face models give each of them alone."""
+"""`orthorank.serving.layer`: packed requests give what Hugging Face models give each of them alone."""
 
 from itertools import pairwise
 from typing import Any

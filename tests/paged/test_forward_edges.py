@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
-from orthorank.integrations.paged.forward import selected_forward
+from orthorank.serving.layer import selected_forward
 from tests.orthorank.naive import assert_close
 from tests.orthorank.tiny import tiny
 from tests.paged.engine import Engine, LayerParts, Request

@@ -1,4 +1,4 @@
-"""`orthorank.integrations.paged.sinks`: what is kept, what makes room, and that nothing is computed twice."""
+"""`orthorank.serving.sinks`: what is kept, what makes room, and that nothing is computed twice."""
 
 from collections import OrderedDict
 from itertools import islice
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orthorank import OrthoRankError
-from orthorank.integrations.paged.sinks import SinkBank
+from orthorank.serving.sinks import SinkBank
 
 
 class Computed:

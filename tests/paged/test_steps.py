@@ -1,4 +1,4 @@
-"""`orthorank.integrations.paged.steps`: segments and counts, against a statement of them and the Hugging Face path."""
+"""`orthorank.serving.steps`: segments and counts, against a statement of them and the Hugging Face path."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from orthorank import OrthoRankConfig
-from orthorank.calls import read_call
-from orthorank.integrations.paged.steps import make_step, segments_of, selects
-from orthorank.phases import Phase
-from orthorank.windows import windows_of
+from orthorank.hf.calls import read_call
+from orthorank.hf.phases import Phase
+from orthorank.hf.windows import windows_of
+from orthorank.serving.steps import make_step, segments_of, selects
 from tests.paged.stated import CPU, Row, groups, step_of
 
 RATIOS = st.sampled_from([0.01, 0.1, 0.29, 1 / 3, 0.5, 0.9, 0.999])

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from orthorank.integrations.vllm import interface
+from orthorank.serving.vllm import interface
 
 ROOT = Path(__file__).resolve().parents[2]
 REGISTER = """
 import sys
 sys.path.insert(0, {folder!r})
-from orthorank.integrations.vllm import register
+from orthorank.serving.vllm import register
 register()
 register()
 heavy = [name for name in ("torch", "transformers", "numpy", "triton") if name in sys.modules]
@@ -89,7 +89,7 @@ def test_an_empty_folder_called_vllm(tmp_path: Path) -> None:
 
 
 def test_everything_is_there(package: Path) -> None:
-    code = "import sys; sys.path.insert(0, {folder!r})\nfrom orthorank.integrations.vllm import interface\n"
+    code = "import sys; sys.path.insert(0, {folder!r})\nfrom orthorank.serving.vllm import interface\n"
     registered(package, code + "assert interface.missing() == [], interface.missing()")
 
 
@@ -142,7 +142,7 @@ def importable(package: Path) -> Path:
 
 
 def plugged(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
-    start = "import sys; sys.path.insert(0, {folder!r})\nfrom orthorank.integrations.vllm import register\nregister()\n"
+    start = "import sys; sys.path.insert(0, {folder!r})\nfrom orthorank.serving.vllm import register\nregister()\n"
     command = [sys.executable, "-c", start.format(folder=str(folder)) + code]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
@@ -152,7 +152,7 @@ def test_what_is_registered(importable: Path) -> None:
 from vllm import ModelRegistry
 from vllm.config import CompilationConfig
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-from orthorank.integrations.vllm.hooks import ARCHITECTURES, OPERATOR
+from orthorank.serving.vllm.hooks import ARCHITECTURES, OPERATOR
 register()
 assert set(ModelRegistry.known) == set(MODELS_CONFIG_MAP) == set(ARCHITECTURES.values())
 assert CompilationConfig._attention_ops.count(OPERATOR) == 1

@@ -1,4 +1,4 @@
-"""`orthorank.integrations.vllm.requests`: prompt lengths and first tokens, as either of vLLM's runners tells them."""
+"""`orthorank.serving.vllm.requests`: prompt lengths and first tokens, as either of vLLM's runners tells them."""
 
 from types import SimpleNamespace
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from orthorank import OrthoRankError
-from orthorank.integrations.vllm import hooks
-from orthorank.integrations.vllm.requests import RequestTable
+from orthorank.serving.vllm import hooks
+from orthorank.serving.vllm.requests import RequestTable
 
 
 def common(count: int, rows: list[int] | None) -> SimpleNamespace:

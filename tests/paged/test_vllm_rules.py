@@ -1,4 +1,4 @@
-"""`orthorank.integrations.vllm.rules`: where chunks end, and what may be used again, against the stated groups."""
+"""`orthorank.serving.vllm.rules`: where chunks end, and what may be used again, against the stated groups."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orthorank import OrthoRankError
-from orthorank.integrations.vllm.rules import (
+from orthorank.serving.vllm.rules import (
     check_prompt_tokens,
     chunk_tokens,
     prompt_tokens,

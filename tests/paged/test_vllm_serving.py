@@ -1,4 +1,4 @@
-"""`orthorank.integrations.vllm.serving` and the plans that `checks` refuses: what is read, and what an error says."""
+"""`orthorank.serving.vllm.serving` and the plans that `checks` refuses: what is read, and what an error says."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from orthorank import OrthoRankConfig, OrthoRankError
-from orthorank.integrations.vllm.checks import lost_plan, needs_scheduler, plan_obstacles
-from orthorank.integrations.vllm.serving import OPTIONS, Serving
+from orthorank.serving.vllm.checks import lost_plan, needs_scheduler, plan_obstacles
+from orthorank.serving.vllm.serving import OPTIONS, Serving
 
 PLAN = {"layers": [2, 3], "keep_ratio": 0.5}
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from orthorank_kernels import _settings, dispatch
+from orthorank_kernels import dispatch
+from orthorank_kernels.settings import lookup as _settings
 from tests.ptx.cases import CASES
 from tests.ptx.worker import call
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from orthorank_kernels.add_norm import NORMS
+from orthorank_kernels.ops.add_norm import NORMS
 from tests.ptx.test_kernels import ROOT, TARGETS, compiler_environment
 
 # Pointers that a kernel always has, by kernel; of all others a case has none, and a case has one.

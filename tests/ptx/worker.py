@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 import orthorank_kernels
-from orthorank_kernels import _settings, dispatch
+from orthorank_kernels import dispatch
+from orthorank_kernels.settings import lookup as _settings
 from tests.kernels.tools import assert_within_budget, poisoned_outputs
 from tests.ptx.case import Case
 from tests.ptx.cases import CASES

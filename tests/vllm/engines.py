@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from orthorank.integrations.vllm.hooks import ARCHITECTURES
+from orthorank.serving.vllm.hooks import ARCHITECTURES
 
 PLAN: dict[str, Any] = {"layers": [1, 2], "keep_ratio": 1 / 3}
 WINDOW = PLAN | {"select": "window", "select_window": 32}

@@ -32,7 +32,7 @@ def threshold(llama: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from orthorank import OrthoRankConfig
-    from orthorank.calibration import calibrate
+    from orthorank.calibration.thresholds import calibrate
 
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
     ids = torch.tensor(prompts([256] * 4, seed=5))

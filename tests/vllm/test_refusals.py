@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from orthorank.integrations.vllm import interface
-from orthorank.integrations.vllm.attention import backend_obstacle
+from orthorank.serving.vllm import interface
+from orthorank.serving.vllm.attention import backend_obstacle
 from tests.vllm.engines import PLAN, WHOLE_PROMPTS, WINDOW, settings
 
 pytestmark = pytest.mark.vllm
@@ -49,7 +49,7 @@ def test_what_is_served_is_not_refused(llama: Path) -> None:
     """And the plan's own scheduler is set where windows need it."""
     assert _configure(llama, PLAN, **WHOLE_PROMPTS).scheduler_config.scheduler_cls is None
     found = _configure(llama, WINDOW).scheduler_config.scheduler_cls
-    assert found == "orthorank.integrations.vllm.scheduler.make_scheduler"
+    assert found == "orthorank.serving.vllm.scheduler.make_scheduler"
 
 
 GROUPS = {

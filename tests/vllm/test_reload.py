@@ -67,7 +67,7 @@ def test_weight_transfers_are_watched() -> None:
     """They need GPUs: of a transfer it is only known that every method of the worker is watched."""
     from vllm.v1.worker.gpu_worker import Worker
 
-    from orthorank.integrations.vllm import hooks
+    from orthorank.serving.vllm import hooks
 
     hooks.watch_weights()
     for name in hooks.CHANGE_WEIGHTS:

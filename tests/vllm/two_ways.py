@@ -54,10 +54,10 @@ def _compare(config: Any, dtype_name: str, layout: str, options: dict[str, Any])
     from vllm.model_executor.layers.attention import Attention
     from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
-    from orthorank.integrations.paged.choosing import Chosen
-    from orthorank.integrations.paged.views import split_last
-    from orthorank.integrations.vllm.attention import attend_paged, attend_portable, paged_obstacle
-    from orthorank.integrations.vllm.backend import StepMetadata
+    from orthorank.serving.selection import Chosen
+    from orthorank.serving.views import split_last
+    from orthorank.serving.vllm.attention import attend_paged, attend_portable, paged_obstacle
+    from orthorank.serving.vllm.backend import StepMetadata
 
     torch.manual_seed(0)
     dtype = getattr(torch, dtype_name)

@@ -7,10 +7,10 @@ import torch
 
 from benchmarks.campaign.measure import Context
 from orthorank import OrthoRankConfig
-from orthorank.calls import Call
 from orthorank.evaluation.random_weights import random_model
-from orthorank.families import family_of
-from orthorank.layer import selected_forward
+from orthorank.hf.calls import Call
+from orthorank.hf.families import family_of
+from orthorank.hf.layer import selected_forward
 
 KEEP_RATIO = 1 / 3
 INDEX = 1

@@ -1,0 +1,1 @@
+"""What walks a model in order and fits: thresholds."""

@@ -1,0 +1,1 @@
+"""A plan on a Hugging Face model: apply, forwards, the selected layer, families."""

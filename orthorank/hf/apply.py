@@ -1,0 +1,274 @@
+"""Apply a plan to one model instance, and undo it."""
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor
+
+from orthorank.common.errors import OrthoRankError
+from orthorank.config import OrthoRankConfig, hub_id
+from orthorank.hf import cache_state as sink_state
+from orthorank.hf.call_lock import CallLock
+from orthorank.hf.calls import Call, Watcher
+from orthorank.hf.families import Family, decoder_of, device_of, family_of, layers_of, unwrapped
+from orthorank.hf.forwards import DecoderForward, Generate, LayerForward, PrepareInputs
+from orthorank.hf.intact import TakenApart, check_classes, implementation_of
+from orthorank.hf.patching import Patch, forward_of
+from orthorank.hf.phases import Phase, context_lengths, phase_of
+from orthorank.hf.refusals import refused_methods
+from orthorank.hf.status import LayerCounts, Status, status_of
+from orthorank.hf.unmasked import Watch
+from orthorank.plan_checks import MOST, check_integer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ATTRIBUTE = "_orthorank_handle"
+
+
+def apply(model: "PreTrainedModel", config: OrthoRankConfig) -> "Handle":
+    """Make ``model`` follow the plan ``config``, this instance alone, until `Handle.remove`.
+
+    In the plan's layers only the tokens most orthogonal to the sink token are updated while a prompt is processed;
+    generated tokens are dense (paper, section 3, Algorithm 1).
+
+    A padded batch needs its ``attention_mask`` (``[batch, tokens]``, 1 for tokens and 0 for padding), on whichever side
+    the padding is and whatever head reads the states. A dense causal model gives the same without one where the padding
+    is on the right; with a plan the pads would be counted and ranked. A call without a mask that seems to end in
+    padding warns, once.
+
+    Args:
+        model: a causal LM of a known family (see `orthorank.hf.families.FAMILIES`), not patched yet; of a `PeftModel`
+            or a compiled model the one inside is patched.
+        config: a plan made for this model.
+
+    Returns:
+        The handle: ``remove()``, ``stats``, and the context managers ``decoding()`` and ``prefilling()``. It is a
+        context manager itself, which removes the plan at its end.
+
+    Raises:
+        OrthoRankError: unknown family, a plan is applied already, or the plan was made for another model.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+        ...     num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1))
+        >>> handle = apply(model, OrthoRankConfig(layers=[2], keep_ratio=1/3))
+        >>> _ = model(torch.arange(12)[None])
+        >>> handle.stats[2].calls, handle.stats[2].tokens_in, handle.stats[2].tokens_updated
+        (1, 12, 4)
+        >>> handle.remove()
+    """
+    model = unwrapped(model)
+    family = family_of(model)
+    if handle_of(model) is not None:
+        raise OrthoRankError("a plan is applied to this model already; call handle.remove() first")
+    check_plan(model, config)
+    for index, layer in enumerate(layers_of(model)):  # raises when one does not look right, before anything changes
+        if 0 < config.ratio(index) < 1:
+            TakenApart(family, layer, index, forward_of(layer))
+        elif index in config.layers:
+            check_classes(family, layer, index)
+            family.parts(layer)
+    return Handle(model, dataclasses.replace(copy.deepcopy(config)), family)  # checks its fields again
+
+
+def handle_of(model: Any) -> "Handle | None":
+    """The handle of the plan that is applied to ``model``, or None. A deep copy of a patched model has its own."""
+    model = unwrapped(model)
+    for module in (model, getattr(model, "model", None)):  # the decoder carries the mark, too
+        if (handle := getattr(module, "__dict__", {}).get(ATTRIBUTE)) is not None:
+            return cast("Handle", handle)
+    return None
+
+
+def status(model: Any) -> Status:
+    """What the applied plan has done so far: per layer its mode, ratio, calls, tokens in and tokens updated.
+
+    Raises:
+        OrthoRankError: no plan is applied.
+    """
+    handle = handle_of(model)
+    if handle is None:
+        raise OrthoRankError("no plan is applied to this model; apply one with orthorank.apply(model, config)")
+    return status_of(handle.config, len(decoder_of(model).layers), handle.stats, family_of(model).note)
+
+
+def context(
+    model: Any, lengths: int | Sequence[int] | Tensor, keep_last: int | None = None
+) -> AbstractContextManager[None]:
+    """Inside, tokens are selected from the context of each row alone; the continuation behind it is dense.
+
+    For scoring continuations: without this, tokens of the continuation compete with those of the context (as in the
+    paper), so that the context is not computed alike for two of them. Inside, a call with context and continuation
+    gives what `generate()` gives: a prefill of the context, and dense steps over its cache. k, windows and thresholds
+    are those of the context, and its last tokens are updated as the plan says. With ``decode="threshold"`` the
+    continuation is selected as generated tokens are.
+
+    Who trains on rollouts (or scores what a model generated) computes log-probabilities in here, with the lengths of
+    the prompts: a plain forward gives others than those that the tokens were drawn from. Who compares with perplexity
+    or with the harness's scores passes ``keep_last=0``, as plain calls have it.
+
+    Args:
+        model: with a plan applied.
+        lengths: how many tokens of each row are context, from its first token (not padding) on, 1 or more: an int for
+            all rows, or one number for each. Of a shorter row all tokens are context.
+        keep_last: tokens at each context's end that are always updated, from the call on in which the context ends;
+            None: the plan's, as in `generate()`.
+
+    Raises:
+        OrthoRankError: no plan is applied, or lengths or keep_last is something else.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+        ...     num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1))
+        >>> handle = apply(model, OrthoRankConfig(layers=[2], keep_ratio=1/3))
+        >>> with context(model, [9, 6]):  # 3 and 2 of the contexts (their last tokens among them), all that follows
+        ...     _ = model(torch.arange(24).view(2, 12))
+        >>> handle.stats[2].tokens_updated == (3 + 3) + (2 + 6)
+        True
+    """
+    handle = handle_of(model)
+    if handle is None:
+        raise OrthoRankError("no plan is applied to this model; apply one with orthorank.apply(model, config)")
+    return handle.context(lengths, keep_last)
+
+
+def check_plan(model: Any, config: OrthoRankConfig) -> None:
+    """The plan was made for this model, as far as the plan says.
+
+    Raises:
+        OrthoRankError: naming the field, what the plan says and what the model has.
+    """
+    if not isinstance(config, OrthoRankConfig):
+        raise OrthoRankError(f"config is a {type(config).__name__}; it must be an OrthoRankConfig")
+    text = model.config.get_text_config()
+    for name in ("num_hidden_layers", "hidden_size", "model_type"):
+        wanted = getattr(config, name)
+        if wanted is not None and wanted != getattr(text, name):
+            raise OrthoRankError(
+                f"the plan was made for a model with {name} {wanted!r} and this one has {getattr(text, name)!r}; "
+                "find a plan for this model with a search"
+            )
+    here = hub_id(model)
+    if config.model_id is not None and here is not None and config.model_id.lower() != here.lower():
+        raise OrthoRankError(
+            f"the plan was made for model_id {config.model_id!r} and this model is {here!r}; find a plan for this "
+            "model with a search, or set the plan's model_id to None if the weights are meant to be alike"
+        )
+    if config.layers and config.layers[-1] >= text.num_hidden_layers:
+        raise OrthoRankError(
+            f"layers holds {config.layers[-1]}; the model has layers 0 to {text.num_hidden_layers - 1}"
+        )
+
+
+class Handle(AbstractContextManager["Handle"]):
+    """A plan that is applied to a model; made by `apply`.
+
+    Attributes:
+        model: what `apply` was given; config: a copy of the plan.
+        stats: `LayerCounts` of each selected layer, by number.
+    """
+
+    def __init__(self, model: "PreTrainedModel", config: OrthoRankConfig, family: Family) -> None:
+        decoder, layers = decoder_of(model), layers_of(model)
+        self.model, self.config = model, config
+        self.stats = {index: LayerCounts(device_of(layers[index])) for index in config.layers}
+        self.selecting = config.selecting
+        self.skips = any(config.ratio(layer) < 1 for layer in config.layers)
+        self.removes = any(config.ratio(layer) == 0 for layer in config.layers)
+        self.identity = sink_state.identity(config)
+        self.phase = Phase()
+        self.lock = CallLock()
+        self.call: Call | None = None
+        self.watcher: Watcher | None = None
+        self.unmasked = Watch()
+        self._patches: list[Patch] = [DecoderForward(self, decoder)]
+        if hasattr(model, "generate"):
+            self._patches += [Generate(self, model), PrepareInputs(self, model), *refused_methods(model)]
+        self.layers = [LayerForward(self, layers[i], i, family) for i in config.layers]
+        self._patches += self.layers
+        for module in {model, decoder}:
+            module.__dict__[ATTRIBUTE] = self
+
+    def remove(self) -> None:
+        """Undo the plan: the model gets back the identical objects it had.
+
+        Raises:
+            OrthoRankError: a method was replaced by someone else in the meantime, or another thread is calling the
+                model; nothing is undone then.
+        """
+        with self.lock:
+            for patch in self._patches:
+                patch.check_on_top()
+            for patch in reversed(self._patches):
+                patch.undo()
+            self._patches, self.layers = [], []
+            for module in {self.model, decoder_of(self.model)}:
+                module.__dict__.pop(ATTRIBUTE, None)
+
+    def check_layers(self, config: Any) -> None:
+        """The selecting layers are what their family's spec says; see `orthorank.hf.intact`.
+
+        Args:
+            config: of the decoder.
+
+        Raises:
+            OrthoRankError: one is not any more.
+        """
+        implementation = implementation_of(config)
+        for layer in self.layers:
+            if layer.taken_apart is not None:
+                layer.taken_apart.check(implementation)
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """Inside, every token of every call is a generated one, however many come in one call.
+
+        That is dense, unless the plan says ``decode="threshold"``. A cache may be continued whoever filled it.
+        """
+        return phase_of(self, Phase(prompt=0, decodes=True, any_cache=True))
+
+    def prefilling(self, keep_last: int | None = None) -> AbstractContextManager[None]:
+        """Inside, every call holds the whole prompt or its end, as in `generate()`.
+
+        Args:
+            keep_last: tokens at each row's end that are always updated; None: the plan's.
+        """
+        keep = self.config.keep_last if keep_last is None else keep_last
+        check_integer("keep_last", keep, 0, MOST["keep_last"])
+        return phase_of(self, Phase(keep_last=keep))
+
+    def context(
+        self, lengths: int | Sequence[int] | Tensor, keep_last: int | None = None
+    ) -> AbstractContextManager[None]:
+        """Inside, so many tokens of each row are prompt and the others generated ones; see `orthorank.context`."""
+        keep = self.config.keep_last if keep_last is None else keep_last
+        check_integer("keep_last", keep, 0, MOST["keep_last"])
+        return phase_of(self, Phase(context=context_lengths(lengths), keep_last=keep))
+
+    @contextmanager
+    def watching(self, watcher: Watcher) -> Iterator[None]:
+        """Inside, ``watcher(layer, positions, call)`` is called with what each selected layer has chosen.
+
+        ``positions`` are int32 ``[batch, most]``, ascending, -1 past a row's count; they count the tokens of the call,
+        whose padding `call` knows. Calls in which all tokens are dense are left out.
+        """
+        with self.lock:
+            before, self.watcher = self.watcher, watcher
+            try:
+                yield
+            finally:
+                self.watcher = before
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._patches:
+            self.remove()

@@ -1,0 +1,288 @@
+"""What differs between model families: one small spec each, no copied forward.
+
+A spec says where the parts of a decoder layer are and what is done with them (`orthorank.hf.parts`). The selected
+layer's forward (`orthorank.hf.layer`) is one for all.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from orthorank.common.errors import OrthoRankError
+from orthorank.hf.parts import Norm, Parts, split_heads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def _no_window(attention: Any) -> int | None:
+    """Llama: every query sees everything before it."""
+    return None
+
+
+def _window_of_config(attention: Any) -> int | None:
+    """Mistral: one window for all layers."""
+    return getattr(attention.config, "sliding_window", None)
+
+
+def _window_of_layer(attention: Any) -> int | None:
+    """Qwen2: the attention module knows whether its layer slides."""
+    return getattr(attention, "sliding_window", None)
+
+
+def _norm_of_heads(attention: Any, which: str, projected: Tensor) -> Tensor:
+    """Qwen3, Gemma 3: each head of queries and keys is normed."""
+    batch, tokens, _ = projected.shape
+    heads = projected.view(batch, tokens, -1, attention.head_dim)
+    return getattr(attention, f"{which}_norm")(heads).transpose(1, 2)
+
+
+def _norm_before_heads(attention: Any, which: str, projected: Tensor) -> Tensor:
+    """OLMo-2: queries and keys are normed over their whole width."""
+    return split_heads(attention, getattr(attention, f"{which}_norm")(projected))
+
+
+def _norm_of_cohere(attention: Any, which: str, projected: Tensor) -> Tensor:
+    """Cohere: optional, with weights of their own for each head."""
+    return (_norm_of_heads if attention.use_qk_norm else _plain_heads)(attention, which, projected)
+
+
+def _norm_of_stablelm(attention: Any, which: str, projected: Tensor) -> Tensor:
+    """StableLM: optional, a module for each head."""
+    heads = split_heads(attention, projected)
+    return getattr(attention, f"{which}_layernorm")(heads) if attention.qk_layernorm else heads
+
+
+def _plain_heads(attention: Any, which: str, projected: Tensor) -> Tensor:
+    return split_heads(attention, projected)
+
+
+def _rotates_smollm3(attention: Any) -> bool:
+    """SmolLM3: every fourth layer has no rotary embedding."""
+    return bool(attention.use_rope)
+
+
+def _slides(attention: Any) -> bool:
+    """Cohere 2: layers that see everything have no rotary embedding."""
+    return attention.sliding_window is not None
+
+
+def _parallel_stablelm(layer: Any) -> bool:
+    """StableLM: an option of the model."""
+    return bool(layer.use_parallel_residual)
+
+
+def _always(module: Any) -> bool:
+    return True
+
+
+def _never(module: Any) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one architecture keeps the parts of a decoder layer, and what it does with them.
+
+    Args:
+        name: the architecture's name as users know it.
+        home: the module of Python that has its classes; empty: not stated, and any classes will do.
+        norm: ``"rms"``, or ``"layer"`` for LayerNorm; torch_norm: its norms are PyTorch's class, not one of their own;
+            weight_offset: added to the norms' weights (Gemma: 1).
+        norm_in: attribute name of the norm before attention; None: there is none, and tokens are scored on the layer's
+            input itself.
+        attention, mlp: their attribute names.
+        norm_attended, norm_post, norm_fed: names of the norms of attention's output, before the MLP and of the MLP's
+            output; None: there is none.
+        parallel: from the layer to whether its MLP reads what attention reads (a parallel residual).
+        qkv: name of one projection for queries, keys and values, in this order; None: there are three.
+        heads: from the attention module, ``"q"`` or ``"k"`` and what was projected ``[batch, tokens, width]`` to
+            ``[batch, heads, tokens, head_dim]``, normed where the family norms.
+        rotates: from the attention module to whether its layer has rotary embeddings; interleaved: pairs of channels
+            lie side by side. The tables say how many channels are rotated.
+        window: from the attention module to its sliding window in tokens, or None when it sees everything.
+        softcap: the attention module's attribute with the cap of scores; residual_scale: the layer's, with the factor
+            on what is added to the residual stream.
+        drop_attended, drop_fed: names of the dropouts of attention's and of the MLP's output, which training uses.
+    """
+
+    name: str
+    home: str = ""
+    norm: str = "rms"
+    torch_norm: bool = False
+    weight_offset: float = 0.0
+    norm_in: str | None = "input_layernorm"
+    attention: str = "self_attn"
+    norm_attended: str | None = None
+    norm_post: str | None = "post_attention_layernorm"
+    mlp: str = "mlp"
+    norm_fed: str | None = None
+    parallel: Callable[[Any], bool] = _never
+    qkv: str | None = None
+    heads: Callable[[Any, str, Tensor], Tensor] = _plain_heads
+    rotates: Callable[[Any], bool] = _always
+    interleaved: bool = False
+    window: Callable[[Any], int | None] = _no_window
+    softcap: str | None = None
+    residual_scale: str | None = None
+    drop_attended: str | None = None
+    drop_fed: str | None = None
+
+    @property
+    def note(self) -> str:
+        """What `status` says of the family."""
+        if self.norm_in is not None:
+            return ""
+        return f"{self.name} has no norm before attention: tokens are scored on the layer's input itself"
+
+    def parts(self, layer: nn.Module) -> Parts:
+        """The modules of ``layer``; raises when the layer does not look as this spec says."""
+        parallel = self.parallel(layer)
+        norms = [self.norm_in, self.norm_attended, None if parallel else self.norm_post, self.norm_fed]
+        names = [name for name in (*norms, self.attention, self.mlp) if name is not None]
+        if missing := [name for name in names if not isinstance(getattr(layer, name, None), nn.Module)]:
+            raise OrthoRankError(
+                f"a {type(layer).__name__} has no {', '.join(missing)}, which {self.name} layers have; the installed "
+                "transformers may be newer than this package: see the supported range in the README"
+            )
+        home = "torch.nn.modules.normalization" if self.torch_norm else self.home
+        into, attended, post, fed = (
+            Norm(name and getattr(layer, name), self.norm, self.weight_offset, home) for name in norms
+        )
+        attention, mlp = not_compiled(getattr(layer, self.attention)), getattr(layer, self.mlp)
+        parts = Parts(self, layer, attention, mlp, into, attended, post, fed, parallel)
+        parts.check()
+        return parts
+
+
+_GEMMA_2 = Family(
+    "Gemma 2",
+    weight_offset=1.0,
+    norm_attended="post_attention_layernorm",
+    norm_post="pre_feedforward_layernorm",
+    norm_fed="post_feedforward_layernorm",
+    window=_window_of_layer,
+    softcap="attn_logit_softcapping",
+)
+_OLMO_2 = Family(
+    "OLMo-2",
+    norm_in=None,
+    norm_attended="post_attention_layernorm",
+    norm_post=None,
+    norm_fed="post_feedforward_layernorm",
+    heads=_norm_before_heads,
+)
+_COHERE = Family("Cohere", norm="layer", norm_post=None, parallel=_always, heads=_norm_of_cohere, interleaved=True)
+
+_SPECS: dict[str, Family] = {
+    "llama": Family("Llama"),
+    "mistral": Family("Mistral", window=_window_of_config),
+    "mixtral": Family("Mixtral", window=_window_of_config),
+    "qwen2": Family("Qwen2", window=_window_of_layer),
+    "qwen2_moe": Family("Qwen2-MoE", window=_window_of_layer),
+    "qwen3": Family("Qwen3", heads=_norm_of_heads, window=_window_of_layer),
+    "qwen3_moe": Family("Qwen3-MoE", heads=_norm_of_heads, window=_window_of_layer),
+    "gemma": Family("Gemma", weight_offset=1.0),
+    "gemma2": _GEMMA_2,
+    # Its attention has the attribute of the soft-cap and does not use it.
+    "gemma3_text": replace(_GEMMA_2, name="Gemma 3", heads=_norm_of_heads, softcap=None),
+    "phi3": Family(
+        "Phi-3",
+        qkv="qkv_proj",
+        window=_window_of_config,
+        drop_attended="resid_attn_dropout",
+        drop_fed="resid_mlp_dropout",
+    ),
+    "olmo2": _OLMO_2,
+    "olmo3": replace(_OLMO_2, name="OLMo-3", window=_window_of_layer),
+    "granite": Family("Granite", residual_scale="residual_multiplier"),
+    "smollm3": Family("SmolLM3", rotates=_rotates_smollm3, window=_window_of_layer),
+    "stablelm": Family(
+        "StableLM",
+        norm="layer",
+        torch_norm=True,
+        parallel=_parallel_stablelm,
+        heads=_norm_of_stablelm,
+        drop_fed="dropout",
+    ),
+    "cohere": _COHERE,
+    "cohere2": replace(_COHERE, name="Cohere 2", heads=_plain_heads, rotates=_slides, window=_window_of_layer),
+}
+_PACKAGES = {"gemma3_text": "gemma3"}  # of transformers.models, where it is not called like the model type
+
+
+def _home_of(model_type: str) -> str:
+    package = _PACKAGES.get(model_type, model_type)
+    return f"transformers.models.{package}.modeling_{package}"
+
+
+FAMILIES: dict[str, Family] = {key: replace(spec, home=_home_of(key)) for key, spec in _SPECS.items()}
+
+
+def family_of(model: "PreTrainedModel") -> Family:
+    """The spec of ``model``'s architecture.
+
+    Raises:
+        OrthoRankError: the architecture has no spec; the message lists the known ones.
+    """
+    config: Any = getattr(model, "config", None)
+    model_type = config.get_text_config().model_type if hasattr(config, "get_text_config") else None
+    if model_type not in FAMILIES:
+        known = ", ".join(f"{family.name} ({key})" for key, family in FAMILIES.items())
+        raise OrthoRankError(
+            f"model is a {type(model).__name__} of type {model_type!r}, which has no spec: where its layers keep "
+            f"norms, projections and MLP is not known; known are: {known}"
+        )
+    return FAMILIES[model_type]
+
+
+def unwrapped(model: Any) -> Any:
+    """``model`` without what PEFT or `torch.compile` put around it; both call the same layers."""
+    while True:
+        if callable(base := getattr(model, "get_base_model", None)):  # a PeftModel
+            model = base()
+        elif (original := not_compiled(model)) is not model:
+            model = original
+        else:
+            return model
+
+
+def not_compiled(module: Any) -> Any:
+    """The module inside, if ``module`` is what `torch.compile` puts around one.
+
+    What accelerate's ``compile_regions`` returns is not: it has layers of its own, and only remembers the other model.
+    """
+    inside = getattr(module, "_modules", {}).get("_orig_mod")
+    return module if inside is None else inside
+
+
+def layers_of(model: Any) -> list[Any]:
+    """The decoder layers of ``model``, without what `torch.compile` puts around each."""
+    return [not_compiled(layer) for layer in decoder_of(model).layers]
+
+
+def decoder_of(model: "PreTrainedModel") -> Any:
+    """The module that holds the decoder layers: ``model.model`` of a causal LM, or ``model`` itself."""
+    model = unwrapped(model)
+    decoder = getattr(model, "model", model)
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        raise OrthoRankError(
+            f"model is a {type(model).__name__} without decoder layers in .model.layers; pass the ...ForCausalLM model "
+            "(of a model that reads images, too: its text part, loaded as one)"
+        )
+    return decoder
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device that the input of ``module`` (a model, a layer) belongs on.
+
+    That of its first parameter, or where `accelerate` runs it: offloaded parameters are on the meta device before.
+    """
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(module.parameters()).device

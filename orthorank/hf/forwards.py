@@ -1,0 +1,204 @@
+"""What stands in the methods of a patched model: its decoder's forward, its layers', and `generate()`."""
+
+import dataclasses
+from functools import partial
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from orthorank.common.errors import OrthoRankError
+from orthorank.hf import cache_state as sink_state
+from orthorank.hf.calls import Call, cache_of, read_call
+from orthorank.hf.families import Family
+from orthorank.hf.generating import PREPARES, phase_inside
+from orthorank.hf.intact import TakenApart
+from orthorank.hf.layer import removed_forward, selected_forward
+from orthorank.hf.layer_plan import LayerPlan
+from orthorank.hf.patching import Patch
+from orthorank.hf.phases import Phase, phase_of
+from orthorank.hf.refusals import refuse_outputs, refuse_unrun, without_cache
+
+if TYPE_CHECKING:
+    from orthorank.hf.apply import Handle
+
+
+class DecoderForward(Patch):
+    """Reads padding and phase of each call before the layers run."""
+
+    def __init__(self, handle: "Handle", decoder: Any) -> None:
+        super().__init__(decoder, "forward")
+        self.handle = handle
+        # the name since transformers 5.24, and before
+        self.cache_name = "cache" if "cache" in signature(type(decoder).forward).parameters else "past_key_values"
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        handle = self.handle
+        if handle.skips:
+            refuse_outputs(self.owner, kwargs)
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
+        if "cache" not in kwargs or past_key_values is not None:
+            kwargs[self.cache_name] = past_key_values
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is None:  # the model's own error is the better one
+            return self.original(**kwargs)
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
+        if torch.compiler.is_compiling():
+            return self._run(given, inputs, kwargs)
+        with handle.lock:
+            return self._run(given, inputs, kwargs)
+
+    def _run(self, given: Tensor, inputs: dict[str, Any], kwargs: dict[str, Any]) -> Any:
+        handle = self.handle
+        if handle.call is not None:
+            raise OrthoRankError(
+                "two calls of a model with a plan applied overlap: it was called while it was being called, by a hook "
+                "perhaps; call a copy.deepcopy of the patched model there"
+            )
+        if kwargs["attention_mask"] is None and handle.selecting and handle.phase.context is None:
+            handle.unmasked(given, self.owner.config)
+        shape = given.shape[0], given.shape[1]
+        phase = handle.phase
+        if not torch.compiler.is_compiling():
+            phase = phase_inside(
+                phase, handle.model, self.owner, handle.config.keep_last, shape[1], cache_of(kwargs), inputs
+            )
+        call = read_call(shape, given.device, phase, kwargs, handle.config.decode)
+        # Before any layer runs: a failure further up would leave the lower layers' cache longer than the others'.
+        if not (call.first or handle.phase.any_cache):
+            sink_state.check_plan(cache_of(kwargs), handle.identity)
+        if handle.selecting and not call.decodes_only:
+            if not torch.compiler.is_compiling():
+                handle.check_layers(self.owner.config)
+            if not call.first:  # a model that drafts for itself runs its lower layers alone
+                runs = [layer for layer in handle.selecting if layer < self.owner.config.num_hidden_layers]
+                sink_state.check(cache_of(kwargs), runs, call.batch, handle.config.decode)
+            if handle.config.kv == "selected":
+                inputs["use_cache"] = without_cache(cache_of(kwargs), inputs["use_cache"])
+            call = call.prepared(handle.config, given.device)
+        for layer in handle.layers:
+            layer.ran = False
+        handle.call = call if handle.watcher is None else dataclasses.replace(call, watcher=handle.watcher)
+        try:
+            result = self.original(**inputs, **kwargs)
+        finally:
+            handle.call = None
+        ran = [layer.index for layer in handle.layers if layer.ran]
+        refuse_unrun(handle.config.layers, ran, self.owner.config.num_hidden_layers)
+        return result
+
+
+class LayerForward(Patch):
+    """The forward of one selected layer.
+
+    What differs from layer to layer is read from here alone, so that layers which are compiled one by one share a
+    graph wherever those of transformers do.
+    """
+
+    def __init__(self, handle: "Handle", layer: Any, index: int, family: Family) -> None:
+        super().__init__(layer, "forward")
+        self.handle, self.index, self.family = handle, index, family
+        self.plan, self.counts = LayerPlan(handle.config, index), handle.stats[index]
+        self.ratio = self.plan.own_ratio
+        self.ran = False  # in the call that is running, or the last one
+        self.taken_apart = TakenApart(family, layer, index, self.replaced) if 0 < self.ratio < 1 else None
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        handle, counts = self.handle, self.counts
+        call = handle.call
+        if call is None or not (torch.compiler.is_compiling() or handle.lock.is_mine()):
+            raise OrthoRankError(
+                f"layer {self.index} selects tokens and was called outside its model's forward (by activation "
+                "checkpointing around the layer, for example), where padding and prompt are not known; call the model, "
+                "or handle.remove() first"
+            )
+        self.ran = True
+        valid, cache = call.tokens_in(), cache_of(kwargs)
+        if cache is not None and call.first:
+            sink_state.mark(cache, handle.identity if handle.removes or not call.decodes_only else "")
+        if self.ratio == 0:
+            counts.add(valid, 0)
+            return removed_forward(self.index, hidden_states, cache)
+        if call.decodes_only or self.ratio == 1:
+            counts.add(valid, valid, unranked=valid if call.decodes_only else 0)
+            return self.original(hidden_states, *args, **kwargs)
+        updated: list[int | Tensor] = []
+        output = self._select(hidden_states, kwargs["position_embeddings"], cache, call, updated)
+        counts.add(valid, updated[0], unranked=call.tokens_unranked())
+        return output
+
+    def _select(
+        self, hidden_states: Tensor, cos_sin: tuple[Tensor, Tensor], cache: Any, call: Call, updated: list[int | Tensor]
+    ) -> Any:
+        if torch.compiler.is_compiling() or self.taken_apart is None or self.taken_apart.parts is None:
+            parts = self.family.parts(self.owner)
+        else:
+            parts = self.taken_apart.parts  # looked at when the call began
+        run = partial(selected_forward, parts, self.index, self.plan, call.on(hidden_states.device), updated=updated)
+        if getattr(self.owner, "gradient_checkpointing", False) and self.owner.training:
+            # As transformers' own layers do it, without a cache: the recomputation would fill it twice. It runs in
+            # backward, in whatever thread, while the model may be in another call: so all it needs is bound here.
+            again = partial(run, position_embeddings=cos_sin)
+            return self.owner._gradient_checkpointing_func(again, hidden_states)
+        return run(hidden_states, cos_sin, cache)
+
+
+class Generate(Patch):
+    """`generate()`: what it is given is the prompt, everything after it is decoded."""
+
+    def __init__(self, handle: "Handle", model: Any) -> None:
+        super().__init__(model, "generate")
+        self.handle = handle
+
+    def __call__(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        handle = self.handle
+        with handle.lock:  # before anything is read that another thread may have said
+            if handle.phase.context is not None:
+                raise OrthoRankError(
+                    "generate() was called inside orthorank.context(), which says what is prompt; so does generate(): "
+                    "what it is given. Call it outside"
+                )
+            decoding = handle.phase.prompt == 0
+            prompt = 0 if decoding else _prompt_length(inputs, kwargs)
+            with phase_of(handle, Phase(prompt=prompt, keep_last=handle.config.keep_last, any_cache=decoding)):
+                return self.original(inputs, *args, **kwargs)
+
+
+class PrepareInputs(Patch):
+    """Sees the ``[batch, tokens]`` mask before `generate()` turns it into a causal one for static caches."""
+
+    def __init__(self, handle: "Handle", model: Any) -> None:
+        super().__init__(model, PREPARES)
+        self.handle = handle
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        mask, phase = kwargs.get("attention_mask"), self.handle.phase
+        inputs = self.original(*args, **kwargs)
+        if phase.prompt is not None:  # inside generate(): a phase of its own, which ends with it
+            columns = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            given = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+            phase.padding_mask, phase.unpadded, phase.decodes = columns, mask is None, False
+            phase.given = given.shape[1] if isinstance(given, Tensor) else None
+            if columns is not None and isinstance(given, Tensor):
+                phase.decodes = columns.shape[1] - given.shape[1] >= phase.prompt
+        return inputs
+
+
+def _prompt_length(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
+    """Columns that `generate()` is given: of its inputs, or of the mask where a cache holds the first ones."""
+    given = [inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+    cache = cache_of(kwargs)
+    if cache is not None and int(cache.get_seq_length()) > 0:
+        given.append(kwargs.get("attention_mask"))
+    lengths = [t.shape[1] for t in given if isinstance(t, Tensor) and t.dim() >= 2]
+    return max(lengths, default=1)  # without inputs, generation starts from one BOS token

@@ -1,0 +1,342 @@
+"""The parts of one decoder layer as the selected layer's forward uses them, whatever the family."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from orthorank.common.errors import OrthoRankError
+from orthorank.hf.intact import has_own_forward, is_code_of
+from orthorank_kernels import apply_rotary_at, gather_add_rms_norm, silu_and_mul
+
+if TYPE_CHECKING:
+    from orthorank.hf.families import Family
+
+Tables = tuple[Tensor, Tensor]  # cos and sin
+
+
+IDENTITY: dict[str, Any] = {"weight": None, "eps": 1e-6, "norm": "identity"}  # what the kernels take where none is
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm of a layer, or its absence.
+
+    Args:
+        module: the layer's module; None: there is no norm here.
+        kind: ``"rms"`` or ``"layer"``; weight_offset: added to the weight, 1 for Gemma.
+        home: the module of Python that the family's norms are code of; empty: any.
+    """
+
+    module: Any
+    kind: str = "rms"
+    weight_offset: float = 0.0
+    home: str = ""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The norm of ``x`` by the module itself; ``x`` where there is none."""
+        return x if self.module is None else self.module(x)
+
+    @property
+    def eps(self) -> float:
+        """What is added to the mean square."""
+        return getattr(self.module, self.eps_name)
+
+    @property
+    def eps_name(self) -> str:
+        """How the module calls it."""
+        return "eps" if hasattr(self.module, "eps") else "variance_epsilon"
+
+    def is_weights(self, x: Tensor) -> bool:
+        """Whether the kernels may compute the norm of ``x`` from its weights, or the module has to be called.
+
+        It is called where that does more than its class says, or something else: hooks, another class or forward
+        (adapters, Liger-Kernel), weights that are sharded, parametrised or of another dtype than ``x``.
+        """
+        module = self.module
+        if module is None:
+            return True
+        return (
+            _is_code_of(type(module), self.home)
+            and not _has_hooks(module)
+            and has_own_forward(module)
+            and all(
+                self._is_plain(getattr(module, name, None), x, needed=name == "weight") for name in ("weight", "bias")
+            )
+        )
+
+    def _is_plain(self, weight: Any, x: Tensor, needed: bool) -> bool:
+        if weight is None:
+            return not needed
+        kind = type(weight)  # a fake one stands for it where a program is traced or exported
+        return (kind in (nn.Parameter, Tensor) or kind.__name__ == "FakeTensor") and weight.dtype == x.dtype
+
+    @contextmanager
+    def applied(self, x: Tensor) -> Iterator[tuple[Tensor | None, dict[str, Any]]]:
+        """What the kernels norm ``x`` by, on the device where the norm runs: weight, eps, norm, bias, weight_offset.
+
+        Before that, None; or where the module has to be called, the norm of ``x``, of which the kernels then take the
+        identity. ``accelerate`` keeps offloaded weights elsewhere until the module is called.
+        """
+        if self.module is None:
+            yield None, IDENTITY
+            return
+        if not self.is_weights(x):
+            yield self.module(x), IDENTITY
+            return
+        hook = getattr(self.module, "_hf_hook", None)
+        if hook is not None:
+            hook.pre_forward(self.module)
+        try:
+            yield (
+                None,
+                {
+                    "weight": self.module.weight,
+                    "eps": self.eps,
+                    "norm": self.kind,
+                    "bias": getattr(self.module, "bias", None),
+                    "weight_offset": self.weight_offset,
+                },
+            )
+        finally:
+            if hook is not None:
+                hook.post_forward(self.module, None)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The modules of one decoder layer, and what is read from them.
+
+    Args:
+        family: the spec that found them; layer: the decoder layer.
+        norm_in: before attention; norm_attended: of attention's output; norm_post: before the MLP; norm_fed: of the
+            MLP's output.
+        parallel: the MLP reads what attention reads, not the sum after it.
+    """
+
+    family: "Family"
+    layer: Any
+    attention: Any
+    mlp: Any
+    norm_in: Norm
+    norm_attended: Norm
+    norm_post: Norm
+    norm_fed: Norm
+    parallel: bool
+
+    def check(self) -> None:
+        """The attention has what is read from it, and is causal. A norm that is not the family's is called."""
+        attention = self.attention
+        projections = ("q_proj", "k_proj", "v_proj") if self.family.qkv is None else (self.family.qkv,)
+        if missing := [
+            name for name in (*projections, "o_proj", "head_dim", "scaling") if not hasattr(attention, name)
+        ]:
+            raise OrthoRankError(
+                f"a {type(attention).__name__} has no {', '.join(missing)}, which {self.family.name} models have; the "
+                "installed transformers may be newer than this package (see the supported range in the README), or the "
+                "attention was put into another module: take that off first"
+            )
+        if not getattr(self.attention, "is_causal", True):
+            raise OrthoRankError(
+                "the model attends in both directions (use_bidirectional_attention); token selection is for causal "
+                "attention: the sink's state must not depend on the tokens after it"
+            )
+
+    @property
+    def window(self) -> int | None:
+        """Keys that a query sees, itself included; None for all."""
+        return self.family.window(self.attention)
+
+    @property
+    def softcap(self) -> float | None:
+        """What attention scores are capped at by a tanh; None: they are not."""
+        if self.family.softcap is None or self.attention.config._attn_implementation == "sdpa":
+            return None  # sdpa has no cap; older versions of transformers run it without, newer ones refuse it
+        return getattr(self.attention, self.family.softcap)
+
+    @property
+    def residual_scale(self) -> float:
+        """Factor on what attention and MLP add to the residual stream."""
+        return 1.0 if self.family.residual_scale is None else getattr(self.layer, self.family.residual_scale)
+
+    def tables(self, position_embeddings: Tables) -> Tables | None:
+        """cos and sin as the kernels take them, one column for each pair of channels; None: this layer rotates nothing.
+
+        Args:
+            position_embeddings: the model's, ``[batch or 1, tokens, rotary_dim]``.
+        """
+        if not self.family.rotates(self.attention):
+            return None
+        cos, sin = position_embeddings
+        if not self.family.interleaved:
+            return cos, sin
+        return cos[..., ::2].contiguous(), sin[..., ::2].contiguous()  # each column stands there twice, side by side
+
+    def rotate(self, heads: Tensor, tables: Tables | None, positions: Tensor | None = None) -> Tensor:
+        """``heads`` ``[batch, heads, selected, head_dim]`` rotated; positions: rows of the tables, None for all."""
+        if tables is None:
+            return heads
+        cos, sin = tables
+        width = cos.shape[-1] * 2 if self.family.interleaved else cos.shape[-1]
+        return apply_rotary_at(heads, cos, sin, positions, interleaved=self.family.interleaved, rotary_dim=width)
+
+    def keys_and_values(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (not yet rotated) and values ``[batch, kv_heads, tokens, head_dim]`` of ``[batch, tokens, hidden]``."""
+        attention = self.attention
+        if self.family.qkv is None:
+            keys, values = attention.k_proj(normed), attention.v_proj(normed)
+        else:
+            keys, values = fused(getattr(attention, self.family.qkv), normed, attention.num_key_value_groups, "kv")
+        return self.family.heads(attention, "k", keys), split_heads(attention, values)
+
+    def queries(self, normed: Tensor) -> Tensor:
+        """Queries (not yet rotated) ``[batch, heads, tokens, head_dim]`` of ``normed`` ``[batch, tokens, hidden]``."""
+        attention = self.attention
+        if self.family.qkv is None:
+            projected = attention.q_proj(normed)
+        else:
+            (projected,) = fused(getattr(attention, self.family.qkv), normed, attention.num_key_value_groups, "q")
+        return self.family.heads(attention, "q", projected)
+
+    def output(self, attended: Tensor) -> Tensor:
+        """The output projection of ``attended`` ``[batch, heads, tokens, head_dim]``."""
+        batch, _, tokens, _ = attended.shape
+        projected = self.attention.o_proj(attended.transpose(1, 2).reshape(batch, tokens, -1))
+        return self._dropped(self.family.drop_attended, projected)
+
+    def add_and_norm(
+        self, hidden_states: Tensor, positions: Tensor, addend: Tensor, selected: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention, and what the MLP reads, both ``[batch, selected, hidden]``.
+
+        Args:
+            addend: attention's output; selected: what attention read, of the same tokens.
+        """
+        inner, post = self.norm_attended, self.norm_post
+        if not inner.is_weights(addend) or (
+            inner.module is not None and (post.module is not None and inner.eps != post.eps)  # one pass has one eps
+        ):
+            addend, inner = inner(addend).to(hidden_states.dtype), Norm(None)
+        by_weights = post.is_weights(hidden_states)
+        with (
+            inner.applied(addend) as (_, attended),
+            (post if by_weights else Norm(None)).applied(hidden_states) as (_, behind),
+        ):
+            eps = attended["eps"] if behind is IDENTITY else behind["eps"]
+            offset = max(attended.get("weight_offset", 0.0), behind.get("weight_offset", 0.0))
+            options = behind | {"eps": eps, "weight_offset": offset}
+            residual, normed = gather_add_rms_norm(
+                hidden_states,
+                positions,
+                addend,
+                scale=self.residual_scale,
+                addend_weight=attended["weight"],
+                **options,
+            )
+        if not by_weights:
+            normed = post(residual)
+        return residual, selected if self.parallel else normed
+
+    def feed_forward(self, normed: Tensor) -> Tensor:
+        """What the MLP adds, ``normed`` being ``[batch, tokens, hidden]``.
+
+        Activation and product are one pass if the MLP is SwiGLU. The projections are called as modules, so that
+        quantised and adapted ones, and their hooks, are what they are. Of a mixture of experts router and experts see
+        these tokens alone.
+        """
+        kind = _swiglu(self.mlp)
+        if kind == "fused":
+            fed = self.mlp.down_proj(silu_and_mul(self.mlp.gate_up_proj(normed)))
+        elif kind == "split":
+            fed = self.mlp.down_proj(silu_and_mul(self.mlp.gate_proj(normed), self.mlp.up_proj(normed)))
+        else:
+            fed = self.mlp(normed)
+            fed = fed[0] if isinstance(fed, tuple) else fed  # experts may give the router's logits, too
+        return self._dropped(self.family.drop_fed, self.norm_fed(fed))
+
+    def _dropped(self, name: str | None, x: Tensor) -> Tensor:
+        return x if name is None or not self.layer.training else getattr(self.layer, name)(x)
+
+
+def split_heads(attention: Any, projected: Tensor) -> Tensor:
+    """``[batch, tokens, heads * head_dim]`` to a ``[batch, heads, tokens, head_dim]`` view."""
+    batch, tokens, _ = projected.shape
+    return projected.view(batch, tokens, -1, attention.head_dim).transpose(1, 2)
+
+
+def fused(projection: Any, normed: Tensor, groups: int, which: str) -> tuple[Tensor, ...]:
+    """The queries, or keys and values, of one projection for all three.
+
+    Rows of a plain linear layer's weight are taken; what is quantised, adapted, sharded or hooked runs whole.
+
+    Args:
+        groups: query heads for each key/value head; which: ``"q"`` or ``"kv"``.
+    """
+    weight: Any = getattr(projection, "weight", None)
+    bias: Any = getattr(projection, "bias", None)
+    plain = type(projection) is nn.Linear and type(weight) is nn.Parameter and not is_changed(projection)
+    whole = None if plain else projection(normed)
+    total = weight.shape[0] if whole is None else whole.shape[-1]
+    kv = total // (groups + 2)
+    rows = slice(0, total - 2 * kv) if which == "q" else slice(total - 2 * kv, total)
+    if whole is None:
+        part = nn.functional.linear(normed, weight[rows], None if bias is None else bias[rows])
+    else:
+        part = whole[..., rows]
+    return (part,) if which == "q" else (part[..., :kv], part[..., kv:])
+
+
+# Whose forward is down_proj(silu(gate) * up), if nobody changed it: gate and up of two projections, or of one.
+SWIGLU = {
+    "split": (
+        "CohereMLP",
+        "Cohere2MLP",
+        "GraniteMLP",
+        "LlamaMLP",
+        "MistralMLP",
+        "Olmo2MLP",
+        "Olmo3MLP",
+        "Qwen2MLP",
+        "Qwen2MoeMLP",
+        "Qwen3MLP",
+        "Qwen3MoeMLP",
+        "SmolLM3MLP",
+        "StableLmMLP",
+    ),
+    "fused": ("Phi3MLP",),
+}
+
+
+def _swiglu(mlp: Any) -> str | None:
+    """Which kind of SwiGLU ``mlp`` is; None: none that is known, or a changed one."""
+    kind = type(mlp)
+    found = next((name for name, classes in SWIGLU.items() if kind.__name__ in classes), None)
+    activation = getattr(mlp, "activation_fn" if found == "fused" else "act_fn", None)
+    plain = (
+        found is not None
+        and kind.__module__.startswith("transformers.models.")
+        and _is_code_of(kind, kind.__module__)
+        and type(activation).__name__ in ("SiLU", "SiLUActivation")
+        and not is_changed(mlp)
+        and not is_changed(activation)
+    )
+    return found if plain else None
+
+
+def is_changed(module: Any) -> bool:
+    """Whether calling ``module`` runs more, or something else, than its class says."""
+    return "forward" in vars(module) or _has_hooks(module)
+
+
+def _has_hooks(module: Any) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
+@torch.compiler.assume_constant_result
+def _is_code_of(kind: Any, home: str) -> bool:
+    """`is_code_of` for the forward of a class, which a compiled graph takes as it is."""
+    return is_code_of(kind.forward, home)

@@ -1,0 +1,94 @@
+"""Replacing a method of one object, so that it can be undone, deep-copied and pickled."""
+
+from collections.abc import Callable
+from typing import Any
+
+from orthorank.common.errors import OrthoRankError
+
+
+class Patch:
+    """A callable that stands in an object's ``__dict__`` in place of one of its methods.
+
+    Deep copies and pickles of the object carry a patch that belongs to the copy, since a patch is an ordinary object
+    that refers to its owner. ``accelerate`` keeps a hooked module's own forward in ``_old_forward`` and calls it
+    between moving inputs and weights; there the patch takes that place.
+
+    Args:
+        owner: the object; name: its method.
+    """
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner = owner
+        self.name = _place(owner) if name == "forward" else name
+        self.replaced = owner.__dict__.get(self.name)
+        owner.__dict__[self.name] = self
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The method as it was."""
+        if self.replaced is not None:
+            return self.replaced
+        return getattr(type(self.owner), self.name).__get__(self.owner)
+
+    @property
+    def __self__(self) -> Any:
+        """The object, as a bound method says it: who moves methods to a shallow copy of the object goes by this."""
+        return self.owner
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        """What a shallow copy of the object gets in place of the patch, which would run the object and not the copy."""
+        return _refuse_copy
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The method as it was, where `inspect.signature` looks for it."""
+        return self.original
+
+    def undo(self) -> None:
+        """Put the original back, the identical object."""
+        self.check_on_top()
+        if self._was_put_back():
+            return
+        if self.replaced is None or self.name not in self._names():
+            del self.owner.__dict__[self._names()[0]]
+        else:
+            self.owner.__dict__[self.name] = self.replaced
+
+    def check_on_top(self) -> None:
+        """Nobody replaced the method after this patch, else undoing would lose that replacement."""
+        if not self._names() and not self._was_put_back():
+            raise OrthoRankError(
+                f"{type(self.owner).__name__}.{self.name} was replaced again after the plan was applied; undo that "
+                "replacement first, then call handle.remove()"
+            )
+
+    def _names(self) -> list[str]:
+        """Where this patch stands now. Taking an ``accelerate`` hook off moves it from one name to the other."""
+        names = {self.name, "forward"} if self.name == "_old_forward" else {self.name}
+        return [name for name in sorted(names) if self.owner.__dict__.get(name) is self]
+
+    def _was_put_back(self) -> bool:
+        """Whether someone has put back what was there before the plan: the same object, or the class's method, bound.
+
+        PEFT does so with `prepare_inputs_for_generation` after each `generate()` of a prompt method.
+        """
+        here = self.owner.__dict__.get(self.name)
+        return here is not None and here is not self and bool(here == self.original)
+
+
+def _refuse_copy(copied: Any, *args: Any, **kwargs: Any) -> Any:
+    raise OrthoRankError(
+        f"this {type(copied).__name__} is a shallow copy (by accelerate's compile_regions, for example) of one with a "
+        "plan applied, which follows the plan and is not compiled; make it from the model without a plan, then apply "
+        "the plan to what you get"
+    )
+
+
+def forward_of(module: Any) -> Any:
+    """The forward of its own that ``module`` has in the place where a patch would go; None: it runs its class's."""
+    return module.__dict__.get(_place(module))
+
+
+def _place(module: Any) -> str:
+    return "_old_forward" if "_old_forward" in module.__dict__ else "forward"

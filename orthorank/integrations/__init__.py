@@ -1,1 +1,0 @@
-"""OrthoRank in serving stacks: what every paged stack needs (`paged`), and vLLM's plugin (`vllm`)."""

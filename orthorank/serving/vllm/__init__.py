@@ -1,0 +1,27 @@
+"""OrthoRank as a plugin of vLLM: an unmodified vLLM serves a plan.
+
+vLLM calls `register` in every one of its processes (entry point group ``vllm.general_plugins``).
+"""
+
+import importlib.util
+import logging
+
+_LOGGER = logging.getLogger("orthorank")
+
+
+def register() -> None:
+    """Tell vLLM of the OrthoRank models. Cheap, may be called again, does nothing where there is no vLLM.
+
+    Where the installed vLLM is not as the plugin needs it, one sentence is logged and vLLM goes on without it: whatever
+    happens here, models without a plan are served.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        return
+    from orthorank.serving.vllm import hooks, interface
+
+    try:
+        wrong = interface.missing() or hooks.register()
+    except Exception as error:
+        wrong = [f"{type(error).__name__}: {error}"]
+    if wrong:
+        _LOGGER.warning("%s", hooks.sentence(wrong))

@@ -1,0 +1,110 @@
+"""Metadata of a step for the selecting layers, through the attention backend that vLLM chose.
+
+A selecting layer's attention gets a subclass of the backend, whose builder adds the step to what the backend builds.
+The layer keeps the backend's kernels, its cache, and its name; it only stands in a group of its own.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from orthorank.serving.sinks import SinkBank
+from orthorank.serving.steps import Step, make_step, selects
+from orthorank.serving.vllm.requests import RequestTable
+from orthorank.serving.vllm.serving import Serving
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclasses.dataclass
+class Shared:
+    """What all selecting layers of a model share.
+
+    Args:
+        serving: how to serve; layers: the selecting ones, in order; bank: the sinks' states of each of these.
+        requests: prompt lengths and first tokens; removed: layers that are not there.
+    """
+
+    serving: Serving
+    layers: list[int]
+    bank: SinkBank
+    requests: RequestTable
+    removed: tuple[int, ...] = ()
+
+    def step(self, common: Any, device: "torch.device") -> Step | None:
+        """The step that ``common`` (vLLM's metadata) describes; None when no prompt is in it: all layers are dense."""
+        starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
+        ends = common.seq_lens_cpu_upper_bound
+        if ends is None or not starts[-1]:
+            return None
+        lengths = [end - begin for begin, end in pairwise(starts)]
+        cached = [end - length for end, length in zip(ends[: common.num_reqs].tolist(), lengths, strict=True)]
+        prompts, first = self.requests.rows(common)
+        selecting = selects(lengths, cached, prompts)
+        if not any(selecting):
+            return None
+        wanted = [token for token, selected in zip(first, selecting, strict=True) if selected]
+        slots = iter(self.bank.slots(wanted))
+        rows = [next(slots) if selected else 0 for selected in selecting]
+        return make_step(self.serving.plan, starts, cached, prompts, rows, device)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepMetadata:
+    """What the layers find beside the backend's own metadata.
+
+    Args:
+        step: see `Shared.step`; common: vLLM's metadata of all backends.
+        build: the backend's own builder, for metadata of other rows.
+    """
+
+    step: Step | None
+    common: Any
+    build: Callable[..., Any]
+
+
+def step_metadata(metadata: Any) -> StepMetadata | None:
+    """What `selecting_backend` left at the backend's metadata; None while vLLM warms up."""
+    return getattr(metadata, "orthorank", None)
+
+
+@cache
+def selecting_backend(backend: Any) -> Any:
+    """``backend`` for a selecting layer."""
+    from vllm.v1.attention.backend import AttentionCGSupport, subclass_attention_backend
+
+    base: Any = backend.get_builder_cls()
+
+    class Builder(base):
+        """Adds the step to the backend's metadata."""
+
+        def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
+            super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+            attention = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+            self._shared: Shared = attention.orthorank
+            self._device = device
+
+        @classmethod
+        def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
+            """Whole graphs of generated tokens alone: what a prompt selects is not the same twice."""
+            own = super().get_cudagraph_support(vllm_config, kv_cache_spec)
+            return min(own, AttentionCGSupport.UNIFORM_BATCH, key=lambda support: support.value)
+
+        def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+            """The backend's metadata, with the step."""
+            metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+            step = self._shared.step(common_attn_metadata, self._device)
+            metadata.orthorank = StepMetadata(step, common_attn_metadata, super().build)
+            return metadata
+
+        def update_block_table(self, metadata: Any, blk_table: Any, slot_mapping: Any) -> Any:
+            """The metadata of another group of the cache."""
+            updated = super().update_block_table(metadata, blk_table, slot_mapping)
+            common = metadata.orthorank.common.replace(block_table_tensor=blk_table, slot_mapping=slot_mapping)
+            updated.orthorank = dataclasses.replace(metadata.orthorank, common=common)
+            return updated
+
+    return subclass_attention_backend("OrthoRank", backend, Builder)

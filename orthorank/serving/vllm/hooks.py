@@ -1,0 +1,237 @@
+"""Where this package reaches into vLLM: what it registers, what it asks of a running step, what it has told to it.
+
+What each of these needs of vLLM, and whether the installed one has it, is said in `interface`.
+"""
+
+import copy
+import functools
+from functools import cache
+from typing import Any
+
+from orthorank.common.errors import OrthoRankError
+from orthorank.serving.vllm import interface
+from orthorank.serving.vllm.interface import TESTED
+from orthorank.serving.vllm.rules import PROMPT_TOKENS, check_prompt_tokens, without_layers
+
+OPERATOR = "orthorank::decoder_layer"
+MODELS = "orthorank.serving.vllm.models"
+# What a checkpoint's model_type is served by.
+ARCHITECTURES = {
+    "llama": "OrthoRankLlamaForCausalLM",
+    "mistral": "OrthoRankMistralForCausalLM",
+    "qwen2": "OrthoRankQwen2ForCausalLM",
+    "qwen3": "OrthoRankQwen3ForCausalLM",
+}
+# Methods of a worker after which the weights may be others.
+CHANGE_WEIGHTS = (
+    "reload_weights",
+    "start_weight_update",
+    "update_weights",
+    "finish_weight_update",
+    "reset_weights",
+    "wake_up",
+)
+
+
+def sentence(wrong: list[str]) -> str:
+    """What is said when the plugin does not register itself."""
+    return (
+        f"orthorank: the installed vLLM {interface.version()} is not as this package needs it: {'; '.join(wrong)}, so "
+        f"no OrthoRank model is registered; this package is tested with vLLM {TESTED}"
+    )
+
+
+def register() -> list[str]:
+    """Register the models, their configuration checks, and the operator at which graphs are split.
+
+    Returns:
+        What is not as expected; then nothing was registered.
+    """
+    if wrong := list(interface.differences(interface.REGISTERED)):
+        return wrong
+    from vllm import ModelRegistry
+    from vllm.config import CompilationConfig, VllmConfig
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from orthorank.serving.vllm.checks import verifier
+
+    known, check = ModelRegistry.get_supported_archs(), verifier()
+    for architecture in ARCHITECTURES.values():
+        if architecture not in known:
+            ModelRegistry.register_model(architecture, f"{MODELS}:{architecture}")
+        MODELS_CONFIG_MAP.setdefault(architecture, check)
+    if OPERATOR not in CompilationConfig._attention_ops:
+        CompilationConfig._attention_ops.append(OPERATOR)
+    _refuse_lost_plans(VllmConfig)
+    return []
+
+
+def _refuse_lost_plans(configs: Any) -> None:
+    """Have vLLM's configuration refuse a plan beside an architecture that does not know of plans."""
+    original = configs.try_verify_and_update_config
+    if hasattr(original, "orthorank"):
+        return
+
+    @functools.wraps(original)
+    def verify(self: Any) -> Any:
+        model = getattr(self, "model_config", None)
+        if getattr(getattr(model, "hf_config", None), "orthorank", None) is not None:
+            from orthorank.serving.vllm.checks import lost_plan
+
+            for obstacle in lost_plan(model):
+                raise OrthoRankError(obstacle)
+        return original(self)
+
+    verify.orthorank = True  # type: ignore[attr-defined]
+    configs.try_verify_and_update_config = verify
+
+
+def context() -> Any:
+    """What vLLM knows of the forward pass that is running."""
+    from vllm.forward_context import get_forward_context
+
+    return get_forward_context()
+
+
+def layer_named(name: str) -> Any:
+    """The layer that put itself into the forward context under ``name``."""
+    return context().no_compile_layers[name]
+
+
+def metadata_of(layer_name: str) -> Any:
+    """The attention metadata of that attention layer in this step; None while vLLM warms up."""
+    found = context().attn_metadata
+    return found.get(layer_name) if isinstance(found, dict) else None
+
+
+def write_cache(attention: Any, keys: Any, values: Any) -> None:
+    """The backend's own update of its cache with the keys and values of all tokens."""
+    attention.impl.do_kv_cache_update(
+        attention, keys, values, attention.kv_cache, context().slot_mapping[attention.layer_name]
+    )
+
+
+def breakable_graphs() -> bool:
+    """Whether vLLM captures graphs across the operators at which it otherwise splits them."""
+    from vllm import envs
+
+    return bool(getattr(envs, "VLLM_USE_BREAKABLE_CUDAGRAPH", False))
+
+
+def has_ocp_fp8() -> bool:
+    """Whether the device's 8-bit cache holds ``float8_e4m3fn``, as all but AMD's older ones do."""
+    import torch
+    from vllm.platforms import current_platform
+
+    return current_platform.fp8_dtype() == torch.float8_e4m3fn
+
+
+def parallel_group() -> Any:
+    """The ranks that share a layer."""
+    from vllm.distributed import get_tp_group
+
+    return get_tp_group()
+
+
+@cache
+def watch_runner() -> None:
+    """Have `runner` know which model runner builds metadata: the first runner's builders get no prompt lengths."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    original = GPUModelRunner._build_attention_metadata
+
+    @functools.wraps(original)
+    def build(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before, _Running.runner = _Running.runner, self
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _Running.runner = before
+
+    GPUModelRunner._build_attention_metadata = build
+
+
+def runner() -> Any:
+    """The model runner (of the first kind) that builds metadata now, or None."""
+    return _Running.runner
+
+
+class _Running:
+    runner: Any = None
+
+
+@cache
+def watch_weights() -> None:
+    """Have every worker forget the sinks' states when its weights change, and tell it so: `weights_changed`."""
+    from vllm.v1.worker.gpu_worker import Worker
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    for name in CHANGE_WEIGHTS:
+        setattr(Worker, name, _then_forgets(getattr(Worker, name)))
+    WorkerBase.orthorank_weights_changed = weights_changed
+
+
+def _then_forgets(original: Any) -> Any:
+    @functools.wraps(original)
+    def change(self: Any, *args: Any, weights_iterator: Any = None, **kwargs: Any) -> Any:
+        if weights_iterator is not None:
+            kwargs["weights_iterator"] = _of_its_layers(self, weights_iterator)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            weights_changed(self)
+
+    return change
+
+
+def _of_its_layers(worker: Any, weights: Any) -> Any:
+    """Without those of layers that the plan removes."""
+    shared = getattr(worker.get_model(), "orthorank", None)
+    return weights if shared is None else without_layers(weights, shared.removed)
+
+
+def weights_changed(worker: Any) -> bool:
+    """What ``collective_rpc("orthorank_weights_changed")`` calls in every worker: the sinks' states are forgotten.
+
+    Returns:
+        Whether the worker's model has a plan.
+    """
+    if getattr(worker, "model_runner", None) is None:
+        return False
+    shared = getattr(worker.get_model(), "orthorank", None)
+    if shared is not None:
+        shared.bank.forget()
+    return shared is not None
+
+
+@cache
+def watch_prompts() -> None:
+    """Have requests say how many of their tokens are the prompt's own: beams come back with what they generated."""
+    from vllm.entrypoints.generate.beam_search.utils import BeamSearchSequence
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    get_prompt, process = BeamSearchSequence.get_prompt, InputProcessor.process_inputs
+
+    @functools.wraps(get_prompt)
+    def marked(self: Any) -> Any:
+        prompt = get_prompt(self)
+        if prompt["type"] == "token":
+            prompt[PROMPT_TOKENS] = len(self.orig_prompt["prompt_token_ids"])
+        return prompt
+
+    @functools.wraps(process)
+    def processed(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            check_prompt_tokens(getattr(params, "extra_args", None))
+        except OrthoRankError as error:
+            raise VLLMValidationError(str(error)) from error  # the client's fault, as servers answer it
+        request = process(self, request_id, prompt, params, *args, **kwargs)
+        if isinstance(prompt, dict) and PROMPT_TOKENS in prompt:
+            told = copy.copy(request.sampling_params)  # all beams of a step share one
+            told.extra_args = (told.extra_args or {}) | {PROMPT_TOKENS: prompt[PROMPT_TOKENS]}
+            request.sampling_params = told
+        return request
+
+    BeamSearchSequence.get_prompt = marked
+    InputProcessor.process_inputs = processed

@@ -1,0 +1,179 @@
+"""vLLM's decoder layers as selecting layers: the same modules and weights, another forward."""
+
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from orthorank.common.errors import OrthoRankError
+from orthorank.serving import operator
+from orthorank.serving.layer import Parts, RMSNorm, selected_forward
+from orthorank.serving.selection import Chosen
+from orthorank.serving.steps import Step
+from orthorank.serving.vllm import attention as attending
+from orthorank.serving.vllm import hooks
+from orthorank.serving.vllm.backend import Shared, StepMetadata, selecting_backend, step_metadata
+from orthorank.serving.vllm.interface import expect
+from orthorank.serving.vllm.projections import Projections
+from orthorank_kernels import gather_rows
+
+
+class SelectingLayer(nn.Module):
+    """What a decoder layer's class is mixed with. The operator finds the layer by ``orthorank_name``."""
+
+    orthorank_name: str
+    orthorank: Shared
+    orthorank_index: int
+    self_attn: Any
+    input_layernorm: Any
+
+    def forward(self, positions: Tensor, hidden_states: Tensor, residual: Tensor, **kwargs: Any) -> Any:
+        """The layer as one operator; arguments and result are vLLM's."""
+        return operator.decoder_layer(positions, hidden_states, residual, self.orthorank_name)
+
+    def run(
+        self, positions: Tensor, hidden: Tensor, residual: Tensor, out_hidden: Tensor, out_residual: Tensor
+    ) -> None:
+        """What the operator does: see `orthorank.serving.operator`."""
+        found = step_metadata(hooks.metadata_of(self.self_attn.attn.layer_name))
+        if found is None or found.step is None:
+            self._run_dense(positions, hidden, residual, out_hidden, out_residual)
+            return
+        shared = self.orthorank
+        parts = LayerParts(self, found, positions, self.orthorank_projections)
+        serving = shared.serving
+        selected_forward(
+            parts,
+            serving.plan,
+            self.orthorank_index,
+            found.step,
+            hidden,
+            residual,
+            out_hidden,
+            out_residual,
+            read_count=serving.threshold_count == "read",
+        )
+
+    def _run_dense(
+        self, positions: Tensor, hidden: Tensor, residual: Tensor, out_hidden: Tensor, out_residual: Tensor
+    ) -> None:
+        """The layer as vLLM has it. Its norms write to what they are given, so they are given the outputs."""
+        out_hidden.copy_(hidden)
+        out_residual.copy_(residual)
+        new_hidden, new_residual = super().forward(positions, out_hidden, out_residual)
+        for out, new in ((out_hidden, new_hidden), (out_residual, new_residual)):
+            if new.data_ptr() != out.data_ptr():
+                out.copy_(new)
+
+    @cached_property
+    def orthorank_projections(self) -> Projections:
+        """Made at the first use, when the weights are there."""
+        return Projections(self.self_attn)
+
+    @cached_property
+    def orthorank_paged(self) -> bool:
+        """Whether the package's kernel reads the cache."""
+        wanted = self.orthorank.serving.attention
+        return attending.choose_way(wanted, self.self_attn.attn, self.input_layernorm.weight.dtype)
+
+
+class LayerParts(Parts):
+    """A layer of vLLM in one step."""
+
+    def __init__(self, layer: Any, metadata: StepMetadata, positions: Tensor, projections: Projections) -> None:
+        self.layer, self.metadata = layer, metadata
+        self.positions, self.projections = positions, projections
+
+    @property
+    def norm_in(self) -> RMSNorm:
+        """The norm before attention."""
+        norm = self.layer.input_layernorm
+        return RMSNorm(norm.weight, norm.variance_epsilon)
+
+    @property
+    def norm_post(self) -> RMSNorm:
+        """The norm before the MLP."""
+        norm = self.layer.post_attention_layernorm
+        return RMSNorm(norm.weight, norm.variance_epsilon)
+
+    def sinks(self, step: Step) -> Tensor:
+        """From the bank, by the first token of each request."""
+        shared: Shared = self.layer.orthorank
+        number = shared.layers.index(self.layer.orthorank_index)
+        return shared.bank.states[:, number].index_select(0, step.sink_slots)
+
+    def project(self, normed: Tensor) -> None:
+        """Keys and values of all tokens go where the backend puts them."""
+        keys, values = self.projections.keys_and_values(normed, self.positions)
+        hooks.write_cache(self.layer.self_attn.attn, keys, values)
+
+    def attend(self, normed: Tensor, chosen: Chosen) -> Tensor:
+        """By the package's kernel or the backend's."""
+        positions = chosen.positions.clamp(min=0).long()
+        queries = self.projections.queries(gather_rows(normed, chosen.rows), positions, chosen.rows)
+        attention = self.layer.self_attn.attn
+        attend = attending.attend_paged if self.layer.orthorank_paged else attending.attend_portable
+        attended = attend(attention, queries, chosen, self.metadata)
+        projected, _ = self.layer.self_attn.o_proj(attended.flatten(1))
+        return projected
+
+    def feed_forward(self, fed: Tensor) -> Tensor:
+        """The layer's MLP."""
+        return self.layer.mlp(fed)
+
+    def agree(self, scores: Tensor) -> Tensor:
+        """The first rank's, if asked for."""
+        group = hooks.parallel_group()
+        if self.layer.orthorank.serving.scores == "own" or group.world_size == 1:
+            return scores
+        return group.broadcast(scores, src=0)
+
+
+class RemovedLayer(nn.Module):
+    """What the class of a layer with keep ratio 0 is mixed with: nothing is computed, nothing is cached."""
+
+    def forward(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None, **kwargs: Any) -> Any:
+        """Both as they came."""
+        return hidden_states, residual
+
+
+def make_selecting(layer: Any, index: int, shared: Shared, contexts: dict[str, Any]) -> None:
+    """Turn ``layer`` into a selecting layer, known as such in ``contexts``, vLLM's layers by name."""
+    _expect_parts(layer)
+    attention = layer.self_attn.attn
+    if obstacle := attending.backend_obstacle(attention.attn_backend):
+        raise OrthoRankError(obstacle)
+    attention.attn_backend = selecting_backend(attention.attn_backend)
+    attention.orthorank = shared
+    layer.orthorank, layer.orthorank_index = shared, index
+    layer.orthorank_name = f"{attention.layer_name}.orthorank"
+    contexts[layer.orthorank_name] = layer
+    layer.__class__ = _mixed(SelectingLayer, type(layer))
+
+
+def _expect_parts(layer: Any) -> None:
+    """What this module, `projections` and `first_token` use of a decoder layer."""
+    module, sizes = nn.Module, ("q_size", "kv_size", "num_heads", "num_kv_heads", "head_dim")
+    expect(layer, self_attn=module, mlp=module, input_layernorm=module, post_attention_layernorm=module)
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+        expect(norm, weight=Tensor, variance_epsilon=float)
+    expect(layer.self_attn, attn=module, qkv_proj=module, o_proj=module, rotary_emb=module, **dict.fromkeys(sizes, int))
+    expect(layer.self_attn.attn, attn_backend=type, impl=object, layer_name=str, head_size=int, kv_cache_dtype=str)
+    expect(layer.self_attn.attn.impl, do_kv_cache_update=object)
+
+
+def make_removed(layer: Any, contexts: dict[str, Any]) -> None:
+    """Turn ``layer`` into one that is not there: it gets no place in the cache."""
+    del contexts[layer.self_attn.attn.layer_name]
+    layer.__class__ = _mixed(RemovedLayer, type(layer))
+
+
+def _mixed(mixin: type, layer_class: type) -> type:
+    """The class of both; one for all layers, so that compilers see one class."""
+    name = mixin.__name__.replace("Layer", layer_class.__name__)
+    if (mixin, layer_class) not in _MIXED:
+        _MIXED[mixin, layer_class] = type(name, (mixin, layer_class), {})
+    return _MIXED[mixin, layer_class]
+
+
+_MIXED: dict[tuple[type, type], type] = {}

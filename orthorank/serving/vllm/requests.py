@@ -1,0 +1,48 @@
+"""What the metadata of a step does not say of its requests: how long the prompts are, and what they begin with."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from orthorank.serving.vllm import hooks
+from orthorank.serving.vllm.interface import expect
+from orthorank.serving.vllm.rules import prompt_tokens
+
+
+class RequestTable:
+    """Prompt lengths and first tokens of the requests in flight.
+
+    vLLM has two model runners. The second tells the model of every new request (`add`), and the metadata of a step name
+    its rows. The first keeps both itself: its input batch is read while it builds metadata.
+
+    Args:
+        size: the most requests in flight.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._prompts = np.zeros(size, dtype=np.int64)
+        self._first = np.zeros(size, dtype=np.int64)
+
+    def add(self, row: int, prompt: Sequence[int] | None, params: Any = None) -> None:
+        """A new request in ``row``, with its sampling parameters; no prompt: nothing of it is selected from."""
+        self._prompts[row] = prompt_tokens(len(prompt), params) if prompt else 0
+        self._first[row] = prompt[0] if prompt else 0
+
+    def rows(self, common: Any) -> tuple[list[int], list[int]]:
+        """Prompt lengths and first tokens of the rows of ``common``, a step's metadata. 0 for rows of no request."""
+        count = common.num_reqs
+        if common.req_idx is not None:
+            rows = common.req_idx[:count]
+            return self._prompts[rows].tolist(), self._first[rows].tolist()
+        runner = hooks.runner()
+        if runner is None:  # metadata that no runner asked for
+            return [0] * count, [0] * count
+        batch, requests = runner.input_batch, runner.requests
+        expect(batch, num_reqs=int, num_prompt_tokens=np.ndarray, token_ids_cpu=np.ndarray, req_ids=list)
+        known = min(count, batch.num_reqs)  # rows behind are padding
+        prompts = [
+            prompt_tokens(tokens, requests[request].sampling_params)
+            for request, tokens in zip(batch.req_ids[:known], batch.num_prompt_tokens[:known].tolist(), strict=True)
+        ]
+        return prompts + [0] * (count - known), batch.token_ids_cpu[:count, 0].tolist()

@@ -1,0 +1,81 @@
+"""Rules that need no vLLM: where chunks of a prompt end, which tokens of it are computed alike in every request that
+begins with them, which tokens of a request are its prompt, and which weights a plan has no use for.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any, TypeVar
+
+from orthorank.common.errors import OrthoRankError
+
+# In a request's ``extra_args``: how many of its tokens are the prompt; those behind were generated, and sent again.
+PROMPT_TOKENS = "orthorank_prompt_tokens"
+Weight = TypeVar("Weight")
+
+
+def chunk_tokens(start: int, tokens: int, prompt: int, window: int) -> int:
+    """How many of ``tokens`` a chunk from ``start`` on takes, so that it ends where a window or the prompt does.
+
+    Example:
+        >>> chunk_tokens(0, 100, prompt=300, window=64), chunk_tokens(256, 100, prompt=300, window=64)
+        (64, 100)
+    """
+    end = start + tokens
+    return tokens if end >= prompt else max(0, end // window * window - start)
+
+
+def reusable_tokens(prompt: int, keep_last: int, window: int | None) -> int:
+    """How many tokens at the beginning of a prompt are computed as in every other request that begins with them.
+
+    Example:
+        >>> reusable_tokens(300, 1, None), reusable_tokens(300, 1, 64), reusable_tokens(256, 1, 64)
+        (299, 256, 192)
+    """
+    same = max(0, prompt - keep_last)
+    return same if window is None else same // window * window
+
+
+def prompt_tokens(tokens: int, params: Any) -> int:
+    """How many of a request's first ``tokens`` are its prompt: all, unless its sampling parameters say how many.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> prompt_tokens(12, None), prompt_tokens(12, SimpleNamespace(extra_args={"orthorank_prompt_tokens": 9}))
+        (12, 9)
+    """
+    said = (getattr(params, "extra_args", None) or {}).get(PROMPT_TOKENS)
+    return min(tokens, said) if type(said) is int and said > 0 else tokens
+
+
+def check_prompt_tokens(extra_args: dict[str, Any] | None) -> None:
+    """Before a request is taken.
+
+    Raises:
+        OrthoRankError: it says a number of prompt tokens that is none.
+
+    Example:
+        >>> check_prompt_tokens({"orthorank_prompt_tokens": "9"})
+        Traceback (most recent call last):
+        orthorank.common.errors.OrthoRankError: orthorank_prompt_tokens is '9'; it must be the number of the prompt's \
+own tokens, at least 1: those behind it were generated
+    """
+    said = (extra_args or {}).get(PROMPT_TOKENS)
+    if said is not None and (type(said) is not int or said < 1):
+        raise OrthoRankError(
+            f"{PROMPT_TOKENS} is {said!r}; it must be the number of the prompt's own tokens, at least 1: those behind "
+            "it were generated"
+        )
+
+
+def without_layers(weights: Iterable[tuple[str, Weight]], removed: Collection[int]) -> Iterator[tuple[str, Weight]]:
+    """Weights by name, without those of these decoder layers.
+
+    Example:
+        >>> names = ["model.layers.1.mlp.up_proj.weight", "model.layers.10.mlp.up_proj.weight", "model.norm.weight"]
+        >>> [name for name, _ in without_layers([(name, 0) for name in names], [1])]
+        ['model.layers.10.mlp.up_proj.weight', 'model.norm.weight']
+    """
+    for name, weight in weights:
+        layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+        if layer is None or int(layer[1]) not in removed:
+            yield name, weight

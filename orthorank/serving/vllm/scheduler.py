@@ -1,0 +1,98 @@
+"""vLLM's scheduler with two rules more: where chunks of a prompt end, and which blocks later requests may use.
+
+Chunks end at multiples of a window, so that windows are never cut and what a window selects does not depend on what
+else was in the batch. Blocks are put into the prefix cache only as far as a cold run would compute the same: not behind
+the prompt, and not where tokens were forced or a window was not full. No further do blocks of others serve a request.
+"""
+
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from orthorank.common.errors import OrthoRankError
+from orthorank.serving.vllm import interface
+from orthorank.serving.vllm.rules import chunk_tokens, prompt_tokens, reusable_tokens
+from orthorank.serving.vllm.serving import Serving
+
+
+def make_scheduler(**kwargs: Any) -> Scheduler:
+    """The scheduler for vLLM's settings: what ``scheduler_cls`` names."""
+    interface.require(interface.SCHEDULER)
+    asynchronous = kwargs["vllm_config"].scheduler_config.async_scheduling
+    return (AsyncOrthoRankScheduler if asynchronous else OrthoRankScheduler)(**kwargs)
+
+
+class _Rules(Scheduler):
+    """The rules, over either scheduler."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        interface.expect(self, need_mamba_block_aligned_split=bool, kv_cache_manager=object, cache_config=object)
+        serving = Serving.of(self.vllm_config.model_config.hf_config.orthorank)
+        plan = serving.plan
+        self._window = plan.select_window
+        if self._window is not None:
+            self.need_mamba_block_aligned_split = True  # has `schedule` ask the method below
+        if not self.cache_config.enable_prefix_caching or serving.reuse == "all":
+            return
+        interface.expect(self, hash_block_size=int)
+        if self._window is not None and self.hash_block_size % self._window:
+            raise OrthoRankError(
+                f"select_window is {self._window} and the cache's blocks have {self.hash_block_size} tokens: a hit "
+                "could end inside a window; set --block-size to a multiple of the window, or pass "
+                "--no-enable-prefix-caching"
+            )
+        manager, coordinator = self.kv_cache_manager, self.kv_cache_manager.coordinator
+        cache_blocks, find, computed = (
+            coordinator.cache_blocks,
+            coordinator.find_longest_cache_hit,
+            manager.get_computed_blocks,
+        )
+        longest = 0
+
+        def same(request: Any) -> int:
+            own = getattr(request, "orthorank_prompt", request.num_prompt_tokens)
+            return reusable_tokens(prompt_tokens(own, request.sampling_params), plan.keep_last, plan.select_window)
+
+        def cache_same(request: Any, num_computed_tokens: int) -> None:
+            cache_blocks(request, min(num_computed_tokens, same(request)))
+
+        def find_same(block_hashes: Any, max_cache_hit_length: int) -> Any:
+            return find(block_hashes, min(max_cache_hit_length, longest))
+
+        def computed_same(request: Any) -> Any:
+            nonlocal longest
+            longest = same(request)
+            return computed(request)
+
+        coordinator.cache_blocks = cache_same
+        coordinator.find_longest_cache_hit = find_same
+        manager.get_computed_blocks = computed_same
+
+    def _update_request_as_session(self, session: Any, update: Any) -> None:
+        """The next input of a streaming session: from now on vLLM counts what was generated as prompt."""
+        session.orthorank_prompt = getattr(session, "orthorank_prompt", session.num_prompt_tokens)
+        super()._update_request_as_session(session, update)
+
+    def _mamba_block_aligned_split(
+        self,
+        request: Any,
+        num_new_tokens: int,
+        num_new_local_computed_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+    ) -> int:
+        """How many tokens the next chunk of ``request`` takes. vLLM's name for the question, from other models."""
+        computed = num_new_local_computed_tokens + num_external_computed_tokens
+        start = request.num_computed_tokens + computed
+        assert self._window is not None  # nobody asks without
+        prompt = prompt_tokens(request.num_prompt_tokens, request.sampling_params)
+        return chunk_tokens(start, num_new_tokens, prompt, self._window)
+
+
+class OrthoRankScheduler(_Rules):
+    """With the rules."""
+
+
+class AsyncOrthoRankScheduler(_Rules, AsyncScheduler):
+    """With the rules, one step ahead."""

@@ -1,0 +1,243 @@
+"""The model as a stack of layers, for search and analysis: run any layer on any states, dense, selecting or removed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from orthorank.common.errors import OrthoRankError
+from orthorank.config import OrthoRankConfig
+from orthorank.hf.apply import handle_of
+from orthorank.hf.calls import Call, read_call
+from orthorank.hf.criteria import norm_and_rank
+from orthorank.hf.families import decoder_of, device_of, family_of, layers_of
+from orthorank.hf.intact import TakenApart
+from orthorank.hf.layer import selected_forward
+from orthorank.hf.parts import Parts
+from orthorank.hf.patching import Patch, forward_of
+from orthorank.hf.phases import Phase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOGITS_AT_ONCE = 2**26  # elements: 256 MiB of fp32 logits
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What enters the first layer, and what the model hands to each layer beside it.
+
+    Args:
+        hidden_states: ``[windows, tokens, hidden]``.
+        layer_kwargs: per layer: position_embeddings, attention_mask and the like.
+        call: where padding is.
+    """
+
+    hidden_states: Tensor
+    layer_kwargs: list[dict[str, Any]]
+    call: Call
+
+
+class LayerStack:
+    """The decoder layers of ``model`` one at a time, without a cache.
+
+    The model is left as it is: nothing is patched between two calls. Gradients are not recorded.
+
+    Raises:
+        OrthoRankError: the family is unknown, or a plan is applied to the model.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+        ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)).eval()
+        >>> stack, ids = LayerStack(model), torch.arange(8)[None]
+        >>> inputs = stack.embed(ids)
+        >>> h = stack.run(1, stack.run(0, inputs.hidden_states, inputs), inputs)
+        >>> torch.allclose(stack.logits(h), model(ids).logits, atol=1e-5)
+        True
+    """
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        self.model = model
+        self.decoder: Any = decoder_of(model)
+        self.family = family_of(model)
+        if handle_of(model) is not None:
+            raise OrthoRankError("a plan is applied to this model; call handle.remove() first")
+        self.layers: list[Any] = layers_of(model)
+        self.parts: list[Parts] = [self.family.parts(layer) for layer in self.layers]
+        self._taken_apart: dict[int, TakenApart] = {}
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model."""
+        return len(self.parts)
+
+    @torch.no_grad()
+    def embed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Pass:
+        """What the layers get for ``input_ids`` ``[windows, tokens]``: the model's own forward, with idle layers.
+
+        Args:
+            attention_mask: ``[windows, tokens]``, 1 for tokens and 0 for padding on either side; None: no padding.
+        """
+        call = read_call(
+            (input_ids.shape[0], input_ids.shape[1]), input_ids.device, Phase(), {"attention_mask": attention_mask}
+        )
+        with _idle_layers(self.decoder.layers) as seen:
+            self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return Pass(seen[0].hidden_states, [idle.kwargs for idle in seen], call)
+
+    @torch.no_grad()
+    def run(
+        self,
+        layer: int,
+        hidden_states: Tensor,
+        inputs: Pass,
+        keep_ratio: float = 1.0,
+        criterion: str = "orthogonal",
+        **options: Any,
+    ) -> Tensor:
+        """One layer on ``hidden_states`` ``[windows, tokens, hidden]``, which it leaves as they are.
+
+        Args:
+            layer: its number; inputs: from `embed`, of the same windows.
+            hidden_states: on any device; the output is where the layer runs.
+            keep_ratio: 1 = the dense layer, 0 = removed, between = token selection by ``criterion``.
+            options: further fields of `OrthoRankConfig` that say how tokens are selected: seed, kv, update_sink, sinks
+                and so on.
+
+        Raises:
+            OrthoRankError: criterion or an option is one that a plan may not have, or the layer cannot be taken apart
+                (see `orthorank.hf.intact`).
+        """
+        if keep_ratio == 0:
+            return hidden_states
+        device = device_of(self.layers[layer])
+        hidden_states, kwargs = hidden_states.to(device), _on(device, inputs.layer_kwargs[layer])
+        if keep_ratio == 1:
+            output = self.layers[layer](hidden_states, **kwargs)
+            return output[0] if isinstance(output, tuple) else output
+        plan = OrthoRankConfig(layers=[layer], keep_ratio=keep_ratio, criterion=criterion, **options)
+        call = replace(inputs.call, update_sink=plan.update_sink).on(device)
+        if layer not in self._taken_apart:
+            of_layer = self.layers[layer]
+            self._taken_apart[layer] = TakenApart(self.family, of_layer, layer, forward_of(of_layer))
+        parts = self._taken_apart[layer].check()
+        return selected_forward(parts, layer, plan, call, hidden_states, kwargs["position_embeddings"])
+
+    @torch.no_grad()
+    def ranks(
+        self, layer: int, hidden_states: Tensor, inputs: Pass, criterion: str = "orthogonal", **options: Any
+    ) -> Tensor:
+        """What ``layer`` ranks the tokens by, the smallest first: float32 ``[windows, tokens]``.
+
+        Arguments as for `run`. The sinks' ranks mean nothing.
+        """
+        device = device_of(self.layers[layer])
+        plan = OrthoRankConfig(layers=[layer], criterion=criterion, **options)
+        hidden_states = hidden_states.to(device)
+        with self.parts[layer].norm_in.applied(hidden_states) as (normed, norm):
+            return norm_and_rank(plan, layer, inputs.call.on(device), hidden_states, norm, given=normed)[1]
+
+    @torch.no_grad()
+    def normed(self, layer: int, hidden_states: Tensor) -> Tensor:
+        """The layer's input norm of ``hidden_states``: where tokens are scored."""
+        return self.parts[layer].norm_in(hidden_states)
+
+    @torch.no_grad()
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Final norm and language-model head: ``[windows, tokens, hidden]`` to ``[windows, tokens, vocabulary]``.
+
+        The model's own path, with the factors and caps that some models have behind the head.
+        """
+        return self._head(self.decoder.norm(hidden_states))
+
+    @torch.no_grad()
+    def token_losses(self, hidden_states: Tensor, input_ids: Tensor) -> Tensor:
+        """Cross entropy in nats of each next token, fp32 ``[windows, tokens - 1]``."""
+        return torch.cat(list(self.loss_parts(hidden_states, input_ids))).view(input_ids.shape[0], -1)
+
+    @torch.no_grad()
+    def loss_parts(self, hidden_states: Tensor, input_ids: Tensor) -> Iterator[Tensor]:
+        """The same, slice by slice of ``[windows * (tokens - 1)]``; the logits exist for one slice at a time."""
+        windows, tokens, _ = hidden_states.shape
+        states = self.decoder.norm(hidden_states)[:, :-1].reshape(windows * (tokens - 1), -1)
+        targets = input_ids[:, 1:].reshape(-1)
+        step = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
+        for i in range(0, len(targets), step):
+            logits = self._head(states[None, i : i + step])[0].float()
+            yield nn.functional.cross_entropy(logits, targets[i : i + step].to(logits.device), reduction="none")
+
+    def loss_gradient(self, hidden_states: Tensor, input_ids: Tensor) -> Tensor:
+        """Gradient of the summed `token_losses` with respect to ``hidden_states``, in its shape and dtype.
+
+        As there, the logits exist for a slice of tokens at a time.
+        """
+        windows, tokens, width = hidden_states.shape
+        states = hidden_states[:, :-1].reshape(windows * (tokens - 1), width)
+        targets = input_ids[:, 1:].reshape(-1)
+        step = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
+        gradient = torch.zeros_like(hidden_states)
+        parts: list[Tensor] = []
+        for i in range(0, len(targets), step):
+            with torch.enable_grad():
+                part = states[i : i + step].detach().requires_grad_()
+                logits = self._head(self.decoder.norm(part)[None])[0].float()
+                loss = nn.functional.cross_entropy(logits, targets[i : i + step].to(logits.device), reduction="sum")
+                parts += torch.autograd.grad(loss, part)
+        gradient[:, :-1] = torch.cat(parts).view(windows, tokens - 1, width)
+        return gradient
+
+    def _head(self, normed: Tensor) -> Tensor:
+        """What the model's own forward makes of the decoder's output ``[windows, tokens, hidden]``."""
+        given = _Given(self.decoder, "forward")
+        given.output = normed
+        try:
+            return self.model(inputs_embeds=normed, use_cache=False, return_dict=True).logits
+        finally:
+            given.undo()
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    """``value`` with the tensors in it on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _on(device, item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_on(device, item) for item in value)
+    return value
+
+
+class _Given(Patch):
+    """A decoder that gives what is already known."""
+
+    output: Tensor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from transformers.modeling_outputs import MoeModelOutputWithPast
+
+        return MoeModelOutputWithPast(last_hidden_state=self.output)  # every causal LM finds its fields in it
+
+
+class _Idle(Patch):
+    """A layer that does nothing but remember what it was called with."""
+
+    hidden_states: Tensor
+    kwargs: dict[str, Any]
+
+    def __call__(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        self.hidden_states, self.kwargs = hidden_states, kwargs
+        return hidden_states
+
+
+@contextmanager
+def _idle_layers(layers: Any) -> Iterator[list[_Idle]]:
+    idle = [_Idle(layer, "forward") for layer in layers]
+    try:
+        yield idle
+    finally:
+        for patch in reversed(idle):
+            patch.undo()

@@ -1,0 +1,180 @@
+"""Rotary position embedding of tokens that were gathered out of their sequence."""
+
+from torch import Tensor
+
+from orthorank_kernels import checks as _checks
+from orthorank_kernels import dispatch
+from orthorank_kernels import op as _library
+from orthorank_kernels.layout import empty_ordered_like
+from orthorank_kernels.reference import rotary as reference
+
+CLOSE = 1e-3  # a table's columns may differ by that and still be one: tables may be trained
+
+
+def apply_rotary_at(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+    rotary_dim: int | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Rotate queries or keys by the angles of their original positions (Su et al. 2021, RoFormer, equation 34).
+
+    Entry ``i`` of batch row ``b`` is rotated by ``cos[b, positions[b, i]]`` and ``sin[b, positions[b, i]]``. The
+    pairing is half-split, as in Hugging Face's ``rotate_half``: element ``j`` turns with element ``j + rotary_dim/2``;
+    or interleaved, as in GPT-J and GLM: element ``2j`` turns with ``2j + 1``. Angle ``j`` is column ``j`` of the tables
+    in both. Computed in float32 and rounded once, so a bfloat16 result is closer to the exact one than when each
+    product and the sum are rounded.
+
+    Args:
+        x: ``[batch, heads, selected, head_dim]`` or packed ``[selected, heads, head_dim]``, floating point. Any
+            strides, the last one 1: the transposed view of a projection's output is the normal case.
+        cos: ``[batch or 1, tokens, width]`` or packed ``[tokens, width]``, floating point, any strides, the last one 1.
+            ``width`` is ``rotary_dim``, as Hugging Face's rotary modules return it: the second half of the last
+            dimension repeats the first (only the first is read). Or it is half of ``rotary_dim``, without the
+            repetition (the two halves of vLLM's ``cos_sin_cache``, for example).
+        sin: like ``cos``.
+        positions: int32 ``[batch, selected]`` or ``[selected]``, indices into the token axis of ``cos``; -1 gives
+            zeros. None: ``x`` holds all tokens, in order. A position past the token axis is an IndexError on a CPU,
+            undefined on a GPU.
+        interleaved: which elements are a pair.
+        rotary_dim: elements of a head that are rotated, even and at most ``head_dim``; those from there on pass
+            through. None: the whole head, and ``cos`` must be as wide. It has to be said where the tables are narrower,
+            since they may be of a part of the head or without the repetition, and nothing in them tells which.
+        out: where to write the result: its shape, dtype and strides; it may be ``x`` itself. None: new memory.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``.
+
+    Returns:
+        Shape and dtype of ``x``; dense, with the dimensions in the same order in memory as in ``x``; ``out`` if it is
+        given. Differentiable in ``x``, ``cos`` and ``sin``.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, stride or device; or on a CPU, the second
+            half of a table does not repeat the first, as where each angle stands there twice, side by side.
+        IndexError: on a CPU, a position is past the token axis.
+        BackendError: ``backend="triton"`` cannot run here, or ``out`` is given and an input requires grad.
+
+    >>> import torch
+    >>> angle = torch.tensor([0.0, torch.pi / 2]).reshape(1, 2, 1).expand(1, 2, 4)
+    >>> x = torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)
+    >>> apply_rotary_at(x, angle.cos(), angle.sin(), torch.tensor([[1]], dtype=torch.int32)).round(decimals=3)
+    tensor([[[[-3., -4.,  1.,  2.]]]])
+    >>> quarter = torch.tensor([[torch.pi / 2, torch.pi / 2]])
+    >>> apply_rotary_at(x[0, 0][None], quarter.cos(), quarter.sin(), interleaved=True, rotary_dim=4).round(decimals=3)
+    tensor([[[-2.,  1., -4.,  3.]]])
+    """
+    packed = isinstance(x, Tensor) and x.dim() == 3
+    width = _check(x, cos, sin, positions, packed, interleaved, rotary_dim)
+    if out is not None:
+        _check_out(out, x)
+    args = (x, cos, sin, positions, out)
+    if packed:  # a batch of one, as views; [selected, heads, head_dim] is [1, heads, selected, head_dim]
+        args = tuple(None if t is None else t.unsqueeze(0) for t in args)  # type: ignore[assignment]
+        args = (args[0].transpose(1, 2), *args[1:4], None if args[4] is None else args[4].transpose(1, 2))
+    result = dispatch.run(
+        _APPLY_ROTARY_AT,
+        (*args[:4], interleaved, width),
+        backend=backend,
+        device=x.device,
+        out=None if out is None else args[4:],
+    )
+    if out is not None:
+        return out
+    return result.transpose(1, 2).squeeze(0) if packed else result
+
+
+def _check(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    packed: bool,
+    interleaved: bool,
+    rotary_dim: int | None,
+) -> int:
+    """Check everything but ``out``; returns how many elements of a head are rotated."""
+    _checks.tensor("x", x, "[selected, heads, head_dim]" if packed else "[batch, heads, selected, head_dim]")
+    _checks.flag("interleaved", interleaved)
+    batch, selected, head_dim = 1 if packed else x.shape[0], x.shape[0 if packed else 2], x.shape[-1]
+    table = "[tokens, width]" if packed else "[batch or 1, tokens, width]"
+    _checks.tensor("cos", cos, table)
+    _checks.tensor("sin", sin, table)
+    _checks.shape("sin", sin, cos.shape, "the shape of cos")
+    _checks.same_dtype("cos", cos, sin=sin)
+    _checks.same_device("x", x, cos=cos, sin=sin)
+    _checks.unit_last_stride(x=x, cos=cos, sin=sin)
+    if not packed and cos.shape[0] not in (1, batch):
+        raise ValueError(f"cos has shape {list(cos.shape)}; its first dimension must be the batch of x, {batch}, or 1")
+    width = _rotated(cos, sin, rotary_dim, head_dim)
+    if positions is None:
+        if cos.shape[-2] != selected:
+            raise ValueError(
+                f"cos has {cos.shape[-2]} tokens and x {selected}; pass positions to say which tokens x holds"
+            )
+        return width
+    _checks.positions(positions, None if packed else batch, x)
+    _checks.shape("positions", positions, (selected,) if packed else (batch, selected), "the shape of x")
+    _checks.positions_inside(positions, cos.shape[-2], "cos")
+    return width
+
+
+def _rotated(cos: Tensor, sin: Tensor, rotary_dim: int | None, head_dim: int) -> int:
+    """How many elements of a head are rotated, of which the tables must be as wide or half as wide."""
+    width = cos.shape[-1]
+    if rotary_dim is None:
+        if width != head_dim or width % 2 or width == 0:
+            raise ValueError(
+                f"cos has shape {list(cos.shape)} and x a head_dim of {head_dim}; without rotary_dim the last "
+                "dimension of cos must be the head_dim, above 0 and even: pass rotary_dim, how many elements of a head "
+                f"are rotated ({width} if that dimension's second half repeats the first, {2 * width} if nothing does)"
+            )
+        rotary_dim = width
+    _checks.integer("rotary_dim", rotary_dim, at_least=2, at_most=head_dim, none="the head_dim")
+    if rotary_dim % 2 or width not in (rotary_dim, rotary_dim // 2):
+        raise ValueError(
+            f"rotary_dim is {rotary_dim} and cos has shape {list(cos.shape)}; rotary_dim must be even, and the last "
+            "dimension of cos as large, or half of it where nothing is repeated"
+        )
+    if width == rotary_dim:
+        _check_repetition("cos", cos, rotary_dim // 2)
+        _check_repetition("sin", sin, rotary_dim // 2)
+    return rotary_dim
+
+
+def _check_repetition(name: str, table: Tensor, half: int) -> None:
+    """On a CPU: the second half of a table's columns repeats the first. Looks at two tokens, which takes no time."""
+    if not _checks.readable(table):
+        return
+    seen = table.detach().narrow(0, 0, min(2 if table.dim() == 2 else 1, table.shape[0]))
+    seen = seen.narrow(-2, 0, min(2, seen.shape[-2]))
+    if ((seen[..., :half] - seen[..., half:]).abs() > CLOSE).any():  # no NaN is
+        raise ValueError(
+            f"{name} has shape {list(table.shape)}, and the second half of its last dimension does not repeat the "
+            f"first; where each angle stands there twice, side by side (repeat_interleave), pass {name}[..., ::2] and "
+            f"rotary_dim={2 * half}; where nothing is repeated, pass rotary_dim={4 * half}"
+        )
+
+
+def _check_out(out: Tensor, x: Tensor) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out is a {type(out).__name__}; it must be a tensor to write the op's output to")
+    _checks.shape("out", out, x.shape, "the shape of x")
+    _checks.same_dtype("x", x, out=out)
+    _checks.same_device("x", x, out=out)
+    _checks.unit_last_stride(out=out)
+    _checks.no_overlap("out", out)
+
+
+_APPLY_ROTARY_AT = _library.define(
+    "apply_rotary_at(Tensor x, Tensor cos, Tensor sin, Tensor? positions=None, bool interleaved=False,"
+    " SymInt? rotary_dim=None) -> Tensor",
+    cpu=reference.apply_rotary_at,
+    triton="rotary.apply_rotary_at",
+    fake=lambda x, cos, sin, positions=None, interleaved=False, rotary_dim=None: empty_ordered_like(x),
+    outputs=("out",),
+    aliases=("x",),
+)

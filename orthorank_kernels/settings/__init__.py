@@ -1,0 +1,1 @@
+"""Launch settings as data: look-up and the files."""
