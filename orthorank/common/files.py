@@ -23,8 +23,8 @@ def user_path(name: str, path: str | os.PathLike[str]) -> Path:
     >>> user_path("plan", "x" * 5000)
     Traceback (most recent call last):
         ...
-    orthorank.common.errors.OrthoRankError: plan is 'xxxxxxxxxxxxxxxxxxxxxxxx...' (5000 characters), which cannot be the \
-path of a file: File name too long
+    orthorank.common.errors.OrthoRankError: plan is 'xxxxxxxxxxxxxxxxxxxxxxxx...' (5000 characters), which cannot be \
+the path of a file: File name too long
     """
     try:
         found = Path(path).expanduser()

@@ -1,9 +1,9 @@
 """Launch settings of the attention kernel, and what they depend on: the GPU and what its hardware can describe.
 
 The tiles themselves are data: `configs/sparse_query_attention.*.json`, read by `orthorank_kernels.settings.lookup`.
-Chosen without a GPU: 128 rows halve the traffic of K and V against 64, and 8 warps hold them without spilling; the bound
-is shared memory (99 KiB on "ampere-small") or registers. Float32 has no tensor cores here (ieee products): larger tiles
-spill in the loop.
+Chosen without a GPU: 128 rows halve the traffic of K and V against 64, and 8 warps hold them without spilling; the
+bound is shared memory (99 KiB on "ampere-small") or registers. Float32 has no tensor cores here (ieee products): larger
+tiles spill in the loop.
 
 Functions of shapes, dtype and target, so that a test can compile exactly what would be launched.
 """

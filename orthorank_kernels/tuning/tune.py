@@ -1,9 +1,9 @@
 """Launch settings measured on the GPU at hand: ``orthorank-kernels tune``, and ``ORTHORANK_AUTOTUNE=1``.
 
 Four steps, a short function each: `orthorank_kernels.settings.lookup.look_up` and its ``default``; `candidates` and
-`tune` here. What is tried and timed for each op is in `orthorank_kernels.tuning.problems`. A candidate that the GPU cannot
-launch or that gives another result than the default is left out, and the default stays where none is faster by more
-than `MARGIN`. Kinds of problems are those of the settings' files: none depends on a length, so what was measured once
+`tune` here. What is tried and timed for each op is in `orthorank_kernels.tuning.problems`. A candidate that the GPU
+cannot launch or that gives another result than the default is left out, and the default stays where none is faster by
+more than `MARGIN`. Kinds of problems are those of the settings' files: none depends on a length, so what was measured once
 serves every prompt.
 """
 
