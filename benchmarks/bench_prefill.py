@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from orthorank import OrthoRankConfig, OrthoRankError
-from orthorank.common.models import load_model
 from orthorank.evaluation import flop_speedup, layer_cost, time_prefill
+from orthorank.hf.models import load_model
 from orthorank.plans import default_plan
 
 GOAL = 0.95

@@ -25,8 +25,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 from orthorank import OrthoRankConfig
 from orthorank.calibration.thresholds import calibrate
 from orthorank.common.files import write_json
-from orthorank.common.models import load_model
 from orthorank.common.texts import find_text, tokenize
+from orthorank.hf.models import load_model
 from orthorank.plans import default_plan
 from orthorank.serving.vllm.arguments import vllm_arguments
 from orthorank.serving.vllm.serving import Serving

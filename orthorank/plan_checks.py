@@ -4,12 +4,9 @@ import math
 import re
 import reprlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orthorank.common.errors import OrthoRankError
-
-if TYPE_CHECKING:
-    from orthorank.config import OrthoRankConfig
 
 LEGAL: dict[str, tuple[str, ...]] = {
     "criterion": ("orthogonal", "inverse", "random", "cosine", "prenorm"),
@@ -30,7 +27,7 @@ RECORDS = ("calibration", "measured")
 _VERSION = re.compile(r"\d+(\.\d+)*", re.ASCII)
 
 
-def check_fields(plan: "OrthoRankConfig") -> None:
+def check_fields(plan: Any) -> None:
     """Check every field of ``plan``, and bring layers, ratios and thresholds into their stored form.
 
     Raises:
@@ -125,7 +122,7 @@ def _check_record(name: str, value: object) -> None:
         )
 
 
-def _check_modes(plan: "OrthoRankConfig") -> None:
+def _check_modes(plan: Any) -> None:
     """The fields of each way to select are there when it is chosen, and only then."""
     if plan.select == "window" and plan.select_window is None:
         raise OrthoRankError("select is 'window' and select_window is None; give the tokens of a window, such as 256")
@@ -185,7 +182,7 @@ def _layers(layers: object, total: int | None) -> list[int]:
     return ordered
 
 
-def _by_layer(name: str, plan: "OrthoRankConfig") -> dict[int, Any]:
+def _by_layer(name: str, plan: Any) -> dict[int, Any]:
     """The field ``name``, a mapping from layers of the plan, with its keys as ints and sorted."""
     given = getattr(plan, name)
     if not isinstance(given, Mapping):

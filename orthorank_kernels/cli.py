@@ -92,8 +92,8 @@ def _parser() -> argparse.ArgumentParser:
 def _tune(options: argparse.Namespace) -> int:
     from orthorank_kernels import dispatch
     from orthorank_kernels.settings import lookup as _settings
-    from orthorank_kernels.tuning.tune import run as tuning_run
-    from orthorank_kernels.tuning.tune import tune as tuning
+    from orthorank_kernels.tuning import run as tuning_run
+    from orthorank_kernels.tuning import tune as tuning
 
     try:
         device = dispatch.device_of(options.device)
@@ -116,7 +116,7 @@ def _tune(options: argparse.Namespace) -> int:
 
 
 def _target(name: str) -> str:
-    from orthorank_kernels.tuning.tune import tune as tuning
+    from orthorank_kernels.tuning import tune as tuning
 
     if not re.fullmatch(r"sm_\d{2,3}|gfx[0-9a-f]{3,4}", name):
         raise tuning.TuningError(f"compile is {name!r}; it may be an architecture such as sm_80, sm_90 or gfx942")

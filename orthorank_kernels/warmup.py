@@ -11,9 +11,16 @@ from torch import Tensor
 
 from orthorank_kernels import checks as _checks
 from orthorank_kernels import dispatch
+from orthorank_kernels.ops.activation import silu_and_mul
+from orthorank_kernels.ops.add_norm import gather_add_rms_norm
 from orthorank_kernels.ops.attention import sparse_query_attention
 from orthorank_kernels.ops.attention_paged import sparse_query_attention_paged
 from orthorank_kernels.ops.attention_varlen import sparse_query_attention_varlen
+from orthorank_kernels.ops.norm_score import rms_norm_score
+from orthorank_kernels.ops.norm_selection import rms_norm_select
+from orthorank_kernels.ops.rotary import apply_rotary_at
+from orthorank_kernels.ops.rows import gather_rows, scatter_add_rows_, scatter_rows_
+from orthorank_kernels.ops.selection import select_tokens
 
 LAYOUTS = ("batch", "packed", "paged")
 EPS = 1e-6
@@ -130,7 +137,6 @@ class _Model:
 
 def _calls(m: _Model, layout: str, tokens: int, selected: int) -> dict[str, Callable[..., Any]]:
     """Every op of a layout on one sequence; each takes further keyword arguments."""
-    import orthorank_kernels as ok
 
     def rows(n: int, *rest: int) -> Tensor:
         return m.zeros(1, n, *rest) if layout == "batch" else m.zeros(n, *rest)
@@ -148,17 +154,17 @@ def _calls(m: _Model, layout: str, tokens: int, selected: int) -> dict[str, Call
         positions, packed, q = positions[None], {}, q[None].transpose(1, 2)
     request = selected if layout == "batch" else m.indices(selected)
     calls: dict[str, Callable[..., Any]] = {
-        "rms_norm_score": partial(ok.rms_norm_score, x, weight, EPS, **packed),
-        "select_tokens": partial(_with_k, ok.select_tokens, request, scores, **packed),
-        "rms_norm_select": partial(_with_k, ok.rms_norm_select, request, x, weight, EPS, **packed),
-        "gather_rows": partial(ok.gather_rows, x, positions),
-        "apply_rotary_at": partial(ok.apply_rotary_at, q, table, table, positions),
-        "gather_add_rms_norm": partial(ok.gather_add_rms_norm, x, positions, compact, weight, EPS),
-        "scatter_rows_": partial(ok.scatter_rows_, x, positions, compact),
-        "scatter_add_rows_": partial(ok.scatter_add_rows_, x, positions, compact, compact),
+        "rms_norm_score": partial(rms_norm_score, x, weight, EPS, **packed),
+        "select_tokens": partial(_with_k, select_tokens, request, scores, **packed),
+        "rms_norm_select": partial(_with_k, rms_norm_select, request, x, weight, EPS, **packed),
+        "gather_rows": partial(gather_rows, x, positions),
+        "apply_rotary_at": partial(apply_rotary_at, q, table, table, positions),
+        "gather_add_rms_norm": partial(gather_add_rms_norm, x, positions, compact, weight, EPS),
+        "scatter_rows_": partial(scatter_rows_, x, positions, compact),
+        "scatter_add_rows_": partial(scatter_add_rows_, x, positions, compact, compact),
     }
     if m.intermediate is not None:
-        calls["silu_and_mul"] = partial(ok.silu_and_mul, rows(selected, 2 * m.intermediate))
+        calls["silu_and_mul"] = partial(silu_and_mul, rows(selected, 2 * m.intermediate))
     return calls | _attention(m, layout, tokens, q, positions)
 
 

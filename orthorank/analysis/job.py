@@ -57,8 +57,8 @@ def run_analysis(settings: AnalysisSettings, screen: Screen) -> dict[str, Any]:
     from orthorank.analysis import figures
     from orthorank.analysis.layerwise import compare_layers
     from orthorank.analysis.similarity import measure_similarities
-    from orthorank.common.models import load_model, locate
     from orthorank.common.texts import Bos, find_text, read_tokens
+    from orthorank.hf.models import load_model, locate
     from orthorank.stack.layers import LayerStack
     from orthorank.stack.sink import detect_sink
 

@@ -1,8 +1,5 @@
 """``orthorank bench``: how fast the dense model and plans run here, and how much memory they hold."""
 
-import json as json_module
-from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,11 +56,12 @@ def command(
     """
 
     from orthorank.commands import bench_random, bench_vllm
+    from orthorank.commands.bench_shared import counted, deliver, shipped
     from orthorank.commands.screen import RichScreen, console, numbers
     from orthorank.common.files import writable_folder
-    from orthorank.common.models import load_model, locate
     from orthorank.evaluation.bench import BenchSettings, run_bench
     from orthorank.evaluation.bench_results import results_of
+    from orthorank.hf.models import load_model, locate
 
     if engine not in ENGINES:
         raise OrthoRankError(f"engine is {engine!r}; it may be {' or '.join(ENGINES)}")
@@ -115,29 +113,6 @@ def command(
     return deliver(results, folder, as_json=json, show=lambda: _show(screen, results, folder))
 
 
-def counted(advance: Callable[[int, str], object]) -> Callable[[str, int, int], None]:
-    """What a benchmark calls after each of its steps: moves a bar of all of them on by one."""
-    steps = count(1)
-
-    def on_step(what: str, number: int, of: int) -> None:
-        advance(next(steps), f"{what} {number} of {of}")
-
-    return on_step
-
-
-def deliver(results: dict[str, Any], folder: Path | None, *, as_json: bool, show: Callable[[], None]) -> int:
-    """Write the results to ``folder`` if there is one, and print them, for a machine or (``show``) for people."""
-    from orthorank.evaluation.bench_results import write_results
-
-    if folder is not None:
-        write_results(folder, results)
-    if as_json:
-        print(json_module.dumps(results, indent=2))
-    else:
-        show()
-    return 0
-
-
 def _refuse_for_vllm(**options: Any) -> None:
     """Options that vLLM's engine leaves no choice in, or that are not measured there."""
     remedies = {
@@ -161,16 +136,6 @@ def _read(paths: list[str] | None) -> dict[str, Any] | None:
         return None
     plans = [OrthoRankConfig.from_pretrained(user_path("plan", path)) for path in paths]
     return dict(zip(variant_names(plans), plans, strict=True))
-
-
-def shipped(model: Any) -> dict[str, Any]:
-    """The plans that come with the package for ``model`` (anything with its ``config``), by what they are."""
-    from orthorank.plans import default_plan
-
-    try:
-        return {"layer pruning": default_plan(model, "layer-pruning"), "orthorank": default_plan(model)}
-    except OrthoRankError as error:
-        raise OrthoRankError(f"{error}; or name the plans to measure with --plan") from error
 
 
 def _set_threads(threads: int | None) -> None:

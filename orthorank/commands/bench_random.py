@@ -43,10 +43,10 @@ def run(
     """Measure and show; see `orthorank.evaluation.bench_random.bench_random`."""
     import torch
 
-    from orthorank.commands.bench import counted, deliver
-    from orthorank.common.models import pick_device
+    from orthorank.commands.bench_shared import counted, deliver
     from orthorank.evaluation.bench_random import bench_random
     from orthorank.evaluation.random_weights import random_model, read_config, unsearched_plans
+    from orthorank.hf.models import pick_device
 
     read_config(config, layers)  # what is wrong with it is said before a model is made
     if graph and (place := pick_device(device)).type != "cuda":

@@ -27,7 +27,7 @@ def run(
     as_json: bool,
 ) -> int:
     """Measure, write and show; arguments are those of `orthorank.commands.bench.command`, read."""
-    from orthorank.commands.bench import counted, deliver, shipped
+    from orthorank.commands.bench_shared import counted, deliver, shipped
     from orthorank.evaluation.bench_vllm import check_installed, results_of, run_vllm_bench
 
     check_installed()
@@ -44,7 +44,7 @@ def run(
 
 
 def _arguments(words: str | None, dtype: str | None) -> dict[str, Any]:
-    from orthorank.common.models import DTYPES
+    from orthorank.hf.models import DTYPES
 
     if dtype is not None and dtype not in DTYPES:
         raise OrthoRankError(f"dtype is {dtype!r}; it may be {', '.join(DTYPES)}")
@@ -66,7 +66,7 @@ def _model(name: str | None) -> tuple[str, Any]:
     from transformers import AutoConfig
 
     from orthorank.common.loading import quiet
-    from orthorank.common.models import locate
+    from orthorank.hf.models import locate
 
     if name is None:
         raise OrthoRankError(f"--engine vllm needs a model: {NEEDS_FOLDER}")

@@ -40,13 +40,13 @@ def command(
 
     from orthorank.commands.screen import RichScreen, console
     from orthorank.common.files import user_path, writable_folder, write_json
-    from orthorank.common.models import load_model, locate
     from orthorank.common.texts import Bos, check_bos
     from orthorank.config import OrthoRankConfig
     from orthorank.evaluation.longbench import Question, metrics
     from orthorank.evaluation.longbench_run import run_longbench
     from orthorank.hf.apply import apply
-    from orthorank.search.folder import model_fingerprint
+    from orthorank.hf.models import load_model, locate
+    from orthorank.stack.fingerprint import model_fingerprint
 
     for name, value in (("limit", limit), ("max_tokens", max_tokens), ("only_shorter", only_shorter)):
         if value is not None and value < 1:

@@ -126,7 +126,7 @@ def run(settings: "SearchSettings") -> int:
 
     from orthorank.commands.screen import INDENT, RichScreen, console
     from orthorank.search.distributed import launched_rank
-    from orthorank.search.job import run_search
+    from orthorank.search.run import run_search
 
     terminal = console(quiet=launched_rank() > 0)
     screen = RichScreen(terminal)

@@ -12,12 +12,12 @@ from orthorank.common import format as words
 from orthorank.common.environment import environment
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import writable_folder
-from orthorank.common.models import load_model, locate, pick_device
 from orthorank.common.progress import Screen, SilentScreen
 from orthorank.common.texts import Bos, find_text, read_tokens, take_samples
 from orthorank.demo import choose, measure
 from orthorank.demo.run import PLAN_FILES, REPORT, RESULTS, Run
 from orthorank.demo.settings import Settings
+from orthorank.hf.models import load_model, locate, pick_device
 from orthorank_kernels._version import __version__
 
 if TYPE_CHECKING:

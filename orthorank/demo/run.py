@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthorank.common.files import write_json, write_text
-from orthorank.common.models import ModelInfo
 from orthorank.common.progress import Screen
 from orthorank.common.texts import Samples, Text
 from orthorank.config import FILE_NAME, OrthoRankConfig
 from orthorank.demo.settings import Settings
+from orthorank.hf.models import ModelInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -13,8 +13,8 @@ from orthorank.config import OrthoRankConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from orthorank.common.models import ModelInfo
     from orthorank.evaluation.bench import BenchReport
+    from orthorank.hf.models import ModelInfo
 
 
 def results_of(

@@ -40,7 +40,7 @@ def random_model(
 
     Args:
         config: a name of `shipped_configs`, a config.json as the hub has it, or a folder with one.
-        device: where; dtype: of the weights, as `orthorank.common.models.load_model` takes it.
+        device: where; dtype: of the weights, as `orthorank.hf.models.load_model` takes it.
         attention: transformers' ``attn_implementation``; ``"sdpa_causal"`` is
             `orthorank.evaluation.causal_attention`, the same in eager, captured and compiled models.
         layers: decoder layers to make; None: as many as the configuration has.
@@ -65,8 +65,8 @@ def random_model(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from orthorank.common.models import pick_device, pick_dtype
     from orthorank.evaluation.causal_attention import NAME, register
+    from orthorank.hf.models import pick_device, pick_dtype
 
     place = pick_device(str(device))
     read = read_config(config, layers)
@@ -119,7 +119,7 @@ def unsearched_plans(num_layers: int) -> "dict[str, OrthoRankConfig]":
     """Layer pruning and OrthoRank plans at 10 and 20 % nominal sparsity, whose layers nobody searched.
 
     Random weights give a search nothing to find, and for speed it does not matter which layers select. The rule: the
-    last layers before the final one, as many as `orthorank.search.counts.layer_count` says. A sparsity of less than
+    last layers before the final one, as many as `orthorank.stack.counts.layer_count` says. A sparsity of less than
     one layer is left out.
 
     >>> {name: plan.layers for name, plan in unsearched_plans(20).items()}  # doctest: +NORMALIZE_WHITESPACE
@@ -127,7 +127,7 @@ def unsearched_plans(num_layers: int) -> "dict[str, OrthoRankConfig]":
      'layer pruning 20 %': [15, 16, 17, 18], 'orthorank 20 %': [13, 14, 15, 16, 17, 18]}
     """
     from orthorank.config import OrthoRankConfig
-    from orthorank.search.counts import layer_count
+    from orthorank.stack.counts import layer_count
 
     plans = {}
     for sparsity in SPARSITIES:

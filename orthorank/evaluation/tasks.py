@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-import orthorank
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import user_path
 from orthorank.common.loading import Complete
 from orthorank.config import OrthoRankConfig
 from orthorank.evaluation import answer_cache
 from orthorank.hf.apply import Handle, apply
+from orthorank.hf.apply import context as prompts_of
 from orthorank.hf.calls import Call
 
 try:
@@ -217,7 +217,7 @@ class OrthoRankLM(HFLM):
             if self.handle is not None:
                 around.enter_context(self.handle.watching(self.last_tokens))
                 if self.context_only:
-                    around.enter_context(orthorank.context(self.model, contexts, keep_last=0))  # as plain calls have it
+                    around.enter_context(prompts_of(self.model, contexts, keep_last=0))  # as plain calls have it
             return self.model(ids.to(self.device), attention_mask=padded).logits
 
 

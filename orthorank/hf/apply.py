@@ -14,9 +14,11 @@ from orthorank.config import OrthoRankConfig, hub_id
 from orthorank.hf import cache_state as sink_state
 from orthorank.hf.call_lock import CallLock
 from orthorank.hf.calls import Call, Watcher
-from orthorank.hf.families import Family, decoder_of, device_of, family_of, layers_of, unwrapped
+from orthorank.hf.families import decoder_of, device_of, family_of, layers_of, unwrapped
+from orthorank.hf.family import Family
 from orthorank.hf.forwards import DecoderForward, Generate, LayerForward, PrepareInputs
 from orthorank.hf.intact import TakenApart, check_classes, implementation_of
+from orthorank.hf.parts import Parts
 from orthorank.hf.patching import Patch, forward_of
 from orthorank.hf.phases import Phase, context_lengths, phase_of
 from orthorank.hf.refusals import refused_methods
@@ -74,7 +76,7 @@ def apply(model: "PreTrainedModel", config: OrthoRankConfig) -> "Handle":
             TakenApart(family, layer, index, forward_of(layer))
         elif index in config.layers:
             check_classes(family, layer, index)
-            family.parts(layer)
+            Parts.of(family, layer)
     return Handle(model, dataclasses.replace(copy.deepcopy(config)), family)  # checks its fields again
 
 

@@ -15,11 +15,30 @@ from torch import Tensor
 from orthorank.common.errors import OrthoRankError
 from orthorank.hf.masks import Columns, refuse_packed, refuse_restarts, refuse_right_padding, valid_columns
 from orthorank.hf.phases import Phase
-from orthorank.hf.windows import Windows, windows_by_ratio
 from orthorank_kernels import keep_count
 
 if TYPE_CHECKING:
-    from orthorank.config import OrthoRankConfig
+    pass
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of one call at one keep ratio, as packed sequences. Tensors are int32 ``[sequences (+ 1)]``.
+
+    Args:
+        cu_seqlens: where each begins among the ``batch * tokens`` of the call.
+        counts: how many tokens each selects; sinks: where the row's sink is in it, -1 for elsewhere.
+        most: the most that a row can select; where `is_exact`, what each row selects.
+    """
+
+    cu_seqlens: Tensor
+    counts: Tensor
+    sinks: Tensor
+    most: int
+
+    def on(self, device: torch.device) -> "Windows":
+        """The same with its tensors on ``device``."""
+        return Windows(self.cu_seqlens.to(device), self.counts.to(device), self.sinks.to(device), self.most)
 
 
 @dataclass(frozen=True)
@@ -153,20 +172,6 @@ class Call:
         if self.ranks_decoded:
             return 0
         return self.batch * self.decode_tokens if self.tails is None else self.tails.sum()
-
-    def prepared(self, plan: "OrthoRankConfig", device: torch.device) -> "Call":
-        """The same with what every selecting layer of ``plan`` would compute anew."""
-        workspace = torch.zeros(self.batch, dtype=torch.int32, device=device)
-        call = dataclasses.replace(self, workspace=workspace, update_sink=plan.update_sink)
-        if call.lengths is not None:
-            call = dataclasses.replace(call, valid=call.lengths.sum())
-        if plan.select == "window":
-            return dataclasses.replace(call, windows=windows_by_ratio(plan, call, device))
-        if plan.select == "threshold" or call.lengths is None:
-            return call
-        ratios = {plan.ratio(layer) for layer in plan.selecting}
-        counted = {ratio: (each, each.sum()) for ratio in ratios if isinstance(each := call.counts(ratio)[0], Tensor)}
-        return dataclasses.replace(call, counted=counted)
 
     def on(self, device: torch.device) -> "Call":
         """The same with its tensors on ``device``, where another part of the model may lie."""

@@ -4,23 +4,18 @@ A spec says where the parts of a decoder layer are and what is done with them (`
 layer's forward (`orthorank.hf.layer`) is one for all.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from orthorank.common.errors import OrthoRankError
-from orthorank.hf.parts import Norm, Parts, split_heads
+from orthorank.hf.family import Family, always, plain_heads, split_heads
+from orthorank.hf.own_code import not_compiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def _no_window(attention: Any) -> int | None:
-    """Llama: every query sees everything before it."""
-    return None
 
 
 def _window_of_config(attention: Any) -> int | None:
@@ -47,17 +42,13 @@ def _norm_before_heads(attention: Any, which: str, projected: Tensor) -> Tensor:
 
 def _norm_of_cohere(attention: Any, which: str, projected: Tensor) -> Tensor:
     """Cohere: optional, with weights of their own for each head."""
-    return (_norm_of_heads if attention.use_qk_norm else _plain_heads)(attention, which, projected)
+    return (_norm_of_heads if attention.use_qk_norm else plain_heads)(attention, which, projected)
 
 
 def _norm_of_stablelm(attention: Any, which: str, projected: Tensor) -> Tensor:
     """StableLM: optional, a module for each head."""
     heads = split_heads(attention, projected)
     return getattr(attention, f"{which}_layernorm")(heads) if attention.qk_layernorm else heads
-
-
-def _plain_heads(attention: Any, which: str, projected: Tensor) -> Tensor:
-    return split_heads(attention, projected)
 
 
 def _rotates_smollm3(attention: Any) -> bool:
@@ -73,89 +64,6 @@ def _slides(attention: Any) -> bool:
 def _parallel_stablelm(layer: Any) -> bool:
     """StableLM: an option of the model."""
     return bool(layer.use_parallel_residual)
-
-
-def _always(module: Any) -> bool:
-    return True
-
-
-def _never(module: Any) -> bool:
-    return False
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where one architecture keeps the parts of a decoder layer, and what it does with them.
-
-    Args:
-        name: the architecture's name as users know it.
-        home: the module of Python that has its classes; empty: not stated, and any classes will do.
-        norm: ``"rms"``, or ``"layer"`` for LayerNorm; torch_norm: its norms are PyTorch's class, not one of their own;
-            weight_offset: added to the norms' weights (Gemma: 1).
-        norm_in: attribute name of the norm before attention; None: there is none, and tokens are scored on the layer's
-            input itself.
-        attention, mlp: their attribute names.
-        norm_attended, norm_post, norm_fed: names of the norms of attention's output, before the MLP and of the MLP's
-            output; None: there is none.
-        parallel: from the layer to whether its MLP reads what attention reads (a parallel residual).
-        qkv: name of one projection for queries, keys and values, in this order; None: there are three.
-        heads: from the attention module, ``"q"`` or ``"k"`` and what was projected ``[batch, tokens, width]`` to
-            ``[batch, heads, tokens, head_dim]``, normed where the family norms.
-        rotates: from the attention module to whether its layer has rotary embeddings; interleaved: pairs of channels
-            lie side by side. The tables say how many channels are rotated.
-        window: from the attention module to its sliding window in tokens, or None when it sees everything.
-        softcap: the attention module's attribute with the cap of scores; residual_scale: the layer's, with the factor
-            on what is added to the residual stream.
-        drop_attended, drop_fed: names of the dropouts of attention's and of the MLP's output, which training uses.
-    """
-
-    name: str
-    home: str = ""
-    norm: str = "rms"
-    torch_norm: bool = False
-    weight_offset: float = 0.0
-    norm_in: str | None = "input_layernorm"
-    attention: str = "self_attn"
-    norm_attended: str | None = None
-    norm_post: str | None = "post_attention_layernorm"
-    mlp: str = "mlp"
-    norm_fed: str | None = None
-    parallel: Callable[[Any], bool] = _never
-    qkv: str | None = None
-    heads: Callable[[Any, str, Tensor], Tensor] = _plain_heads
-    rotates: Callable[[Any], bool] = _always
-    interleaved: bool = False
-    window: Callable[[Any], int | None] = _no_window
-    softcap: str | None = None
-    residual_scale: str | None = None
-    drop_attended: str | None = None
-    drop_fed: str | None = None
-
-    @property
-    def note(self) -> str:
-        """What `status` says of the family."""
-        if self.norm_in is not None:
-            return ""
-        return f"{self.name} has no norm before attention: tokens are scored on the layer's input itself"
-
-    def parts(self, layer: nn.Module) -> Parts:
-        """The modules of ``layer``; raises when the layer does not look as this spec says."""
-        parallel = self.parallel(layer)
-        norms = [self.norm_in, self.norm_attended, None if parallel else self.norm_post, self.norm_fed]
-        names = [name for name in (*norms, self.attention, self.mlp) if name is not None]
-        if missing := [name for name in names if not isinstance(getattr(layer, name, None), nn.Module)]:
-            raise OrthoRankError(
-                f"a {type(layer).__name__} has no {', '.join(missing)}, which {self.name} layers have; the installed "
-                "transformers may be newer than this package: see the supported range in the README"
-            )
-        home = "torch.nn.modules.normalization" if self.torch_norm else self.home
-        into, attended, post, fed = (
-            Norm(name and getattr(layer, name), self.norm, self.weight_offset, home) for name in norms
-        )
-        attention, mlp = not_compiled(getattr(layer, self.attention)), getattr(layer, self.mlp)
-        parts = Parts(self, layer, attention, mlp, into, attended, post, fed, parallel)
-        parts.check()
-        return parts
 
 
 _GEMMA_2 = Family(
@@ -175,7 +83,7 @@ _OLMO_2 = Family(
     norm_fed="post_feedforward_layernorm",
     heads=_norm_before_heads,
 )
-_COHERE = Family("Cohere", norm="layer", norm_post=None, parallel=_always, heads=_norm_of_cohere, interleaved=True)
+_COHERE = Family("Cohere", norm="layer", norm_post=None, parallel=always, heads=_norm_of_cohere, interleaved=True)
 
 _SPECS: dict[str, Family] = {
     "llama": Family("Llama"),
@@ -209,7 +117,7 @@ _SPECS: dict[str, Family] = {
         drop_fed="dropout",
     ),
     "cohere": _COHERE,
-    "cohere2": replace(_COHERE, name="Cohere 2", heads=_plain_heads, rotates=_slides, window=_window_of_layer),
+    "cohere2": replace(_COHERE, name="Cohere 2", heads=plain_heads, rotates=_slides, window=_window_of_layer),
 }
 _PACKAGES = {"gemma3_text": "gemma3"}  # of transformers.models, where it is not called like the model type
 
@@ -248,15 +156,6 @@ def unwrapped(model: Any) -> Any:
             model = original
         else:
             return model
-
-
-def not_compiled(module: Any) -> Any:
-    """The module inside, if ``module`` is what `torch.compile` puts around one.
-
-    What accelerate's ``compile_regions`` returns is not: it has layers of its own, and only remembers the other model.
-    """
-    inside = getattr(module, "_modules", {}).get("_orig_mod")
-    return module if inside is None else inside
 
 
 def layers_of(model: Any) -> list[Any]:

@@ -3,31 +3,58 @@
 import dataclasses
 from functools import partial
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from orthorank.common.errors import OrthoRankError
+from orthorank.config import OrthoRankConfig
 from orthorank.hf import cache_state as sink_state
-from orthorank.hf.calls import Call, cache_of, read_call
-from orthorank.hf.families import Family
+from orthorank.hf.call_lock import CallLock
+from orthorank.hf.calls import Call, Watcher, cache_of, read_call
+from orthorank.hf.family import Family
 from orthorank.hf.generating import PREPARES, phase_inside
 from orthorank.hf.intact import TakenApart
 from orthorank.hf.layer import removed_forward, selected_forward
 from orthorank.hf.layer_plan import LayerPlan
+from orthorank.hf.parts import Parts
 from orthorank.hf.patching import Patch
 from orthorank.hf.phases import Phase, phase_of
 from orthorank.hf.refusals import refuse_outputs, refuse_unrun, without_cache
+from orthorank.hf.selection import prepared
+from orthorank.hf.status import LayerCounts
+from orthorank.hf.unmasked import Watch
 
-if TYPE_CHECKING:
-    from orthorank.hf.apply import Handle
+
+class Applied(Protocol):
+    """What the methods of a patched model know of the plan that is applied to it: the `Handle`."""
+
+    model: Any
+    config: OrthoRankConfig
+    stats: dict[int, LayerCounts]
+    selecting: list[int]
+    skips: bool
+    removes: bool
+    identity: str
+    phase: Phase
+    lock: CallLock
+    call: Call | None
+    watcher: Watcher | None
+    unmasked: Watch
+    layers: "list[LayerForward]"
+
+    def check_layers(self, config: Any) -> None:
+        """The selecting layers are what their family's spec says."""
+
+    def remove(self) -> None:
+        """Undo the plan."""
 
 
 class DecoderForward(Patch):
     """Reads padding and phase of each call before the layers run."""
 
-    def __init__(self, handle: "Handle", decoder: Any) -> None:
+    def __init__(self, handle: Applied, decoder: Any) -> None:
         super().__init__(decoder, "forward")
         self.handle = handle
         # the name since transformers 5.24, and before
@@ -85,7 +112,7 @@ class DecoderForward(Patch):
                 sink_state.check(cache_of(kwargs), runs, call.batch, handle.config.decode)
             if handle.config.kv == "selected":
                 inputs["use_cache"] = without_cache(cache_of(kwargs), inputs["use_cache"])
-            call = call.prepared(handle.config, given.device)
+            call = prepared(call, handle.config, given.device)
         for layer in handle.layers:
             layer.ran = False
         handle.call = call if handle.watcher is None else dataclasses.replace(call, watcher=handle.watcher)
@@ -105,7 +132,7 @@ class LayerForward(Patch):
     graph wherever those of transformers do.
     """
 
-    def __init__(self, handle: "Handle", layer: Any, index: int, family: Family) -> None:
+    def __init__(self, handle: Applied, layer: Any, index: int, family: Family) -> None:
         super().__init__(layer, "forward")
         self.handle, self.index, self.family = handle, index, family
         self.plan, self.counts = LayerPlan(handle.config, index), handle.stats[index]
@@ -141,7 +168,7 @@ class LayerForward(Patch):
         self, hidden_states: Tensor, cos_sin: tuple[Tensor, Tensor], cache: Any, call: Call, updated: list[int | Tensor]
     ) -> Any:
         if torch.compiler.is_compiling() or self.taken_apart is None or self.taken_apart.parts is None:
-            parts = self.family.parts(self.owner)
+            parts = Parts.of(self.family, self.owner)
         else:
             parts = self.taken_apart.parts  # looked at when the call began
         run = partial(selected_forward, parts, self.index, self.plan, call.on(hidden_states.device), updated=updated)
@@ -156,7 +183,7 @@ class LayerForward(Patch):
 class Generate(Patch):
     """`generate()`: what it is given is the prompt, everything after it is decoded."""
 
-    def __init__(self, handle: "Handle", model: Any) -> None:
+    def __init__(self, handle: Applied, model: Any) -> None:
         super().__init__(model, "generate")
         self.handle = handle
 
@@ -177,7 +204,7 @@ class Generate(Patch):
 class PrepareInputs(Patch):
     """Sees the ``[batch, tokens]`` mask before `generate()` turns it into a causal one for static caches."""
 
-    def __init__(self, handle: "Handle", model: Any) -> None:
+    def __init__(self, handle: Applied, model: Any) -> None:
         super().__init__(model, PREPARES)
         self.handle = handle
 

@@ -5,16 +5,14 @@ its own class's forward, nor its attention: what was hung on those would be left
 when the plan is applied and before each call that is not compiled, and refused by name.
 """
 
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from torch import nn
 
 from orthorank.common.errors import OrthoRankError
-
-if TYPE_CHECKING:
-    from orthorank.hf.families import Family
-    from orthorank.hf.parts import Parts
+from orthorank.hf.family import Family
+from orthorank.hf.own_code import has_own_forward, home_of, is_bound, is_code_of, name_of
+from orthorank.hf.parts import Parts
 
 HOOKS = {
     "_forward_hooks": "forward hook",
@@ -24,8 +22,6 @@ HOOKS = {
 }
 # Hooks that only listen, for outputs which a plan refuses to give.
 LISTENERS = ("transformers.utils.output_capturing",)
-# Hooks of accelerate that move inputs and weights and change no value.
-MOVERS = ("ModelHook", "AlignDevicesHook")
 # Functions of a modelling file that attention calls. Liger-Kernel's and the Hub's are the same, faster.
 FUNCTIONS = ("apply_rotary_pos_emb", "eager_attention_forward")
 REMEDY = "take it off, hang it on what is called instead, "
@@ -45,7 +41,7 @@ class TakenApart:
         OrthoRankError: it is not what the spec says; the message names what, why, and what to do.
     """
 
-    def __init__(self, family: "Family", layer: Any, index: int, beneath: Any) -> None:
+    def __init__(self, family: Family, layer: Any, index: int, beneath: Any) -> None:
         self.family, self.layer, self.index, self.beneath = family, layer, index, beneath
         self.parts: Parts | None = None
         self._seen: Seen | None = None
@@ -54,7 +50,7 @@ class TakenApart:
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"parts": None, "_seen": None}  # a copy finds its own
 
-    def check(self, implementation: str | None = None) -> "Parts":
+    def check(self, implementation: str | None = None) -> Parts:
         """The layer's parts, if it still is what it was found to be.
 
         Args:
@@ -62,7 +58,7 @@ class TakenApart:
         """
         if self.parts is None or self._seen is None or not self._seen.holds(implementation):
             check_classes(self.family, self.layer, self.index)
-            parts = self.family.parts(self.layer)
+            parts = Parts.of(self.family, self.layer)
             self._check_layer()
             self._check_attention(parts.attention)
             around = getattr(self.layer, self.family.attention)  # the same, or what torch.compile puts around it
@@ -73,20 +69,20 @@ class TakenApart:
 
     def _check_layer(self) -> None:
         kind = type(self.layer)
-        if self.beneath is not None and not _is_bound(self.beneath, self.layer):
-            self._refuse("the layer", f"a forward of its own, {_name(self.beneath)}, set before the plan was applied")
+        if self.beneath is not None and not is_bound(self.beneath, self.layer):
+            self._refuse("the layer", f"a forward of its own, {name_of(self.beneath)}, set before the plan was applied")
         if not is_code_of(kind.forward, self.family.home):
-            self._refuse("the layer", f"the forward that its class {kind.__name__} was given, {_name(kind.forward)}")
+            self._refuse("the layer", f"the forward that its class {kind.__name__} was given, {name_of(kind.forward)}")
 
     def _check_attention(self, attention: Any) -> None:
         where, kind = f"its {self.family.attention}", type(attention)
         if not has_own_forward(attention):
             hook = vars(attention).get("_hf_hook")
             own = vars(attention)["forward"]
-            said = _name(own) if hook is None else f"{type(hook).__name__}, a hook of accelerate"
+            said = name_of(own) if hook is None else f"{type(hook).__name__}, a hook of accelerate"
             self._refuse(where, f"a forward of its own, {said}")
         if not is_code_of(kind.forward, self.family.home):
-            self._refuse(where, f"the forward that its class {kind.__name__} was given, {_name(kind.forward)}")
+            self._refuse(where, f"the forward that its class {kind.__name__} was given, {name_of(kind.forward)}")
         if kind.__call__ is not nn.Module.__call__:
             self._refuse(where, f"the __call__ of its class {kind.__name__}")
         self._check_hooks(attention)
@@ -94,8 +90,8 @@ class TakenApart:
     def _check_hooks(self, attention: Any) -> None:
         for name, word in HOOKS.items():
             for hook in vars(attention)[name].values():
-                if _home(hook) not in LISTENERS:
-                    self._refuse(f"its {self.family.attention}", f"the {word} {_name(hook)}")
+                if home_of(hook) not in LISTENERS:
+                    self._refuse(f"its {self.family.attention}", f"the {word} {name_of(hook)}")
 
     def _check_functions(self, attention: Any) -> None:
         """Attention's own functions: of its modelling file, and the one that ``attn_implementation`` names."""
@@ -107,13 +103,13 @@ class TakenApart:
         known = getattr(type(attention).forward, "__globals__", {})
         for name in FUNCTIONS:
             eager_is_unused = name == "eager_attention_forward" and implementation != "eager"
-            if name in known and not eager_is_unused and not _home(known[name]).startswith(MAKERS):
-                self._refuse(where, f"the {name} that its modelling file was given, {_name(known[name])}")
+            if name in known and not eager_is_unused and not home_of(known[name]).startswith(MAKERS):
+                self._refuse(where, f"the {name} that its modelling file was given, {name_of(known[name])}")
         function = ALL_ATTENTION_FUNCTIONS.get(implementation, None)
-        if function is not None and "/" not in implementation and not _home(function).startswith(MAKERS):
+        if function is not None and "/" not in implementation and not home_of(function).startswith(MAKERS):
             self._refuse(
                 where,
-                f"the attention function {implementation!r}, {_name(function)}",
+                f"the attention function {implementation!r}, {name_of(function)}",
                 'call model.set_attn_implementation("sdpa"), ',
             )
 
@@ -166,7 +162,7 @@ def implementation_of(config: Any) -> str | None:
     return own[name] if name in own else config._attn_implementation  # noqa: SIM401, the default would be asked for
 
 
-def check_classes(family: "Family", layer: Any, index: int) -> None:
+def check_classes(family: Family, layer: Any, index: int) -> None:
     """Layer and attention are of the family's classes, or of subclasses of these.
 
     Raises:
@@ -185,69 +181,3 @@ def check_classes(family: "Family", layer: Any, index: int) -> None:
                 "the model with transformers' own classes (trust_remote_code=False), take the wrapper off, or leave "
                 f"layer {index} out of the plan's layers"
             )
-
-
-@lru_cache(maxsize=256)
-def is_code_of(forward: Any, home: str) -> bool:
-    """Whether ``forward`` is code of the module ``home``, wrapped by code of transformers at most.
-
-    What a function says of itself (``__module__``) is copied by `functools.wraps`; where its code lies is not.
-
-    Args:
-        home: a module's name; empty: any.
-    """
-    while home:
-        here = _home(forward)
-        if here == home and not hasattr(forward, "__wrapped__"):
-            return True
-        if not here.startswith("transformers.") or not hasattr(forward, "__wrapped__"):
-            return False
-        forward = forward.__wrapped__
-    return True
-
-
-def has_own_forward(module: Any) -> bool:
-    """Whether calling ``module`` runs its class's forward, maybe between accelerate's moves of inputs and weights."""
-    own = vars(module)
-    forward = own.get("forward")
-    if forward is None or _is_bound(forward, module):  # accelerate leaves it like that when it takes its hook off
-        return True
-    return (
-        _home(forward) == "accelerate.hooks"
-        and _only_moves(own.get("_hf_hook"))
-        and _is_bound(own.get("_old_forward"), module)
-    )
-
-
-def _only_moves(hook: Any) -> bool:
-    kind = type(hook)
-    if kind.__module__ != "accelerate.hooks":
-        return False
-    return all(map(_only_moves, hook.hooks)) if kind.__name__ == "SequentialHook" else kind.__name__ in MOVERS
-
-
-def _is_bound(function: Any, module: nn.Module) -> bool:
-    """Whether ``function`` is the forward of the class of ``module``, bound to it."""
-    bound_to, code = getattr(function, "__self__", None), getattr(function, "__func__", None)
-    return bound_to is module and code is type(module).forward
-
-
-def _code(function: Any) -> Any:
-    """The function inside a partial or a bound method."""
-    while (inner := getattr(function, "func", None) or getattr(function, "__func__", None)) is not None:
-        function = inner
-    return function
-
-
-def _home(function: Any) -> str:
-    """The module in which the code of ``function`` lies."""
-    function = _code(function)
-    found = getattr(function, "__globals__", None)
-    return found.get("__name__", "") if isinstance(found, dict) else type(function).__module__ + "."
-
-
-def _name(function: Any) -> str:
-    code = _code(function)
-    if not hasattr(code, "__qualname__"):
-        code = type(code)
-    return f"{code.__qualname__} of {_home(function).rstrip('.') or code.__module__}"

@@ -3,17 +3,15 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from orthorank.common.errors import OrthoRankError
-from orthorank.hf.intact import has_own_forward, is_code_of
+from orthorank.hf.family import Family, split_heads
+from orthorank.hf.own_code import has_own_forward, is_code_of, not_compiled
 from orthorank_kernels import apply_rotary_at, gather_add_rms_norm, silu_and_mul
-
-if TYPE_CHECKING:
-    from orthorank.hf.families import Family
 
 Tables = tuple[Tensor, Tensor]  # cos and sin
 
@@ -117,7 +115,7 @@ class Parts:
         parallel: the MLP reads what attention reads, not the sum after it.
     """
 
-    family: "Family"
+    family: Family
     layer: Any
     attention: Any
     mlp: Any
@@ -126,6 +124,26 @@ class Parts:
     norm_post: Norm
     norm_fed: Norm
     parallel: bool
+
+    @classmethod
+    def of(cls, family: Family, layer: nn.Module) -> "Parts":
+        """The modules of ``layer``; raises when the layer does not look as this spec says."""
+        parallel = family.parallel(layer)
+        norms = [family.norm_in, family.norm_attended, None if parallel else family.norm_post, family.norm_fed]
+        names = [name for name in (*norms, family.attention, family.mlp) if name is not None]
+        if missing := [name for name in names if not isinstance(getattr(layer, name, None), nn.Module)]:
+            raise OrthoRankError(
+                f"a {type(layer).__name__} has no {', '.join(missing)}, which {family.name} layers have; the installed "
+                "transformers may be newer than this package: see the supported range in the README"
+            )
+        home = "torch.nn.modules.normalization" if family.torch_norm else family.home
+        into, attended, post, fed = (
+            Norm(name and getattr(layer, name), family.norm, family.weight_offset, home) for name in norms
+        )
+        attention, mlp = not_compiled(getattr(layer, family.attention)), getattr(layer, family.mlp)
+        parts = cls(family, layer, attention, mlp, into, attended, post, fed, parallel)
+        parts.check()
+        return parts
 
     def check(self) -> None:
         """The attention has what is read from it, and is causal. A norm that is not the family's is called."""
@@ -259,12 +277,6 @@ class Parts:
 
     def _dropped(self, name: str | None, x: Tensor) -> Tensor:
         return x if name is None or not self.layer.training else getattr(self.layer, name)(x)
-
-
-def split_heads(attention: Any, projected: Tensor) -> Tensor:
-    """``[batch, tokens, heads * head_dim]`` to a ``[batch, heads, tokens, head_dim]`` view."""
-    batch, tokens, _ = projected.shape
-    return projected.view(batch, tokens, -1, attention.head_dim).transpose(1, 2)
 
 
 def fused(projection: Any, normed: Tensor, groups: int, which: str) -> tuple[Tensor, ...]:

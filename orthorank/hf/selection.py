@@ -5,18 +5,17 @@ terms here: forced tokens elsewhere get rank -inf, and windows become packed seq
 here waits for a device, except `fitted`, which says when.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from orthorank.config import OrthoRankConfig
+from orthorank.hf.calls import Call
 from orthorank.hf.layer_plan import threshold_of
-from orthorank.hf.windows import is_exact, select_in_windows
+from orthorank.hf.windows import is_exact, select_in_windows, windows_by_ratio
 from orthorank_kernels import select_tokens
-
-if TYPE_CHECKING:
-    from orthorank.config import OrthoRankConfig
-    from orthorank.hf.calls import Call
 
 WORTH_A_WAIT = 256  # tokens of a call, from which dropping empty columns saves more time than reading a count takes
 
@@ -33,12 +32,27 @@ class Picked(NamedTuple):
     counts: Tensor
 
 
-def is_plain(plan: "OrthoRankConfig", call: "Call") -> bool:
+def prepared(call: Call, plan: OrthoRankConfig, device: torch.device) -> Call:
+    """``call`` with what every selecting layer of ``plan`` would compute anew, on ``device``."""
+    workspace = torch.zeros(call.batch, dtype=torch.int32, device=device)
+    call = dataclasses.replace(call, workspace=workspace, update_sink=plan.update_sink)
+    if call.lengths is not None:
+        call = dataclasses.replace(call, valid=call.lengths.sum())
+    if plan.select == "window":
+        return dataclasses.replace(call, windows=windows_by_ratio(plan, call, device))
+    if plan.select == "threshold" or call.lengths is None:
+        return call
+    ratios = {plan.ratio(layer) for layer in plan.selecting}
+    counted = {ratio: (each, each.sum()) for ratio in ratios if isinstance(each := call.counts(ratio)[0], Tensor)}
+    return dataclasses.replace(call, counted=counted)
+
+
+def is_plain(plan: OrthoRankConfig, call: Call) -> bool:
     """Whether `request` says it all: whole rows, and forced tokens at their ends alone."""
     return plan.select != "window" and call.forced_at_end is not None
 
 
-def request(plan: "OrthoRankConfig", layer: int, call: "Call") -> dict[str, Any]:
+def request(plan: OrthoRankConfig, layer: int, call: Call) -> dict[str, Any]:
     """How ``plan`` selects in ``layer``, as arguments of `select_tokens`: k or threshold, keep_last and room."""
     forced = call.forced_at_end or 0
     if plan.select == "threshold":
@@ -47,7 +61,7 @@ def request(plan: "OrthoRankConfig", layer: int, call: "Call") -> dict[str, Any]
     return {"k": each, "keep_last": forced, "max_selected": most}
 
 
-def pick(plan: "OrthoRankConfig", layer: int, call: "Call", ranks: Tensor, sinks: Tensor | None) -> Picked:
+def pick(plan: OrthoRankConfig, layer: int, call: Call, ranks: Tensor, sinks: Tensor | None) -> Picked:
     """The tokens that ``plan`` selects in ``layer`` by their ``ranks``.
 
     Args:
@@ -67,7 +81,7 @@ def pick(plan: "OrthoRankConfig", layer: int, call: "Call", ranks: Tensor, sinks
     return Picked(chosen.positions, chosen.counts)
 
 
-def count_of(plan: "OrthoRankConfig", layer: int, call: "Call", positions: Tensor, counts: Tensor) -> int | Tensor:
+def count_of(plan: OrthoRankConfig, layer: int, call: Call, positions: Tensor, counts: Tensor) -> int | Tensor:
     """How many tokens are updated in all: an int where it is known beforehand, or else a tensor that nobody reads yet.
 
     Args:
@@ -80,7 +94,7 @@ def count_of(plan: "OrthoRankConfig", layer: int, call: "Call", positions: Tenso
     return counts.sum()
 
 
-def fitted(plan: "OrthoRankConfig", call: "Call", positions: Tensor, counts: Tensor) -> Tensor:
+def fitted(plan: OrthoRankConfig, call: Call, positions: Tensor, counts: Tensor) -> Tensor:
     """``positions`` without the columns that no row fills, so that the products of the layer are as few as they can be.
 
     How many a threshold selects is known on the device alone. Reading it makes no difference on a CPU; elsewhere the

@@ -10,48 +10,24 @@ window is one packed sequence. Row i of a call turns into these, one after the o
 """
 
 import math
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from orthorank.config import OrthoRankConfig
+from orthorank.hf.calls import Call, Windows
 from orthorank_kernels import keep_count, select_tokens
 
-if TYPE_CHECKING:
-    from orthorank.config import OrthoRankConfig
-    from orthorank.hf.calls import Call
 
-
-@dataclass(frozen=True)
-class Windows:
-    """The windows of one call at one keep ratio, as packed sequences. Tensors are int32 ``[sequences (+ 1)]``.
-
-    Args:
-        cu_seqlens: where each begins among the ``batch * tokens`` of the call.
-        counts: how many tokens each selects; sinks: where the row's sink is in it, -1 for elsewhere.
-        most: the most that a row can select; where `is_exact`, what each row selects.
-    """
-
-    cu_seqlens: Tensor
-    counts: Tensor
-    sinks: Tensor
-    most: int
-
-    def on(self, device: torch.device) -> "Windows":
-        """The same with its tensors on ``device``."""
-        return Windows(self.cu_seqlens.to(device), self.counts.to(device), self.sinks.to(device), self.most)
-
-
-def windows_by_ratio(plan: "OrthoRankConfig", call: "Call", device: torch.device) -> dict[float, Windows]:
+def windows_by_ratio(plan: OrthoRankConfig, call: Call, device: torch.device) -> dict[float, Windows]:
     """The windows of ``call`` at each ratio of ``plan``, once for all layers."""
     ratios = {plan.ratio(layer) for layer in plan.selecting}
     return {ratio: windows_of(call, _size(plan), ratio, device) for ratio in ratios}
 
 
-def windows_of(call: "Call", window: int, ratio: float, device: torch.device) -> Windows:
+def windows_of(call: Call, window: int, ratio: float, device: torch.device) -> Windows:
     """The windows of ``call``, computed where its tensors are: the host waits for nothing.
 
     Args:
@@ -81,7 +57,7 @@ def windows_of(call: "Call", window: int, ratio: float, device: torch.device) ->
     )
 
 
-def select_in_windows(plan: "OrthoRankConfig", layer: int, call: "Call", ranks: Tensor) -> tuple[Tensor, Tensor]:
+def select_in_windows(plan: OrthoRankConfig, layer: int, call: Call, ranks: Tensor) -> tuple[Tensor, Tensor]:
     """The tokens of smallest rank in each window: positions int32 ``[batch, most]`` and counts ``[batch]``.
 
     Args:
@@ -107,7 +83,7 @@ def select_in_windows(plan: "OrthoRankConfig", layer: int, call: "Call", ranks: 
     return _unpacked(rows, counts, call.tokens, windows.most), counts
 
 
-def is_exact(call: "Call") -> bool:
+def is_exact(call: Call) -> bool:
     """Whether all rows select alike, and the host counts how many: without padding, outside compiled code.
 
     Counting goes from window to window, and would make one graph for each number of windows. In a graph there is room
@@ -116,7 +92,7 @@ def is_exact(call: "Call") -> bool:
     return call.lengths is None and not torch.compiler.is_compiling()
 
 
-def _size(plan: "OrthoRankConfig") -> int:
+def _size(plan: OrthoRankConfig) -> int:
     assert plan.select_window is not None  # a plan that selects in windows has their size
     return plan.select_window
 
@@ -132,7 +108,7 @@ def _unpacked(rows: Tensor, counts: Tensor, tokens: int, most: int) -> Tensor:
     return positions.scatter(0, place, torch.where(rows < 0, -1, rows % tokens))[:-1].view(batch, most)
 
 
-def _columns(call: "Call", device: torch.device) -> tuple[Tensor, Tensor]:
+def _columns(call: Call, device: torch.device) -> tuple[Tensor, Tensor]:
     """First valid column of each row in the call and one past the last, int64 ``[batch, 1]``."""
     if call.starts is None or call.lengths is None:
         zeros = torch.zeros(call.batch, 1, dtype=torch.int64, device=device)
@@ -149,13 +125,13 @@ def _counts(lengths: Tensor, ratio: float, forced: Tensor, inside: Tensor, updat
     return torch.where(forced > 0, torch.minimum(torch.maximum(counts, forced), most), counts)
 
 
-def _most_windows(call: "Call", window: int) -> int:
+def _most_windows(call: Call, window: int) -> int:
     """Windows that a row of the call can touch."""
     whole = (call.tokens + window - 1) // window
     return whole if is_exact(call) and call.past % window == 0 else whole + 1
 
 
-def _most(call: "Call", window: int, ratio: float) -> int:
+def _most(call: Call, window: int, ratio: float) -> int:
     """The most tokens that a row can select; exactly that where `is_exact`."""
     decoded = call.decode_tokens if call.tails is None else 0
     if not is_exact(call):

@@ -39,7 +39,7 @@ class ReproduceSettings:
         longbench: JSONL file of questions, ``hub``, or None to leave it out; longbench_tokens: only prompts up to
             this length, None: all.
         sweep: nominal sparsities. prompt_tokens, rounds: of the throughput.
-        device, dtype: as for `orthorank.common.models.load_model`.
+        device, dtype: as for `orthorank.hf.models.load_model`.
 
     Raises:
         OrthoRankError: a value that is not possible.

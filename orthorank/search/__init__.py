@@ -9,14 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orthorank.search.counts import evaluation_count, halving_stages, layer_count
     from orthorank.search.greedy import begin_search, greedy_round, greedy_search
     from orthorank.search.influence import block_influence
-    from orthorank.search.job import run_search
     from orthorank.search.one_shot import loss_scores, magnitude_scores, one_shot_candidates, rank_layers
+    from orthorank.search.run import run_search
     from orthorank.search.settings import SearchSettings
     from orthorank.search.state import SearchInterrupted, SearchState
     from orthorank.search.taylor import taylor_scores
+    from orthorank.stack.counts import evaluation_count, halving_stages, layer_count
     from orthorank.stack.evaluator import Evaluator
     from orthorank.stack.processes import OneProcess, Processes
     from orthorank.stack.sink import candidate_layers
@@ -46,22 +46,22 @@ __all__ = [
 
 # Imported when first asked for, so that the command line can check its options before torch is there.
 _HOMES = {
-    "counts": ("evaluation_count", "halving_stages", "layer_count"),
-    "evaluator": ("Evaluator",),
-    "greedy": ("begin_search", "greedy_round", "greedy_search"),
-    "influence": ("block_influence",),
-    "job": ("run_search",),
-    "one_shot": ("loss_scores", "magnitude_scores", "one_shot_candidates", "rank_layers"),
-    "processes": ("OneProcess", "Processes"),
-    "settings": ("SearchSettings",),
-    "state": ("SearchInterrupted", "SearchState"),
-    "taylor": ("taylor_scores",),
+    "orthorank.stack.counts": ("evaluation_count", "halving_stages", "layer_count"),
+    "orthorank.stack.evaluator": ("Evaluator",),
+    "orthorank.search.greedy": ("begin_search", "greedy_round", "greedy_search"),
+    "orthorank.search.influence": ("block_influence",),
+    "orthorank.search.run": ("run_search",),
+    "orthorank.search.one_shot": ("loss_scores", "magnitude_scores", "one_shot_candidates", "rank_layers"),
+    "orthorank.stack.processes": ("OneProcess", "Processes"),
+    "orthorank.search.settings": ("SearchSettings",),
+    "orthorank.search.state": ("SearchInterrupted", "SearchState"),
+    "orthorank.search.taylor": ("taylor_scores",),
+    "orthorank.stack.sink": ("candidate_layers",),
 }
 
 
 def __getattr__(name: str) -> Any:
-    homes = {each: f"orthorank.search.{module}" for module, names in _HOMES.items() for each in names}
-    homes["candidate_layers"] = "orthorank.stack.sink"
+    homes = {each: module for module, names in _HOMES.items() for each in names}
     if name not in homes:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(homes[name]), name)

@@ -16,7 +16,7 @@ from orthorank.search.plans import key_of, plan_of
 from orthorank_kernels._version import __version__
 
 if TYPE_CHECKING:
-    from orthorank.search.budget_job import Search
+    from orthorank.search.budget_search import Search
 
 
 def finish(search: "Search", state: BudgetState) -> dict[str, Any]:

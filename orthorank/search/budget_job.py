@@ -5,7 +5,6 @@ The plans of one form that the search begins from are searched first, each as a 
 """
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,21 +13,22 @@ from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import user_path
 from orthorank.config import OrthoRankConfig
 from orthorank.hf.apply import check_plan
-from orthorank.search.budget import Effort, best_plan, budget_search
+from orthorank.search.budget import Effort, budget_search
+from orthorank.search.budget_finish import finish, write_front
+from orthorank.search.budget_search import Search
 from orthorank.search.budget_state import BudgetInterrupted, BudgetState
 from orthorank.search.costs import CostTable, count_flops, measure_seconds
-from orthorank.search.counts import layer_count
 from orthorank.search.distributed import together
 from orthorank.search.folder import Folder
 from orthorank.search.job import Job, candidates_of, check_agreement, identity_of, plan_of
 from orthorank.search.methods import choose, saved_state
-from orthorank.search.pareto import Point
 from orthorank.search.pareto_plot import MISSING, can_draw
 from orthorank.search.plan_loss import CalibrationLoss
 from orthorank.search.plans import Space
 from orthorank.search.plans import plan_of as ratios_of
 from orthorank.search.settings import SearchSettings
 from orthorank.search.watching import MixedWatcher
+from orthorank.stack.counts import layer_count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,41 +41,12 @@ PROMPT_TOKENS = 2048
 MODES = ("criterion", "select", "kv", "update_sink", "sinks", "seed")
 
 
-@dataclass(frozen=True)
-class Search:
-    """A budget search that is set up.
-
-    Args:
-        job: what every search has. space: what each layer may be, and what it costs.
-        losses: on the calibration windows. starts: plans that it begins from, by name.
-        saved: what an earlier run has seen.
-    """
-
-    job: Job
-    space: Space
-    losses: CalibrationLoss
-    starts: dict[str, OrthoRankConfig]
-    saved: BudgetState | None
-
-    @property
-    def budget(self) -> float:
-        """Share of the dense cost."""
-        assert self.job.settings.budget is not None
-        return self.job.settings.budget
-
-    def best(self, state: BudgetState) -> Point | None:
-        """The plan of least loss within the budget."""
-        return best_plan(state, self.space, self.budget)
-
-
 def run_budget(job: Job) -> dict[str, Any]:
-    """As `orthorank.search.job.run_search`, for settings with a budget. Called on every process of the job's group.
+    """As `orthorank.search.run.run_search`, for settings with a budget. Called on every process of the job's group.
 
     Returns:
         The results; ``rows`` has the dense model, the plans that the search began from, and the mixed plan.
     """
-    from orthorank.search.budget_finish import finish
-
     files = together(job.group, lambda: _fitting(job))
     job.identity = together(job.group, lambda: _identity(job, files))
     check_agreement(job)
@@ -261,8 +232,6 @@ def _run(search: Search) -> BudgetState:
     Raises:
         OrthoRankError: Ctrl-C; the message says how to go on.
     """
-    from orthorank.search.budget_finish import write_front
-
     job = search.job
     with job.screen.progress("mixed plans", 100) as advance:
         try:

@@ -4,7 +4,6 @@
 holds the losses and is replaced in one step after every evaluation; ``orthorank.json`` is the plan.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +14,10 @@ from orthorank.config import FILE_NAME
 from orthorank.plan_checks import shown
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 SEARCH, STATE = "search.json", "search-state.json"
 FORMAT = 1
-_SAMPLED = 64  # elements of each weight that the model's fingerprint reads
 
 
 class Folder:
@@ -109,23 +107,6 @@ class Folder:
         if type(format_) is not int or not isinstance(search, dict):
             raise OrthoRankError(f"{file} is no record of a search; name another folder with --output")
         return search
-
-
-def model_fingerprint(model: "PreTrainedModel") -> str:
-    """A hash of the model's weights: names, shapes, dtypes and the first elements of each.
-
-    It tells a model from its fine-tuned sister without reading gigabytes. Weights that are kept elsewhere (offloaded)
-    count by name and shape alone.
-    """
-    import torch
-
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
-        if weight.device.type != "meta":
-            some = weight.detach().reshape(-1)[:_SAMPLED].to("cpu", torch.float32).contiguous()
-            digest.update(some.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _short(value: Any) -> str:

@@ -10,9 +10,9 @@ import os
 from collections.abc import Iterable, Iterator
 
 from orthorank.common.errors import OrthoRankError
-from orthorank.search.counts import evaluation_count
 from orthorank.search.halving import fast_evaluations
 from orthorank.search.state import OnEvaluation, SearchInterrupted, SearchState
+from orthorank.stack.counts import evaluation_count
 from orthorank.stack.evaluator import Evaluator
 
 

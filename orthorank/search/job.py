@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
-from orthorank.common.models import ModelInfo, load_model, locate, pick_device, pick_dtype
-from orthorank.common.progress import Screen, SilentScreen
+from orthorank.common.progress import Screen
 from orthorank.config import OrthoRankConfig
+from orthorank.hf.models import ModelInfo, load_model, locate, pick_device, pick_dtype
 from orthorank.search.calibration import Calibration, cut_windows, find_source
-from orthorank.search.distributed import Group, joined, local_device, together
-from orthorank.search.folder import Folder, model_fingerprint
+from orthorank.search.distributed import Group, local_device
+from orthorank.search.folder import Folder
 from orthorank.search.settings import SPARSITY, SearchSettings
+from orthorank.stack.fingerprint import model_fingerprint
 from orthorank_kernels._version import __version__
 
 if TYPE_CHECKING:
@@ -86,35 +87,6 @@ class Outcome:
     scores: dict[int, float] = field(default_factory=dict)
     evaluations: int = 0
     complete: bool = True
-
-
-def run_search(settings: SearchSettings, screen: Screen | None = None) -> dict[str, Any]:
-    """Choose layers and write the plan to ``settings.output``.
-
-    Args:
-        settings: what to do. screen: is told what happens; None: nobody.
-
-    Returns:
-        The results, as ``search.json`` in the folder holds them: ``rows`` (the dense model and the plan), ``plan``,
-        ``plan_file``, ``order``, ``losses``, ``scores``, ``seconds``.
-
-    Raises:
-        OrthoRankError: something is wrong or missing, or the search was interrupted; then the message says how to go
-            on with it.
-    """
-    from orthorank.search.budget_job import read_starts, run_budget
-    from orthorank.search.finish import finish
-    from orthorank.search.methods import choose
-
-    with joined() as group:
-        watched = screen if screen is not None and group.rank == 0 else SilentScreen()
-        together(group, lambda: read_starts(settings))
-        job = together(group, lambda: prepare(settings, watched, group))
-        if settings.budget is not None:
-            return run_budget(job)
-        together(group, lambda: aim(job))
-        check_agreement(job)
-        return finish(job, choose(job))
 
 
 def prepare(settings: SearchSettings, screen: Screen, group: Group) -> Job:
@@ -215,7 +187,7 @@ def candidates_of(settings: SearchSettings, num_layers: int, sink_layer: int | N
 
 
 def _count(settings: SearchSettings, num_layers: int, candidates: list[int]) -> int:
-    from orthorank.search.counts import layer_count
+    from orthorank.stack.counts import layer_count
 
     ratio = words.ratio(settings.keep_ratio)
     sparsity = SPARSITY if settings.sparsity is None else settings.sparsity

@@ -12,8 +12,8 @@ from typing import Any
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import read_json, write_text
 from orthorank.plan_checks import shown
-from orthorank.search.counts import evaluation_count, halving_stages
 from orthorank.search.saved import check_layers, check_losses, check_numbers, check_size
+from orthorank.stack.counts import evaluation_count, halving_stages
 
 OnEvaluation = Callable[[int, int, float, float, int, int], None]
 

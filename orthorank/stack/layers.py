@@ -67,7 +67,7 @@ class LayerStack:
         if handle_of(model) is not None:
             raise OrthoRankError("a plan is applied to this model; call handle.remove() first")
         self.layers: list[Any] = layers_of(model)
-        self.parts: list[Parts] = [self.family.parts(layer) for layer in self.layers]
+        self.parts: list[Parts] = [Parts.of(self.family, layer) for layer in self.layers]
         self._taken_apart: dict[int, TakenApart] = {}
 
     @property

@@ -19,7 +19,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -61,6 +61,19 @@ class SettingsError(ValueError):
     """A file with launch settings cannot be used. The message names the file, the fault and the remedy."""
 
 
+def _nothing_measures(op: str, kind: str, target: str) -> Settings:
+    raise SettingsError("nothing was named that measures launch settings; leave ORTHORANK_AUTOTUNE out")
+
+
+_measure: Callable[[str, str, str], Settings] = _nothing_measures
+
+
+def measure_by(measure: Callable[[str, str, str], Settings]) -> None:
+    """From now on ``measure`` gives the settings that ``ORTHORANK_AUTOTUNE=1`` wants, from op, kind and target."""
+    global _measure
+    _measure = measure
+
+
 def look_up(op: str, kind: str, target: str) -> Settings:
     """Settings of ``op`` for one kind of problem: measured on this GPU, or the default of its family.
 
@@ -76,9 +89,7 @@ def look_up(op: str, kind: str, target: str) -> Settings:
     if kind in measured:
         return measured[kind]
     if os.environ.get("ORTHORANK_AUTOTUNE") == "1":
-        from orthorank_kernels.tuning.tune import at_first_launch  # measures by launching, so it comes back here
-
-        measured[kind] = at_first_launch(op, kind, target)
+        measured[kind] = _measure(op, kind, target)  # by launching, so it comes back here
         return measured[kind]
     _warn_untuned(name)
     return default(op, kind, target)

@@ -19,7 +19,7 @@ import torch
 from orthorank_kernels import op as _library
 from orthorank_kernels.settings import lookup as _settings
 from orthorank_kernels.settings.lookup import Settings
-from orthorank_kernels.tuning.tune import problems as tuning_problems
+from orthorank_kernels.tuning import problems as tuning_problems
 
 MULTIPROCESSORS = 132  # of an H100
 

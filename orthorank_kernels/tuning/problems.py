@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import orthorank_kernels as ops
+from orthorank_kernels.ops.activation import silu_and_mul
+from orthorank_kernels.ops.add_norm import gather_add_rms_norm
+from orthorank_kernels.ops.attention import sparse_query_attention
+from orthorank_kernels.ops.norm_score import rms_norm_score
+from orthorank_kernels.ops.norm_selection import rms_norm_select
+from orthorank_kernels.ops.rotary import apply_rotary_at
+from orthorank_kernels.ops.rows import gather_rows, scatter_rows_
+from orthorank_kernels.ops.selection import select_tokens
 from orthorank_kernels.settings.lookup import LEGAL, Settings
 
 MOST_REGISTERS = 160  # of a thread, for float32 accumulators and scores; with more of them it spills
@@ -141,7 +148,7 @@ def _attention(random: Random, dtype: torch.dtype, queries: int, head_dim: int) 
     q = random.floats(2, queries, KV_HEADS * GROUP, head_dim, dtype=dtype).transpose(1, 2)
     k, v = (random.floats(2, KV_HEADS, TOKENS, head_dim, dtype=dtype) for _ in range(2))
     positions = random.positions(2, queries, TOKENS)
-    return lambda: ops.sparse_query_attention(q, k, v, positions, backend="triton")
+    return lambda: sparse_query_attention(q, k, v, positions, backend="triton")
 
 
 def _search_combine(kind: str, default: Settings, family: str) -> Iterator[dict[str, int]]:
@@ -168,7 +175,7 @@ def _rows(kind: str, random: Random) -> tuple[Tensor, Tensor, Tensor]:
 
 def _run_gather(kind: str, random: Random) -> Run:
     x, positions, _ = _rows(kind, random)
-    return lambda: ops.gather_rows(x, positions, backend="triton")
+    return lambda: gather_rows(x, positions, backend="triton")
 
 
 def _run_scatter(kind: str, random: Random) -> Run:
@@ -176,7 +183,7 @@ def _run_scatter(kind: str, random: Random) -> Run:
 
     def run() -> Tensor:
         out = torch.zeros_like(x)  # else a launch that wrote nothing would find what the one before it wrote
-        ops.scatter_rows_(out, positions, rows, backend="triton")
+        scatter_rows_(out, positions, rows, backend="triton")
         return out
 
     return run
@@ -187,14 +194,14 @@ def _run_silu(kind: str, random: Random) -> Run:
     if kind == "rows of 4096 bytes":  # and more: seven of them, as 14336 has
         width *= 7
     merged = random.floats(ROWS, LENGTH // 3, 2 * width)
-    return lambda: ops.silu_and_mul(merged, backend="triton")
+    return lambda: silu_and_mul(merged, backend="triton")
 
 
 def _run_rotary(kind: str, random: Random) -> Run:
     heads, selected = _number(kind) // (128 * HALF.itemsize), LENGTH // 3
     x, table = random.floats(ROWS, selected, heads, 128).transpose(1, 2), random.floats(1, LENGTH, 128)
     positions = random.positions(ROWS, selected, LENGTH)
-    return lambda: ops.apply_rotary_at(x, table, table, positions, backend="triton")
+    return lambda: apply_rotary_at(x, table, table, positions, backend="triton")
 
 
 def _search_add_norm(kind: str, default: Settings, family: str) -> Iterator[dict[str, int]]:
@@ -210,7 +217,7 @@ def _run_add_norm(kind: str, random: Random) -> Run:
         random.floats(hidden),
     )
     positions = random.positions(ROWS, selected, LENGTH)
-    return lambda: ops.gather_add_rms_norm(x, positions, addend, weight, EPS, backend="triton").normed
+    return lambda: gather_add_rms_norm(x, positions, addend, weight, EPS, backend="triton").normed
 
 
 def _search_norm(kind: str, default: Settings, family: str) -> Iterator[dict[str, int]]:
@@ -224,7 +231,7 @@ def _search_norm(kind: str, default: Settings, family: str) -> Iterator[dict[str
 def _run_norm(kind: str, random: Random) -> Run:
     hidden = _number(kind)
     x, weight, sink = random.floats(ROWS, LENGTH, hidden), random.floats(hidden), random.floats(hidden)
-    return lambda: ops.rms_norm_score(x, weight, EPS, sink=sink, backend="triton").scores
+    return lambda: rms_norm_score(x, weight, EPS, sink=sink, backend="triton").scores
 
 
 def _search_selection(kind: str, default: Settings, family: str) -> Iterator[dict[str, int]]:
@@ -239,9 +246,9 @@ def _run_selection(kind: str, random: Random) -> Run:
     request: dict[str, Any] = {"threshold": 0.0} if "threshold" in kind else {"k": length // 3}
     scores = random.floats(4 * ROWS, length, dtype=torch.float32)
     if not kind.startswith("packed"):
-        return lambda: ops.select_tokens(scores, **request, backend="triton").positions
+        return lambda: select_tokens(scores, **request, backend="triton").positions
     packed, ends = scores.flatten(), random.ends(4 * ROWS, length)
-    return lambda: ops.select_tokens(packed, **request, cu_seqlens=ends, backend="triton").positions
+    return lambda: select_tokens(packed, **request, cu_seqlens=ends, backend="triton").positions
 
 
 def _search_fused(kind: str, default: Settings, family: str) -> Iterator[dict[str, int]]:
@@ -254,10 +261,10 @@ def _run_fused(kind: str, random: Random) -> Run:
     x, weight, sink = random.floats(batch, length, HIDDEN), random.floats(HIDDEN), random.floats(HIDDEN)
     request: dict[str, Any] = {"threshold": 0.5} if "threshold" in kind else {"k": length // 3}
     if not kind.startswith(("packed", "threshold")):
-        return lambda: ops.rms_norm_select(x, weight, EPS, sink=sink, **request, backend="triton").positions
+        return lambda: rms_norm_select(x, weight, EPS, sink=sink, **request, backend="triton").positions
     packed, ends = x.flatten(0, 1), random.ends(batch, length)
     return lambda: (
-        ops.rms_norm_select(packed, weight, EPS, sink=sink, cu_seqlens=ends, **request, backend="triton").positions
+        rms_norm_select(packed, weight, EPS, sink=sink, cu_seqlens=ends, **request, backend="triton").positions
     )
 
 

@@ -18,9 +18,9 @@ import torch
 from orthorank_kernels import op as _library
 from orthorank_kernels.settings import lookup as _settings
 from orthorank_kernels.settings.lookup import Settings
-from orthorank_kernels.tuning.tune import compiling
-from orthorank_kernels.tuning.tune import problems as tuning_problems
-from orthorank_kernels.tuning.tune import tune as tuning
+from orthorank_kernels.tuning import compiling
+from orthorank_kernels.tuning import problems as tuning_problems
+from orthorank_kernels.tuning import tune as tuning
 
 MOST_WORKERS = 14
 ARCHIVE = ".tar"

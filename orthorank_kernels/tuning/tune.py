@@ -3,8 +3,8 @@
 Four steps, a short function each: `orthorank_kernels.settings.lookup.look_up` and its ``default``; `candidates` and
 `tune` here. What is tried and timed for each op is in `orthorank_kernels.tuning.problems`. A candidate that the GPU
 cannot launch or that gives another result than the default is left out, and the default stays where none is faster by
-more than `MARGIN`. Kinds of problems are those of the settings' files: none depends on a length, so what was measured once
-serves every prompt.
+more than `MARGIN`. Kinds of problems are those of the settings' files: none depends on a length, so what was measured
+once serves every prompt.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from orthorank_kernels import op as _library
 from orthorank_kernels.dispatch import triton_unavailable
 from orthorank_kernels.settings import lookup as _settings
 from orthorank_kernels.settings.lookup import Settings
-from orthorank_kernels.tuning.tune import problems as tuning_problems
+from orthorank_kernels.tuning import problems as tuning_problems
 
 OnCandidate = Callable[[Settings, float | None], None]
 MARGIN = 0.02  # of the time; closer than that two settings are the same to a clock

@@ -18,8 +18,8 @@ from orthorank_kernels import cli
 from orthorank_kernels import op as _library
 from orthorank_kernels.dispatch import interpreting
 from orthorank_kernels.settings import lookup as _settings
-from orthorank_kernels.tuning.tune import problems as tuning_problems
-from orthorank_kernels.tuning.tune import tune as tuning
+from orthorank_kernels.tuning import problems as tuning_problems
+from orthorank_kernels.tuning import tune as tuning
 from tests.kernels.tools import poisoned_outputs, set_settings
 
 OP = "sparse_query_attention"

@@ -18,10 +18,10 @@ import torch
 from orthorank_kernels import cli
 from orthorank_kernels import op as _library
 from orthorank_kernels.settings import lookup as _settings
-from orthorank_kernels.tuning.tune import compiling
-from orthorank_kernels.tuning.tune import problems as tuning_problems
-from orthorank_kernels.tuning.tune import run as tuning_run
-from orthorank_kernels.tuning.tune import tune as tuning
+from orthorank_kernels.tuning import compiling
+from orthorank_kernels.tuning import problems as tuning_problems
+from orthorank_kernels.tuning import run as tuning_run
+from orthorank_kernels.tuning import tune as tuning
 from tests.kernels.test_tuning import CPU, GPU, KIND, OP, ROOT, Clock
 
 triton = pytest.importorskip("triton")

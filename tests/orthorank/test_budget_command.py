@@ -22,9 +22,9 @@ from orthorank.search import Evaluator
 from orthorank.search.budget import best_plan, budget_search
 from orthorank.search.budget_state import BudgetState
 from orthorank.search.costs import CostTable
-from orthorank.search.job import run_search
 from orthorank.search.plan_loss import CalibrationLoss
 from orthorank.search.plans import Space
+from orthorank.search.run import run_search
 from orthorank.search.settings import SearchSettings
 from orthorank.stack.layers import LayerStack
 from tests.orthorank.conftest import make_tiny_model
@@ -123,7 +123,7 @@ def test_the_applied_plan_has_the_loss_of_the_search(
     run: tuple[Path, dict[str, Any], Watcher], tiny_folder: Path
 ) -> None:
     """The same windows through the patched model: perplexity is the exponential of the calibration loss."""
-    from orthorank.common.models import load_model
+    from orthorank.hf.models import load_model
     from orthorank.search.calibration import cut_windows, find_source
 
     output, results, _ = run

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orthorank import OrthoRankConfig, OrthoRankError
-from orthorank.search.job import run_search
+from orthorank.search.run import run_search
 from tests.orthorank.test_budget_command import settings
 from tests.orthorank.test_search_command import Watcher
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
-from orthorank.common.models import load_model
 from orthorank.demo import Settings, SilentScreen, run_demo
+from orthorank.hf.models import load_model
 from orthorank.plans import default_plan, shipped_plans
 from tests.orthorank.test_report import usage
 

@@ -19,6 +19,8 @@ from orthorank import OrthoRankConfig
 from orthorank.hf.calls import Call
 from orthorank.hf.families import FAMILIES
 from orthorank.hf.layer import selected_forward
+from orthorank.hf.parts import Parts
+from orthorank.hf.selection import prepared
 from orthorank_kernels import (
     apply_rotary_at,
     gather_add_rms_norm,
@@ -65,9 +67,9 @@ def hugging_face_layer(change: Callable[[Any], Any] = lambda layer: None, paddin
         if padding:
             row = empty(BATCH, dtype=torch.int32)
             call = replace(call, starts=row, lengths=row, key_starts=row)
-        call = call.prepared(PLAN, x.device)
+        call = prepared(call, PLAN, x.device)
         with Launches(gpus) as traced:
-            result = selected_forward(FAMILIES["llama"].parts(layer), 1, PLAN, call, x, (table, table))
+            result = selected_forward(Parts.of(FAMILIES["llama"], layer), 1, PLAN, call, x, (table, table))
         assert result.shape == x.shape
     return traced
 
@@ -92,7 +94,7 @@ def test_the_hugging_face_layer_launches_15_kernels() -> None:
 
 
 def test_padding_costs_no_launch() -> None:
-    """What a row's padding means is worked out once for all layers, in `Call.prepared`."""
+    """What a row's padding means is worked out once for all layers, in `prepared`."""
     assert Counter(hugging_face_layer(padding=True).names) == {"mm": 7, **OURS}
 
 

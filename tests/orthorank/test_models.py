@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from orthorank import OrthoRankError
-from orthorank.common import loading, models
-from orthorank.common.models import PACKAGED_ID, load_model, locate, pick_device, pick_dtype
+from orthorank.common import loading
 from orthorank.config import hub_id
+from orthorank.hf import models
+from orthorank.hf.models import PACKAGED_ID, load_model, locate, pick_device, pick_dtype
 
 
 def test_a_folder_loads_in_eval_mode_and_fp32_on_the_cpu(tiny_folder):

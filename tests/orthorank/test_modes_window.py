@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from orthorank import OrthoRankConfig, apply, status
 from orthorank.hf.calls import Call, read_call
 from orthorank.hf.phases import Phase
+from orthorank.hf.selection import prepared
 from orthorank.hf.windows import windows_of
 from tests.orthorank import naive, rules
 from tests.orthorank.naive import assert_close
@@ -190,6 +191,6 @@ def test_nothing_waits_for_a_device(tiny_model: Any, padding: bool) -> None:
         if padding:
             row = torch.ones(2, dtype=torch.int32)
             call = Call(**(vars(call) | {"starts": row, "lengths": row * 20, "key_starts": row, "sink_positions": row}))
-        call = call.prepared(plan(), ranks.device)
+        call = prepared(call, plan(), ranks.device)
         positions, counts = pick(plan(), 1, call, ranks, call.sink_positions)
         assert (positions.shape, counts.shape) == ((2, 13 if padding else 9 + 2), (2,))

@@ -129,7 +129,7 @@ def test_a_disk_on_which_nothing_can_be_removed_says_what_failed_first(
 
 def test_settings_of_a_gpu_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels' own writer, of measured launch settings."""
-    from orthorank_kernels.tuning.tune import tune as tuning
+    from orthorank_kernels.tuning import tune as tuning
 
     def replace(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

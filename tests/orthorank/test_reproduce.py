@@ -79,8 +79,8 @@ def test_perplexities_are_those_of_the_plans(
     finished: tuple[Path, dict[str, Any]], tiny_folder: Path, inputs: Path
 ) -> None:
     import orthorank
-    from orthorank.common.models import load_model
     from orthorank.evaluation.perplexity import perplexity
+    from orthorank.hf.models import load_model
 
     model, tokenizer, _ = load_model(str(tiny_folder), device="cpu")
     for row in finished[1]["table3"]["rows"]:

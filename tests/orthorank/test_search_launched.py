@@ -12,7 +12,7 @@ import torch
 
 from orthorank import OrthoRankError
 from orthorank.search.distributed import Alone, joined, launched_rank, local_device, together
-from orthorank.search.job import run_search
+from orthorank.search.run import run_search
 from tests.orthorank.search_runs import plan_in, settings, short_text, without_times
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ import sys
 from pathlib import Path
 from torch import distributed
 from orthorank import OrthoRankError
-from orthorank.search.job import run_search
+from orthorank.search.run import run_search
 from tests.orthorank.search_runs import settings
 from tests.orthorank.test_search_launched import SEARCHES
 distributed.init_process_group("gloo")
@@ -163,6 +163,6 @@ def test_several_processes_and_a_spread_model_exclude_each_other(
     def two() -> Any:
         yield Two()
 
-    monkeypatch.setattr("orthorank.search.job.joined", two)
+    monkeypatch.setattr("orthorank.search.run.joined", two)
     with pytest.raises(OrthoRankError, match="device_map spreads the model of one process over the devices"):
         run_search(settings(tiny_folder, tmp_path, device="auto", device_map="auto"))

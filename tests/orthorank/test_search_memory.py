@@ -11,8 +11,9 @@ from orthorank import OrthoRankError, cli
 from orthorank.demo import SilentScreen
 from orthorank.search import Evaluator
 from orthorank.search.distributed import Alone
-from orthorank.search.job import prepare, run_search
-from orthorank.stack.layers import memory
+from orthorank.search.job import prepare
+from orthorank.search.run import run_search
+from orthorank.stack import memory
 from tests.orthorank.conftest import make_tiny_model
 from tests.orthorank.plain_search import random_windows, small_stack
 from tests.orthorank.search_runs import plan_in, settings

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from orthorank import OrthoRankConfig, OrthoRankError, cli
-from orthorank.common.models import load_model
-from orthorank.search.job import run_search
+from orthorank.hf.models import load_model
+from orthorank.search.run import run_search
 from orthorank.search.settings import SearchSettings
 from orthorank.stack.layers import LayerStack
 from tests.orthorank.search_runs import Watcher, calibration_ids, plan_in, settings, without_times

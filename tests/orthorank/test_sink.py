@@ -81,7 +81,7 @@ def test_measured_figures_are_those_of_the_model(model: Any) -> None:
     spread = zip(report.ratios_low, report.ratios, report.ratios_high, strict=True)
     assert all(low <= middle <= high for low, middle, high in spread)
 
-    from orthorank.stack.layers import sink
+    from orthorank.stack import sink
 
     passages = sink._passages(ids, 17, 9)
     assert len(set(passages[:, 0].tolist())) == 17

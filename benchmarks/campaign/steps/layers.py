@@ -11,6 +11,8 @@ from orthorank.evaluation.random_weights import random_model
 from orthorank.hf.calls import Call
 from orthorank.hf.families import family_of
 from orthorank.hf.layer import selected_forward
+from orthorank.hf.parts import Parts
+from orthorank.hf.selection import prepared
 
 KEEP_RATIO = 1 / 3
 INDEX = 1
@@ -32,7 +34,7 @@ class Layer:
         return result[0] if isinstance(result, tuple) else result
 
     def selected(self) -> torch.Tensor:
-        parts = family_of(self.model).parts(self.model.model.layers[INDEX])
+        parts = Parts.of(family_of(self.model), self.model.model.layers[INDEX])
         return selected_forward(parts, INDEX, self.plan, self.call, self.hidden, self.tables)
 
     def check_selected(self, result: torch.Tensor) -> None:
@@ -66,5 +68,5 @@ def layer(context: Context, model: Any, batch: int, tokens: int) -> Layer:
     shape = (batch, tokens, model.config.hidden_size)
     hidden = torch.randn(shape, generator=generator, device=machine.device, dtype=machine.dtype)
     tables = model.model.rotary_emb(hidden, torch.arange(tokens, device=machine.device)[None])
-    call = Call(batch, tokens, past=0, prompt_tokens=tokens).prepared(plan, machine.device)
+    call = prepared(Call(batch, tokens, past=0, prompt_tokens=tokens), plan, machine.device)
     return Layer(model, hidden, tables, call, plan)

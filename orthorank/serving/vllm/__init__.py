@@ -17,11 +17,11 @@ def register() -> None:
     """
     if importlib.util.find_spec("vllm") is None:
         return
-    from orthorank.serving.vllm import hooks, interface
+    from orthorank.serving.vllm import interface, registration
 
     try:
-        wrong = interface.missing() or hooks.register()
+        wrong = interface.missing() or registration.register()
     except Exception as error:
         wrong = [f"{type(error).__name__}: {error}"]
     if wrong:
-        _LOGGER.warning("%s", hooks.sentence(wrong))
+        _LOGGER.warning("%s", registration.sentence(wrong))

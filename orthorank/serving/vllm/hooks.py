@@ -9,8 +9,6 @@ from functools import cache
 from typing import Any
 
 from orthorank.common.errors import OrthoRankError
-from orthorank.serving.vllm import interface
-from orthorank.serving.vllm.interface import TESTED
 from orthorank.serving.vllm.rules import PROMPT_TOKENS, check_prompt_tokens, without_layers
 
 OPERATOR = "orthorank::decoder_layer"
@@ -31,59 +29,6 @@ CHANGE_WEIGHTS = (
     "reset_weights",
     "wake_up",
 )
-
-
-def sentence(wrong: list[str]) -> str:
-    """What is said when the plugin does not register itself."""
-    return (
-        f"orthorank: the installed vLLM {interface.version()} is not as this package needs it: {'; '.join(wrong)}, so "
-        f"no OrthoRank model is registered; this package is tested with vLLM {TESTED}"
-    )
-
-
-def register() -> list[str]:
-    """Register the models, their configuration checks, and the operator at which graphs are split.
-
-    Returns:
-        What is not as expected; then nothing was registered.
-    """
-    if wrong := list(interface.differences(interface.REGISTERED)):
-        return wrong
-    from vllm import ModelRegistry
-    from vllm.config import CompilationConfig, VllmConfig
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-
-    from orthorank.serving.vllm.checks import verifier
-
-    known, check = ModelRegistry.get_supported_archs(), verifier()
-    for architecture in ARCHITECTURES.values():
-        if architecture not in known:
-            ModelRegistry.register_model(architecture, f"{MODELS}:{architecture}")
-        MODELS_CONFIG_MAP.setdefault(architecture, check)
-    if OPERATOR not in CompilationConfig._attention_ops:
-        CompilationConfig._attention_ops.append(OPERATOR)
-    _refuse_lost_plans(VllmConfig)
-    return []
-
-
-def _refuse_lost_plans(configs: Any) -> None:
-    """Have vLLM's configuration refuse a plan beside an architecture that does not know of plans."""
-    original = configs.try_verify_and_update_config
-    if hasattr(original, "orthorank"):
-        return
-
-    @functools.wraps(original)
-    def verify(self: Any) -> Any:
-        model = getattr(self, "model_config", None)
-        if getattr(getattr(model, "hf_config", None), "orthorank", None) is not None:
-            from orthorank.serving.vllm.checks import lost_plan
-
-            for obstacle in lost_plan(model):
-                raise OrthoRankError(obstacle)
-        return original(self)
-
-    verify.orthorank = True  # type: ignore[attr-defined]
-    configs.try_verify_and_update_config = verify
 
 
 def context() -> Any:

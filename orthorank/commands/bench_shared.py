@@ -1,0 +1,42 @@
+"""What the three ways of ``orthorank bench`` have in common."""
+
+import json as json_module
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from orthorank.common.errors import OrthoRankError
+
+
+def counted(advance: Callable[[int, str], object]) -> Callable[[str, int, int], None]:
+    """What a benchmark calls after each of its steps: moves a bar of all of them on by one."""
+    steps = count(1)
+
+    def on_step(what: str, number: int, of: int) -> None:
+        advance(next(steps), f"{what} {number} of {of}")
+
+    return on_step
+
+
+def deliver(results: dict[str, Any], folder: Path | None, *, as_json: bool, show: Callable[[], None]) -> int:
+    """Write the results to ``folder`` if there is one, and print them, for a machine or (``show``) for people."""
+    from orthorank.evaluation.bench_results import write_results
+
+    if folder is not None:
+        write_results(folder, results)
+    if as_json:
+        print(json_module.dumps(results, indent=2))
+    else:
+        show()
+    return 0
+
+
+def shipped(model: Any) -> dict[str, Any]:
+    """The plans that come with the package for ``model`` (anything with its ``config``), by what they are."""
+    from orthorank.plans import default_plan
+
+    try:
+        return {"layer pruning": default_plan(model, "layer-pruning"), "orthorank": default_plan(model)}
+    except OrthoRankError as error:
+        raise OrthoRankError(f"{error}; or name the plans to measure with --plan") from error

@@ -1,0 +1,86 @@
+"""What differs between model families, as data: where a decoder layer's parts are, and what is done with them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+def split_heads(attention: Any, projected: Tensor) -> Tensor:
+    """``[batch, tokens, heads * head_dim]`` to a ``[batch, heads, tokens, head_dim]`` view."""
+    batch, tokens, _ = projected.shape
+    return projected.view(batch, tokens, -1, attention.head_dim).transpose(1, 2)
+
+
+def no_window(attention: Any) -> int | None:
+    """Llama: every query sees everything before it."""
+    return None
+
+
+def plain_heads(attention: Any, which: str, projected: Tensor) -> Tensor:
+    return split_heads(attention, projected)
+
+
+def always(module: Any) -> bool:
+    return True
+
+
+def never(module: Any) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one architecture keeps the parts of a decoder layer, and what it does with them.
+
+    Args:
+        name: the architecture's name as users know it.
+        home: the module of Python that has its classes; empty: not stated, and any classes will do.
+        norm: ``"rms"``, or ``"layer"`` for LayerNorm; torch_norm: its norms are PyTorch's class, not one of their own;
+            weight_offset: added to the norms' weights (Gemma: 1).
+        norm_in: attribute name of the norm before attention; None: there is none, and tokens are scored on the layer's
+            input itself.
+        attention, mlp: their attribute names.
+        norm_attended, norm_post, norm_fed: names of the norms of attention's output, before the MLP and of the MLP's
+            output; None: there is none.
+        parallel: from the layer to whether its MLP reads what attention reads (a parallel residual).
+        qkv: name of one projection for queries, keys and values, in this order; None: there are three.
+        heads: from the attention module, ``"q"`` or ``"k"`` and what was projected ``[batch, tokens, width]`` to
+            ``[batch, heads, tokens, head_dim]``, normed where the family norms.
+        rotates: from the attention module to whether its layer has rotary embeddings; interleaved: pairs of channels
+            lie side by side. The tables say how many channels are rotated.
+        window: from the attention module to its sliding window in tokens, or None when it sees everything.
+        softcap: the attention module's attribute with the cap of scores; residual_scale: the layer's, with the factor
+            on what is added to the residual stream.
+        drop_attended, drop_fed: names of the dropouts of attention's and of the MLP's output, which training uses.
+    """
+
+    name: str
+    home: str = ""
+    norm: str = "rms"
+    torch_norm: bool = False
+    weight_offset: float = 0.0
+    norm_in: str | None = "input_layernorm"
+    attention: str = "self_attn"
+    norm_attended: str | None = None
+    norm_post: str | None = "post_attention_layernorm"
+    mlp: str = "mlp"
+    norm_fed: str | None = None
+    parallel: Callable[[Any], bool] = never
+    qkv: str | None = None
+    heads: Callable[[Any, str, Tensor], Tensor] = plain_heads
+    rotates: Callable[[Any], bool] = always
+    interleaved: bool = False
+    window: Callable[[Any], int | None] = no_window
+    softcap: str | None = None
+    residual_scale: str | None = None
+    drop_attended: str | None = None
+    drop_fed: str | None = None
+
+    @property
+    def note(self) -> str:
+        """What `status` says of the family."""
+        if self.norm_in is not None:
+            return ""
+        return f"{self.name} has no norm before attention: tokens are scored on the layer's input itself"
