@@ -199,7 +199,8 @@ def _run_silu(kind: str, random: Random) -> Run:
 
 def _run_rotary(kind: str, random: Random) -> Run:
     heads, selected = _number(kind) // (128 * HALF.itemsize), LENGTH // 3
-    x, table = random.floats(ROWS, selected, heads, 128).transpose(1, 2), random.floats(1, LENGTH, 128)
+    x, angles = random.floats(ROWS, selected, heads, 128).transpose(1, 2), random.floats(1, LENGTH, 64)
+    table = torch.cat([angles, angles], dim=-1)  # the halves of a table of this width are alike
     positions = random.positions(ROWS, selected, LENGTH)
     return lambda: apply_rotary_at(x, table, table, positions, backend="triton")
 

@@ -17,11 +17,15 @@ def register() -> None:
     """
     if importlib.util.find_spec("vllm") is None:
         return
-    from orthorank.serving.vllm import interface, registration
+    from orthorank.serving.vllm import interface
 
     try:
-        wrong = interface.missing() or registration.register()
+        wrong = interface.missing()
+        if not wrong:
+            from orthorank.serving.vllm import registration  # needs torch
+
+            wrong = registration.register()
     except Exception as error:
         wrong = [f"{type(error).__name__}: {error}"]
     if wrong:
-        _LOGGER.warning("%s", registration.sentence(wrong))
+        _LOGGER.warning("%s", interface.sentence(wrong))

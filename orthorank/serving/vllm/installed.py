@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from orthorank.serving.vllm import hooks, interface, registration
+from orthorank.serving.vllm import hooks, interface
 
 NAME, GROUP = "orthorank", "vllm.general_plugins"
 
@@ -83,5 +83,5 @@ def _obstacle() -> str | None:
     if said := left_out(os.environ.get("VLLM_PLUGINS")):
         return f"is left out: {said}"
     if wrong := interface.missing():
-        return f"does not register itself: {registration.sentence(wrong).removeprefix('orthorank: ')}"
+        return f"does not register itself: {interface.sentence(wrong).removeprefix('orthorank: ')}"
     return None

@@ -297,3 +297,11 @@ def _source(module: str) -> str:
             if file.is_file():
                 return file.read_text(encoding="utf-8")
     return ""
+
+
+def sentence(wrong: list[str]) -> str:
+    """What is said when the plugin does not register itself."""
+    return (
+        f"orthorank: the installed vLLM {version()} is not as this package needs it: {'; '.join(wrong)}, so "
+        f"no OrthoRank model is registered; this package is tested with vLLM {TESTED}"
+    )

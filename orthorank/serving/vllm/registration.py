@@ -7,15 +7,6 @@ from orthorank.common.errors import OrthoRankError
 from orthorank.serving.vllm import interface
 from orthorank.serving.vllm.checks import lost_plan, verifier
 from orthorank.serving.vllm.hooks import ARCHITECTURES, MODELS, OPERATOR
-from orthorank.serving.vllm.interface import TESTED
-
-
-def sentence(wrong: list[str]) -> str:
-    """What is said when the plugin does not register itself."""
-    return (
-        f"orthorank: the installed vLLM {interface.version()} is not as this package needs it: {'; '.join(wrong)}, so "
-        f"no OrthoRank model is registered; this package is tested with vLLM {TESTED}"
-    )
 
 
 def register() -> list[str]:
