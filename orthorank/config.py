@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, UnknownKeysWarning
 from orthorank.common.files import finite, read_json, user_path, write_text
 from orthorank.plan_checks import RECORDS, check_fields, release_of, shown
 from orthorank_kernels._version import __version__
@@ -153,6 +153,7 @@ class OrthoRankConfig:
             warnings.warn(
                 f"this plan (written by version {values.get('version', 'unknown')}) has keys that version "
                 f"{__version__} does not know and ignores: {', '.join(unknown)}; a newer version may follow them",
+                UnknownKeysWarning,
                 stacklevel=3,
             )
         if "layers" not in values:

@@ -3,6 +3,7 @@
 In fresh processes, with a package called vllm that holds what the plugin looks for, and stops whoever imports it.
 """
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,9 +74,7 @@ def test_a_name_that_is_gone(package: Path, module: str, name: str) -> None:
 def test_modules_that_are_gone(package: Path) -> None:
     (package / "vllm" / "forward_context.py").unlink()
     worker = package / "vllm" / "v1" / "worker"
-    for file in worker.iterdir():
-        file.unlink()
-    worker.rmdir()
+    shutil.rmtree(worker)
     line = registered(package).stderr.splitlines()[0]
     for module in ("vllm.forward_context", "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu_input_batch"):
         assert all(f"{module}.{name}" in line for name in interface.NEEDED[module])
@@ -94,7 +93,8 @@ def test_everything_is_there(package: Path) -> None:
 
 
 PARTS = {
-    "__init__": """
+    "__init__": "from vllm.model_executor.models.registry import ModelRegistry\n",
+    "model_executor/models/registry": """
 class ModelRegistry:
     known = {}
     get_supported_archs = staticmethod(lambda: ModelRegistry.known.keys())
@@ -104,10 +104,14 @@ class ModelRegistry:
         ModelRegistry.known[model_arch] = model_cls
 """,
     "config/__init__": """
+from vllm.config.compilation import CompilationConfig
+from vllm.config.vllm import VllmConfig
+""",
+    "config/compilation": """
 class CompilationConfig:
     _attention_ops = ["vllm::unified_attention"]
-
-
+""",
+    "config/vllm": """
 class VllmConfig:
     def __init__(self, architecture, **config):
         self.model_config = type("Model", (), {"architecture": architecture, "hf_config": type("C", (), config)})
@@ -115,8 +119,6 @@ class VllmConfig:
     def try_verify_and_update_config(self):
         print("verified")
 """,
-    "config/compilation": "",
-    "config/vllm": "",
     "model_executor/__init__": "",
     "model_executor/models/__init__": "",
     "model_executor/models/config": """
@@ -162,17 +164,27 @@ assert CompilationConfig._attention_ops.count(OPERATOR) == 1
 
 
 CHANGES = [
-    ("config/__init__", '["vllm::unified_attention"]', "()", "_attention_ops is a tuple, not a list"),
+    ("config/compilation", '["vllm::unified_attention"]', "()", "_attention_ops is a tuple, not a list"),
     (
-        "config/__init__",
+        "config/vllm",
         "try_verify_and_update_config(self)",
         "try_verify_and_update_config(self, how)",
         "argument how",
     ),
     ("model_executor/models/config", "MAP = {}", "MAP = None", "MODELS_CONFIG_MAP is a NoneType, not a dict"),
-    ("__init__", "ModelRegistry.known.keys()", "None.keys()", "AttributeError: 'NoneType'"),
-    ("__init__", "(model_arch, model_cls)", "(name, model_cls)", "register_model has no argument model_arch"),
-    ("__init__", "class ModelRegistry", "class Registry", "vllm.ModelRegistry.get_supported_archs is not there"),
+    ("model_executor/models/registry", "ModelRegistry.known.keys()", "None.keys()", "AttributeError: 'NoneType'"),
+    (
+        "model_executor/models/registry",
+        "(model_arch, model_cls)",
+        "(name, model_cls)",
+        "register_model has no argument model_arch",
+    ),
+    (
+        "model_executor/models/registry",
+        "class ModelRegistry",
+        "ModelRegistry, Registry = None, None\nclass Other",
+        "registry.ModelRegistry.get_supported_archs is not there",
+    ),
     ("model_executor/models/config", "class Verify", "raise OSError('half installed')\nclass Verify", "half installed"),
 ]
 

@@ -1,6 +1,7 @@
 """`orthorank.serving.vllm.requests`: prompt lengths and first tokens, as either of vLLM's runners tells them."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from orthorank.serving.vllm import hooks
 from orthorank.serving.vllm.requests import RequestTable
 
 
-def common(count: int, rows: list[int] | None) -> SimpleNamespace:
-    return SimpleNamespace(num_reqs=count, req_idx=None if rows is None else np.array(rows))
+def common(count: int, rows: list[int] | None, prefilling: Any = None) -> SimpleNamespace:
+    return SimpleNamespace(num_reqs=count, req_idx=None if rows is None else np.array(rows), is_prefilling=prefilling)
 
 
 def test_rows_that_the_model_was_told_of() -> None:
@@ -61,10 +62,18 @@ def test_requests_that_say_how_many_tokens_are_their_prompt(monkeypatch: pytest.
 def test_a_runner_that_keeps_them_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = SimpleNamespace(num_reqs=1, req_ids=["a"], num_prompt_tokens=[3], token_ids_cpu=np.array([[7]]))
     monkeypatch.setattr(hooks._Running, "runner", SimpleNamespace(input_batch=batch, requests={}))
-    with pytest.raises(OrthoRankError, match="has num_prompt_tokens of type list, and OrthoRank needs ndarray"):
+    with pytest.raises(OrthoRankError, match="has a num_prompt_tokens that is a list, not a ndarray"):
         RequestTable(4).rows(common(1, None))
 
 
 def test_metadata_that_no_runner_asked_for() -> None:
     assert hooks.runner() is None
     assert RequestTable(4).rows(common(3, None)) == ([0, 0, 0], [0, 0, 0])
+    none = np.zeros(3, dtype=bool)
+    assert RequestTable(4).rows(common(3, None, none)) == ([0, 0, 0], [0, 0, 0])
+
+
+def test_prompts_of_a_runner_that_is_not_known() -> None:
+    """Nobody told their lengths: without an error they would be served dense."""
+    with pytest.raises(OrthoRankError, match="neither of the two this package knows has prompts in this step"):
+        RequestTable(4).rows(common(2, None, np.array([False, True])))

@@ -87,6 +87,30 @@ def test_a_typo_in_a_file_is_refused_too(tmp_path: Path) -> None:
         Serving.of(str(file))
 
 
+@pytest.mark.parametrize("kept_as", ["mapping", "file"])
+def test_a_plan_of_a_newer_version_is_warned_of_as_elsewhere(tmp_path: Path, kept_as: str) -> None:
+    """Its keys are known: it is followed, as on Hugging Face's models, and nothing is said of keys."""
+    values = plan_of().to_dict() | {"version": "99.0"}
+    file = tmp_path / "orthorank.json"
+    file.write_text(json.dumps(values))
+    with pytest.warns(UserWarning, match=r"written by version 99\.0, and this is") as caught:
+        found = Serving.of(values if kept_as == "mapping" else str(file))
+    assert found.plan.layers == [2, 3]
+    assert not any("take them out" in str(each.message) for each in caught)
+    with pytest.raises(OrthoRankError, match=r"version 99\.0\) has keys .*colour.*A server ignores none"):
+        Serving.of(values | {"colour": 1})
+
+
+@pytest.mark.filterwarnings("ignore:this plan names no layers")
+@pytest.mark.parametrize("kept_as", ["mapping", "file"])
+def test_a_plan_without_layers_is_refused_as_such(tmp_path: Path, kept_as: str) -> None:
+    values = plan_of().to_dict() | {"layers": []}
+    file = tmp_path / "orthorank.json"
+    file.write_text(json.dumps(values))
+    serving = Serving.of(values if kept_as == "mapping" else str(file))
+    assert list(plan_obstacles(serving)) == ["the plan has no layers; serve the model without it"]
+
+
 def model(model_type: str, architecture: str) -> SimpleNamespace:
     return SimpleNamespace(architecture=architecture, hf_config=SimpleNamespace(model_type=model_type))
 

@@ -54,6 +54,13 @@ def test_weights_that_change(untied: dict[str, Path]) -> None:
         kernel = iter([(EMBEDDING, first[EMBEDDING]), (GONE, first[GONE])])
         reload(weights_iterator=kernel, is_checkpoint_format=False)
         checked("first")
+        kernel = iter([(EMBEDDING, second[EMBEDDING]), (GONE, second[GONE])])
+        llm.collective_rpc("reload_weights", args=(kernel,), kwargs={"is_checkpoint_format": False})
+        checked("mixed")
+        llm.collective_rpc(
+            "reload_weights", args=(iter([(EMBEDDING, first[EMBEDDING]), (GONE, first[GONE])]), None, False)
+        )
+        checked("first")
         llm.apply_model(lambda model: copy(model, second))
         llm.reset_prefix_cache()
         unlike(ask(llm, ASKED), wanted["mixed"])  # past every entry: somebody has to say so

@@ -10,7 +10,7 @@ from orthorank.serving import views
 from orthorank.serving.selection import Chosen
 from orthorank.serving.vllm import hooks
 from orthorank.serving.vllm.backend import StepMetadata
-from orthorank.serving.vllm.interface import expect
+from orthorank.serving.vllm.interface import OBJECTS, expect
 from orthorank_kernels import sparse_query_attention_paged
 
 # Backends whose cache is [blocks, kv_heads, block_size, 2 * head_dim], keys before values in the last axis.
@@ -118,7 +118,7 @@ def choose_way(wanted: str, attention: Any, dtype: torch.dtype) -> bool:
     """
     obstacle = paged_obstacle(attention, dtype)
     if attention.kv_cache_dtype in views.FP8:
-        expect(attention, _k_scale=Tensor, _v_scale=Tensor)
+        expect(attention, **OBJECTS["attention with a float8 cache"])
     if wanted == "paged" and obstacle is not None:
         raise OrthoRankError(f"attention is 'paged', and {obstacle}; use 'auto' or 'portable'")
     return wanted != "portable" and obstacle is None

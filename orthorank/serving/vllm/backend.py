@@ -8,10 +8,12 @@ import dataclasses
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from orthorank.common.errors import OrthoRankError
 from orthorank.serving.sinks import SinkBank
 from orthorank.serving.steps import Step, make_step, selects
+from orthorank.serving.vllm.interface import TESTED
 from orthorank.serving.vllm.requests import RequestTable
 from orthorank.serving.vllm.serving import Serving
 
@@ -35,14 +37,26 @@ class Shared:
     removed: tuple[int, ...] = ()
 
     def step(self, common: Any, device: "torch.device") -> Step | None:
-        """The step that ``common`` (vLLM's metadata) describes; None when no prompt is in it: all layers are dense."""
+        """The step that ``common`` (vLLM's metadata) describes; None when no prompt is in it: all layers are dense.
+
+        Raises:
+            OrthoRankError: ``common`` does not say what of it is prompt.
+        """
         starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
+        if not starts[-1]:
+            return None
+        prompts, first = self.requests.rows(common)
         ends = common.seq_lens_cpu_upper_bound
-        if ends is None or not starts[-1]:
+        if ends is None:
+            if _may_hold_prompts(common, prompts):
+                raise OrthoRankError(
+                    "vLLM's metadata of this step has no seq_lens_cpu_upper_bound, so which of its tokens are prompt "
+                    "is not known on the host, and they would be served dense; this package is tested with vLLM "
+                    f"{TESTED}, whose two model runners give it: use one of these, or serve the model without a plan"
+                )
             return None
         lengths = [end - begin for begin, end in pairwise(starts)]
         cached = [end - length for end, length in zip(ends[: common.num_reqs].tolist(), lengths, strict=True)]
-        prompts, first = self.requests.rows(common)
         selecting = selects(lengths, cached, prompts)
         if not any(selecting):
             return None
@@ -50,6 +64,13 @@ class Shared:
         slots = iter(self.bank.slots(wanted))
         rows = [next(slots) if selected else 0 for selected in selecting]
         return make_step(self.serving.plan, starts, cached, prompts, rows, device)
+
+
+def _may_hold_prompts(common: Any, prompts: list[int]) -> bool:
+    """Whether a step of unknown lengths can have prompt tokens: a row is a request's, and not known to generate."""
+    if not any(prompts):
+        return False
+    return common.is_prefilling is None or bool(common.is_prefilling[: common.num_reqs].any())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +88,20 @@ class StepMetadata:
 
 
 def step_metadata(metadata: Any) -> StepMetadata | None:
-    """What `selecting_backend` left at the backend's metadata; None while vLLM warms up."""
-    return getattr(metadata, "orthorank", None)
+    """What `selecting_backend` left at the backend's metadata; None while vLLM warms up.
+
+    Raises:
+        OrthoRankError: the metadata come from another builder, which knows of no step.
+    """
+    if metadata is None:
+        return None
+    if (found := getattr(metadata, "orthorank", None)) is None:
+        raise OrthoRankError(
+            f"vLLM's {type(metadata).__name__} of a selecting layer was built by another builder than the plan's, so "
+            f"its prompts would be served dense; this package is tested with vLLM {TESTED}: use that, or serve the "
+            "model without a plan"
+        )
+    return cast(StepMetadata, found)
 
 
 @cache

@@ -5,6 +5,7 @@ What each of these needs of vLLM, and whether the installed one has it, is said 
 
 import copy
 import functools
+import inspect
 from functools import cache
 from typing import Any
 
@@ -44,9 +45,21 @@ def layer_named(name: str) -> Any:
 
 
 def metadata_of(layer_name: str) -> Any:
-    """The attention metadata of that attention layer in this step; None while vLLM warms up."""
+    """The attention metadata of that attention layer in this step; None while vLLM warms up.
+
+    Raises:
+        OrthoRankError: there are metadata, and none of that layer.
+    """
     found = context().attn_metadata
-    return found.get(layer_name) if isinstance(found, dict) else None
+    if found is None:
+        return None
+    if not isinstance(found, dict) or layer_name not in found:
+        raise OrthoRankError(
+            f"vLLM's forward context has attn_metadata of type {type(found).__name__} without {layer_name}, so its "
+            f"prompts would be served dense; this package is tested with vLLM {TESTED}: use that, or serve the model "
+            "without a plan"
+        )
+    return found[layer_name]
 
 
 def write_cache(attention: Any, keys: Any, values: Any) -> None:
@@ -118,21 +131,41 @@ def watch_weights() -> None:
 
 def _then_forgets(original: Any) -> Any:
     @functools.wraps(original)
-    def change(self: Any, *args: Any, weights_iterator: Any = None, **kwargs: Any) -> Any:
-        if weights_iterator is not None:
-            kwargs["weights_iterator"] = _of_its_layers(self, weights_iterator)
+    def change(self: Any, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = _of_its_layers(self, original, args, kwargs)
         try:
-            return original(self, *args, **kwargs)
-        finally:
-            weights_changed(self)
+            result = original(self, *args, **kwargs)
+        except BaseException as error:  # some weights may be others already
+            try:
+                weights_changed(self)
+            except Exception as second:  # the first error is the one to mend
+                error.add_note(f"orthorank: the sinks' states could not be forgotten: {second!r}")
+            raise
+        weights_changed(self)
+        return result
 
     return change
 
 
-def _of_its_layers(worker: Any, weights: Any) -> Any:
-    """Without those of layers that the plan removes."""
+def _of_its_layers(worker: Any, original: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of ``original``, by place or by name, without weights of layers that the plan removes."""
+    if getattr(worker, "model_runner", None) is None:
+        return args, kwargs
     shared = getattr(worker.get_model(), "orthorank", None)
-    return weights if shared is None else without_layers(weights, shared.removed)
+    if shared is None or not shared.removed:
+        return args, kwargs
+    names = list(inspect.signature(original).parameters)[1:]
+    if names == ["args", "kwargs"]:  # handed on to the model runner as they are
+        names = list(inspect.signature(getattr(worker.model_runner, original.__name__)).parameters)
+    given = dict(zip(names, args, strict=False)) | kwargs
+    weights = given.get("weights_iterator")
+    if weights is None:
+        return args, kwargs
+    kept = without_layers(weights, shared.removed)
+    if "weights_iterator" in kwargs:
+        return args, kwargs | {"weights_iterator": kept}
+    place = names.index("weights_iterator")
+    return (*args[:place], kept, *args[place + 1 :]), kwargs
 
 
 def weights_changed(worker: Any) -> bool:

@@ -3,102 +3,83 @@
 vLLM's plugins may register models. The rest of what a selected layer needs is used by vLLM's own models in the same
 way, but may change with any release. So it is looked at before it is used: where the plugin registers itself
 (`REGISTERED`, after a glance at the sources, `NEEDED`), where a front end reads a plan (`FRONT`), where a worker builds
-the model (`WORKER`), where the engine makes its scheduler (`SCHEDULER`). `expect` looks at attributes of objects.
+the model (`WORKER`), where the engine makes its scheduler (`SCHEDULER`); attributes of objects that vLLM makes, where
+they are first met (`OBJECTS`). `OPTIONAL` is used where it is there: a vLLM without it has nothing of the kind.
 """
 
-import dataclasses
-import importlib
+import enum
 import importlib.metadata
 import importlib.util
-import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from orthorank.common.errors import OrthoRankError
+from orthorank.serving.vllm.interface_checks import (
+    TESTED,
+    Expected,
+    Group,
+    a,
+    begins_with,
+    called_as,
+    called_with,
+    differences,
+    function,
+    gives,
+    if_there,
+    kind,
+    may_lack,
+    that_sets,
+    with_fields,
+)
+from orthorank.serving.vllm.interface_checks import expect as expect
 
-TESTED = "0.32"
-
-# A check says what is wrong with what it is given, or None.
-Check = Callable[[Any], str | None]
-Group = Mapping[str, Mapping[str, Check]]
-
-
-def called_with(*names: str) -> Check:
-    """A function that may be called with these arguments, by name, and needs no others."""
-
-    def check(found: Any) -> str | None:
-        if not callable(found):
-            return f"is a {type(found).__name__}, not a function"
-        known = inspect.signature(found).parameters
-        if lacking := [name for name in names if name not in known]:
-            return f"has no argument {', '.join(lacking)}"
-        filled = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        more = [p.name for p in known.values() if p.default is p.empty and p.kind not in filled]
-        if more := [name for name in more if name not in names]:
-            return f"needs an argument {', '.join(more)}"
-        return None
-
-    return check
-
-
-def a(*types: type) -> Check:
-    """An object of one of these types."""
-
-    def check(found: Any) -> str | None:
-        return None if isinstance(found, types) else f"is a {type(found).__name__}, not a {types[0].__name__}"
-
-    return check
-
-
-def function(found: Any) -> str | None:
-    """Any function: it is called with whatever vLLM gives."""
-    return None if inspect.isroutine(found) else f"is a {type(found).__name__}, not a function"
-
-
-def with_fields(*names: str) -> Check:
-    """A dataclass with these fields."""
-
-    def check(found: Any) -> str | None:
-        if not dataclasses.is_dataclass(found):
-            return "is no dataclass"
-        known = {field.name for field in dataclasses.fields(found)}
-        lacking = [name for name in names if name not in known]
-        return f"has no field {', '.join(lacking)}" if lacking else None
-
-    return check
-
-
-def that_sets(*names: str) -> Check:
-    """A class whose source speaks of these attributes."""
-
-    def check(found: Any) -> str | None:
-        if not isinstance(found, type):
-            return f"is a {type(found).__name__}, not a class"
-        source = inspect.getsource(found)
-        lacking = [name for name in names if not re.search(rf"\b{name}\b", source)]
-        return f"has no attribute {', '.join(lacking)}" if lacking else None
-
-    return check
-
-
+# Modules are those where a name is defined, not where it may be imported from: `missing` looks into their sources.
 REGISTERED: Group = {
-    "vllm": {
+    "vllm.model_executor.models.registry": {
         "ModelRegistry.get_supported_archs": called_with(),
         "ModelRegistry.register_model": called_with("model_arch", "model_cls"),
     },
-    "vllm.config": {
-        "CompilationConfig._attention_ops": a(list),
-        "VllmConfig.try_verify_and_update_config": called_with("self"),
-    },
+    "vllm.config.compilation": {"CompilationConfig._attention_ops": a(list)},
+    "vllm.config.vllm": {"VllmConfig.try_verify_and_update_config": called_with("self")},
     "vllm.model_executor.models.config": {
         "MODELS_CONFIG_MAP": a(dict),
         "VerifyAndUpdateConfig.verify_and_update_config": called_with("vllm_config"),
     },
 }
 FRONT: Group = {
-    "vllm.v1.engine.input_processor": {"InputProcessor.process_inputs": function},
+    "vllm.config.vllm": {
+        "VllmConfig": with_fields(
+            "model_config",
+            "cache_config",
+            "parallel_config",
+            "scheduler_config",
+            "compilation_config",
+            "lora_config",
+            "speculative_config",
+        )
+    },
+    "vllm.config.model": {
+        "ModelConfig": with_fields("hf_config", "enable_prompt_embeds"),
+        "ModelConfig.architecture": a(property),
+    },
+    "vllm.config.parallel": {"ParallelConfig": with_fields("pipeline_parallel_size")},
+    "vllm.config.cache": {"CacheConfig": with_fields("enable_prefix_caching")},
+    "vllm.config.scheduler": {
+        "SchedulerConfig": with_fields(
+            "scheduler_cls",
+            "async_scheduling",
+            "enable_chunked_prefill",
+            "long_prefill_token_threshold",
+            "max_num_batched_tokens",
+            "max_num_seqs",
+        )
+    },
+    "vllm.sampling_params": {"SamplingParams": that_sets("extra_args")},
+    "vllm.v1.engine": {"EngineCoreRequest": that_sets("sampling_params")},
+    "vllm.v1.engine.input_processor": {
+        "InputProcessor.process_inputs": begins_with("self", "request_id", "prompt", "params")
+    },
     "vllm.exceptions": {"VLLMValidationError": a(type)},
     "vllm.entrypoints.generate.beam_search.utils": {
         "BeamSearchSequence": with_fields("orig_prompt", "tokens"),
@@ -106,16 +87,21 @@ FRONT: Group = {
     },
 }
 WORKER: Group = {
+    "vllm.config.compilation": {"CompilationConfig": with_fields("static_forward_context")},
     "vllm.forward_context": {
         "get_forward_context": called_with(),
         "ForwardContext": with_fields("no_compile_layers", "attn_metadata", "slot_mapping"),
     },
-    "vllm.distributed": {"get_tp_group": called_with()},
-    "vllm.platforms": {"current_platform.fp8_dtype": called_with()},
-    "vllm.model_executor.layers.linear": {"UnquantizedLinearMethod": a(type)},
+    "vllm.distributed.parallel_state": {
+        "get_tp_group": called_with(),
+        "GroupCoordinator": that_sets("world_size"),
+        "GroupCoordinator.broadcast": called_as(2, "src"),
+    },
+    "vllm.platforms.interface": {"Platform.fp8_dtype": called_with()},
+    "vllm.model_executor.layers.linear": {"UnquantizedLinearMethod": a(type), "LinearBase": that_sets("quant_method")},
     "vllm.v1.attention.backend": {
         "AttentionBackend": that_sets("forward_includes_kv_cache_update"),
-        "AttentionCGSupport.UNIFORM_BATCH": a(object),
+        "AttentionCGSupport.UNIFORM_BATCH": a(enum.Enum),
         "AttentionMetadataBuilder": that_sets("kv_cache_spec", "layer_names", "vllm_config", "device"),
         "AttentionMetadataBuilder.build": called_with(
             "self", "common_prefix_len", "common_attn_metadata", "fast_build"
@@ -139,22 +125,28 @@ WORKER: Group = {
             "_num_computed_tokens_cache",
             "_token_to_req_indices_cache",
         ),
-        "CommonAttentionMetadata.replace": function,
+        "CommonAttentionMetadata.replace": called_as(1, "seq_lens", "req_idx", "block_table_tensor"),
         "subclass_attention_backend": called_with("name_prefix", "attention_backend_cls", "builder_cls"),
     },
     "vllm.v1.worker.gpu_input_batch": {
         "InputBatch": that_sets("num_prompt_tokens", "token_ids_cpu", "req_ids", "num_reqs"),
+        "CachedRequestState": with_fields("sampling_params"),
     },
     "vllm.v1.worker.gpu_model_runner": {
         "GPUModelRunner": that_sets("input_batch", "requests"),
         "GPUModelRunner._build_attention_metadata": function,
+        "GPUModelRunner.reload_weights": called_as(1, "weights_iterator"),
     },
+    "vllm.v1.worker.gpu.model_states": {"init_model_state": function},
     "vllm.v1.worker.gpu.model_states.default": {
+        "DefaultModelState": that_sets("model"),
         "DefaultModelState.add_request": called_with("self", "req_index", "new_req_data"),
     },
+    "vllm.v1.core.sched.output": {"NewRequestData": with_fields("prompt_token_ids", "sampling_params")},
     "vllm.v1.worker.gpu_worker": {
+        "Worker": that_sets("model_runner"),
         "Worker.get_model": called_with("self"),
-        "Worker.reload_weights": function,
+        "Worker.reload_weights": called_as(1, "weights_iterator"),
         "Worker.start_weight_update": function,
         "Worker.update_weights": function,
         "Worker.finish_weight_update": function,
@@ -179,37 +171,81 @@ SCHEDULER: Group = {
     },
     "vllm.v1.request": {"Request": that_sets("num_prompt_tokens", "num_computed_tokens", "sampling_params")},
 }
+OPTIONAL: Group = {
+    "vllm.envs": {"VLLM_USE_BREAKABLE_CUDAGRAPH": a(bool)},
+    "vllm.config.vllm": {"VllmConfig": with_fields("kv_transfer_config")},
+    "vllm.config.parallel": {
+        "ParallelConfig": with_fields("decode_context_parallel_size", "prefill_context_parallel_size", "enable_dbo")
+    },
+    "vllm.model_executor.models.mistral": {"MistralAttention._get_llama_4_attn_scale": called_as(2)},
+}
+_MODULE, _TENSOR = kind("Module"), kind("Tensor")
+# Attributes of objects that vLLM makes; types of vLLM and PyTorch by name.
+OBJECTS: Mapping[str, Mapping[str, Expected]] = {
+    "model": {"layers": kind("ModuleList"), "embed_input_ids": called_as(1)},
+    "layer": dict.fromkeys(("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"), _MODULE),
+    "norm": {"weight": _TENSOR, "variance_epsilon": float},
+    "self_attn": {
+        **dict.fromkeys(("attn", "qkv_proj", "o_proj"), _MODULE),
+        "rotary_emb": may_lack("forward_native", 2),
+        **dict.fromkeys(("q_size", "kv_size", "num_heads", "num_kv_heads", "head_dim"), int),
+        **dict.fromkeys(("q_norm", "k_norm"), if_there(_MODULE)),
+        "do_llama_4_scaling": if_there(a(bool)),
+        "_get_llama_4_attn_scale": if_there(called_as(1)),
+    },
+    "qkv_proj": {"quant_method": kind("QuantizeMethodBase"), "bias": kind("Tensor", "NoneType")},
+    "attention": {
+        "attn_backend": type,
+        "impl": kind("AttentionImplBase"),
+        "layer_name": str,
+        "head_size": int,
+        "kv_cache_dtype": str,
+        "kv_cache": _TENSOR,
+        "sliding_window": kind("int", "NoneType"),
+    },
+    "attention with a float8 cache": {"_k_scale": _TENSOR, "_v_scale": _TENSOR},
+    "backend": {
+        "forward_includes_kv_cache_update": bool,
+        "get_name": called_as(0),
+        "get_builder_cls": gives("AttentionMetadataBuilder"),
+    },
+    "impl": {
+        "do_kv_cache_update": called_as(5),
+        "forward": called_as(6, "output"),
+        "scale": (float, int),
+        "logits_soft_cap": if_there(kind("float", "int", "NoneType")),
+        "sinks": if_there(kind("Tensor", "NoneType")),
+    },
+    "runner": {"input_batch": a(object), "requests": dict},
+    "batch": {
+        "num_reqs": int,
+        "num_prompt_tokens": kind("ndarray"),
+        "token_ids_cpu": kind("ndarray"),
+        "req_ids": list,
+    },
+    "scheduler": {
+        "need_mamba_block_aligned_split": bool,
+        "kv_cache_manager": kind("KVCacheManager"),
+        "cache_config": kind("CacheConfig"),
+        "vllm_config": kind("VllmConfig"),
+    },
+    "scheduler with a prefix cache": {"hash_block_size": int},
+    "kv_cache_manager": {"coordinator": kind("KVCacheCoordinator")},
+}
+
+
+def _needed() -> dict[str, tuple[str, ...]]:
+    """The names of all four groups, by module."""
+    found: dict[str, dict[str, None]] = {}
+    for group in (REGISTERED, FRONT, WORKER, SCHEDULER):
+        for module, names in group.items():
+            for name, check in names.items():
+                found.setdefault(module, {}).update(dict.fromkeys((*name.split("."), *check.names)))
+    return {module: tuple(names) for module, names in found.items()}
+
 
 # Names that a module must hold, looked for in its source: `missing` runs in every process of vLLM and imports nothing.
-NEEDED: dict[str, tuple[str, ...]] = {
-    "vllm.config.compilation": ("_attention_ops", "static_forward_context"),
-    "vllm.config.vllm": ("try_verify_and_update_config",),
-    "vllm.forward_context": ("get_forward_context", "no_compile_layers", "slot_mapping", "attn_metadata"),
-    "vllm.model_executor.models.config": ("MODELS_CONFIG_MAP", "VerifyAndUpdateConfig", "verify_and_update_config"),
-    "vllm.v1.attention.backend": (
-        "subclass_attention_backend",
-        "query_start_loc_cpu",
-        "seq_lens_cpu_upper_bound",
-        "is_prefilling",
-        "req_idx",
-        "_num_computed_tokens_cache",
-        "_token_to_req_indices_cache",
-        "forward_includes_kv_cache_update",
-        "do_kv_cache_update",
-    ),
-    "vllm.v1.core.sched.scheduler": (
-        "_mamba_block_aligned_split",
-        "need_mamba_block_aligned_split",
-        "_update_request_as_session",
-    ),
-    "vllm.v1.core.kv_cache_manager": ("get_computed_blocks",),
-    "vllm.v1.core.kv_cache_coordinator": ("cache_blocks", "find_longest_cache_hit"),
-    "vllm.v1.engine.input_processor": ("process_inputs",),
-    "vllm.entrypoints.generate.beam_search.utils": ("get_prompt", "orig_prompt"),
-    "vllm.v1.worker.gpu_model_runner": ("_build_attention_metadata",),
-    "vllm.v1.worker.gpu_input_batch": ("num_prompt_tokens", "token_ids_cpu"),
-    "vllm.v1.worker.gpu_worker": ("reload_weights", "update_weights", "finish_weight_update"),
-}
+NEEDED: dict[str, tuple[str, ...]] = _needed()
 
 
 def version() -> str:
@@ -224,27 +260,11 @@ def version() -> str:
 
 def missing() -> list[str]:
     """Which of `NEEDED` the installed vLLM lacks. The sources are read, not imported: some take seconds."""
-    return [
-        f"{module}.{name} is not there"
-        for module, names in NEEDED.items()
-        for name in names
-        if not re.search(rf"\b{name}\b", _source(module))
-    ]
-
-
-def differences(group: Group) -> Iterator[str]:
-    """What of ``group`` is not as expected, in words. Imports its modules."""
-    for module, names in group.items():
-        for name, check in names.items():
-            try:
-                found: Any = importlib.import_module(module)
-                for part in name.split("."):
-                    found = getattr(found, part)
-            except (ImportError, AttributeError):
-                yield f"{module}.{name} is not there"
-            else:
-                if wrong := check(found):
-                    yield f"{module}.{name} {wrong}"
+    found = []
+    for module, names in NEEDED.items():
+        source = _source(module)
+        found += [f"{module}.{name} is not there" for name in names if not re.search(rf"\b{name}\b", source)]
+    return found
 
 
 def require(group: Group) -> None:
@@ -258,34 +278,6 @@ def require(group: Group) -> None:
             f"the installed vLLM {version()} is not as OrthoRank needs it: {'; '.join(wrong)}; this package is tested "
             f"with vLLM {TESTED}: install that, or serve the model without a plan"
         )
-
-
-def expect(thing: Any, **types: type | tuple[type, ...]) -> None:
-    """Before attributes of an object of vLLM are used: they are there, and of these types.
-
-    Raises:
-        OrthoRankError: one is not.
-
-    Example:
-        >>> expect(complex(1, 2), real=float)
-        >>> expect(complex(1, 2), real=int)
-        Traceback (most recent call last):
-        orthorank.common.errors.OrthoRankError: vLLM's complex has real of type float, and OrthoRank needs int; it is \
-tested with vLLM 0.32
-    """
-    for name, wanted in types.items():
-        kinds = wanted if isinstance(wanted, tuple) else (wanted,)
-        words = " or ".join(kind.__name__ for kind in kinds)
-        if not hasattr(thing, name):
-            raise OrthoRankError(
-                f"vLLM's {type(thing).__name__} has no {name}, and OrthoRank needs it, of type {words}; it is tested "
-                f"with vLLM {TESTED}"
-            )
-        if not isinstance(found := getattr(thing, name), kinds):
-            raise OrthoRankError(
-                f"vLLM's {type(thing).__name__} has {name} of type {type(found).__name__}, and OrthoRank needs "
-                f"{words}; it is tested with vLLM {TESTED}"
-            )
 
 
 def _source(module: str) -> str:

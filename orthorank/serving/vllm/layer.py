@@ -13,7 +13,7 @@ from orthorank.serving.steps import Step
 from orthorank.serving.vllm import attention as attending
 from orthorank.serving.vllm import hooks
 from orthorank.serving.vllm.backend import Shared, StepMetadata, selecting_backend, step_metadata
-from orthorank.serving.vllm.interface import expect
+from orthorank.serving.vllm.interface import OBJECTS, expect
 from orthorank.serving.vllm.projections import Projections
 from orthorank_kernels import gather_rows
 
@@ -153,13 +153,15 @@ def make_selecting(layer: Any, index: int, shared: Shared, contexts: dict[str, A
 
 def _expect_parts(layer: Any) -> None:
     """What this module, `projections` and `first_token` use of a decoder layer."""
-    module, sizes = nn.Module, ("q_size", "kv_size", "num_heads", "num_kv_heads", "head_dim")
-    expect(layer, self_attn=module, mlp=module, input_layernorm=module, post_attention_layernorm=module)
+    expect(layer, **OBJECTS["layer"])
     for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-        expect(norm, weight=Tensor, variance_epsilon=float)
-    expect(layer.self_attn, attn=module, qkv_proj=module, o_proj=module, rotary_emb=module, **dict.fromkeys(sizes, int))
-    expect(layer.self_attn.attn, attn_backend=type, impl=object, layer_name=str, head_size=int, kv_cache_dtype=str)
-    expect(layer.self_attn.attn.impl, do_kv_cache_update=object)
+        expect(norm, **OBJECTS["norm"])
+    expect(layer.self_attn, **OBJECTS["self_attn"])
+    expect(layer.self_attn.qkv_proj, **OBJECTS["qkv_proj"])
+    attention = layer.self_attn.attn
+    expect(attention, **OBJECTS["attention"])
+    expect(attention.attn_backend, **OBJECTS["backend"])
+    expect(attention.impl, **OBJECTS["impl"])
 
 
 def make_removed(layer: Any, contexts: dict[str, Any]) -> None:

@@ -43,6 +43,7 @@ class _WithPlan(nn.Module):
         bank = SinkBank(lambda token: first_token_states(self.model, plan, token), max(BANK, most))
         removed = tuple(index for index in plan.layers if plan.ratio(index) == 0)
         self.orthorank = Shared(serving, plan.selecting, bank, RequestTable(most), removed)
+        interface.expect(self.model, **interface.OBJECTS["model"])
         contexts = vllm_config.compilation_config.static_forward_context
         for index in plan.layers:
             if index in plan.selecting:

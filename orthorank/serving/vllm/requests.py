@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from orthorank.common.errors import OrthoRankError
 from orthorank.serving.vllm import hooks
-from orthorank.serving.vllm.interface import expect
+from orthorank.serving.vllm.interface import OBJECTS, TESTED, expect
 from orthorank.serving.vllm.rules import prompt_tokens
 
 
@@ -30,16 +31,27 @@ class RequestTable:
         self._first[row] = prompt[0] if prompt else 0
 
     def rows(self, common: Any) -> tuple[list[int], list[int]]:
-        """Prompt lengths and first tokens of the rows of ``common``, a step's metadata. 0 for rows of no request."""
+        """Prompt lengths and first tokens of the rows of ``common``, a step's metadata. 0 for rows of no request.
+
+        Raises:
+            OrthoRankError: there are prompts in it, of a model runner that told nobody of them.
+        """
         count = common.num_reqs
         if common.req_idx is not None:
             rows = common.req_idx[:count]
             return self._prompts[rows].tolist(), self._first[rows].tolist()
         runner = hooks.runner()
         if runner is None:  # metadata that no runner asked for
+            if common.is_prefilling is not None and bool(common.is_prefilling[:count].any()):
+                raise OrthoRankError(
+                    "a model runner of vLLM that is neither of the two this package knows has prompts in this step, "
+                    f"whose lengths it does not tell, so they would be served dense; it is tested with vLLM {TESTED}: "
+                    "use that, or serve the model without a plan"
+                )
             return [0] * count, [0] * count
+        expect(runner, **OBJECTS["runner"])
         batch, requests = runner.input_batch, runner.requests
-        expect(batch, num_reqs=int, num_prompt_tokens=np.ndarray, token_ids_cpu=np.ndarray, req_ids=list)
+        expect(batch, **OBJECTS["batch"])
         known = min(count, batch.num_reqs)  # rows behind are padding
         prompts = [
             prompt_tokens(tokens, requests[request].sampling_params)

@@ -28,7 +28,7 @@ class _Rules(Scheduler):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        interface.expect(self, need_mamba_block_aligned_split=bool, kv_cache_manager=object, cache_config=object)
+        interface.expect(self, **interface.OBJECTS["scheduler"])
         serving = Serving.of(self.vllm_config.model_config.hf_config.orthorank)
         plan = serving.plan
         self._window = plan.select_window
@@ -36,7 +36,8 @@ class _Rules(Scheduler):
             self.need_mamba_block_aligned_split = True  # has `schedule` ask the method below
         if not self.cache_config.enable_prefix_caching or serving.reuse == "all":
             return
-        interface.expect(self, hash_block_size=int)
+        interface.expect(self, **interface.OBJECTS["scheduler with a prefix cache"])
+        interface.expect(self.kv_cache_manager, **interface.OBJECTS["kv_cache_manager"])
         if self._window is not None and self.hash_block_size % self._window:
             raise OrthoRankError(
                 f"select_window is {self._window} and the cache's blocks have {self.hash_block_size} tokens: a hit "

@@ -4,7 +4,7 @@ import warnings
 from dataclasses import dataclass, fields
 from typing import Any
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, UnknownKeysWarning
 from orthorank.config import OrthoRankConfig
 
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -79,15 +79,19 @@ class Serving:
 
 
 def _plan(value: object) -> OrthoRankConfig:
-    """Keys that a plan does not have are refused here: nobody reads a warning in a server's log."""
+    """Keys that a plan does not have are refused here: nobody reads a warning in a server's log.
+
+    The other warnings stay what they are: that a newer version wrote the plan; that it has no layers, which `checks`
+    refuses.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("error", UnknownKeysWarning)
         try:
             if isinstance(value, str):
                 return OrthoRankConfig.from_pretrained(value)
             if isinstance(value, dict):
                 return OrthoRankConfig.from_dict(value)
-        except UserWarning as warning:
+        except UnknownKeysWarning as warning:
             known = ", ".join(field.name for field in fields(OrthoRankConfig))
             raise OrthoRankError(
                 f"{warning}. A server ignores none: correct them or take them out; known are {known}"

@@ -1,0 +1,80 @@
+"""`orthorank.serving.vllm.backend.Shared.step`: what of vLLM's metadata is a step that selects, what is none."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from orthorank import OrthoRankConfig, OrthoRankError
+from orthorank.serving.sinks import SinkBank
+from orthorank.serving.vllm import hooks
+from orthorank.serving.vllm.backend import Shared, StepMetadata, step_metadata
+from orthorank.serving.vllm.requests import RequestTable
+from orthorank.serving.vllm.serving import Serving
+
+CPU = torch.device("cpu")
+
+
+def shared() -> Shared:
+    """One request of 9 prompt tokens in row 0, none in row 1."""
+    plan = OrthoRankConfig(layers=[1], keep_ratio=0.5)
+    requests = RequestTable(2)
+    requests.add(0, list(range(1, 10)))
+    return Shared(Serving(plan), [1], SinkBank(lambda token: torch.zeros(1, 4), 8), requests)
+
+
+def common(tokens: list[int], ends: list[int] | None, rows: list[int], **others: Any) -> SimpleNamespace:
+    return SimpleNamespace(
+        num_reqs=len(tokens),
+        query_start_loc_cpu=torch.tensor([0, *tokens]).cumsum(0),
+        seq_lens_cpu_upper_bound=None if ends is None else torch.tensor(ends),
+        req_idx=torch.tensor(rows).numpy(),
+        is_prefilling=None,
+        **others,
+    )
+
+
+def test_a_prompt_selects_and_generated_tokens_do_not() -> None:
+    assert shared().step(common([9], [9], [0]), CPU) is not None
+    assert shared().step(common([1], [10], [0]), CPU) is None
+    assert shared().step(common([0], [0], [0]), CPU) is None
+
+
+@pytest.mark.parametrize("prefilling", [None, [True], [True, False]])
+def test_prompts_of_unknown_lengths_are_refused(prefilling: list[bool] | None) -> None:
+    """They would be served dense, without a word."""
+    unknown = common([9, 1], None, [0, 1])
+    unknown.is_prefilling = None if prefilling is None else torch.tensor(prefilling)
+    with pytest.raises(OrthoRankError, match=r"no seq_lens_cpu_upper_bound, so which .* would be served dense"):
+        shared().step(unknown, CPU)
+
+
+def test_steps_of_unknown_lengths_without_a_prompt_are_dense() -> None:
+    """vLLM's warming up, where rows are of no request; requests that are known to generate."""
+    assert shared().step(common([3], None, [1]), CPU) is None
+    generating = common([1], None, [0])
+    generating.is_prefilling = torch.tensor([False])
+    assert shared().step(generating, CPU) is None
+
+
+def test_metadata_of_another_builder_are_refused() -> None:
+    step = StepMetadata(None, None, lambda: None)
+    assert step_metadata(None) is None
+    assert step_metadata(SimpleNamespace(orthorank=step)) is step
+    with pytest.raises(OrthoRankError, match="SimpleNamespace of a selecting layer was built by another builder"):
+        step_metadata(SimpleNamespace())
+
+
+@pytest.mark.parametrize("found", [{}, {"layers.2": 2}, [{"layers.1": 1}]], ids=str)
+def test_a_step_without_metadata_of_a_layer_is_refused(monkeypatch: pytest.MonkeyPatch, found: Any) -> None:
+    """A list is what vLLM has where it splits a step in two."""
+    monkeypatch.setattr(hooks, "context", lambda: SimpleNamespace(attn_metadata=found))
+    with pytest.raises(OrthoRankError, match=rf"attn_metadata of type {type(found).__name__} without layers\.1"):
+        hooks.metadata_of("layers.1")
+
+
+def test_metadata_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, wanted in ((None, None), ({"layers.1": 1}, 1)):
+        monkeypatch.setattr(hooks, "context", lambda found=found: SimpleNamespace(attn_metadata=found))
+        assert hooks.metadata_of("layers.1") == wanted
