@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from orthorank.common.errors import OrthoRankError
+from orthorank.serving.vllm.interface_checks import TESTED
 from orthorank.serving.vllm.rules import PROMPT_TOKENS, check_prompt_tokens, without_layers
 
 OPERATOR = "orthorank::decoder_layer"

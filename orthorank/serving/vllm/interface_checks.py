@@ -212,8 +212,8 @@ def expect(thing: Any, **attributes: Expected) -> None:
         >>> expect(complex(1, 2), real=float)
         >>> expect(complex(1, 2), real=int)
         Traceback (most recent call last):
-        orthorank.common.errors.OrthoRankError: vLLM's complex has real of type float, and OrthoRank needs int; it is tested \
-with vLLM 0.32
+        orthorank.common.errors.OrthoRankError: vLLM's complex has real of type float, and OrthoRank needs int; it is \
+tested with vLLM 0.32
     """
     owner = thing.__name__ if isinstance(thing, type) else type(thing).__name__
     for name, wanted in attributes.items():
