@@ -44,6 +44,7 @@ test: install ## what CI runs: everything but slow and gpu
 	$(PYTEST) -n $(WORKERS) -m 'not slow and not gpu and not browser and not vllm'
 
 test-slow: install ## the full compile matrix, the long runs, and with TRANSFORMERS_TESTS=DIR transformers' own tests
+	$(if $(TRANSFORMERS_TESTS),$(BIN)/python -m pip install --quiet --constraint constraints.txt parameterized httpx)
 	TRANSFORMERS_TESTS='$(TRANSFORMERS_TESTS)' $(PYTEST) -n $(WORKERS) -m slow
 
 test-gpu: install ## on a machine with a GPU: the tests that a GPU can judge, in less than 8 minutes; a line for each as it ends

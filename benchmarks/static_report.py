@@ -5,10 +5,10 @@
     python benchmarks/static_report.py --check            # the default settings' limits, in a minute or two
 
 Writes ``benchmarks/results/static.json`` and a table of it, ``static.md``. A measurement is kept with a hash of what it
-depends on (see `benchmarks/static/fingerprint.py`) and made again only when that changes; an interrupted run goes on
-where it stopped. ``--check`` compiles the cases that are not slow, writes nothing, exits with 1 when a limit is broken,
-and prints the worst ratio of a measurement to its limit as the last word. Peers are measured when they are installed
-(`make bench-install`).
+depends on (see `benchmarks/static/fingerprint.py`) and made again only when that changes, unless the compiler would be
+asked for the same as before; an interrupted run goes on where it stopped. ``--check`` compiles the cases that are not
+slow, writes nothing, exits with 1 when a limit is broken, and prints the worst ratio of a measurement to its limit as
+the last word. Peers are measured when they are installed (`make bench-install`).
 """
 
 import argparse
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,7 +33,7 @@ from benchmarks.static import sass
 from benchmarks.static.case import REPORTED_TARGETS, TARGETS, broken_limits, worst_ratio
 from benchmarks.static.occupancy import occupancy
 from benchmarks.static.run import measurements, triton_version
-from benchmarks.static.store import Row, Store, Wanted, is_current, wanted
+from benchmarks.static.store import Place, Row, Store, Wanted, is_current, wanted
 from benchmarks.static.tables import markdown
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -65,8 +65,17 @@ def chunks(wants: Sequence[Wanted]) -> list[list[Wanted]]:
     return sorted(cut, key=lambda chunk: (chunk[0].case.slow, chunk[0].case.group not in ("attention", "peers")))
 
 
-def measure_all(wants: Sequence[Wanted], jobs: int, cache: Path | None, keep: Callable[[Wanted, Row], None]) -> None:
-    """Compile ``wants`` in ``jobs`` processes; each result is given to ``keep`` when it is there."""
+def measure_all(
+    wants: Sequence[Wanted],
+    jobs: int,
+    cache: Path | None,
+    keep: Callable[[Wanted, Row], None],
+    before: Mapping[Place, Row] | None = None,
+) -> None:
+    """Compile ``wants`` in ``jobs`` processes; each result is given to ``keep`` when it is there.
+
+    A row of ``before`` for which the compiler was asked for the same as today stays, as one of today's sources.
+    """
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns(), TimeElapsedColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, console=console) as progress, ThreadPoolExecutor(jobs) as pool:
@@ -75,9 +84,15 @@ def measure_all(wants: Sequence[Wanted], jobs: int, cache: Path | None, keep: Ca
         def work(chunk: list[Wanted]) -> None:
             by_name = {want.case.name: want for want in chunk}
             first = chunk[0]
-            for measured in measurements(first.target, first.case.group, list(by_name), cache):
-                want = by_name[measured["case"]]
-                keep(want, row_of(want, measured))
+            old = {name: before[want.place] for name, want in by_name.items() if before and want.place in before}
+            known = {name: row.get("asked", "") for name, row in old.items()}
+            for measured in measurements(first.target, first.case.group, list(by_name), cache, known):
+                name = measured["case"]
+                same = measured.keys() == {"case", "asked"}
+                keep(
+                    by_name[name], {**old[name], "key": by_name[name].key} if same else row_of(by_name[name], measured)
+                )
+                want = by_name[name]
                 progress.update(task, advance=1, description=f"{want.target} {want.case.name}")
 
         pending = [pool.submit(work, chunk) for chunk in chunks(wants)]
@@ -150,7 +165,7 @@ def report(options: argparse.Namespace, everything: Sequence[Wanted], chosen: Se
 
     print(f"{len(chosen) - len(stale)} measurements are current, {len(stale)} to make")
     try:
-        measure_all(stale, options.jobs, None, keep)
+        measure_all(stale, options.jobs, None, keep, store.rows)
     finally:
         store.write(everything, version)
         (options.output / "static.md").write_text(markdown(store.rows, everything, version, COMMAND), encoding="utf-8")

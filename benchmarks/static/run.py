@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,14 @@ def triton_version() -> str:
     return importlib.metadata.version("triton")
 
 
-def measurements(target: str, group: str, names: Sequence[str], cache: Path | None = None) -> Iterator[dict[str, Any]]:
+def measurements(
+    target: str, group: str, names: Sequence[str], cache: Path | None = None, known: Mapping[str, str] | None = None
+) -> Iterator[dict[str, Any]]:
     """The measurements of these cases of one group, as they are made.
 
     Args:
+        known: what the compiler was asked for when a case was measured last, by name. A case of which it is the same
+            today gives no measurement but ``case`` and ``asked``.
         cache: Triton's cache folder; an empty one has everything compiled now. None: the usual one.
 
     Raises:
@@ -38,7 +42,7 @@ def measurements(target: str, group: str, names: Sequence[str], cache: Path | No
     assert child.stdout is not None
     assert child.stderr is not None
     try:
-        child.stdin.write(json.dumps(list(names)))
+        child.stdin.write(json.dumps({name: (known or {}).get(name) for name in names}))
         child.stdin.close()
         for line in child.stdout:
             yield json.loads(line)

@@ -1,10 +1,11 @@
 """Compiles cases for one GPU, which need not be present, and measures the machine code.
 
     python -m benchmarks.static.worker sm_90 attention [--slow] [--only REGEX] [--table]
-    python -m benchmarks.static.worker sm_90 rows --names   # with a JSON list of names on the standard input
+    python -m benchmarks.static.worker sm_90 rows --names   # with a JSON object on the standard input: asked, by name
 
 Runs in a process of its own, because the interpreter replaces the compiler for a whole process. One JSON object per
-case on the standard output: case, seconds, launches and a measurement (see `measure`), or: case, error.
+case on the standard output: case, asked, seconds, launches and a measurement (see `measure`), or: case, error. Where
+the compiler would be asked for what it was asked for when the case was measured last, nothing is compiled: case, asked.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from typing import Any
 
 from benchmarks.static.case import Case
 from benchmarks.static.cases import CASES
+from benchmarks.static.fingerprint import MEASURING, code_of, digest
 from benchmarks.static.measure import measure
 from benchmarks.static.peers import PEERS
 
@@ -62,6 +64,30 @@ def compile_instead_of_launch(target: str) -> list[Any]:
     return compiled
 
 
+def asked(case: Case, target: str) -> str:
+    """A hash of all that the launches of ``case`` ask the compiler for, and of what measures the outcome.
+
+    Nothing is compiled. Before any other case is, since what a process has compiled it asks for no more.
+    """
+    import triton
+    from triton import knobs
+
+    requests: list[str] = []
+
+    def note(*, key: str, fn: Any, **_: Any) -> bool:
+        requests.append(f"{fn.jit_function.cache_key} {key}")
+        return True  # which says that there is nothing to compile
+
+    knobs.runtime.jit_cache_hook = note
+    try:
+        case.launch()
+    except Exception:
+        return ""  # compiling it says why
+    finally:
+        knobs.runtime.jit_cache_hook = None
+    return digest(target, triton.__version__, *map(code_of, MEASURING), *requests) if requests else ""
+
+
 def run_case(case: Case, compiled: list[Any]) -> dict[str, Any]:
     compiled.clear()
     began = time.perf_counter()
@@ -97,18 +123,24 @@ def main() -> None:
     parser.add_argument("group", help="rows, scores, attention or peers")
     parser.add_argument("--slow", action="store_true", help="the cases marked slow instead of the others")
     parser.add_argument("--only", default="", metavar="REGEX", help="of these the cases whose name matches")
-    parser.add_argument("--names", action="store_true", help="the cases named on the standard input, slow or not")
+    parser.add_argument("--names", action="store_true", help="cases by name, from the standard input")
     parser.add_argument("--table", action="store_true", help="for people instead of JSON")
     options = parser.parse_args()
     cases = [case for case in (*CASES, *PEERS) if case.group == options.group]
     if options.names:
-        names = set(json.load(sys.stdin))
-        cases = [case for case in cases if case.name in names]
+        known = json.load(sys.stdin)
+        cases = [case for case in cases if case.name in known]
     else:
+        known = {}
         cases = [case for case in cases if case.slow == options.slow and re.search(options.only, case.name)]
     compiled = compile_instead_of_launch(options.target)
+    asks = {case.name: asked(case, options.target) if case.group != "peers" else "" for case in cases}
     for case in cases:
-        measured = run_case(case, compiled)
+        if asks[case.name] and asks[case.name] == known.get(case.name):
+            measured = {"case": case.name}
+        else:
+            measured = run_case(case, compiled)
+        measured["asked"] = asks[case.name]
         print(row(measured) if options.table else json.dumps(measured), flush=True)
 
 

@@ -37,7 +37,9 @@ def sparse_query_attention(
 
     No [selected, keys] mask is built, and keys outside a batch row's range (before its start or first window, after its
     last position) never reach the result, whatever they hold; the reference on a GPU or inside `torch.compile`, which
-    is what inputs that require grad take, asks that they be finite.
+    is what inputs that require grad take, asks that they be finite. Where a key or value inside that range is not
+    finite, as in dense attention the row's other queries are right or NaN (0 times NaN is NaN), and nothing is said of
+    queries that see it; the other rows are right.
 
     Args:
         q: queries, float32, float16 or bfloat16 ``[batch, heads, selected, head_dim]``. Float64 runs on the reference.

@@ -14,6 +14,7 @@ from orthorank_kernels.layout import selection_outputs
 from orthorank_kernels.reference import selection as reference
 
 MAX_TOKENS = 2**30
+MOST_POSITIONS = 2**31  # of int32
 ROUNDS_TO_INFINITY = 2.0**128 - 2.0**103  # in float32
 
 
@@ -173,6 +174,8 @@ def select_request(
     for name, value in (indices | {"position_offsets": position_offsets}).items():
         if value is not None:
             _checks.row_index(name, value, rows, tokens_like)
+    if position_offsets is not None and cu_seqlens is not None:
+        _check_offsets(position_offsets, cu_seqlens)
     check_keep_last(keep_last)
     _checks.integer(
         "max_selected", max_selected, at_least=0, at_most=MAX_TOKENS, none="the largest number that can be selected"
@@ -200,6 +203,18 @@ def _sequences(cu_seqlens: Tensor, like: Tensor, **of_a_batch: Tensor | None) ->
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; it must be on {like.device} like the other tensors")
     _checks.boundaries("cu_seqlens", cu_seqlens, like.shape[0], "the token axis")
     return cu_seqlens.shape[0] - 1
+
+
+def _check_offsets(offsets: Tensor, cu_seqlens: Tensor) -> None:
+    """Positions from ``offsets`` on are int32. Seen on a CPU, where looking is free."""
+    if not _checks.readable(offsets, cu_seqlens):
+        return
+    for s, (offset, tokens) in enumerate(zip(offsets.tolist(), cu_seqlens.diff().tolist(), strict=True)):
+        if offset < 0 or offset + tokens > MOST_POSITIONS:
+            raise ValueError(
+                f"position_offsets[{s}] is {offset}, and sequence {s} has {tokens} tokens; an offset counts the tokens "
+                f"before them, from 0, and positions are int32: both together may be {MOST_POSITIONS}"
+            )
 
 
 def _which(

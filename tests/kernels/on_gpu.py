@@ -13,6 +13,7 @@ ELSEWHERE = {
     "test_compile",
     "test_counts",
     "test_fullgraph",
+    "test_fuzz_ops",
     "test_hashing",
     "test_library",
     "test_micro",

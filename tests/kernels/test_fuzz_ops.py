@@ -8,6 +8,7 @@ import inspect
 import linecache
 import random
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,6 @@ def is_comparable(call: Call) -> bool:
     tensors = call.tensors().values()
     if any(x.device.type != "cpu" for x in tensors):
         return False
-    if "attention" in call.op and not all(x.float().isfinite().all() for x in call.args[1:3]):
-        return False  # keys between those that a query sees and those that its row sees are promised nothing
     if call.op in IN_PLACE:
         positions = call.args[1]
         rows = positions.tolist() if positions.dim() == 2 else [positions.tolist()]
@@ -174,9 +173,44 @@ def assert_right(call: Call, result: Any, before: Call) -> None:
     else:
         got = result if isinstance(result, Tensor) else result[0]
         wanted = expected if isinstance(expected, Tensor) else expected[0]
+        if "attention" in call.op:
+            got = but_for_lost_rows(got, wanted, before)
         assert_close(got, wanted, got.dtype)
         if call.op == "gather_add_rms_norm":
             assert_close(result[1], expected[1], got.dtype)
+
+
+def but_for_lost_rows(got: Tensor, wanted: Tensor, call: Call) -> Tensor:
+    """``got``, with ``wanted`` where a key that is not finite lets it be NaN: in any query of its row.
+
+    Rows whose keys are finite must be right, and so must other rows' queries that do not see such a key, if not NaN.
+    """
+    lost = of_rows_in_which(lambda k, v: not (k.isfinite().all() and v.isfinite().all()), got, call)
+    return torch.where(lost & got.isnan(), wanted.to(got.dtype), got)
+
+
+def of_rows_in_which(holds: Callable[[Tensor, Tensor], bool], like: Tensor, call: Call) -> Tensor:
+    """True for all queries of the rows or sequences of whose keys and values ``holds`` is true."""
+    found = torch.zeros(like.shape, dtype=torch.bool)
+    k, v = (x.detach().float() for x in call.args[1:3])
+    if call.op == "sparse_query_attention":
+        for b in range(found.shape[0]):
+            found[b] = holds(k[b], v[b])
+        return found
+    ends = call.args[4].tolist()
+    for s, own in enumerate(pairwise(ends)):
+        if own[0] == own[1]:
+            continue  # without a query, what says where its keys are may be anything
+        if call.op == "sparse_query_attention_varlen":
+            there: Any = slice(*call.args[5].tolist()[s : s + 2])
+        else:
+            rows = call.options.get("table_rows")
+            row = s if rows is None else int(rows[s])
+            pages = -(-int(call.args[6][s]) // k.shape[1])
+            there = call.args[5][row, :pages].long()
+            there = there[(there >= 0) & (there < k.shape[0])]  # before the window, pages may be any
+        found[slice(*own)] = holds(k[there], v[there])
+    return found
 
 
 def assert_scored(result: Any, before: Call) -> None:
@@ -231,7 +265,7 @@ def tried(seed: int) -> str:
     return "accepted"
 
 
-def try_many(seeds: range) -> None:
+def try_many(seeds: Sequence[int]) -> None:
     outcomes = []
     for seed in seeds:
         try:
@@ -243,8 +277,12 @@ def try_many(seeds: range) -> None:
     assert 0.2 < share < 0.8, f"{share:.0%} accepted: the changes are too wild, or too tame"
 
 
+# Keys and values that are not finite (a window, a late value, the reference, a softcap), and positions past int32.
+TELLING = (648, 729, 1985, 2402, 4159)
+
+
 def test_thirty_calls_at_random() -> None:
-    try_many(range(30))
+    try_many([*range(30), *TELLING])
 
 
 @pytest.mark.slow

@@ -263,6 +263,8 @@ def test_compiles_as_one_graph():
         ({"lengths": torch.ones(2, dtype=torch.int32)}, ValueError, ["lengths", "cu_seqlens"]),
         ({"sink_positions": torch.ones(3, dtype=torch.int32)}, ValueError, ["sink_positions", "[3]", "[2]"]),
         ({"position_offsets": torch.ones(2)}, TypeError, ["position_offsets", "float32", "int32"]),
+        ({"position_offsets": int32(2**31 - 1, 0)}, ValueError, ["position_offsets[0] is 2147483647", "2 tokens"]),
+        ({"position_offsets": int32(0, -1)}, ValueError, ["position_offsets[1] is -1", "from 0"]),
         ({"k": torch.ones(3, dtype=torch.int32)}, ValueError, ["k", "[3]", "[2]"]),
         ({"k": 4}, ValueError, ["k is 4", "tokens, 3"]),
         ({"out": (int32(0, 0, 0),) * 2}, TypeError, ["out", "positions, counts, rows, cu_selected"]),

@@ -11,10 +11,11 @@ pytest.importorskip("triton")
 pytest.importorskip("rich")
 
 from benchmarks.static import fingerprint
-from benchmarks.static.case import Case, empty, launch, worst_ratio
+from benchmarks.static.case import REPORTED_TARGETS, Case, empty, launch, worst_ratio
 from benchmarks.static.occupancy import occupancy
 from benchmarks.static.run import ROOT
 from benchmarks.static.store import Store, wanted
+from benchmarks.static_report import measure_all
 
 
 def case(**changes) -> Case:
@@ -63,6 +64,32 @@ def test_a_store_keeps_what_is_current_and_drops_what_is_no_case(tmp_path):
     again = Store(path)
     assert list(again.rows) == [want.place, other.place]
     assert again.stale([want, other]) == [other]
+
+
+def test_what_the_compiler_would_be_asked_for_again_is_not_compiled():
+    """The row of the first case stays, though its key is of other sources; that of the second is of another request."""
+    committed = Store(ROOT / "benchmarks" / "results" / "static.json")
+    names = {"gather_rows 576 bfloat16", "scatter_rows_ 576 bfloat16"}
+    wants = [w for w in wanted("3.9.0", peers=False) if w.target == "sm_80" and w.case.name in names]
+    one, two = (w.place for w in wants)
+    before = {
+        one: {**committed.rows[one], "key": "old", "registers": -1},
+        two: {**committed.rows[two], "key": "old", "registers": -1, "asked": "0" * 16},
+    }
+    now = {}
+    measure_all(wants, 1, None, lambda want, row: now.__setitem__(want.place, row), before)
+    assert now[one] == {**committed.rows[one], "registers": -1}
+    assert now[two] == committed.rows[two]
+
+
+def test_what_the_compiler_is_asked_for_differs_between_targets():
+    rows = Store(ROOT / "benchmarks" / "results" / "static.json").rows.values()
+    asked = {
+        target: {row["asked"] for row in rows if row["target"] == target and row["group"] != "peers"}
+        for target in REPORTED_TARGETS
+    }
+    assert all(len(of_target) > 30 for of_target in asked.values())
+    assert len(set.union(*asked.values())) == sum(map(len, asked.values()))
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ THRESHOLD = {"select": "threshold"}
         ({"measured": {"a": 10**400}}, r"measured\['a'\] is an integer of"),
         ({"version": "newest"}, "version is 'newest'; it must be a version of this package, such as '0.1.0'"),
         ({"version": ""}, "version is ''"),
+        ({"version": None}, "version is None; it must be a string"),
     ],
 )
 def test_fields_at_the_edge_are_refused_by_name(fields: dict[str, Any], words: str) -> None:
@@ -242,6 +243,7 @@ def test_a_newer_version_and_no_layers_are_said(tmp_path: Path) -> None:
 def test_plans_of_this_and_older_versions_say_nothing(recwarn: pytest.WarningsRecorder) -> None:
     for version in ("0.0.9", "0.1.0", "0.1.0.dev3"):
         OrthoRankConfig.from_dict({"layers": [1], "version": version})
+    OrthoRankConfig.from_dict({"layers": [1]})
     from orthorank.plans import shipped_plans
 
     assert shipped_plans()

@@ -3,13 +3,15 @@
 Loaded by its bare name, from this folder, in a process whose ``tests`` is the checkout's. ``1 - 1e-9`` of fewer than a
 thousand tokens is all of them, the sink too, but the layers run from their parts and not as they stand; ``keep_last``
 is 0, since with it the sink would be left out. Every model class of the four families is patched when its instance is
-built. ``EVERY_TOKEN_REPORT`` names a file for one JSON line per test; ``EVERY_TOKEN_PLAN=off`` applies nothing.
+built. ``EVERY_TOKEN_REPORT`` names a file for one JSON line per test; ``EVERY_TOKEN_PLAN=off`` applies nothing;
+``EVERY_TOKEN_SECONDS`` is how long one test may take, after which it fails.
 """
 
 import functools
 import importlib
 import json
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,6 +65,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    seconds = int(os.environ.get("EVERY_TOKEN_SECONDS", "600"))
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"{item.name} ran for {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report: Any = yield
     path = os.environ.get("EVERY_TOKEN_REPORT")
@@ -80,5 +98,5 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
             "error": error or (reason and reason[-1]),
         }
         with Path(path).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**line, "updated": updated, "seen": seen}) + "\n")
+            file.write(json.dumps({**line, "updated": updated, "seen": seen, "seconds": report.duration}) + "\n")
     return report

@@ -31,6 +31,7 @@ NEEDED = ("parameterized", "httpx")  # by transformers' tests, beside what this 
 
 # What is refused: the words of the refusal, and the tests that ask for it.
 ATTENTIONS = "OrthoRankError: output_attentions is True; a layer that selects tokens has no attention weights"
+HOLES = "OrthoRankError: attention_mask has holes in row"
 REFUSED = {
     ATTENTIONS: (
         "test_assisted_decoding_matches_greedy_search_0_random",
@@ -45,15 +46,30 @@ REFUSED = {
         "test_generate_compilation_all_outputs",
         "test_greedy_generate_dict_outputs",
         "test_greedy_generate_dict_outputs_use_cache",
+        "test_model_outputs_equivalence",
+        "test_retain_grad_hidden_states_attentions",
         "test_sample_generate_dict_output",
+        "test_sliding_window_mask",
     ),
     "OrthoRankError: position_ids restart or jump inside a row: packed sequences": (
         "test_eager_padding_matches_padding_free_with_position_ids",
         "test_sdpa_padding_matches_padding_free_with_position_ids",
     ),
-    "OrthoRankError: attention_mask has holes in row": ("test_custom_4d_attention_mask",),
+    HOLES: ("test_custom_4d_attention_mask",),
 }
-WORDS = {test: words for words, tests in REFUSED.items() for test in tests}
+# Their masks leave out one id wherever it stands among random ids: most have holes, and some have none.
+SOMETIMES = {
+    HOLES: (
+        "test_question_answering_model",
+        "test_sequence_classification_model",
+        "test_sequence_classification_model_for_multi_label",
+        "test_sequence_classification_model_for_single_label",
+        "test_token_classification_model",
+    )
+}
+WORDS = {test: words for listed in (REFUSED, SOMETIMES) for words, tests in listed.items() for test in tests}
+ALWAYS = {test for tests in REFUSED.values() for test in tests}
+SECONDS = {"of a test": 600, "of a suite": 7200}
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +95,14 @@ def run(checkout: Path, tests: Sequence[str], report: Path, *, plan: bool) -> di
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "EVERY_TOKEN_REPORT": str(report),
         "EVERY_TOKEN_PLAN": "on" if plan else "off",
+        "EVERY_TOKEN_SECONDS": str(SECONDS["of a test"]),
         "HF_HUB_OFFLINE": "1",
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", PLUGIN, "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
+    most = SECONDS["of a suite"]
+    done = subprocess.run(
+        command, cwd=checkout, env=environment, capture_output=True, text=True, check=False, timeout=most
+    )
     assert report.is_file(), done.stdout[-3000:] + done.stderr[-3000:]
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in report.read_text(encoding="utf-8").splitlines():
@@ -111,7 +131,7 @@ def test_transformers_own_tests(family: str, checkout: Path, tmp_path: Path) -> 
         if others := [error for error in failures(of_test) if words is None or words not in error]:
             wrong[test] = others
         ran = any(row["outcome"] != "skipped" for row in of_test)
-        assert words is None or not ran or failures(of_test), f"{test} is no longer refused: take it off the list"
+        assert test not in ALWAYS or not ran or failures(of_test), f"{test} is no longer refused: take it off the list"
     if wrong:
         plain = run(checkout, [f"{suite}::{test}" for test in wrong], tmp_path / "plain.jsonl", plan=False)
         wrong = {test: errors for test, errors in wrong.items() if not failures(plain.get(test, []))}
@@ -119,6 +139,8 @@ def test_transformers_own_tests(family: str, checkout: Path, tmp_path: Path) -> 
 
 
 def test_the_list_names_each_test_once() -> None:
-    assert [len(tests) for tests in REFUSED.values()] == [13, 2, 1]
-    assert len(WORDS) == 16
+    assert [len(tests) for tests in REFUSED.values()] == [16, 2, 1]
+    assert [len(tests) for tests in SOMETIMES.values()] == [5]
+    assert len(WORDS) == 24
+    assert len(ALWAYS) == 19
     assert (Path(__file__).parent / f"{PLUGIN}.py").is_file()
