@@ -64,7 +64,8 @@ def integer(
         return
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{name} is {_shown(value)}; {_wanted('an int', _bounds(at_least, at_most), none, because)}")
-    if isinstance(value, int) and not -_INT64 <= value < _INT64:
+    # Lengths in a program that is compiled for any of them are ints of 64 bits; not every PyTorch's can be asked.
+    if isinstance(value, int) and not torch.compiler.is_compiling() and not -_INT64 <= value < _INT64:
         wanted = _wanted("an int", _bounds(at_least, at_most), none, because)
         raise ValueError(f"{name} is an int of {value.bit_length()} bits; {wanted}")
     if (at_least is not None and value < at_least) or (at_most is not None and value > at_most):

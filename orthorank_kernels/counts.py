@@ -77,7 +77,7 @@ def keep_count(
     if isinstance(sink_inside, Tensor):
         raise TypeError("sink_inside is a tensor and n_valid an int; both must be tensors, or sink_inside a bool")
     count = math.floor(keep_ratio * n_valid + 1e-6)
-    return max(0, min(n_valid - sink_inside, max(count, at_least)) if at_least else count)
+    return max(0, min(n_valid - int(sink_inside), max(count, at_least)) if at_least else count)
 
 
 def check_keep_last(keep_last: int) -> None:

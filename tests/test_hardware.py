@@ -46,10 +46,11 @@ def start(folder: Path, tests: str, *options: str, workers: int | None = 1) -> "
     (folder / "pytest.ini").write_text("[pytest]\n")
     (folder / "test_some.py").write_text(tests)
     command = [
-        sys.executable, "-m", "pytest", "-q", "-p", "tests.hardware", "-p", "no:cacheprovider",
+        sys.executable, "-m", "pytest", "-q", "-p", "xdist.plugin", "-p", "tests.hardware", "-p", "no:cacheprovider",
         f"--hardware-lines={folder / 'lines.jsonl'}", *options, *(["-n", str(workers)] if workers else []), str(folder),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # other plugins take most of the time of so short a run
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,

@@ -13,9 +13,9 @@ class Gpu:
     device, dtype, backend, target = torch.device("cuda"), torch.bfloat16, "triton", "the GPU"
 
     def __init__(self) -> None:
-        size = max(256 << 20, 4 * torch.cuda.get_device_properties(0).L2_cache_size)
-        self.flushing = 0.0
-        self.other = torch.zeros(size // 4, dtype=torch.int32, device="cuda")
+        from orthorank_kernels.triton import timing
+
+        self.replay, self.other = timing.Replay, timing.flushed_by()
 
     def facts(self) -> dict[str, Any]:
         found = torch.cuda.get_device_properties(0)
@@ -41,28 +41,8 @@ class Gpu:
 
     def capture(self, call: Callable[[], Any]) -> tuple[Any, Callable[[], float]]:
         """What a captured call writes to, and a replay of [flush, event, call, event] that gives its seconds."""
-        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        begin, end = (Event(enable_timing=True, external=True) for _ in range(2))
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
-            self.flush()
-            begin.record()
-            result = call()
-            end.record()
-
-        def replay() -> float:
-            whole = self.around(graph.replay)
-            try:
-                return begin.elapsed_time(end) / 1e3
-            except RuntimeError:  # no times inside graphs here: the whole graph, less what its flush takes
-                self.flushing = self.flushing or min(self.around(self.flush) for _ in range(20))
-                return whole - self.flushing
-
-        return result, replay
+        captured = self.replay(call, self.other)
+        return captured.result, lambda: captured() / 1e3
 
     def free(self) -> None:
         torch.cuda.empty_cache()

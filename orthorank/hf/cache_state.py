@@ -121,7 +121,7 @@ class _Rearrange(Patch):
     """One of these methods of a cache, which the sinks' states follow."""
 
     def __call__(self, argument: Any) -> Any:
-        result = self.original(argument)
+        result = self.run_original(argument)
         sinks: dict[int, Tensor] = getattr(self.owner, ATTRIBUTE)
         for layer, vectors in sinks.items():
             sinks[layer] = REARRANGED[self.name](vectors, argument)

@@ -121,7 +121,7 @@ class Call:
     def counts(self, ratio: float) -> tuple[int | Tensor, int]:
         """How many tokens of each row a layer updates (an int without padding), and the most that any row can have."""
         keep, extra = self.keep_last, self.decode_tokens
-        with_sink = keep + self.update_sink  # tokens that are updated where the sink is among them
+        with_sink = keep + int(self.update_sink)  # tokens that are updated where the sink is among them
         never = not self.update_sink  # whether the sink is the one token that stays as it is
         if self.lengths is None:
             forced = with_sink if self.first else keep

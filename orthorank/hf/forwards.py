@@ -78,7 +78,7 @@ class DecoderForward(Patch):
             kwargs[self.cache_name] = past_key_values
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:  # the model's own error is the better one
-            return self.original(**kwargs)
+            return self.run_original(**kwargs)
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
         if torch.compiler.is_compiling():
             return self._run(given, inputs, kwargs)
@@ -117,7 +117,7 @@ class DecoderForward(Patch):
             layer.ran = False
         handle.call = call if handle.watcher is None else dataclasses.replace(call, watcher=handle.watcher)
         try:
-            result = self.original(**inputs, **kwargs)
+            result = self.run_original(**inputs, **kwargs)
         finally:
             handle.call = None
         ran = [layer.index for layer in handle.layers if layer.ran]
@@ -158,7 +158,7 @@ class LayerForward(Patch):
             return removed_forward(self.index, hidden_states, cache)
         if call.decodes_only or self.ratio == 1:
             counts.add(valid, valid, unranked=valid if call.decodes_only else 0)
-            return self.original(hidden_states, *args, **kwargs)
+            return self.run_original(hidden_states, *args, **kwargs)
         updated: list[int | Tensor] = []
         output = self._select(hidden_states, kwargs["position_embeddings"], cache, call, updated)
         counts.add(valid, updated[0], unranked=call.tokens_unranked())
@@ -198,7 +198,7 @@ class Generate(Patch):
             decoding = handle.phase.prompt == 0
             prompt = 0 if decoding else _prompt_length(inputs, kwargs)
             with phase_of(handle, Phase(prompt=prompt, keep_last=handle.config.keep_last, any_cache=decoding)):
-                return self.original(inputs, *args, **kwargs)
+                return self.run_original(inputs, *args, **kwargs)
 
 
 class PrepareInputs(Patch):
@@ -210,7 +210,7 @@ class PrepareInputs(Patch):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         mask, phase = kwargs.get("attention_mask"), self.handle.phase
-        inputs = self.original(*args, **kwargs)
+        inputs = self.run_original(*args, **kwargs)
         if phase.prompt is not None:  # inside generate(): a phase of its own, which ends with it
             columns = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
             given = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]

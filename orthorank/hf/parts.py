@@ -19,7 +19,7 @@ Tables = tuple[Tensor, Tensor]  # cos and sin
 IDENTITY: dict[str, Any] = {"weight": None, "eps": 1e-6, "norm": "identity"}  # what the kernels take where none is
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # the hash of its fields, which some compilers ask for before there are any, fails
 class Norm:
     """A norm of a layer, or its absence.
 
@@ -243,7 +243,7 @@ class Parts:
             inner.applied(addend) as (_, attended),
             (post if by_weights else Norm(None)).applied(hidden_states) as (_, behind),
         ):
-            eps = attended["eps"] if behind is IDENTITY else behind["eps"]
+            eps = attended["eps"] if behind["norm"] == "identity" else behind["eps"]
             offset = max(attended.get("weight_offset", 0.0), behind.get("weight_offset", 0.0))
             options = behind | {"eps": eps, "weight_offset": offset}
             residual, normed = gather_add_rms_norm(

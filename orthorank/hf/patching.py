@@ -30,6 +30,12 @@ class Patch:
             return self.replaced
         return getattr(type(self.owner), self.name).__get__(self.owner)
 
+    def run_original(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method as it was. Compilers follow this; not every PyTorch's can follow how a method is bound."""
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        return getattr(type(self.owner), self.name)(self.owner, *args, **kwargs)
+
     @property
     def __self__(self) -> Any:
         """The object, as a bound method says it: who moves methods to a shallow copy of the object goes by this."""

@@ -53,7 +53,7 @@ class LayerCounts:
 
     def add(self, tokens_in: int | Tensor, tokens_updated: int | Tensor, unranked: int | Tensor = 0) -> None:
         """Count one call; ``unranked`` of the updated tokens were generated ones, all of which are updated."""
-        if torch.compiler.is_exporting():
+        if _exports():
             return
         if torch.compiler.is_compiling():
             counts = [_scalar(count, self._compiled.device) for count in (1, tokens_in, tokens_updated, unranked)]
@@ -88,6 +88,12 @@ class LayerCounts:
 
     def __repr__(self) -> str:
         return f"LayerCounts(calls={self.calls}, tokens_in={self.tokens_in}, tokens_updated={self.tokens_updated})"
+
+
+@torch.compiler.assume_constant_result
+def _exports() -> bool:
+    """Whether a program is exported. Asked while tracing: PyTorch 2.11 itself traces the question as True, always."""
+    return torch.compiler.is_exporting()
 
 
 def _scalar(count: int | Tensor, device: torch.device) -> Tensor:

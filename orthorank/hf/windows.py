@@ -136,13 +136,13 @@ def _most(call: Call, window: int, ratio: float) -> int:
     decoded = call.decode_tokens if call.tails is None else 0
     if not is_exact(call):
         selected = math.floor((ratio + 1e-6) * call.tokens + 2e-6)  # no window is empty, so there are no more of them
-        forced = call.keep_last + call.update_sink
+        forced = call.keep_last + int(call.update_sink)
         return call.tokens if call.tails is not None else min(call.tokens, selected + forced + decoded)
     total, prompt = decoded, call.prompt_tokens
     edges = [0, *range(window - call.past % window, prompt, window), prompt]
     for begin, end in pairwise(edges):
         forced = max(0, end - max(begin, prompt - call.keep_last))
         has_sink = call.first and begin == 0
-        keep = forced + (has_sink and call.update_sink)
+        keep = forced + int(has_sink and call.update_sink)
         total += keep_count(end - begin, ratio, keep, sink_inside=has_sink and not call.update_sink)
     return total

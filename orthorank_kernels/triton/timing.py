@@ -1,4 +1,4 @@
-"""The time of a call on a GPU, for `orthorank_kernels.tuning.tune`: replays of a CUDA graph, with a cold L2 cache.
+"""The time of a call on a GPU, for tuning and for benchmarks: replays of a CUDA graph, with a cold L2 cache.
 
 A short kernel takes less time than Python needs to launch it, so what is timed is no call of Python's: one graph holds
 [flush, event, call, event], and its replay asks nothing of the host between the events.
@@ -8,6 +8,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import cuda
@@ -40,33 +41,40 @@ def milliseconds(run: Callable[[], torch.Tensor], seconds: float = SECONDS) -> t
 
 
 class Replay:
-    """``run`` captured; calling it replays and gives milliseconds. ``result`` is what a replay writes to."""
+    """``run`` captured; calling it replays and gives milliseconds. ``result`` is what a replay writes to.
 
-    def __init__(self, run: Callable[[], torch.Tensor]) -> None:
-        size = max(256 * MEBIBYTE, 4 * cuda.get_device_properties(cuda.current_device()).L2_cache_size)
-        self.other = torch.zeros(size // 4, dtype=torch.int32, device="cuda")
+    Args:
+        run: asks the host for nothing.
+        other: what the flush reads, larger than the L2 cache; None: memory of its own.
+    """
+
+    def __init__(self, run: Callable[[], Any], other: torch.Tensor | None = None) -> None:
+        self.other = flushed_by() if other is None else other
         self.around = self._events(external=False)
         self.events = self.empty = None
         with contextlib.suppress(TypeError):  # PyTorch before 2.7 has no events inside graphs
             self.events = self._events(external=True)
         self._warm_up(run)
         self.graph, self.result = self._captured(run)
-        if self.events is None:
-            self.empty, _ = self._captured(None)
 
     def __call__(self) -> float:
-        if self.empty is not None:
-            return max(0.0, self._whole(self.graph) - self._whole(self.empty))
-        self.graph.replay()
-        cuda.synchronize()
-        begin, end = self.events
-        return begin.elapsed_time(end)
+        if self.events is not None:
+            self.graph.replay()
+            cuda.synchronize()
+            begin, end = self.events
+            try:
+                return begin.elapsed_time(end)
+            except RuntimeError:  # no times inside graphs here
+                self.events = None
+        if self.empty is None:
+            self.empty, _ = self._captured(None)
+        return max(0.0, self._whole(self.graph) - self._whole(self.empty))
 
     def _events(self, external: bool) -> tuple[cuda.Event, cuda.Event]:
         options = {"external": True} if external else {}
         return tuple(cuda.Event(enable_timing=True, **options) for _ in range(2))
 
-    def _warm_up(self, run: Callable[[], torch.Tensor]) -> None:
+    def _warm_up(self, run: Callable[[], Any]) -> None:
         """Twice beside the current stream, as a capture will be: what is set up once is not captured."""
         side = cuda.Stream()
         side.wait_stream(cuda.current_stream())
@@ -75,7 +83,7 @@ class Replay:
                 run()
         cuda.current_stream().wait_stream(side)
 
-    def _captured(self, run: Callable[[], torch.Tensor] | None) -> tuple[cuda.CUDAGraph, torch.Tensor | None]:
+    def _captured(self, run: Callable[[], Any] | None) -> tuple[cuda.CUDAGraph, Any]:
         graph, result = cuda.CUDAGraph(), None
         with cuda.graph(graph, capture_error_mode="thread_local"):
             self.other.amax()  # reads: then the cache holds nothing of ours, and nothing that must be written back
@@ -94,6 +102,12 @@ class Replay:
         end.record()
         cuda.synchronize()
         return begin.elapsed_time(end)
+
+
+def flushed_by() -> torch.Tensor:
+    """What a flush reads on the current GPU: four times its L2 cache, 256 MB at least."""
+    size = max(256 * MEBIBYTE, 4 * cuda.get_device_properties(cuda.current_device()).L2_cache_size)
+    return torch.zeros(size // 4, dtype=torch.int32, device="cuda")
 
 
 def repeated(take: Callable[[], float], seconds: float) -> list[float]:

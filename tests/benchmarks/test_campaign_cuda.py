@@ -1,49 +1,40 @@
 """The CUDA calls of the campaign, in their order, on stand-ins for PyTorch's CUDA objects: no GPU is at hand."""
 
-import contextlib
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks.campaign import cuda
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A `cuda.Gpu` whose events, streams and graphs note what happens; ``gpu.log`` is that."""
+    """A `cuda.Gpu` whose events and memory note what happens in ``gpu.log``; `tests/kernels` test replays."""
+    from orthorank_kernels.triton import timing
+
     log: list[str] = []
 
     class Event:
-        def __init__(self, enable_timing: bool, external: bool = False):
+        def __init__(self, enable_timing: bool):
             assert enable_timing
-            self.external = external
 
         def record(self) -> None:
-            log.append(f"{'external' if self.external else 'event'} {current[-1]}")
+            log.append("event")
 
         def elapsed_time(self, other: "Event") -> float:
-            if self.external and broken:
-                raise RuntimeError("invalid resource handle")
-            return 2.0 if self.external else 5.0
+            return 5.0
 
-    class Graph:
-        def replay(self) -> None:
+    class Replay:
+        def __init__(self, call: Any, other: Any):
+            assert other is flushed
+            self.result = call()
+
+        def __call__(self) -> float:
             log.append("replay")
+            return 2.0
 
-    class Stream:
-        def wait_stream(self, other: Any) -> None:
-            log.append("join")
-
-    @contextlib.contextmanager
-    def inside(name: str):
-        current.append(name)
-        yield
-        current.pop()
-
-    current, broken = ["eager"], []
-    other = SimpleNamespace(amax=lambda: log.append(f"flush {current[-1]}"))
+    flushed = SimpleNamespace(amax=lambda: log.append("flush"))
     found = SimpleNamespace(
         name="A GPU", total_memory=80 << 30, major=9, minor=0, multi_processor_count=132, L2_cache_size=50 << 20
     )
@@ -51,47 +42,33 @@ def gpu(monkeypatch):
         cuda=SimpleNamespace(
             get_device_properties=lambda index: found,
             synchronize=lambda: log.append("wait"),
-            Stream=Stream,
-            CUDAGraph=Graph,
-            current_stream=Stream,
-            stream=lambda stream: inside("side"),
-            graph=lambda graph: inside("graph"),
             empty_cache=lambda: log.append("empty"),
             reset_peak_memory_stats=lambda: log.append("reset"),
             max_memory_allocated=lambda: 7,
             get_device_capability=lambda: (9, 0),
         ),
-        zeros=lambda size, dtype, device: SimpleNamespace(size=size, device=device, amax=other.amax),
-        int32=torch.int32,
         __version__="2.11.0",
         version=SimpleNamespace(cuda="13.0"),
         backends=SimpleNamespace(cudnn=SimpleNamespace(version=lambda: 91500)),
     )
     monkeypatch.setattr(cuda, "torch", fake)
     monkeypatch.setattr(cuda, "Event", Event)
-    made = cuda.Gpu()
-    return SimpleNamespace(gpu=made, log=log, current=current, broken=broken)
+    monkeypatch.setattr(timing, "Replay", Replay)
+    monkeypatch.setattr(timing, "flushed_by", lambda: flushed)
+    return SimpleNamespace(gpu=cuda.Gpu(), log=log)
 
 
-def test_a_capture_times_the_call_alone_after_a_flush(gpu):
-    result, replay = gpu.gpu.capture(lambda: gpu.log.append(f"call {gpu.current[-1]}") or "result")
+def test_a_capture_is_the_package_s_replay_in_seconds(gpu):
+    result, replay = gpu.gpu.capture(lambda: gpu.log.append("call") or "result")
     assert result == "result"
-    assert gpu.log == [
-        "join", "call side", "call side", "join", "flush graph", "external graph", "call graph", "external graph",
-    ]  # fmt: skip
-    gpu.log.clear()
     assert replay() == 0.002
-    assert gpu.log == ["event eager", "replay", "event eager", "wait"]
+    assert gpu.log == ["call", "replay"]
 
 
-def test_where_graphs_have_no_times_the_flush_is_taken_off(gpu):
-    _, replay = gpu.gpu.capture(lambda: None)
-    gpu.broken.append(True)
-    assert replay() == pytest.approx(0.0)  # both take the 5 ms that every pair of events says here
-    assert gpu.gpu.flushing == 0.005
-    gpu.log.clear()
-    replay()
-    assert "flush eager" not in gpu.log, "measured once"
+def test_an_eager_call_is_between_events_after_a_flush(gpu):
+    gpu.gpu.flush()
+    assert gpu.gpu.around(lambda: gpu.log.append("call")) == 0.005
+    assert gpu.log == ["flush", "event", "call", "event", "wait"]
 
 
 def test_facts_memory_and_probes(gpu, monkeypatch):
@@ -99,7 +76,6 @@ def test_facts_memory_and_probes(gpu, monkeypatch):
 
     facts = gpu.gpu.facts()
     assert (facts["gpu"], facts["GiB"], facts["L2 MiB"], facts["capability"]) == ("A GPU", 80, 50, "9.0")
-    assert gpu.gpu.other.size * 4 == 256 << 20
     gpu.gpu.free()
     assert gpu.log[-2:] == ["empty", "reset"]
     assert gpu.gpu.peak() == 7

@@ -233,8 +233,8 @@ def test_blank_tensors_are_those_of_the_problem() -> None:
 class FakeCuda:
     """Notes what a capture and its replays ask a GPU for."""
 
-    def __init__(self, external: bool = True):
-        self.external, self.said, self.now = external, [], 0.0
+    def __init__(self, external: bool = True, readable: bool = True):
+        self.external, self.readable, self.said, self.now = external, readable, [], 0.0
         self.Event, self.CUDAGraph = self.event, lambda: types.SimpleNamespace(steps=[], replay=None)
 
     def event(self, enable_timing: bool, **options: bool) -> Any:
@@ -247,7 +247,12 @@ class FakeCuda:
             event.at = self.now
             self.said.append(name)
 
-        event.record, event.elapsed_time = record, lambda end: end.at - event.at
+        def elapsed_time(end: Any) -> float:
+            if options and not self.readable:
+                raise RuntimeError("invalid resource handle")
+            return end.at - event.at
+
+        event.record, event.elapsed_time = record, elapsed_time
         return event
 
     def graph(self, graph: Any, capture_error_mode: str) -> Any:
@@ -316,6 +321,24 @@ def test_without_events_in_graphs_a_graph_without_the_call_is_subtracted(fake: A
     assert took == 2.0
     assert torch.equal(result, torch.ones(1))
     assert cuda.said.count("replay of flush, call") == cuda.said.count("replay of flush") == timing.LEAST
+
+
+def test_where_events_in_graphs_cannot_be_read_a_graph_without_the_call_is_subtracted(fake: Any) -> None:
+    from orthorank_kernels.triton import timing
+
+    cuda = fake(readable=False)
+    replay = timing.Replay(lambda: cuda.said.append("call"))
+    assert [replay(), replay()] == [2.0, 2.0]
+    assert cuda.said.count("replay of flush") == 2
+    assert cuda.said.count("replay of flush, graph's event, call, graph's event") == 3, "the first one had no time"
+
+
+def test_a_flush_reads_memory_that_is_given(fake: Any) -> None:
+    from orthorank_kernels.triton import timing
+
+    cuda = fake()
+    timing.Replay(lambda: None, types.SimpleNamespace(amax=lambda: cuda.said.append("other")))()
+    assert cuda.said == ["other", "graph's event", "graph's event", "replay of other, graph's event, graph's event"]
 
 
 def test_what_cannot_be_launched_or_captured_has_no_time(fake: Any) -> None:
