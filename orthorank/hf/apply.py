@@ -17,6 +17,7 @@ from orthorank.hf.calls import Call, Watcher
 from orthorank.hf.families import decoder_of, device_of, family_of, layers_of, unwrapped
 from orthorank.hf.family import Family
 from orthorank.hf.forwards import DecoderForward, Generate, LayerForward, PrepareInputs
+from orthorank.hf.generating import generating
 from orthorank.hf.intact import TakenApart, check_classes, implementation_of
 from orthorank.hf.parts import Parts
 from orthorank.hf.patching import Patch, forward_of
@@ -192,6 +193,7 @@ class Handle(AbstractContextManager["Handle"]):
         self.call: Call | None = None
         self.watcher: Watcher | None = None
         self.unmasked = Watch()
+        self._applied_inside = generating(decoder) is not None  # a generate(): what runs in it may come and go
         self._patches: list[Patch] = [DecoderForward(self, decoder)]
         if hasattr(model, "generate"):
             self._patches += [Generate(self, model), PrepareInputs(self, model), *refused_methods(model)]
@@ -200,14 +202,19 @@ class Handle(AbstractContextManager["Handle"]):
         for module in {model, decoder}:
             module.__dict__[ATTRIBUTE] = self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has the plan; what is said or under way around the original's calls is not of the copy."""
+        return vars(self) | {"phase": Phase(), "call": None, "watcher": None}
+
     def remove(self) -> None:
         """Undo the plan: the model gets back the identical objects it had.
 
         Raises:
-            OrthoRankError: a method was replaced by someone else in the meantime, or another thread is calling the
-                model; nothing is undone then.
+            OrthoRankError: a method was replaced by someone else in the meantime, another thread is calling the
+                model, or this one is, from a hook or inside `generate()`; nothing is undone then.
         """
         with self.lock:
+            self._refuse_inside()
             for patch in self._patches:
                 patch.check_on_top()
             for patch in reversed(self._patches):
@@ -215,6 +222,19 @@ class Handle(AbstractContextManager["Handle"]):
             self._patches, self.layers = [], []
             for module in {self.model, decoder_of(self.model)}:
                 module.__dict__.pop(ATTRIBUTE, None)
+
+    def _refuse_inside(self) -> None:
+        """A call would go on with the plan in some layers, and `generate()` with the plan for the prompt alone."""
+        where = ""
+        if self.call is not None:
+            where = "while the model is being called (by a hook, perhaps)"
+        elif self._patches and not self._applied_inside and generating(decoder_of(self.model)) is not None:
+            where = "inside generate() (by a logits processor or a stopping criterion, perhaps)"
+        if where:
+            raise OrthoRankError(
+                f"handle.remove() was called {where}, which would go on without the plan that it began with; remove "
+                "the plan when that has returned, or use a copy.deepcopy of the model without it"
+            )
 
     def check_layers(self, config: Any) -> None:
         """The selecting layers are what their family's spec says; see `orthorank.hf.intact`.

@@ -81,6 +81,8 @@ class DecoderForward(Patch):
             return self.run_original(**kwargs)
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
         if torch.compiler.is_compiling():
+            if handle.phase.prepared:
+                handle.phase.prepared = False
             return self._run(given, inputs, kwargs)
         with handle.lock:
             return self._run(given, inputs, kwargs)
@@ -209,6 +211,10 @@ class PrepareInputs(Patch):
         self.handle = handle
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.handle.lock:  # `generate()` of the class, in another thread, would change the phase of this one
+            return self._prepare(args, kwargs)
+
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mask, phase = kwargs.get("attention_mask"), self.handle.phase
         inputs = self.run_original(*args, **kwargs)
         if phase.prompt is not None:  # inside generate(): a phase of its own, which ends with it
@@ -216,6 +222,7 @@ class PrepareInputs(Patch):
             given = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
             phase.padding_mask, phase.unpadded, phase.decodes = columns, mask is None, False
             phase.given = given.shape[1] if isinstance(given, Tensor) else None
+            phase.prepared, phase.cache = True, cache_of(inputs)
             if columns is not None and isinstance(given, Tensor):
                 phase.decodes = columns.shape[1] - given.shape[1] >= phase.prompt
         return inputs

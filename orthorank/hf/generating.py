@@ -34,10 +34,14 @@ def phase_inside(
         OrthoRankError: `generate()` calls it in a way that does not say which tokens are prompt.
     """
     if phase.prompt:
-        return _with_added(phase, model, tokens, filled)
-    if phase.prompt == 0 or phase.context is not None or (caller := _generating(decoder)) is None:
+        if not _is_aside(phase, model, filled):
+            return _with_added(phase, model, tokens, filled)
+        phase = Phase()
+    if phase.prompt == 0 or phase.context is not None or (caller := generating(decoder)) is None:
         return phase
     cached = 0 if filled is None else int(filled.get_seq_length())
+    if caller.aside and not caller.guides:
+        return phase
     if filled is None and not inputs["use_cache"]:
         how = "without a cache, so that the prompt and what was generated come together"
     elif caller.drafts:
@@ -53,6 +57,17 @@ def phase_inside(
     )
 
 
+def _is_aside(phase: Phase, model: Any, filled: Any) -> bool:
+    """Whether a call inside the model's own `generate()` is not one of its steps, but of a scorer or of guidance.
+
+    Its steps are prepared one by one. A loop of the caller's own (``custom_generate``) may prepare none, or go on with
+    the cache of a step that was.
+    """
+    if phase.prepared or not isinstance(vars(model).get(PREPARES), Patch):
+        return False
+    return phase.prepared is False and (filled is None or filled is not phase.cache)
+
+
 def _with_added(phase: Phase, model: Any, tokens: int, filled: Any) -> Phase:
     """Of a `generate()` of the patched model's own, with what is added to its prompt behind its back.
 
@@ -66,6 +81,7 @@ def _with_added(phase: Phase, model: Any, tokens: int, filled: Any) -> Phase:
         )
     added = 0 if phase.given is None else tokens - phase.given
     phase.given = None  # it was of this call: others may come before the next is prepared (guidance, scorers)
+    phase.prepared = phase.prepared and False
     if added > 0 and (filled is None or int(filled.get_seq_length()) == 0):
         phase.added = added
     return phase
@@ -82,36 +98,62 @@ def _is_inside(decoder: Any, model: Any) -> bool:
 
 
 class _Caller(NamedTuple):
-    """The class of the model whose `generate()` is running, and whether it has drafts checked."""
+    """Whose `generate()` is running.
+
+    Args:
+        name: the model's class.
+        drafts: whether it has drafts checked.
+        aside: whether a logits processor or a stopping criterion makes the call; guides: whether it is transformers'
+            own guidance, which generates from a second prompt beside the first.
+    """
 
     name: str
     drafts: bool
+    aside: bool
+    guides: bool
+
+
+class _Codes(NamedTuple):
+    generates: CodeType
+    drafts: CodeType | None
+    aside: tuple[CodeType, ...]
+    guides: CodeType | None
 
 
 @cache
-def _codes() -> tuple[CodeType, CodeType | None]:
-    """Of `generate()`, and of what checks drafts in it."""
-    from transformers import GenerationMixin
+def _codes() -> _Codes:
+    """Of `generate()`, of what checks drafts in it, of what it asks between its steps, and of its guidance."""
+    from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+    from transformers.generation import logits_process
 
+    guidance = getattr(logits_process, "UnbatchedClassifierFreeGuidanceLogitsProcessor", None)
+    guiding = getattr(guidance, "get_unconditional_logits", None)
     drafting = getattr(GenerationMixin, "_assisted_decoding", None)
-    return inspect.unwrap(GenerationMixin.generate).__code__, drafting and inspect.unwrap(drafting).__code__
+    return _Codes(
+        inspect.unwrap(GenerationMixin.generate).__code__,
+        drafting and inspect.unwrap(drafting).__code__,
+        tuple(inspect.unwrap(kind.__call__).__code__ for kind in (LogitsProcessorList, StoppingCriteriaList)),
+        guiding and inspect.unwrap(guiding).__code__,
+    )
 
 
-def _generating(decoder: Any) -> _Caller | None:
+def generating(decoder: Any) -> _Caller | None:
     """Who generates in this thread and has ``decoder`` inside, or None.
 
     Another model's `generate()` may call this one for its own purposes, to score or to guide.
     """
     if "transformers.generation.utils" not in sys.modules:
         return None
-    (generates, checks), drafts = _codes(), False
+    codes, drafts, aside, guides = _codes(), False, False, False
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        drafts = drafts or frame.f_code is checks
-        if frame.f_code is generates:
+        drafts = drafts or frame.f_code is codes.drafts
+        aside = aside or frame.f_code in codes.aside
+        guides = guides or frame.f_code is codes.guides
+        if frame.f_code is codes.generates:
             model = frame.f_locals.get("self")
             if _is_inside(decoder, model):
-                return _Caller(type(model).__name__, drafts)
-            drafts = False
+                return _Caller(type(model).__name__, drafts, aside, guides)
+            drafts = aside = guides = False
         frame = frame.f_back
     return None

@@ -5,6 +5,7 @@ its own class's forward, nor its attention: what was hung on those would be left
 when the plan is applied and before each call that is not compiled, and refused by name.
 """
 
+from functools import cache
 from typing import Any, NoReturn
 
 from torch import nn
@@ -20,6 +21,8 @@ HOOKS = {
     "_backward_hooks": "backward hook",
     "_backward_pre_hooks": "backward pre-hook",
 }
+# What a module's own __call__ runs; the second, where it is there, in place of the first: what torch.compile made.
+CALLS = ("_call_impl", "_compiled_call_impl")
 # Hooks that only listen, for outputs which a plan refuses to give.
 LISTENERS = ("transformers.utils.output_capturing",)
 # Functions of a modelling file that attention calls. Liger-Kernel's and the Hub's are the same, faster.
@@ -85,6 +88,10 @@ class TakenApart:
             self._refuse(where, f"the forward that its class {kind.__name__} was given, {name_of(kind.forward)}")
         if kind.__call__ is not nn.Module.__call__:
             self._refuse(where, f"the __call__ of its class {kind.__name__}")
+        for name in CALLS:
+            called = getattr(attention, name)
+            if called is not None and not home_of(called).startswith("torch."):
+                self._refuse(where, f"a {name} of its own, {name_of(called)}")
         self._check_hooks(attention)
 
     def _check_hooks(self, attention: Any) -> None:
@@ -97,15 +104,13 @@ class TakenApart:
         """Attention's own functions: of its modelling file, and the one that ``attn_implementation`` names."""
         if not self.family.home:
             return
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
         where, implementation = f"its {self.family.attention}", attention.config._attn_implementation
         known = getattr(type(attention).forward, "__globals__", {})
         for name in FUNCTIONS:
             eager_is_unused = name == "eager_attention_forward" and implementation != "eager"
             if name in known and not eager_is_unused and not home_of(known[name]).startswith(MAKERS):
                 self._refuse(where, f"the {name} that its modelling file was given, {name_of(known[name])}")
-        function = ALL_ATTENTION_FUNCTIONS.get(implementation, None)
+        function = registered(implementation)
         if function is not None and "/" not in implementation and not home_of(function).startswith(MAKERS):
             self._refuse(
                 where,
@@ -129,11 +134,13 @@ class Seen:
         self.own = attention.__dict__
         self.children = dict(layer._modules)
         self.forwards = type(layer).forward, type(attention).forward
-        self.replaced = self.own.get("forward"), self.own.get("_hf_hook")
+        self.call = type(attention).__call__
+        self.replaced = [(name, self.own.get(name)) for name in ("forward", "_hf_hook", *CALLS)]
         self.implementation = implementation_of(attention.config)
+        self.function = registered(self.implementation)
         self.globals = getattr(type(attention).forward, "__globals__", {})
         self.functions = [(name, self.globals.get(name)) for name in FUNCTIONS]
-        self.hooks = [(vars(m)[name], dict(vars(m)[name])) for m in {attention, around} for name in HOOKS]
+        self.hooks = [(vars(m), name, dict(vars(m)[name])) for m in {attention, around} for name in HOOKS]
 
     def holds(self, implementation: str | None) -> bool:
         """Whether nothing changed."""
@@ -143,13 +150,17 @@ class Seen:
         if (
             type(self.layer).forward is not self.forwards[0]
             or type(self.attention).forward is not self.forwards[1]
-            or own.get("forward") is not self.replaced[0]
-            or own.get("_hf_hook") is not self.replaced[1]
+            or type(self.attention).__call__ is not self.call
             or implementation != self.implementation
+            or registered(implementation) is not self.function
             or self.layer._modules != self.children
         ):
             return False
-        for hooks, seen in self.hooks:
+        for name, replaced in self.replaced:
+            if own.get(name) is not replaced:
+                return False
+        for of_module, name, seen in self.hooks:  # by name: the dictionary itself may be replaced
+            hooks = of_module[name]
             if hooks != seen if seen else hooks:
                 return False
         return all(self.globals.get(name) is function for name, function in self.functions)
@@ -160,6 +171,19 @@ def implementation_of(config: Any) -> str | None:
     own = object.__getattribute__(config, "__dict__")
     name = "_attn_implementation_internal"
     return own[name] if name in own else config._attn_implementation  # noqa: SIM401, the default would be asked for
+
+
+def registered(implementation: str | None) -> Any:
+    """The attention function that transformers has under that name; None: it has none ("eager", for example)."""
+    functions = _functions()
+    return functions[implementation] if implementation in functions else None  # noqa: SIM401, `get` is slower
+
+
+@cache
+def _functions() -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS
 
 
 def check_classes(family: Family, layer: Any, index: int) -> None:

@@ -24,6 +24,8 @@ class Phase:
         context: tokens of each row (or one number for all) that are prompt, counted from the row's first; the others
             are decoded. None: ``prompt`` says.
         given: columns that `generate()` hands to the next call; None: it has prepared none.
+        prepared: whether `generate()` has prepared the next call; None: it has prepared no call yet.
+        cache: that of the last call that it prepared, or None.
         added: columns that came before the prompt of `generate()` afterwards.
     """
 
@@ -35,6 +37,8 @@ class Phase:
     any_cache: bool = False
     context: tuple[int, ...] | None = None
     given: int | None = None
+    prepared: bool | None = None
+    cache: Any = None
     added: int = 0
 
     @property

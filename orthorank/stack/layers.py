@@ -1,8 +1,9 @@
 """The model as a stack of layers, for search and analysis: run any layer on any states, dense, selecting or removed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -121,11 +122,17 @@ class LayerStack:
             return output[0] if isinstance(output, tuple) else output
         plan = OrthoRankConfig(layers=[layer], keep_ratio=keep_ratio, criterion=criterion, **options)
         call = replace(inputs.call, update_sink=plan.update_sink).on(device)
-        if layer not in self._taken_apart:
-            of_layer = self.layers[layer]
-            self._taken_apart[layer] = TakenApart(self.family, of_layer, layer, forward_of(of_layer))
-        parts = self._taken_apart[layer].check()
-        return selected_forward(parts, layer, plan, call, hidden_states, kwargs["position_embeddings"])
+        of_layer, found = self.layers[layer], self._taken_apart.get(layer)
+        if found is None or found.beneath is not forward_of(of_layer):
+            found = self._taken_apart[layer] = TakenApart(self.family, of_layer, layer, forward_of(of_layer))
+        run = partial(selected_forward, found.check(), layer, plan, call)
+        selecting = _Selecting(of_layer, "forward")  # called as a layer of a patched model is, with all its hooks
+        selecting.run = run
+        try:
+            output = of_layer(hidden_states, **kwargs)
+        finally:
+            selecting.undo()
+        return output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
     def ranks(
@@ -209,6 +216,15 @@ def _on(device: torch.device, value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_on(device, item) for item in value)
     return value
+
+
+class _Selecting(Patch):
+    """A layer that updates the selected tokens alone."""
+
+    run: Callable[..., Tensor]
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.run(hidden_states, kwargs["position_embeddings"])
 
 
 class _Given(Patch):

@@ -1,5 +1,6 @@
 """`generate()` around a plan: of a model whose inner part has it, of PEFT's prompt methods, and what a plan lacks."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -80,7 +81,7 @@ def test_guidance_by_a_longer_prompt(tiny_model: Any) -> None:
             model.generate(ids, **GREEDY, **guided)
             updated.append(handle.stats[1].tokens_updated - before)
         assert updated[0] == 4 + 5
-        assert updated[1] - updated[0] == (12 // 3 + 18) + 5, "as far as the prompt goes, guidance is prompt"
+        assert updated[1] - updated[0] == 30 // 3 + 5, "guidance has a prompt of its own"
 
 
 @torch.no_grad()
@@ -183,3 +184,100 @@ def test_right_padding_before_tokens_that_are_ranked(tiny_model: Any) -> None:
         assert torch.equal(both[1, 12:], alone[0, 8:])
     with apply(model, PLAN):
         assert model.generate(ids, attention_mask=right, **GREEDY).shape == (2, 18)
+
+
+class Branch:
+    """What transformers' guidance gets from the model, step by step: the ids it goes by and its last logits."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor as Guidance
+
+        self.logits: list[torch.Tensor] = []
+        self.tokens: list[torch.Tensor] = []
+        original = Guidance.get_unconditional_logits
+
+        def get(processor: Any, input_ids: torch.Tensor) -> Any:
+            output = original(processor, input_ids)
+            self.logits.append(getattr(output, "logits", output)[:, -1])  # an output in some versions
+            self.tokens.append(input_ids[:, -1:].clone())
+            return output
+
+        monkeypatch.setattr(Guidance, "get_unconditional_logits", get)
+
+
+NEGATIVE: dict[str, dict[str, Any]] = {
+    "short": {"negative_prompt_ids": ids_of(2, 8, seed=2)},
+    "long": {"negative_prompt_ids": ids_of(2, 40, seed=2)},
+    "of one token": {},
+    "padded": {
+        "negative_prompt_ids": ids_of(2, 14, seed=2),
+        "negative_prompt_attention_mask": torch.tensor([[0] * 5 + [1] * 9, [1] * 14]),
+    },
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inner", [False, True], ids=["the whole model", "its inner part"])
+@pytest.mark.parametrize("negative", list(NEGATIVE))
+def test_guidance_generates_from_a_prompt_of_its_own(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch, negative: str, inner: bool
+) -> None:
+    """Its branch is what a prefill of the negative prompt and plain steps over its cache give."""
+    from transformers import DynamicCache
+
+    model, ids = tiny_model("llama"), ids_of(2, 24)
+    given = NEGATIVE[negative]
+    branch = Branch(monkeypatch)
+    with apply(model.model if inner else model, PLAN) as handle:
+        guided = model.generate(ids, guidance_scale=2.0, **GREEDY, **given)
+        counted = handle.stats[1].tokens_updated
+        prompt = given.get("negative_prompt_ids", ids[:, -1:])
+        mask = given.get("negative_prompt_attention_mask", torch.ones_like(prompt))
+        cache, step = DynamicCache(config=model.config), prompt
+        for i, logits in enumerate(branch.logits):
+            options: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
+            with handle.prefilling() if i == 0 else contextlib.nullcontext():
+                expected = model(step, **options).logits[:, -1]
+            assert (logits - expected).abs().max() < 1e-4, f"step {i} of the branch"
+            step = branch.tokens[i + 1] if i + 1 < len(branch.tokens) else step
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        alone = handle.stats[1].tokens_updated - counted
+        assert counted - alone == 2 * (8 + 5), "generate() itself is moved by nothing"
+        assert not torch.equal(guided, model.generate(ids, **GREEDY)), "guidance changes nothing, nor would a mistake"
+
+
+@torch.no_grad()
+def test_guidance_without_a_cache_is_refused(tiny_model: Any) -> None:
+    model, ids = tiny_model("llama"), ids_of(1, 24)
+    with apply(model, PLAN), pytest.raises(OrthoRankError, match="without a cache"):
+        model.generate(ids, guidance_scale=2.0, use_cache=False, **GREEDY)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inner", [False, True], ids=["the whole model", "its inner part"])
+@pytest.mark.parametrize(("place", "compiled"), [("processor", False), ("criterion", False), ("processor", True)])
+def test_a_scorer_that_is_the_model_itself(tiny_model: Any, place: str, compiled: bool, inner: bool) -> None:
+    """Between two steps of its own `generate()` the model is called for another prompt: read as outside of it."""
+    model, ids, other = tiny_model("llama"), ids_of(1, 24), ids_of(1, 30, seed=3)
+    seen: list[torch.Tensor] = []
+
+    def score(given: torch.Tensor, logits: torch.Tensor, **kwargs: Any) -> Any:
+        seen.extend(eager(x, use_cache=False).logits for x in (other, other[:, :9]))
+        return logits if place == "processor" else torch.zeros(1, dtype=torch.bool)
+
+    eager = model.__call__
+    with apply(model.model if inner else model, PLAN):
+        expected = [model(x, use_cache=False).logits for x in (other, other[:, :9])]
+        plain = model.generate(ids, **GREEDY)
+        if compiled:
+            torch._dynamo.reset()
+            model.forward = torch.compile(model.forward, backend="eager", dynamic=True)
+
+            def eager(*args: Any, **kwargs: Any) -> Any:
+                return type(model).forward(model, *args, **kwargs)
+
+        asked: Any = {"logits_processor": [score]} if place == "processor" else {"stopping_criteria": [score]}
+        assert torch.equal(model.generate(ids, **asked, **GREEDY), plain)
+    assert len(seen) == 12
+    for i, logits in enumerate(seen):
+        assert torch.equal(logits, expected[i % 2])

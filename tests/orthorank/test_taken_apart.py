@@ -1,6 +1,7 @@
 """What is done to a selected layer's parts is honoured, or refused by name: never left out without a word."""
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,25 @@ def accelerated(attention: Any) -> None:
     hooks.add_hook_to_module(attention, Doubles())
 
 
+def hook_in_a_new_dictionary(attention: Any) -> None:
+    """As code does that clears a module's hooks by replacing them."""
+    attention._forward_hooks = OrderedDict()
+    attention.register_forward_hook(zeroed)
+
+
+def call_of_a_subclass(attention: Any) -> None:
+    class Mine(type(attention)):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return zeroed(self, args, super().__call__(*args, **kwargs))
+
+    attention.__class__ = Mine
+
+
+def call_of_the_instance(name: str, attention: Any) -> None:
+    original = attention._call_impl
+    setattr(attention, name, lambda *args, **kwargs: zeroed(attention, args, original(*args, **kwargs)))
+
+
 CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "forward hook": (lambda a: a.register_forward_hook(zeroed), "the forward hook zeroed of tests"),
     "forward pre-hook": (
@@ -67,6 +87,13 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "backward hook": (lambda a: a.register_full_backward_hook(lambda *_: None), "the backward hook"),
     "instance": (forward_of_the_instance, "a forward of its own, .*test_taken_apart"),
     "subclass": (of_a_subclass, "the forward that its class Mine was given, of_a_subclass"),
+    "new dictionary": (hook_in_a_new_dictionary, "the forward hook zeroed of tests"),
+    "call of a subclass": (call_of_a_subclass, "the __call__ of its class Mine"),
+    "_call_impl": (functools.partial(call_of_the_instance, "_call_impl"), "a _call_impl of its own, call_of_the"),
+    "_compiled_call_impl": (
+        functools.partial(call_of_the_instance, "_compiled_call_impl"),
+        "a _compiled_call_impl of its own, call_of_the",
+    ),
     "accelerate": (accelerated, "a forward of its own, Doubles, a hook of accelerate"),
 }
 
@@ -181,6 +208,28 @@ def test_a_registered_attention_function() -> None:
             model(IDS)
         model.set_attn_implementation("eager")
         assert_close(model(IDS).logits, before, relative=1e-4)
+
+
+def test_an_attention_function_that_is_registered_anew() -> None:
+    """The name stays, the function does not: with a plan applied and at `apply`."""
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError
+
+    model, original = tiny("llama-3"), ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with apply(model, PLAN), torch.no_grad():
+        before = model(IDS).logits
+        try:
+            AttentionInterface.register("sdpa", mine)
+            with pytest.raises(OrthoRankError, match=r"layer 1 selects.*the attention function 'sdpa', test_an_att"):
+                model(IDS)
+            with pytest.raises(OrthoRankError, match="the attention function 'sdpa', test_an_att"):
+                apply(tiny("llama-3"), PLAN)
+        finally:
+            AttentionInterface.register("sdpa", original)
+        assert torch.equal(model(IDS).logits, before)
 
 
 @pytest.mark.parametrize("part", ["layer", "attention", "wrapper"])
@@ -313,3 +362,43 @@ def test_the_stack_of_a_search() -> None:
     with pytest.raises(OrthoRankError, match=r"layer 1 selects tokens.*the forward hook zeroed"):
         stack.run(1, h, inputs, keep_ratio=1 / 3)
     stack.run(1, h, inputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["hook", "pre-hook"])
+def test_the_stack_of_a_search_calls_the_layer(way: str) -> None:
+    """What hangs on the layer itself runs where the layer selects, as in the patched and in the dense model."""
+    model = tiny("llama-3")
+    layer = model.model.layers[1]
+    stack = LayerStack(model)
+    inputs = stack.embed(IDS)
+    plain = stack.run(1, inputs.hidden_states, inputs, keep_ratio=1 / 3)
+    if way == "pre-hook":
+        layer.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    else:
+        layer.register_forward_hook(lambda module, args, output: output * 2)
+    with apply(model, OrthoRankConfig(layers=[1], keep_ratio=1 / 3)):
+        states: list[Tensor] = []
+        taken = layer.register_forward_hook(lambda module, args, output: states.append(output))
+        entry = layer.register_forward_pre_hook(lambda module, args: (inputs.hidden_states,), prepend=True)
+        model.model(IDS, use_cache=False)
+        taken.remove()
+        entry.remove()
+    expected = states[0]
+    assert_close(stack.run(1, inputs.hidden_states, inputs, keep_ratio=1 / 3), expected)
+    assert not torch.allclose(expected, plain)
+    assert "forward" not in vars(layer), "the stack leaves the model as it is"
+
+
+@torch.no_grad()
+def test_the_stack_of_a_search_looks_at_every_run() -> None:
+    model = tiny("llama-3")
+    layer = model.model.layers[1]
+    stack = LayerStack(model)
+    inputs = stack.embed(IDS)
+    plain = stack.run(1, inputs.hidden_states, inputs, keep_ratio=1 / 3)
+    layer.forward = lambda *args, **kwargs: type(layer).forward(layer, *args, **kwargs) * 2
+    with pytest.raises(OrthoRankError, match="the layer has a forward of its own"):
+        stack.run(1, inputs.hidden_states, inputs, keep_ratio=1 / 3)
+    del layer.forward
+    assert torch.equal(stack.run(1, inputs.hidden_states, inputs, keep_ratio=1 / 3), plain)

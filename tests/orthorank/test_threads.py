@@ -12,7 +12,6 @@ import torch
 
 import orthorank
 from orthorank import OrthoRankConfig, OrthoRankError, apply
-from orthorank.hf.call_lock import CallLock
 from orthorank.hf.status import Total
 from orthorank.serving.selection import choose_share
 from orthorank.serving.steps import make_step
@@ -175,17 +174,120 @@ def test_a_model_called_while_it_is_being_called(tiny_model: Any) -> None:
         assert torch.equal(model(ids).logits, expected)
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def contexts_of(model: Any, handle: Any) -> dict[str, Callable[[], Any]]:
+    return {
+        "decoding": handle.decoding,
+        "prefilling": lambda: handle.prefilling(keep_last=4),
+        "context": lambda: orthorank.context(model, 3),
+        "watching": lambda: handle.watching(lambda *_: pytest.fail("the copy is watched, too")),
+    }
+
+
+def pickled(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("clone", [copy.deepcopy, pickled])
 def test_copies_have_a_lock_of_their_own(tiny_model: Any, clone: Any) -> None:
+    """Nor has a copy what was said of the original's calls, or is under way in them: it is the plan's model."""
     model, ids = tiny_model("llama", **SMALL), ids_of(1, 8)
-    with apply(model, PLAN) as handle, torch.no_grad(), handle.decoding():
-        other = clone(model)
-        own = orthorank.handle_of(other)
-        assert own is not None
-        assert own.lock is not handle.lock
-        assert refused_elsewhere(lambda: other(ids)) == ""
-    with CallLock() as _:
-        pass
+    with apply(model, PLAN) as handle:
+        expected = model(ids).logits
+        copies = []
+        for inside in contexts_of(model, handle).values():
+            with inside():
+                copies.append(clone(model))
+                own = orthorank.handle_of(copies[-1])
+                assert own is not None
+                assert own.lock is not handle.lock
+                assert refused_elsewhere(lambda: copies[-1](ids)) == ""
+                assert torch.equal(copies[-1](ids).logits, expected)
+        for other in copies:
+            assert torch.equal(other(ids).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("clone", [copy.deepcopy, pickled])
+def test_copies_made_during_a_call_and_a_generation(tiny_model: Any, clone: Any) -> None:
+    model, ids = tiny_model("llama", **SMALL), ids_of(1, 8)
+    greedy: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    taken: list[Any] = []
+
+    def take(*_: Any, **__: Any) -> Any:
+        parked = [module._forward_pre_hooks.copy() for module in model.model.layers]
+        for module in model.model.layers:
+            module._forward_pre_hooks.clear()  # a local function cannot be pickled
+        taken.append(clone(model))
+        for module, hooks in zip(model.model.layers, parked, strict=True):
+            module._forward_pre_hooks.update(hooks)
+        return torch.zeros(1, dtype=torch.bool)
+
+    with apply(model, PLAN):
+        expected, tokens = model(ids).logits, model.generate(ids, **greedy)
+        hook = model.model.layers[1].register_forward_pre_hook(lambda *_: [take()] and None)
+        assert torch.equal(model(ids).logits, expected)
+        hook.remove()
+        assert torch.equal(model.generate(ids, stopping_criteria=[take], **greedy), tokens)
+        assert len(taken) == 1 + 3
+        for other in taken:
+            assert torch.equal(other(ids).logits, expected)
+            assert torch.equal(other.generate(ids, **greedy), tokens)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inner", [False, True], ids=["the whole model", "its inner part"])
+def test_a_plan_is_not_removed_under_way(tiny_model: Any, inner: bool) -> None:
+    """Neither by a hook nor inside `generate()`, which would end as another model than it began."""
+    model, ids = tiny_model("llama", **SMALL), ids_of(1, 8)
+    greedy: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    part = model.model if inner else model
+    dense = model(ids).logits
+    handle = apply(part, PLAN)
+    expected, tokens = model(ids).logits, model.generate(ids, **greedy)
+
+    def remove(*_: Any, **__: Any) -> Any:
+        handle.remove()
+
+    with pytest.raises(OrthoRankError, match=r"handle.remove\(\) was called inside generate\(\)"):
+        model.generate(ids, stopping_criteria=[remove], **greedy)
+    hook = model.model.layers[0].register_forward_hook(remove)
+    with pytest.raises(OrthoRankError, match=r"handle.remove\(\) was called while the model is being called"):
+        model(ids)
+    hook.remove()
+    assert torch.equal(model(ids).logits, expected)
+    assert torch.equal(model.generate(ids, **greedy), tokens)
+    handle.remove()
+    assert torch.equal(model(ids).logits, dense)
+
+    def score(given: Any, logits: torch.Tensor) -> torch.Tensor:
+        with apply(part, PLAN):  # applied inside, so removed inside
+            assert torch.equal(model(ids).logits, expected)
+        return logits
+
+    model.generate(ids, logits_processor=[score], **greedy)
+
+
+@torch.no_grad()
+def test_a_generation_of_the_class_changes_nothing_of_another_threads(tiny_model: Any) -> None:
+    """It goes past the patch of `generate()`, and is refused before it says which tokens are prompt."""
+    from transformers import GenerationMixin
+
+    model, ids, longer = tiny_model("llama", **SMALL), ids_of(1, 8), ids_of(1, 20, seed=1)
+    greedy: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    with apply(model, PLAN) as handle:
+        tokens = model.generate(ids, **greedy)
+        said: list[str] = []
+
+        def other(*_: Any, **__: Any) -> Any:
+            before = vars(handle.phase).copy()
+            said.append(refused_elsewhere(lambda: GenerationMixin.generate(model, longer, **greedy)))
+            assert all(vars(handle.phase)[name] is value for name, value in before.items())
+            return torch.zeros(1, dtype=torch.bool)
+
+        assert torch.equal(model.generate(ids, stopping_criteria=[other], **greedy), tokens)
+        assert len(said) == 3
+        assert all("in use by another thread" in text for text in said)
 
 
 def test_counters_are_read_without_changing_them() -> None:
