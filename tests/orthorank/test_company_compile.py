@@ -180,7 +180,8 @@ class Waits(TorchDispatchMode):
 def test_layers_and_counters_wait_for_nothing(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call asks for values of its mask, once for all layers; one more selected layer asks for none.
 
-    Checks that look at values where that is free, on a CPU, do here what they do on a GPU: nothing.
+    Checks that look at values where that is free, on a CPU, do here what they do on a GPU: nothing, and what looks for
+    padding without a mask has looked at an earlier call.
     """
     monkeypatch.setattr(_checks, "readable", lambda *values: False)
     model, waits = tiny_model("llama"), Counter[str]()
@@ -188,6 +189,7 @@ def test_layers_and_counters_wait_for_nothing(tiny_model: Any, monkeypatch: pyte
     for layers in ([1], [1, 2, 3]):
         for padding in ("padded", "not padded"):
             with apply(model, OrthoRankConfig(layers=layers)) as handle, Waits() as counted:
+                handle.unmasked.done = True
                 model(ids, attention_mask=mask if padding == "padded" else None)
                 waits[f"{len(layers)} {padding}"] = counted.count
             with Waits() as counted:
