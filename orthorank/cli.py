@@ -6,12 +6,14 @@ import torch and transformers when they run, so that ``--help`` does not wait fo
 
 import functools
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Annotated, Any
 
 from orthorank.common.errors import OrthoRankError
+from orthorank.common.remedies import install
 from orthorank.plan_checks import shown
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
     if missing:
-        return _fail(f"the command line needs {' and '.join(missing)}; run: pip install 'orthorank-kernels[demo]'")
+        return _fail(f"the command line needs {' and '.join(missing)}; run: {install('demo')}")
     import typer
 
     usage_error: Any = typer.BadParameter.__base__  # click's class, or that of the copy of click inside typer
@@ -119,12 +121,24 @@ def _bounded(command: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(command)
     def run(**options: Any) -> int:
-        for name, value in options.items():
-            if isinstance(value, int) and abs(value) > MOST:
-                raise OrthoRankError(f"{name} is {shown(value)}; it must be at most {MOST:,}")
+        for name, given in options.items():
+            for value in given if isinstance(given, list | tuple) else [given]:
+                if isinstance(value, int) and abs(value) > MOST:
+                    bound = f"at most {MOST:,}" if value > 0 else f"at least -{MOST:,}"
+                    raise OrthoRankError(f"{_as_typed(command, name)} is {shown(value)}; it must be {bound}")
         return command(**options)
 
     return run
+
+
+def _as_typed(command: Callable[..., int], name: str) -> str:
+    """How a user types the parameter ``name`` of ``command``: ``--option``, or the argument's name in capitals."""
+    said = getattr(inspect.signature(command).parameters[name].annotation, "__metadata__", ())
+    declared = [text for info in said for text in getattr(info, "param_decls", None) or ()]
+    longest = max((text.split("/")[0] for text in declared if text.startswith("-")), key=len, default="")
+    if any(type(info).__name__ == "ArgumentInfo" for info in said):
+        return name.upper()
+    return longest or f"--{name.replace('_', '-')}"
 
 
 def _interrupted(error: BaseException | None) -> bool:

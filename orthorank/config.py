@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orthorank.common.callers import levels_to_caller
 from orthorank.common.errors import OrthoRankError, UnknownKeysWarning
 from orthorank.common.files import finite, read_json, user_path, write_text
 from orthorank.plan_checks import RECORDS, check_fields, release_of, shown
@@ -154,7 +155,7 @@ class OrthoRankConfig:
                 f"this plan (written by version {values.get('version', 'unknown')}) has keys that version "
                 f"{__version__} does not know and ignores: {', '.join(unknown)}; a newer version may follow them",
                 UnknownKeysWarning,
-                stacklevel=3,
+                stacklevel=levels_to_caller(),
             )
         if "layers" not in values:
             raise OrthoRankError("the plan has no key 'layers'; it must list the layers that select tokens")
@@ -163,10 +164,10 @@ class OrthoRankConfig:
             warnings.warn(
                 f"this plan was written by version {plan.version}, and this is {__version__}: what its fields mean may "
                 "have changed; follow it with that version",
-                stacklevel=3,
+                stacklevel=levels_to_caller(),
             )
         if not plan.layers:
-            warnings.warn("this plan names no layers: with it a model is the dense one", stacklevel=3)
+            warnings.warn("this plan names no layers: with it a model is the dense one", stacklevel=levels_to_caller())
         return plan
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:

@@ -274,13 +274,17 @@ def is_inside_func(*values: torch.Tensor) -> bool:
     return torch.compiler.is_compiling() or any(torch._C._functorch.is_functorch_wrapped_tensor(v) for v in values)
 
 
-def readable(*values: torch.Tensor | None) -> bool:
-    """Whether values can be looked at for nothing: real tensors on a CPU, outside tracing and `torch.func`."""
+def readable(*values: torch.Tensor | None, anywhere: bool = False) -> bool:
+    """Whether values can be looked at for nothing: real tensors on a CPU, outside tracing and `torch.func`.
+
+    Args:
+        anywhere: whether the caller waits for tensors on another device; those on "meta" hold nothing.
+    """
     return not torch.compiler.is_compiling() and all(
         value is None
         or (
             type(value) is torch.Tensor
-            and value.device.type == "cpu"
+            and (value.device.type == "cpu" or (anywhere and value.device.type != "meta"))
             and not torch._C._functorch.is_functorch_wrapped_tensor(value)
         )
         for value in values

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from orthorank_kernels._version import __version__
+from orthorank_kernels.remedies import install
 
 FAILED = 2
 
@@ -121,7 +122,7 @@ def _target(name: str) -> str:
     if not re.fullmatch(r"sm_\d{2,3}|gfx[0-9a-f]{3,4}", name):
         raise tuning.TuningError(f"compile is {name!r}; it may be an architecture such as sm_80, sm_90 or gfx942")
     if importlib.util.find_spec("triton") is None:
-        raise tuning.TuningError("Triton is not installed; run: pip install 'orthorank-kernels[triton]'")
+        raise tuning.TuningError(f"Triton is not installed; run: {install('triton')}")
     return name
 
 

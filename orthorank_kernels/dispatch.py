@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from orthorank_kernels import checks as _checks
 from orthorank_kernels import op as _library
 from orthorank_kernels.op import Operator
+from orthorank_kernels.remedies import install
 
 BACKENDS = ("auto", "triton", "reference")
 
@@ -41,7 +42,7 @@ def triton_unavailable(device: torch.device) -> str | None:
     if device.type == "meta":
         return 'tensors on the meta device hold no data; move them to a GPU, or use backend="reference"'
     if find_spec("triton") is None:
-        return "Triton is not installed; run: pip install 'orthorank-kernels[triton]'"
+        return f"Triton is not installed; run: {install('triton')}"
     if device.type == "cuda" or (device.type == "cpu" and interpreting()):
         return None
     if device.type == "cpu":
@@ -90,7 +91,8 @@ def run(
     if not torch.compiler.is_compiling():  # while tracing, memory has no place yet
         if out is not None:
             _check_apart(op, args, out)
-        _check_written(op, args, out, needs_grad)
+        if out is not None or op.written:
+            _check_written(op, args, out, needs_grad)
     if backend == "triton":
         _require_triton(device, needs_grad)
         _check_interpreted(op, args, out)

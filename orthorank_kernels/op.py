@@ -11,11 +11,13 @@ reloads what was edited) is harmless, an operator calls what is in a table, whic
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
 import torch
+
+from orthorank_kernels.remedies import install
 
 NAMESPACE = "orthorank_kernels"
 
@@ -47,6 +49,7 @@ class Operator:
         outputs: names of what the op returns; empty for ops that write to an argument.
         into: writes to the tensors it gets by those names, and returns None.
         aliases: arguments that an output may be, the same view of the same memory.
+        arguments: their names, in the schema's order; written: places of those that an in-place op writes to.
     """
 
     functional: Any
@@ -55,17 +58,16 @@ class Operator:
     outputs: tuple[str, ...] = ()
     into: Any = None
     aliases: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = field(init=False)
+    written: tuple[int, ...] = field(init=False)
 
-    @property
-    def arguments(self) -> list[str]:
-        """Their names, in the schema's order."""
-        return [argument.name for argument in self.functional._schema.arguments]
-
-    @property
-    def written(self) -> list[int]:
-        """Places of the arguments that an in-place op writes to."""
-        arguments = self.functional._schema.arguments
-        return [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+    def __post_init__(self) -> None:
+        arguments = (
+            self.functional._schema.arguments
+        )  # walking it takes longer than a check may: once, and not per call
+        written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+        object.__setattr__(self, "arguments", tuple(argument.name for argument in arguments))
+        object.__setattr__(self, "written", tuple(written))
 
 
 def define(
@@ -125,8 +127,7 @@ def launcher(path: str) -> Callable[..., Any]:
         if error.name != "triton":
             raise
         raise RuntimeError(
-            "a GPU tensor needs Triton, which is not installed; run: pip install 'orthorank-kernels[triton]', or pass "
-            'backend="reference"'
+            f'a GPU tensor needs Triton, which is not installed; run: {install("triton")}, or pass backend="reference"'
         ) from error
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,10 +33,17 @@ def test_what_it_says_of_the_shipped_plans_is_in_a_committed_file() -> None:
 
 
 def test_the_install_lines_work_before_the_package_is_on_an_index() -> None:
-    pages = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("index.md", "quickstart.md", "vllm.md"))]
-    for page in pages:
-        lines = re.findall(r"pip install '?orthorank-kernels[^\n]*", page.read_text())
-        assert lines == [], page
+    """On every page, and in every error: they name a checkout. The extras that they name are there."""
+    sources = [*(ROOT / "orthorank").rglob("*.py"), *(ROOT / "orthorank_kernels").rglob("*.py")]
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    named: set[str] = set()
+    for page in [*pages, *sources]:
+        text = page.read_text(encoding="utf-8")
+        assert re.findall(r"pip install [^\n`]*orthorank-kernels\[[^\n]*", text) == [], page
+        named.update(re.findall(r"install\([\"'](\w+)[\"']", text) if page in sources else [])
+        named.update(*(found.split(",") for found in re.findall(r"pip install '\.\[([\w,]+)\]'", text)))
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {"demo", "eval", "plot", "vllm", "triton", "hf"} <= named <= set(extras)
 
 
 def test_the_kernels_example_runs() -> None:

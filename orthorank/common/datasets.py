@@ -15,6 +15,7 @@ from typing import Any
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import user_path
+from orthorank.common.remedies import install
 from orthorank.common.texts import Text
 
 ROWS = 128  # SLEB's number; the rows of WikiText-2 are lines, so this fills four or five windows of 2,048 tokens
@@ -84,8 +85,8 @@ is already here; any other text can be given as a file with --text
         raise OrthoRankError(f"dataset is {dataset!r}, and there is no folder {folder!r}")
     if find_spec("datasets") is None:
         raise OrthoRankError(
-            f"dataset is {dataset!r}, which needs the library datasets; run: pip install 'orthorank-kernels[eval]', or "
-            "name a text file with --text"
+            f"dataset is {dataset!r}, which needs the library datasets; run: {install('eval')}, or name a "
+            "text file with --text"
         )
     return name, path
 

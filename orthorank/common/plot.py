@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import write_bytes
+from orthorank.common.remedies import install
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,7 +84,7 @@ def new_figure(width: float, height: float, edge: float = 4) -> Iterator["Figure
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
-        raise OrthoRankError("drawing figures needs matplotlib; run: pip install 'orthorank-kernels[plot]'") from error
+        raise OrthoRankError(f"drawing figures needs matplotlib; run: {install('plot')}") from error
     with matplotlib.rc_context(STYLE):
         yield Figure((width / INCH, height / INCH), layout=ConstrainedLayoutEngine(w_pad=edge / INCH))
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orthorank.common.errors import OrthoRankError
+from orthorank.common.remedies import install
 from orthorank.evaluation.bench import BenchSettings, OnStep
 from orthorank.evaluation.speed import SpeedReport, Timing, clock_of, in_turns, timings_of
 
@@ -143,7 +144,7 @@ def check_installed() -> None:
     from orthorank.serving.vllm.installed import installed
 
     if (here := installed()).version is None:
-        raise OrthoRankError("engine is 'vllm', which is not installed; run: pip install 'orthorank-kernels[vllm]'")
+        raise OrthoRankError(f"engine is 'vllm', which is not installed; run: {install('vllm')}")
     if here.obstacle is not None:
         raise OrthoRankError(f"engine is 'vllm', and its plugin {here.obstacle}")
 

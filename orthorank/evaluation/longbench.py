@@ -17,6 +17,7 @@ import torch
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import from_json, user_path
+from orthorank.common.remedies import install
 from orthorank.common.texts import Bos
 from orthorank.hf.families import device_of
 
@@ -146,7 +147,7 @@ def hub_template(name: str) -> Callable[[dict[str, Any]], str]:
     if not isinstance(template, str):
         raise OrthoRankError(
             f"the installed lm-evaluation-harness has no template of LongBench's {name}; run: "
-            "pip install -U 'orthorank-kernels[eval]', or name a JSONL file with --data"
+            f"{install('eval', '-U')}, or name a JSONL file with --data"
         )
     return lambda row: apply_template(template, row)
 
@@ -255,7 +256,7 @@ def metrics() -> Any:
     except ImportError as error:
         raise OrthoRankError(
             "LongBench's metrics need lm-evaluation-harness with jieba, fuzzywuzzy and rouge "
-            f"({str(error).splitlines()[0]}); run: pip install 'orthorank-kernels[eval]'"
+            f"({str(error).splitlines()[0]}); run: {install('eval')}"
         ) from error
 
 

@@ -41,14 +41,15 @@ def compiled_layers(model: "PreTrainedModel", backend: Any = "inductor") -> Iter
         >>> logits.shape
         torch.Size([1, 12, 64])
     """
-    layers = decoder_of(model).layers
+    layers = list(decoder_of(model).layers)
+    before = [layer._compiled_call_impl for layer in layers]  # the caller may have compiled them
     try:
         for layer in layers:
             layer.compile(backend=backend, dynamic=False)
         yield
     finally:
-        for layer in layers:
-            layer._compiled_call_impl = None
+        for layer, compiled in zip(layers, before, strict=True):
+            layer._compiled_call_impl = compiled
 
 
 class Ways:

@@ -18,6 +18,7 @@ from torch.nn.functional import log_softmax
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import user_path
 from orthorank.common.loading import Complete
+from orthorank.common.remedies import install
 from orthorank.config import OrthoRankConfig
 from orthorank.evaluation import answer_cache
 from orthorank.hf.apply import Handle, apply
@@ -28,9 +29,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
-    raise OrthoRankError(
-        f"evaluating tasks needs lm-evaluation-harness ({error}); run: pip install 'orthorank-kernels[eval]'"
-    ) from error
+    raise OrthoRankError(f"evaluating tasks needs lm-evaluation-harness ({error}); run: {install('eval')}") from error
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

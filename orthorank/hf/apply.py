@@ -25,7 +25,7 @@ from orthorank.hf.phases import Phase, context_lengths, phase_of
 from orthorank.hf.refusals import refused_methods
 from orthorank.hf.status import LayerCounts, Status, status_of
 from orthorank.hf.unmasked import Watch
-from orthorank.plan_checks import MOST, check_integer
+from orthorank.plan_checks import MOST, check_integer, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -176,13 +176,14 @@ class Handle(AbstractContextManager["Handle"]):
     """A plan that is applied to a model; made by `apply`.
 
     Attributes:
-        model: what `apply` was given; config: a copy of the plan.
+        model: what `apply` was given; config: a copy of the plan, to read. A call that finds it changed is refused.
         stats: `LayerCounts` of each selected layer, by number.
     """
 
     def __init__(self, model: "PreTrainedModel", config: OrthoRankConfig, family: Family) -> None:
         decoder, layers = decoder_of(model), layers_of(model)
         self.model, self.config = model, config
+        self._as_applied = copy.deepcopy(config)
         self.stats = {index: LayerCounts(device_of(layers[index])) for index in config.layers}
         self.selecting = config.selecting
         self.skips = any(config.ratio(layer) < 1 for layer in config.layers)
@@ -222,6 +223,23 @@ class Handle(AbstractContextManager["Handle"]):
             self._patches, self.layers = [], []
             for module in {self.model, decoder_of(self.model)}:
                 module.__dict__.pop(ATTRIBUTE, None)
+
+    def check_config(self) -> None:
+        """``config`` is the plan that was applied.
+
+        Raises:
+            OrthoRankError: a field of it was changed: the layers go by what they were made with.
+        """
+        if self.config == self._as_applied:
+            return
+        for field in dataclasses.fields(self._as_applied):
+            now, then = getattr(self.config, field.name), getattr(self._as_applied, field.name)
+            if now != then:
+                raise OrthoRankError(
+                    f"handle.config.{field.name} is {shown(now)}, and was {shown(then)} when the plan was applied: "
+                    "what is changed there changes no layer; call handle.remove(), then apply(model, config) with the "
+                    "plan that you want"
+                )
 
     def _refuse_inside(self) -> None:
         """A call would go on with the plan in some layers, and `generate()` with the plan for the prompt alone."""

@@ -94,6 +94,8 @@ class DecoderForward(Patch):
                 "two calls of a model with a plan applied overlap: it was called while it was being called, by a hook "
                 "perhaps; call a copy.deepcopy of the patched model there"
             )
+        if not torch.compiler.is_compiling():
+            handle.check_config()
         if kwargs["attention_mask"] is None and handle.selecting and handle.phase.context is None:
             handle.unmasked(given, self.owner.config)
         shape = given.shape[0], given.shape[1]

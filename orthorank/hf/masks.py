@@ -40,7 +40,7 @@ def valid_columns(mask: Any, columns: int, batch: int) -> Columns | None:
         raise OrthoRankError(
             f"attention_mask covers {mask.shape[1]} tokens; it must cover all {columns}, cached ones included"
         )
-    nothing_padded = not torch.compiler.is_compiling() and bool(mask.all())  # a graph is the same for every mask
+    nothing_padded = _answers(mask) and bool(mask.all())  # a graph is the same for every mask
     found = None if nothing_padded else _contiguous(mask)
     if visible is not None:
         _check_causal(visible[:, :, :columns], found)
@@ -88,10 +88,19 @@ def _full_attention(mask: Any) -> Any:
     return mask["full_attention"]
 
 
+def _answers(values: Tensor) -> bool:
+    """Whether there are values to ask, as there are none in a compiled graph, under FakeTensorMode and on "meta"."""
+    if torch.compiler.is_compiling() or values.is_meta:
+        return False
+    return type(values) is Tensor or not isinstance(values, torch._subclasses.FakeTensor)
+
+
 def _any(wrong: Tensor) -> bool:
     """Whether any is True. A compiled graph asks no questions: it stops there at run time, with fewer words."""
-    if not torch.compiler.is_compiling():
+    if _answers(wrong):
         return bool(wrong.any())
+    if not torch.compiler.is_compiling():  # a fake or a meta tensor: there is no wrong mask among those
+        return False
     torch._assert_async(~wrong.any(), "attention_mask or position_ids are not those of padded rows, one sequence each")
     return False
 

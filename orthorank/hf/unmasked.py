@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orthorank.common.callers import levels_to_caller
+from orthorank_kernels import checks as _checks
+
 FEW = 4  # equal tokens at a row's end that text hardly has, where they are not the model's padding token
 
 
@@ -21,7 +24,7 @@ class Watch:
 
     def __call__(self, given: Tensor, config: Any) -> None:
         """``given``: ids ``[batch, tokens]`` or embeddings ``[batch, tokens, hidden]`` of a call without a mask."""
-        if self.done or torch.compiler.is_compiling() or given.shape[1] < 2 or given.device.type == "meta":
+        if self.done or given.shape[1] < 2 or not _checks.readable(given.detach(), anywhere=True):
             return
         if given.is_cuda and torch.cuda.is_current_stream_capturing():
             return
@@ -36,7 +39,7 @@ class Watch:
             "tokens: if they are padding, pass attention_mask ([batch, tokens], 1 for tokens and 0 for padding); "
             "otherwise the plan ranks them as tokens, and the row gets other values than alone. If they are text, all "
             "is well; this is said once",
-            stacklevel=2,
+            stacklevel=levels_to_caller(),
         )
 
 

@@ -7,6 +7,7 @@ from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.format import Results
 from orthorank.common.plot import DARK, LIGHT, dark_rules
+from orthorank.common.remedies import install
 from orthorank.report import pictures
 
 
@@ -25,7 +26,7 @@ def html_page(results: Results) -> str:
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError as error:
-        raise OrthoRankError("the report needs jinja2; run: pip install 'orthorank-kernels[demo]'") from error
+        raise OrthoRankError(f"the report needs jinja2; run: {install('demo')}") from error
     environment = Environment(
         loader=PackageLoader("orthorank.report", ""),
         autoescape=True,

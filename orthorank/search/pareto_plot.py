@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthorank.common.files import write_bytes
+from orthorank.common.remedies import install
 from orthorank.search.pareto import Point, front_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MISSING = "no picture of the front: matplotlib is not installed; run: pip install 'orthorank-kernels[plot]'"
+MISSING = f"no picture of the front: matplotlib is not installed; run: {install('plot')}"
 
 # Okabe and Ito's palette
 BLUE, ORANGE, GREEN, PURPLE, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00"

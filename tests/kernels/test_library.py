@@ -69,3 +69,18 @@ def test_importing_again_is_harmless() -> None:
 
 def test_an_edited_implementation_counts_and_another_schema_is_refused() -> None:
     run(EDITED)
+
+
+def test_an_operator_knows_its_arguments_without_asking_its_schema() -> None:
+    """They are asked for at every call, and walking a schema takes longer than the checks."""
+    from orthorank_kernels import op as _library
+    from orthorank_kernels.ops import rows
+
+    operators = {name: op for name, op in vars(rows).items() if isinstance(op, _library.Operator)}
+    assert len(operators) == 3
+    for op in operators.values():
+        schema = op.functional._schema.arguments
+        assert op.arguments == tuple(argument.name for argument in schema)
+        assert op.written == tuple(i for i, argument in enumerate(schema) if argument.is_write)
+        assert {"arguments", "written"} <= set(vars(op))
+    assert sum(bool(op.written) for op in operators.values()) == 2

@@ -136,7 +136,7 @@ def test_an_unwritable_output_folder_is_named_before_the_model_is_loaded(orthora
 def test_without_typer_the_sentence_names_the_extra(monkeypatch, capsys):
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "typer" else object())
     assert cli.main([]) == 2
-    assert "pip install 'orthorank-kernels[demo]'" in capsys.readouterr().err
+    assert "pip install '.[demo]' in a checkout" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device", "results.json")])

@@ -258,14 +258,14 @@ def test_a_path_that_is_not_there_yet_is_a_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["search", "--seq-len", "9" * 30], "seq_len is 999"),
-        (["demo", "--prompt-tokens", str(2**31)], "prompt_tokens is 2147483648; it must be at most 2,147,483,647"),
-        (["bench", "--threads", str(2**70)], "threads is"),
-        (["eval", "ppl", "--batch-size", str(2**70)], "batch_size is"),
-        (["eval", "tasks", "--limit", str(-(2**70))], "limit is"),
+        (["search", "--seq-len", "9" * 30], "orthorank: --seq-len is 999"),
+        (["demo", "--prompt-tokens", str(2**31)], "--prompt-tokens is 2147483648; it must be at most 2,147,483,647"),
+        (["bench", "--threads", str(2**70)], "--threads is"),
+        (["eval", "ppl", "--batch-size", str(2**70)], "--batch-size is"),
+        (["eval", "tasks", "--limit", str(-(2**40))], "--limit is -1099511627776; it must be at least -2,147,483,647"),
         (["calibrate", "--keep-last", str(2**30)], "keep_last is 1073741824; it must be an integer from 0 to"),
         (["search", "--memory", "1e308"], "memory is 1e.308; it must be 0"),
-        (["vllm-args", "plan", "--block-size", str(2**40)], "block_size is"),
+        (["vllm-args", "plan", "--block-size", str(2**40)], "--block-size is"),
     ],
 )
 def test_numbers_that_overflow_somewhere_are_one_sentence(

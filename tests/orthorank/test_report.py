@@ -325,7 +325,7 @@ def test_how_it_was_measured(results):
 def test_what_is_missing_is_named_with_its_extra(results, monkeypatch, module, remedy):
     monkeypatch.setitem(sys.modules, module, None)
     pictures._drawn.cache_clear()
-    with pytest.raises(OrthoRankError, match=rf"needs {module}; run: pip install 'orthorank-kernels\{remedy}'"):
+    with pytest.raises(OrthoRankError, match=rf"needs {module}; run: pip install '.\{remedy}' in a checkout"):
         html_page(results)
 
 

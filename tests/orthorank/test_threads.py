@@ -223,9 +223,12 @@ def test_copies_made_during_a_call_and_a_generation(tiny_model: Any, clone: Any)
             module._forward_pre_hooks.update(hooks)
         return torch.zeros(1, dtype=torch.bool)
 
+    def in_a_call(*_: Any) -> None:
+        take()
+
     with apply(model, PLAN):
         expected, tokens = model(ids).logits, model.generate(ids, **greedy)
-        hook = model.model.layers[1].register_forward_pre_hook(lambda *_: [take()] and None)
+        hook = model.model.layers[1].register_forward_pre_hook(in_a_call)
         assert torch.equal(model(ids).logits, expected)
         hook.remove()
         assert torch.equal(model.generate(ids, stopping_criteria=[take], **greedy), tokens)
@@ -297,6 +300,24 @@ def test_counters_are_read_without_changing_them() -> None:
     before = vars(total) | {"_pending": list(total._pending)}
     assert total.value() == total.value() == 7
     assert vars(total) == before, "a reader that writes would lose what another thread adds"
+
+
+def test_counters_are_read_with_one_wait_for_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[int] = []
+    original = torch.Tensor.__int__
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda count: waits.append(1) or original(count))
+    for counts in (1, 1000, 5000):
+        total = Total()
+        for count in range(counts):
+            total.add(torch.tensor(count, dtype=torch.int32 if count % 2 else torch.int64))
+        waits.clear()
+        assert total.value() == counts * (counts - 1) // 2
+        assert len(waits) == 1
+    assert Total().value() == 0
+    large = Total()
+    for _ in range(3):
+        large.add(torch.tensor(2**31 - 1, dtype=torch.int32))
+    assert large.value() == 3 * (2**31 - 1)
 
 
 @torch.no_grad()
