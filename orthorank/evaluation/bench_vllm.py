@@ -173,8 +173,9 @@ def _log_to_stderr() -> None:
 def _engine(path: str, arguments: dict[str, Any]) -> Iterator[Any]:
     from vllm import LLM
 
-    from orthorank.serving.vllm import probe
+    from orthorank.serving.vllm import interface, probe
 
+    interface.require(interface.BENCH)
     try:
         llm: Any = LLM(path, worker_extension_cls=probe.NAME, **arguments)
     except Exception as error:  # of whatever vLLM found wrong

@@ -57,21 +57,22 @@ GROUPS = {
     "front": interface.FRONT,
     "worker": interface.WORKER,
     "scheduler": interface.SCHEDULER,
+    "bench": interface.BENCH,
     "optional": interface.OPTIONAL,
 }
 
 
-def test_implementations_of_attention_are_as_they_are_expected() -> None:
+def test_implementations_of_attention_are_as_they_are_expected(llama: Path) -> None:
     """Of the backends that this build can import; an engine's own objects are looked at as it is built."""
+    from vllm.config import set_current_vllm_config
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
     from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
-    for backend in (CPUAttentionBackend, TritonAttentionBackend):
-        interface.expect(backend, **interface.OBJECTS["backend"])
-        made = backend.get_impl_cls()(
-            4, 32, 0.5, num_kv_heads=2, alibi_slopes=None, sliding_window=None, kv_cache_dtype="auto"
-        )
-        interface.expect(made, **interface.OBJECTS["impl"])
+    others = {"num_kv_heads": 2, "alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto"}
+    with set_current_vllm_config(_configure(llama, None)):
+        for backend in (CPUAttentionBackend, TritonAttentionBackend):
+            interface.expect(backend, **interface.OBJECTS["backend"])
+            interface.expect(backend.get_impl_cls()(4, 32, 0.5, **others), **interface.OBJECTS["impl"])
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -3,8 +3,9 @@
 vLLM's plugins may register models. The rest of what a selected layer needs is used by vLLM's own models in the same
 way, but may change with any release. So it is looked at before it is used: where the plugin registers itself
 (`REGISTERED`, after a glance at the sources, `NEEDED`), where a front end reads a plan (`FRONT`), where a worker builds
-the model (`WORKER`), where the engine makes its scheduler (`SCHEDULER`); attributes of objects that vLLM makes, where
-they are first met (`OBJECTS`). `OPTIONAL` is used where it is there: a vLLM without it has nothing of the kind.
+the model (`WORKER`), where the engine makes its scheduler (`SCHEDULER`), before a bench (`BENCH`); attributes of
+objects that vLLM makes, where they are first met (`OBJECTS`). `OPTIONAL` is used where it is there: a vLLM without it
+has nothing of the kind.
 """
 
 import enum
@@ -170,6 +171,12 @@ SCHEDULER: Group = {
         "KVCacheCoordinator.find_longest_cache_hit": called_with("self", "block_hashes", "max_cache_hit_length"),
     },
     "vllm.v1.request": {"Request": that_sets("num_prompt_tokens", "num_computed_tokens", "sampling_params")},
+}
+BENCH: Group = {
+    "vllm.entrypoints.llm": {"LLM": that_sets("llm_engine")},
+    "vllm.v1.engine.llm_engine": {"LLMEngine": that_sets("engine_core")},
+    "vllm.v1.engine.core_client": {"EngineCoreClient.shutdown": called_as(1)},
+    "vllm.distributed.parallel_state": {"cleanup_dist_env_and_memory": called_with()},
 }
 OPTIONAL: Group = {
     "vllm.envs": {"VLLM_USE_BREAKABLE_CUDAGRAPH": a(bool)},
