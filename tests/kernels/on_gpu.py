@@ -18,6 +18,7 @@ ELSEWHERE = {
     "test_library",
     "test_micro",
     "test_offsets",
+    "test_refused_values",
     "test_rotary_errors",
     "test_settings",
     "test_specialisation",
