@@ -44,6 +44,9 @@ class Applied(Protocol):
     unmasked: Watch
     layers: "list[LayerForward]"
 
+    def check_config(self) -> None:
+        """The plan is what it was when it was applied."""
+
     def check_layers(self, config: Any) -> None:
         """The selecting layers are what their family's spec says."""
 
