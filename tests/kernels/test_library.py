@@ -10,7 +10,8 @@ AGAIN = """
 import importlib, sys
 import torch
 import orthorank_kernels as first
-from orthorank_kernels import _library, rows
+from orthorank_kernels import op as _library
+from orthorank_kernels.ops import rows
 
 x, positions = torch.arange(12.0).reshape(1, 6, 2), torch.tensor([[1, 4]], dtype=torch.int32)
 expected = first.gather_rows(x, positions)
@@ -37,7 +38,7 @@ check(old)
 
 EDITED = """
 import torch
-from orthorank_kernels import _library
+from orthorank_kernels import op as _library
 
 def define(reference):
     return _library.define(

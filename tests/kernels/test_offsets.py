@@ -73,6 +73,8 @@ def is_wide(expression: ast.AST, wide_names: set[str]) -> bool:
         return is_wide(expression.value, wide_names)
     if isinstance(expression, ast.Call) and ast.unparse(expression.func) in ("tl.minimum", "tl.maximum"):
         return any(is_wide(a, wide_names) for a in expression.args)
+    if isinstance(expression, ast.Call) and ast.unparse(expression.func) == "tl.cast":
+        return ast.unparse(expression.args[1]) == "tl.int64"
     if isinstance(expression, ast.Call) and ast.unparse(expression.func) in WIDE_RESULTS:
         return True
     return isinstance(expression, ast.Call) and bool(widened(expression) & {getattr(expression.func, "value", None)})
