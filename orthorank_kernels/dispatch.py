@@ -143,7 +143,7 @@ def _check_written(
                 f"{name} was made under torch.inference_mode(), and PyTorch lets nothing outside write to it; call "
                 f"inside, or pass {name}.clone()"
             )
-    for name, value in changed if needs_grad else ():
+    for name, value in changed if needs_grad and torch.is_grad_enabled() else ():  # a tangent alone is no obstacle
         if reason := _unwritable(value):
             raise BackendError(
                 f"{name} {reason}, and PyTorch lets nothing write to it while gradients are recorded; pass "

@@ -6,7 +6,7 @@ on every machine: `make test` runs them. In the interpreter each test is held to
 
 import pytest
 
-# Modules, without the ending, of which no test launches a kernel.
+# Modules, without the ending, of which a GPU judges nothing.
 ELSEWHERE = {
     "test_checks",
     "test_committed_reports",
