@@ -146,7 +146,7 @@ def _rotated(cos: Tensor, sin: Tensor, rotary_dim: int | None, head_dim: int) ->
 
 
 def _check_repetition(name: str, table: Tensor, half: int) -> None:
-    """On a CPU: angles do not stand side by side instead of in both halves. Looks at two tokens, which takes no time."""
+    """On a CPU: angles do not stand side by side instead of in both halves. Looks at two tokens alone."""
     if not _checks.readable(table):
         return
     seen = table.detach().narrow(0, 0, min(2 if table.dim() == 2 else 1, table.shape[0]))
