@@ -40,7 +40,7 @@ ARROWS = {
         {"settings"},
         {"counts", "dispatch", "hashing", "layout"},
         {"checks", "op"},
-        {"_version"},
+        {"_version", "remedies"},
     ],
 }
 PACKAGES = sorted(ARROWS)

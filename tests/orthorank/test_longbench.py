@@ -120,9 +120,9 @@ def test_a_run_continues_where_it_stopped(
     asked: list[int] = []
     real = longbench_run.answer
 
-    def counted(model: Any, tokenizer: Any, question: Question, longest: Any) -> str:
+    def counted(model: Any, tokenizer: Any, question: Question, *how: Any) -> str:
         asked.append(question.index)
-        return real(model, tokenizer, question, longest)
+        return real(model, tokenizer, question, *how)
 
     monkeypatch.setattr(longbench_run, "answer", counted)
     file = tmp_path / "answers.jsonl"

@@ -330,7 +330,7 @@ def test_what_is_missing_is_named_with_its_extra(results, monkeypatch, module, r
 
 
 def test_template_and_style_sheet_are_part_of_the_package():
-    folder = Path(words.__file__).parent
+    folder = Path(pictures.__file__).parent
     assert {"page.css", "page.html.j2"} <= {file.name for file in folder.iterdir()}
 
 
