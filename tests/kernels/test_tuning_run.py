@@ -175,7 +175,8 @@ def test_a_process_that_dies_is_said() -> None:
 
 KEYS = """
 import json, sys
-from orthorank_kernels import compiling, tuning_problems
+from orthorank_kernels.tuning import compiling
+from orthorank_kernels.tuning import problems as tuning_problems
 from tests.kernels.fake_gpu import fake_gpus, noted_keys
 import torch
 
