@@ -131,7 +131,7 @@ def assert_right(
         torch.testing.assert_close(seen.double(), exact_seen, **TOLERANCE[lse_dtype])
     else:
         eager, eager_lse = run("reference")
-        assert_within_budget(out, eager, exact[0], dtype, "out")
+        assert_within_budget(out, eager, exact[0], dtype, "out", steps=8 if dtype == torch.float32 else 0)
         eager_seen = torch.where(blind, 0.0, eager_lse)
         assert_within_budget(seen, eager_seen, exact_seen, lse_dtype, "lse")
     assert (out[exact[0] == 0] == 0).all(), "a query without keys must give exactly 0"

@@ -28,6 +28,8 @@ ELSEWHERE = {
     "test_traffic",
     "test_tuning_run",
 }
+# Of these, what counts in the interpreter and so launches kernels there.
+COUNTED = {"test_traffic"}
 # Tests of other modules that launch none.
 NOT = {
     "test_activation": {

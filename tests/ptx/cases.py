@@ -71,7 +71,7 @@ def rotary_cases() -> Iterator[Case]:
                 angles = random(1, 9, r)
                 x = random(2, 4 if g else 9, h, n, dtype=d).transpose(1, 2)
                 positions = {"positions": POSITIONS} if g else {}
-                return {"x": x, "cos": angles.cos().to(d), "sin": angles.sin().to(d), **positions}
+                return {"x": x, "cos": angles.cos().to(d), "sin": angles.sin().to(d), "rotary_dim": r, **positions}
 
             name = f"{heads} heads of {head_dim}, {rotary_dim} turned" + ("" if gathered else ", all tokens")
             yield Case("rows", "apply_rotary_at", name, dtype, rotary, slow)

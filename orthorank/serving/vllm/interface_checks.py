@@ -64,7 +64,7 @@ def called_as(count: int, *names: str) -> Check:
     """A function that may be called with so many arguments by place, and these by name.
 
     Example:
-        >>> called_as(1, "base")(int), called_as(2, "key")(sorted)
+        >>> called_as(1, "sep")(print), called_as(2, "key")(sorted)
         (None, 'cannot be called with 2 arguments and key: too many positional arguments')
     """
 
