@@ -13,8 +13,8 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Annotated, Any
 
 from orthorank.common.errors import OrthoRankError
-from orthorank.common.remedies import install
 from orthorank.plan_checks import shown
+from orthorank_kernels.remedies import install
 
 if TYPE_CHECKING:
     import typer

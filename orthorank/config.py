@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orthorank.common.callers import levels_to_caller
 from orthorank.common.errors import OrthoRankError, UnknownKeysWarning
 from orthorank.common.files import finite, read_json, user_path, write_text
 from orthorank.plan_checks import RECORDS, check_fields, release_of, shown
 from orthorank_kernels._version import __version__
+from orthorank_kernels.callers import levels_to_caller
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -40,7 +40,7 @@ ARROWS = {
         {"settings"},
         {"counts", "dispatch", "hashing", "layout"},
         {"checks", "op"},
-        {"_version", "remedies"},
+        {"_version", "callers", "remedies"},
     ],
 }
 PACKAGES = sorted(ARROWS)

@@ -15,8 +15,8 @@ from typing import Any
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import user_path
-from orthorank.common.remedies import install
 from orthorank.common.texts import Text
+from orthorank_kernels.remedies import install
 
 ROWS = 128  # SLEB's number; the rows of WikiText-2 are lines, so this fills four or five windows of 2,048 tokens
 

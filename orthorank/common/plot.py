@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import write_bytes
-from orthorank.common.remedies import install
+from orthorank_kernels.remedies import install
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

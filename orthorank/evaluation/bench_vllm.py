@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orthorank.common.errors import OrthoRankError
-from orthorank.common.remedies import install
 from orthorank.evaluation.bench import BenchSettings, OnStep
 from orthorank.evaluation.speed import SpeedReport, Timing, clock_of, in_turns, timings_of
+from orthorank_kernels.remedies import install
 
 if TYPE_CHECKING:
     from orthorank.config import OrthoRankConfig

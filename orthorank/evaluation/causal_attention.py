@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from orthorank.common.errors import OrthoRankError
+from orthorank.hf.masks import PACKED
 
 NAME = "sdpa_causal"
-PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
 def register() -> str:

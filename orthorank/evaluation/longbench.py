@@ -17,9 +17,9 @@ import torch
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import from_json, user_path
-from orthorank.common.remedies import install
 from orthorank.common.texts import Bos
 from orthorank.hf.families import device_of
+from orthorank_kernels.remedies import install
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -18,12 +18,12 @@ from torch.nn.functional import log_softmax
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import user_path
 from orthorank.common.loading import Complete
-from orthorank.common.remedies import install
 from orthorank.config import OrthoRankConfig
 from orthorank.evaluation import answer_cache
 from orthorank.hf.apply import Handle, apply
 from orthorank.hf.apply import context as prompts_of
 from orthorank.hf.calls import Call
+from orthorank_kernels.remedies import install
 
 try:
     from lm_eval.api.registry import register_model

@@ -81,7 +81,8 @@ def _with_added(phase: Phase, model: Any, tokens: int, filled: Any) -> Phase:
         )
     added = 0 if phase.given is None else tokens - phase.given
     phase.given = None  # it was of this call: others may come before the next is prepared (guidance, scorers)
-    phase.prepared = phase.prepared and False
+    if phase.prepared:
+        phase.prepared = False
     if added > 0 and (filled is None or int(filled.get_seq_length()) == 0):
         phase.added = added
     return phase

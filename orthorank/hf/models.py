@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import user_path
 from orthorank.common.loading import Complete, gguf_parsed_once, quiet
-from orthorank.common.remedies import install
+from orthorank_kernels.remedies import install
 
 if TYPE_CHECKING:
     import torch

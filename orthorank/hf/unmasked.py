@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthorank.common.callers import levels_to_caller
 from orthorank_kernels import checks as _checks
+from orthorank_kernels.callers import levels_to_caller
 
 FEW = 4  # equal tokens at a row's end that text hardly has, where they are not the model's padding token
 

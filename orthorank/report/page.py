@@ -7,8 +7,8 @@ from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.format import Results
 from orthorank.common.plot import DARK, LIGHT, dark_rules
-from orthorank.common.remedies import install
 from orthorank.report import pictures
+from orthorank_kernels.remedies import install
 
 
 def html_page(results: Results) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthorank.common.files import write_bytes
-from orthorank.common.remedies import install
 from orthorank.search.pareto import Point, front_of
+from orthorank_kernels.remedies import install
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

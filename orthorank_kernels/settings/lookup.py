@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
+from orthorank_kernels.callers import levels_to_caller
+
 SHIPPED = Path(__file__).with_name("configs")
 INTERPRETER = "interpreter"
 
@@ -232,5 +234,5 @@ def _warn_untuned(name: str) -> None:
     warnings.warn(
         f"no launch settings were measured on {name}: kernels run with the defaults of its family; to measure, run: "
         "orthorank-kernels tune",
-        stacklevel=2,
+        stacklevel=levels_to_caller(),
     )

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from orthorank_kernels import op as _library
+from orthorank_kernels.callers import levels_to_caller
 from orthorank_kernels.dispatch import triton_unavailable
 from orthorank_kernels.settings import lookup as _settings
 from orthorank_kernels.settings.lookup import Settings
@@ -145,7 +146,7 @@ def at_first_launch(op: str, kind: str, target: str) -> Settings:
     try:
         tuned = tune(op, kind, gpu_of(target))
     except TuningError as error:
-        warnings.warn(f"ORTHORANK_AUTOTUNE: {error}; the default settings are used", stacklevel=2)
+        warnings.warn(f"ORTHORANK_AUTOTUNE: {error}; the default settings are used", stacklevel=levels_to_caller())
         return default
     with contextlib.suppress(OSError):  # a folder that cannot be written costs the next process the measurement again
         save(op, _settings.gpu_name(target), {kind: tuned}, _settings.user_folder())

@@ -110,6 +110,7 @@ def test_an_unmeasured_gpu_is_warned_about_once_with_the_command_that_cures_it()
             assert _settings.look_up(OP, kind, "sm_90 Some GPU") == _settings.default(OP, kind, "sm_90")
     assert len(seen) == 1
     assert "no launch settings were measured on Some GPU" in str(seen[0].message)
+    assert seen[0].filename == __file__, "the line of the caller"
     assert str(seen[0].message).endswith("to measure, run: orthorank-kernels tune")
 
 

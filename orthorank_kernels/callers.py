@@ -2,13 +2,13 @@
 
 import sys
 
-RUNNERS = ("orthorank", "transformers", "accelerate", "peft", "torch")
+RUNNERS = ("orthorank_kernels", "orthorank", "transformers", "accelerate", "peft", "torch")
 
 
 def levels_to_caller() -> int:
     """``stacklevel`` for a `warnings.warn` of the function that asks: the first line outside of what runs a model.
 
-    That is this package, transformers, accelerate, PEFT, and PyTorch's modules.
+    That is `orthorank_kernels`, `orthorank`, transformers, accelerate, PEFT, and PyTorch's modules.
 
     Example:
         >>> levels_to_caller() >= 1
