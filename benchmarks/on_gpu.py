@@ -31,9 +31,9 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 480.0  # seconds
 CORES = os.cpu_count() or 1
 WORKERS = max(1, min(14, CORES - 2))  # most of the time goes to compiling, on the CPU
-TESTS = ("tests/kernels", "tests/ptx/test_on_gpu.py")
-# What compiles for absent GPUs or reads reports is the same on every machine: `make test` runs it.
-ELSEWHERE = ("test_compile.py", "test_static_report.py", "test_committed_reports.py", "test_micro.py")
+TESTS = ("tests/orthorank_kernels", "tests/ptx/test_on_gpu.py")
+# What compiles for absent GPUs is the same on every machine: `make test` runs it.
+ELSEWHERE = ("triton/test_compile.py",)
 ONE_TEST = 60  # seconds; longer is a hang, and costs its worker
 LAST = 0.15  # of the time: for tests that have begun, at most `ONE_TEST` / 3
 # Which tests, and how many processes for them.
@@ -48,7 +48,7 @@ def command(part: str, lines: Path, until: float) -> list[str]:
         sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "-p", "tests.hardware",
         "-p", "no:cacheprovider", "-n", str(workers), "--dist", "worksteal", "-m", chosen, *limit,
         f"--hardware-lines={lines}", f"--hardware-until={until}", *TESTS,
-        *(f"--ignore=tests/kernels/{name}" for name in ELSEWHERE),
+        *(f"--ignore=tests/orthorank_kernels/{name}" for name in ELSEWHERE),
     ]  # fmt: skip
 
 

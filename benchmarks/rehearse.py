@@ -50,21 +50,22 @@ def parts(folder: Path) -> list[Part]:
         Part("B", "campaign B, dry", (campaign, "B", "--output", str(folder / "B"), *left), quick=True),
         Part("defaults", "default settings of every op compiled for sm_90", COMPILE, quick=True),
         Part("late", "what is late, hangs, crashes or is asked to stop",
-             (*PYTEST, "tests/benchmarks", "-k", "not dry_run")),
+             (*PYTEST, "tests/benchmarks", "-k", "(campaign or gpu_results or rehearse) and not dry_run")),
         Part("probes", "PTX instructions assembled for sm_80, sm_90a and sm_100a",
              (*PYTEST, "tests/ptx/test_on_gpu.py", "-k", "assembled")),
         Part("compiled", "models with a plan compiled: one graph for all layers, and counts that count",
-             (*PYTEST, "tests/orthorank/test_compiled_layers.py", "tests/orthorank/test_bench_random.py"),
+             (*PYTEST, "tests/orthorank/hf/test_compiled_layers.py", "tests/orthorank/evaluation/test_bench_random.py"),
              interpreter=True),
         Part("settings", "all settings of every op compiled for sm_90", (*COMPILE, "--slow")),
         Part("kernels", "the kernel tests in the interpreter",
-             (*PYTEST, "-n", str(os.cpu_count() or 1), "-m", PLAIN, "tests/kernels",
-              *(f"--ignore=tests/kernels/{name}" for name in OTHER_VERSIONS)), interpreter=True),
+             (*PYTEST, "-n", str(os.cpu_count() or 1), "-m", PLAIN, "tests/orthorank_kernels",
+              "tests/benchmarks/test_micro.py", "tests/benchmarks/test_traffic.py",
+              f"--ignore={OTHER_VERSIONS}"), interpreter=True),
     ]  # fmt: skip
 
 
-# What reads committed reports or limits of Triton 3.9's code, or needs packages that the GPU machine does not have.
-OTHER_VERSIONS = ("test_compile.py", "test_static_report.py", "test_committed_reports.py", "test_static_cases.py")
+# It holds limits of Triton 3.9's code.
+OTHER_VERSIONS = "tests/orthorank_kernels/triton/test_compile.py"
 
 
 def run(part: Part) -> tuple[int, float]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.kernels.on_gpu import uses_gpu as _uses_gpu
+from tests.orthorank_kernels.on_gpu import uses_gpu as _uses_gpu
 
 LOST = 3  # exit code of a process whose GPU context is lost
 CRASHED = "???"  # pytest-xdist's phase of a test whose worker ended

@@ -66,13 +66,13 @@ def test_what_a_gpu_judges_is_chosen_by_collection() -> None:
     """A third of the kernel tests, and of the instructions those of the GPU; nothing runs."""
     command = [
         sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "tests.hardware", "-p", "no:cacheprovider",
-        "-m", "gpu or not slow", "tests/kernels", "tests/ptx/test_on_gpu.py",
+        "-m", "gpu or not slow", "tests/orthorank_kernels", "tests/ptx/test_on_gpu.py",
     ]  # fmt: skip
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
     chosen = [line for line in said.splitlines() if "::" in line]
-    assert 900 < sum("tests/kernels/" in line for line in chosen) < 1400
+    assert 900 < sum("tests/orthorank_kernels/" in line for line in chosen) < 1400
     assert 300 < sum("test_a_gpu_gives_what_the_table_says" in line for line in chosen) < 400
-    assert all("tests/kernels/" in line or "test_a_gpu_gives" in line for line in chosen)
+    assert all("tests/orthorank_kernels/" in line or "test_a_gpu_gives" in line for line in chosen)
     assert any("test_extents_past_32_bits_on_a_gpu" in line for line in chosen)
     assert not any("[reference" in line for line in chosen if "test_one_sink_for_all" not in line)
 

@@ -37,7 +37,7 @@ assert not torch.cuda.is_initialized(), "importing started a GPU context"
 EVERY_OP = """
 import torch
 import orthorank_kernels as ok
-from tests.kernels.every_op import Numbers, calls, flat
+from tests.orthorank_kernels.every_op import Numbers, calls, flat
 
 for backend in ("auto", "reference"):
     for name, call in calls(Numbers()).items():

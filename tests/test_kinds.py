@@ -22,6 +22,6 @@ def test_the_tests_that_pages_name_exist() -> None:
         source = (FOLDER / file).read_text(encoding="utf-8")
         assert f"def {test}(" in source if test else "def test_" in source or "VARIANTS" in source, (file, test)
     models = (FOLDER / "orthorank" / "KINDS.md").read_text(encoding="utf-8")
-    sources = "".join(file.read_text(encoding="utf-8") for file in (FOLDER / "orthorank").glob("test_*.py"))
+    sources = "".join(file.read_text(encoding="utf-8") for file in (FOLDER / "orthorank").rglob("test_*.py"))
     for test in re.findall(r"`(test_\w+)`", models):
         assert f"def {test}(" in sources, test

@@ -71,7 +71,7 @@ TESTS = ("benchmarks/on_gpu.py", "tests", "--output", "{work}", "--seconds", "{s
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.hardware",
           "--hardware-lines={work}/tests.jsonl")  # fmt: skip
 # A few of the same tests in the interpreter, with a line each.
-DRY_TESTS = (*PYTEST, "tests/kernels/test_rows.py", "-k", "gather and not offsets and float32")
+DRY_TESTS = (*PYTEST, "tests/orthorank_kernels/ops/test_rows.py", "-k", "gather and not offsets and float32")
 A = (
     Step("about", 15, "versions, card, ceilings",
          [Child("about", own("about")), Child("imports", IMPORTS, dry=("--version",))]),
@@ -111,7 +111,7 @@ COUNTERS = Child(
      "4", "--csv", "--page", "raw", "--log-file", "{files}/ncu.csv", "{python}", *own("counters")),
     program=True, dry=own("counters"),
 )  # fmt: skip
-HUGE = Child("huge", (*PYTEST, "-m", "huge", "tests/kernels"), dry=("--version",), lines_from="tests.jsonl")
+HUGE = Child("huge", (*PYTEST, "-m", "huge", "tests/orthorank_kernels"), dry=("--version",), lines_from="tests.jsonl")
 B = (
     Step("replays", 30, "graph replay equal to eager bit for bit after inputs changed",
          [Child("replays", own("replays"))]),

@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import orthorank_kernels as ops
 from benchmarks.micro.workload import LeftOut, Workload, compiled_function, ours, random, thirds
-from tests.kernels.tools import assert_within_budget
+from tests.orthorank_kernels.tools import assert_within_budget
 
 MOST_SCORES = 2**32  # bytes that the reference may take for its scores in float32
 DENSE = {

@@ -11,7 +11,7 @@ import torch
 import orthorank_kernels as ops
 from benchmarks.micro.workload import LeftOut, Workload, needs, ours, random, thirds
 from benchmarks.traffic.counting import bytes_of
-from tests.kernels.tools import assert_within_budget
+from tests.orthorank_kernels.tools import assert_within_budget
 
 EPS = 1e-5
 

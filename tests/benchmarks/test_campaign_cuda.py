@@ -10,7 +10,7 @@ from benchmarks.campaign import cuda
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A `cuda.Gpu` whose events and memory note what happens in ``gpu.log``; `tests/kernels` test replays."""
+    """A `cuda.Gpu` whose events and memory note what happens in ``gpu.log``; `tests/orthorank_kernels` test replays."""
     from orthorank_kernels.triton import timing
 
     log: list[str] = []

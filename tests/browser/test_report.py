@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from orthorank.report import html_page
-from tests.orthorank.test_report import results  # noqa: F401 - a fixture
+from tests.orthorank.report.test_report import results  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.browser
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import orthorank_kernels
 from orthorank_kernels import op as _library
-from tests.kernels.fake_gpu import Gpus
+from tests.orthorank_kernels.fake_gpu import Gpus
 
 FREE = {
     "view", "_unsafe_view", "reshape", "_reshape_alias", "transpose", "t", "permute", "expand", "unsqueeze", "squeeze",

@@ -1,8 +1,9 @@
 """What the test suite runs: calls of public ops, by group. One row of a table is one call; add rows freely.
 
 A case names an op of `orthorank_kernels` and makes its arguments from a dtype. It is run with ``backend="triton"``,
-which here is the compiled PTX, and compared with ``backend="reference"`` by the error budget of `tests.kernels.tools`.
-Shapes are odd and small: the kernels are as they are, so a program costs the same whatever it leaves idle.
+which here is the compiled PTX, and compared with ``backend="reference"`` by the error budget of
+`tests.orthorank_kernels.tools`. Shapes are odd and small: the kernels are as they are, so a program costs the same
+whatever it leaves idle.
 """
 
 import inspect
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 import orthorank_kernels
-from tests.kernels.every_op import IN_PLACE, Numbers, Sizes, calls
+from tests.orthorank_kernels.every_op import IN_PLACE, Numbers, Sizes, calls
 from tests.ptx.case import FLOAT, HALF, HALF16, Case, ints, random
 from tests.ptx.cases_attention import attention_cases
 
@@ -185,7 +186,7 @@ def threshold_and_packed_cases(special: Tensor) -> Iterator[Case]:
         yield Case("scores", "rms_norm_select", name, FLOAT, arguments)
 
 
-# Of `tests.kernels.every_op`, which has a call of every op and layout: so none can be missing here.
+# Of `tests.orthorank_kernels.every_op`, which has a call of every op and layout: so none can be missing here.
 SMALL = Sizes(batch=2, tokens=11, selected=5, hidden=64, heads=4, kv_heads=2, head_dim=32)
 
 

@@ -22,7 +22,7 @@ import torch
 import orthorank_kernels
 from orthorank_kernels import dispatch
 from orthorank_kernels.settings import lookup as _settings
-from tests.kernels.tools import assert_within_budget, poisoned_outputs
+from tests.orthorank_kernels.tools import assert_within_budget, poisoned_outputs
 from tests.ptx.case import Case
 from tests.ptx.cases import CASES
 from tests.ptx.launchers import Settings, program_of, run_instead_of_launch

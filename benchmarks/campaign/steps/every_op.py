@@ -1,7 +1,7 @@
 """A call of every op and layout at small sizes, for tools that watch a process: compute-sanitizer's, for example."""
 
 from benchmarks.campaign.measure import Context
-from tests.kernels.every_op import Numbers, Sizes, calls
+from tests.orthorank_kernels.every_op import Numbers, Sizes, calls
 
 
 def run(context: Context) -> None:

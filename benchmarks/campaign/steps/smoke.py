@@ -10,7 +10,7 @@ from benchmarks.campaign.measure import Context
 from benchmarks.micro.attention import sparse_query_attention
 from benchmarks.micro.suite import ROWS
 from benchmarks.micro.workload import Workload
-from tests.kernels.tools import poisoned_outputs
+from tests.orthorank_kernels.tools import poisoned_outputs
 
 
 def run(context: Context, what: str) -> None:

@@ -1,0 +1,72 @@
+"""What users name is printed as it is: [brackets] and :colons: are not the terminal's markup."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.padding import Padding
+from rich.text import Text
+
+from orthorank.cli import main
+from orthorank.commands.screen import RichScreen, console
+
+NAMES = ("[/red]", "[bold]model", "a [/] b", ":smile:", "[link=x]y", "100 % {braces} [")
+
+
+def terminal(monkeypatch: pytest.MonkeyPatch) -> tuple[RichScreen, io.StringIO]:
+    """A screen as the commands make it, on a terminal that is kept."""
+    monkeypatch.setenv("TERM", "xterm")
+    made, out = console(), io.StringIO()
+    made.file, made._force_terminal, made.is_interactive, made.width = out, True, True, 200
+    return RichScreen(made), out
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("total", [1, 3])
+def test_titles_and_notes_of_progress(monkeypatch: pytest.MonkeyPatch, name: str, total: int) -> None:
+    screen, out = terminal(monkeypatch)
+    with screen.progress(f"loading {name}", total) as advance:
+        advance(1, f"note {name}")
+    drawn = Text.from_ansi(out.getvalue()).plain
+    assert f"loading {name}" in drawn
+    assert (f"note {name}" in drawn) == (total > 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_headings_sentences_and_tables(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    from orthorank.commands.search import table
+
+    screen, out = terminal(monkeypatch)
+    screen.heading(name)
+    screen.say(name)
+    row: dict[str, Any] = {"name": name, "layers": [1], "loss": 1.0, "perplexity": 2.0, "flop_speedup": 1.0}
+    screen.console.print(Padding(table({"rows": [row]}), 1))
+    screen.console.print(name)
+    assert Text.from_ansi(out.getvalue()).plain.count(name) == 4
+
+
+def test_every_command_takes_its_terminal_from_one_place() -> None:
+    folder = Path(__file__).parents[3] / "orthorank"
+    makers = [file.name for file in folder.rglob("*.py") if "Console(" in file.read_text(encoding="utf-8")]
+    assert makers == ["screen.py"]
+
+
+@pytest.mark.parametrize("command", [["doctor"], ["search"], ["calibrate"], ["eval", "ppl"], ["analyze"]])
+def test_a_model_that_is_called_like_markup(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The title of the spinner was read as markup before anything could fail."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "[").mkdir()
+    (tmp_path / "[" / "red]").mkdir()
+    assert main([*command, "./[/red]"]) == 2
+    assert "model './[/red]' is a folder without config.json" in capsys.readouterr().err
+
+
+def test_a_table_in_the_environment(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import platform
+
+    monkeypatch.setattr(platform, "machine", lambda: "x[/red]")
+    assert main(["env"]) == 0
+    assert "x[/red]" in capsys.readouterr().out

@@ -1,0 +1,151 @@
+"""``orthorank eval ppl`` and the texts it measures: files as they are, datasets joined as the literature does."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import orthorank
+from orthorank.cli import main
+from orthorank.common.errors import OrthoRankError
+from orthorank.evaluation.perplexity import auto_batch_size, perplexity
+from orthorank.evaluation.texts import evaluation_text, most_windows
+
+LINES = [f"line {n} of some text" for n in range(40)]
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("\n".join(LINES))
+    return file
+
+
+def test_the_command(tiny_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from orthorank.hf.models import load_model
+
+    plan = orthorank.OrthoRankConfig(layers=[2, 3], keep_ratio=0.5)
+    removed = orthorank.OrthoRankConfig(layers=[2], keep_ratio=0)
+    files = [str(p.save_pretrained(tmp_path / name)) for name, p in (("a", plan), ("b", removed))]
+    options = ["--text", str(text_file), "--window", "64", "--windows", "3", "--device", "cpu"]
+    output = tmp_path / "results" / "ppl.json"
+    arguments = ["eval", "ppl", str(tiny_folder), *options, "--plan", files[0], "--plan", files[1]]
+    assert main([*arguments, "--output", str(output)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "3 windows of 64 tokens (192 tokens, 189 predicted)" in shown
+    written = json.loads(output.read_text())
+    assert [row["name"] for row in written["rows"]] == ["dense", "orthorank", "layer pruning"]
+    model, tokenizer, _ = load_model(str(tiny_folder), device="cpu")
+    for row, each in zip(written["rows"], (None, plan, removed), strict=True):
+        handle = None if each is None else orthorank.apply(model, each)
+        wanted = perplexity(model, text=text_file.read_text(), tokenizer=tokenizer, window=64, windows=3)
+        assert row["perplexity"] == pytest.approx(wanted.perplexity, rel=1e-5)
+        assert row["text_sha256"] == wanted.text_sha256
+        if handle is not None:
+            handle.remove()
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][1]["plan"]["layers"] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--bos", "twice"], "bos is 'twice'"),
+        (["--text", "a.txt", "--dataset", "c4"], "both text and dataset are given"),
+        (["--dataset", "imdb"], "dataset is 'imdb'"),
+        (["--plan", "nowhere"], "no plan can be read"),
+        (["--output", "."], "which is a folder"),
+        (["--window", "1"], "window is 1"),
+        (["--window", "0", "--dataset", "c4:nowhere"], "window is 0"),
+    ],
+)
+def test_the_command_says_what_is_wrong(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: str
+) -> None:
+    assert main(["eval", "ppl", str(tiny_folder), "--device", "cpu", *options]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
+    """Line ends are the file's own, and the hash that is printed is the file's."""
+    content = "one\r\ntwo\rthree\0 ü 日本語\n".encode()
+    (tmp_path / "text.txt").write_bytes(content)
+    text = evaluation_text(tmp_path / "text.txt")
+    assert text.content.encode() == content
+    assert text.sha256 == hashlib.sha256(content).hexdigest()
+
+
+def test_finished_rows_are_kept_when_a_later_plan_is_interrupted(
+    tiny_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from orthorank.commands import eval_ppl
+
+    real = eval_ppl._measure
+
+    def interrupted(screen: Any, name: str, *rest: Any) -> dict[str, Any]:
+        if name != "dense":
+            raise KeyboardInterrupt
+        return real(screen, name, *rest)
+
+    monkeypatch.setattr(eval_ppl, "_measure", interrupted)
+    plan = orthorank.OrthoRankConfig(layers=[2], keep_ratio=0.5).save_pretrained(tmp_path / "plan")
+    options = ["--text", str(text_file), "--window", "64", "--device", "cpu", "--plan", str(plan)]
+    assert main(["eval", "ppl", str(tiny_folder), *options, "--output", str(tmp_path / "ppl.json")]) == 2
+    assert "interrupted; dense finished: " in capsys.readouterr().err
+    (row,) = json.loads((tmp_path / "ppl.json").read_text())["rows"]
+    assert row["name"] == "dense"
+    assert row["windows"] > 1
+
+
+def test_wikitext_is_all_rows_of_the_test_split_joined_by_a_blank_line(tmp_path: Path) -> None:
+    import datasets
+
+    splits = {
+        "train": datasets.Dataset.from_dict({"text": ["other"]}),
+        "test": datasets.Dataset.from_dict({"text": LINES}),
+    }
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "copy"))
+    text = evaluation_text(dataset=f"wikitext2:{tmp_path / 'copy'}")
+    assert text.content == "\n\n".join(LINES)
+    assert text.name == f"wikitext2 from the local copy {tmp_path / 'copy'}, first 40 rows", "its owner knows the rest"
+
+
+def test_c4_is_its_first_1100_documents(tmp_path: Path) -> None:
+    (tmp_path / "c4.jsonl").write_text("\n".join(json.dumps({"text": f"document {n}"}) for n in range(1200)))
+    text = evaluation_text(dataset=f"c4:{tmp_path}")
+    assert text.content == " ".join(f"document {n}" for n in range(1100))
+    assert most_windows("c4") == 256
+
+
+def test_a_copy_without_the_split_is_refused(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": LINES})}).save_to_disk(str(tmp_path / "copy"))
+    with pytest.raises(OrthoRankError, match="has the splits train and test is wanted"):
+        evaluation_text(dataset=f"wikitext2:{tmp_path / 'copy'}")
+
+
+def test_one_window_at_a_time_on_a_cpu(tiny_model: Any) -> None:
+    assert auto_batch_size(tiny_model("llama"), 128) == 1
+
+
+@pytest.mark.slow
+def test_wikitext_2_of_smollm2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The canonical file of WikiText-2's test split, as a file, first four windows of 1,024."""
+    file = Path(__file__).parents[3].parent / "shared" / "data" / "wikitext2" / "wiki.test.raw"
+    if not file.is_file():
+        pytest.skip(f"the text is not here: {file}")
+    options = ["--text", str(file), "--window", "1024", "--windows", "4", "--device", "cpu", "--json"]
+    assert main(["eval", "ppl", *options]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert math.isclose(row["perplexity"], 23.24, abs_tol=0.005)
+    assert row["tokens"] == 4096
