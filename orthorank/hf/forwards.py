@@ -162,7 +162,8 @@ class LayerForward(Patch):
             sink_state.mark(cache, handle.identity if handle.removes or not call.decodes_only else "")
         if self.ratio == 0:
             counts.add(valid, 0)
-            return removed_forward(self.index, hidden_states, cache)
+            # Without a cache no graph reads the index: torch 2.11 would compile each removed layer apart.
+            return hidden_states if cache is None else removed_forward(self.index, hidden_states, cache)
         if call.decodes_only or self.ratio == 1:
             counts.add(valid, valid, unranked=valid if call.decodes_only else 0)
             return self.run_original(hidden_states, *args, **kwargs)

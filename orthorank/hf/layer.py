@@ -113,14 +113,14 @@ def _norm_and_select(
     return chosen
 
 
-def removed_forward(index: int, hidden_states: Tensor, cache: Any = None) -> Tensor:
+def removed_forward(index: int, hidden_states: Tensor, cache: Any) -> Tensor:
     """A layer of a plan with keep_ratio 0: nothing is computed.
 
     Models read how many tokens are cached from the first layer of each kind (full, sliding), some layers of a cache
     cannot be cropped before they hold something, and an offloading cache brings in a layer when the one before it is
     updated. There, a stand-in of one head and one channel keeps the count.
     """
-    if cache is not None and _needs_stand_in(cache, index):
+    if _needs_stand_in(cache, index):
         batch, tokens = hidden_states.shape[:2]
         heads, channels = _stand_in_shape(cache, index)
         stand_in = hidden_states.new_zeros(batch, heads, tokens, channels)
