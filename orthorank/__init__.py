@@ -12,18 +12,23 @@ if TYPE_CHECKING:
     from orthorank.common.errors import OrthoRankError
     from orthorank.config import OrthoRankConfig
     from orthorank.hf.apply import Handle, apply, context, handle_of, status
-    from orthorank.hf.families import FAMILIES
+    from orthorank.hf.families import FAMILIES, register_family
+    from orthorank.hf.family import Family
+    from orthorank.hf.family_check import check_family
     from orthorank_kernels._version import __version__
 
 __all__ = [
     "FAMILIES",
+    "Family",
     "Handle",
     "OrthoRankConfig",
     "OrthoRankError",
     "__version__",
     "apply",
+    "check_family",
     "context",
     "handle_of",
+    "register_family",
     "status",
 ]
 
@@ -32,10 +37,13 @@ _HOMES = {
     "OrthoRankConfig": "orthorank.config",
     "OrthoRankError": "orthorank.common.errors",
     "FAMILIES": "orthorank.hf.families",
+    "Family": "orthorank.hf.family",
     "Handle": "orthorank.hf.apply",
     "apply": "orthorank.hf.apply",
+    "check_family": "orthorank.hf.family_check",
     "context": "orthorank.hf.apply",
     "handle_of": "orthorank.hf.apply",
+    "register_family": "orthorank.hf.families",
     "status": "orthorank.hf.apply",
     "__version__": "orthorank_kernels._version",
 }
