@@ -181,7 +181,15 @@ class Parts:
     @property
     def sinks(self) -> Tensor | None:
         """A logit for each head that joins the softmax's denominator, ``[heads]``; None: there are none."""
-        return None if self.family.sinks is None else getattr(self.attention, self.family.sinks)
+        if self.family.sinks is None:
+            return None
+        hook = getattr(self.attention, "_hf_hook", None)
+        if hook is None:
+            return getattr(self.attention, self.family.sinks)
+        hook.pre_forward(self.attention)  # accelerate keeps offloaded ones elsewhere until then
+        sinks: Tensor = getattr(self.attention, self.family.sinks)
+        hook.post_forward(self.attention, None)
+        return sinks
 
     @property
     def residual_scale(self) -> float:
