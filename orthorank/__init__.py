@@ -5,8 +5,9 @@
 1
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from orthorank.common.exports import exports
 
 if TYPE_CHECKING:
     from orthorank.common.errors import OrthoRankError
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from orthorank.hf.families import FAMILIES, register_family
     from orthorank.hf.family import Family
     from orthorank.hf.family_check import check_family
+    from orthorank.hf.models import load_model
     from orthorank_kernels._version import __version__
 
 __all__ = [
@@ -28,34 +30,21 @@ __all__ = [
     "check_family",
     "context",
     "handle_of",
+    "load_model",
     "register_family",
     "status",
 ]
 
-# Imported when first asked for: torch takes seconds, and the command line should answer, and stop, before that.
-_HOMES = {
-    "OrthoRankConfig": "orthorank.config",
-    "OrthoRankError": "orthorank.common.errors",
-    "FAMILIES": "orthorank.hf.families",
-    "Family": "orthorank.hf.family",
-    "Handle": "orthorank.hf.apply",
-    "apply": "orthorank.hf.apply",
-    "check_family": "orthorank.hf.family_check",
-    "context": "orthorank.hf.apply",
-    "handle_of": "orthorank.hf.apply",
-    "register_family": "orthorank.hf.families",
-    "status": "orthorank.hf.apply",
-    "__version__": "orthorank_kernels._version",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "orthorank.common.errors": ("OrthoRankError",),
+        "orthorank.config": ("OrthoRankConfig",),
+        "orthorank.hf.apply": ("Handle", "apply", "context", "handle_of", "status"),
+        "orthorank.hf.families": ("FAMILIES", "register_family"),
+        "orthorank.hf.family": ("Family",),
+        "orthorank.hf.family_check": ("check_family",),
+        "orthorank.hf.models": ("load_model",),
+        "orthorank_kernels._version": ("__version__",),
+    },
+)
