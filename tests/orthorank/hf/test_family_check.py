@@ -16,8 +16,8 @@ from orthorank.hf import family_check
 from orthorank.hf.family import always
 from orthorank.stack.layers import LayerStack
 from tests.orthorank.dense_rows import DenseRows, call
+from tests.orthorank.hf.test_families import padded
 from tests.orthorank.naive import assert_close
-from tests.orthorank.test_families import padded
 from tests.orthorank.tiny import MODELS, tiny
 
 PLAN = OrthoRankConfig(layers=[1, 2], keep_ratio=0.4)
