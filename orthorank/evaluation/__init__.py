@@ -1,16 +1,36 @@
-"""Measuring a plan: perplexity, speed, and the floating-point operations that bound the speed-up."""
+"""Measuring a plan: perplexity, tasks, speed, and the floating-point operations that bound the speed-up."""
 
+from typing import TYPE_CHECKING
+
+from orthorank.common.exports import exports
 from orthorank.evaluation.flops import flop_speedup, layer_cost, prefill_flops
 from orthorank.evaluation.perplexity import PerplexityResult, perplexity
 from orthorank.evaluation.speed import SpeedReport, Timing, time_prefill
+
+if TYPE_CHECKING:
+    from orthorank.evaluation.bench import run_bench
+    from orthorank.evaluation.bench_vllm import run_vllm_bench
+    from orthorank.evaluation.task_scores import evaluate_tasks
 
 __all__ = [
     "PerplexityResult",
     "SpeedReport",
     "Timing",
+    "evaluate_tasks",
     "flop_speedup",
     "layer_cost",
     "perplexity",
     "prefill_flops",
+    "run_bench",
+    "run_vllm_bench",
     "time_prefill",
 ]
+
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "orthorank.evaluation.bench": ("run_bench",),
+        "orthorank.evaluation.bench_vllm": ("run_vllm_bench",),
+        "orthorank.evaluation.task_scores": ("evaluate_tasks",),
+    },
+)

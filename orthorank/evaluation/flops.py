@@ -7,7 +7,7 @@ C = kv_heads * head_dim and MLP width M:
     keys, values             2 * (2 N D C)             all tokens, also in a selected layer
     queries, output          2 * (2 k D Q)             k = N in a dense layer
     scores, weighted sum     2 * (2 Q * k * N / 2)     causal: a query meets half of the keys on average
-    gated MLP                3 * (2 k D M)             the same width everywhere, or
+    gated MLP                3 * (2 k D M)             the same width everywhere (2 without a gate), or
     experts                  2 k D E + e * 3 * (2 k D M_e) + 3 * (2 k D M_s) + 2 k D
     head                     2 D * vocabulary          once (`logits_to_keep=1`) or for N tokens
 
@@ -26,7 +26,7 @@ from orthorank.hf.families import FAMILIES
 from orthorank_kernels import keep_count
 
 LOGITS = ("last", "all")
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
 
 
@@ -195,7 +195,8 @@ def _mlp(text: Any, layer: int) -> float:
         )
     alternating = (layer + 1) % getattr(text, "decoder_sparse_step", 1) == 0
     if not experts or layer in (getattr(text, "mlp_only_layers", None) or ()) or not alternating:
-        return 6.0 * hidden * text.intermediate_size
+        family = FAMILIES.get(getattr(text, "model_type", "llama"))
+        return (6.0 if family is None or family.gated else 4.0) * hidden * text.intermediate_size
     width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
     shared = getattr(text, "shared_expert_intermediate_size", None) or 0
     gate = 2.0 * hidden if shared else 0.0

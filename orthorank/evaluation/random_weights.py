@@ -88,7 +88,7 @@ def read_config(config: str | Path, layers: int | None = None) -> Any:
     """The transformers configuration that ``config`` names, with ``layers`` decoder layers. See `random_model`."""
     from transformers import AutoConfig
 
-    from orthorank.hf.families import FAMILIES
+    from orthorank.hf.families import FAMILIES, known_families
 
     file = _file(config)
     try:
@@ -100,8 +100,9 @@ def read_config(config: str | Path, layers: int | None = None) -> Any:
             f"a config.json as the hub has it, or one of {', '.join(shipped_configs())}"
         ) from error
     if kind not in FAMILIES:
-        known = ", ".join(f"{family.name} ({key})" for key, family in FAMILIES.items())
-        raise OrthoRankError(f"config {str(config)!r} is of type {kind!r}, which has no spec; known are: {known}")
+        raise OrthoRankError(
+            f"config {str(config)!r} is of type {kind!r}, which has no spec; known are: {known_families()}"
+        )
     if layers is not None:
         most = fields.get("num_hidden_layers", layers)
         if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= most:

@@ -16,6 +16,7 @@ from orthorank.hf.call_lock import CallLock
 from orthorank.hf.calls import Call, Watcher
 from orthorank.hf.families import decoder_of, device_of, family_of, layers_of, unwrapped
 from orthorank.hf.family import Family
+from orthorank.hf.family_check import checked_family
 from orthorank.hf.forwards import DecoderForward, Generate, LayerForward, PrepareInputs
 from orthorank.hf.generating import generating
 from orthorank.hf.intact import TakenApart, check_classes, implementation_of
@@ -45,8 +46,8 @@ def apply(model: "PreTrainedModel", config: OrthoRankConfig) -> "Handle":
     padding warns, once.
 
     Args:
-        model: a causal LM of a known family (see `orthorank.hf.families.FAMILIES`), not patched yet; of a `PeftModel`
-            or a compiled model the one inside is patched.
+        model: a causal LM of a known family (see `orthorank.FAMILIES` and `orthorank.register_family`), not patched
+            yet; of a `PeftModel` or a compiled model the one inside is patched.
         config: a plan made for this model.
 
     Returns:
@@ -54,7 +55,8 @@ def apply(model: "PreTrainedModel", config: OrthoRankConfig) -> "Handle":
         context manager itself, which removes the plan at its end.
 
     Raises:
-        OrthoRankError: unknown family, a plan is applied already, or the plan was made for another model.
+        OrthoRankError: unknown family, or a registered one whose spec is wrong; a plan is applied already; the plan
+            was made for another model.
 
     Example:
         >>> import torch
@@ -68,7 +70,7 @@ def apply(model: "PreTrainedModel", config: OrthoRankConfig) -> "Handle":
         >>> handle.remove()
     """
     model = unwrapped(model)
-    family = family_of(model)
+    family = checked_family(model)
     if handle_of(model) is not None:
         raise OrthoRankError("a plan is applied to this model already; call handle.remove() first")
     check_plan(model, config)

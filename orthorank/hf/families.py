@@ -83,7 +83,16 @@ _OLMO_2 = Family(
     norm_fed="post_feedforward_layernorm",
     heads=_norm_before_heads,
 )
-_COHERE = Family("Cohere", norm="layer", norm_post=None, parallel=always, heads=_norm_of_cohere, interleaved=True)
+_COHERE = Family(
+    "Cohere",
+    norm="layer",
+    norm_post=None,
+    parallel=always,
+    heads=_norm_of_cohere,
+    interleaved=True,
+    angles="pairs",
+)
+_DROPS = "self_attn.residual_dropout"  # the MLPs of these families drop what they give themselves
 
 _SPECS: dict[str, Family] = {
     "llama": Family("Llama"),
@@ -118,6 +127,16 @@ _SPECS: dict[str, Family] = {
     ),
     "cohere": _COHERE,
     "cohere2": replace(_COHERE, name="Cohere 2", heads=plain_heads, rotates=_slides, window=_window_of_layer),
+    "seed_oss": Family("Seed-OSS", drop_attended=_DROPS),
+    "arcee": Family("Arcee", gated=False),
+    "starcoder2": Family(
+        "StarCoder2", norm="layer", torch_norm=True, gated=False, window=_window_of_config, drop_attended=_DROPS
+    ),
+    "nemotron": Family("Nemotron", norm="layer", weight_offset=1.0, gated=False),
+    "helium": Family("Helium", interleaved=True),
+    "glm": Family("GLM", interleaved=True),
+    "ernie4_5": Family("ERNIE 4.5", interleaved=True),
+    "gpt_oss": Family("GPT-OSS", angles="once", window=_window_of_layer, sinks="sinks"),
 }
 _PACKAGES = {"gemma3_text": "gemma3"}  # of transformers.models, where it is not called like the model type
 
@@ -127,7 +146,43 @@ def _home_of(model_type: str) -> str:
     return f"transformers.models.{package}.modeling_{package}"
 
 
+# By model type: the package's own, and behind them what `register_family` adds.
 FAMILIES: dict[str, Family] = {key: replace(spec, home=_home_of(key)) for key, spec in _SPECS.items()}
+TESTED = frozenset(FAMILIES)  # whose tiny models the package's tests run
+
+
+def register_family(model_type: str, family: Family) -> None:
+    """Make models of a type that the package does not know known, in this process.
+
+    The spec is believed of no model: `orthorank.check_family` compares it with the dense layers of a tiny copy before
+    a plan is applied or a search begins. Registering a type again replaces its spec.
+
+    Args:
+        model_type: as the model's config names it. family: where its layers keep their parts.
+
+    Raises:
+        OrthoRankError: one of the two is something else, or the package has a tested spec of that type.
+
+    Example:
+        >>> register_family("my_decoder", Family("Mine", norm_in="ln_1", norm_post="ln_2"))
+        >>> FAMILIES.pop("my_decoder").name
+        'Mine'
+    """
+    if not isinstance(model_type, str) or not model_type:
+        raise OrthoRankError(f"model_type is {model_type!r}; it must be the model_type of a model's config, a string")
+    if not isinstance(family, Family):
+        raise OrthoRankError(f"family is a {type(family).__name__}; it must be an orthorank.Family")
+    if model_type in TESTED:
+        raise OrthoRankError(
+            f"model_type is {model_type!r}, of which the package has a spec, {FAMILIES[model_type].name}, that its "
+            "tests hold; give a model of other layers another model_type in its config"
+        )
+    FAMILIES[model_type] = family
+
+
+def known_families() -> str:
+    """What a message lists of them."""
+    return ", ".join(f"{family.name} ({key})" for key, family in FAMILIES.items())
 
 
 def family_of(model: "PreTrainedModel") -> Family:
@@ -139,10 +194,10 @@ def family_of(model: "PreTrainedModel") -> Family:
     config: Any = getattr(model, "config", None)
     model_type = config.get_text_config().model_type if hasattr(config, "get_text_config") else None
     if model_type not in FAMILIES:
-        known = ", ".join(f"{family.name} ({key})" for key, family in FAMILIES.items())
         raise OrthoRankError(
             f"model is a {type(model).__name__} of type {model_type!r}, which has no spec: where its layers keep "
-            f"norms, projections and MLP is not known; known are: {known}"
+            f"norms, projections and MLP is not known. Known are: {known_families()}. To add one: "
+            "orthorank.register_family(model_type, orthorank.Family(...))"
         )
     return FAMILIES[model_type]
 

@@ -6,6 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
+from orthorank.common.errors import OrthoRankError
+
+NORMS = ("rms", "layer", "module")
+ANGLES = ("halves", "pairs", "once")
+
 
 def split_heads(attention: Any, projected: Tensor) -> Tensor:
     """``[batch, tokens, heads * head_dim]`` to a ``[batch, heads, tokens, head_dim]`` view."""
@@ -37,23 +42,35 @@ class Family:
     Args:
         name: the architecture's name as users know it.
         home: the module of Python that has its classes; empty: not stated, and any classes will do.
-        norm: ``"rms"``, or ``"layer"`` for LayerNorm; torch_norm: its norms are PyTorch's class, not one of their own;
-            weight_offset: added to the norms' weights (Gemma: 1).
+        norm: ``"rms"``; ``"layer"`` for LayerNorm; ``"module"`` for anything else, which is called and not computed by
+            the kernels. torch_norm: its norms are PyTorch's class, not one of their own; weight_offset: added to the
+            norms' weights (Gemma: 1).
         norm_in: attribute name of the norm before attention; None: there is none, and tokens are scored on the layer's
             input itself.
         attention, mlp: their attribute names.
         norm_attended, norm_post, norm_fed: names of the norms of attention's output, before the MLP and of the MLP's
             output; None: there is none.
+        gated: whether the MLP has three projections, or two; FLOPs alone depend on it, since the MLP is called.
         parallel: from the layer to whether its MLP reads what attention reads (a parallel residual).
         qkv: name of one projection for queries, keys and values, in this order; None: there are three.
         heads: from the attention module, ``"q"`` or ``"k"`` and what was projected ``[batch, tokens, width]`` to
             ``[batch, heads, tokens, head_dim]``, normed where the family norms.
         rotates: from the attention module to whether its layer has rotary embeddings; interleaved: pairs of channels
-            lie side by side. The tables say how many channels are rotated.
+            lie side by side. angles: where the model's cos and sin have the angle of a pair: in both ``"halves"``
+            (Llama, GLM), in ``"pairs"`` of columns (Cohere), or ``"once"`` (GPT-OSS). Their width says how many
+            channels are rotated.
         window: from the attention module to its sliding window in tokens, or None when it sees everything.
-        softcap: the attention module's attribute with the cap of scores; residual_scale: the layer's, with the factor
-            on what is added to the residual stream.
-        drop_attended, drop_fed: names of the dropouts of attention's and of the MLP's output, which training uses.
+        softcap: the attention module's attribute with the cap of scores; sinks: the one with a logit for each head
+            that joins the softmax's denominator; residual_scale: the layer's, with the factor on what is added to the
+            residual stream.
+        drop_attended, drop_fed: names of the dropouts of attention's and of the MLP's output, which training uses: of
+            a module of the layer, or of a rate (``"self_attn.residual_dropout"``).
+
+    Raises:
+        OrthoRankError: norm or angles is none of these.
+
+    >>> Family("Mine", norm="layer").norm_in
+    'input_layernorm'
     """
 
     name: str
@@ -66,17 +83,25 @@ class Family:
     norm_attended: str | None = None
     norm_post: str | None = "post_attention_layernorm"
     mlp: str = "mlp"
+    gated: bool = True
     norm_fed: str | None = None
     parallel: Callable[[Any], bool] = never
     qkv: str | None = None
     heads: Callable[[Any, str, Tensor], Tensor] = plain_heads
     rotates: Callable[[Any], bool] = always
     interleaved: bool = False
+    angles: str = "halves"
     window: Callable[[Any], int | None] = no_window
     softcap: str | None = None
+    sinks: str | None = None
     residual_scale: str | None = None
     drop_attended: str | None = None
     drop_fed: str | None = None
+
+    def __post_init__(self) -> None:
+        for field, value, known in (("norm", self.norm, NORMS), ("angles", self.angles, ANGLES)):
+            if value not in known:
+                raise OrthoRankError(f"{field} of the family {self.name!r} is {value!r}; it may be {', '.join(known)}")
 
     @property
     def note(self) -> str:

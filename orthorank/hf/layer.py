@@ -71,7 +71,8 @@ def selected_forward(
 
     selected = gather_rows(normed, positions)
     queries = parts.rotate(parts.queries(selected), tables, positions)
-    options = {"scale": parts.attention.scaling, "softcap": parts.softcap, "window": parts.window}
+    options: dict[str, Any] = {"scale": parts.attention.scaling, "softcap": parts.softcap, "window": parts.window}
+    options["sinks"] = parts.sinks
     if config.kv == "all":
         attended = sparse_query_attention(
             queries,

@@ -210,12 +210,13 @@ def _load(
 
 
 def _check_family(where: Location, config: Any) -> None:
-    from orthorank.hf.families import FAMILIES
+    from orthorank.hf.families import FAMILIES, known_families
 
     model_type = config.get_text_config().model_type
     if model_type not in FAMILIES:
-        known = ", ".join(f"{family.name} ({key})" for key, family in FAMILIES.items())
-        raise OrthoRankError(f"model {where.name!r} is of type {model_type!r}, which has no spec; known are: {known}")
+        raise OrthoRankError(
+            f"model {where.name!r} is of type {model_type!r}, which has no spec; known are: {known_families()}"
+        )
 
 
 def _dequantized(where: Location) -> dict[str, Any]:

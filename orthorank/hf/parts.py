@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class Norm:
 
     Args:
         module: the layer's module; None: there is no norm here.
-        kind: ``"rms"`` or ``"layer"``; weight_offset: added to the weight, 1 for Gemma.
+        kind: ``"rms"``, ``"layer"`` or ``"module"``; weight_offset: added to the weight, 1 for Gemma.
         home: the module of Python that the family's norms are code of; empty: any.
     """
 
@@ -51,14 +52,16 @@ class Norm:
     def is_weights(self, x: Tensor) -> bool:
         """Whether the kernels may compute the norm of ``x`` from its weights, or the module has to be called.
 
-        It is called where that does more than its class says, or something else: hooks, another class or forward
-        (adapters, Liger-Kernel), weights that are sharded, parametrised or of another dtype than ``x``.
+        It is called where the kernels do not know its kind, and where that does more than its class says, or something
+        else: hooks, another class or forward (adapters, Liger-Kernel), weights that are sharded, parametrised or of
+        another dtype than ``x``.
         """
         module = self.module
         if module is None:
             return True
         return (
-            _is_code_of(type(module), self.home)
+            self.kind != "module"
+            and _is_code_of(type(module), self.home)
             and not _has_hooks(module)
             and has_own_forward(module)
             and all(
@@ -176,12 +179,25 @@ class Parts:
         return getattr(self.attention, self.family.softcap)
 
     @property
+    def sinks(self) -> Tensor | None:
+        """A logit for each head that joins the softmax's denominator, ``[heads]``; None: there are none."""
+        if self.family.sinks is None:
+            return None
+        hook = getattr(self.attention, "_hf_hook", None)
+        if hook is None:
+            return getattr(self.attention, self.family.sinks)
+        hook.pre_forward(self.attention)  # accelerate keeps offloaded ones elsewhere until then
+        sinks: Tensor = getattr(self.attention, self.family.sinks)
+        hook.post_forward(self.attention, None)
+        return sinks
+
+    @property
     def residual_scale(self) -> float:
         """Factor on what attention and MLP add to the residual stream."""
         return 1.0 if self.family.residual_scale is None else getattr(self.layer, self.family.residual_scale)
 
     def tables(self, position_embeddings: Tables) -> Tables | None:
-        """cos and sin as the kernels take them, one column for each pair of channels; None: this layer rotates nothing.
+        """cos and sin as the kernels take them, column j for pair j of channels; None: this layer rotates nothing.
 
         Args:
             position_embeddings: the model's, ``[batch or 1, tokens, rotary_dim]``.
@@ -189,7 +205,7 @@ class Parts:
         if not self.family.rotates(self.attention):
             return None
         cos, sin = position_embeddings
-        if not self.family.interleaved:
+        if self.family.angles != "pairs":
             return cos, sin
         return cos[..., ::2].contiguous(), sin[..., ::2].contiguous()  # each column stands there twice, side by side
 
@@ -198,7 +214,7 @@ class Parts:
         if tables is None:
             return heads
         cos, sin = tables
-        width = cos.shape[-1] * 2 if self.family.interleaved else cos.shape[-1]
+        width = cos.shape[-1] if self.family.angles == "halves" else cos.shape[-1] * 2
         return apply_rotary_at(heads, cos, sin, positions, interleaved=self.family.interleaved, rotary_dim=width)
 
     def keys_and_values(self, normed: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,7 +292,10 @@ class Parts:
         return self._dropped(self.family.drop_fed, self.norm_fed(fed))
 
     def _dropped(self, name: str | None, x: Tensor) -> Tensor:
-        return x if name is None or not self.layer.training else getattr(self.layer, name)(x)
+        if name is None or not self.layer.training:
+            return x
+        drop = attrgetter(name)(self.layer)
+        return drop(x) if callable(drop) else nn.functional.dropout(x, drop)
 
 
 def fused(projection: Any, normed: Tensor, groups: int, which: str) -> tuple[Tensor, ...]:
@@ -306,7 +325,9 @@ SWIGLU = {
     "split": (
         "CohereMLP",
         "Cohere2MLP",
+        "Ernie4_5MLP",
         "GraniteMLP",
+        "HeliumMLP",
         "LlamaMLP",
         "MistralMLP",
         "Olmo2MLP",
@@ -318,7 +339,7 @@ SWIGLU = {
         "SmolLM3MLP",
         "StableLmMLP",
     ),
-    "fused": ("Phi3MLP",),
+    "fused": ("GlmMLP", "Phi3MLP"),
 }
 
 

@@ -23,6 +23,7 @@ def attention_among_selected(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention, each token at its own position, to the selected tokens up to it.
 
@@ -30,8 +31,8 @@ def attention_among_selected(
         queries: ``[batch, heads, selected, head_dim]``, rotated; keys, values: ``[batch, kv_heads, selected,
             head_dim]``, those of the same tokens.
         positions: int32 ``[batch, selected]``, ascending, -1 past a row's count; tokens: how many there are in all.
-        scale, window, softcap: as for `orthorank_kernels.sparse_query_attention`; ``window`` counts all tokens, the
-            selected and the others.
+        scale, window, softcap, sinks: as for `orthorank_kernels.sparse_query_attention`; ``window`` counts all tokens,
+            the selected and the others.
 
     Returns:
         Like ``queries``; zeros where a position is -1.
@@ -44,7 +45,7 @@ def attention_among_selected(
         >>> attention_among_selected(q, q, v, positions, tokens=10, scale=1.0, window=3)[0, 0, :, 0]
         tensor([1., 2., 5.])
     """
-    options: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks}
     if window is None or window >= tokens:
         index = torch.arange(positions.shape[1], dtype=torch.int32, device=positions.device)
         return sparse_query_attention(queries, keys, values, torch.where(positions < 0, -1, index), **options)
@@ -58,7 +59,13 @@ def _visible(positions: Tensor, window: int) -> Tensor:
 
 
 def _masked_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float, softcap: float | None
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Attention with a mask, in float32."""
     group = queries.shape[1] // keys.shape[1]
@@ -67,5 +74,8 @@ def _masked_attention(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     hidden = ~visible[:, None]
-    weights = logits.masked_fill(hidden, torch.finfo(torch.float32).min).softmax(dim=-1).masked_fill(hidden, 0.0)
+    logits = logits.masked_fill(hidden, torch.finfo(torch.float32).min)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.float()[:, None, None].expand(*logits.shape[:3], 1)], dim=-1)
+    weights = logits.softmax(dim=-1)[..., : keys.shape[2]].masked_fill(hidden, 0.0)
     return (weights @ values).to(queries.dtype)

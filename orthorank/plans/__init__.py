@@ -9,6 +9,8 @@ from orthorank.config import OrthoRankConfig, hub_id
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+__all__ = ["default_plan", "shipped_plans"]
+
 FOLDER = Path(__file__).parent
 METHODS = {"orthorank": "", "layer-pruning": "-pruning"}  # the ending of the file's name
 

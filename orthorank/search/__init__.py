@@ -5,8 +5,9 @@
 9
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from orthorank.common.exports import exports
 
 if TYPE_CHECKING:
     from orthorank.search.greedy import begin_search, greedy_round, greedy_search
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from orthorank.stack.counts import evaluation_count, halving_stages, layer_count
     from orthorank.stack.evaluator import Evaluator
     from orthorank.stack.processes import OneProcess, Processes
-    from orthorank.stack.sink import candidate_layers
+    from orthorank.stack.sink import candidate_layers, detect_sink
 
 __all__ = [
     "Evaluator",
@@ -31,6 +32,7 @@ __all__ = [
     "begin_search",
     "block_influence",
     "candidate_layers",
+    "detect_sink",
     "evaluation_count",
     "greedy_round",
     "greedy_search",
@@ -44,30 +46,19 @@ __all__ = [
     "taylor_scores",
 ]
 
-# Imported when first asked for, so that the command line can check its options before torch is there.
-_HOMES = {
-    "orthorank.stack.counts": ("evaluation_count", "halving_stages", "layer_count"),
-    "orthorank.stack.evaluator": ("Evaluator",),
-    "orthorank.search.greedy": ("begin_search", "greedy_round", "greedy_search"),
-    "orthorank.search.influence": ("block_influence",),
-    "orthorank.search.run": ("run_search",),
-    "orthorank.search.one_shot": ("loss_scores", "magnitude_scores", "one_shot_candidates", "rank_layers"),
-    "orthorank.stack.processes": ("OneProcess", "Processes"),
-    "orthorank.search.settings": ("SearchSettings",),
-    "orthorank.search.state": ("SearchInterrupted", "SearchState"),
-    "orthorank.search.taylor": ("taylor_scores",),
-    "orthorank.stack.sink": ("candidate_layers",),
-}
-
-
-def __getattr__(name: str) -> Any:
-    homes = {each: module for module, names in _HOMES.items() for each in names}
-    if name not in homes:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(homes[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "orthorank.search.greedy": ("begin_search", "greedy_round", "greedy_search"),
+        "orthorank.search.influence": ("block_influence",),
+        "orthorank.search.one_shot": ("loss_scores", "magnitude_scores", "one_shot_candidates", "rank_layers"),
+        "orthorank.search.run": ("run_search",),
+        "orthorank.search.settings": ("SearchSettings",),
+        "orthorank.search.state": ("SearchInterrupted", "SearchState"),
+        "orthorank.search.taylor": ("taylor_scores",),
+        "orthorank.stack.counts": ("evaluation_count", "halving_stages", "layer_count"),
+        "orthorank.stack.evaluator": ("Evaluator",),
+        "orthorank.stack.processes": ("OneProcess", "Processes"),
+        "orthorank.stack.sink": ("candidate_layers", "detect_sink"),
+    },
+)

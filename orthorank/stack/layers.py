@@ -14,7 +14,8 @@ from orthorank.config import OrthoRankConfig
 from orthorank.hf.apply import handle_of
 from orthorank.hf.calls import Call, read_call
 from orthorank.hf.criteria import norm_and_rank
-from orthorank.hf.families import decoder_of, device_of, family_of, layers_of
+from orthorank.hf.families import decoder_of, device_of, layers_of
+from orthorank.hf.family_check import checked_family
 from orthorank.hf.intact import TakenApart
 from orthorank.hf.layer import selected_forward
 from orthorank.hf.parts import Parts
@@ -64,7 +65,7 @@ class LayerStack:
     def __init__(self, model: "PreTrainedModel") -> None:
         self.model = model
         self.decoder: Any = decoder_of(model)
-        self.family = family_of(model)
+        self.family = checked_family(model)
         if handle_of(model) is not None:
             raise OrthoRankError("a plan is applied to this model; call handle.remove() first")
         self.layers: list[Any] = layers_of(model)

@@ -99,6 +99,16 @@ MODELS: dict[str, Tiny] = {
     "cohere": Tiny("cohere", {"logit_scale": 0.25}),
     "cohere-norms": Tiny("cohere", {"logit_scale": 0.25, "use_qk_norm": True}),
     "cohere-2": Tiny("cohere2", {"logit_scale": 0.25, "sliding_window": 7, "layer_types": ALTERNATING}),
+    "seed-oss": Tiny("seed_oss", {"attention_out_bias": True, "mlp_bias": True}),
+    "arcee": Tiny("arcee", {"attention_bias": True, "mlp_bias": True}),
+    "starcoder-2": Tiny("starcoder2", {"sliding_window": 7}),
+    "nemotron": Tiny("nemotron", {"attention_bias": True, "mlp_bias": True}),
+    "helium": Tiny("helium", {"attention_bias": True}),
+    "glm": Tiny("glm", _partial(0.5)),
+    "ernie-4.5": Tiny("ernie4_5", {"use_bias": True}),
+    "gpt-oss": Tiny(
+        "gpt_oss", {"sliding_window": 7, "layer_types": ALTERNATING, "num_local_experts": 4, "num_experts_per_tok": 2}
+    ),
 }
 
 
@@ -113,7 +123,7 @@ def tiny(name: str, seed: int = 0, attention: str | None = None, **overrides: An
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, **kwargs).float().eval()
         for key, parameter in model.named_parameters():
-            if parameter.dim() == 1 or "norm" in key:
+            if parameter.dim() == 1 or "norm" in key or key.endswith("_bias"):
                 parameter.data += 0.2 * torch.randn_like(parameter)
     return model
 

@@ -5,6 +5,15 @@ vLLM calls `register` in every one of its processes (entry point group ``vllm.ge
 
 import importlib.util
 import logging
+from typing import TYPE_CHECKING
+
+from orthorank.common.exports import exports
+
+if TYPE_CHECKING:
+    from orthorank.serving.vllm.arguments import command_line, vllm_arguments
+    from orthorank.serving.vllm.serving import Serving
+
+__all__ = ["Serving", "command_line", "register", "vllm_arguments"]
 
 _LOGGER = logging.getLogger("orthorank")
 
@@ -29,3 +38,12 @@ def register() -> None:
         wrong = [f"{type(error).__name__}: {error}"]
     if wrong:
         _LOGGER.warning("%s", interface.sentence(wrong))
+
+
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "orthorank.serving.vllm.arguments": ("command_line", "vllm_arguments"),
+        "orthorank.serving.vllm.serving": ("Serving",),
+    },
+)

@@ -30,7 +30,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 # Between them they use every option of the kernels that any family uses.
-QUICK = ("gemma-2", "phi-3", "olmo-2", "stablelm-parallel", "cohere-norms", "granite", "qwen2-moe")
+QUICK = ("gemma-2", "phi-3", "olmo-2", "stablelm-parallel", "cohere-norms", "granite", "qwen2-moe", "glm", "gpt-oss")
 
 
 @pytest.mark.parametrize(
