@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from orthorank.common.exports import exports
 
 if TYPE_CHECKING:
+    from orthorank.common.criteria import register_criterion
     from orthorank.common.errors import OrthoRankError
     from orthorank.config import OrthoRankConfig
     from orthorank.hf.apply import Handle, apply, context, handle_of, status
@@ -31,6 +32,7 @@ __all__ = [
     "context",
     "handle_of",
     "load_model",
+    "register_criterion",
     "register_family",
     "status",
 ]
@@ -38,6 +40,7 @@ __all__ = [
 __getattr__, __dir__ = exports(
     __name__,
     {
+        "orthorank.common.criteria": ("register_criterion",),
         "orthorank.common.errors": ("OrthoRankError",),
         "orthorank.config": ("OrthoRankConfig",),
         "orthorank.hf.apply": ("Handle", "apply", "context", "handle_of", "status"),

@@ -33,7 +33,7 @@ class OrthoRankConfig:
         criterion: ``"orthogonal"`` selects the tokens whose normalised state is most orthogonal to the sink token's
             (equation 4); ``"inverse"`` the least orthogonal ones, the paper's counter-example (Figure 4); ``"random"``
             any, by a hash of seed, layer and position; ``"cosine"`` by the angle alone; ``"prenorm"`` by the states
-            before the norm (Table 3).
+            before the norm (Table 3); or the name of one of your own (`orthorank.register_criterion`).
         seed: of ``criterion="random"``.
         keep_last: tokens at the end of a prompt that `generate()` always updates, counted inside ``keep_ratio``; their
             logits start the answer. Calls of the model outside `generate()` use 0, as the paper does.

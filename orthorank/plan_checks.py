@@ -6,10 +6,10 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
+from orthorank.common.criteria import check_criterion, check_pointwise
 from orthorank.common.errors import OrthoRankError
 
 LEGAL: dict[str, tuple[str, ...]] = {
-    "criterion": ("orthogonal", "inverse", "random", "cosine", "prenorm"),
     "select": ("topk", "window", "threshold"),
     "kv": ("all", "selected"),
     "sinks": ("first", "auto"),
@@ -53,6 +53,7 @@ def check_fields(plan: Any) -> None:
         if not (value is None or isinstance(value, str)) or (name == "version" and value is None):
             raise OrthoRankError(f"{name} is {shown(value)}; it must be a string")
     release_of(plan.version)
+    check_criterion(plan.criterion)
     for name, legal in LEGAL.items():
         if getattr(plan, name) not in legal:
             raise OrthoRankError(f"{name} is {shown(getattr(plan, name))}; it may be {' or '.join(map(repr, legal))}")
@@ -132,6 +133,7 @@ def _check_modes(plan: Any) -> None:
             "that, or select_window to None"
         )
     if plan.select == "threshold":
+        check_pointwise(plan.criterion, "select='threshold'; use 'topk' or 'window'")
         if missing := [layer for layer in plan.selecting if layer not in plan.thresholds]:
             raise OrthoRankError(
                 f"select is 'threshold' and thresholds has none for layer {', '.join(map(str, missing))}; find them "

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orthorank.common.criteria import check_criterion
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import user_path, writable_folder, write_json
 from orthorank.common.progress import Screen
@@ -28,6 +29,7 @@ class AnalysisSettings:
     text: Path | None = None
     output: Path = Path("orthorank-analysis")
     plans: tuple[str, ...] = ()
+    criterion: str = "inverse"
     passages: int = 64
     passage_tokens: int = 32
     windows: int = 4
@@ -43,6 +45,7 @@ class AnalysisSettings:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise OrthoRankError(f"{name} is {value!r}; it must be an integer, {least} or more")
         check_bos(self.bos)
+        check_criterion(self.criterion)
 
     def read_plans(self) -> dict[str, OrthoRankConfig]:
         """The plans by a title; raises when one cannot be read."""
@@ -98,12 +101,15 @@ def run_analysis(settings: AnalysisSettings, screen: Screen) -> dict[str, Any]:
                 windows,
                 layers,
                 keep_ratio=settings.keep_ratio,
+                criteria=("orthogonal", settings.criterion),
                 on_layer=lambda done, total, one: advance(done, f"layer {one.layer}: {one.difference:+.2f}"),
             )
-        paths += figures.draw_layerwise(compared, ("orthogonal", "inverse"), folder)
+        paths += figures.draw_layerwise(compared, ("orthogonal", settings.criterion), folder)
         results["layerwise"] = [one.to_dict() for one in compared]
+        results["criteria"] = ["orthogonal", settings.criterion]
         better = sum(one.margin > 0 for one in compared)
-        screen.say(f"Selecting the orthogonal tokens is better than the others in {better} of {len(compared)} layers.")
+        others = "the others" if settings.criterion == "inverse" else f"those by {settings.criterion}"
+        screen.say(f"Selecting the orthogonal tokens is better than {others} in {better} of {len(compared)} layers.")
     shown = plans or _shipped(model)
     if shown:
         ratios = {title: {layer: plan.ratio(layer) for layer in plan.layers} for title, plan in shown.items()}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from orthorank.common.criteria import check_pointwise
 from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
 from orthorank.hf.apply import check_plan
@@ -77,6 +78,7 @@ def calibrate(
             f"input_ids has shape {list(input_ids.shape)}; it must be [windows, tokens] with at least one window of 2 "
             "tokens"
         )
+    check_pointwise(plan.criterion, "thresholds; use select 'topk' or 'window'")
     changes: dict[str, Any] = {"keep_ratio": keep_ratio, "decode": "dense", "keep_last": keep_last}
     wanted = _with(plan, **{name: value for name, value in changes.items() if value is not None})
     if not wanted.selecting:

@@ -5,11 +5,14 @@ from typing import Annotated
 
 import typer
 
+from orthorank.commands.criterion import register
 from orthorank.commands.demo import BOS, MODEL
 from orthorank.common.errors import OrthoRankError
 
 TEXT = "UTF-8 text file. Default: the documentation of Python inside its standard library."
 PLANS = "Plan whose layers are drawn, a file or folder; may be given several times. Default: the shipped ones, if any."
+
+CRITERION = "What Figure 4 compares the orthogonal criterion with: a name, or module:function."
 
 
 def command(
@@ -19,6 +22,7 @@ def command(
         "orthorank-analysis"
     ),
     plan: Annotated[list[str] | None, typer.Option(help=PLANS)] = None,
+    criterion: Annotated[str, typer.Option(help=CRITERION)] = "inverse",
     passages: Annotated[int, typer.Option(help="Passages for the similarities.")] = 64,
     passage_tokens: Annotated[int, typer.Option(help="Tokens of a passage.")] = 32,
     windows: Annotated[int, typer.Option(help="Windows for the layer-wise comparison; 0 leaves it out.")] = 4,
@@ -45,6 +49,7 @@ def command(
         text=text,
         output=output,
         plans=tuple(plan or ()),
+        criterion=register([criterion])[0],
         passages=passages,
         passage_tokens=passage_tokens,
         windows=windows,

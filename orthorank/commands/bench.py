@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orthorank.commands.criterion import OWN_CRITERION, register
 from orthorank.commands.demo import MODEL
 from orthorank.common.errors import OrthoRankError
 
@@ -32,6 +33,7 @@ LENGTHS = "Prompt lengths among which the break-even is looked for, such as 128,
 def command(
     model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
     plan: Annotated[list[str] | None, typer.Option(help=PLANS)] = None,
+    criterion: Annotated[list[str] | None, typer.Option(help=OWN_CRITERION)] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Prompts processed together.")] = 1,
     rounds: Annotated[int, typer.Option(help="Timed runs of each variant.")] = 10,
@@ -63,6 +65,7 @@ def command(
     from orthorank.evaluation.bench_results import results_of
     from orthorank.hf.models import load_model, locate
 
+    register(criterion)
     if engine not in ENGINES:
         raise OrthoRankError(f"engine is {engine!r}; it may be {' or '.join(ENGINES)}")
     chosen = None if lengths is None else () if lengths.strip() == "0" else tuple(numbers("lengths", lengths) or ())

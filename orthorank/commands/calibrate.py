@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orthorank.commands.criterion import OWN_CRITERION, register
 from orthorank.commands.demo import BOS, MODEL
 from orthorank.common.errors import OrthoRankError
 
@@ -27,6 +28,7 @@ WINDOWS = "Windows of the text to calibrate on, and as many of its second half t
 def command(
     model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
     plan: Annotated[str, typer.Option(help=PLAN)] = "default",
+    criterion: Annotated[list[str] | None, typer.Option(help=OWN_CRITERION)] = None,
     text: Annotated[list[Path] | None, typer.Option(help=TEXT)] = None,
     keep_ratio: Annotated[str | None, typer.Option(help=KEEP_RATIO)] = None,
     decode: Annotated[str | None, typer.Option(help=DECODE)] = None,
@@ -53,6 +55,7 @@ def command(
     from orthorank.config import OrthoRankConfig
 
     check_bos(bos)
+    register(criterion)
     given = {"keep_ratio": number("keep_ratio", keep_ratio), "decode": decode, "keep_last": keep_last}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     OrthoRankConfig(layers=[], select="threshold", **changes)  # complains, if anything does, before the model loads

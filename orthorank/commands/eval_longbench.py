@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from orthorank.commands.criterion import OWN_CRITERION, register
 from orthorank.commands.demo import BOS, MODEL
 from orthorank.common.errors import OrthoRankError
 
@@ -20,6 +21,7 @@ SHORT = "Leave out prompts with more tokens than this."
 def command(
     model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
     plan: Annotated[str | None, typer.Option(help="Plan, a file or folder. Default: the dense model.")] = None,
+    criterion: Annotated[list[str] | None, typer.Option(help=OWN_CRITERION)] = None,
     data: Annotated[Path | None, typer.Option(help=DATA)] = None,
     tasks: Annotated[str | None, typer.Option(help=TASKS)] = None,
     limit: Annotated[int | None, typer.Option(help="First questions of each task. Default: all.")] = None,
@@ -52,6 +54,7 @@ def command(
         if value is not None and value < 1:
             raise OrthoRankError(f"{name} is {value}; it must be at least 1")
     check_bos(bos)
+    register(criterion)
     chosen = None if plan is None else OrthoRankConfig.from_pretrained(user_path("plan", plan))
     metrics()
     questions = _questions(data, tasks, limit)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from orthorank.commands.criterion import OWN_CRITERION, register
 from orthorank.commands.demo import BOS, MODEL
 from orthorank.common.errors import OrthoRankError
 
@@ -20,6 +21,7 @@ def command(
     plan: Annotated[list[str] | None, typer.Option(help=PLAN)] = None,
     text: Annotated[Path | None, typer.Option(help=TEXT)] = None,
     dataset: Annotated[str | None, typer.Option(help=DATASET)] = None,
+    criterion: Annotated[list[str] | None, typer.Option(help=OWN_CRITERION)] = None,
     window: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     windows: Annotated[int | None, typer.Option(help="Windows from the beginning. Default: all.")] = None,
     bos: Annotated[str, typer.Option(help=BOS)] = "auto",
@@ -46,6 +48,7 @@ def command(
     if window < 2:
         raise OrthoRankError(f"window is {window}; it must be at least 2, since the first token is not predicted")
     check_bos(bos)
+    register(criterion)
     plans = _read(plan)
     check_output(output)
     chosen = evaluation_text(text, dataset)

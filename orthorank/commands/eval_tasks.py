@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from orthorank.commands.criterion import OWN_CRITERION, register
 from orthorank.commands.demo import BOS, MODEL
 from orthorank.common.errors import OrthoRankError
 
@@ -17,6 +18,7 @@ CONTEXT = "Select among the tokens of the context alone; the answer's tokens are
 def command(
     model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
     plan: Annotated[str | None, typer.Option(help="Plan, a file or folder. Default: the dense model.")] = None,
+    criterion: Annotated[list[str] | None, typer.Option(help=OWN_CRITERION)] = None,
     tasks: Annotated[str, typer.Option(help=TASKS, show_default=False)] = PAPER,
     include_path: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option(help="First rows of each task. Default: all.")] = None,
@@ -47,6 +49,7 @@ def command(
     if include_path is not None and not include_path.is_dir():
         raise OrthoRankError(f"include_path is {str(include_path)!r}, and there is no such folder")
     check_bos(bos)
+    register(criterion)
     check_output(output)
     screen = RichScreen(console(stderr=json))
     with screen.progress(f"loading {locate(model).name}", 1):

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from orthorank.commands.criterion import register
 from orthorank.commands.demo import MODEL
 from orthorank.common.errors import OrthoRankError
 
@@ -12,6 +13,7 @@ ONLY = "Parts, such as table1,fig4. Default: all."
 CALIBRATION = "Text file, or wikitext2 or c4 (with :FOLDER for a local copy), to choose layers on."
 TEXT = "Held-out text as NAME=FILE, wikitext2 or c4; may be given several times. Default: wikitext2 and c4."
 LONGBENCH = "JSONL file of LongBench questions, hub, or none."
+CRITERION = "Criterion to measure beside those of Table 3: a name, or module:function; may be given several times."
 QUICK = "Everything small: minutes on a laptop, and figures that only show that it works."
 FULL = "All windows, all rows, all questions, as the paper does. Without it: 32 windows of each text, 200 rows."
 
@@ -35,6 +37,7 @@ def command(
     task_rows: Annotated[int, typer.Option(help="First rows of each task.")] = 200,
     longbench: Annotated[str, typer.Option(help=LONGBENCH)] = "hub",
     longbench_tokens: Annotated[int, typer.Option(help="Only LongBench prompts up to so many tokens.")] = 4000,
+    criterion: Annotated[list[str] | None, typer.Option(help=CRITERION)] = None,
     rounds: Annotated[int, typer.Option(help="Timed runs of each plan.")] = 10,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt whose prefill is timed.")] = 2048,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -73,6 +76,7 @@ def command(
         longbench_tokens=None if full else longbench_tokens,
         prompt_tokens=prompt_tokens,
         rounds=rounds,
+        criteria=tuple(register(criterion)),
         device=device,
         dtype=dtype,
     )

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orthorank.commands.criterion import register
 from orthorank.commands.demo import BOS, MODEL
 from orthorank.common.errors import OrthoRankError
 
@@ -27,6 +28,7 @@ FIRST = "Layers at the beginning that are never chosen. Default: greedy 1, one-s
 LAST = "Layers at the end that are never chosen. Default: 2; layer removal: greedy 1, one-shot 2, influence 0."
 FLOOR = "Let layers select tokens that come before the sink forms, too."
 SINK_LAYER = "Choose layers after this one, instead of the one in which the sink was found to form."
+CRITERION = "By which a chosen layer selects tokens: a name, or module:function for one of your own."
 FAST = "Successive halving over the windows: several times quicker, not exact."
 RESUME = "Go on with the search whose state is in the output folder; begin one if there is none."
 DEVICE_MAP = "auto: spread a model that one device cannot hold, by accelerate."
@@ -58,7 +60,7 @@ def command(
     protect_last: Annotated[int | None, typer.Option(help=LAST)] = None,
     no_sink_floor: Annotated[bool, typer.Option("--no-sink-floor", help=FLOOR)] = False,
     sink_layer: Annotated[int | None, typer.Option(help=SINK_LAYER)] = None,
-    criterion: Annotated[str, typer.Option(help="By which a chosen layer selects tokens.")] = "orthogonal",
+    criterion: Annotated[str, typer.Option(help=CRITERION)] = "orthogonal",
     fast: Annotated[bool, typer.Option("--fast", help=FAST)] = False,
     output: Annotated[Path, typer.Option(help="Folder for the plan (orthorank.json) and the state.")] = OUTPUT,
     resume: Annotated[bool, typer.Option("--resume", help=RESUME)] = False,
@@ -91,7 +93,7 @@ def command(
         method=method,
         metric=metric,
         keep_ratio=DEFAULT_RATIO if ratio is None else ratio,
-        criterion=criterion,
+        criterion=register([criterion])[0],
         sparsity=number("sparsity", sparsity),
         layers=layers,
         text=text,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
+from orthorank.common.criteria import is_pointwise
 from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig, hub_id
 from orthorank.hf import cache_state as sink_state
@@ -189,6 +190,7 @@ class Handle(AbstractContextManager["Handle"]):
         self.stats = {index: LayerCounts(device_of(layers[index])) for index in config.layers}
         self.selecting = config.selecting
         self.skips = any(config.ratio(layer) < 1 for layer in config.layers)
+        self.pointwise = is_pointwise(config.criterion)
         self.removes = any(config.ratio(layer) == 0 for layer in config.layers)
         self.identity = sink_state.identity(config)
         self.phase = Phase()

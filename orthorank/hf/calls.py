@@ -109,9 +109,21 @@ class Call:
     def forced_mask(self, device: torch.device) -> Tensor:
         """Which tokens are updated whatever their score: bool ``[batch or 1, tokens]``, without a word on padding."""
         column = torch.arange(self.tokens, device=device)[None]
-        end = self.tokens if self.starts is None or self.lengths is None else (self.starts + self.lengths)[:, None]
-        prompt_end = end - (self.decode_tokens if self.tails is None else self.tails[:, None])
+        prompt_end, end = self._ends()
         return (column >= prompt_end - self.kept) & (column < (prompt_end if self.ranks_decoded else end))
+
+    def ranked_mask(self, device: torch.device) -> Tensor:
+        """Which tokens are ranked, neither padding nor dense by rule: bool ``[batch, tokens]``."""
+        column = torch.arange(self.tokens, device=device)[None]
+        prompt_end, end = self._ends()
+        begin = 0 if self.starts is None else self.starts[:, None]
+        ranked = (column >= begin) & (column < (end if self.ranks_decoded else prompt_end))
+        return ranked.expand(self.batch, -1)
+
+    def _ends(self) -> tuple[int | Tensor, int | Tensor]:
+        """One past the last prompt token of each row, and one past the last valid one: int or ``[batch, 1]``."""
+        end = self.tokens if self.starts is None or self.lengths is None else (self.starts + self.lengths)[:, None]
+        return end - (self.decode_tokens if self.tails is None else self.tails[:, None]), end
 
     @property
     def kept(self) -> int | Tensor:

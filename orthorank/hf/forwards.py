@@ -21,7 +21,7 @@ from orthorank.hf.layer_plan import LayerPlan
 from orthorank.hf.parts import Parts
 from orthorank.hf.patching import Patch
 from orthorank.hf.phases import Phase, phase_of
-from orthorank.hf.refusals import refuse_outputs, refuse_unrun, without_cache
+from orthorank.hf.refusals import refuse_chunks, refuse_outputs, refuse_unrun, without_cache
 from orthorank.hf.selection import prepared
 from orthorank.hf.status import LayerCounts
 from orthorank.hf.unmasked import Watch
@@ -35,6 +35,7 @@ class Applied(Protocol):
     stats: dict[int, LayerCounts]
     selecting: list[int]
     skips: bool
+    pointwise: bool
     removes: bool
     identity: str
     phase: Phase
@@ -114,6 +115,8 @@ class DecoderForward(Patch):
         if handle.selecting and not call.decodes_only:
             if not torch.compiler.is_compiling():
                 handle.check_layers(self.owner.config)
+            if not (call.first or handle.pointwise):
+                refuse_chunks(handle.config.criterion, call.past)
             if not call.first:  # a model that drafts for itself runs its lower layers alone
                 runs = [layer for layer in handle.selecting if layer < self.owner.config.num_hidden_layers]
                 sink_state.check(cache_of(kwargs), runs, call.batch, handle.config.decode)

@@ -107,7 +107,7 @@ def _norm_and_select(
 
     sink = None if call.first else sink_state.continued(call, cache, index, hidden_states, states)
     with parts.norm_in.applied(hidden_states) as (normed, norm):
-        chosen = norm_and_select(config, index, call, hidden_states, norm, sink, normed)
+        chosen = norm_and_select(config, index, call, hidden_states, norm, sink, normed, parts)
     if cache is not None:
         scored = scored_states(config, hidden_states, chosen.normed)
         sink_state.keep(cache, index, sink_state.rows_at(scored, call.starts) if sink is None else sink)

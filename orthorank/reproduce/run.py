@@ -171,5 +171,5 @@ def _sizes(subject: Subject) -> dict[str, Any]:
 
 def _plain(settings: ReproduceSettings) -> dict[str, Any]:
     fields = dataclasses.asdict(settings)
-    fields = {name: value for name, value in fields.items() if name not in ("output", "only")}
+    fields = {name: value for name, value in fields.items() if name not in ("output", "only", "criteria")}
     return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}

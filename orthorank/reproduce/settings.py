@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from orthorank.common.criteria import check_criterion
 from orthorank.common.errors import OrthoRankError
 
 PARTS = (
@@ -39,6 +40,7 @@ class ReproduceSettings:
         longbench: JSONL file of questions, ``hub``, or None to leave it out; longbench_tokens: only prompts up to
             this length, None: all.
         sweep: nominal sparsities. prompt_tokens, rounds: of the throughput.
+        criteria: further rows of Table 3, by names that plans may have.
         device, dtype: as for `orthorank.hf.models.load_model`.
 
     Raises:
@@ -62,12 +64,15 @@ class ReproduceSettings:
     sweep: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5)
     prompt_tokens: int = 2048
     rounds: int = 10
+    criteria: tuple[str, ...] = ()
     device: str = "auto"
     dtype: str | None = None
 
     def __post_init__(self) -> None:
         if unknown := [part for part in self.only if part not in PARTS]:
             raise OrthoRankError(f"only holds {unknown[0]!r}; it may hold {', '.join(PARTS)}")
+        for name in self.criteria:
+            check_criterion(name)
         if not self.texts:
             raise OrthoRankError("texts is empty; name at least one held-out text")
         least = {"calibration_windows": 1, "calibration_len": 2, "windows": 1, "window": 2, "task_limit": 1}

@@ -4,9 +4,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from orthorank.common.criteria import check_criterion
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.texts import BOS
-from orthorank.plan_checks import LEGAL
 
 METHODS = ("greedy", "one-shot", "influence")
 METRICS = ("ppl", "taylor", "magnitude")
@@ -97,7 +97,7 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, METHODS)
-        _check_choice("criterion", self.criterion, LEGAL["criterion"])
+        check_criterion(self.criterion)
         _check_choice("bos", self.bos, BOS)
         if self.metric is not None:
             _check_choice("metric", self.metric, METRICS)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from orthorank.serving.plans import SCORES
+from orthorank.common.criteria import BUILT_IN, FUSED, find
 from orthorank.serving.selection import Chosen, choose_below, choose_share
 from orthorank.serving.steps import Step
 from orthorank_kernels import gather_add_rms_norm, rms_norm_score, scatter_rows_
@@ -95,7 +95,7 @@ def selected_forward(
         out_hidden.zero_()
         torch.add(hidden, residual, out=out_residual)
         return
-    norm = parts.norm_in
+    norm, sinks = parts.norm_in, parts.sinks(step)
     normed = torch.empty_like(out_hidden)
     scores = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     rms_norm_score(
@@ -103,13 +103,15 @@ def selected_forward(
         norm.weight,
         norm.eps,
         residual=residual,
-        score=SCORES[plan.criterion],
-        sink=parts.sinks(step),
+        score=FUSED.get(plan.criterion, "inner"),
+        sink=sinks,
         cu_seqlens=step.cu_tokens,
         out=(normed, scores, out_residual),
     )
     scores = parts.agree(scores)
-    ranks = scores.neg_() if plan.criterion == "inverse" else scores
+    ranks = scores if plan.criterion in FUSED else _ranks(plan, layer, step, normed, scores, sinks)
+    if plan.criterion not in BUILT_IN:
+        ranks = parts.agree(ranks)
     if plan.select == "threshold":
         chosen = choose_below(step, ranks, plan.thresholds[layer], read_count=read_count)
     else:
@@ -122,3 +124,13 @@ def selected_forward(
     added = gather_add_rms_norm(out_residual, chosen.rows, parts.attend(normed, chosen), post.weight, post.eps)
     scatter_rows_(out_residual, chosen.rows, added.residual)
     scatter_rows_(out_hidden, chosen.rows, parts.feed_forward(added.normed))
+
+
+def _ranks(plan: "OrthoRankConfig", layer: int, step: Step, normed: Tensor, scores: Tensor, sinks: Tensor) -> Tensor:
+    """What a registered criterion gives: float32 ``[tokens or more]``. It is pointwise, so each token is a row."""
+    criterion, given = find(plan.criterion), {"scores": scores[:, None], "layer": layer, "seed": plan.seed}
+    token = torch.arange(normed.shape[0], dtype=torch.int32, device=normed.device)
+    request = torch.searchsorted(step.cu_tokens[1:].contiguous(), token, right=True).clamp(max=step.requests - 1)
+    valid = (token < step.tokens)[:, None]
+    needed = {need: given[need] for need in criterion.needs}
+    return criterion(normed[:, None], sinks.index_select(0, request), valid, **needed)[:, 0]

@@ -147,7 +147,9 @@ class LayerStack:
         plan = OrthoRankConfig(layers=[layer], criterion=criterion, **options)
         hidden_states = hidden_states.to(device)
         with self.parts[layer].norm_in.applied(hidden_states) as (normed, norm):
-            return norm_and_rank(plan, layer, inputs.call.on(device), hidden_states, norm, given=normed)[1]
+            return norm_and_rank(
+                plan, layer, inputs.call.on(device), hidden_states, norm, given=normed, parts=self.parts[layer]
+            )[1]
 
     @torch.no_grad()
     def normed(self, layer: int, hidden_states: Tensor) -> Tensor:
