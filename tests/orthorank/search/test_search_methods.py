@@ -152,7 +152,7 @@ def test_a_loss_that_is_not_finite_is_null_in_the_plan(
         (["--method", "beam"], "method is 'beam'; it may be greedy, one-shot or influence"),
         (["--metric", "ppl"], "metric is for the method one-shot; the method is greedy, drop --metric"),
         (["--method", "one-shot", "--metric", "loss"], "metric is 'loss'; it may be ppl, taylor or magnitude"),
-        (["--criterion", "best"], "criterion is 'best'; it may be orthogonal,"),
+        (["--criterion", "best"], "criterion is 'best'; it may be 'orthogonal' or"),
         (["--keep-ratio", "1"], "keep_ratio is 1; it must be from 0 (layers are removed) to below 1"),
         (["--keep-ratio", "some"], "keep_ratio is 'some'; it must be a number"),
         (["--sparsity", "2"], "sparsity is 2; it must be above 0 and below 1"),
