@@ -11,6 +11,7 @@ from torch import Tensor
 from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
 from orthorank.hf import cache_state as sink_state
+from orthorank.hf.ablations import without_cache
 from orthorank.hf.call_lock import CallLock
 from orthorank.hf.calls import Call, Watcher, cache_of, read_call
 from orthorank.hf.family import Family
@@ -21,7 +22,7 @@ from orthorank.hf.layer_plan import LayerPlan
 from orthorank.hf.parts import Parts
 from orthorank.hf.patching import Patch
 from orthorank.hf.phases import Phase, phase_of
-from orthorank.hf.refusals import refuse_chunks, refuse_outputs, refuse_unrun, without_cache
+from orthorank.hf.refusals import refuse_chunks, refuse_outputs, refuse_unrun
 from orthorank.hf.selection import prepared
 from orthorank.hf.status import LayerCounts
 from orthorank.hf.unmasked import Watch

@@ -18,10 +18,10 @@ from torch import Tensor
 from orthorank.config import OrthoRankConfig
 from orthorank.hf import cache_state as sink_state
 from orthorank.hf import selection as choosing
+from orthorank.hf.ablations import attention_among_selected
 from orthorank.hf.calls import Call
 from orthorank.hf.criteria import Chosen, norm_and_select, scored_states
 from orthorank.hf.parts import Parts
-from orthorank.hf.selected_keys import attention_among_selected
 from orthorank_kernels import gather_rows, scatter_add_rows_, sparse_query_attention
 
 

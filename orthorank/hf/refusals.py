@@ -64,18 +64,3 @@ def refuse_unrun(layers: list[int], ran: list[int], total: int) -> None:
             f"layer {', '.join(map(str, missing))} of the plan did not run in this call: the layer, or its forward, "
             "was replaced after the plan was applied; call handle.remove(), then apply the plan again"
         )
-
-
-def without_cache(cache: Any, use_cache: bool | None) -> bool:
-    """``use_cache`` of a call with ``kv="selected"``: False, unless the caller asks for a cache.
-
-    Raises:
-        OrthoRankError: the caller does.
-    """
-    if cache is not None or use_cache:
-        raise OrthoRankError(
-            "kv is 'selected' and the call has a cache: tokens that are not selected have no keys and values in the "
-            "selected layers, and a cache holds those of every token; pass use_cache=False (to generate(), too), or "
-            "use a plan with kv='all'"
-        )
-    return False
