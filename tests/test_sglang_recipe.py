@@ -102,7 +102,9 @@ class Server:
         return self.model.lm_head(stream)
 
     def _dense(self, layer: Any, step: Any, hidden: Any, residual: Any, positions: Any) -> Any:
-        everything = self.recipe.Chosen(torch.arange(step.tokens, dtype=torch.int32), positions.int(), step.cu_tokens)
+        everything = self.recipe.PackedRows(
+            torch.arange(step.tokens, dtype=torch.int32), positions.int(), step.cu_tokens
+        )
         stream = hidden + residual
         normed = torch.nn.functional.rms_norm(stream, layer.w.norm_in.shape, layer.w.norm_in, layer.w.eps)
         layer.project(normed)

@@ -46,7 +46,7 @@ def mark(cache: Any, plan: str) -> None:
     setattr(cache, PLAN, plan)
 
 
-def check_plan(cache: Any, plan: str) -> None:
+def check_filled_by(cache: Any, plan: str) -> None:
     """``cache`` was filled by the plan of that `identity`.
 
     Raises:

@@ -112,7 +112,7 @@ class DecoderForward(Patch):
         call = read_call(shape, given.device, phase, kwargs, handle.config.decode)
         # Before any layer runs: a failure further up would leave the lower layers' cache longer than the others'.
         if not (call.first or handle.phase.any_cache):
-            sink_state.check_plan(cache_of(kwargs), handle.identity)
+            sink_state.check_filled_by(cache_of(kwargs), handle.identity)
         if handle.selecting and not call.decodes_only:
             if not torch.compiler.is_compiling():
                 handle.check_layers(self.owner.config)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from orthorank.common.criteria import BUILT_IN, FUSED, find
-from orthorank.serving.selection import Chosen, choose_below, choose_share
+from orthorank.serving.selection import PackedRows, choose_below, choose_share
 from orthorank.serving.steps import Step
 from orthorank_kernels import gather_add_rms_norm, rms_norm_score, scatter_rows_
 
@@ -34,7 +34,7 @@ class RMSNorm:
     eps: float
 
 
-class Parts(ABC):
+class PackedParts(ABC):
     """What a stack brings: the modules of one layer and its cache. Shapes are those of one rank."""
 
     @property
@@ -56,7 +56,7 @@ class Parts(ABC):
         """Project ``normed`` ``[tokens, hidden]`` to keys and values, rotate the keys, write both to the cache."""
 
     @abstractmethod
-    def attend(self, normed: Tensor, chosen: Chosen) -> Tensor:
+    def attend(self, normed: Tensor, chosen: PackedRows) -> Tensor:
         """Queries of the chosen rows of ``normed``, their attention to the cache, ``[n, hidden]`` projected back."""
 
     @abstractmethod
@@ -68,8 +68,8 @@ class Parts(ABC):
         return scores
 
 
-def selected_forward(
-    parts: Parts,
+def packed_forward(
+    parts: PackedParts,
     plan: "OrthoRankConfig",
     layer: int,
     step: Step,

@@ -11,7 +11,7 @@ from orthorank_kernels import select_tokens
 from orthorank_kernels.ops.selection import Selection
 
 
-class Chosen(NamedTuple):
+class PackedRows(NamedTuple):
     """The rows that a layer updates, request by request, each in position order.
 
     Args:
@@ -25,7 +25,7 @@ class Chosen(NamedTuple):
     cu_selected: Tensor
 
 
-def choose_share(step: Step, ranks: Tensor, ratio: float) -> Chosen:
+def choose_share(step: Step, ranks: Tensor, ratio: float) -> PackedRows:
     """The rows of smallest rank in every segment, as many as ``ratio`` says: how many in all is known on the host.
 
     Args:
@@ -51,7 +51,7 @@ def choose_share(step: Step, ranks: Tensor, ratio: float) -> Chosen:
     return _by_request(step, picked)
 
 
-def choose_below(step: Step, ranks: Tensor, threshold: float, *, read_count: bool) -> Chosen:
+def choose_below(step: Step, ranks: Tensor, threshold: float, *, read_count: bool) -> PackedRows:
     """The rows that rank below ``threshold``. How many these are, the device knows.
 
     Args:
@@ -78,8 +78,8 @@ def _forced(step: Step, ranks: Tensor) -> Tensor:
     return ranks.index_fill_(0, step.forced, -torch.inf)
 
 
-def _by_request(step: Step, picked: Selection) -> Chosen:
+def _by_request(step: Step, picked: Selection) -> PackedRows:
     """What was picked segment by segment."""
     assert picked.rows is not None
     assert picked.cu_selected is not None  # the packed layout has both
-    return Chosen(picked.rows, picked.positions, picked.cu_selected.index_select(0, step.first_segment))
+    return PackedRows(picked.rows, picked.positions, picked.cu_selected.index_select(0, step.first_segment))

@@ -54,7 +54,7 @@ def _compare(config: Any, dtype_name: str, layout: str, options: dict[str, Any])
     from vllm.model_executor.layers.attention import Attention
     from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
-    from orthorank.serving.selection import Chosen
+    from orthorank.serving.selection import PackedRows
     from orthorank.serving.views import split_last
     from orthorank.serving.vllm.attention import attend_paged, attend_portable, paged_obstacle
     from orthorank.serving.vllm.backend import StepMetadata
@@ -86,7 +86,7 @@ def _compare(config: Any, dtype_name: str, layout: str, options: dict[str, Any])
     )
     positions = torch.tensor([p for each in CHOSEN for p in each], dtype=torch.int32)
     ends = torch.tensor([0, *(len(each) for each in CHOSEN)]).cumsum(0).int()
-    chosen = Chosen(positions.clone(), positions, ends)
+    chosen = PackedRows(positions.clone(), positions, ends)
     queries = torch.randn(len(positions), HEADS, DIM).to(dtype)
     metadata = StepMetadata(None, common, builder.build)
     paged = attend_paged(attention, queries, chosen, metadata)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.serving import views
-from orthorank.serving.selection import Chosen
+from orthorank.serving.selection import PackedRows
 from orthorank.serving.vllm import hooks
 from orthorank.serving.vllm.backend import StepMetadata
 from orthorank.serving.vllm.interface import OBJECTS, expect
@@ -47,7 +47,7 @@ def paged_obstacle(attention: Any, dtype: torch.dtype) -> str | None:
     return None
 
 
-def attend_paged(attention: Any, queries: Tensor, chosen: Chosen, metadata: StepMetadata) -> Tensor:
+def attend_paged(attention: Any, queries: Tensor, chosen: PackedRows, metadata: StepMetadata) -> Tensor:
     """Attention by `sparse_query_attention_paged`, over the cache where it is.
 
     Args:
@@ -77,7 +77,7 @@ def attend_paged(attention: Any, queries: Tensor, chosen: Chosen, metadata: Step
     )
 
 
-def attend_portable(attention: Any, queries: Tensor, chosen: Chosen, metadata: StepMetadata) -> Tensor:
+def attend_portable(attention: Any, queries: Tensor, chosen: PackedRows, metadata: StepMetadata) -> Tensor:
     """Attention by the backend's own kernel, whatever its cache looks like.
 
     Each query becomes a request of one token, whose keys end at its position and whose blocks are its owner's. That is
@@ -124,7 +124,7 @@ def choose_way(wanted: str, attention: Any, dtype: torch.dtype) -> bool:
     return wanted != "portable" and obstacle is None
 
 
-def _request_of(chosen: Chosen, count: int) -> Tensor:
+def _request_of(chosen: PackedRows, count: int) -> Tensor:
     """The request of each chosen row: int32 ``[count]``."""
     places = torch.arange(count, dtype=torch.int32, device=chosen.rows.device)
     owner = torch.searchsorted(chosen.cu_selected[1:].contiguous(), places, right=True)

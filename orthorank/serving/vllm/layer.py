@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.serving import operator
-from orthorank.serving.layer import Parts, RMSNorm, selected_forward
-from orthorank.serving.selection import Chosen
+from orthorank.serving.layer import PackedParts, RMSNorm, packed_forward
+from orthorank.serving.selection import PackedRows
 from orthorank.serving.steps import Step
 from orthorank.serving.vllm import attention as attending
 from orthorank.serving.vllm import hooks
@@ -42,7 +42,7 @@ class SelectingLayer(nn.Module):
         shared = self.orthorank
         parts = LayerParts(self, found, positions, self.orthorank_projections)
         serving = shared.serving
-        selected_forward(
+        packed_forward(
             parts,
             serving.plan,
             self.orthorank_index,
@@ -77,7 +77,7 @@ class SelectingLayer(nn.Module):
         return attending.choose_way(wanted, self.self_attn.attn, self.input_layernorm.weight.dtype)
 
 
-class LayerParts(Parts):
+class LayerParts(PackedParts):
     """A layer of vLLM in one step."""
 
     def __init__(self, layer: Any, metadata: StepMetadata, positions: Tensor, projections: Projections) -> None:
@@ -107,7 +107,7 @@ class LayerParts(Parts):
         keys, values = self.projections.keys_and_values(normed, self.positions)
         hooks.write_cache(self.layer.self_attn.attn, keys, values)
 
-    def attend(self, normed: Tensor, chosen: Chosen) -> Tensor:
+    def attend(self, normed: Tensor, chosen: PackedRows) -> Tensor:
         """By the package's kernel or the backend's."""
         positions = chosen.positions.clamp(min=0).long()
         queries = self.projections.queries(gather_rows(normed, chosen.rows), positions, chosen.rows)

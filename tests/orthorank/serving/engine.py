@@ -1,6 +1,6 @@
 """A serving engine as small as can be: requests packed into steps, a paged cache of plain tensors, a real tiny model.
 
-Selecting layers run as `selected_forward`; dense layers run here, on all tokens, with the model's own modules.
+Selecting layers run as `packed_forward`; dense layers run here, on all tokens, with the model's own modules.
 """
 
 from dataclasses import dataclass, field
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from orthorank import OrthoRankConfig
 from orthorank.serving import views
-from orthorank.serving.layer import Parts, RMSNorm, selected_forward
-from orthorank.serving.selection import Chosen
+from orthorank.serving.layer import PackedParts, RMSNorm, packed_forward
+from orthorank.serving.selection import PackedRows
 from orthorank.serving.sinks import SinkBank
 from orthorank.serving.steps import Step, make_step
 from orthorank_kernels import gather_rows, sparse_query_attention_paged
@@ -46,14 +46,14 @@ class Batch:
         return self.block_table[owner, self.positions // BLOCK_SIZE].long(), self.positions % BLOCK_SIZE
 
 
-class LayerParts(Parts):
+class LayerParts(PackedParts):
     """A decoder layer of transformers and its part of the cache."""
 
     def __init__(self, model: Any, index: int, cache: Tensor, batch: Batch, sinks: Tensor | None) -> None:
         self.layer, self.attention = model.model.layers[index], model.model.layers[index].self_attn
         self.rotary, self.batch, self.states = model.model.rotary_emb, batch, sinks
         self.keys, self.values = views.split_last(cache, self.attention.head_dim)
-        self.chosen: Chosen | None = None
+        self.chosen: PackedRows | None = None
 
     @property
     def norm_in(self) -> RMSNorm:
@@ -73,7 +73,7 @@ class LayerParts(Parts):
         self.keys[at] = self._rotated(self._heads("k", x), self.batch.positions)
         self.values[at] = self._heads("v", x)
 
-    def attend(self, normed: Tensor, chosen: Chosen) -> Tensor:
+    def attend(self, normed: Tensor, chosen: PackedRows) -> Tensor:
         self.chosen = chosen
         queries = self._heads("q", gather_rows(normed, chosen.rows))
         attended = sparse_query_attention_paged(
@@ -112,14 +112,14 @@ class Ran:
     before: tuple[Tensor, Tensor]
     out_hidden: Tensor
     out_residual: Tensor
-    chosen: Chosen | None  # None: nothing
+    chosen: PackedRows | None  # None: nothing
 
 
 class Engine:
     """Runs requests step by step.
 
     Args:
-        model: of transformers; plan: which layers select; read_count: as in `selected_forward`; padding: rows of NaN
+        model: of transformers; plan: which layers select; read_count: as in `packed_forward`; padding: rows of NaN
             behind the last request; capacity: of the bank of sinks.
     """
 
@@ -188,7 +188,7 @@ class Engine:
         )
         before = hidden.clone(), residual.clone()
         outs = torch.full_like(hidden, torch.nan), torch.full_like(residual, torch.nan)
-        selected_forward(parts, self.plan, index, batch.step, hidden, residual, *outs, read_count=self.read_count)
+        packed_forward(parts, self.plan, index, batch.step, hidden, residual, *outs, read_count=self.read_count)
         self.ran.append(Ran(index, batch.step, hidden, residual, before, *outs, parts.chosen))
         return outs[0][: batch.step.tokens], outs[1][: batch.step.tokens]
 
@@ -197,7 +197,7 @@ class Engine:
         residual = hidden if residual is None else hidden + residual
         normed = parts.layer.input_layernorm(residual)
         parts.project(normed)
-        every = Chosen(torch.arange(step.tokens).int(), batch.positions.int(), step.cu_tokens)
+        every = PackedRows(torch.arange(step.tokens).int(), batch.positions.int(), step.cu_tokens)
         residual = residual + parts.attend(normed, every)
         return parts.layer.mlp(parts.layer.post_attention_layernorm(residual)), residual
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orthorank import OrthoRankConfig, OrthoRankError
-from orthorank.serving.selection import Chosen, choose_below, choose_share
+from orthorank.serving.selection import PackedRows, choose_below, choose_share
 from orthorank.serving.steps import Step
 from tests.orthorank.serving.stated import Row, by_request, groups, step_of
 
@@ -34,7 +34,7 @@ def drawn(data: st.DataObject, rows: list[Row], padding: int = 0) -> list[float]
     return data.draw(st.lists(SCORES, min_size=total, max_size=total)) + [-INF] * padding
 
 
-def assert_chosen(chosen: Chosen, step: Step, rows: list[Row], expected: list[list[int]], room: int = 0) -> None:
+def assert_chosen(chosen: PackedRows, step: Step, rows: list[Row], expected: list[list[int]], room: int = 0) -> None:
     """``expected``: the rows that each request updates; ``room``: how many entries of -1 follow."""
     wanted = [row for request in expected for row in request]
     request_of = [i for i, row in enumerate(rows) for _ in range(row.tokens)]

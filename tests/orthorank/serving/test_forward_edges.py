@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
-from orthorank.serving.layer import selected_forward
+from orthorank.serving.layer import packed_forward
 from tests.orthorank.naive import assert_close
 from tests.orthorank.serving.engine import Engine, LayerParts, Request
 from tests.orthorank.serving.served import plan_of, tokens_of
@@ -27,7 +27,7 @@ def one_layer(
     states = engine.bank.states[:, 0] if rows else None
     parts = LayerParts(model, 1, engine.caches[1], batch, states)
     with torch.no_grad():
-        selected_forward(parts, plan, 1, batch.step, *given, **how)
+        packed_forward(parts, plan, 1, batch.step, *given, **how)
     return parts
 
 
