@@ -1,8 +1,8 @@
 """The selected layer over a packed batch (paper, Algorithm 1), whatever the stack's projections and cache are.
 
-    h [tokens, hidden] + r --rms_norm_score--> x, scores, r'
+    h [tokens, hidden] + r --rms_norm_select--> x, r', rows, positions
     x --keys_and_values, store--> the stack's cache, all tokens
-    scores --choose--> rows, positions;   x[rows] --queries--> Q --attend--> o --project--> a
+    x[rows] --queries--> Q --attend--> o --project--> a
     r', rows, a --gather_add_rms_norm--> s = r'[rows] + a, y = norm(s) --feed_forward--> m
     out_hidden = m at the rows, else 0;   out_residual = s at the rows, else r'
 
@@ -12,15 +12,15 @@ Stacks keep the residual stream in two parts, what the last layer added (``hidde
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from orthorank.common.criteria import BUILT_IN, FUSED, find
-from orthorank.serving.selection import PackedRows, choose_below, choose_share
+from orthorank.common.criteria import FUSED, find
+from orthorank.serving.selection import PackedRows, choose, request_of, rows_of
 from orthorank.serving.steps import Step
-from orthorank_kernels import gather_add_rms_norm, rms_norm_score, scatter_rows_
+from orthorank_kernels import gather_add_rms_norm, rms_norm_score, rms_norm_select, scatter_rows_
 
 if TYPE_CHECKING:
     from orthorank.config import OrthoRankConfig
@@ -49,7 +49,7 @@ class PackedParts(ABC):
 
     @abstractmethod
     def sinks(self, step: Step) -> Tensor:
-        """The sink's normed state of each request, ``[requests, hidden]``."""
+        """The sink's normed state for each segment, ``[segments, hidden]``: those of `Step.sink_slots`."""
 
     @abstractmethod
     def project(self, normed: Tensor) -> None:
@@ -66,6 +66,11 @@ class PackedParts(ABC):
     def agree(self, scores: Tensor) -> Tensor:
         """The scores that all ranks of a layer select by; by themselves all ranks have the same hidden states."""
         return scores
+
+    @property
+    def agrees(self) -> bool:
+        """Whether `agree` may give others than it is given. Where it does not, one launch norms, scores and selects."""
+        return type(self).agree is not PackedParts.agree
 
 
 def packed_forward(
@@ -86,7 +91,7 @@ def packed_forward(
         parts: the layer; plan: how it selects; layer: its number in the plan; step: what is in the batch.
         hidden, residual: ``[tokens or more, hidden]``, the residual stream is their sum. Not written to.
         out_hidden, out_residual: where the result goes, contiguous, shape and dtype of ``hidden``.
-        read_count: see `choose_below`; only ``select="threshold"`` asks.
+        read_count: see `orthorank.serving.selection.rows_of`; only ``select="threshold"`` asks.
 
     Raises:
         OrthoRankError: the layer does not select, or the step was made by another plan.
@@ -95,27 +100,8 @@ def packed_forward(
         out_hidden.zero_()
         torch.add(hidden, residual, out=out_residual)
         return
-    norm, sinks = parts.norm_in, parts.sinks(step)
     normed = torch.empty_like(out_hidden)
-    scores = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-    rms_norm_score(
-        hidden,
-        norm.weight,
-        norm.eps,
-        residual=residual,
-        score=FUSED.get(plan.criterion, "inner"),
-        sink=sinks,
-        cu_seqlens=step.cu_tokens,
-        out=(normed, scores, out_residual),
-    )
-    scores = parts.agree(scores)
-    ranks = scores if plan.criterion in FUSED else _ranks(plan, layer, step, normed, scores, sinks)
-    if plan.criterion not in BUILT_IN:
-        ranks = parts.agree(ranks)
-    if plan.select == "threshold":
-        chosen = choose_below(step, ranks, plan.thresholds[layer], read_count=read_count)
-    else:
-        chosen = choose_share(step, ranks, plan.ratio(layer))
+    chosen = _norm_and_select(parts, plan, layer, step, hidden, residual, (normed, out_residual), read_count)
     parts.project(normed)
     out_hidden.zero_()
     if chosen.rows.shape[0] == 0:
@@ -126,11 +112,42 @@ def packed_forward(
     scatter_rows_(out_hidden, chosen.rows, parts.feed_forward(added.normed))
 
 
+def _norm_and_select(
+    parts: PackedParts,
+    plan: "OrthoRankConfig",
+    layer: int,
+    step: Step,
+    hidden: Tensor,
+    residual: Tensor,
+    out: tuple[Tensor, Tensor],
+    read_count: bool,
+) -> PackedRows:
+    """The chosen rows; the norm of all tokens and the sum that was normed go to ``out``."""
+    norm, sinks, request = parts.norm_in, parts.sinks(step), request_of(step, plan, layer)
+    how: dict[str, Any] = {"residual": residual, "score": FUSED.get(plan.criterion, "inner"), "sink": sinks}
+    normed, summed = out
+    scores = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    if plan.criterion in FUSED and not parts.agrees and not step.forced.shape[0]:
+        # positions, counts, rows and where each segment's begin
+        sizes = request["max_selected"], len(sinks), request["max_selected"], len(sinks) + 1
+        room = [torch.empty(size, dtype=torch.int32, device=hidden.device) for size in sizes]
+        into = (normed, scores, summed, *room)
+        picked = rms_norm_select(hidden, norm.weight, norm.eps, **request, **how, workspace=step.workspace, out=into)
+        return rows_of(step, picked, request, read_count=read_count)
+    rms_norm_score(hidden, norm.weight, norm.eps, **how, cu_seqlens=step.cu_segments, out=(normed, scores, summed))
+    ranks = scores = parts.agree(scores)
+    if plan.criterion == "inverse":  # of the scores alone: no token needs its sink
+        ranks = -scores
+    elif plan.criterion not in FUSED:
+        ranks = parts.agree(_ranks(plan, layer, step, normed, scores, sinks))
+    return choose(step, ranks, request, read_count=read_count)
+
+
 def _ranks(plan: "OrthoRankConfig", layer: int, step: Step, normed: Tensor, scores: Tensor, sinks: Tensor) -> Tensor:
     """What a registered criterion gives: float32 ``[tokens or more]``. It is pointwise, so each token is a row."""
     criterion, given = find(plan.criterion), {"scores": scores[:, None], "layer": layer, "seed": plan.seed}
     token = torch.arange(normed.shape[0], dtype=torch.int32, device=normed.device)
-    request = torch.searchsorted(step.cu_tokens[1:].contiguous(), token, right=True).clamp(max=step.requests - 1)
+    segment = torch.searchsorted(step.cu_segments[1:].contiguous(), token, right=True).clamp(max=len(sinks) - 1)
     valid = (token < step.tokens)[:, None]
     needed = {need: given[need] for need in criterion.needs}
-    return criterion(normed[:, None], sinks.index_select(0, request), valid, **needed)[:, 0]
+    return criterion(normed[:, None], sinks.index_select(0, segment), valid, **needed)[:, 0]

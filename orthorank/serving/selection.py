@@ -1,6 +1,6 @@
 """Which rows of a step a layer updates."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,7 +8,11 @@ from torch import Tensor
 from orthorank.common.errors import OrthoRankError
 from orthorank.serving.steps import Step
 from orthorank_kernels import select_tokens
+from orthorank_kernels.ops.norm_selection import NormSelection
 from orthorank_kernels.ops.selection import Selection
+
+if TYPE_CHECKING:
+    from orthorank.config import OrthoRankConfig
 
 
 class PackedRows(NamedTuple):
@@ -25,61 +29,65 @@ class PackedRows(NamedTuple):
     cu_selected: Tensor
 
 
-def choose_share(step: Step, ranks: Tensor, ratio: float) -> PackedRows:
-    """The rows of smallest rank in every segment, as many as ``ratio`` says: how many in all is known on the host.
-
-    Args:
-        ranks: float32 ``[tokens or more]``; written to: the forced rows get -inf.
+def request_of(step: Step, plan: "OrthoRankConfig", layer: int) -> dict[str, Any]:
+    """What ``layer`` asks of `select_tokens`: so many of each segment, or all below a number, and where they lie.
 
     Raises:
         OrthoRankError: the step was made for other ratios.
     """
+    if plan.select == "threshold":
+        return below(step, plan.thresholds[layer])
+    return share(step, plan.ratio(layer))
+
+
+def share(step: Step, ratio: float) -> dict[str, Any]:
+    """`request_of` for a keep ratio: how many in all is known on the host."""
     if ratio not in step.counts:
         known = ", ".join(map(str, step.counts)) or "none"
         raise OrthoRankError(
             f"a layer selects with the keep ratio {ratio}; this step was made for {known}: make it with the layer's "
             "plan, and run layers with ratio 0 or 1 without selection"
         )
-    picked = select_tokens(
-        _forced(step, ranks),
-        step.counts[ratio],
-        cu_seqlens=step.cu_segments,
-        position_offsets=step.offsets,
-        sink_positions=step.sink_positions,
-        max_selected=step.selected[ratio],
-    )
-    return _by_request(step, picked)
+    return {"k": step.counts[ratio], "max_selected": step.selected[ratio]} | _layout(step)
 
 
-def choose_below(step: Step, ranks: Tensor, threshold: float, *, read_count: bool) -> PackedRows:
-    """The rows that rank below ``threshold``. How many these are, the device knows.
+def below(step: Step, threshold: float) -> dict[str, Any]:
+    """`request_of` for a threshold. How many score less, the device knows."""
+    return {"threshold": threshold, "max_selected": step.tokens} | _layout(step)
+
+
+def _layout(step: Step) -> dict[str, Any]:
+    return {
+        "cu_seqlens": step.cu_segments,
+        "position_offsets": step.offsets,
+        "sink_positions": step.sink_positions,
+    }
+
+
+def choose(step: Step, ranks: Tensor, request: dict[str, Any], *, read_count: bool = True) -> PackedRows:
+    """The rows of smallest rank that ``request`` asks for.
 
     Args:
-        ranks: as for `choose_share`.
-        read_count: True: the host reads that number, so that everything behind has its size; False: the host waits for
-            nothing, and everything behind has room for all tokens of the step.
+        ranks: float32 ``[tokens or more]``; written to: `Step.forced` gets -inf. read_count: as for `rows_of`.
     """
-    picked = select_tokens(
-        _forced(step, ranks),
-        threshold=threshold,
-        cu_seqlens=step.cu_segments,
-        position_offsets=step.offsets,
-        sink_positions=step.sink_positions,
-        max_selected=step.tokens,
-    )
-    chosen = _by_request(step, picked)
-    if not read_count:
-        return chosen
-    count = int(chosen.cu_selected[-1])
-    return chosen._replace(rows=chosen.rows[:count], positions=chosen.positions[:count])
+    if step.forced.shape[0]:
+        ranks.index_fill_(0, step.forced, -torch.inf)
+    return rows_of(step, select_tokens(ranks, **request), request, read_count=read_count)
 
 
-def _forced(step: Step, ranks: Tensor) -> Tensor:
-    return ranks.index_fill_(0, step.forced, -torch.inf)
+def rows_of(
+    step: Step, picked: Selection | NormSelection, request: dict[str, Any], *, read_count: bool = True
+) -> PackedRows:
+    """What was picked segment by segment, request by request.
 
-
-def _by_request(step: Step, picked: Selection) -> PackedRows:
-    """What was picked segment by segment."""
+    Args:
+        read_count: with a threshold, True: the host reads how many these are, so that everything behind has its size;
+            False: the host waits for nothing, and everything behind has room for all tokens of the step.
+    """
     assert picked.rows is not None
     assert picked.cu_selected is not None  # the packed layout has both
-    return PackedRows(picked.rows, picked.positions, picked.cu_selected.index_select(0, step.first_segment))
+    found = PackedRows(picked.rows, picked.positions, picked.cu_selected.index_select(0, step.first_segment))
+    if "k" in request or not read_count:
+        return found
+    count = int(found.cu_selected[-1])
+    return found._replace(rows=found.rows[:count], positions=found.positions[:count])

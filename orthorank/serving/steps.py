@@ -4,14 +4,16 @@ A step holds the new tokens of many requests, one after another: whole prompts, 
 Each request is cut into *segments*, and a segment selects by itself:
 
     a prompt, or its chunk        one segment, or one for each window of W positions that it touches
-    the tokens behind the prompt  one segment, of which every token is updated: generated tokens pass all layers, also
-                                  when a preempted request is computed again
+    a prompt's last tokens        one segment, of which every token is updated, where they are forced; by a threshold,
+                                  which takes no numbers, they are named one by one
+    the tokens behind the prompt  one segment like that: generated tokens pass all layers, also when a preempted request
+                                  is computed again
 
 Every number comes from the lengths of prompts and caches, so no layer waits for the device.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
@@ -35,7 +37,8 @@ class Segment:
     Args:
         row: the first of them among all tokens of the step; tokens: how many.
         position: of the first of them in its request.
-        forced: so many at its end are updated in any case; all: the segment lies behind the prompt.
+        forced: so many at its end are updated in any case; all: all of them are.
+        apart: so many forced tokens behind it, counted with it, are a segment of their own.
     """
 
     row: int
@@ -43,6 +46,7 @@ class Segment:
     position: int
     forced: int = 0
     all: bool = False
+    apart: int = 0
 
     @property
     def has_sink(self) -> bool:
@@ -53,7 +57,18 @@ class Segment:
         """How many a layer of that keep ratio updates."""
         if self.all:
             return self.tokens
-        return keep_count(self.tokens, ratio, self.forced, sink_inside=self.has_sink)
+        together = keep_count(self.tokens + self.apart, ratio, self.forced + self.apart, sink_inside=self.has_sink)
+        return together - self.apart
+
+    def divided(self) -> "list[Segment]":
+        """The same tokens, those forced at the end by themselves: so each segment selects what scores least, or all."""
+        if self.all or not 0 < self.forced < self.tokens:
+            return [self]
+        rest = self.tokens - self.forced
+        return [
+            replace(self, tokens=rest, forced=0, apart=self.forced),
+            Segment(self.row + rest, self.forced, self.position + rest, all=True),
+        ]
 
     @property
     def forced_rows(self) -> range:
@@ -107,10 +122,12 @@ class Step:
         offsets: int32 ``[segments]``, position of each segment's first token in its request.
         sink_positions: int32 ``[segments]``, 0 where the request's first token is in it, else -1.
         first_segment: int32 ``[requests + 1]``, number of each request's first segment.
+        workspace: int32 zeros ``[segments or more]`` for `rms_norm_select`, which leaves them zero.
         counts: for each keep ratio, int32 ``[segments]``: tokens that are updated.
         selected: for each keep ratio the sum of these, on the host.
-        forced: int64, rows that are updated whatever they score.
-        sink_slots: int64 ``[requests]``, where the bank holds the sink of each request.
+        forced: int64, rows that are updated whatever they score, where that is not said by segments: a threshold takes
+            no number of tokens.
+        sink_slots: int64 ``[segments]``, where the bank holds the sink of each segment's request.
     """
 
     tokens: int
@@ -120,6 +137,7 @@ class Step:
     offsets: Tensor
     sink_positions: Tensor
     first_segment: Tensor
+    workspace: Tensor
     counts: dict[float, Tensor]
     selected: dict[float, int]
     forced: Tensor
@@ -153,16 +171,17 @@ def make_step(
     """
     plans.check(plan)
     segments: list[Segment] = []
-    first_segment = [0]
-    for (begin, end), before, prompt in zip(pairwise(starts), cached, prompts, strict=True):
+    first_segment, slots = [0], list[int]()
+    below = plan.select == "threshold"
+    for (begin, end), before, prompt, slot in zip(pairwise(starts), cached, prompts, sink_slots, strict=True):
         if end > begin:
-            segments += segments_of(
-                begin, end - begin, before, prompt, keep_last=plan.keep_last, window=plan.select_window
-            )
+            own = segments_of(begin, end - begin, before, prompt, keep_last=plan.keep_last, window=plan.select_window)
+            segments += own if below else [part for segment in own for part in segment.divided()]
+        slots += [slot] * (len(segments) - first_segment[-1])
         first_segment.append(len(segments))
     ratios = sorted({plan.ratio(layer) for layer in plan.selecting})
     counts = {ratio: [s.count(ratio) for s in segments] for ratio in ratios}
-    forced = [row for s in segments if plan.select == "threshold" or not s.all for row in s.forced_rows]
+    forced = [row for s in segments for row in s.forced_rows] if below else []
     tensors = _on_device(
         [
             starts,
@@ -170,8 +189,9 @@ def make_step(
             [s.position for s in segments],
             [0 if s.has_sink else -1 for s in segments],
             first_segment,
+            [0] * max(1, len(segments)),
             forced,
-            sink_slots,
+            slots,
             *counts.values(),
         ],
         device,
@@ -184,10 +204,11 @@ def make_step(
         offsets=tensors[2],
         sink_positions=tensors[3],
         first_segment=tensors[4],
-        counts=dict(zip(ratios, tensors[7:], strict=True)),
+        workspace=tensors[5],
+        counts=dict(zip(ratios, tensors[8:], strict=True)),
         selected={ratio: sum(each) for ratio, each in counts.items()},
-        forced=tensors[5].long(),
-        sink_slots=tensors[6].long(),
+        forced=tensors[6].long(),
+        sink_slots=tensors[7].long(),
     )
 
 

@@ -54,13 +54,16 @@ class Launches(TorchDispatchMode):
         if func.namespace == _library.NAMESPACE:
             before = len(self.gpus.launches)
             self.inside += 1
+            how = kwargs
+            if name.endswith("_out"):  # into memory of the caller
+                name, how = name.removesuffix("_out"), {"out": tuple(kwargs.values())}
             with self:
-                result = LAUNCHERS[name](*args, **kwargs)
+                result = LAUNCHERS[name](*args, **how)
             self.inside -= 1
             for number in range(before, len(self.gpus.launches)):
                 first = number == before
                 self._note(name, _bytes_of_op(name, func, args, kwargs, result) if first else 0)
-            return result
+            return result if how is kwargs else None
         result = func(*args, **kwargs)
         if name not in FREE and func.namespace != "prim":
             self._note(name, 0 if self.inside else sum(map(_bytes, _distinct([args, kwargs, result]))))

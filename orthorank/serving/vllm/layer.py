@@ -97,7 +97,7 @@ class LayerParts(PackedParts):
         return RMSNorm(norm.weight, norm.variance_epsilon)
 
     def sinks(self, step: Step) -> Tensor:
-        """From the bank, by the first token of each request."""
+        """From the bank, by the first token of each segment's request."""
         shared: Shared = self.layer.orthorank
         number = shared.layers.index(self.layer.orthorank_index)
         return shared.bank.states[:, number].index_select(0, step.sink_slots)
@@ -123,10 +123,12 @@ class LayerParts(PackedParts):
 
     def agree(self, scores: Tensor) -> Tensor:
         """The first rank's, if asked for."""
-        group = hooks.parallel_group()
-        if self.layer.orthorank.serving.scores == "own" or group.world_size == 1:
-            return scores
-        return group.broadcast(scores, src=0)
+        return hooks.parallel_group().broadcast(scores, src=0) if self.agrees else scores
+
+    @property
+    def agrees(self) -> bool:
+        """Whether that is asked for, and there are others."""
+        return self.layer.orthorank.serving.scores != "own" and hooks.parallel_group().world_size > 1
 
 
 class RemovedLayer(nn.Module):
