@@ -13,7 +13,7 @@ import torch
 import orthorank
 from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank.hf.status import Total
-from orthorank.serving.selection import choose_share
+from orthorank.serving.selection import choose, share
 from orthorank.serving.steps import make_step
 from orthorank_kernels import rms_norm_select, sparse_query_attention
 from tests.orthorank.hf.test_layer import ids_of
@@ -335,7 +335,7 @@ def test_ops_and_paged_choices_of_eight_threads() -> None:
         positions = picked.positions
         attended = sparse_query_attention(heads[:, :, positions[0].long()], heads, heads, positions)
         step = make_step(plan, [0, tokens], [0], [tokens], [0], torch.device("cpu"))
-        chosen = choose_share(step, picked.scores[0].clone(), 0.5)
+        chosen = choose(step, picked.scores[0].clone(), share(step, 0.5))
         return [positions, attended, chosen.rows, chosen.cu_selected]
 
     expected = [results(i) for i in range(THREADS)]

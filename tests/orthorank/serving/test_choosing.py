@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orthorank import OrthoRankConfig, OrthoRankError
-from orthorank.serving.selection import PackedRows, choose_below, choose_share
+from orthorank.serving.selection import PackedRows, below, choose, share
 from orthorank.serving.steps import Step
 from tests.orthorank.serving.stated import Row, by_request, groups, step_of
 
@@ -27,6 +27,14 @@ def plan_of(window: int | None = None, **fields: Any) -> OrthoRankConfig:
 
 def threshold_plan(keep_last: int = 0) -> OrthoRankConfig:
     return plan_of(select="threshold", thresholds={1: THRESHOLD}, keep_last=keep_last)
+
+
+def choose_share(step: Step, ranks: torch.Tensor, ratio: float) -> PackedRows:
+    return choose(step, ranks, share(step, ratio))
+
+
+def choose_below(step: Step, ranks: torch.Tensor, threshold: float, *, read_count: bool) -> PackedRows:
+    return choose(step, ranks, below(step, threshold), read_count=read_count)
 
 
 def drawn(data: st.DataObject, rows: list[Row], padding: int = 0) -> list[float]:

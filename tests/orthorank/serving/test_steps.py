@@ -14,7 +14,7 @@ from orthorank.hf.calls import read_call
 from orthorank.hf.phases import Phase
 from orthorank.hf.windows import windows_of
 from orthorank.serving.steps import make_step, segments_of, selects
-from tests.orthorank.serving.stated import CPU, Row, groups, step_of
+from tests.orthorank.serving.stated import CPU, Group, Row, groups, step_of
 
 RATIOS = st.sampled_from([0.01, 0.1, 0.29, 1 / 3, 0.5, 0.9, 0.999])
 WINDOWS = st.none() | st.integers(1, 20)
@@ -43,6 +43,17 @@ def test_segments_and_counts_as_stated(rows: list[Row], keep_last: int, window: 
     assert [s.count(ratio) for s in found] == [g.count(ratio) for g in stated]
 
 
+def divided(group: Group) -> list[Group]:
+    """The group, what is forced of it by itself."""
+    rest = len(group.rows) - len(group.forced)
+    if group.behind or not 0 < len(group.forced) < len(group.rows):
+        return [group]
+    return [
+        Group(group.request, False, group.rows[:rest], group.positions[:rest]),
+        Group(group.request, True, group.rows[rest:], group.positions[rest:]),
+    ]
+
+
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(ROWS | FRESH, max_size=5), st.integers(0, 3), WINDOWS, st.lists(RATIOS, min_size=2, max_size=2))
 def test_the_step_holds_what_the_segments_say(
@@ -53,17 +64,25 @@ def test_the_step_holds_what_the_segments_say(
     total = sum(row.tokens for row in rows)
     assert (step.tokens, step.requests) == (total, len(rows))
     assert step.cu_tokens.tolist() == [sum(row.tokens for row in rows[:i]) for i in range(len(rows) + 1)]
-    assert step.cu_segments.tolist() == [*(g.rows[0] for g in stated), total]
-    assert step.offsets.tolist() == [g.positions[0] for g in stated]
-    assert step.sink_positions.tolist() == [-1 if g.sink is None else 0 for g in stated]
+    pieces = [piece for group in stated for piece in divided(group)]
+    assert step.cu_segments.tolist() == [*(piece.rows[0] for piece in pieces), total]
+    assert step.offsets.tolist() == [piece.positions[0] for piece in pieces]
+    assert step.sink_positions.tolist() == [-1 if piece.sink is None else 0 for piece in pieces]
     assert step.first_segment.tolist() == [
-        sum(group.request < request for group in stated) for request in range(len(rows) + 1)
+        sum(piece.request < request for piece in pieces) for request in range(len(rows) + 1)
     ]
+    assert step.sink_slots.tolist() == [0] * len(pieces)
+    assert step.workspace.tolist() == [0] * max(1, len(pieces))
     assert set(step.counts) == set(step.selected) == set(ratios)
     for ratio, counts in step.counts.items():
-        assert counts.tolist() == [g.count(ratio) for g in stated]
-        assert int(counts.sum()) == step.selected[ratio]
-    assert step.forced.tolist() == sorted(row for g in stated for row in g.forced)
+        shares = [piece.count(ratio) for piece in pieces]
+        for group in stated:
+            own = [i for i, piece in enumerate(pieces) if piece.rows[0] in group.rows]
+            if len(own) == 2:  # what is forced, and the rest of the share
+                shares[own[0]] = group.count(ratio) - len(group.forced)
+        assert counts.tolist() == shares
+        assert int(counts.sum()) == step.selected[ratio] == sum(group.count(ratio) for group in stated)
+    assert step.forced.tolist() == [], "their segments say it"
     for tensor in (step.cu_tokens, step.cu_segments, step.offsets, step.sink_positions, step.first_segment):
         assert tensor.dtype == torch.int32
     assert (step.forced.dtype, step.sink_slots.dtype) == (torch.int64, torch.int64)
@@ -125,7 +144,9 @@ def test_tokens_behind_the_prompt_are_all_updated(window: int | None) -> None:
     """A single generated token, several, a prompt's end with some behind it, and all of it again after a preemption."""
     plan = plan_of(window, keep_ratio=0.25, keep_last=2)
     step = step_of(plan, [Row(40, 1, 40), Row(70, 5, 40), Row(36, 8, 40), Row(0, 48, 40)])
-    assert step.counts[0.25].tolist() == ([1, 5, 2, 4, 10, 8] if window is None else [1, 5, 2, 4, 4, 4, 2, 8])
+    assert step.counts[0.25].tolist() == (
+        [1, 5, 0, 2, 4, 8, 2, 8] if window is None else [1, 5, 0, 2, 4, 4, 4, 0, 2, 8]
+    )
     assert step.sink_positions.tolist().count(0) == 1
 
 
@@ -160,11 +181,11 @@ def test_nothing_at_all() -> None:
 
 
 def test_threshold_forces_what_lies_behind_the_prompt() -> None:
-    """There it has to be said: no count takes them. With counts, they are taken anyway."""
+    """There it has to be said: no count takes them. With counts, segments of their own say it."""
     rows = [Row(0, 6, 4), Row(9, 1, 5), Row(0, 3, 9)]
     plan = plan_of(select="threshold", thresholds={1: 0.5, 2: 0.5}, keep_last=2)
     assert step_of(plan, rows).forced.tolist() == [2, 3, 4, 5, 6]
-    assert step_of(plan_of(keep_last=2), rows).forced.tolist() == [2, 3]
+    assert step_of(plan_of(keep_last=2), rows).forced.tolist() == []
 
 
 def test_which_requests_select() -> None:
@@ -183,7 +204,7 @@ def test_which_requests_select() -> None:
 def test_no_position_wraps_around() -> None:
     last = 2**31 - 2
     step = step_of(plan_of(64, keep_last=1), [Row(last - 70, 70, last)])
-    assert step.offsets.tolist() == [last - 70, last - last % 64]
+    assert step.offsets.tolist() == [last - 70, last - last % 64, last - 1]
     with pytest.raises(OverflowError):
         step_of(plan_of(), [Row(2**31, 3, 2**31 + 3)])
 
