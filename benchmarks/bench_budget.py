@@ -24,7 +24,7 @@ from benchmarks.bench_criteria import JOINED, read_text
 from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank.common.files import write_json
 from orthorank.evaluation import perplexity
-from orthorank.hf.models import load_model
+from orthorank.models import load_model
 from orthorank.plans import default_plan
 from orthorank.search import Evaluator, candidate_layers
 from orthorank.search.budget import BudgetInterrupted, BudgetState, Effort, Progress, best_plan, budget_search

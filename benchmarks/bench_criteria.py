@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from orthorank import OrthoRankError
-from orthorank.hf.models import load_model
+from orthorank.models import load_model
 from orthorank.search import Evaluator, candidate_layers
 from orthorank.stack.layers import LayerStack
 from orthorank.stack.sink import detect_sink

@@ -29,7 +29,7 @@ from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank.calibration.thresholds import calibrate
 from orthorank.common.files import write_json
 from orthorank.evaluation import perplexity
-from orthorank.hf.models import load_model
+from orthorank.models import load_model
 from orthorank.plans import default_plan
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "wikitext2"

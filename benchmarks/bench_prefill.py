@@ -18,7 +18,7 @@ import torch
 
 from orthorank import OrthoRankConfig, OrthoRankError
 from orthorank.evaluation import flop_speedup, layer_cost, time_prefill
-from orthorank.hf.models import load_model
+from orthorank.models import load_model
 from orthorank.plans import default_plan
 
 GOAL = 0.95

@@ -24,7 +24,7 @@ import torch
 from orthorank import OrthoRankError
 from orthorank.common.texts import find_text, take_samples, tokenize
 from orthorank.evaluation.flops import Dimensions
-from orthorank.hf.models import load_model
+from orthorank.models import load_model
 from orthorank.search import Evaluator, SearchState, begin_search, candidate_layers, greedy_round
 from orthorank.stack.layers import LayerStack
 from orthorank.stack.sink import detect_sink

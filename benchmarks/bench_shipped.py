@@ -18,7 +18,7 @@ from orthorank.common.files import write_json
 from orthorank.common.texts import find_text, take_samples, tokenize
 from orthorank.demo.settings import Settings
 from orthorank.evaluation import perplexity
-from orthorank.hf.models import load_model
+from orthorank.models import load_model
 from orthorank.plans import default_plan
 
 

@@ -26,7 +26,7 @@ from orthorank import OrthoRankConfig
 from orthorank.calibration.thresholds import calibrate
 from orthorank.common.files import write_json
 from orthorank.common.texts import find_text, tokenize
-from orthorank.hf.models import load_model
+from orthorank.models import load_model
 from orthorank.plans import default_plan
 from orthorank.serving.vllm.arguments import vllm_arguments
 from orthorank.serving.vllm.serving import Serving

@@ -19,7 +19,7 @@ import torch
 from orthorank import OrthoRankConfig, apply
 from orthorank.common.files import write_text
 from orthorank.evaluation import flop_speedup, perplexity
-from orthorank.hf.models import load_model
+from orthorank.models import load_model
 from orthorank.search import Evaluator, SearchState, candidate_layers, greedy_search, layer_count
 from orthorank.stack.layers import LayerStack
 from orthorank.stack.sink import detect_sink

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from orthorank.hf.families import FAMILIES, register_family
     from orthorank.hf.family import Family
     from orthorank.hf.family_check import check_family
-    from orthorank.hf.models import load_model
+    from orthorank.models import load_model
     from orthorank_kernels._version import __version__
 
 __all__ = [
@@ -47,7 +47,7 @@ __getattr__, __dir__ = exports(
         "orthorank.hf.families": ("FAMILIES", "register_family"),
         "orthorank.hf.family": ("Family",),
         "orthorank.hf.family_check": ("check_family",),
-        "orthorank.hf.models": ("load_model",),
+        "orthorank.models": ("load_model",),
         "orthorank_kernels._version": ("__version__",),
     },
 )

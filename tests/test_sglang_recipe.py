@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from orthorank import OrthoRankConfig, apply
-from orthorank.serving.sinks import SinkBank
+from orthorank.packed.sinks import SinkBank
 from tests.orthorank.conftest import make_tiny_model
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "sglang.md"

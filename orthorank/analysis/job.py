@@ -61,7 +61,7 @@ def run_analysis(settings: AnalysisSettings, screen: Screen) -> dict[str, Any]:
     from orthorank.analysis.layerwise import compare_layers
     from orthorank.analysis.similarity import measure_similarities
     from orthorank.common.texts import Bos, find_text, read_tokens
-    from orthorank.hf.models import load_model, locate
+    from orthorank.models import load_model, locate
     from orthorank.stack.layers import LayerStack
     from orthorank.stack.sink import detect_sink
 

@@ -63,7 +63,7 @@ def command(
     from orthorank.common.files import writable_folder
     from orthorank.evaluation.bench import BenchSettings, run_bench
     from orthorank.evaluation.bench_results import results_of
-    from orthorank.hf.models import load_model, locate
+    from orthorank.models import load_model, locate
 
     register(criterion)
     if engine not in ENGINES:

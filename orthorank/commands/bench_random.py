@@ -46,7 +46,7 @@ def run(
     from orthorank.commands.bench_shared import counted, deliver
     from orthorank.evaluation.bench_random import bench_random
     from orthorank.evaluation.random_weights import random_model, read_config, unsearched_plans
-    from orthorank.hf.models import pick_device
+    from orthorank.models import pick_device
 
     read_config(config, layers)  # what is wrong with it is said before a model is made
     if graph and (place := pick_device(device)).type != "cuda":

@@ -44,7 +44,7 @@ def run(
 
 
 def _arguments(words: str | None, dtype: str | None) -> dict[str, Any]:
-    from orthorank.hf.models import DTYPES
+    from orthorank.models import DTYPES
 
     if dtype is not None and dtype not in DTYPES:
         raise OrthoRankError(f"dtype is {dtype!r}; it may be {', '.join(DTYPES)}")
@@ -66,7 +66,7 @@ def _model(name: str | None) -> tuple[str, Any]:
     from transformers import AutoConfig
 
     from orthorank.common.loading import quiet
-    from orthorank.hf.models import locate
+    from orthorank.models import locate
 
     if name is None:
         raise OrthoRankError(f"--engine vllm needs a model: {NEEDS_FOLDER}")

@@ -67,7 +67,7 @@ def command(
 
     from orthorank.calibration.thresholds import calibrate
     from orthorank.common.texts import Bos, read_tokens, take_samples
-    from orthorank.hf.models import load_model, locate
+    from orthorank.models import load_model, locate
     from orthorank.plans import default_plan
 
     with screen.progress(f"loading {locate(model).name}", 1):

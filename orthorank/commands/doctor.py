@@ -23,7 +23,7 @@ def command(
     from orthorank.commands.screen import RichScreen, console
     from orthorank.common import format as words
     from orthorank.common.texts import Bos, check_bos
-    from orthorank.hf.models import load_model, locate
+    from orthorank.models import load_model, locate
     from orthorank.serving.vllm.installed import installed
     from orthorank.stack.sink import candidate_layers, detect_sink
 

@@ -43,7 +43,7 @@ def command(
     from orthorank.evaluation.perplexity import auto_batch_size
     from orthorank.evaluation.texts import evaluation_text, most_windows
     from orthorank.hf.apply import apply, check_plan
-    from orthorank.hf.models import load_model, locate
+    from orthorank.models import load_model, locate
 
     if window < 2:
         raise OrthoRankError(f"window is {window}; it must be at least 2, since the first token is not predicted")

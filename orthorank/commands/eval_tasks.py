@@ -40,7 +40,7 @@ def command(
     from orthorank.common.files import write_json
     from orthorank.common.texts import check_bos
     from orthorank.evaluation.task_scores import evaluate_tasks
-    from orthorank.hf.models import load_model, locate
+    from orthorank.models import load_model, locate
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     for name, value in (("limit", limit), ("batch_size", batch_size)):

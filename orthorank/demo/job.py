@@ -17,7 +17,7 @@ from orthorank.common.texts import Bos, find_text, read_tokens, take_samples
 from orthorank.demo import choose, measure
 from orthorank.demo.run import PLAN_FILES, REPORT, RESULTS, Run
 from orthorank.demo.settings import Settings
-from orthorank.hf.models import load_model, locate, pick_device
+from orthorank.models import load_model, locate, pick_device
 from orthorank_kernels._version import __version__
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from orthorank.common.progress import Screen
 from orthorank.common.texts import Samples, Text
 from orthorank.config import FILE_NAME, OrthoRankConfig
 from orthorank.demo.settings import Settings
-from orthorank.hf.models import ModelInfo
+from orthorank.models import ModelInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -17,7 +17,7 @@ class Settings:
 
     Args:
         output: folder for the results.
-        model, device: as for `orthorank.hf.models.load_model`. text: a file; None: see `orthorank.common.texts`.
+        model, device: as for `orthorank.models.load_model`. text: a file; None: see `orthorank.common.texts`.
         plan: ``"search"``, ``"default"`` (the one shipped for the model), or a plan's file or folder.
         sparsity: nominal share of token-layer updates that a search leaves out; None: 0.2.
         keep_ratio: of a selected layer, in a search or with ``layers``; None: 1/3.

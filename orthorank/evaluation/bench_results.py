@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from orthorank.evaluation.bench import BenchReport
-    from orthorank.hf.models import ModelInfo
+    from orthorank.models import ModelInfo
 
 
 def results_of(

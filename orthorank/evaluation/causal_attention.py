@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orthorank.calls.masks import PACKED
 from orthorank.common.errors import OrthoRankError
-from orthorank.hf.masks import PACKED
 
 NAME = "sdpa_causal"
 

@@ -40,7 +40,7 @@ def random_model(
 
     Args:
         config: a name of `shipped_configs`, a config.json as the hub has it, or a folder with one.
-        device: where; dtype: of the weights, as `orthorank.hf.models.load_model` takes it.
+        device: where; dtype: of the weights, as `orthorank.models.load_model` takes it.
         attention: transformers' ``attn_implementation``; ``"sdpa_causal"`` is
             `orthorank.evaluation.causal_attention`, the same in eager, captured and compiled models.
         layers: decoder layers to make; None: as many as the configuration has.
@@ -66,7 +66,7 @@ def random_model(
     from transformers import AutoModelForCausalLM
 
     from orthorank.evaluation.causal_attention import NAME, register
-    from orthorank.hf.models import pick_device, pick_dtype
+    from orthorank.models import pick_device, pick_dtype
 
     place = pick_device(str(device))
     read = read_config(config, layers)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from orthorank.calls.call import Call
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import user_path
 from orthorank.common.loading import Complete
@@ -22,7 +23,6 @@ from orthorank.config import OrthoRankConfig
 from orthorank.evaluation import answer_cache
 from orthorank.hf.apply import Handle, apply
 from orthorank.hf.apply import context as prompts_of
-from orthorank.hf.calls import Call
 from orthorank_kernels.remedies import install
 
 try:

@@ -14,8 +14,8 @@ from orthorank.hf.apply import apply
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from orthorank.calls.call import Call
     from orthorank.config import OrthoRankConfig
-    from orthorank.hf.calls import Call
 
 
 @dataclass(frozen=True)

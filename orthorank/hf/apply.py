@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
+from orthorank.calls.call import Call, Watcher
+from orthorank.calls.generating import generating
+from orthorank.calls.phases import Phase, context_lengths, phase_of
+from orthorank.calls.unmasked import Watch
+from orthorank.common.call_lock import CallLock
 from orthorank.common.criteria import is_pointwise
 from orthorank.common.errors import OrthoRankError
+from orthorank.common.patching import Patch, forward_of
 from orthorank.config import OrthoRankConfig, hub_id
 from orthorank.hf import cache_state as sink_state
-from orthorank.hf.call_lock import CallLock
-from orthorank.hf.calls import Call, Watcher
 from orthorank.hf.families import decoder_of, device_of, family_of, layers_of, unwrapped
 from orthorank.hf.family import Family
 from orthorank.hf.family_check import checked_family
 from orthorank.hf.forwards import DecoderForward, Generate, LayerForward, PrepareInputs
-from orthorank.hf.generating import generating
 from orthorank.hf.intact import TakenApart, check_classes, implementation_of
 from orthorank.hf.parts import Parts
-from orthorank.hf.patching import Patch, forward_of
-from orthorank.hf.phases import Phase, context_lengths, phase_of
 from orthorank.hf.refusals import refused_methods
 from orthorank.hf.status import LayerCounts, Status, status_of
-from orthorank.hf.unmasked import Watch
 from orthorank.plan_checks import MOST, check_integer, shown
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from orthorank.calls.call import Call
 from orthorank.common.errors import OrthoRankError
-from orthorank.hf.calls import Call
-from orthorank.hf.patching import Patch
+from orthorank.common.patching import Patch
 
 if TYPE_CHECKING:
     from orthorank.config import OrthoRankConfig

@@ -17,8 +17,8 @@ from orthorank.hf.cache_state import rows_at
 from orthorank_kernels import rms_norm_score, rms_norm_select
 
 if TYPE_CHECKING:
+    from orthorank.calls.call import Call
     from orthorank.config import OrthoRankConfig
-    from orthorank.hf.calls import Call
     from orthorank.hf.parts import Parts
 
 # From which cosine to the sink's state on a token is a further sink. The states of sinks are alike, since a few massive

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from orthorank.common.errors import OrthoRankError
+from orthorank.common.own_code import not_compiled
 from orthorank.hf.family import Family, always, plain_heads, split_heads
-from orthorank.hf.own_code import not_compiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

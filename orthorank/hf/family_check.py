@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from orthorank.calls.call import Call
 from orthorank.common.errors import OrthoRankError
+from orthorank.common.patching import forward_of
 from orthorank.config import OrthoRankConfig
-from orthorank.hf.calls import Call
 from orthorank.hf.families import TESTED, decoder_of, family_of, layers_of
 from orthorank.hf.family import Family
 from orthorank.hf.intact import TakenApart
 from orthorank.hf.layer import selected_forward
-from orthorank.hf.patching import forward_of
 from orthorank.hf.selection import prepared
 
 if TYPE_CHECKING:

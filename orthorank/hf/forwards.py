@@ -8,24 +8,24 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from orthorank.calls.call import Call, Watcher, cache_of, read_call
+from orthorank.calls.generating import PREPARES, phase_inside
+from orthorank.calls.phases import Phase, phase_of
+from orthorank.calls.unmasked import Watch
+from orthorank.common.call_lock import CallLock
 from orthorank.common.errors import OrthoRankError
+from orthorank.common.patching import Patch
 from orthorank.config import OrthoRankConfig
 from orthorank.hf import cache_state as sink_state
 from orthorank.hf.ablations import without_cache
-from orthorank.hf.call_lock import CallLock
-from orthorank.hf.calls import Call, Watcher, cache_of, read_call
 from orthorank.hf.family import Family
-from orthorank.hf.generating import PREPARES, phase_inside
 from orthorank.hf.intact import TakenApart
 from orthorank.hf.layer import removed_forward, selected_forward
 from orthorank.hf.layer_plan import LayerPlan
 from orthorank.hf.parts import Parts
-from orthorank.hf.patching import Patch
-from orthorank.hf.phases import Phase, phase_of
 from orthorank.hf.refusals import refuse_chunks, refuse_outputs, refuse_unrun
 from orthorank.hf.selection import prepared
 from orthorank.hf.status import LayerCounts
-from orthorank.hf.unmasked import Watch
 
 
 class Applied(Protocol):

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orthorank.calls.call import Call
 from orthorank.config import OrthoRankConfig
 from orthorank.hf import cache_state as sink_state
 from orthorank.hf import selection as choosing
 from orthorank.hf.ablations import attention_among_selected
-from orthorank.hf.calls import Call
 from orthorank.hf.criteria import Chosen, norm_and_select, scored_states
 from orthorank.hf.parts import Parts
 from orthorank_kernels import gather_rows, scatter_add_rows_, sparse_query_attention

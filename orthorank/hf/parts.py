@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from orthorank.common.errors import OrthoRankError
+from orthorank.common.own_code import has_own_forward, is_code_of, not_compiled
 from orthorank.hf.family import Family, split_heads
-from orthorank.hf.own_code import has_own_forward, is_code_of, not_compiled
 from orthorank_kernels import apply_rotary_at, gather_add_rms_norm, silu_and_mul
 
 Tables = tuple[Tensor, Tensor]  # cos and sin

@@ -4,7 +4,7 @@ from typing import Any
 
 from orthorank.common.criteria import check_pointwise
 from orthorank.common.errors import OrthoRankError
-from orthorank.hf.patching import Patch
+from orthorank.common.patching import Patch
 
 CONTINUOUS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 OUTPUTS = {

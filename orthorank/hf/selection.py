@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from orthorank.calls.call import Call
 from orthorank.config import OrthoRankConfig
-from orthorank.hf.calls import Call
 from orthorank.hf.layer_plan import threshold_of
 from orthorank.hf.windows import is_exact, select_in_windows, windows_by_ratio
 from orthorank_kernels import select_tokens

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from orthorank.calls.call import Call, Windows
 from orthorank.config import OrthoRankConfig
-from orthorank.hf.calls import Call, Windows
 from orthorank_kernels import keep_count, select_tokens
 
 

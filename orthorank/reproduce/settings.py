@@ -41,7 +41,7 @@ class ReproduceSettings:
             this length, None: all.
         sweep: nominal sparsities. prompt_tokens, rounds: of the throughput.
         criteria: further rows of Table 3, by names that plans may have.
-        device, dtype: as for `orthorank.hf.models.load_model`.
+        device, dtype: as for `orthorank.models.load_model`.
 
     Raises:
         OrthoRankError: a value that is not possible.

@@ -13,7 +13,7 @@ from orthorank.common.progress import Screen
 from orthorank.common.texts import Text, check_ids, tokenize
 from orthorank.config import OrthoRankConfig
 from orthorank.hf.apply import apply
-from orthorank.hf.models import load_model, locate
+from orthorank.models import load_model, locate
 from orthorank.reproduce.cells import Cells
 from orthorank.reproduce.settings import ReproduceSettings
 from orthorank.stack.counts import layer_count

@@ -10,7 +10,7 @@ from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.progress import Screen
 from orthorank.config import OrthoRankConfig
-from orthorank.hf.models import ModelInfo, load_model, locate, pick_device, pick_dtype
+from orthorank.models import ModelInfo, load_model, locate, pick_device, pick_dtype
 from orthorank.search.calibration import Calibration, cut_windows, find_source
 from orthorank.search.distributed import Group, local_device
 from orthorank.search.folder import Folder

@@ -26,7 +26,7 @@ class SearchSettings:
 
     Args:
         output: folder for the plan and the state.
-        model, device, device_map, dtype: as for `orthorank.hf.models.load_model`.
+        model, device, device_map, dtype: as for `orthorank.models.load_model`.
         method: ``"greedy"`` (SLEB), ``"one-shot"`` (Shortened LLaMA) or ``"influence"`` (ShortGPT).
         metric: of one-shot: ``"ppl"``, ``"taylor"`` or ``"magnitude"``; None: ppl.
         keep_ratio: of a chosen layer; 0 removes it.

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from orthorank.calls.call import Call, read_call
+from orthorank.calls.phases import Phase
 from orthorank.common.errors import OrthoRankError
+from orthorank.common.patching import Patch, forward_of
 from orthorank.config import OrthoRankConfig
 from orthorank.hf.apply import handle_of
-from orthorank.hf.calls import Call, read_call
 from orthorank.hf.criteria import norm_and_rank
 from orthorank.hf.families import decoder_of, device_of, layers_of
 from orthorank.hf.family_check import checked_family
 from orthorank.hf.intact import TakenApart
 from orthorank.hf.layer import selected_forward
 from orthorank.hf.parts import Parts
-from orthorank.hf.patching import Patch, forward_of
-from orthorank.hf.phases import Phase
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

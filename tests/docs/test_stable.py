@@ -60,7 +60,7 @@ DOCUMENTED = sorted(
 
 
 def test_the_page_names_rooms_and_what_they_hand_on_is_there() -> None:
-    assert {"orthorank", "orthorank_kernels", "orthorank.search", "orthorank.serving"} <= set(ROOMS)
+    assert {"orthorank", "orthorank_kernels", "orthorank.packed", "orthorank.search"} <= set(ROOMS)
     for room in ROOMS:
         module = importlib.import_module(room)
         assert len(module.__all__) == len(set(module.__all__)), room

@@ -51,7 +51,7 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def smollm2() -> Iterator[tuple[Any, Any]]:
     """SmolLM2-135M-Instruct, ``(model, tokenizer)``, fp32 on the CPU. Leave it as it was: others use it, too."""
-    from orthorank.hf.models import load_model
+    from orthorank.models import load_model
 
     model, tokenizer, _ = load_model(device="cpu", dtype="float32")
     forwards = [layer.forward for layer in model.model.layers]

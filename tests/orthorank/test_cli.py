@@ -102,7 +102,7 @@ def test_a_doctor_in_a_process_says_no_with_exit_code_1(tiny_folder):
 )
 def test_wrong_input_is_one_sentence_and_exit_code_2(orthorank, monkeypatch, arguments, sentence):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("orthorank.hf.models._load", no_load_of(sentence))
+    monkeypatch.setattr("orthorank.models._load", no_load_of(sentence))
     code, out, err = orthorank(*arguments)
     assert code == 2
     assert err.startswith("orthorank: ")
@@ -113,7 +113,7 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(orthorank, monkeypatch, arg
 
 def no_load_of(sentence: str):
     """No model is loaded before the arguments are checked, except where the sentence is about the model's source."""
-    from orthorank.hf import models
+    from orthorank import models
 
     def load(*arguments: object) -> None:
         raise AssertionError("a model was loaded before the arguments were checked")
@@ -122,7 +122,7 @@ def no_load_of(sentence: str):
 
 
 def test_an_unwritable_output_folder_is_named_before_the_model_is_loaded(orthorank, monkeypatch, tmp_path):
-    monkeypatch.setattr("orthorank.hf.models._load", no_load_of(""))
+    monkeypatch.setattr("orthorank.models._load", no_load_of(""))
 
     def refuse(*arguments: object, **options: object) -> None:
         raise PermissionError(13, "Permission denied")
@@ -207,7 +207,7 @@ def test_doctor_as_json_holds_the_report(orthorank, tiny_folder):
 
 
 def test_doctor_says_yes_to_smollm2(orthorank, monkeypatch, smollm2):
-    from orthorank.hf import models
+    from orthorank import models
 
     info = models._describe(smollm2[0], models.locate(None))
     monkeypatch.setattr(models, "load_model", lambda *arguments: (*smollm2, info))
@@ -242,7 +242,7 @@ def test_layer_numbers_that_are_none(words: str) -> None:
 def test_no_such_home() -> None:
     from orthorank.common.files import writable_folder
     from orthorank.common.texts import find_text
-    from orthorank.hf.models import locate
+    from orthorank.models import locate
 
     for use in (writable_folder, locate, find_text):
         with pytest.raises(OrthoRankError, match="no such home directory"):

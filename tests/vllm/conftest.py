@@ -97,7 +97,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct as a folder that vLLM loads."""
     import torch
 
-    from orthorank.hf.models import load_model
+    from orthorank.models import load_model
 
     folder = tmp_path_factory.mktemp("smollm2")
     model, tokenizer, _ = load_model(None, "cpu", "float32")

@@ -54,8 +54,8 @@ def _compare(config: Any, dtype_name: str, layout: str, options: dict[str, Any])
     from vllm.model_executor.layers.attention import Attention
     from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
-    from orthorank.serving.selection import PackedRows
-    from orthorank.serving.views import split_last
+    from orthorank.packed.selection import PackedRows
+    from orthorank.packed.views import split_last
     from orthorank.serving.vllm.attention import attend_paged, attend_portable, paged_obstacle
     from orthorank.serving.vllm.backend import StepMetadata
 

@@ -7,8 +7,8 @@ import torch
 
 from benchmarks.campaign.measure import Context
 from orthorank import OrthoRankConfig
+from orthorank.calls.call import Call
 from orthorank.evaluation.random_weights import random_model
-from orthorank.hf.calls import Call
 from orthorank.hf.families import family_of
 from orthorank.hf.layer import selected_forward
 from orthorank.hf.parts import Parts

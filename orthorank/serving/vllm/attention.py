@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from orthorank.common.errors import OrthoRankError
-from orthorank.serving import views
-from orthorank.serving.selection import PackedRows
+from orthorank.packed import views
+from orthorank.packed.selection import PackedRows
 from orthorank.serving.vllm import hooks
 from orthorank.serving.vllm.backend import StepMetadata
 from orthorank.serving.vllm.interface import OBJECTS, expect

@@ -11,8 +11,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 from orthorank.common.errors import OrthoRankError
-from orthorank.serving.sinks import SinkBank
-from orthorank.serving.steps import Step, make_step, selects
+from orthorank.packed.sinks import SinkBank
+from orthorank.packed.steps import Step, make_step, selects
 from orthorank.serving.vllm.interface import TESTED
 from orthorank.serving.vllm.requests import RequestTable
 from orthorank.serving.vllm.serving import Serving

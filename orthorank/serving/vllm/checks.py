@@ -5,7 +5,7 @@ from itertools import chain
 from typing import Any
 
 from orthorank.common.errors import OrthoRankError
-from orthorank.serving import plans
+from orthorank.packed import plans
 from orthorank.serving.vllm import hooks, interface
 from orthorank.serving.vllm.hooks import ARCHITECTURES
 from orthorank.serving.vllm.serving import HOW, Serving

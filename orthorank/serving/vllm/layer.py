@@ -6,10 +6,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from orthorank.common.errors import OrthoRankError
-from orthorank.serving import operator
-from orthorank.serving.layer import PackedParts, RMSNorm, packed_forward
-from orthorank.serving.selection import PackedRows
-from orthorank.serving.steps import Step
+from orthorank.packed import operator
+from orthorank.packed.layer import PackedParts, RMSNorm, packed_forward
+from orthorank.packed.selection import PackedRows
+from orthorank.packed.steps import Step
 from orthorank.serving.vllm import attention as attending
 from orthorank.serving.vllm import hooks
 from orthorank.serving.vllm.backend import Shared, StepMetadata, selecting_backend, step_metadata
@@ -34,7 +34,7 @@ class SelectingLayer(nn.Module):
     def run(
         self, positions: Tensor, hidden: Tensor, residual: Tensor, out_hidden: Tensor, out_residual: Tensor
     ) -> None:
-        """What the operator does: see `orthorank.serving.operator`."""
+        """What the operator does: see `orthorank.packed.operator`."""
         found = step_metadata(hooks.metadata_of(self.self_attn.attn.layer_name))
         if found is None or found.step is None:
             self._run_dense(positions, hidden, residual, out_hidden, out_residual)

@@ -10,8 +10,8 @@ from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
-from orthorank.serving import operator
-from orthorank.serving.sinks import SinkBank
+from orthorank.packed import operator
+from orthorank.packed.sinks import SinkBank
 from orthorank.serving.vllm import hooks, interface
 from orthorank.serving.vllm.backend import Shared
 from orthorank.serving.vllm.checks import check

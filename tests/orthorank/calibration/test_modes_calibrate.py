@@ -161,7 +161,7 @@ def test_the_command(orthorank: Any, tiny_folder: Path, text: Path, tmp_path: Pa
 
 
 def apply_to(folder: Path, plan: OrthoRankConfig) -> Any:
-    from orthorank.hf.models import load_model
+    from orthorank.models import load_model
 
     return apply(load_model(str(folder), "cpu")[0], plan)
 

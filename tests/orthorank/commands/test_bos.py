@@ -11,7 +11,7 @@ from orthorank import OrthoRankConfig, OrthoRankError
 from orthorank.cli import main
 from orthorank.common.texts import Bos, Text, adds_bos, take_samples, tokenize
 from orthorank.evaluation import perplexity
-from orthorank.hf.models import load_model
+from orthorank.models import load_model
 from orthorank.stack.sink import detect_sink
 from tests.orthorank.tiny import tiny
 

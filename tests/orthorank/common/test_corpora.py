@@ -9,7 +9,7 @@ import torch
 
 from orthorank import OrthoRankError
 from orthorank.common.datasets import dataset_texts
-from orthorank.hf.models import load_model
+from orthorank.models import load_model
 from orthorank.search import run_search
 from tests.orthorank.search_runs import plan_in, settings
 

@@ -16,7 +16,7 @@ import torch
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank.demo import Settings, SilentScreen, run_demo
-from orthorank.hf.models import load_model
+from orthorank.models import load_model
 from orthorank.plans import default_plan, shipped_plans
 from tests.orthorank.report.test_report import usage
 

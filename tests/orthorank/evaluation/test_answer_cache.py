@@ -14,7 +14,7 @@ REQUESTS = ("the river is wide and the old stone bridge holds", " well today")
 
 @pytest.fixture
 def model(tiny_folder: Path) -> tuple[Any, Any]:
-    from orthorank.hf.models import load_model
+    from orthorank.models import load_model
 
     loaded, tokenizer, _ = load_model(str(tiny_folder), device="cpu")
     tokenizer.eos_token = "!"
@@ -143,7 +143,7 @@ def test_answers_to_longbench_are_of_the_weights(
     from transformers import AutoTokenizer
 
     from orthorank.cli import main
-    from orthorank.hf.models import load_model
+    from orthorank.models import load_model
 
     pytest.importorskip("rouge")
     folder = tmp_path / "model"

@@ -25,7 +25,7 @@ def text_file(tmp_path: Path) -> Path:
 
 
 def test_the_command(tiny_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from orthorank.hf.models import load_model
+    from orthorank.models import load_model
 
     plan = orthorank.OrthoRankConfig(layers=[2, 3], keep_ratio=0.5)
     removed = orthorank.OrthoRankConfig(layers=[2], keep_ratio=0)

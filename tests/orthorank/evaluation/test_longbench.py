@@ -82,7 +82,7 @@ def test_templates_and_lengths_agree_with_the_harness() -> None:
 
 @pytest.fixture
 def byte_model(tiny_folder: Path) -> tuple[Any, Any]:
-    from orthorank.hf.models import load_model
+    from orthorank.models import load_model
 
     model, tokenizer, _ = load_model(str(tiny_folder), device="cpu")
     return model, tokenizer

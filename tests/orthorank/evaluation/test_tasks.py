@@ -65,7 +65,7 @@ def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def byte_model(folder: Path) -> tuple[Any, Any]:
-    from orthorank.hf.models import load_model
+    from orthorank.models import load_model
 
     model, tokenizer, _ = load_model(str(folder), device="cpu")
     return model, tokenizer
@@ -175,7 +175,7 @@ def test_an_idle_layer_is_an_error(byte_model: tuple[Any, Any]) -> None:
 
 
 def test_a_tokenizer_without_bos_and_eos_is_refused(tiny_folder: Path) -> None:
-    from orthorank.hf.models import load_model
+    from orthorank.models import load_model
 
     model, tokenizer, _ = load_model(str(tiny_folder), device="cpu")
     with pytest.raises(OrthoRankError, match="neither a BOS nor an EOS token"):

@@ -24,7 +24,7 @@ def page_of(found: dict[str, Any]) -> str:
 
 @pytest.fixture
 def loaded(tiny_folder: Path) -> tuple[Any, Any]:
-    from orthorank.hf.models import load_model
+    from orthorank.models import load_model
 
     model, tokenizer, _ = load_model(str(tiny_folder), device="cpu")
     return model, tokenizer

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
-from orthorank.hf.calls import Call
+from orthorank.calls.call import Call
 from orthorank.hf.criteria import SINK_COSINE, norm_and_select
 from orthorank.stack.layers import LayerStack
 from tests.orthorank import naive

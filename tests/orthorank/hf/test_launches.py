@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from orthorank import OrthoRankConfig
-from orthorank.hf.calls import Call
+from orthorank.calls.call import Call
 from orthorank.hf.families import FAMILIES
 from orthorank.hf.layer import selected_forward
 from orthorank.hf.parts import Parts

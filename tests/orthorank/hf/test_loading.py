@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from orthorank import OrthoRankConfig, OrthoRankError
 from orthorank.cli import main
-from orthorank.hf.models import load_model
+from orthorank.models import load_model
 
 Tensors = dict[str, torch.Tensor]
 MLP = "model.layers.3.mlp"

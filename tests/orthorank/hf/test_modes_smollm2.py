@@ -10,8 +10,8 @@ from transformers import DynamicCache
 
 from orthorank import OrthoRankConfig, apply
 from orthorank.calibration.thresholds import calibrate
+from orthorank.calls.call import Call
 from orthorank.common.texts import find_text
-from orthorank.hf.calls import Call
 from orthorank.plans import default_plan
 from orthorank.stack.layers import LayerStack
 

@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 
 from orthorank import OrthoRankConfig, apply, status
-from orthorank.hf.calls import Call, read_call
-from orthorank.hf.phases import Phase
+from orthorank.calls.call import Call, read_call
+from orthorank.calls.phases import Phase
 from orthorank.hf.selection import prepared
 from orthorank.hf.windows import windows_of
 from tests.orthorank import naive, rules

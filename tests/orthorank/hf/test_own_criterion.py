@@ -17,8 +17,8 @@ from orthorank.calibration.thresholds import calibrate
 from orthorank.cli import main
 from orthorank.common import criteria
 from orthorank.hf import ablations
+from orthorank.packed import plans
 from orthorank.search.settings import SearchSettings
-from orthorank.serving import plans
 from orthorank.stack.layers import LayerStack
 from tests.orthorank.hf.test_layer import ids_of
 from tests.orthorank.naive import assert_close

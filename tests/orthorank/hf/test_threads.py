@@ -13,8 +13,8 @@ import torch
 import orthorank
 from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank.hf.status import Total
-from orthorank.serving.selection import choose, share
-from orthorank.serving.steps import make_step
+from orthorank.packed.selection import choose, share
+from orthorank.packed.steps import make_step
 from orthorank_kernels import rms_norm_select, sparse_query_attention
 from tests.orthorank.hf.test_layer import ids_of
 

@@ -80,7 +80,7 @@ def test_perplexities_are_those_of_the_plans(
 ) -> None:
     import orthorank
     from orthorank.evaluation.perplexity import perplexity
-    from orthorank.hf.models import load_model
+    from orthorank.models import load_model
 
     model, tokenizer, _ = load_model(str(tiny_folder), device="cpu")
     for row in finished[1]["table3"]["rows"]:

@@ -123,7 +123,7 @@ def test_the_applied_plan_has_the_loss_of_the_search(
     run: tuple[Path, dict[str, Any], Watcher], tiny_folder: Path
 ) -> None:
     """The same windows through the patched model: perplexity is the exponential of the calibration loss."""
-    from orthorank.hf.models import load_model
+    from orthorank.models import load_model
     from orthorank.search.calibration import cut_windows, find_source
 
     output, results, _ = run

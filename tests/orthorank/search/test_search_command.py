@@ -16,7 +16,7 @@ import torch
 from orthorank import OrthoRankConfig, OrthoRankError, cli
 from orthorank.common.texts import find_text
 from orthorank.demo import Settings, run_demo
-from orthorank.hf.models import load_model
+from orthorank.models import load_model
 from orthorank.search.run import run_search
 from tests.orthorank.search_runs import Watcher, calibration_ids, plan_in, settings, short_text, without_times
 

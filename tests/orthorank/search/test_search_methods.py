@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from orthorank import OrthoRankConfig, OrthoRankError, cli
-from orthorank.hf.models import load_model
+from orthorank.models import load_model
 from orthorank.search.run import run_search
 from orthorank.search.settings import SearchSettings
 from orthorank.stack.layers import LayerStack

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from orthorank import OrthoRankConfig, OrthoRankError
-from orthorank.serving.sinks import SinkBank
+from orthorank.packed.sinks import SinkBank
 from orthorank.serving.vllm import hooks
 from orthorank.serving.vllm.backend import Shared, StepMetadata, step_metadata
 from orthorank.serving.vllm.requests import RequestTable

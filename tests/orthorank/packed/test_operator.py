@@ -1,4 +1,4 @@
-"""`orthorank.serving.operator`: outputs written where the caller put them, opaque to compilers."""
+"""`orthorank.packed.operator`: outputs written where the caller put them, opaque to compilers."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.fx.passes.split_module import split_module
 
-from orthorank.serving import operator
-from orthorank.serving.operator import decoder_layer
+from orthorank.packed import operator
+from orthorank.packed.operator import decoder_layer
 
 OP = torch.ops.orthorank.decoder_layer
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from orthorank.common.errors import OrthoRankError
-from orthorank.serving.steps import Step
+from orthorank.packed.steps import Step
 from orthorank_kernels import select_tokens
 from orthorank_kernels.ops.norm_selection import NormSelection
 from orthorank_kernels.ops.selection import Selection

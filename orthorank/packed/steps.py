@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orthorank.serving import plans
+from orthorank.packed import plans
 from orthorank_kernels import keep_count
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""`orthorank.serving.selection` against a plain sort."""
+"""`orthorank.packed.selection` against a plain sort."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orthorank import OrthoRankConfig, OrthoRankError
-from orthorank.serving.selection import PackedRows, below, choose, share
-from orthorank.serving.steps import Step
-from tests.orthorank.serving.stated import Row, by_request, groups, step_of
+from orthorank.packed.selection import PackedRows, below, choose, share
+from orthorank.packed.steps import Step
+from tests.orthorank.packed.stated import Row, by_request, groups, step_of
 
 NAN, INF = float("nan"), float("inf")
 ROWS = st.lists(

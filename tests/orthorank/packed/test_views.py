@@ -1,4 +1,4 @@
-"""`orthorank.serving.views`: attention over the caches of vLLM and SGLang where they lie, against dense."""
+"""`orthorank.packed.views`: attention over the caches of vLLM and SGLang where they lie, against dense."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from orthorank import OrthoRankError
-from orthorank.serving import views
+from orthorank.packed import views
 from orthorank_kernels import sparse_query_attention_paged
 
 BLOCKS, SIZE, HEADS, DIM, QUERY_HEADS = 9, 16, 2, 32, 6

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from orthorank.calls.masks import Columns, refuse_packed, refuse_restarts, refuse_right_padding, valid_columns
+from orthorank.calls.phases import Phase
 from orthorank.common.errors import OrthoRankError
-from orthorank.hf.masks import Columns, refuse_packed, refuse_restarts, refuse_right_padding, valid_columns
-from orthorank.hf.phases import Phase
 from orthorank_kernels import keep_count
 
 if TYPE_CHECKING:

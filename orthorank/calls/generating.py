@@ -13,9 +13,9 @@ from types import CodeType, FrameType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+from orthorank.calls.phases import Phase
 from orthorank.common.errors import OrthoRankError
-from orthorank.hf.patching import Patch
-from orthorank.hf.phases import Phase
+from orthorank.common.patching import Patch
 
 PREPARES = "prepare_inputs_for_generation"
 

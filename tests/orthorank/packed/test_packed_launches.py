@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from orthorank import OrthoRankConfig
-from orthorank.serving.layer import PackedParts, RMSNorm, packed_forward
-from orthorank.serving.selection import PackedRows
-from orthorank.serving.steps import Step
+from orthorank.packed.layer import PackedParts, RMSNorm, packed_forward
+from orthorank.packed.selection import PackedRows
+from orthorank.packed.steps import Step
 from tests.orthorank.launches import Launches
 from tests.orthorank_kernels.fake_gpu import fake_gpus
 

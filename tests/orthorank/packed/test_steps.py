@@ -1,4 +1,4 @@
-"""`orthorank.serving.steps`: segments and counts, against a statement of them and the Hugging Face path."""
+"""`orthorank.packed.steps`: segments and counts, against a statement of them and the Hugging Face path."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from orthorank import OrthoRankConfig
-from orthorank.hf.calls import read_call
-from orthorank.hf.phases import Phase
+from orthorank.calls.call import read_call
+from orthorank.calls.phases import Phase
 from orthorank.hf.windows import windows_of
-from orthorank.serving.steps import make_step, segments_of, selects
-from tests.orthorank.serving.stated import CPU, Group, Row, groups, step_of
+from orthorank.packed.steps import make_step, segments_of, selects
+from tests.orthorank.packed.stated import CPU, Group, Row, groups, step_of
 
 RATIOS = st.sampled_from([0.01, 0.1, 0.29, 1 / 3, 0.5, 0.9, 0.999])
 WINDOWS = st.none() | st.integers(1, 20)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from orthorank import OrthoRankConfig
-from orthorank.serving import views
-from orthorank.serving.layer import PackedParts, RMSNorm, packed_forward
-from orthorank.serving.selection import PackedRows
-from orthorank.serving.sinks import SinkBank
-from orthorank.serving.steps import Step, make_step
+from orthorank.packed import views
+from orthorank.packed.layer import PackedParts, RMSNorm, packed_forward
+from orthorank.packed.selection import PackedRows
+from orthorank.packed.sinks import SinkBank
+from orthorank.packed.steps import Step, make_step
 from orthorank_kernels import gather_rows, sparse_query_attention_paged
 
 BLOCK_SIZE = 16

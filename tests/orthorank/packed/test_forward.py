@@ -1,4 +1,4 @@
-"""`orthorank.serving.layer`: packed requests give what Hugging Face models give each of them alone."""
+"""`orthorank.packed.layer`: packed requests give what Hugging Face models give each of them alone."""
 
 from itertools import pairwise
 from typing import Any
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from orthorank_kernels import dispatch
 from tests.orthorank.naive import assert_close
-from tests.orthorank.serving.engine import Engine, Request
-from tests.orthorank.serving.served import assert_rows_as_promised, hugging_face, plan_of, serve, tokens_of
+from tests.orthorank.packed.engine import Engine, Request
+from tests.orthorank.packed.served import assert_rows_as_promised, hugging_face, plan_of, serve, tokens_of
 
 
 def three_requests() -> tuple[list[Request], list[list[int]]]:

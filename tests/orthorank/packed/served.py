@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from orthorank import OrthoRankConfig, apply
 from tests.orthorank.naive import assert_close
-from tests.orthorank.serving.engine import Engine, Request
+from tests.orthorank.packed.engine import Engine, Request
 
 WINDOW = 8
 THRESHOLDS = {"orthogonal": 9.0, "inverse": -9.0, "cosine": 0.1}  # some half of the tokens of these models

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from orthorank.common.criteria import FUSED, find
-from orthorank.serving.selection import PackedRows, choose, request_of, rows_of
-from orthorank.serving.steps import Step
+from orthorank.packed.selection import PackedRows, choose, request_of, rows_of
+from orthorank.packed.steps import Step
 from orthorank_kernels import gather_add_rms_norm, rms_norm_score, rms_norm_select, scatter_rows_
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def packed_forward(
         parts: the layer; plan: how it selects; layer: its number in the plan; step: what is in the batch.
         hidden, residual: ``[tokens or more, hidden]``, the residual stream is their sum. Not written to.
         out_hidden, out_residual: where the result goes, contiguous, shape and dtype of ``hidden``.
-        read_count: see `orthorank.serving.selection.rows_of`; only ``select="threshold"`` asks.
+        read_count: see `orthorank.packed.selection.rows_of`; only ``select="threshold"`` asks.
 
     Raises:
         OrthoRankError: the layer does not select, or the step was made by another plan.

@@ -1,4 +1,4 @@
-"""`orthorank.serving.sinks`: what is kept, what makes room, and that nothing is computed twice."""
+"""`orthorank.packed.sinks`: what is kept, what makes room, and that nothing is computed twice."""
 
 from collections import OrderedDict
 from itertools import islice
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orthorank import OrthoRankError
-from orthorank.serving.sinks import SinkBank
+from orthorank.packed.sinks import SinkBank
 
 
 class Computed:

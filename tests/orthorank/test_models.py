@@ -5,11 +5,10 @@ import shutil
 import pytest
 import torch
 
-from orthorank import OrthoRankError
+from orthorank import OrthoRankError, models
 from orthorank.common import loading
 from orthorank.config import hub_id
-from orthorank.hf import models
-from orthorank.hf.models import PACKAGED_ID, load_model, locate, pick_device, pick_dtype
+from orthorank.models import PACKAGED_ID, load_model, locate, pick_device, pick_dtype
 
 
 def test_a_folder_loads_in_eval_mode_and_fp32_on_the_cpu(tiny_folder):

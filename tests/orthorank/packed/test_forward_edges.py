@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
-from orthorank.serving.layer import packed_forward
+from orthorank.packed.layer import packed_forward
 from tests.orthorank.naive import assert_close
-from tests.orthorank.serving.engine import Engine, LayerParts, Request
-from tests.orthorank.serving.served import plan_of, tokens_of
-from tests.orthorank.serving.stated import Row, step_of
+from tests.orthorank.packed.engine import Engine, LayerParts, Request
+from tests.orthorank.packed.served import plan_of, tokens_of
+from tests.orthorank.packed.stated import Row, step_of
 from tests.orthorank.tiny import tiny
 
 

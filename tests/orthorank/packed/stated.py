@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from orthorank import OrthoRankConfig
-from orthorank.serving.steps import Step, make_step
+from orthorank.packed.steps import Step, make_step
 
 CPU = torch.device("cpu")
 
