@@ -3,6 +3,7 @@
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import nn
 
 # Hooks of accelerate that move inputs and weights and change no value.
@@ -82,3 +83,19 @@ def not_compiled(module: Any) -> Any:
     """
     inside = getattr(module, "_modules", {}).get("_orig_mod")
     return module if inside is None else inside
+
+
+def is_changed(module: Any) -> bool:
+    """Whether calling ``module`` runs more, or something else, than its class says."""
+    return "forward" in vars(module) or has_hooks(module)
+
+
+def has_hooks(module: Any) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
+@torch.compiler.assume_constant_result
+def is_code_of_class(kind: Any, home: str) -> bool:
+    """`is_code_of` for the forward of a class, which a compiled graph takes as it is."""
+    return is_code_of(kind.forward, home)

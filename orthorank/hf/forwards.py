@@ -8,9 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from orthorank.calls.call import Call, Watcher, cache_of, read_call
+from orthorank.calls.call import Call, Watcher
 from orthorank.calls.generating import PREPARES, phase_inside
 from orthorank.calls.phases import Phase, phase_of
+from orthorank.calls.reading import cache_of, read_call
 from orthorank.calls.unmasked import Watch
 from orthorank.common.call_lock import CallLock
 from orthorank.common.errors import OrthoRankError

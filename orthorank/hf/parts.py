@@ -1,110 +1,19 @@
 """The parts of one decoder layer as the selected layer's forward uses them, whatever the family."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from orthorank.common.errors import OrthoRankError
-from orthorank.common.own_code import has_own_forward, is_code_of, not_compiled
+from orthorank.common.own_code import not_compiled
 from orthorank.hf.family import Family, split_heads
+from orthorank.hf.norm import Norm
+from orthorank.hf.products import fused, swiglu_of
 from orthorank_kernels import apply_rotary_at, gather_add_rms_norm, silu_and_mul
 
 Tables = tuple[Tensor, Tensor]  # cos and sin
-
-
-IDENTITY: dict[str, Any] = {"weight": None, "eps": 1e-6, "norm": "identity"}  # what the kernels take where none is
-
-
-@dataclass(frozen=True, eq=False)  # the hash of its fields, which some compilers ask for before there are any, fails
-class Norm:
-    """A norm of a layer, or its absence.
-
-    Args:
-        module: the layer's module; None: there is no norm here.
-        kind: ``"rms"``, ``"layer"`` or ``"module"``; weight_offset: added to the weight, 1 for Gemma.
-        home: the module of Python that the family's norms are code of; empty: any.
-    """
-
-    module: Any
-    kind: str = "rms"
-    weight_offset: float = 0.0
-    home: str = ""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The norm of ``x`` by the module itself; ``x`` where there is none."""
-        return x if self.module is None else self.module(x)
-
-    @property
-    def eps(self) -> float:
-        """What is added to the mean square."""
-        return getattr(self.module, self.eps_name)
-
-    @property
-    def eps_name(self) -> str:
-        """How the module calls it."""
-        return "eps" if hasattr(self.module, "eps") else "variance_epsilon"
-
-    def is_weights(self, x: Tensor) -> bool:
-        """Whether the kernels may compute the norm of ``x`` from its weights, or the module has to be called.
-
-        It is called where the kernels do not know its kind, and where that does more than its class says, or something
-        else: hooks, another class or forward (adapters, Liger-Kernel), weights that are sharded, parametrised or of
-        another dtype than ``x``.
-        """
-        module = self.module
-        if module is None:
-            return True
-        return (
-            self.kind != "module"
-            and _is_code_of(type(module), self.home)
-            and not _has_hooks(module)
-            and has_own_forward(module)
-            and all(
-                self._is_plain(getattr(module, name, None), x, needed=name == "weight") for name in ("weight", "bias")
-            )
-        )
-
-    def _is_plain(self, weight: Any, x: Tensor, needed: bool) -> bool:
-        if weight is None:
-            return not needed
-        kind = type(weight)  # a fake one stands for it where a program is traced or exported
-        return (kind in (nn.Parameter, Tensor) or kind.__name__ == "FakeTensor") and weight.dtype == x.dtype
-
-    @contextmanager
-    def applied(self, x: Tensor) -> Iterator[tuple[Tensor | None, dict[str, Any]]]:
-        """What the kernels norm ``x`` by, on the device where the norm runs: weight, eps, norm, bias, weight_offset.
-
-        Before that, None; or where the module has to be called, the norm of ``x``, of which the kernels then take the
-        identity. ``accelerate`` keeps offloaded weights elsewhere until the module is called.
-        """
-        if self.module is None:
-            yield None, IDENTITY
-            return
-        if not self.is_weights(x):
-            yield self.module(x), IDENTITY
-            return
-        hook = getattr(self.module, "_hf_hook", None)
-        if hook is not None:
-            hook.pre_forward(self.module)
-        try:
-            yield (
-                None,
-                {
-                    "weight": self.module.weight,
-                    "eps": self.eps,
-                    "norm": self.kind,
-                    "bias": getattr(self.module, "bias", None),
-                    "weight_offset": self.weight_offset,
-                },
-            )
-        finally:
-            if hook is not None:
-                hook.post_forward(self.module, None)
 
 
 @dataclass(frozen=True)
@@ -281,7 +190,7 @@ class Parts:
         quantised and adapted ones, and their hooks, are what they are. Of a mixture of experts router and experts see
         these tokens alone.
         """
-        kind = _swiglu(self.mlp)
+        kind = swiglu_of(self.mlp)
         if kind == "fused":
             fed = self.mlp.down_proj(silu_and_mul(self.mlp.gate_up_proj(normed)))
         elif kind == "split":
@@ -296,80 +205,3 @@ class Parts:
             return x
         drop = attrgetter(name)(self.layer)
         return drop(x) if callable(drop) else nn.functional.dropout(x, drop)
-
-
-def fused(projection: Any, normed: Tensor, groups: int, which: str) -> tuple[Tensor, ...]:
-    """The queries, or keys and values, of one projection for all three.
-
-    Rows of a plain linear layer's weight are taken; what is quantised, adapted, sharded or hooked runs whole.
-
-    Args:
-        groups: query heads for each key/value head; which: ``"q"`` or ``"kv"``.
-    """
-    weight: Any = getattr(projection, "weight", None)
-    bias: Any = getattr(projection, "bias", None)
-    plain = type(projection) is nn.Linear and type(weight) is nn.Parameter and not is_changed(projection)
-    whole = None if plain else projection(normed)
-    total = weight.shape[0] if whole is None else whole.shape[-1]
-    kv = total // (groups + 2)
-    rows = slice(0, total - 2 * kv) if which == "q" else slice(total - 2 * kv, total)
-    if whole is None:
-        part = nn.functional.linear(normed, weight[rows], None if bias is None else bias[rows])
-    else:
-        part = whole[..., rows]
-    return (part,) if which == "q" else (part[..., :kv], part[..., kv:])
-
-
-# Whose forward is down_proj(silu(gate) * up), if nobody changed it: gate and up of two projections, or of one.
-SWIGLU = {
-    "split": (
-        "CohereMLP",
-        "Cohere2MLP",
-        "Ernie4_5MLP",
-        "GraniteMLP",
-        "HeliumMLP",
-        "LlamaMLP",
-        "MistralMLP",
-        "Olmo2MLP",
-        "Olmo3MLP",
-        "Qwen2MLP",
-        "Qwen2MoeMLP",
-        "Qwen3MLP",
-        "Qwen3MoeMLP",
-        "SmolLM3MLP",
-        "StableLmMLP",
-    ),
-    "fused": ("GlmMLP", "Phi3MLP"),
-}
-
-
-def _swiglu(mlp: Any) -> str | None:
-    """Which kind of SwiGLU ``mlp`` is; None: none that is known, or a changed one."""
-    kind = type(mlp)
-    found = next((name for name, classes in SWIGLU.items() if kind.__name__ in classes), None)
-    activation = getattr(mlp, "activation_fn" if found == "fused" else "act_fn", None)
-    plain = (
-        found is not None
-        and kind.__module__.startswith("transformers.models.")
-        and _is_code_of(kind, kind.__module__)
-        and type(activation).__name__ in ("SiLU", "SiLUActivation")
-        and not is_changed(mlp)
-        and not is_changed(activation)
-    )
-    return found if plain else None
-
-
-def is_changed(module: Any) -> bool:
-    """Whether calling ``module`` runs more, or something else, than its class says."""
-    return "forward" in vars(module) or _has_hooks(module)
-
-
-def _has_hooks(module: Any) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
-
-
-@torch.compiler.assume_constant_result
-def _is_code_of(kind: Any, home: str) -> bool:
-    """`is_code_of` for the forward of a class, which a compiled graph takes as it is."""
-    return is_code_of(kind.forward, home)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from orthorank.calls.call import Call, read_call
+from orthorank.calls.call import Call
 from orthorank.calls.phases import Phase
+from orthorank.calls.reading import read_call
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.patching import Patch, forward_of
 from orthorank.config import OrthoRankConfig

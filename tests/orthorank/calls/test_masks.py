@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
-from orthorank.calls.call import cache_of
 from orthorank.calls.masks import valid_columns
+from orthorank.calls.reading import cache_of
 from tests.orthorank.hf.test_layer import ids_of
 from tests.orthorank.naive import assert_close
 

@@ -11,8 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 
 from orthorank import OrthoRankConfig, apply, status
-from orthorank.calls.call import Call, read_call
+from orthorank.calls.call import Call
 from orthorank.calls.phases import Phase
+from orthorank.calls.reading import read_call
 from orthorank.hf.selection import prepared
 from orthorank.hf.windows import windows_of
 from tests.orthorank import naive, rules

@@ -1,0 +1,128 @@
+"""A call of the decoder's forward, read from its arguments and from what the caller said before."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orthorank.calls.call import Call
+from orthorank.calls.masks import Columns, refuse_packed, refuse_restarts, refuse_right_padding, valid_columns
+from orthorank.calls.phases import Phase
+from orthorank.common.errors import OrthoRankError
+
+
+def read_call(
+    shape: tuple[int, int], device: torch.device, phase: Phase, kwargs: dict[str, Any], decode: str = "dense"
+) -> Call:
+    """The call that ``kwargs`` of the decoder's forward describe.
+
+    Args:
+        shape: batch and tokens of the call.
+        phase: what the caller said before; decode: what the plan says of generated tokens.
+    """
+    batch, tokens = shape
+    refuse_packed(kwargs)
+    cache = cache_of(kwargs)
+    if torch.compiler.is_compiling() and decode == "dense" and _decodes_over_tensors(cache, phase, tokens):
+        return Call(batch, tokens, past=1, prompt_tokens=0)  # how much more came before, dense layers do not ask
+    past = _past(cache, phase, tokens)
+    ranks_decoded = decode == "threshold"
+    call = Call(batch, tokens, past, _prompt_tokens(phase, past, tokens, ranks_decoded), ranks_decoded)
+    if call.decodes_only:
+        return call
+    if phase.prompt_end is None or past + tokens >= phase.prompt_end:
+        call = dataclasses.replace(call, keep_last=min(phase.keep_last, call.prompt_tokens))
+    mask = None if phase.unpadded else kwargs.get("attention_mask")
+    if phase.padding_mask is not None and phase.padding_mask.shape == (batch, past + tokens):
+        mask = phase.padding_mask
+    columns = valid_columns(mask, past + tokens, batch)
+    if ranks_decoded and phase.prompt and columns is not None:
+        refuse_right_padding(columns, past + tokens)
+    refuse_restarts(kwargs.get("position_ids"), columns, past)
+    if phase.context is not None and (call.keep_last or not ranks_decoded):
+        return _with_context(call, columns, phase.context, device)
+    return _placed(call, columns, device)
+
+
+def _placed(call: Call, columns: Columns | None, device: torch.device) -> Call:
+    """The call with its padding and sinks."""
+    if columns is not None:
+        return _padded(call, columns, device)
+    if not call.first:
+        absent = torch.full((call.batch,), -1, dtype=torch.int32, device=device)
+        call = dataclasses.replace(call, sink_positions=absent)
+    return call
+
+
+def _with_context(call: Call, columns: Columns | None, context: tuple[int, ...], device: torch.device) -> Call:
+    """The call of which only so many tokens of each row are prompt, the first ones ever given."""
+    if len(context) not in (1, call.batch):
+        raise OrthoRankError(
+            f"lengths of orthorank.context() has {len(context)} entries and the call {call.batch} rows; give one for "
+            "each row, or one for all"
+        )
+    here = [min(call.tokens, max(0, length - call.past)) for length in context]
+    ends = [call.past < length <= call.past + call.tokens for length in context]  # whether it does in this call
+    if columns is None and min(here) == max(here) and (min(ends) == max(ends) or call.keep_last == 0):
+        keep = min(call.keep_last, here[0]) if ends[0] else 0
+        return _placed(dataclasses.replace(call, prompt_tokens=here[0], keep_last=keep), None, device)
+    if columns is None:
+        zeros = torch.zeros(call.batch, dtype=torch.int64, device=device)
+        columns = zeros, zeros + call.past + call.tokens
+    start, end = (c.to(device).expand(call.batch) for c in columns)
+    prompt_end = start + torch.tensor(context, device=device)
+    here_from, here_to = start.clamp(min=call.past), end.clamp(max=call.past + call.tokens)
+    tails = (here_to - torch.maximum(prompt_end, here_from)).clamp(min=0).int()
+    keeps = None
+    if call.keep_last:  # where the context ends in this call: a row that is shorter may go on in the next
+        keeps = torch.where((prompt_end > call.past) & (prompt_end <= end), call.keep_last, 0).int()
+    return dataclasses.replace(_padded(call, columns, device), tails=tails, shortest=min(here), keeps=keeps)
+
+
+def cache_of(kwargs: dict[str, Any]) -> Any:
+    """The cache among a call's arguments: ``cache`` since transformers 5.24, before that ``past_key_values``."""
+    cache = kwargs.get("cache")
+    return kwargs.get("past_key_values") if cache is None else cache
+
+
+def _past(cache: Any, phase: Phase, tokens: int) -> int:
+    """Columns before this call."""
+    if cache is None:
+        return 0
+    length = cache.get_seq_length()
+    if isinstance(length, Tensor) and length.device.type != "cpu" and phase.padding_mask is not None:
+        return phase.padding_mask.shape[1] - tokens  # the mask of `generate()` covers all columns: nothing waits
+    return int(length) if isinstance(length, Tensor) else length  # which a graph may leave open
+
+
+def _decodes_over_tensors(cache: Any, phase: Phase, tokens: int) -> bool:
+    """Whether a call decodes over a cache that counts its tokens in a tensor, which a compiled graph cannot read.
+
+    An int of the phase would be a constant of the graph, compiled anew for each prompt; so ``decodes`` is asked first.
+    """
+    counts_in_tensor = cache is not None and isinstance(cache.get_seq_length(), Tensor)
+    return counts_in_tensor and (phase.decodes or (tokens == 1 and phase.prompt is None))
+
+
+def _prompt_tokens(phase: Phase, past: int, tokens: int, ranks_decoded: bool) -> int:
+    """How many of the call's tokens are prompt. A single token over a filled cache is a decode step."""
+    if phase.prompt_end is not None:
+        return max(0, min(tokens, phase.prompt_end - past))
+    if phase.context is not None or ranks_decoded:
+        return tokens
+    return 0 if past > 0 and tokens == 1 else tokens
+
+
+def _padded(call: Call, columns: Columns, device: torch.device) -> Call:
+    start, end = (c.to(device).expand(call.batch) for c in columns)  # one mask may serve all rows
+    first = (start - call.past).clamp(0, call.tokens)
+    last = (end - call.past).clamp(0, call.tokens)
+    here = (start >= call.past) & (start < call.past + call.tokens)
+    return dataclasses.replace(
+        call,
+        lengths=(last - first).clamp(min=0).int(),
+        starts=first.clamp(max=call.tokens - 1).int(),  # a row without tokens may name any of them: its length is 0
+        key_starts=start.int().contiguous(),
+        sink_positions=torch.where(here, start - call.past, -1).int(),
+    )

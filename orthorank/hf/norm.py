@@ -1,0 +1,99 @@
+"""A norm of a layer: computed from its weights by the kernels, or called where it does more than its class says."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from orthorank.common.own_code import has_hooks, has_own_forward, is_code_of_class
+
+IDENTITY: dict[str, Any] = {"weight": None, "eps": 1e-6, "norm": "identity"}  # what the kernels take where none is
+
+
+@dataclass(frozen=True, eq=False)  # the hash of its fields, which some compilers ask for before there are any, fails
+class Norm:
+    """A norm of a layer, or its absence.
+
+    Args:
+        module: the layer's module; None: there is no norm here.
+        kind: ``"rms"``, ``"layer"`` or ``"module"``; weight_offset: added to the weight, 1 for Gemma.
+        home: the module of Python that the family's norms are code of; empty: any.
+    """
+
+    module: Any
+    kind: str = "rms"
+    weight_offset: float = 0.0
+    home: str = ""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The norm of ``x`` by the module itself; ``x`` where there is none."""
+        return x if self.module is None else self.module(x)
+
+    @property
+    def eps(self) -> float:
+        """What is added to the mean square."""
+        return getattr(self.module, self.eps_name)
+
+    @property
+    def eps_name(self) -> str:
+        """How the module calls it."""
+        return "eps" if hasattr(self.module, "eps") else "variance_epsilon"
+
+    def is_weights(self, x: Tensor) -> bool:
+        """Whether the kernels may compute the norm of ``x`` from its weights, or the module has to be called.
+
+        It is called where the kernels do not know its kind, and where that does more than its class says, or something
+        else: hooks, another class or forward (adapters, Liger-Kernel), weights that are sharded, parametrised or of
+        another dtype than ``x``.
+        """
+        module = self.module
+        if module is None:
+            return True
+        return (
+            self.kind != "module"
+            and is_code_of_class(type(module), self.home)
+            and not has_hooks(module)
+            and has_own_forward(module)
+            and all(
+                self._is_plain(getattr(module, name, None), x, needed=name == "weight") for name in ("weight", "bias")
+            )
+        )
+
+    def _is_plain(self, weight: Any, x: Tensor, needed: bool) -> bool:
+        if weight is None:
+            return not needed
+        kind = type(weight)  # a fake one stands for it where a program is traced or exported
+        return (kind in (nn.Parameter, Tensor) or kind.__name__ == "FakeTensor") and weight.dtype == x.dtype
+
+    @contextmanager
+    def applied(self, x: Tensor) -> Iterator[tuple[Tensor | None, dict[str, Any]]]:
+        """What the kernels norm ``x`` by, on the device where the norm runs: weight, eps, norm, bias, weight_offset.
+
+        Before that, None; or where the module has to be called, the norm of ``x``, of which the kernels then take the
+        identity. ``accelerate`` keeps offloaded weights elsewhere until the module is called.
+        """
+        if self.module is None:
+            yield None, IDENTITY
+            return
+        if not self.is_weights(x):
+            yield self.module(x), IDENTITY
+            return
+        hook = getattr(self.module, "_hf_hook", None)
+        if hook is not None:
+            hook.pre_forward(self.module)
+        try:
+            yield (
+                None,
+                {
+                    "weight": self.module.weight,
+                    "eps": self.eps,
+                    "norm": self.kind,
+                    "bias": getattr(self.module, "bias", None),
+                    "weight_offset": self.weight_offset,
+                },
+            )
+        finally:
+            if hook is not None:
+                hook.post_forward(self.module, None)
