@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from orthorank.common.criteria import FUSED, find
-from orthorank.hf import ablations as ablations  # which registers its criteria
+from orthorank.hf import ablations  # which registers its criteria
 from orthorank.hf import selection as choosing
 from orthorank.hf.cache_state import rows_at
 from orthorank_kernels import rms_norm_score, rms_norm_select
@@ -81,8 +81,7 @@ def norm_and_select(
     normed, ranks, updated = norm_and_rank(plan, layer, call, hidden_states, norm, sink, normed, parts)
     sinks = call.sink_positions
     if plan.update_sink:
-        ranks = torch.where(is_sink(call, ranks.device), -torch.inf, ranks)
-        sinks = torch.full((call.batch,), -1, dtype=torch.int32, device=ranks.device)  # none that ranks after all
+        ranks, sinks = ablations.sink_first(call, ranks)
     positions, counts = choosing.pick(plan, layer, call, ranks, sinks)
     return Chosen(normed, positions, updated, counts)
 
@@ -162,9 +161,3 @@ def _ranks(
             projected = parts.queries if need.endswith("queries") else lambda x: parts.keys_and_values(x)[0]
             needed[need] = projected(of_sink[:, None])[:, :, 0] if need.startswith("sink_") else projected(states)
     return criterion(states, of_sink, call.ranked_mask(states.device), **needed)
-
-
-def is_sink(call: "Call", device: torch.device) -> Tensor:
-    """Which tokens are their row's first one: bool, ``[batch or 1, tokens]``."""
-    columns = torch.arange(call.tokens, device=device)[None]
-    return columns == (0 if call.sink_positions is None else call.sink_positions[:, None])
