@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from contrib.budget.job import read_starts, run_budget
 from orthorank.common.progress import Screen, SilentScreen
-from orthorank.search.budget_job import read_starts, run_budget
 from orthorank.search.distributed import joined, together
 from orthorank.search.finish import finish
 from orthorank.search.job import aim, check_agreement, prepare

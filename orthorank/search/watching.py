@@ -9,7 +9,7 @@ from orthorank.common.progress import Advance, Screen
 from orthorank.search.state import SearchState
 
 if TYPE_CHECKING:
-    from orthorank.search.budget import Progress
+    from contrib.budget.budget import Progress
 
 
 class Pace:

@@ -8,24 +8,24 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from contrib.budget.budget import Effort, budget_search
+from contrib.budget.costs import CostTable, count_flops, measure_seconds
+from contrib.budget.finish import finish, write_front
+from contrib.budget.pareto_plot import MISSING, can_draw
+from contrib.budget.plan_loss import CalibrationLoss
+from contrib.budget.plans import Space
+from contrib.budget.plans import plan_of as ratios_of
+from contrib.budget.search import Search
+from contrib.budget.state import BudgetInterrupted, BudgetState
 from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import user_path
 from orthorank.config import OrthoRankConfig
 from orthorank.hf.apply import check_plan
-from orthorank.search.budget import Effort, budget_search
-from orthorank.search.budget_finish import finish, write_front
-from orthorank.search.budget_search import Search
-from orthorank.search.budget_state import BudgetInterrupted, BudgetState
-from orthorank.search.costs import CostTable, count_flops, measure_seconds
 from orthorank.search.distributed import together
 from orthorank.search.folder import Folder
 from orthorank.search.job import Job, candidates_of, check_agreement, identity_of, plan_of
 from orthorank.search.methods import choose, saved_state
-from orthorank.search.pareto_plot import MISSING, can_draw
-from orthorank.search.plan_loss import CalibrationLoss
-from orthorank.search.plans import Space
-from orthorank.search.plans import plan_of as ratios_of
 from orthorank.search.settings import SearchSettings
 from orthorank.search.watching import MixedWatcher
 from orthorank.stack.counts import layer_count

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import torch
 
+from contrib.budget.budget import best_plan, budget_search
+from contrib.budget.costs import CostTable
+from contrib.budget.plan_loss import CalibrationLoss
+from contrib.budget.plans import Space
+from contrib.budget.state import BudgetState
 from orthorank import OrthoRankConfig, OrthoRankError, apply, cli
 from orthorank.evaluation import perplexity, prefill_flops
 from orthorank.search import Evaluator
-from orthorank.search.budget import best_plan, budget_search
-from orthorank.search.budget_state import BudgetState
-from orthorank.search.costs import CostTable
-from orthorank.search.plan_loss import CalibrationLoss
-from orthorank.search.plans import Space
 from orthorank.search.run import run_search
 from orthorank.search.settings import SearchSettings
 from orthorank.stack.layers import LayerStack
@@ -32,7 +32,7 @@ from tests.orthorank.plain_search import LAYERS, random_windows, small_stack
 from tests.orthorank.search.test_search_command import Watcher
 from tests.orthorank.search.test_search_processes import Rank, on_every_rank
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 FILES = {"orthorank.json", "pareto.json", "pareto.csv", "pareto.png", "pareto.svg", "search.json", "search-state.json"}
 
 

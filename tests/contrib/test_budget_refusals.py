@@ -8,7 +8,7 @@ import pytest
 
 from orthorank import OrthoRankConfig, OrthoRankError
 from orthorank.search.run import run_search
-from tests.orthorank.search.test_budget_command import settings
+from tests.contrib.test_budget_command import settings
 from tests.orthorank.search.test_search_command import Watcher
 
 

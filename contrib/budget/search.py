@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
+from contrib.budget.budget import best_plan
+from contrib.budget.pareto import Point
+from contrib.budget.plan_loss import CalibrationLoss
+from contrib.budget.plans import Space
+from contrib.budget.state import BudgetState
 from orthorank.config import OrthoRankConfig
-from orthorank.search.budget import best_plan
-from orthorank.search.budget_state import BudgetState
 from orthorank.search.job import Job
-from orthorank.search.pareto import Point
-from orthorank.search.plan_loss import CalibrationLoss
-from orthorank.search.plans import Space
 
 
 @dataclass(frozen=True)
