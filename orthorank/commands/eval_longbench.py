@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from orthorank.commands.demo import BOS, MODEL
+from orthorank.commands.screen import BOS, MODEL, RichScreen, console, table_of
 from orthorank.common.errors import OrthoRankError
+from orthorank.common.files import user_path, writable_folder, write_json
+from orthorank.common.texts import Bos, check_bos
 
 DATA = "JSONL file with task, prompt and gold in each line. Default: the hub's data."
 TASKS = "Tasks, such as qasper,trec. Default: all that the data has."
@@ -38,9 +40,6 @@ def command(
     Each answer is kept as soon as it is there: the same command continues where it was stopped.
     """
 
-    from orthorank.commands.screen import RichScreen, console
-    from orthorank.common.files import user_path, writable_folder, write_json
-    from orthorank.common.texts import Bos, check_bos
     from orthorank.config import OrthoRankConfig
     from orthorank.evaluation.longbench import Question, metrics
     from orthorank.evaluation.longbench_run import run_longbench
@@ -119,23 +118,16 @@ def _questions(data: Path | None, tasks: str | None, limit: int | None) -> list[
 
 
 def _show(screen: Any, results: dict[str, Any], folder: Path) -> None:
-    from rich.padding import Padding
-    from rich.table import Table
-
-    from orthorank.commands.screen import INDENT
 
     scores = results["scores"]
     screen.heading(f"{results['model']['name']}, {'dense' if results['plan'] is None else 'with a plan'}: LongBench")
-    drawn = Table(box=None, pad_edge=False, header_style="dim")
-    for number, head in enumerate(("task", "questions", "score")):
-        drawn.add_column(head, justify="right" if number else "left")
+    drawn = table_of("task", "questions", "score")
     for name, mean in scores["tasks"].items():
         drawn.add_row(name, str(scores["questions"][name]), f"{mean:.2f}")
     for group, mean in scores["groups"].items():
         drawn.add_row(group, "", f"{mean:.2f}", style="dim")
     drawn.add_row("mean of the tasks", "", f"{scores['mean']:.2f}", style="bold")
-    screen.console.print()
-    screen.console.print(Padding(drawn, (0, 0, 1, INDENT)))
+    screen.table(drawn)
     said = {"auto": "BOS where tokenizer and template put it", "none": "no BOS"}
     screen.say(f"Prompts: {said.get(results['bos'], 'BOS before each')}.")
     screen.say(f"Results: {folder / 'longbench.json'}, {folder / 'answers.jsonl'}")

@@ -6,8 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from orthorank.commands.demo import BOS, MODEL
+from orthorank.commands.screen import BOS, MODEL, RichScreen, console, table_of
 from orthorank.common.errors import OrthoRankError
+from orthorank.common.files import write_json
+from orthorank.common.texts import check_bos
 
 TASKS = "Tasks of the harness, such as piqa,winogrande. Default: the paper's five."
 PAPER = "piqa,winogrande,hellaswag,arc_easy,arc_challenge"
@@ -34,9 +36,6 @@ def command(
     """
 
     from orthorank.commands.eval_ppl import check_output
-    from orthorank.commands.screen import RichScreen, console
-    from orthorank.common.files import write_json
-    from orthorank.common.texts import check_bos
     from orthorank.evaluation.task_scores import evaluate_tasks
     from orthorank.hf.models import load_model, locate
 
@@ -72,16 +71,10 @@ def command(
 
 
 def _show(screen: Any, results: dict[str, Any], output: Path | None) -> None:
-    from rich.padding import Padding
-    from rich.table import Table
-
-    from orthorank.commands.screen import INDENT
 
     plan = results["plan"]
     screen.heading(f"{results['model']['name']}, {'dense' if plan is None else 'with a plan'}")
-    drawn = Table(box=None, pad_edge=False, header_style="dim")
-    for number, head in enumerate(("task", "rows", "metric", "accuracy", "standard error")):
-        drawn.add_column(head, justify="right" if number else "left")
+    drawn = table_of("task", "rows", "metric", "accuracy", "standard error")
     for row in results["tasks"]:
         error = row["standard_error"]
         drawn.add_row(
@@ -92,8 +85,7 @@ def _show(screen: Any, results: dict[str, Any], output: Path | None) -> None:
             "-" if error is None else f"{100 * error:.2f}",
         )
     drawn.add_row("mean", "", "", f"{100 * results['mean']:.2f}", "", style="bold")
-    screen.console.print()
-    screen.console.print(Padding(drawn, (0, 0, 1, INDENT)))
+    screen.table(drawn)
     screen.say(f"Requests begin with {'BOS' if results['bos'] else 'no BOS'}.")
     if plan is not None and results["last_token_selected"] is not None:
         screen.say(

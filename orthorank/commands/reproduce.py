@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from orthorank.commands.demo import MODEL
+from orthorank.commands.screen import MODEL, RichScreen, console
 from orthorank.common.errors import OrthoRankError
 
 ONLY = "Parts, such as table1,fig4. Default: all."
@@ -48,7 +48,6 @@ def command(
     """
     from rich.markdown import Markdown
 
-    from orthorank.commands.screen import RichScreen, console
     from orthorank.reproduce.run import reproduce
     from orthorank.reproduce.settings import TASKS, ReproduceSettings
     from orthorank.reproduce.shown import markdown

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from contrib.budget.job import read_starts, run_budget
 from orthorank.common.progress import Screen, SilentScreen
 from orthorank.search.distributed import joined, together
 from orthorank.search.finish import finish
@@ -27,10 +26,7 @@ def run_search(settings: SearchSettings, screen: Screen | None = None) -> dict[s
     """
     with joined() as group:
         watched = screen if screen is not None and group.rank == 0 else SilentScreen()
-        together(group, lambda: read_starts(settings))
         job = together(group, lambda: prepare(settings, watched, group))
-        if settings.budget is not None:
-            return run_budget(job)
         together(group, lambda: aim(job))
         check_agreement(job)
         return finish(job, choose(job))

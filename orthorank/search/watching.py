@@ -3,13 +3,9 @@
 import math
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from orthorank.common.progress import Advance, Screen
 from orthorank.search.state import SearchState
-
-if TYPE_CHECKING:
-    from contrib.budget.budget import Progress
 
 
 class Pace:
@@ -102,30 +98,3 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-class MixedWatcher:
-    """Turns the progress of a search into a bar in per cent, with the time that is left as far as it can be told.
-
-    Args:
-        advance, screen: who is told.
-    """
-
-    def __init__(self, advance: Advance, screen: Screen) -> None:
-        self.advance, self.screen = advance, screen
-        self.phase, self.percent = "", 0
-        self.began: tuple[float, int] | None = None
-
-    def __call__(self, progress: "Progress") -> None:
-        now = time.perf_counter()
-        if self.began is None or not progress.fresh:  # what an earlier run has left takes no time
-            self.began = (now, progress.done)
-        if progress.phase != self.phase:
-            self.phase = progress.phase
-            self.screen.say(f"{progress.phase}; best {progress.best:.4f}")
-        began, first = self.began
-        pace = (now - began) / max(1, progress.done - first)
-        left = duration(pace * (progress.expected - progress.done))
-        self.percent = max(self.percent, int(100 * progress.done / progress.expected))
-        count = f"{progress.done} of about {progress.expected}"
-        self.advance(self.percent, f"{count}; {progress.phase}; best {progress.best:.4f}; about {left} left")
