@@ -38,16 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing:
         return _fail(f"the command line needs {' and '.join(missing)}; run: {install('demo')}")
     given = sys.argv[1:] if arguments is None else arguments
-    return answer(_app(next(iter(given), "")), given, "orthorank")
+    return answer(lambda: _app(next(iter(given), "")), given, "orthorank")
 
 
-def answer(app: "typer.Typer", arguments: Sequence[str] | None, name: str) -> int:
-    """Run the command line ``arguments`` by ``app``, which users call ``name``, and return its exit code."""
+def answer(app: Callable[[], "typer.Typer"], arguments: Sequence[str] | None, name: str) -> int:
+    """Run the command line ``arguments`` by what ``app`` makes, which users call ``name``; its exit code."""
     import typer
 
     usage_error: Any = typer.BadParameter.__base__  # click's class, or that of the copy of click inside typer
     try:
-        code = int(app(args=arguments, standalone_mode=False, prog_name=name) or 0)
+        code = int(app()(args=arguments, standalone_mode=False, prog_name=name) or 0)
         return code if code != INTERRUPTED else _fail(NOTHING_KEPT)
     except usage_error as error:
         return _fail(f"{error.format_message()} ({name} {_command_of(error, name)}--help lists what there is)")

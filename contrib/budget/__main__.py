@@ -54,7 +54,6 @@ def command(
     memory: Annotated[float | None, typer.Option(help=search.MEMORY)] = None,
 ) -> int:
     """Choose for each layer whether it is dense, selects tokens at one of several keep ratios, or is removed."""
-    from contrib.budget.job import run_search
     from contrib.budget.settings import BudgetSettings
     from orthorank.search.settings import KEEP_RATIO as DEFAULT_RATIO
 
@@ -88,6 +87,8 @@ def command(
         exchanges=exchanges,
         prompt_tokens=prompt_tokens,
     )
+    from contrib.budget.job import run_search
+
     return search.run(output, lambda screen: run_search(settings, screen), table)
 
 
@@ -100,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line ``arguments`` (None: the process's own) and return its exit code."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(cli.bounded(command))
-    return cli.answer(app, arguments, "python -m contrib.budget")
+    return cli.answer(lambda: app, arguments, "python -m contrib.budget")
 
 
 if __name__ == "__main__":

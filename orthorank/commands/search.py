@@ -69,7 +69,6 @@ def command(
     The loss of every evaluation is kept in the output folder: after an interruption, the same command with --resume
     goes on where it stopped. Several processes (accelerate launch -m orthorank search ...) share the windows.
     """
-    from orthorank.search.run import run_search
     from orthorank.search.settings import KEEP_RATIO as DEFAULT_RATIO
     from orthorank.search.settings import SearchSettings
 
@@ -105,6 +104,8 @@ def command(
         batch_size=batch_size,
         memory=memory,
     )
+    from orthorank.search.run import run_search  # after the checks above, which need no torch
+
     return run(output, lambda screen: run_search(settings, screen), table)
 
 
