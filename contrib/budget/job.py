@@ -22,13 +22,11 @@ from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import user_path
 from orthorank.common.progress import Screen, SilentScreen
-from orthorank.config import OrthoRankConfig
+from orthorank.config import OrthoRankConfig, layer_count
 from orthorank.hf.apply import check_plan
-from orthorank.search.distributed import joined, together
-from orthorank.search.folder import Folder
-from orthorank.search.job import Job, candidates_of, check_agreement, identity_of, plan_of, prepare
-from orthorank.search.methods import choose, saved_state
-from orthorank.stack.counts import layer_count
+from orthorank.search.job import Folder, Job, candidates_of, check_agreement, identity_of, plan_of, prepare
+from orthorank.search.run import choose, saved_state
+from orthorank.stack.resources import joined, together
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -45,7 +45,7 @@ def command(
     from orthorank.evaluation.longbench_run import run_longbench
     from orthorank.hf.apply import apply
     from orthorank.hf.models import load_model, locate
-    from orthorank.stack.fingerprint import model_fingerprint
+    from orthorank.stack.layers import model_fingerprint
 
     for name, value in (("limit", limit), ("max_tokens", max_tokens), ("only_shorter", only_shorter)):
         if value is not None and value < 1:

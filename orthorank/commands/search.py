@@ -113,7 +113,7 @@ def run(
     output: Path, search: Callable[["RichScreen"], dict[str, Any]], draw: Callable[[dict[str, Any]], "Table"]
 ) -> int:
     """Search, and print what came out; of several processes the first one prints, errors included."""
-    from orthorank.search.distributed import launched_rank
+    from orthorank.stack.resources import launched_rank
 
     screen = RichScreen(console(quiet=launched_rank() > 0))
     try:

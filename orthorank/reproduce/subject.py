@@ -11,12 +11,11 @@ from torch import Tensor
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.progress import Screen
 from orthorank.common.texts import Text, check_ids, tokenize
-from orthorank.config import OrthoRankConfig
+from orthorank.config import OrthoRankConfig, layer_count
 from orthorank.hf.apply import apply
 from orthorank.hf.models import load_model, locate
 from orthorank.reproduce.cells import Cells
 from orthorank.reproduce.settings import ReproduceSettings
-from orthorank.stack.counts import layer_count
 
 if TYPE_CHECKING:
     from orthorank.stack.evaluator import Evaluator
@@ -195,7 +194,7 @@ class Subject:
         return ids[: count * window].view(count, window).to(self.model.device)
 
     def _identity(self) -> dict[str, Any]:
-        from orthorank.stack.fingerprint import model_fingerprint
+        from orthorank.stack.layers import model_fingerprint
 
         identity = {"model": model_fingerprint(self.model), "dtype": self.info.dtype, "torch": torch.__version__}
         # Figures of one kind of device, throughput above all, are not those of another.

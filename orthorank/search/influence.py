@@ -13,7 +13,7 @@ from torch import Tensor
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.hf.families import device_of
-from orthorank.stack.processes import OneProcess, Processes
+from orthorank.stack.resources import OneProcess, Processes
 
 if TYPE_CHECKING:
     from orthorank.stack.layers import LayerStack

@@ -18,7 +18,7 @@ from torch import nn
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import read_json, write_text
-from orthorank.search.saved import check_layers, check_losses, check_size
+from orthorank.search.state import check_layers, check_losses, check_size
 from orthorank.stack.evaluator import Evaluator
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.hf.families import device_of
-from orthorank.search.distributed import Alone, Group
 from orthorank.search.one_shot import layer_weights
+from orthorank.stack.resources import Alone, Group
 
 if TYPE_CHECKING:
     from orthorank.stack.layers import LayerStack, Pass

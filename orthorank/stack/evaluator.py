@@ -16,8 +16,7 @@ from torch import Tensor
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.hf.families import device_of
-from orthorank.stack.memory import check_bytes, states_budget, windows_at_once
-from orthorank.stack.processes import OneProcess, Processes
+from orthorank.stack.resources import OneProcess, Processes, check_bytes, states_budget, windows_at_once
 from orthorank.stack.states import Ratios, States
 
 if TYPE_CHECKING:

@@ -1,5 +1,6 @@
 """The model as a stack of layers, for search and analysis: run any layer on any states, dense, selecting or removed."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from orthorank.hf.phases import Phase
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_SAMPLED = 64  # elements of each weight that the model's fingerprint reads
 LOGITS_AT_ONCE = 2**26  # elements: 256 MiB of fp32 logits
 
 
@@ -206,6 +208,21 @@ class LayerStack:
             return self.model(inputs_embeds=normed, use_cache=False, return_dict=True).logits
         finally:
             given.undo()
+
+
+def model_fingerprint(model: "PreTrainedModel") -> str:
+    """A hash of the model's weights: names, shapes, dtypes and the first elements of each.
+
+    It tells a model from its fine-tuned sister without reading gigabytes. Weights that are kept elsewhere (offloaded)
+    count by name and shape alone.
+    """
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
+        if weight.device.type != "meta":
+            some = weight.detach().reshape(-1)[:_SAMPLED].to("cpu", torch.float32).contiguous()
+            digest.update(some.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _on(device: torch.device, value: Any) -> Any:

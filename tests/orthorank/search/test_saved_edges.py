@@ -11,7 +11,7 @@ from orthorank import OrthoRankError
 from orthorank.evaluation.longbench import local_questions
 from orthorank.evaluation.longbench_run import _known
 from orthorank.reproduce.cells import Cells
-from orthorank.search.folder import Folder
+from orthorank.search.job import Folder
 from orthorank.search.one_shot import ScoreState
 from orthorank.search.state import SearchState
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from orthorank import OrthoRankError
-from orthorank.search.distributed import Alone, joined, launched_rank, local_device, together
 from orthorank.search.run import run_search
+from orthorank.stack.resources import Alone, joined, launched_rank, local_device, together
 from tests.orthorank.search_runs import plan_in, settings, short_text, without_times
 
 ROOT = Path(__file__).parents[3]

@@ -10,10 +10,10 @@ import torch
 from orthorank import OrthoRankError, cli
 from orthorank.demo import SilentScreen
 from orthorank.search import Evaluator
-from orthorank.search.distributed import Alone
 from orthorank.search.job import prepare
 from orthorank.search.run import run_search
-from orthorank.stack import memory
+from orthorank.stack import resources as memory
+from orthorank.stack.resources import Alone
 from tests.orthorank.conftest import make_tiny_model
 from tests.orthorank.plain_search import random_windows, small_stack
 from tests.orthorank.search_runs import plan_in, settings
@@ -79,7 +79,7 @@ def test_the_evaluator_follows_the_memory(monkeypatch: pytest.MonkeyPatch) -> No
     stack, windows = small_stack(), random_windows(8)
     seen: dict[str, Any] = {}
     for name, count in (("little", 10 * 24 * 400 * 4), ("much", 2**30)):
-        monkeypatch.setattr("orthorank.stack.memory.free_bytes", lambda device, count=count: count)
+        monkeypatch.setattr("orthorank.stack.resources.free_bytes", lambda device, count=count: count)
         evaluator = Evaluator(stack, windows)
         seen[name] = evaluator.batch_size, evaluator.memory, evaluator.loss({3: 0.5})
     assert seen["little"][:2] == (1, 10 * 24 * 400)
