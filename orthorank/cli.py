@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Annotated, Any
 
-from orthorank.common.errors import OrthoRankError
-from orthorank.plan_checks import shown
+from orthorank.common.errors import OrthoRankError, shown
 from orthorank_kernels.remedies import install
 
 if TYPE_CHECKING:

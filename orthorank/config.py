@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orthorank.common.errors import OrthoRankError, UnknownKeysWarning
+from orthorank.common.errors import OrthoRankError, UnknownKeysWarning, check_integer, check_share, shown
 from orthorank.common.files import finite, read_json, user_path, write_text
-from orthorank.plan_checks import RECORDS, check_fields, release_of, shown
+from orthorank.plan_checks import RECORDS, check_fields, release_of
 from orthorank_kernels._version import __version__
 from orthorank_kernels.callers import levels_to_caller
 
@@ -230,14 +230,9 @@ def layer_count(num_layers: int, sparsity: float, keep_ratio: float = 0.0) -> in
         >>> layer_count(32, 0.2, 1/3), layer_count(32, 0.2)  # OrthoRank and layer pruning at 20 %
         (9, 6)
     """
-    if num_layers < 1:
-        raise OrthoRankError(f"num_layers is {num_layers}; it must be at least 1")
-    if not 0 < sparsity < 1:
-        raise OrthoRankError(f"sparsity is {sparsity}; it must be above 0 and below 1, such as 0.2 for 20 %")
-    if not 0 <= keep_ratio < 1:
-        raise OrthoRankError(
-            f"keep_ratio is {keep_ratio}; it must be from 0 (layer pruning) to below 1 (1 leaves nothing out)"
-        )
+    check_integer("num_layers", num_layers, 1)
+    check_share("sparsity", sparsity, "such as 0.2 for 20 %")
+    check_share("keep_ratio", keep_ratio, "0 for layer pruning (1 leaves nothing out)", zero=True)
     count = math.floor(num_layers * sparsity / (1 - keep_ratio) + _ROUNDING)
     if count > num_layers:
         raise OrthoRankError(

@@ -4,8 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from orthorank.common.errors import OrthoRankError
-from orthorank.search.settings import SearchSettings, check_choice, check_least
+from orthorank.common.errors import OrthoRankError, check_choice, check_integers, check_share
+from orthorank.search.settings import SearchSettings
 
 UNITS = ("flops", "time")
 
@@ -55,13 +55,11 @@ class BudgetSettings(SearchSettings):
         check_choice("budget_unit", self.budget_unit, UNITS)
         if self.keep_ratios == ():
             raise OrthoRankError("keep_ratios is empty; it must have a ratio, such as 1/3, or 0 for removed layers")
-        for ratio in self.keep_ratios or (0.0,):
-            if not 0 <= ratio < 1:
-                raise OrthoRankError(f"keep_ratios holds {ratio:g}; it must be from 0 (removed) to below 1")
+        for ratio in self.keep_ratios or ():
+            check_share("a ratio in keep_ratios", ratio, "0 for a removed layer", zero=True)
         if "none" in self.starts and len(self.starts) > 1:
             raise OrthoRankError("starts is none and a plan file; give one of them")
-        check_least("exchanges", self.exchanges, 0)
-        check_least("prompt_tokens", self.prompt_tokens, 2)
+        check_integers(vars(self), exchanges=0, prompt_tokens=2)
 
     @property
     def title(self) -> str:

@@ -13,9 +13,8 @@ from typing import Any, Protocol
 
 from contrib.budget.pareto import Point
 from contrib.budget.plans import Key, Plan, Space, key_of
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, shown
 from orthorank.common.files import read_json, write_text
-from orthorank.plan_checks import shown
 
 SCHEMA = 1
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orthorank.commands.screen import MODEL, RichScreen, console, numbers, table_of
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, check_choice
 from orthorank.common.files import user_path, writable_folder
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ def command(
     from orthorank.evaluation.bench_results import results_of
     from orthorank.hf.models import load_model, locate
 
-    if engine not in ENGINES:
-        raise OrthoRankError(f"engine is {engine!r}; it may be {' or '.join(ENGINES)}")
+    check_choice("engine", engine, ENGINES)
     chosen = None if lengths is None else () if lengths.strip() == "0" else tuple(numbers("lengths", lengths) or ())
     settings = BenchSettings(
         prompt_tokens=prompt_tokens,

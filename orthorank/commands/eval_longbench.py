@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from orthorank.commands.screen import BOS, MODEL, RichScreen, console, table_of
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, check_integers
 from orthorank.common.files import user_path, writable_folder, write_json
 from orthorank.common.texts import Bos, check_bos
 
@@ -47,9 +47,8 @@ def command(
     from orthorank.hf.models import load_model, locate
     from orthorank.stack.layers import model_fingerprint
 
-    for name, value in (("limit", limit), ("max_tokens", max_tokens), ("only_shorter", only_shorter)):
-        if value is not None and value < 1:
-            raise OrthoRankError(f"{name} is {value}; it must be at least 1")
+    given = {"limit": limit, "max_tokens": max_tokens, "only_shorter": only_shorter}
+    check_integers(given, limit=1, max_tokens=1, only_shorter=1)
     check_bos(bos)
     chosen = None if plan is None else OrthoRankConfig.from_pretrained(user_path("plan", plan))
     metrics()

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from orthorank.commands.screen import BOS, MODEL, RichScreen, console, table_of
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, check_integers
 from orthorank.common.files import write_json
 from orthorank.common.texts import check_bos
 
@@ -40,9 +40,7 @@ def command(
     from orthorank.hf.models import load_model, locate
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    for name, value in (("limit", limit), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise OrthoRankError(f"{name} is {value}; it must be at least 1")
+    check_integers({"limit": limit, "batch_size": batch_size}, limit=1, batch_size=1)
     if include_path is not None and not include_path.is_dir():
         raise OrthoRankError(f"include_path is {str(include_path)!r}, and there is no such folder")
     check_bos(bos)

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, check_integers, check_share
 from orthorank.common.texts import check_bos
 from orthorank.config import OrthoRankConfig
 
@@ -54,16 +54,9 @@ class Settings:
     bos: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.sparsity is not None and not 0 < self.sparsity < 1:
-            raise OrthoRankError(f"sparsity is {self.sparsity:g}; it must be above 0 and below 1, such as 0.2")
-        if self.keep_ratio is not None and not 0 < self.keep_ratio < 1:
-            raise OrthoRankError(
-                f"keep_ratio is {self.keep_ratio:g}; it must be above 0 and below 1, such as 1/3 (layer pruning, which "
-                "is 0, is measured in any case)"
-            )
-        for name, least in (("windows", 1), ("seq_len", 16), ("prompt_tokens", 16), ("repeats", 1)):
-            if getattr(self, name) < least:
-                raise OrthoRankError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+        check_share("sparsity", self.sparsity, "such as 0.2")
+        check_share("keep_ratio", self.keep_ratio, "such as 1/3 (layer pruning, which is 0, is measured in any case)")
+        check_integers(vars(self), windows=1, seq_len=16, prompt_tokens=16, repeats=1)
         check_bos(self.bos)
         if not self.plan:
             raise OrthoRankError("plan is empty; it may be search, default, or a plan's file or folder")

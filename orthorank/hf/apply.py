@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, check_integer, shown
 from orthorank.config import OrthoRankConfig, hub_id
 from orthorank.hf import cache_state as sink_state
 from orthorank.hf.call_lock import CallLock
@@ -26,7 +26,7 @@ from orthorank.hf.phases import Phase, context_lengths, phase_of
 from orthorank.hf.refusals import refused_methods
 from orthorank.hf.status import LayerCounts, Status, status_of
 from orthorank.hf.unmasked import Watch
-from orthorank.plan_checks import MOST, check_integer, shown
+from orthorank.plan_checks import MOST
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

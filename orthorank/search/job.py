@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthorank.common import format as words
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, shown
 from orthorank.common.files import read_json, user_path, writable_folder, write_json
 from orthorank.common.progress import Screen
 from orthorank.config import FILE_NAME, OrthoRankConfig
 from orthorank.hf.models import ModelInfo, load_model, locate, pick_device, pick_dtype
-from orthorank.plan_checks import shown
 from orthorank.search.calibration import Calibration, cut_windows, find_source
 from orthorank.search.settings import SPARSITY, SearchSettings
 from orthorank.stack.layers import model_fingerprint

@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from orthorank.common.errors import OrthoRankError
-from orthorank.common.texts import BOS
+from orthorank.common.errors import OrthoRankError, check_choice, check_integers, check_share
+from orthorank.common.texts import check_bos
 from orthorank.plan_checks import LEGAL
 
 METHODS = ("greedy", "one-shot", "influence")
@@ -85,19 +85,14 @@ class SearchSettings:
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
         check_choice("criterion", self.criterion, LEGAL["criterion"])
-        check_choice("bos", self.bos, BOS)
+        check_bos(self.bos)
         if self.metric is not None:
             check_choice("metric", self.metric, METRICS)
             if self.method != "one-shot":
                 raise OrthoRankError(f"metric is for the method one-shot; the method is {self.method}, drop --metric")
-        if not 0 <= self.keep_ratio < 1:
-            raise OrthoRankError(
-                f"keep_ratio is {self.keep_ratio:g}; it must be from 0 (layers are removed) to below 1, such as 1/3"
-            )
-        for name, least in (("windows", 1), ("seq_len", 2), ("protect_first", 0), ("protect_last", 0)):
-            check_least(name, getattr(self, name), least)
-        for name, least in (("sink_layer", 0), ("layers", 1), ("batch_size", 1)):
-            check_least(name, getattr(self, name), least)
+        check_share("keep_ratio", self.keep_ratio, "such as 1/3 (0 removes the layers)", zero=True)
+        check_integers(vars(self), windows=1, seq_len=2, protect_first=0, protect_last=0)
+        check_integers(vars(self), sink_layer=0, layers=1, batch_size=1)
         if self.memory is not None and not 0 <= self.memory <= MOST_MEMORY:
             raise OrthoRankError(
                 f"memory is {self.memory:g}; it must be 0 (keep nothing) or more, in GiB, such as 0.5, and at most "
@@ -109,8 +104,7 @@ class SearchSettings:
         """Options that exclude each other."""
         if self.sparsity is not None and self.layers is not None:
             raise OrthoRankError("both sparsity and layers say how many layers to choose; give one of them")
-        if self.sparsity is not None and not 0 < self.sparsity < 1:
-            raise OrthoRankError(f"sparsity is {self.sparsity:g}; it must be above 0 and below 1, such as 0.2")
+        check_share("sparsity", self.sparsity, "such as 0.2")
         if self.text is not None and self.dataset is not None:
             raise OrthoRankError("both text and dataset say what to calibrate on; give one of them")
         if self.sink_floor is False and self.sink_layer is not None:
@@ -149,13 +143,3 @@ class SearchSettings:
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON stores them."""
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
-
-
-def check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
-    if value not in legal:
-        raise OrthoRankError(f"{name} is {value!r}; it may be {', '.join(legal[:-1])} or {legal[-1]}")
-
-
-def check_least(name: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise OrthoRankError(f"{name} is {value}; it must be {least} or more")

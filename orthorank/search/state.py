@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, shown
 from orthorank.common.files import read_json, write_text
-from orthorank.plan_checks import shown
 
 OnEvaluation = Callable[[int, int, float, float, int, int], None]
 

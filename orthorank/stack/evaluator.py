@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, check_integers, check_share
 from orthorank.hf.families import device_of
 from orthorank.stack.resources import OneProcess, Processes, check_bytes, states_budget, windows_at_once
 from orthorank.stack.states import Ratios, States
@@ -78,10 +78,8 @@ class Evaluator:
                 f"input_ids has shape {list(input_ids.shape)}; it must be [windows, tokens] with at least one window "
                 "of 2 tokens"
             )
-        if not 0 <= keep_ratio < 1:
-            raise OrthoRankError(f"keep_ratio is {keep_ratio}; it must be from 0 (layer removed) to below 1")
-        if batch_size is not None and batch_size < 1:
-            raise OrthoRankError(f"batch_size is {batch_size}; it must be at least 1, or None to let memory decide")
+        check_share("keep_ratio", keep_ratio, "0 for a removed layer", zero=True)
+        check_integers({"batch_size": batch_size}, batch_size=1)
         check_bytes("memory", memory)
         self.stack = stack
         self.device = device_of(stack.model)
