@@ -24,8 +24,9 @@ from orthorank.common.files import user_path
 from orthorank.common.progress import Screen, SilentScreen
 from orthorank.config import OrthoRankConfig, layer_count
 from orthorank.hf.apply import check_plan
-from orthorank.search.job import Folder, Job, candidates_of, check_agreement, identity_of, plan_of, prepare
+from orthorank.search.job import Folder, Job, check_agreement, identity_of, plan_of, prepare
 from orthorank.search.run import choose, saved_state
+from orthorank.search.settings import candidates_of
 from orthorank.stack.resources import joined, together
 
 if TYPE_CHECKING:

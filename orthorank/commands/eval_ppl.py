@@ -37,8 +37,8 @@ def command(
     exp(mean over windows of the mean cross entropy).
     """
 
+    from orthorank.common.datasets import evaluation_text, most_windows
     from orthorank.evaluation.perplexity import auto_batch_size
-    from orthorank.evaluation.texts import evaluation_text, most_windows
     from orthorank.hf.apply import apply, check_plan
     from orthorank.hf.models import load_model, locate
 

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from rich.console import Console
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -59,6 +59,7 @@ class RichScreen:
             BarColumn(bar_width=24),
             MofNCompleteColumn(table_column=Column(min_width=7)),  # on a narrow terminal the bar gives way
             TimeElapsedColumn(table_column=Column(min_width=7)),
+            TimeRemainingColumn(compact=True, table_column=Column(min_width=5)),
             TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
             transient=True,

@@ -7,8 +7,9 @@ from typing import Any
 from orthorank.common.errors import OrthoRankError, check_integers, check_share
 from orthorank.common.texts import check_bos
 from orthorank.config import OrthoRankConfig
+from orthorank.search.settings import KEEP_RATIO, SPARSITY, SearchSettings
 
-SPARSITY, KEEP_RATIO = 0.2, 1 / 3  # of a search, where nothing else is asked for
+TOKENS_AT_ONCE = 1024  # in one forward of a search: more save little on a CPU, and their logits take memory
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,20 @@ class Settings:
             OrthoRankConfig(layers=self.layers, num_hidden_layers=num_layers)  # its error lists what is legal
         if self.sink_layer is not None and not 0 <= self.sink_layer < num_layers:
             raise OrthoRankError(f"sink_layer is {self.sink_layer}; the model has layers 0 to {num_layers - 1}")
+
+    def search(self, **changes: Any) -> SearchSettings:
+        """The settings of a search on these windows, with ``changes``."""
+        return SearchSettings(
+            **{
+                "output": self.output,
+                "text": self.text,
+                "windows": self.windows,
+                "seq_len": self.seq_len,
+                "bos": self.bos,
+                "batch_size": max(1, TOKENS_AT_ONCE // self.seq_len),
+            }
+            | changes
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON stores them; defaults of a search filled in."""

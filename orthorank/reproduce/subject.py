@@ -227,9 +227,8 @@ def ids_hash(ids: Tensor) -> str:
 
 def _text(source: str, calibration: bool = False) -> Text:
     """A file or a dataset, by its name; of a dataset the calibration text is from its training split."""
-    from orthorank.common.datasets import dataset_texts
+    from orthorank.common.datasets import RECIPES, dataset_texts, evaluation_text
     from orthorank.common.texts import find_text
-    from orthorank.evaluation.texts import RECIPES, evaluation_text
 
     if source.partition(":")[0] not in RECIPES:
         return find_text(source)

@@ -15,7 +15,7 @@ from orthorank.common.progress import Screen
 from orthorank.config import FILE_NAME, OrthoRankConfig
 from orthorank.hf.models import ModelInfo, load_model, locate, pick_device, pick_dtype
 from orthorank.search.calibration import Calibration, cut_windows, find_source
-from orthorank.search.settings import SPARSITY, SearchSettings
+from orthorank.search.settings import SearchSettings, candidates_of, count_of
 from orthorank.stack.layers import model_fingerprint
 from orthorank.stack.resources import Group, local_device
 from orthorank_kernels._version import __version__
@@ -237,7 +237,7 @@ def aim(job: Job) -> None:
         OrthoRankError: there are not as many candidates.
     """
     settings = job.settings
-    job.count = _count(settings, job.info.num_hidden_layers, job.candidates)
+    job.count = count_of(settings, job.info.num_hidden_layers, job.candidates)
     job.identity = identity_of(job)
     ratio = words.ratio(settings.keep_ratio)
     action = "remove" if settings.keep_ratio == 0 else f"update {ratio} of the tokens in"
@@ -253,12 +253,12 @@ def _sink_layer(
     settings: SearchSettings, screen: Screen, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
 ) -> int | None:
     """l_sink where the candidates depend on it."""
-    from orthorank.stack.sink import detect_sink
-
     if not settings.floored:
         return None
     if settings.sink_layer is not None:
         return settings.sink_layer
+    from orthorank.stack.sink import detect_sink
+
     sink = detect_sink(model, tokenizer, bos=settings.bos)
     if sink.sink_layer is None:
         raise OrthoRankError(
@@ -267,43 +267,6 @@ def _sink_layer(
         )
     screen.say(words.sink_sentence(sink.to_dict()))
     return sink.sink_layer
-
-
-def candidates_of(settings: SearchSettings, num_layers: int, sink_layer: int | None) -> list[int]:
-    """The layers that may be chosen."""
-    first, last = settings.protected
-    if sink_layer is not None:
-        if sink_layer >= num_layers:
-            raise OrthoRankError(f"sink_layer is {sink_layer}; the model has layers 0 to {num_layers - 1}")
-        first = max(first, sink_layer + 1)
-    candidates = list(range(first, num_layers - last))
-    if not candidates:
-        floor = "" if sink_layer is None else f" and the sink layer is {sink_layer}"
-        raise OrthoRankError(
-            f"no layer may be chosen: of {num_layers} layers, {settings.protected[0]} at the beginning and {last} at "
-            f"the end are protected{floor}; lower --protect-first, --protect-last or --sink-layer"
-        )
-    return candidates
-
-
-def _count(settings: SearchSettings, num_layers: int, candidates: list[int]) -> int:
-    from orthorank.config import layer_count
-
-    ratio = words.ratio(settings.keep_ratio)
-    sparsity = SPARSITY if settings.sparsity is None else settings.sparsity
-    count = settings.layers or layer_count(num_layers, sparsity, settings.keep_ratio)
-    if count < 1:
-        raise OrthoRankError(
-            f"sparsity is {sparsity:g}, which is less than one layer of {num_layers} with keep ratio {ratio}; the "
-            f"smallest is {(1 - settings.keep_ratio) / num_layers:.3f}"
-        )
-    if count > len(candidates):
-        asked = f"layers is {count}" if settings.layers else f"sparsity is {sparsity:g}, which needs {count} layers"
-        raise OrthoRankError(
-            f"{asked} with keep ratio {ratio}, and only {len(candidates)} may be chosen (layers "
-            f"{words.layers(candidates)}); lower --sparsity or --layers, or protect fewer layers"
-        )
-    return count
 
 
 def check_agreement(job: Job) -> None:

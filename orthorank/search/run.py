@@ -1,22 +1,20 @@
 """A whole search: from settings to a plan in a folder."""
 
+import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.progress import Screen, SilentScreen
 from orthorank.config import OrthoRankConfig
-from orthorank.evaluation import flop_speedup
 from orthorank.search.greedy import begin_search, greedy_search
-from orthorank.search.influence import block_influence
 from orthorank.search.job import Job, Outcome, aim, check_agreement, plan_of, prepare
-from orthorank.search.one_shot import ScoreState, ScoringInterrupted, loss_scores, magnitude_scores, rank_layers
 from orthorank.search.settings import SearchSettings
 from orthorank.search.state import SearchInterrupted, SearchState
-from orthorank.search.taylor import taylor_scores
-from orthorank.search.watching import RoundWatcher, ScoreWatcher
+from orthorank.stack.evaluator import Evaluator
+from orthorank.stack.flops import flop_speedup
 from orthorank.stack.resources import joined, together
 
 
@@ -59,47 +57,66 @@ def choose(job: Job) -> Outcome:
 
 def _greedy(job: Job) -> Outcome:
     saved = saved_state(job, SearchState.load)
+    try:
+        return outcome_of(greedy(job, "search", saved, job.folder.state))
+    except SearchInterrupted as stop:
+        raise _interrupted(job, stop.state) from None
+
+
+def greedy(job: Job, title: str, saved: SearchState | None = None, save_to: Path | None = None) -> SearchState:
+    """SLEB's search on the job's windows, with a bar called ``title``. Arguments and errors as for `greedy_search`."""
     state = begin_search(job.evaluator, job.candidates, job.count, fast=job.settings.fast, state=saved)
-    with job.screen.progress("search", state.total) as advance:
+    with job.screen.progress(title, state.total) as advance:
         if saved is not None:
             job.screen.say(f"resumed after {state.done} of {state.total} evaluations")
             advance(state.done, "")
-        try:
-            state = greedy_search(
-                job.evaluator,
-                job.candidates,
-                job.count,
-                fast=job.settings.fast,
-                state=state,
-                on_evaluation=RoundWatcher(advance, job.screen, state, job.stack.num_layers),
-                save_to=job.folder.state,
-            )
-        except SearchInterrupted as stop:
-            raise _interrupted(job, stop.state) from None
-    return _outcome(state)
+
+        def on_evaluation(number: int, layer: int, loss: float, best: float, done: int, total: int) -> None:
+            over = len(state.chosen) > number
+            found = state.chosen[-1] if over else state.best[1]
+            advance(done, f"round {number + 1}/{state.rounds}, layer {layer}; best: layer {found}, {best:.4f}")
+            if over:
+                rounds = f"round {number + 1} of {state.rounds}"
+                job.screen.say(f"{rounds}: best loss {state.losses[-1]:.4f} (layer {found})")
+
+        return greedy_search(
+            job.evaluator,
+            job.candidates,
+            job.count,
+            fast=job.settings.fast,
+            state=state,
+            on_evaluation=on_evaluation,
+            save_to=save_to,
+        )
 
 
 def _by_loss(job: Job) -> Outcome:
+    from orthorank.search.one_shot import ScoreState, ScoringInterrupted, loss_scores
+
     saved = saved_state(job, ScoreState.load)
     total = len(job.candidates)
     with job.screen.progress("losses", total) as advance:
         if saved is not None:
             job.screen.say(f"resumed after {len(saved.scores)} of {total} evaluations")
             advance(len(saved.scores), "")
+        best = (math.inf, -1)
+
+        def on_score(layer: int, loss: float, done: int, total: int) -> None:
+            nonlocal best
+            best = min(best, (loss, layer)) if math.isfinite(loss) else best
+            found = "" if best[1] < 0 else f"; best: layer {best[1]}, {best[0]:.4f}"
+            advance(done, f"layer {layer}: {loss:.4f}{found}")
+
         try:
-            state = loss_scores(
-                job.evaluator,
-                job.candidates,
-                state=saved,
-                on_score=ScoreWatcher(advance, job.candidates, job.stack.num_layers),
-                save_to=job.folder.state,
-            )
+            state = loss_scores(job.evaluator, job.candidates, state=saved, on_score=on_score, save_to=job.folder.state)
         except ScoringInterrupted as stop:
             raise OrthoRankError(f"{stop}; go on with the same command and --resume") from None
     return _scored(job, state.finite, total)
 
 
 def _by_taylor(job: Job) -> Outcome:
+    from orthorank.search.taylor import taylor_scores
+
     _begin_anew(job)
     with job.screen.progress("backward pass", job.stack.num_layers) as advance:
         scores = taylor_scores(
@@ -113,11 +130,15 @@ def _by_taylor(job: Job) -> Outcome:
 
 
 def _by_magnitude(job: Job) -> Outcome:
+    from orthorank.search.one_shot import magnitude_scores
+
     _begin_anew(job)
     return _scored(job, magnitude_scores(job.stack))
 
 
 def _by_influence(job: Job) -> Outcome:
+    from orthorank.search.influence import block_influence
+
     _begin_anew(job)
     windows, size = len(job.calibration.windows), job.evaluator.batch_size
     with job.screen.progress("block influence", windows if job.group.size == 1 else 0) as advance:
@@ -152,10 +173,13 @@ def _begin_anew(job: Job) -> None:
 
 
 def _scored(job: Job, scores: dict[int, float], evaluations: int = 0) -> Outcome:
+    from orthorank.search.one_shot import rank_layers
+
     return Outcome(rank_layers({at: scores[at] for at in job.candidates}, job.count), [], scores, evaluations)
 
 
-def _outcome(state: SearchState) -> Outcome:
+def outcome_of(state: SearchState) -> Outcome:
+    """What a greedy search has found so far."""
     return Outcome(state.chosen, state.losses, {}, state.done, state.complete)
 
 
@@ -164,7 +188,7 @@ def _interrupted(job: Job, state: SearchState) -> OrthoRankError:
     kept = "no layer yet"
     if state.chosen:
         if job.first:
-            plan_of(job, _outcome(state), loss=state.losses[-1]).save_pretrained(job.folder.path)
+            plan_of(job, outcome_of(state), loss=state.losses[-1]).save_pretrained(job.folder.path)
         kept = f"{len(state.chosen)} of {job.count} layers in {job.folder.plan}"
     return OrthoRankError(
         f"interrupted after {state.done} of {state.total} evaluations ({kept}); go on with the same command and "
@@ -218,19 +242,19 @@ def _write(job: Job, outcome: Outcome, dense_loss: float, loss: float) -> dict[s
 
 
 def _held_out(job: Job, plan: OrthoRankConfig) -> dict[str, Any]:
-    """Perplexity on windows that the search has not seen, by the patched model itself."""
-    from orthorank.evaluation import perplexity
-    from orthorank.hf.apply import apply
-
+    """Perplexity on windows that the search has not seen. (It is that of the patched model, up to rounding.)"""
     ids = job.calibration.held_out
     if ids is None:
         return {}
-    figures: dict[str, Any] = {}
-    for name, patched in (("dense_perplexity", None), ("perplexity", plan)):
-        with nullcontext() if patched is None else apply(job.model, patched):
-            figures[name] = perplexity(job.model, ids).perplexity
+    evaluator = Evaluator(job.stack, ids, criterion=plan.criterion, batch_size=1, memory=0)
+    figures = {"dense_perplexity": _perplexity(evaluator, {}), "perplexity": _perplexity(evaluator, plan.ratios)}
     windows, seq_len = ids.shape
     return figures | {"text": job.calibration.held_out_words, "windows": windows, "seq_len": seq_len}
+
+
+def _perplexity(evaluator: Evaluator, ratios: Mapping[int, float]) -> float:
+    loss = evaluator.loss(ratios)
+    return math.exp(loss) if loss < 709 else math.inf  # what a float holds
 
 
 def _rows(plan: OrthoRankConfig, held_out: dict[str, Any], speedup: float) -> list[dict[str, Any]]:

@@ -4,14 +4,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError, check_choice, check_integers, check_share
 from orthorank.common.texts import check_bos
+from orthorank.config import layer_count
 from orthorank.plan_checks import LEGAL
 
 METHODS = ("greedy", "one-shot", "influence")
 METRICS = ("ppl", "taylor", "magnitude")
 SPARSITY, KEEP_RATIO = 0.2, 1 / 3
 WINDOWS, SEQ_LEN = 4, 512  # of a text; a dataset has its own recipe
+DATASET_SEQ_LEN = 2048
 
 # Layers at the beginning and at the end that a method leaves alone as its paper has it: SLEB the first and the last,
 # Shortened LLaMA ("+") the first four and the last two, ShortGPT none.
@@ -143,3 +146,45 @@ class SearchSettings:
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON stores them."""
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+
+
+def candidates_of(settings: SearchSettings, num_layers: int, sink_layer: int | None) -> list[int]:
+    """The layers that may be chosen."""
+    first, last = settings.protected
+    if sink_layer is not None:
+        if sink_layer >= num_layers:
+            raise OrthoRankError(f"sink_layer is {sink_layer}; the model has layers 0 to {num_layers - 1}")
+        first = max(first, sink_layer + 1)
+    candidates = list(range(first, num_layers - last))
+    if not candidates:
+        floor = "" if sink_layer is None else f" and the sink layer is {sink_layer}"
+        raise OrthoRankError(
+            f"no layer may be chosen: of {num_layers} layers, {settings.protected[0]} at the beginning and {last} at "
+            f"the end are protected{floor}; lower --protect-first, --protect-last or --sink-layer"
+        )
+    return candidates
+
+
+def count_of(settings: SearchSettings, num_layers: int, candidates: list[int]) -> int:
+    """How many of ``candidates`` are chosen.
+
+    Raises:
+        OrthoRankError: it is none, or more than there are.
+    """
+    ratio = words.ratio(settings.keep_ratio)
+    sparsity = SPARSITY if settings.sparsity is None else settings.sparsity
+    count = settings.layers or layer_count(num_layers, sparsity, settings.keep_ratio)
+    if count < 1:
+        raise OrthoRankError(
+            f"sparsity is {sparsity:g}, which is less than one layer of {num_layers} with keep ratio {ratio}; the "
+            f"smallest is {(1 - settings.keep_ratio) / num_layers:.3f}"
+        )
+    if count > len(candidates):
+        asked = f"layers is {count}" if settings.layers else f"sparsity is {sparsity:g}, which needs {count} layers"
+        largest = int(1000 * len(candidates) * (1 - settings.keep_ratio) / num_layers) / 1000
+        raise OrthoRankError(
+            f"{asked} with keep ratio {ratio}, and only {len(candidates)} may be chosen (layers "
+            f"{words.layers(candidates)}); the largest sparsity here is {largest}: lower --sparsity or --layers, or "
+            "protect fewer layers"
+        )
+    return count

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from orthorank.common.errors import OrthoRankError, check_integer
 from orthorank.hf.families import device_of
 from orthorank.search.one_shot import layer_weights
-from orthorank.stack.resources import Alone, Group
+from orthorank.stack.resources import Group, OneProcess
 
 if TYPE_CHECKING:
     from orthorank.stack.layers import LayerStack, Pass
@@ -64,7 +64,7 @@ def taylor_scores(
             "tokens"
         )
     check_integer("batch_size", batch_size, 1)
-    group = Alone() if processes is None else processes
+    group = OneProcess() if processes is None else processes
     for layer in range(stack.num_layers):
         layer_weights(stack, layer)  # raises before the long work
     batches = input_ids.to(device_of(stack.model)).split(batch_size)[group.rank :: group.size]

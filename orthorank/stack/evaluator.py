@@ -1,8 +1,8 @@
 """The calibration loss of any plan, without computing again what did not change.
 
 Switching layer c leaves the states below c as they are, so a plan is run from the highest layer up to which its states
-are known (`orthorank.stack.states`), and it is given up as soon as its loss is known to be too large. Both are exact:
-the windows that run together are the same for every plan, and so is every bit of a loss.
+are known (`orthorank.stack.resources.States`), and it is given up as soon as its loss is known to be too large. Both
+are exact: the windows that run together are the same for every plan, and so is every bit of a loss.
 """
 
 import dataclasses
@@ -16,8 +16,7 @@ from torch import Tensor
 
 from orthorank.common.errors import OrthoRankError, check_integers, check_share
 from orthorank.hf.families import device_of
-from orthorank.stack.resources import OneProcess, Processes, check_bytes, states_budget, windows_at_once
-from orthorank.stack.states import Ratios, States
+from orthorank.stack.resources import OneProcess, Processes, Ratios, States, check_bytes, states_budget, windows_at_once
 
 if TYPE_CHECKING:
     from orthorank.stack.layers import LayerStack, Pass

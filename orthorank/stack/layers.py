@@ -12,11 +12,9 @@ from torch import Tensor, nn
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
-from orthorank.hf.apply import handle_of
 from orthorank.hf.calls import Call, read_call
 from orthorank.hf.criteria import norm_and_rank
-from orthorank.hf.families import decoder_of, device_of, layers_of
-from orthorank.hf.family_check import checked_family
+from orthorank.hf.families import TESTED, decoder_of, device_of, family_of, layers_of
 from orthorank.hf.intact import TakenApart
 from orthorank.hf.layer import selected_forward
 from orthorank.hf.parts import Parts
@@ -67,8 +65,12 @@ class LayerStack:
     def __init__(self, model: "PreTrainedModel") -> None:
         self.model = model
         self.decoder: Any = decoder_of(model)
-        self.family = checked_family(model)
-        if handle_of(model) is not None:
+        self.family = family_of(model)
+        if model.config.get_text_config().model_type not in TESTED:
+            from orthorank.hf.family_check import checked_family
+
+            self.family = checked_family(model)
+        if isinstance(forward_of(self.decoder), Patch):  # where a plan stands
             raise OrthoRankError("a plan is applied to this model; call handle.remove() first")
         self.layers: list[Any] = layers_of(model)
         self.parts: list[Parts] = [Parts.of(self.family, layer) for layer in self.layers]

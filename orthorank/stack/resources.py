@@ -1,18 +1,16 @@
-"""What an evaluator has: memory for states, and the processes that share the windows."""
+"""What an evaluator has: memory, the hidden states that are kept in it, and the processes that share the windows."""
 
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from orthorank.common.errors import OrthoRankError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 TOKENS_AT_ONCE = {"cpu": 1024}  # more gain nothing on a CPU, and stay out of its caches
 TOKENS_AT_ONCE_ELSEWHERE = 32768
@@ -109,6 +107,22 @@ class Processes(Protocol):
         """
 
 
+T = TypeVar("T")
+
+
+class Group(Processes, Protocol):
+    """What the search as a whole needs beside what the evaluator does."""
+
+    def share(self, value: T) -> T:
+        """Rank 0's value, on every process."""
+
+    def collect(self, value: T) -> list[T]:
+        """The values of all processes in the order of their ranks, on every process."""
+
+    def add(self, tensor: Tensor) -> None:
+        """Make ``tensor`` the sum of those of all processes, in place."""
+
+
 class OneProcess:
     """A group of one: what is used without a launcher.
 
@@ -124,30 +138,6 @@ class OneProcess:
         """A list that holds ``values`` alone."""
         return [list(values)]
 
-
-T = TypeVar("T")
-
-
-class Group(Processes, Protocol):
-    """What the search as a whole needs beside what the evaluator does."""
-
-    def share(self, value: T) -> T:
-        """Rank 0's value, on every process."""
-
-    def collect(self, value: T) -> list[T]:
-        """The values of all processes in the order of their ranks, on every process."""
-
-    def add(self, tensor: "Tensor") -> None:
-        """Make ``tensor`` the sum of those of all processes, in place."""
-
-
-class Alone(OneProcess):
-    """A group of one.
-
-    >>> Alone().collect("a")
-    ['a']
-    """
-
     def share(self, value: T) -> T:
         """``value``."""
         return value
@@ -156,7 +146,7 @@ class Alone(OneProcess):
         """A list of ``value``."""
         return [value]
 
-    def add(self, tensor: "Tensor") -> None:
+    def add(self, tensor: Tensor) -> None:
         """Nothing to add."""
 
 
@@ -194,12 +184,12 @@ def joined() -> Iterator[Group]:
     """
     from torch import distributed
 
-    from orthorank.stack.launched import Launched, connect
-
     there = distributed.is_available() and distributed.is_initialized()
     if not there and _launched_size() < 2:
-        yield Alone()
+        yield OneProcess()
         return
+    from orthorank.stack.launched import Launched, connect
+
     if not there:
         connect()
     try:
@@ -230,3 +220,90 @@ def _launched_size() -> int:
         return int(os.environ.get("WORLD_SIZE", "1"))
     except ValueError:
         return 1
+
+
+Ratios = tuple[float, ...]
+
+
+class States:
+    """The kept states of one batch of windows, by the part of a plan that they depend on, within a budget of bytes.
+
+    The state at the input of layer l depends on the ratios of the layers below l alone: its *prefix*. A question about
+    a plan starts from the longest prefix that is kept. States of the current plan itself, the *trunk*, serve every
+    question that changes one layer; states of a plan that differs from it in one layer, the *branches*, serve the next
+    round, for as long as it switches a layer further up. What does not fit is not kept, and so computed again.
+
+    Args:
+        budget: bytes that may be held.
+
+    Example:
+        >>> import torch
+        >>> states = States(budget=32)
+        >>> states.offer((1.0,), torch.zeros(4))
+        >>> states.offer((1.0, 0.5), torch.ones(4))
+        >>> layer, state = states.longest((1.0, 0.5, 1.0))
+        >>> layer, state.tolist(), states.bytes
+        (2, [1.0, 1.0, 1.0, 1.0], 32)
+    """
+
+    def __init__(self, budget: float) -> None:
+        self.budget = budget
+        self.bytes = 0
+        self._kept: OrderedDict[Ratios, Tensor] = OrderedDict()  # the least recently used first
+        self._plan: Ratios = ()
+        self._base = -1
+
+    def follow(self, plan: Ratios, base: int) -> None:
+        """Make ``plan`` the current one; the state at the input of layer ``base`` is the last to be given up.
+
+        States that no plan with one change to ``plan`` can use are dropped.
+        """
+        self._plan, self._base = plan, base
+        for prefix in [prefix for prefix in self._kept if self._changes(prefix) > 1]:
+            self._drop(prefix)
+
+    def longest(self, ratios: Ratios) -> tuple[int, Tensor] | None:
+        """The state kept for most layers of ``ratios``, and the layer whose input it is; None: nothing is kept."""
+        longest = max(map(len, self._kept), default=0)
+        for layer in range(min(longest, len(ratios)), -1, -1):
+            if ratios[:layer] in self._kept:
+                self._kept.move_to_end(ratios[:layer])
+                return layer, self._kept[ratios[:layer]]
+        return None
+
+    def offer(self, prefix: Ratios, state: Tensor) -> None:
+        """Keep ``state``, the input of layer ``len(prefix)``, if there is room or it is worth more than what is kept.
+
+        A branch takes free room only: all branches are used once a round, so that giving up one for another would in
+        the end keep none. The trunk's states take the room of branches, then that of the one used longest ago.
+        """
+        if prefix in self._kept:
+            return
+        if state.untyped_storage().nbytes() > _bytes(state):
+            state = state.clone()  # a view would hold more than it shows
+        if self._changes(prefix) == 0:
+            self._make_room(_bytes(state))
+        if self.bytes + _bytes(state) <= self.budget:
+            self._kept[prefix] = state
+            self.bytes += _bytes(state)
+
+    def _make_room(self, needed: int) -> None:
+        if needed > self.budget:
+            return
+        branches = [prefix for prefix in self._kept if self._changes(prefix)]
+        trunk = [prefix for prefix in self._kept if not self._changes(prefix) and len(prefix) != self._base]
+        for prefix in branches + trunk:
+            if self.bytes + needed <= self.budget:
+                return
+            self._drop(prefix)
+
+    def _drop(self, prefix: Ratios) -> None:
+        self.bytes -= _bytes(self._kept.pop(prefix))
+
+    def _changes(self, prefix: Ratios) -> int:
+        """In how many layers ``prefix`` differs from the current plan."""
+        return sum(a != b for a, b in zip(prefix, self._plan, strict=False))
+
+
+def _bytes(state: Tensor) -> int:
+    return state.numel() * state.element_size()
