@@ -16,6 +16,7 @@ from orthorank.hf.apply import apply
 from orthorank.hf.models import load_model, locate
 from orthorank.reproduce.cells import Cells
 from orthorank.reproduce.settings import ReproduceSettings
+from orthorank.search.settings import SearchSettings
 
 if TYPE_CHECKING:
     from orthorank.stack.evaluator import Evaluator
@@ -76,14 +77,8 @@ class Subject:
 
     def candidates(self, method: str, keep_ratio: float) -> list[int]:
         """Layers that a method may choose. Greedy: SLEB's own for removal, those after the sink for selection."""
-        from orthorank.search.one_shot import PROTECT_FIRST, PROTECT_LAST
-
-        if method == "one-shot":
-            first = PROTECT_FIRST if keep_ratio == 0 else max(PROTECT_FIRST, self.floor)
-            return list(range(first, self.num_layers - PROTECT_LAST))
-        if keep_ratio == 0:
-            return list(range(1, self.num_layers - 1))
-        return list(range(self.floor, self.num_layers - 2))
+        settings = SearchSettings(output=self.settings.output, method=method, keep_ratio=keep_ratio)
+        return settings.candidates(self.num_layers, self.floor - 1 if settings.floored else None)
 
     def reaches(self, method: str, keep_ratio: float, sparsity: float) -> bool:
         """Whether a nominal sparsity is at least one layer and no more than all candidates."""

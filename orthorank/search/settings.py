@@ -135,6 +135,11 @@ class SearchSettings:
             return self.sink_floor
         return self.keep_ratio > 0 or self.sink_layer is not None
 
+    def candidates(self, num_layers: int, sink_layer: int | None) -> list[int]:
+        """The layers that may be chosen, ascending; ``sink_layer``: they come after it."""
+        first, last = self.protected
+        return list(range(max(first, 0 if sink_layer is None else sink_layer + 1), num_layers - last))
+
     @property
     def title(self) -> str:
         """The method in words, as plans record it."""
@@ -149,18 +154,20 @@ class SearchSettings:
 
 
 def candidates_of(settings: SearchSettings, num_layers: int, sink_layer: int | None) -> list[int]:
-    """The layers that may be chosen."""
-    first, last = settings.protected
-    if sink_layer is not None:
-        if sink_layer >= num_layers:
-            raise OrthoRankError(f"sink_layer is {sink_layer}; the model has layers 0 to {num_layers - 1}")
-        first = max(first, sink_layer + 1)
-    candidates = list(range(first, num_layers - last))
+    """`SearchSettings.candidates`.
+
+    Raises:
+        OrthoRankError: there are none, or there is no such sink layer.
+    """
+    if sink_layer is not None and sink_layer >= num_layers:
+        raise OrthoRankError(f"sink_layer is {sink_layer}; the model has layers 0 to {num_layers - 1}")
+    candidates = settings.candidates(num_layers, sink_layer)
     if not candidates:
+        first, last = settings.protected
         floor = "" if sink_layer is None else f" and the sink layer is {sink_layer}"
         raise OrthoRankError(
-            f"no layer may be chosen: of {num_layers} layers, {settings.protected[0]} at the beginning and {last} at "
-            f"the end are protected{floor}; lower --protect-first, --protect-last or --sink-layer"
+            f"no layer may be chosen: of {num_layers} layers, {first} at the beginning and {last} at the end are "
+            f"protected{floor}; lower --protect-first, --protect-last or --sink-layer"
         )
     return candidates
 
