@@ -3,13 +3,14 @@
 `intend` settles what is to be done, and raises when it cannot be; `carry_out` then takes a plan or searches for one.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import user_path
-from orthorank.common.progress import Screen, SilentScreen
+from orthorank.common.progress import Advance, Screen, SilentScreen
 from orthorank.config import OrthoRankConfig
 from orthorank.demo.run import PLAN_FILES, Run
 from orthorank.demo.settings import Settings
@@ -44,7 +45,11 @@ class _Bars(SilentScreen):
     """Of a search the demo shows the bar alone."""
 
     def __init__(self, screen: Screen) -> None:
-        self.progress = screen.progress  # type: ignore[method-assign]
+        self.screen = screen
+
+    def progress(self, title: str, total: int) -> AbstractContextManager[Advance]:
+        """The demo's own."""
+        return self.screen.progress(title, total)
 
 
 def check_plan_file(settings: Settings) -> None:
