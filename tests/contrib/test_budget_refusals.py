@@ -23,7 +23,7 @@ from tests.orthorank.search.test_search_command import Watcher
         ({"method": "influence"}, "method is influence"),
         ({"keep_ratio": 0.0}, "keep_ratio is 0, and with a budget"),
         ({"budget_unit": "joules"}, "budget_unit is 'joules'; it may be flops or time"),
-        ({"keep_ratios": (0.5, 1.0)}, "keep_ratios holds 1"),
+        ({"keep_ratios": (0.5, 1.0)}, "a ratio in keep_ratios is 1"),
         ({"keep_ratios": ()}, "keep_ratios is empty"),
         ({"starts": ("none", "a.json")}, "starts is none and a plan file"),
         ({"exchanges": -1}, "exchanges is -1"),

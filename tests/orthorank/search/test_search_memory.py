@@ -13,7 +13,7 @@ from orthorank.search import Evaluator
 from orthorank.search.job import prepare
 from orthorank.search.run import run_search
 from orthorank.stack import resources as memory
-from orthorank.stack.resources import Alone
+from orthorank.stack.resources import OneProcess
 from tests.orthorank.conftest import make_tiny_model
 from tests.orthorank.plain_search import random_windows, small_stack
 from tests.orthorank.search_runs import plan_in, settings
@@ -90,7 +90,7 @@ def test_the_evaluator_follows_the_memory(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("fast", [False, True])
 def test_the_command_s_budget(tiny_folder: Path, tmp_path: Path, fast: bool) -> None:
     """``--memory`` in GiB; what is kept changes nothing but the time."""
-    job = prepare(settings(tiny_folder, tmp_path / "job", memory=0.5), SilentScreen(), Alone())
+    job = prepare(settings(tiny_folder, tmp_path / "job", memory=0.5), SilentScreen(), OneProcess())
     assert job.evaluator.memory == 2**29
     for name, memory_in_gib in (("all", None), ("nothing", 0.0)):
         run_search(settings(tiny_folder, tmp_path / name, memory=memory_in_gib, fast=fast, layers=3))
