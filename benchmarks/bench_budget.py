@@ -21,17 +21,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.bench_criteria import JOINED, read_text
+from contrib.budget.budget import BudgetInterrupted, BudgetState, Effort, Progress, best_plan, budget_search
+from contrib.budget.costs import count_flops
+from contrib.budget.pareto import Point, front_of
+from contrib.budget.plan_loss import CalibrationLoss
+from contrib.budget.plans import Space, key_of, plan_of
 from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank.common.files import write_json
 from orthorank.evaluation import perplexity
 from orthorank.models import load_model
 from orthorank.plans import default_plan
 from orthorank.search import Evaluator, candidate_layers
-from orthorank.search.budget import BudgetInterrupted, BudgetState, Effort, Progress, best_plan, budget_search
-from orthorank.search.costs import count_flops
-from orthorank.search.pareto import Point, front_of
-from orthorank.search.plan_loss import CalibrationLoss
-from orthorank.search.plans import Space, key_of, plan_of
 from orthorank.stack.layers import LayerStack
 from orthorank.stack.sink import detect_sink
 

@@ -23,9 +23,9 @@ import torch
 
 from orthorank import OrthoRankError
 from orthorank.common.texts import find_text, take_samples, tokenize
-from orthorank.evaluation.flops import Dimensions
 from orthorank.models import load_model
 from orthorank.search import Evaluator, SearchState, begin_search, candidate_layers, greedy_round
+from orthorank.stack.flops import Dimensions
 from orthorank.stack.layers import LayerStack
 from orthorank.stack.sink import detect_sink
 from orthorank_kernels import keep_count

@@ -9,11 +9,10 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Annotated, Any
 
-from orthorank.common.errors import OrthoRankError
-from orthorank.plan_checks import shown
+from orthorank.common.errors import OrthoRankError, shown
 from orthorank_kernels.remedies import install
 
 if TYPE_CHECKING:
@@ -37,14 +36,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
     if missing:
         return _fail(f"the command line needs {' and '.join(missing)}; run: {install('demo')}")
+    given = sys.argv[1:] if arguments is None else arguments
+    return answer(lambda: _app(next(iter(given), "")), given, "orthorank")
+
+
+def answer(app: Callable[[], "typer.Typer"], arguments: Sequence[str] | None, name: str) -> int:
+    """Run the command line ``arguments`` by what ``app`` makes, which users call ``name``; its exit code."""
     import typer
 
     usage_error: Any = typer.BadParameter.__base__  # click's class, or that of the copy of click inside typer
     try:
-        code = int(_app()(args=arguments, standalone_mode=False, prog_name="orthorank") or 0)
+        code = int(app()(args=arguments, standalone_mode=False, prog_name=name) or 0)
         return code if code != INTERRUPTED else _fail(NOTHING_KEPT)
     except usage_error as error:
-        return _fail(f"{error.format_message()} (orthorank {_command_of(error)}--help lists what there is)")
+        return _fail(f"{error.format_message()} ({name} {_command_of(error, name)}--help lists what there is)")
     except (KeyboardInterrupt, typer.Abort):
         return _fail(NOTHING_KEPT)
     except OrthoRankError as error:
@@ -60,24 +65,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"the file system says of{where or ' a file'}: {error.strerror or error}")
 
 
-def _app() -> "typer.Typer":
-    import typer
+# Each command's module, in the order of the help.
+COMMANDS = {
+    "demo": "demo",
+    "doctor": "doctor",
+    "bench": "bench",
+    "env": "env",
+    "reproduce": "reproduce",
+    "analyze": "analyze",
+    "search": "search",
+    "calibrate": "calibrate",
+    "vllm-args": "vllm_args",
+    "lm-eval": "lm_eval",
+}
+EVALUATIONS = {"ppl": "eval_ppl", "tasks": "eval_tasks", "longbench": "eval_longbench"}
 
-    from orthorank.commands import (
-        analyze,
-        bench,
-        calibrate,
-        demo,
-        doctor,
-        env,
-        eval_longbench,
-        eval_ppl,
-        eval_tasks,
-        lm_eval,
-        reproduce,
-        search,
-        vllm_args,
-    )
+
+def _app(wanted: str = "") -> "typer.Typer":
+    """The command line with the command ``wanted`` alone, whose module is imported; with all where there is no such."""
+    import typer
 
     app = typer.Typer(
         name="orthorank",
@@ -86,21 +92,18 @@ def _app() -> "typer.Typer":
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
-    app.command("demo")(_bounded(demo.command))
-    app.command("doctor")(_bounded(doctor.command))
-    app.command("bench")(_bounded(bench.command))
-    app.command("env")(_bounded(env.command))
-    app.command("reproduce")(_bounded(reproduce.command))
-    app.command("analyze")(_bounded(analyze.command))
-    app.command("search")(_bounded(search.command))
-    app.command("calibrate")(_bounded(calibrate.command))
-    app.command("vllm-args")(_bounded(vllm_args.command))
-    measure = typer.Typer(help="Measure a model, dense and with plans: perplexity, tasks, LongBench.")
-    measure.command("ppl")(_bounded(eval_ppl.command))
-    measure.command("tasks")(_bounded(eval_tasks.command))
-    measure.command("longbench")(_bounded(eval_longbench.command))
-    app.add_typer(measure, name="eval")
-    app.command("lm-eval", add_help_option=False, context_settings=lm_eval.SETTINGS)(lm_eval.command)
+    known = wanted in COMMANDS or wanted == "eval"
+    for name, module in COMMANDS.items():
+        if not known or name == wanted:
+            command = import_module(f"orthorank.commands.{module}")
+            settings = getattr(command, "SETTINGS", None)
+            passed_on = {} if settings is None else {"add_help_option": False, "context_settings": settings}
+            app.command(name, **passed_on)(command.command if passed_on else bounded(command.command))
+    if not known or wanted == "eval":
+        measure = typer.Typer(help="Measure a model, dense and with plans: perplexity, tasks, LongBench.")
+        for name, module in EVALUATIONS.items():
+            measure.command(name)(bounded(import_module(f"orthorank.commands.{module}").command))
+        app.add_typer(measure, name="eval")
 
     @app.callback(invoke_without_command=True)
     def orthorank(
@@ -116,7 +119,7 @@ def _app() -> "typer.Typer":
     return app
 
 
-def _bounded(command: Callable[..., int]) -> Callable[..., int]:
+def bounded(command: Callable[..., int]) -> Callable[..., int]:
     """``command`` with its whole numbers checked: no tensor and no loop has to be the first to overflow."""
 
     @functools.wraps(command)
@@ -150,10 +153,10 @@ def _interrupted(error: BaseException | None) -> bool:
     return False
 
 
-def _command_of(error: Any) -> str:
+def _command_of(error: Any, whole: str) -> str:
     context = getattr(error, "ctx", None)
     name = "" if context is None else context.info_name or ""
-    return "" if name in ("", "orthorank") else f"{name} "
+    return "" if name in ("", whole) else f"{name} "
 
 
 def _fail(sentence: str) -> int:

@@ -2,15 +2,16 @@
 
 import dataclasses
 import json
+import math
 import os
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orthorank.common.errors import OrthoRankError, UnknownKeysWarning
+from orthorank.common.errors import OrthoRankError, UnknownKeysWarning, check_integer, check_share, shown
 from orthorank.common.files import finite, read_json, user_path, write_text
-from orthorank.plan_checks import RECORDS, check_fields, release_of, shown
+from orthorank.plan_checks import RECORDS, check_fields, release_of
 from orthorank_kernels._version import __version__
 from orthorank_kernels.callers import levels_to_caller
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FILE_NAME = "orthorank.json"
+_ROUNDING = 1e-6  # repairs products such as 30 * 0.2 / (2 / 3), which may fall just below 9
 BY_LAYER = ("keep_ratios", "thresholds")  # mappings from layer numbers, whose keys JSON makes strings
 
 
@@ -207,3 +209,34 @@ def hub_id(model: "PreTrainedModel") -> str | None:
     name = getattr(model.config, "_name_or_path", "") or ""
     looks_like_hub_id = name.count("/") <= 1 and not name.startswith((".", "~", os.sep)) and not os.path.exists(name)
     return name if name and looks_like_hub_id else None
+
+
+def layer_count(num_layers: int, sparsity: float, keep_ratio: float = 0.0) -> int:
+    """Layers to switch for a nominal sparsity: ``floor(num_layers * sparsity / (1 - keep_ratio) + 1e-6)``.
+
+    Args:
+        num_layers: decoder layers of the model.
+        sparsity: share of token-layer updates to leave out, above 0 and below 1.
+        keep_ratio: share of tokens that a switched layer still updates, 0 (layer pruning) to below 1. The paper's
+            "33 %" is 1/3.
+
+    Returns:
+        The number of layers (paper, section 4.1: the layer ratio), which may be 0.
+
+    Raises:
+        OrthoRankError: an argument out of range, or more layers would be needed than there are.
+
+    Example:
+        >>> layer_count(32, 0.2, 1/3), layer_count(32, 0.2)  # OrthoRank and layer pruning at 20 %
+        (9, 6)
+    """
+    check_integer("num_layers", num_layers, 1)
+    check_share("sparsity", sparsity, "such as 0.2 for 20 %")
+    check_share("keep_ratio", keep_ratio, "0 for layer pruning (1 leaves nothing out)", zero=True)
+    count = math.floor(num_layers * sparsity / (1 - keep_ratio) + _ROUNDING)
+    if count > num_layers:
+        raise OrthoRankError(
+            f"a sparsity of {sparsity} with keep_ratio {keep_ratio:.4g} needs {count} layers and the model has "
+            f"{num_layers}; lower the sparsity to at most {1 - keep_ratio:.4g}, or lower keep_ratio"
+        )
+    return count

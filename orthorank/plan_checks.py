@@ -2,12 +2,11 @@
 
 import math
 import re
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from orthorank.common.criteria import check_criterion, check_pointwise
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, check_integer, shown
 
 LEGAL: dict[str, tuple[str, ...]] = {
     "select": ("topk", "window", "threshold"),
@@ -64,32 +63,6 @@ def check_fields(plan: Any) -> None:
         layer: _threshold(f"thresholds[{layer}]", tau) for layer, tau in _by_layer("thresholds", plan).items()
     }
     _check_modes(plan)
-
-
-def check_integer(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
-    """``value`` is an int, not a bool, of at least ``minimum`` and at most ``maximum``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise OrthoRankError(f"{name} is {shown(value)}; it must be an integer, {minimum} or more")
-    if maximum is not None and value > maximum:
-        raise OrthoRankError(f"{name} is {shown(value)}; it must be an integer from {minimum} to {maximum:,}")
-
-
-def shown(value: object) -> str:
-    """``value`` as an error shows it: cut short, and an integer of more digits than Python prints by its size.
-
-    >>> shown("12"), shown(10**5000), len(shown([0] * 10**6)) < 100
-    ("'12'", 'an integer of 16,610 bits', True)
-    """
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
-        return f"an integer of {value.bit_length():,} bits"
-    try:
-        return repr(value) if not isinstance(value, list | tuple | set | dict) else _REPR.repr(value)
-    except ValueError:  # a long integer inside of it
-        return f"a {type(value).__name__}"
-
-
-_REPR = reprlib.Repr()
-_REPR.maxlist = _REPR.maxtuple = _REPR.maxset = _REPR.maxdict = 20
 
 
 def release_of(version: str) -> tuple[int, ...]:

@@ -130,6 +130,16 @@ def test_a_package_in_front_is_imported_by_nothing_behind_it() -> None:
     assert not [name for name, found in IMPORTS.items() if {"orthorank"} & found and name.startswith("orthorank.")]
 
 
+def test_the_packages_know_nothing_of_what_is_not_in_the_wheel() -> None:
+    outside = {folder.name for folder in ROOT.iterdir() if any(folder.glob("*.py"))} - set(PACKAGES)
+    assert "contrib" in outside
+    for name, path in MODULES.items():
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        found = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+        found |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        assert not {module.partition(".")[0] for module in found} & outside, name
+
+
 def test_no_module_is_in_a_circle() -> None:
     inside = {name: {module for module in found if room_of(module)} for name, found in IMPORTS.items()}
     assert not [" -> ".join(circle) for circle in circles(inside)]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthorank.common.criteria import check_criterion
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, check_integers
 from orthorank.common.files import user_path, writable_folder, write_json
 from orthorank.common.progress import Screen
 from orthorank.common.texts import check_bos, spread
@@ -40,10 +40,7 @@ class AnalysisSettings:
     bos: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, least in (("passages", 1), ("passage_tokens", 12), ("windows", 0), ("seq_len", 2)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise OrthoRankError(f"{name} is {value!r}; it must be an integer, {least} or more")
+        check_integers(vars(self), passages=1, passage_tokens=12, windows=0, seq_len=2)
         check_bos(self.bos)
         check_criterion(self.criterion)
 

@@ -20,7 +20,7 @@ from orthorank.config import OrthoRankConfig
 from orthorank.hf.apply import check_plan
 from orthorank.hf.families import device_of
 from orthorank.stack.layers import LayerStack
-from orthorank.stack.memory import windows_at_once
+from orthorank.stack.resources import windows_at_once
 from orthorank_kernels import keep_count
 from orthorank_kernels._version import __version__
 

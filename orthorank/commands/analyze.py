@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from orthorank.commands.criterion import register
-from orthorank.commands.demo import BOS, MODEL
+from orthorank.commands.screen import BOS, MODEL, RichScreen, console, number
 from orthorank.common.errors import OrthoRankError
 
 TEXT = "UTF-8 text file. Default: the documentation of Python inside its standard library."
@@ -39,7 +39,6 @@ def command(
     """
 
     from orthorank.analysis.job import AnalysisSettings, run_analysis
-    from orthorank.commands.screen import RichScreen, console, number
 
     ratio = number("keep_ratio", keep_ratio)
     if ratio is None or not 0 < ratio < 1:

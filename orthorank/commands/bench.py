@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orthorank.commands.criterion import OWN_CRITERION, register
-from orthorank.commands.demo import MODEL
-from orthorank.common.errors import OrthoRankError
+from orthorank.commands.screen import MODEL, RichScreen, console, numbers, table_of
+from orthorank.common.errors import OrthoRankError, check_choice
+from orthorank.common.files import user_path, writable_folder
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,15 +60,12 @@ def command(
 
     from orthorank.commands import bench_random, bench_vllm
     from orthorank.commands.bench_shared import counted, deliver, shipped
-    from orthorank.commands.screen import RichScreen, console, numbers
-    from orthorank.common.files import writable_folder
     from orthorank.evaluation.bench import BenchSettings, run_bench
     from orthorank.evaluation.bench_results import results_of
     from orthorank.models import load_model, locate
 
     register(criterion)
-    if engine not in ENGINES:
-        raise OrthoRankError(f"engine is {engine!r}; it may be {' or '.join(ENGINES)}")
+    check_choice("engine", engine, ENGINES)
     chosen = None if lengths is None else () if lengths.strip() == "0" else tuple(numbers("lengths", lengths) or ())
     settings = BenchSettings(
         prompt_tokens=prompt_tokens,
@@ -131,7 +129,6 @@ def _refuse_for_vllm(**options: Any) -> None:
 
 
 def _read(paths: list[str] | None) -> dict[str, Any] | None:
-    from orthorank.common.files import user_path
     from orthorank.config import OrthoRankConfig
     from orthorank.evaluation.bench import variant_names
 
@@ -152,9 +149,6 @@ def _set_threads(threads: int | None) -> None:
 
 
 def _show(screen: Any, results: dict[str, Any], folder: Path | None) -> None:
-    from rich.padding import Padding
-
-    from orthorank.commands.screen import INDENT
 
     speed, settings = results["bench"]["prefill"], results["bench"]["settings"]
     threads = f", {speed['threads']} threads" if speed["device"] == "cpu" else ""
@@ -162,8 +156,7 @@ def _show(screen: Any, results: dict[str, Any], folder: Path | None) -> None:
     screen.say(
         f"Prompts of {settings['batch_size']} x {settings['prompt_tokens']} random tokens, {settings['rounds']} rounds."
     )
-    screen.console.print()
-    screen.console.print(Padding(_table(results), (0, 0, 1, INDENT)))
+    screen.table(_table(results))
     screen.say(
         "nominal: share of token updates left out; FLOPs: the speed-up that they alone would give; then speed-ups of "
         "the prefill, of the time to the first token (with a cache) and of decoding; MiB: peak memory of a prefill"
@@ -176,12 +169,8 @@ def _show(screen: Any, results: dict[str, Any], folder: Path | None) -> None:
 
 
 def _table(results: dict[str, Any]) -> "Table":
-    from rich.table import Table
-
-    drawn = Table(box=None, pad_edge=False, header_style="dim")
     columns = ("", "nominal", "FLOPs", "prefill", "tok/s", "token 1", "decode", "tok/s", "MiB")
-    for number, name in enumerate(columns):
-        drawn.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
+    drawn = table_of(*columns, no_wrap=True)
     for row in results["rows"]:
         decode, peak, ideal = row["decode_tokens_per_second"], row["peak_bytes"], row["flop_speedup"]
         drawn.add_row(

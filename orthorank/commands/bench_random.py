@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orthorank.commands.screen import table_of
 from orthorank.common.errors import OrthoRankError
 
 if TYPE_CHECKING:
@@ -74,9 +75,6 @@ def _triton() -> dict[str, str]:
 
 
 def _show(screen: Any, results: dict[str, Any], folder: Path | None) -> None:
-    from rich.padding import Padding
-
-    from orthorank.commands.screen import INDENT
 
     speed = results["prefill"]
     threads = f", {speed['threads']} threads" if speed["device"] == "cpu" else ""
@@ -89,8 +87,7 @@ def _show(screen: Any, results: dict[str, Any], folder: Path | None) -> None:
         f"{' and '.join(how) or 'eager'}. "
         f"Attention of dense layers: {results['attention']}."
     )
-    screen.console.print()
-    screen.console.print(Padding(_table(results), (0, 0, 1, INDENT)))
+    screen.table(_table(results))
     screen.say("FLOPs: the speed-up that these alone would give; MiB: peak memory of an eager prefill.")
     screen.say(results["rule"])
     screen.say(results["remark"])
@@ -99,11 +96,7 @@ def _show(screen: Any, results: dict[str, Any], folder: Path | None) -> None:
 
 
 def _table(results: dict[str, Any]) -> "Table":
-    from rich.table import Table
-
-    drawn = Table(box=None, pad_edge=False, header_style="dim")
-    for number, name in enumerate(("", "layers", "nominal", "FLOPs", "prefill", "ms", "tok/s", "MiB")):
-        drawn.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
+    drawn = table_of("", "layers", "nominal", "FLOPs", "prefill", "ms", "tok/s", "MiB", no_wrap=True)
     for row in results["rows"]:
         ideal, peak = row["flop_speedup"], row["peak_bytes"]
         drawn.add_row(

@@ -4,7 +4,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from orthorank.commands.screen import table_of
 from orthorank.common.errors import OrthoRankError
+from orthorank.common.files import from_json
+from orthorank.common.loading import quiet
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,7 +51,6 @@ def _arguments(words: str | None, dtype: str | None) -> dict[str, Any]:
 
     if dtype is not None and dtype not in DTYPES:
         raise OrthoRankError(f"dtype is {dtype!r}; it may be {', '.join(DTYPES)}")
-    from orthorank.common.files import from_json
 
     try:
         arguments = from_json(words or "{}")
@@ -65,7 +67,6 @@ def _model(name: str | None) -> tuple[str, Any]:
     """What vLLM is given, and the model's configuration."""
     from transformers import AutoConfig
 
-    from orthorank.common.loading import quiet
     from orthorank.models import locate
 
     if name is None:
@@ -87,9 +88,6 @@ def _model(name: str | None) -> tuple[str, Any]:
 
 
 def _show(screen: "RichScreen", results: dict[str, Any], folder: Path | None) -> None:
-    from rich.padding import Padding
-
-    from orthorank.commands.screen import INDENT
 
     bench, model = results["bench"], results["model"]
     settings = bench["settings"]
@@ -101,8 +99,7 @@ def _show(screen: "RichScreen", results: dict[str, Any], folder: Path | None) ->
     screen.say(
         f"Prompts of {settings['batch_size']} x {settings['prompt_tokens']} random tokens, {settings['rounds']} rounds."
     )
-    screen.console.print()
-    screen.console.print(Padding(_table(results), (0, 0, 1, INDENT)))
+    screen.table(_table(results))
     screen.say(
         "nominal: share of token updates left out; FLOPs: the speed-up that they alone would give; then the measured "
         "prefill of all prompts at once and time to the first token of one prompt; ±: half of the range between the "
@@ -118,11 +115,7 @@ def _show(screen: "RichScreen", results: dict[str, Any], folder: Path | None) ->
 
 
 def _table(results: dict[str, Any]) -> "Table":
-    from rich.table import Table
-
-    drawn = Table(box=None, pad_edge=False, header_style="dim")
-    for number, name in enumerate(("", "nominal", "FLOPs", "prefill", "±", "tok/s", "token 1", "±", "ms")):
-        drawn.add_column(name, justify="right" if number else "left", no_wrap=True)
+    drawn = table_of("", "nominal", "FLOPs", "prefill", "±", "tok/s", "token 1", "±", "ms", no_wrap=True)
     for row in results["rows"]:
         ideal = row["flop_speedup"]
         drawn.add_row(

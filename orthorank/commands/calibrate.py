@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orthorank.commands.criterion import OWN_CRITERION, register
-from orthorank.commands.demo import BOS, MODEL
+from orthorank.commands.screen import BOS, MODEL, RichScreen, console, number, table_of
 from orthorank.common.errors import OrthoRankError
+from orthorank.common.files import writable_folder
+from orthorank.common.texts import Bos, check_bos, find_text, join_texts, read_tokens, take_samples
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,11 +49,7 @@ def command(
     no longer depends on the others. Calibrated on windows of the text's first half; windows of its second half show
     which share of other tokens that is.
     """
-    from rich.padding import Padding
 
-    from orthorank.commands.screen import INDENT, RichScreen, console, number
-    from orthorank.common.files import writable_folder
-    from orthorank.common.texts import check_bos, find_text, join_texts
     from orthorank.config import OrthoRankConfig
 
     check_bos(bos)
@@ -66,7 +64,6 @@ def command(
     screen = RichScreen(terminal)
 
     from orthorank.calibration.thresholds import calibrate
-    from orthorank.common.texts import Bos, read_tokens, take_samples
     from orthorank.models import load_model, locate
     from orthorank.plans import default_plan
 
@@ -104,7 +101,7 @@ def command(
     }
     checked = _check(screen, loaded, found, samples.held_out)
     path = found.save_pretrained(folder)
-    terminal.print(Padding(table(found, checked), (1, 0, 1, INDENT)))
+    screen.table(table(found, checked))
     for sentence in remarks(found):
         screen.say(sentence)
     screen.say(f"Plan: {path}; use it with orthorank demo --plan {output}")
@@ -131,11 +128,7 @@ def _check(screen: "Screen", model: Any, plan: "OrthoRankConfig", held_out: "Ten
 
 def table(plan: "OrthoRankConfig", held_out: dict[int, float]) -> "Table":
     """Each selecting layer's threshold, and the shares of tokens below it."""
-    from rich.table import Table
-
-    drawn = Table(box=None, pad_edge=False, header_style="dim")
-    for head in ("layer", "keep ratio", "threshold", "calibrated", "second half"):
-        drawn.add_column(head, justify="right")
+    drawn = table_of("layer", "keep ratio", "threshold", "calibrated", "second half", left=0)
     achieved = plan.calibration["thresholds"]["achieved"]
     for layer in plan.selecting:
         shares = (plan.ratio(layer), achieved[str(layer)], held_out[layer])

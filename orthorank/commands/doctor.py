@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-from orthorank.commands.demo import BOS, MODEL
+from orthorank.commands.screen import BOS, MODEL, RichScreen, console
+from orthorank.common import format as words
+from orthorank.common.texts import Bos, check_bos
 
 
 def command(
@@ -20,9 +22,6 @@ def command(
     question could not be answered.
     """
 
-    from orthorank.commands.screen import RichScreen, console
-    from orthorank.common import format as words
-    from orthorank.common.texts import Bos, check_bos
     from orthorank.models import load_model, locate
     from orthorank.serving.vllm.installed import installed
     from orthorank.stack.sink import candidate_layers, detect_sink

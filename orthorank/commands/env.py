@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from orthorank.commands.screen import console
+
 
 def command(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
@@ -22,8 +24,6 @@ def command(
 
     from rich.markup import escape
     from rich.table import Table
-
-    from orthorank.commands.screen import console
 
     terminal = console()
     versions = Table(box=None, show_header=False, pad_edge=False)

@@ -9,8 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from orthorank.commands.criterion import OWN_CRITERION, register
-from orthorank.commands.demo import BOS, MODEL
-from orthorank.common.errors import OrthoRankError
+from orthorank.commands.screen import BOS, MODEL, RichScreen, console, table_of
+from orthorank.common.errors import OrthoRankError, check_integers
+from orthorank.common.files import user_path, writable_folder, write_json
+from orthorank.common.texts import Bos, check_bos
 
 DATA = "JSONL file with task, prompt and gold in each line. Default: the hub's data."
 TASKS = "Tasks, such as qasper,trec. Default: all that the data has."
@@ -40,19 +42,15 @@ def command(
     Each answer is kept as soon as it is there: the same command continues where it was stopped.
     """
 
-    from orthorank.commands.screen import RichScreen, console
-    from orthorank.common.files import user_path, writable_folder, write_json
-    from orthorank.common.texts import Bos, check_bos
     from orthorank.config import OrthoRankConfig
     from orthorank.evaluation.longbench import Question, metrics
     from orthorank.evaluation.longbench_run import run_longbench
     from orthorank.hf.apply import apply
     from orthorank.models import load_model, locate
-    from orthorank.stack.fingerprint import model_fingerprint
+    from orthorank.stack.layers import model_fingerprint
 
-    for name, value in (("limit", limit), ("max_tokens", max_tokens), ("only_shorter", only_shorter)):
-        if value is not None and value < 1:
-            raise OrthoRankError(f"{name} is {value}; it must be at least 1")
+    given = {"limit": limit, "max_tokens": max_tokens, "only_shorter": only_shorter}
+    check_integers(given, limit=1, max_tokens=1, only_shorter=1)
     check_bos(bos)
     register(criterion)
     chosen = None if plan is None else OrthoRankConfig.from_pretrained(user_path("plan", plan))
@@ -122,23 +120,16 @@ def _questions(data: Path | None, tasks: str | None, limit: int | None) -> list[
 
 
 def _show(screen: Any, results: dict[str, Any], folder: Path) -> None:
-    from rich.padding import Padding
-    from rich.table import Table
-
-    from orthorank.commands.screen import INDENT
 
     scores = results["scores"]
     screen.heading(f"{results['model']['name']}, {'dense' if results['plan'] is None else 'with a plan'}: LongBench")
-    drawn = Table(box=None, pad_edge=False, header_style="dim")
-    for number, head in enumerate(("task", "questions", "score")):
-        drawn.add_column(head, justify="right" if number else "left")
+    drawn = table_of("task", "questions", "score")
     for name, mean in scores["tasks"].items():
         drawn.add_row(name, str(scores["questions"][name]), f"{mean:.2f}")
     for group, mean in scores["groups"].items():
         drawn.add_row(group, "", f"{mean:.2f}", style="dim")
     drawn.add_row("mean of the tasks", "", f"{scores['mean']:.2f}", style="bold")
-    screen.console.print()
-    screen.console.print(Padding(drawn, (0, 0, 1, INDENT)))
+    screen.table(drawn)
     said = {"auto": "BOS where tokenizer and template put it", "none": "no BOS"}
     screen.say(f"Prompts: {said.get(results['bos'], 'BOS before each')}.")
     screen.say(f"Results: {folder / 'longbench.json'}, {folder / 'answers.jsonl'}")

@@ -8,8 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from orthorank.commands.criterion import OWN_CRITERION, register
-from orthorank.commands.demo import BOS, MODEL
+from orthorank.commands.screen import BOS, MODEL, RichScreen, console, table_of
 from orthorank.common.errors import OrthoRankError
+from orthorank.common.files import user_path, writable_folder, write_json
+from orthorank.common.texts import Bos, check_bos, read_tokens
 
 PLAN = "Plan, a file or folder; may be given several times. The dense model is measured as well."
 TEXT = "UTF-8 text file, read as it is. Default: the documentation of Python inside its standard library."
@@ -37,11 +39,8 @@ def command(
     exp(mean over windows of the mean cross entropy).
     """
 
-    from orthorank.commands.screen import RichScreen, console
-    from orthorank.common.files import write_json
-    from orthorank.common.texts import Bos, check_bos, read_tokens
+    from orthorank.common.datasets import evaluation_text, most_windows
     from orthorank.evaluation.perplexity import auto_batch_size
-    from orthorank.evaluation.texts import evaluation_text, most_windows
     from orthorank.hf.apply import apply, check_plan
     from orthorank.models import load_model, locate
 
@@ -102,7 +101,6 @@ def _measure(screen: Any, name: str, model: Any, tokenizer: Any, text: Any, sett
 
 
 def _read(paths: list[str] | None) -> dict[str, Any]:
-    from orthorank.common.files import user_path
     from orthorank.config import OrthoRankConfig
     from orthorank.evaluation.bench import variant_names
 
@@ -112,7 +110,6 @@ def _read(paths: list[str] | None) -> dict[str, Any]:
 
 def check_output(output: Path | None) -> None:
     """A result can be written to the file ``output``; raises when it cannot."""
-    from orthorank.common.files import writable_folder
 
     if output is None:
         return
@@ -122,10 +119,6 @@ def check_output(output: Path | None) -> None:
 
 
 def _show(screen: Any, results: dict[str, Any], bos: str, output: Path | None) -> None:
-    from rich.padding import Padding
-    from rich.table import Table
-
-    from orthorank.commands.screen import INDENT
 
     first = results["rows"][0]
     screen.heading(f"{results['model']['name']}: {results['model']['dtype']} on {results['model']['device']}")
@@ -134,9 +127,7 @@ def _show(screen: Any, results: dict[str, Any], bos: str, output: Path | None) -
         f"{first['windows']} windows of {first['window']} tokens ({first['tokens']:,} tokens, "
         f"{first['predictions']:,} predicted); {bos}"
     )
-    drawn = Table(box=None, pad_edge=False, header_style="dim")
-    for number, head in enumerate(("", "perplexity", "loss", "standard error")):
-        drawn.add_column(head, justify="right" if number else "left")
+    drawn = table_of("", "perplexity", "loss", "standard error")
     for row in results["rows"]:
         spread = row["standard_error"]
         drawn.add_row(
@@ -145,7 +136,6 @@ def _show(screen: Any, results: dict[str, Any], bos: str, output: Path | None) -
             f"{row['loss']:.4f}",
             f"{spread:.4f}" if spread == spread else "-",
         )
-    screen.console.print()
-    screen.console.print(Padding(drawn, (0, 0, 1, INDENT)))
+    screen.table(drawn)
     if output is not None:
         screen.say(f"Results: {output}")

@@ -7,8 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from orthorank.commands.criterion import OWN_CRITERION, register
-from orthorank.commands.demo import BOS, MODEL
-from orthorank.common.errors import OrthoRankError
+from orthorank.commands.screen import BOS, MODEL, RichScreen, console, table_of
+from orthorank.common.errors import OrthoRankError, check_integers
+from orthorank.common.files import write_json
+from orthorank.common.texts import check_bos
 
 TASKS = "Tasks of the harness, such as piqa,winogrande. Default: the paper's five."
 PAPER = "piqa,winogrande,hellaswag,arc_easy,arc_challenge"
@@ -36,16 +38,11 @@ def command(
     """
 
     from orthorank.commands.eval_ppl import check_output
-    from orthorank.commands.screen import RichScreen, console
-    from orthorank.common.files import write_json
-    from orthorank.common.texts import check_bos
     from orthorank.evaluation.task_scores import evaluate_tasks
     from orthorank.models import load_model, locate
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    for name, value in (("limit", limit), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise OrthoRankError(f"{name} is {value}; it must be at least 1")
+    check_integers({"limit": limit, "batch_size": batch_size}, limit=1, batch_size=1)
     if include_path is not None and not include_path.is_dir():
         raise OrthoRankError(f"include_path is {str(include_path)!r}, and there is no such folder")
     check_bos(bos)
@@ -75,16 +72,10 @@ def command(
 
 
 def _show(screen: Any, results: dict[str, Any], output: Path | None) -> None:
-    from rich.padding import Padding
-    from rich.table import Table
-
-    from orthorank.commands.screen import INDENT
 
     plan = results["plan"]
     screen.heading(f"{results['model']['name']}, {'dense' if plan is None else 'with a plan'}")
-    drawn = Table(box=None, pad_edge=False, header_style="dim")
-    for number, head in enumerate(("task", "rows", "metric", "accuracy", "standard error")):
-        drawn.add_column(head, justify="right" if number else "left")
+    drawn = table_of("task", "rows", "metric", "accuracy", "standard error")
     for row in results["tasks"]:
         error = row["standard_error"]
         drawn.add_row(
@@ -95,8 +86,7 @@ def _show(screen: Any, results: dict[str, Any], output: Path | None) -> None:
             "-" if error is None else f"{100 * error:.2f}",
         )
     drawn.add_row("mean", "", "", f"{100 * results['mean']:.2f}", "", style="bold")
-    screen.console.print()
-    screen.console.print(Padding(drawn, (0, 0, 1, INDENT)))
+    screen.table(drawn)
     screen.say(f"Requests begin with {'BOS' if results['bos'] else 'no BOS'}.")
     if plan is not None and results["last_token_selected"] is not None:
         screen.say(

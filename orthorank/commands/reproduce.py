@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from orthorank.commands.criterion import register
-from orthorank.commands.demo import MODEL
+from orthorank.commands.screen import MODEL, RichScreen, console
 from orthorank.common.errors import OrthoRankError
 
 ONLY = "Parts, such as table1,fig4. Default: all."
@@ -51,7 +51,6 @@ def command(
     """
     from rich.markdown import Markdown
 
-    from orthorank.commands.screen import RichScreen, console
     from orthorank.reproduce.run import reproduce
     from orthorank.reproduce.settings import TASKS, ReproduceSettings
     from orthorank.reproduce.shown import markdown

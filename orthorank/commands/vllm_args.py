@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from orthorank.common.files import user_path
+
 PLAN = "Plan, a file or folder."
 MODEL = "Folder of the checkpoint: the plan is checked against it. Needed where the plan does not say the model's type."
 COUNT = (
@@ -44,7 +46,6 @@ def command(
     One line, quoted for a shell: eval "vllm serve MODEL $(orthorank vllm-args PLAN)". Needs no vLLM. Refuses plans that
     no server can serve.
     """
-    from orthorank.common.files import user_path
     from orthorank.config import OrthoRankConfig
     from orthorank.serving.vllm.arguments import command_line, config_of, hints, vllm_arguments
     from orthorank.serving.vllm.serving import Serving

@@ -1,7 +1,9 @@
-"""Calibration text from WikiText-2 or C4, by the library ``datasets``, as the papers take it.
+"""Text from WikiText-2 or C4, by the library ``datasets``, as the papers take it to calibrate and to measure.
 
-WikiText-2 is SLEB's recipe: the training rows, ``shuffle(seed=0)``, the first 128 joined by a blank line. C4: the first
-128 documents of the first shard of its training split, joined by a space. The 128 that follow are held out.
+To calibrate: WikiText-2 is SLEB's recipe: the training rows, ``shuffle(seed=0)``, the first 128 joined by a blank
+line. C4: the first 128 documents of the first shard of its training split, joined by a space. The 128 that follow are
+held out.
+To measure, as the pruning literature does: WikiText-2's test rows, and the first 1,100 documents of C4's validation.
 """
 
 import logging
@@ -15,7 +17,7 @@ from typing import Any
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import user_path
-from orthorank.common.texts import Text
+from orthorank.common.texts import Text, find_text
 from orthorank_kernels.remedies import install
 
 ROWS = 128  # SLEB's number; the rows of WikiText-2 are lines, so this fills four or five windows of 2,048 tokens
@@ -26,40 +28,61 @@ class Recipe:
     """How a text is made of a dataset.
 
     Args:
-        path, arguments: for `datasets.load_dataset`.
-        shuffled: rows are shuffled with seed 0. joiner: what stands between two rows.
-        windows: of calibration, where nobody says how many; None: all that the text fills.
-        words: the recipe in words, as plans record it. split: of the dataset.
+        path, arguments: for `datasets.load_dataset`. split: of the dataset.
+        joiner: what stands between two rows. words: the recipe in words, as plans record it.
+        rows: how many make a text; None: all. shuffled: with seed 0.
+        windows: of 2,048 tokens, where nobody says how many; None: all that the text fills.
     """
 
     path: str
     arguments: dict[str, Any]
-    shuffled: bool
+    split: str
     joiner: str
-    windows: int | None
     words: str
-    split: str = "train"
+    rows: int | None = ROWS
+    shuffled: bool = False
+    windows: int | None = None
 
+
+_WIKITEXT2: dict[str, Any] = {
+    "path": "Salesforce/wikitext",
+    "arguments": {"name": "wikitext-2-raw-v1"},
+    "joiner": "\n\n",
+}
+_C4: dict[str, Any] = {"path": "allenai/c4", "joiner": " "}
 
 RECIPES = {
     "wikitext2": Recipe(
-        path="Salesforce/wikitext",
-        arguments={"name": "wikitext-2-raw-v1"},
+        **_WIKITEXT2,
+        split="train",
         shuffled=True,
-        joiner="\n\n",
-        windows=None,
         words="WikiText-2 (raw) train, shuffle(seed=0), rows {begin} to {end} joined by a blank line",
     ),
     "c4": Recipe(
-        path="allenai/c4",
+        **_C4,
         arguments={"data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "streaming": True},
-        shuffled=False,
-        joiner=" ",
+        split="train",
         windows=4,
         words="C4 (en) train, shard 0, documents {begin} to {end} joined by a space",
     ),
 }
-SEQ_LEN = 2048
+# SLEB's evaluation. WikiText-2: all rows of the test split, an empty row for each blank line of the file.
+EVALUATION = {
+    "wikitext2": Recipe(
+        **_WIKITEXT2,
+        split="test",
+        rows=None,
+        words="WikiText-2 (raw) test, {rows} rows joined by a blank line",
+    ),
+    "c4": Recipe(
+        **_C4,
+        arguments={"data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"}, "streaming": True},
+        split="validation",
+        rows=1100,
+        windows=256,
+        words="C4 (en) validation, shard 0, first {rows} documents joined by a space",
+    ),
+}
 
 
 def split_name(dataset: str) -> tuple[str, Path | None]:
@@ -111,6 +134,44 @@ def dataset_texts(dataset: str) -> tuple[Text, Text | None]:
     if texts[0] is None:
         raise OrthoRankError(f"dataset {dataset!r} has no text in its first {ROWS} rows")
     return texts[0], texts[1]
+
+
+def evaluation_text(text: str | Path | None = None, dataset: str | None = None) -> Text:
+    """The text file ``text``, ``dataset`` joined to one text, or with neither the standard library's own prose.
+
+    Args:
+        dataset: ``"wikitext2"`` or ``"c4"`` (from the Hugging Face hub or its cache), or with ``:FOLDER`` a local copy.
+
+    Raises:
+        OrthoRankError: both are given, or the text cannot be read or loaded.
+
+    >>> evaluation_text("notes.txt", "c4")
+    Traceback (most recent call last):
+        ...
+    orthorank.common.errors.OrthoRankError: both text and dataset are given; give one of them
+    """
+    if dataset is None:
+        return find_text(text)
+    if text is not None:
+        raise OrthoRankError("both text and dataset are given; give one of them")
+    name, folder = split_name(dataset)
+    recipe = EVALUATION[name]
+    rows = rows_of(dataset, recipe, folder, recipe.rows)
+    content = recipe.joiner.join(rows)
+    if not content.strip():
+        raise OrthoRankError(f"dataset {dataset!r} has no text")
+    if folder is not None:  # what its rows are of is its owner's knowledge
+        return Text(f"{name} from the local copy {folder}, first {len(rows):,} rows", content)
+    return Text(recipe.words.format(rows=f"{len(rows):,}"), content)
+
+
+def most_windows(dataset: str | None) -> int | None:
+    """How many windows of 2,048 tokens are measured of a dataset at most: 256 of C4; None: all there are.
+
+    >>> most_windows("c4"), most_windows("wikitext2:copy"), most_windows(None)
+    (256, None, None)
+    """
+    return None if dataset is None else EVALUATION[dataset.partition(":")[0]].windows
 
 
 def rows_of(dataset: str, recipe: Recipe, folder: Path | None, most: int | None = None) -> list[str]:

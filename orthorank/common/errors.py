@@ -1,4 +1,8 @@
-"""The error that users of this package see, and the one warning that code tells from others."""
+"""The error that users of this package see, the one warning that code tells from others, and checks of arguments."""
+
+import reprlib
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class OrthoRankError(ValueError):
@@ -7,3 +11,75 @@ class OrthoRankError(ValueError):
 
 class UnknownKeysWarning(UserWarning):
     """A plan has keys that this version does not know and ignores."""
+
+
+def check_integer(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
+    """``value`` is an int, not a bool, of at least ``minimum`` and at most ``maximum``.
+
+    Raises:
+        OrthoRankError: it is not; ``name`` is the argument's.
+
+    >>> check_integer("windows", 0, 1)
+    Traceback (most recent call last):
+        ...
+    orthorank.common.errors.OrthoRankError: windows is 0; it must be an integer, 1 or more
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise OrthoRankError(f"{name} is {shown(value)}; it must be an integer, {minimum} or more")
+    if maximum is not None and value > maximum:
+        raise OrthoRankError(f"{name} is {shown(value)}; it must be an integer from {minimum} to {maximum:,}")
+
+
+def check_integers(values: Mapping[str, Any], **least: int) -> None:
+    """Each of ``values`` that ``least`` names is None or an integer of at least so many; raises as `check_integer`.
+
+    >>> check_integers({"windows": 4, "layers": None}, windows=1, layers=1)
+    """
+    for name, minimum in least.items():
+        if values[name] is not None:
+            check_integer(name, values[name], minimum)
+
+
+def check_choice(name: str, value: object, legal: Iterable[str]) -> None:
+    """``value`` is one of ``legal``.
+
+    >>> check_choice("method", "beam", ("greedy", "one-shot", "influence"))
+    Traceback (most recent call last):
+        ...
+    orthorank.common.errors.OrthoRankError: method is 'beam'; it may be greedy, one-shot or influence
+    """
+    *some, last = legal
+    if value not in (*some, last):
+        raise OrthoRankError(f"{name} is {shown(value)}; it may be {', '.join(some)}{' or ' if some else ''}{last}")
+
+
+def check_share(name: str, value: float | None, what: str, *, zero: bool = False) -> None:
+    """``value`` is None, or above 0 (with ``zero`` 0 itself, too) and below 1; ``what`` follows in the sentence.
+
+    >>> check_share("sparsity", 1.5, "such as 0.2")
+    Traceback (most recent call last):
+        ...
+    orthorank.common.errors.OrthoRankError: sparsity is 1.5; it must be above 0 and below 1, such as 0.2
+    """
+    if value is not None and not (0 <= value < 1 if zero else 0 < value < 1):  # NaN fails, too
+        raise OrthoRankError(
+            f"{name} is {value:g}; it must be {'from 0 to' if zero else 'above 0 and'} below 1, {what}"
+        )
+
+
+def shown(value: object) -> str:
+    """``value`` as an error shows it: cut short, and an integer of more digits than Python prints by its size.
+
+    >>> shown("12"), shown(10**5000), len(shown([0] * 10**6)) < 100
+    ("'12'", 'an integer of 16,610 bits', True)
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length():,} bits"
+    try:
+        return repr(value) if not isinstance(value, list | tuple | set | dict) else _REPR.repr(value)
+    except ValueError:  # a long integer inside of it
+        return f"a {type(value).__name__}"
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxset = _REPR.maxdict = 20

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, check_choice, check_integer
 from orthorank.common.files import user_path
 
 if TYPE_CHECKING:
@@ -23,8 +23,7 @@ BOS = ("auto", "first", "every", "none")
 
 def check_bos(bos: str) -> None:
     """``bos`` is one of `BOS`."""
-    if bos not in BOS:
-        raise OrthoRankError(f"bos is {bos!r}; it may be {', '.join(BOS)}")
+    check_choice("bos", bos, BOS)
 
 
 def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
@@ -225,14 +224,10 @@ def take_samples(
     >>> samples.calibration.tolist(), samples.held_out.tolist()
     ([[0, 1, 2, 3]], [[6, 7, 8], [9, 10, 11]])
     """
-    for key, value, least in (
-        ("windows", windows, 1),
-        ("seq_len", seq_len, 2),
-        ("held_out_windows", held_out_windows, 1),
-        ("held_out_len", held_out_len, 2),
-    ):
-        if value < least:
-            raise OrthoRankError(f"{key} is {value}; it must be {least} or more")
+    check_integer("windows", windows, 1)
+    check_integer("seq_len", seq_len, 2)
+    check_integer("held_out_windows", held_out_windows, 1)
+    check_integer("held_out_len", held_out_len, 2)
     half, room = len(tokens) // 2, 0 if leading is None else 1
     needed = 2 * max(windows * (seq_len - room), held_out_len - room)
     if half < needed // 2:

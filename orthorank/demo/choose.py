@@ -3,23 +3,27 @@
 `intend` settles what is to be done, and raises when it cannot be; `carry_out` then takes a plan or searches for one.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import user_path
+from orthorank.common.progress import Advance, Screen, SilentScreen
 from orthorank.config import OrthoRankConfig
 from orthorank.demo.run import PLAN_FILES, Run
-from orthorank.demo.settings import KEEP_RATIO, SPARSITY, Settings
+from orthorank.demo.settings import Settings
 from orthorank.hf.apply import check_plan
 from orthorank.plans import default_plan
+from orthorank.search.job import Folder, Job, plan_of
+from orthorank.search.run import greedy, outcome_of
+from orthorank.search.settings import KEEP_RATIO, SPARSITY, candidates_of, count_of
+from orthorank.search.state import SearchInterrupted, SearchState
+from orthorank.stack.resources import OneProcess
 
 if TYPE_CHECKING:
-    from orthorank.search import SearchState
     from orthorank.stack.sink import SinkReport
-
-TOKENS_AT_ONCE = 1024  # in one forward of the search: more save little on a CPU, and their logits take memory
 
 
 @dataclass(frozen=True)
@@ -28,17 +32,24 @@ class Intention:
 
     Args:
         method: the row's name. origin: where the layers come from, in words.
-        plan: the layers, when they are given; None: search ``count`` of the ``candidates`` for ``keep_ratio``.
-        sink_layer: l_sink, for the plan that a search makes.
+        plan: the layers, when they are given. job: the search for them, when they are not.
     """
 
     method: str
     origin: str
     plan: OrthoRankConfig | None = None
-    keep_ratio: float = 0.0
-    count: int = 0
-    candidates: tuple[int, ...] = ()
-    sink_layer: int | None = None
+    job: Job | None = None
+
+
+class _Bars(SilentScreen):
+    """Of a search the demo shows the bar alone."""
+
+    def __init__(self, screen: Screen) -> None:
+        self.screen = screen
+
+    def progress(self, title: str, total: int) -> AbstractContextManager[Advance]:
+        """The demo's own."""
+        return self.screen.progress(title, total)
 
 
 def check_plan_file(settings: Settings) -> None:
@@ -89,10 +100,11 @@ def carry_out(run: Run, intention: Intention) -> OrthoRankConfig:
         SearchInterrupted: Ctrl-C; the layers found until then are saved as a plan.
     """
     title = words.TITLES[intention.method]
-    if intention.plan is None:
-        state = _search(run, intention)
-        plan, outcome = _keep(run, intention, state), f"loss {state.losses[-1]:.3f}"
+    if intention.job is not None:
+        state = _search(run, intention.method, intention.job)
+        plan, outcome = _keep(run, intention.method, intention.job, state), f"loss {state.losses[-1]:.3f}"
     else:
+        assert intention.plan is not None
         plan, outcome = intention.plan, intention.origin
         run.results["plans"][intention.method] = {
             "layers": plan.layers,
@@ -140,106 +152,58 @@ def _given_pruning(run: Run, removed: int) -> OrthoRankConfig | None:
 
 
 def _search_intention(run: Run, sink: "SinkReport", method: str, sparsity: float, keep_ratio: float) -> Intention:
-    from orthorank.search import layer_count
+    from orthorank.stack.layers import LayerStack
 
-    total, kept = run.info.num_hidden_layers, words.ratio(keep_ratio)
-    candidates = _candidates(run, sink, keep_ratio)
-    count = layer_count(total, sparsity, keep_ratio)
-    if count < 1:
-        raise OrthoRankError(
-            f"sparsity is {sparsity:g}, which is less than one layer of {total} with keep ratio {kept}; the smallest "
-            f"is {(1 - keep_ratio) / total:.3f}"
-        )
-    if count > len(candidates):
-        largest = int(1000 * len(candidates) * (1 - keep_ratio) / total) / 1000
-        raise OrthoRankError(
-            f"sparsity is {sparsity:g}, which needs {count} layers with keep ratio {kept}, and only {len(candidates)} "
-            f"may be chosen (layers {words.layers(candidates)}); the largest sparsity here is {largest}"
-        )
     sink_layer = sink.sink_layer if run.settings.sink_layer is None else run.settings.sink_layer
-    return Intention(method, "greedy search", None, keep_ratio, count, tuple(candidates), sink_layer)
-
-
-def _candidates(run: Run, sink: "SinkReport", keep_ratio: float) -> list[int]:
-    """Token selection: the layers after the sink. Removal: SLEB's own range, all but the first and the last layer."""
-    from orthorank.stack.sink import candidate_layers
-
-    total = run.info.num_hidden_layers
-    if keep_ratio == 0:
-        return list(range(1, total - 1))
-    if run.settings.sink_layer is not None:
-        return candidate_layers(run.settings.sink_layer, total)
-    if sink.sink_layer is None:
+    if sink_layer is None and keep_ratio > 0:
         raise OrthoRankError(
             f"{sink.reason}. OrthoRank has nothing to go by here; to try nevertheless, name the layer after which "
             "layers may be chosen with --sink-layer, or the layers with --layers"
         )
-    return candidate_layers(sink)
-
-
-def _search(run: Run, intention: Intention) -> "SearchState":
-    """Greedy search on the calibration windows; what it has found is kept also when it is interrupted."""
-    from orthorank.search import Evaluator, SearchInterrupted, evaluation_count, greedy_search
-    from orthorank.stack.layers import LayerStack
-
-    count = intention.count
-    windows = run.samples.calibration.to(run.model.device)
-    evaluator = Evaluator(
-        LayerStack(run.model),
-        windows,
-        keep_ratio=intention.keep_ratio,
-        batch_size=max(1, TOKENS_AT_ONCE // windows.shape[1]),
+    settings = run.settings.search(sparsity=sparsity, keep_ratio=keep_ratio)
+    total = run.info.num_hidden_layers
+    candidates = candidates_of(settings, total, sink_layer if settings.floored else None)
+    job = Job(
+        settings=settings,
+        screen=_Bars(run.screen),
+        folder=Folder(run.folder),
+        model=run.model,
+        info=run.info,
+        stack=LayerStack(run.model),
+        calibration=run.calibration,
+        sink_layer=sink_layer,
+        candidates=candidates,
+        count=count_of(settings, total, candidates),
+        group=OneProcess(),
+        began=run.began,
     )
-    total = evaluation_count(len(intention.candidates), count)
-    progress = run.screen.progress(words.TITLES[intention.method], total)
-    with run.timed(f"search {intention.method}"), progress as advance:
+    return Intention(method, "greedy search", job=job)
 
-        def on_evaluation(number: int, layer: int, loss: float, best: float, done: int, total: int) -> None:
-            advance(done, f"layer {number + 1} of {count}, best loss {best:.3f}")
 
+def _search(run: Run, method: str, job: Job) -> SearchState:
+    """The search; what it has found is kept also when it is interrupted."""
+    with run.timed(f"search {method}"):
         try:
-            state = greedy_search(evaluator, intention.candidates, count, on_evaluation=on_evaluation)
+            return greedy(job, words.TITLES[method])
         except SearchInterrupted as stop:
-            _keep(run, intention, stop.state)
+            _keep(run, method, job, stop.state)
             raise
-    return state
 
 
-def _keep(run: Run, intention: Intention, state: "SearchState") -> OrthoRankConfig:
+def _keep(run: Run, method: str, job: Job, state: SearchState) -> OrthoRankConfig:
     """Note what a search has found so far, and save it as a plan once there is a layer."""
-    run.results["plans"][intention.method] = {
+    run.results["plans"][method] = {
         "layers": state.plan,
-        "keep_ratio": intention.keep_ratio,
-        "origin": intention.origin,
-        "candidates": list(intention.candidates),
+        "keep_ratio": job.settings.keep_ratio,
+        "origin": "greedy search",
+        "candidates": job.candidates,
         "order": state.chosen,
         "losses": state.losses,
         "evaluations": state.done,
-        "tokens": run.samples.calibration.numel(),
+        "tokens": run.calibration.windows.numel(),
         "complete": state.complete,
     }
-    plan = OrthoRankConfig.for_model(
-        run.model,
-        layers=state.plan,
-        keep_ratio=intention.keep_ratio,
-        sink_layer=intention.sink_layer,
-        calibration=_calibration(run, intention, state),
-    )
+    plan = plan_of(job, outcome_of(state), loss=state.losses[-1] if state.losses else None)
     if plan.layers:
-        run.save_plan(intention.method, plan)
+        run.save_plan(method, plan)
     return plan
-
-
-def _calibration(run: Run, intention: Intention, state: "SearchState") -> dict[str, Any]:
-    windows, seq_len = run.samples.calibration.shape
-    return {
-        "text": run.text.name,
-        "text_sha256": run.text.sha256,
-        "tokens": windows * seq_len,
-        "windows": windows,
-        "seq_len": seq_len,
-        "bos": run.results["bos"],
-        "method": f"greedy search (SLEB) among layers {words.layers(list(intention.candidates))}",
-        "loss": state.losses[-1] if state.losses else None,
-        "complete": state.complete,
-    }

@@ -13,11 +13,11 @@ from orthorank.common.environment import environment
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import writable_folder
 from orthorank.common.progress import Screen, SilentScreen
-from orthorank.common.texts import Bos, find_text, read_tokens, take_samples
 from orthorank.demo import choose, measure
 from orthorank.demo.run import PLAN_FILES, REPORT, RESULTS, Run
 from orthorank.demo.settings import Settings
 from orthorank.models import load_model, locate, pick_device
+from orthorank.search.calibration import cut_windows, find_source
 from orthorank_kernels._version import __version__
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def run_demo(settings: Settings, screen: Screen | None = None) -> dict[str, Any]
 def _prepare(settings: Settings, screen: Screen) -> Run:
     """Everything that can go wrong early goes wrong here, the cheap things first."""
     began = time.perf_counter()
-    text, where = find_text(settings.text), locate(settings.model)
+    source, where = find_source(settings.search()), locate(settings.model)
     pick_device(settings.device)
     choose.check_plan_file(settings)
     folder = writable_folder(settings.output)
@@ -68,38 +68,36 @@ def _prepare(settings: Settings, screen: Screen) -> Run:
         model, tokenizer, info = load_model(settings.model, settings.device)
         advance(1, "")
     settings.check_layers(info.num_hidden_layers)
-    bos = Bos.of(settings.bos, tokenizer)
-    tokens = read_tokens(text, tokenizer, model, bos)
-    samples = take_samples(
-        tokens,
-        windows=settings.windows,
-        seq_len=settings.seq_len,
-        held_out_windows=settings.held_out_windows,
-        held_out_len=min(settings.held_out_len, info.max_tokens),
-        name=f"the text ({text.name})",
-        leading=bos.leading,
+    calibration = cut_windows(
+        settings.search(),
+        source,
+        model,
+        tokenizer,
+        info.max_tokens,
+        held_out=(settings.held_out_windows, settings.held_out_len),
     )
-    run = Run(settings, screen, folder, model, tokenizer, info, text, samples, began)
+    run = Run(settings, screen, folder, model, tokenizer, info, calibration, began)
     run.results |= _preamble(run)
     shape = f"{info.num_hidden_layers} layers, {info.parameters / 1e6:,.0f} M weights, {info.dtype} on {info.device}"
-    screen.say(f"{shape}; text: {text.name}, {samples.text_tokens:,} tokens; {bos}")
-    run.results["bos"] = bos.policy
+    screen.say(f"{shape}; text: {source.text.name}, {calibration.text_tokens:,} tokens; {calibration.bos}")
+    run.results["bos"] = calibration.bos.policy
     return run
 
 
 def _preamble(run: Run) -> dict[str, Any]:
+    text = run.calibration.text
     return {
         "format": 1,
         "version": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "complete": False,
         "model": run.info.name,
-        "text": run.text.name,
+        "text": text.name,
         "rows": [],
         "plans": {},
         "settings": run.settings.to_dict(),
         "model_info": run.info.to_dict(),
-        "text_info": {"name": run.text.name, "sha256": run.text.sha256, "tokens": run.samples.text_tokens},
+        "text_info": {"name": text.name, "sha256": text.sha256, "tokens": run.calibration.text_tokens},
         "environment": environment().to_dict(),
         "seconds": {"loading": round(time.perf_counter() - run.began, 1)},
     }

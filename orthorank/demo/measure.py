@@ -50,7 +50,7 @@ def _add_perplexity(run: Run, variants: Variants) -> None:
     from orthorank.evaluation import perplexity
     from orthorank.hf.apply import apply
 
-    ids = run.samples.held_out
+    ids = run.held_out
     losses: dict[str, Sequence[float]] = {}
     with run.screen.progress("perplexity", len(variants) * len(ids)) as advance:
         for number, (row, plan) in enumerate(zip(run.results["rows"], variants.values(), strict=True)):
@@ -97,7 +97,7 @@ def _add_token_map(run: Run, plan: OrthoRankConfig) -> None:
 
     if not getattr(run.tokenizer, "is_fast", False):
         return
-    text = run.tokenizer.decode(run.samples.held_out[0][:MAP_TOKENS], skip_special_tokens=True)
+    text = run.tokenizer.decode(run.held_out[0][:MAP_TOKENS], skip_special_tokens=True)
     run.results["token_map"] = token_map(run.model, run.tokenizer, plan, text, MAP_TOKENS).to_dict()
     run.save()
 
@@ -122,7 +122,7 @@ def _measured(run: Run, name: str) -> dict[str, Any]:
         "dense_perplexity": dense["perplexity"],
         "speedup": row["speedup"],
         "flop_speedup": row["flop_speedup"],
-        "text": f"{run.text.name} (held-out part)",
+        "text": f"{run.calibration.text.name} (held-out part)",
         "prompt_tokens": _prompt_tokens(run),
         "device": run.results["speed"]["device"],
         "dtype": run.results["speed"]["dtype"],

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from orthorank.common.files import write_json, write_text
 from orthorank.common.progress import Screen
-from orthorank.common.texts import Samples, Text
 from orthorank.config import FILE_NAME, OrthoRankConfig
 from orthorank.demo.settings import Settings
 from orthorank.models import ModelInfo
+from orthorank.search.calibration import Calibration
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RESULTS, REPORT = "results.json", "report.html"
@@ -27,7 +28,8 @@ class Run:
     """A run in progress.
 
     Args:
-        folder: where the files go; model, tokenizer, info, text, samples: what it works on.
+        folder: where the files go; model, tokenizer, info: what it works on.
+        calibration: the windows for a search, and those held out from it.
         results: what `results.json` holds. began: on the clock of `time.perf_counter`.
     """
 
@@ -37,10 +39,15 @@ class Run:
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
     info: ModelInfo
-    text: Text
-    samples: Samples
+    calibration: Calibration
     began: float
     results: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def held_out(self) -> "Tensor":
+        """The windows that perplexity is measured on, int64 ``[windows, tokens]``."""
+        assert self.calibration.held_out is not None  # a text always has some
+        return self.calibration.held_out
 
     def save(self) -> None:
         """Write what is known so far: the results and the page."""

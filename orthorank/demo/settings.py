@@ -4,11 +4,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, check_integers, check_share
 from orthorank.common.texts import check_bos
 from orthorank.config import OrthoRankConfig
+from orthorank.search.settings import KEEP_RATIO, SPARSITY, SearchSettings
 
-SPARSITY, KEEP_RATIO = 0.2, 1 / 3  # of a search, where nothing else is asked for
+TOKENS_AT_ONCE = 1024  # in one forward of a search: more save little on a CPU, and their logits take memory
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,9 @@ class Settings:
     bos: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.sparsity is not None and not 0 < self.sparsity < 1:
-            raise OrthoRankError(f"sparsity is {self.sparsity:g}; it must be above 0 and below 1, such as 0.2")
-        if self.keep_ratio is not None and not 0 < self.keep_ratio < 1:
-            raise OrthoRankError(
-                f"keep_ratio is {self.keep_ratio:g}; it must be above 0 and below 1, such as 1/3 (layer pruning, which "
-                "is 0, is measured in any case)"
-            )
-        for name, least in (("windows", 1), ("seq_len", 16), ("prompt_tokens", 16), ("repeats", 1)):
-            if getattr(self, name) < least:
-                raise OrthoRankError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+        check_share("sparsity", self.sparsity, "such as 0.2")
+        check_share("keep_ratio", self.keep_ratio, "such as 1/3 (layer pruning, which is 0, is measured in any case)")
+        check_integers(vars(self), windows=1, seq_len=16, prompt_tokens=16, repeats=1)
         check_bos(self.bos)
         if not self.plan:
             raise OrthoRankError("plan is empty; it may be search, default, or a plan's file or folder")
@@ -87,6 +81,20 @@ class Settings:
             OrthoRankConfig(layers=self.layers, num_hidden_layers=num_layers)  # its error lists what is legal
         if self.sink_layer is not None and not 0 <= self.sink_layer < num_layers:
             raise OrthoRankError(f"sink_layer is {self.sink_layer}; the model has layers 0 to {num_layers - 1}")
+
+    def search(self, **changes: Any) -> SearchSettings:
+        """The settings of a search on these windows, with ``changes``."""
+        return SearchSettings(
+            **{
+                "output": self.output,
+                "text": self.text,
+                "windows": self.windows,
+                "seq_len": self.seq_len,
+                "bos": self.bos,
+                "batch_size": max(1, TOKENS_AT_ONCE // self.seq_len),
+            }
+            | changes
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON stores them; defaults of a search filled in."""

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 from orthorank.common.exports import exports
-from orthorank.evaluation.flops import flop_speedup, layer_cost, prefill_flops
 from orthorank.evaluation.perplexity import PerplexityResult, perplexity
 from orthorank.evaluation.speed import SpeedReport, Timing, time_prefill
+from orthorank.stack.flops import flop_speedup, layer_cost, prefill_flops
 
 if TYPE_CHECKING:
     from orthorank.evaluation.bench import run_bench

@@ -10,7 +10,7 @@ from typing import Any
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
-from orthorank.stack.fingerprint import model_fingerprint
+from orthorank.stack.layers import model_fingerprint
 
 OWNER = "orthorank"  # no hash of a request, which has 64 characters
 RECORDS = ("calibration", "measured", "version", "model_id", "model_revision", "sink_layer")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, check_integer, check_integers
 from orthorank.config import OrthoRankConfig
 from orthorank.evaluation.memory import memory_meter, peak_bytes
 from orthorank.evaluation.speed import SpeedReport, Timing, clock_of, in_turns, time_prefill, timings_of
@@ -55,16 +55,11 @@ class BenchSettings:
     length_rounds: int = 5
 
     def __post_init__(self) -> None:
-        least = {"prompt_tokens": 2, "batch_size": 1, "rounds": 1, "warmup": 0, "decode_tokens": 0, "length_rounds": 1}
-        for name, smallest in least.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-                raise OrthoRankError(f"{name} is {value!r}; it must be an integer, {smallest} or more")
+        check_integers(vars(self), prompt_tokens=2, batch_size=1, rounds=1, warmup=0, decode_tokens=0, length_rounds=1)
         if self.lengths is None:
             object.__setattr__(self, "lengths", _powers_up_to(self.prompt_tokens))
         for length in self.lengths or ():
-            if isinstance(length, bool) or not isinstance(length, int) or length < 2:
-                raise OrthoRankError(f"lengths holds {length!r}; prompt lengths are integers, 2 or more")
+            check_integer("a prompt length in lengths", length, 2)
         object.__setattr__(self, "lengths", tuple(sorted(set(self.lengths or ()))))
 
 

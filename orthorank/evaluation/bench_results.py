@@ -23,7 +23,7 @@ def results_of(
     """The report with a row for each variant, as JSON stores it.
 
     A row's ``nominal_sparsity`` is the share of token-layer updates left out, ``flop_speedup`` what FLOPs alone would
-    give (`orthorank.evaluation.flops`; None where they cannot be counted), and the other speed-ups are measured.
+    give (`orthorank.stack.flops`; None where they cannot be counted), and the other speed-ups are measured.
     """
     import torch
 
@@ -83,7 +83,7 @@ def prefill_fields(name: str, plan: OrthoRankConfig | None, config: Any, report:
 
 def flop_speedup_of(config: Any, plan: OrthoRankConfig | None, tokens: int) -> float | None:
     """What the FLOPs left out alone would give with prompts of ``tokens``; None where they cannot be counted."""
-    from orthorank.evaluation.flops import flop_speedup
+    from orthorank.stack.flops import flop_speedup
 
     if plan is None:
         return 1.0

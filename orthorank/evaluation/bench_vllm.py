@@ -117,7 +117,7 @@ def engine_arguments(
         >>> found["enable_chunked_prefill"], found["enable_prefix_caching"], found["max_num_batched_tokens"]
         (False, False, 101)
     """
-    from orthorank.evaluation.flops import Dimensions
+    from orthorank.stack.flops import Dimensions
 
     length, sizes = settings.prompt_tokens + 1, Dimensions.of(config)
     blocks = -(-length // PAGE) + 1

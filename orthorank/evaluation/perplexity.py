@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, check_integer
 from orthorank.common.texts import Bos, Text, beginning_with, tokenize
 from orthorank.hf.families import device_of
 
@@ -112,8 +112,7 @@ def perplexity(
     """
     if model.training:
         raise OrthoRankError("model is in training mode; call model.eval() first")
-    if batch_size < 1:
-        raise OrthoRankError(f"batch_size is {batch_size}; it must be at least 1")
+    check_integer("batch_size", batch_size, 1)
     cut, sha256, policy = _windows(input_ids, text, tokenizer, window, bos)
     cut = _first(cut, windows)
     _check_length(model, cut.shape[1])
@@ -197,8 +196,7 @@ def _cut(ids: Tensor, window: int) -> Tensor:
 def _first(cut: Tensor, windows: int | None) -> Tensor:
     if windows is None:
         return cut
-    if windows < 1:
-        raise OrthoRankError(f"windows is {windows}; it must be at least 1, or None for all")
+    check_integer("windows", windows, 1)
     if len(cut) < windows:
         raise OrthoRankError(
             f"the text fills {len(cut)} windows of {cut.shape[1]} tokens and windows is {windows}; give a longer text, "

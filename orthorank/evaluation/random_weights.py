@@ -120,15 +120,14 @@ def unsearched_plans(num_layers: int) -> "dict[str, OrthoRankConfig]":
     """Layer pruning and OrthoRank plans at 10 and 20 % nominal sparsity, whose layers nobody searched.
 
     Random weights give a search nothing to find, and for speed it does not matter which layers select. The rule: the
-    last layers before the final one, as many as `orthorank.stack.counts.layer_count` says. A sparsity of less than
+    last layers before the final one, as many as `orthorank.config.layer_count` says. A sparsity of less than
     one layer is left out.
 
     >>> {name: plan.layers for name, plan in unsearched_plans(20).items()}  # doctest: +NORMALIZE_WHITESPACE
     {'layer pruning 10 %': [17, 18], 'orthorank 10 %': [16, 17, 18],
      'layer pruning 20 %': [15, 16, 17, 18], 'orthorank 20 %': [13, 14, 15, 16, 17, 18]}
     """
-    from orthorank.config import OrthoRankConfig
-    from orthorank.stack.counts import layer_count
+    from orthorank.config import OrthoRankConfig, layer_count
 
     plans = {}
     for sparsity in SPARSITIES:

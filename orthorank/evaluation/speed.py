@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, check_integers
 from orthorank.config import OrthoRankConfig
 from orthorank.evaluation.prefill_ways import Ways
 from orthorank.hf.families import device_of
@@ -141,9 +141,8 @@ def time_prefill(
     """
     if not variants:
         raise OrthoRankError("variants is empty; give at least one, such as {'dense': None}")
-    for name, value, least in (("rounds", rounds, 1), ("warmup", warmup, 0), ("logits_to_keep", logits_to_keep, 0)):
-        if value < least:
-            raise OrthoRankError(f"{name} is {value}; it must be at least {least}")
+    given = {"rounds": rounds, "warmup": warmup, "logits_to_keep": logits_to_keep}
+    check_integers(given, rounds=1, warmup=0, logits_to_keep=0)
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise OrthoRankError(f"input_ids has shape {list(input_ids.shape)}; it must be [batch, tokens]")
     device = device_of(model)

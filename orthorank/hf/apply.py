@@ -15,7 +15,7 @@ from orthorank.calls.phases import Phase, context_lengths, phase_of
 from orthorank.calls.unmasked import Watch
 from orthorank.common.call_lock import CallLock
 from orthorank.common.criteria import is_pointwise
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, check_integer, shown
 from orthorank.common.patching import Patch, forward_of
 from orthorank.config import OrthoRankConfig, hub_id
 from orthorank.hf import cache_state as sink_state
@@ -27,7 +27,7 @@ from orthorank.hf.intact import TakenApart, check_classes, implementation_of
 from orthorank.hf.parts import Parts
 from orthorank.hf.refusals import refused_methods
 from orthorank.hf.status import LayerCounts, Status, status_of
-from orthorank.plan_checks import MOST, check_integer, shown
+from orthorank.plan_checks import MOST
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from orthorank.common.criteria import check_criterion
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, check_integers, check_share
 
 PARTS = (
     "fig2",
@@ -75,14 +75,10 @@ class ReproduceSettings:
             check_criterion(name)
         if not self.texts:
             raise OrthoRankError("texts is empty; name at least one held-out text")
-        least = {"calibration_windows": 1, "calibration_len": 2, "windows": 1, "window": 2, "task_limit": 1}
-        least |= {"longbench_tokens": 1, "prompt_tokens": 2, "rounds": 1}
-        for name, smallest in least.items():
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < smallest):
-                raise OrthoRankError(f"{name} is {value!r}; it must be an integer, {smallest} or more")
-        if wrong := [share for share in self.sweep if not 0 < share < 1]:
-            raise OrthoRankError(f"sweep holds {wrong[0]}; nominal sparsities are above 0 and below 1")
+        check_integers(vars(self), calibration_windows=1, calibration_len=2, windows=1, window=2, task_limit=1)
+        check_integers(vars(self), longbench_tokens=1, prompt_tokens=2, rounds=1)
+        for share in self.sweep:
+            check_share("a nominal sparsity in sweep", share, "such as 0.2")
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -11,12 +11,12 @@ from torch import Tensor
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.progress import Screen
 from orthorank.common.texts import Text, check_ids, tokenize
-from orthorank.config import OrthoRankConfig
+from orthorank.config import OrthoRankConfig, layer_count
 from orthorank.hf.apply import apply
 from orthorank.models import load_model, locate
 from orthorank.reproduce.cells import Cells
 from orthorank.reproduce.settings import ReproduceSettings
-from orthorank.stack.counts import layer_count
+from orthorank.search.settings import SearchSettings
 
 if TYPE_CHECKING:
     from orthorank.stack.evaluator import Evaluator
@@ -77,14 +77,8 @@ class Subject:
 
     def candidates(self, method: str, keep_ratio: float) -> list[int]:
         """Layers that a method may choose. Greedy: SLEB's own for removal, those after the sink for selection."""
-        from orthorank.search.one_shot import PROTECT_FIRST, PROTECT_LAST
-
-        if method == "one-shot":
-            first = PROTECT_FIRST if keep_ratio == 0 else max(PROTECT_FIRST, self.floor)
-            return list(range(first, self.num_layers - PROTECT_LAST))
-        if keep_ratio == 0:
-            return list(range(1, self.num_layers - 1))
-        return list(range(self.floor, self.num_layers - 2))
+        settings = SearchSettings(output=self.settings.output, method=method, keep_ratio=keep_ratio)
+        return settings.candidates(self.num_layers, self.floor - 1 if settings.floored else None)
 
     def reaches(self, method: str, keep_ratio: float, sparsity: float) -> bool:
         """Whether a nominal sparsity is at least one layer and no more than all candidates."""
@@ -195,7 +189,7 @@ class Subject:
         return ids[: count * window].view(count, window).to(self.model.device)
 
     def _identity(self) -> dict[str, Any]:
-        from orthorank.stack.fingerprint import model_fingerprint
+        from orthorank.stack.layers import model_fingerprint
 
         identity = {"model": model_fingerprint(self.model), "dtype": self.info.dtype, "torch": torch.__version__}
         # Figures of one kind of device, throughput above all, are not those of another.
@@ -228,9 +222,8 @@ def ids_hash(ids: Tensor) -> str:
 
 def _text(source: str, calibration: bool = False) -> Text:
     """A file or a dataset, by its name; of a dataset the calibration text is from its training split."""
-    from orthorank.common.datasets import dataset_texts
+    from orthorank.common.datasets import RECIPES, dataset_texts, evaluation_text
     from orthorank.common.texts import find_text
-    from orthorank.evaluation.texts import RECIPES, evaluation_text
 
     if source.partition(":")[0] not in RECIPES:
         return find_text(source)

@@ -5,9 +5,9 @@ from typing import Any
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
-from orthorank.evaluation.flops import flop_speedup
 from orthorank.reproduce import paper
 from orthorank.reproduce.subject import KEEP_RATIO, Subject, digest, plan_key
+from orthorank.stack.flops import flop_speedup
 
 # Table 1's rows: name, search, keep ratio, nominal sparsity.
 MAIN_ROWS: tuple[tuple[str, str, float, float], ...] = (

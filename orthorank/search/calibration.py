@@ -4,7 +4,6 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from orthorank.common.datasets import RECIPES, SEQ_LEN, dataset_texts, split_name
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.texts import Bos, Text, beginning_with, find_text, read_tokens, take_samples, tokenize
 from orthorank.search import settings as defaults
@@ -68,6 +67,8 @@ def find_source(settings: SearchSettings) -> Source:
     """
     if settings.dataset is None:
         return Source(find_text(settings.text))
+    from orthorank.common.datasets import dataset_texts, split_name
+
     text, held_out = dataset_texts(settings.dataset)
     return Source(text, held_out, split_name(settings.dataset)[0])
 
@@ -78,14 +79,18 @@ def cut_windows(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     max_tokens: int,
+    held_out: tuple[int, int] | None = None,
 ) -> Calibration:
     """Tokenise in one call and cut windows: from a text evenly over its first half, from a dataset one after another.
+
+    Args:
+        held_out: of a text, how many windows of how many tokens; None: as many as are calibrated on.
 
     Raises:
         OrthoRankError: the text is too short, a window is longer than the model's longest input, or the tokenizer is
             another model's.
     """
-    wanted = settings.seq_len or min(SEQ_LEN if source.dataset else defaults.SEQ_LEN, max_tokens)
+    wanted = settings.seq_len or min(defaults.DATASET_SEQ_LEN if source.dataset else defaults.SEQ_LEN, max_tokens)
     if wanted > max_tokens:
         raise OrthoRankError(f"seq_len is {wanted}; the model's longest input has {max_tokens} tokens")
     bos = Bos.of(settings.bos, tokenizer)
@@ -93,12 +98,13 @@ def cut_windows(
     if source.dataset:
         return _consecutive(settings, source, tokens, tokenizer, wanted, bos)
     windows = settings.windows or defaults.WINDOWS
+    held_out_windows, held_out_len = held_out or (windows, wanted)
     samples = take_samples(
         tokens,
         windows=windows,
         seq_len=wanted,
-        held_out_windows=windows,
-        held_out_len=wanted,
+        held_out_windows=held_out_windows,
+        held_out_len=min(held_out_len, max_tokens),
         name=f"the text ({source.text.name})",
         leading=bos.leading,
     )
@@ -115,6 +121,8 @@ def _consecutive(
     bos: Bos,
 ) -> Calibration:
     """SLEB's windows: one after another from the beginning, the tail dropped."""
+    from orthorank.common.datasets import RECIPES
+
     assert source.dataset is not None
     body = seq_len - (bos.leading is not None)  # tokens of the text in a window
     recipe, available = RECIPES[source.dataset], len(tokens) // body

@@ -10,9 +10,7 @@ import os
 from collections.abc import Iterable, Iterator
 
 from orthorank.common.errors import OrthoRankError
-from orthorank.search.halving import fast_evaluations
-from orthorank.search.state import OnEvaluation, SearchInterrupted, SearchState
-from orthorank.stack.counts import evaluation_count
+from orthorank.search.state import OnEvaluation, SearchInterrupted, SearchState, evaluation_count
 from orthorank.stack.evaluator import Evaluator
 
 
@@ -154,3 +152,45 @@ def _finish(state: SearchState) -> None:
             "the loss of every candidate is infinite or NaN; check that the model itself gives finite losses"
         )
     state.finish_round(loss, layer)
+
+
+def fast_evaluations(evaluator: Evaluator, state: SearchState) -> Iterator[tuple[int, float, bool]]:
+    """Evaluate what is left of the running round.
+
+    Whoever is worse than half of the candidates on the windows seen so far is out, and whoever was so on the first
+    windows sits out the next round (`SearchState.entrants`). So the winner need not be the candidate with the smallest
+    loss on all windows; but it has seen them all, and so have the losses that are reported.
+
+    Args:
+        evaluator: started with the state's plan.
+        state: its ``sums`` hold what is measured of this round, and grow.
+
+    Yields:
+        After each evaluation: the layer, its mean loss on the windows it has seen, and whether the round is over.
+    """
+    alive, before = state.entrants, 0
+    stages = state.stages(len(alive))
+    for seen, count in stages:
+        alive = _best(state, alive, before, count)
+        for layer in alive:
+            have = state.sums.get(layer, [])
+            if len(have) >= seen:  # before the search was interrupted
+                continue
+            new = range(len(have), seen)
+            more = evaluator.window_losses([*state.chosen, layer], new)
+            sums = have + ([math.inf] * len(new) if more is None else more)
+            loss = sum(sums) / (seen * (evaluator.input_ids.shape[1] - 1))
+            state.current[layer] = loss if math.isfinite(loss) else None
+            state.sums[layer] = sums  # last: what is not here is measured again after Ctrl-C
+            yield layer, loss, (seen, layer) == (stages[-1][0], alive[-1])
+        before = seen
+
+
+def _best(state: SearchState, layers: list[int], windows: int, count: int) -> list[int]:
+    """The ``count`` best of ``layers`` on the first ``windows``, ascending; lower layers first at a tie, NaN last."""
+
+    def key(layer: int) -> tuple[float, int]:
+        total = sum(state.sums[layer][:windows]) if windows else 0.0
+        return (total if math.isfinite(total) else math.inf), layer
+
+    return sorted(sorted(layers, key=key)[:count])

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, check_integer
 from orthorank.hf.families import device_of
-from orthorank.stack.processes import OneProcess, Processes
+from orthorank.stack.resources import OneProcess, Processes
 
 if TYPE_CHECKING:
     from orthorank.stack.layers import LayerStack
@@ -54,8 +54,7 @@ def block_influence(
     """
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise OrthoRankError(f"input_ids has shape {list(input_ids.shape)}; it must be [windows, tokens]")
-    if batch_size < 1:
-        raise OrthoRankError(f"batch_size is {batch_size}; it must be at least 1")
+    check_integer("batch_size", batch_size, 1)
     group = OneProcess() if processes is None else processes
     parts = input_ids.to(device_of(stack.model)).split(batch_size)
     own = parts[group.rank :: group.size]

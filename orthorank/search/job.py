@@ -1,21 +1,23 @@
 """``orthorank search`` without its terminal: from the settings to a plan in a folder, resumable at every evaluation."""
 
+import json
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthorank.common import format as words
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, shown
+from orthorank.common.files import read_json, user_path, writable_folder, write_json
 from orthorank.common.progress import Screen
-from orthorank.config import OrthoRankConfig
+from orthorank.config import FILE_NAME, OrthoRankConfig
 from orthorank.models import ModelInfo, load_model, locate, pick_device, pick_dtype
 from orthorank.search.calibration import Calibration, cut_windows, find_source
-from orthorank.search.distributed import Group, local_device
-from orthorank.search.folder import Folder
-from orthorank.search.settings import SPARSITY, SearchSettings
-from orthorank.stack.fingerprint import model_fingerprint
+from orthorank.search.settings import SearchSettings, candidates_of, count_of
+from orthorank.stack.layers import model_fingerprint
+from orthorank.stack.resources import Group, local_device
 from orthorank_kernels._version import __version__
 
 if TYPE_CHECKING:
@@ -23,6 +25,104 @@ if TYPE_CHECKING:
 
     from orthorank.stack.evaluator import Evaluator
     from orthorank.stack.layers import LayerStack
+
+
+SEARCH, STATE = "search.json", "search-state.json"
+FORMAT = 1
+
+
+class Folder:
+    """The output folder.
+
+    Args:
+        path: where it is. Nothing is touched before `claim`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = user_path("output", path)
+
+    @property
+    def state(self) -> Path:
+        """The file with the losses so far."""
+        return self.path / STATE
+
+    @property
+    def plan(self) -> Path:
+        """The plan's file."""
+        return self.path / FILE_NAME
+
+    def claim(self, resume: bool) -> None:
+        """Make the folder if it is not there; ``resume``: whether files of an earlier search may be in it.
+
+        Raises:
+            OrthoRankError: it cannot be written to, or it holds a search or a plan and ``resume`` is False.
+        """
+        found = [name for name in (SEARCH, STATE, FILE_NAME) if (self.path / name).exists()]
+        if found and not resume:
+            raise OrthoRankError(
+                f"output folder {str(self.path)!r} has an earlier result ({', '.join(found)}), which is not "
+                "overwritten; go on with that search by adding --resume, or name another folder with --output"
+            )
+        writable_folder(self.path)
+
+    def open(self, identity: dict[str, Any]) -> bool:
+        """Note what is searched, or check that the earlier search was the same.
+
+        Returns:
+            Whether there is a state to go on with.
+
+        Raises:
+            OrthoRankError: the folder holds another search; the message names the first difference.
+        """
+        for part in self.path.glob("*.[0-9]*.part"):  # what a killed process left behind
+            part.unlink(missing_ok=True)
+        before = self._identity()
+        if before is None:
+            if self.plan.exists():
+                raise OrthoRankError(
+                    f"{self.plan} is a plan without the search that made it, so there is nothing to resume; name "
+                    "another folder with --output"
+                )
+            self.state.unlink(missing_ok=True)
+            self.write(identity, None)
+            return False
+        now = json.loads(json.dumps(identity))
+        for name in sorted({*before, *now}):
+            if before.get(name) != now.get(name):
+                raise OrthoRankError(
+                    f"{self.path / SEARCH} is of another search: its {name} is {_short(before.get(name))} and now it "
+                    f"is {_short(now.get(name))}; resume with the same options, or name another folder with --output"
+                )
+        return self.state.exists()
+
+    def write(self, identity: dict[str, Any], results: dict[str, Any] | None) -> None:
+        """What is searched, and what came out; None: it is not finished."""
+        write_json(self.path / SEARCH, {"format": FORMAT, "search": identity, "results": results})
+
+    def _identity(self) -> dict[str, Any] | None:
+        file = self.path / SEARCH
+        try:
+            value = read_json(file)
+            format_, search = value["format"], value["search"]
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise OrthoRankError(f"{file} cannot be read: {error.strerror}") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise OrthoRankError(f"{file} is no record of a search; name another folder with --output") from error
+        if type(format_) is int and format_ != FORMAT:  # before what such a format may hold is judged by this one
+            raise OrthoRankError(
+                f"{file} has format {shown(format_)} and this version reads {FORMAT}; go on with the version that "
+                "wrote it, or name another folder with --output"
+            )
+        if type(format_) is not int or not isinstance(search, dict):
+            raise OrthoRankError(f"{file} is no record of a search; name another folder with --output")
+        return search
+
+
+def _short(value: Any) -> str:
+    words = json.dumps(value)
+    return words if len(words) <= 80 else f"{words[:77]}..."
 
 
 @dataclass
@@ -137,7 +237,7 @@ def aim(job: Job) -> None:
         OrthoRankError: there are not as many candidates.
     """
     settings = job.settings
-    job.count = _count(settings, job.info.num_hidden_layers, job.candidates)
+    job.count = count_of(settings, job.info.num_hidden_layers, job.candidates)
     job.identity = identity_of(job)
     ratio = words.ratio(settings.keep_ratio)
     action = "remove" if settings.keep_ratio == 0 else f"update {ratio} of the tokens in"
@@ -153,12 +253,12 @@ def _sink_layer(
     settings: SearchSettings, screen: Screen, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
 ) -> int | None:
     """l_sink where the candidates depend on it."""
-    from orthorank.stack.sink import detect_sink
-
     if not settings.floored:
         return None
     if settings.sink_layer is not None:
         return settings.sink_layer
+    from orthorank.stack.sink import detect_sink
+
     sink = detect_sink(model, tokenizer, bos=settings.bos)
     if sink.sink_layer is None:
         raise OrthoRankError(
@@ -167,43 +267,6 @@ def _sink_layer(
         )
     screen.say(words.sink_sentence(sink.to_dict()))
     return sink.sink_layer
-
-
-def candidates_of(settings: SearchSettings, num_layers: int, sink_layer: int | None) -> list[int]:
-    """The layers that may be chosen."""
-    first, last = settings.protected
-    if sink_layer is not None:
-        if sink_layer >= num_layers:
-            raise OrthoRankError(f"sink_layer is {sink_layer}; the model has layers 0 to {num_layers - 1}")
-        first = max(first, sink_layer + 1)
-    candidates = list(range(first, num_layers - last))
-    if not candidates:
-        floor = "" if sink_layer is None else f" and the sink layer is {sink_layer}"
-        raise OrthoRankError(
-            f"no layer may be chosen: of {num_layers} layers, {settings.protected[0]} at the beginning and {last} at "
-            f"the end are protected{floor}; lower --protect-first, --protect-last or --sink-layer"
-        )
-    return candidates
-
-
-def _count(settings: SearchSettings, num_layers: int, candidates: list[int]) -> int:
-    from orthorank.stack.counts import layer_count
-
-    ratio = words.ratio(settings.keep_ratio)
-    sparsity = SPARSITY if settings.sparsity is None else settings.sparsity
-    count = settings.layers or layer_count(num_layers, sparsity, settings.keep_ratio)
-    if count < 1:
-        raise OrthoRankError(
-            f"sparsity is {sparsity:g}, which is less than one layer of {num_layers} with keep ratio {ratio}; the "
-            f"smallest is {(1 - settings.keep_ratio) / num_layers:.3f}"
-        )
-    if count > len(candidates):
-        asked = f"layers is {count}" if settings.layers else f"sparsity is {sparsity:g}, which needs {count} layers"
-        raise OrthoRankError(
-            f"{asked} with keep ratio {ratio}, and only {len(candidates)} may be chosen (layers "
-            f"{words.layers(candidates)}); lower --sparsity or --layers, or protect fewer layers"
-        )
-    return count
 
 
 def check_agreement(job: Job) -> None:

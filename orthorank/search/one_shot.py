@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, check_integer
 from orthorank.common.files import read_json, write_text
-from orthorank.search.saved import check_layers, check_losses, check_size
+from orthorank.search.state import check_layers, check_losses, check_size
 from orthorank.stack.evaluator import Evaluator
 
 if TYPE_CHECKING:
@@ -62,9 +62,8 @@ def one_shot_candidates(
         >>> one_shot_candidates(10)
         [4, 5, 6, 7]
     """
-    for name, value in (("protect_first", protect_first), ("protect_last", protect_last)):
-        if value < 0:
-            raise OrthoRankError(f"{name} is {value}; it must be 0 or more")
+    check_integer("protect_first", protect_first, 0)
+    check_integer("protect_last", protect_last, 0)
     layers = list(range(protect_first, num_layers - protect_last))
     if not layers:
         raise OrthoRankError(

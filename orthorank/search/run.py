@@ -1,14 +1,21 @@
 """A whole search: from settings to a plan in a folder."""
 
-from typing import Any
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
 
+from orthorank.common.errors import OrthoRankError
 from orthorank.common.progress import Screen, SilentScreen
-from orthorank.search.budget_job import read_starts, run_budget
-from orthorank.search.distributed import joined, together
-from orthorank.search.finish import finish
-from orthorank.search.job import aim, check_agreement, prepare
-from orthorank.search.methods import choose
+from orthorank.config import OrthoRankConfig
+from orthorank.search.greedy import begin_search, greedy_search
+from orthorank.search.job import Job, Outcome, aim, check_agreement, plan_of, prepare
 from orthorank.search.settings import SearchSettings
+from orthorank.search.state import SearchInterrupted, SearchState
+from orthorank.stack.evaluator import Evaluator
+from orthorank.stack.flops import flop_speedup
+from orthorank.stack.resources import joined, together
 
 
 def run_search(settings: SearchSettings, screen: Screen | None = None) -> dict[str, Any]:
@@ -27,10 +34,240 @@ def run_search(settings: SearchSettings, screen: Screen | None = None) -> dict[s
     """
     with joined() as group:
         watched = screen if screen is not None and group.rank == 0 else SilentScreen()
-        together(group, lambda: read_starts(settings))
         job = together(group, lambda: prepare(settings, watched, group))
-        if settings.budget is not None:
-            return run_budget(job)
         together(group, lambda: aim(job))
         check_agreement(job)
         return finish(job, choose(job))
+
+
+S = TypeVar("S")
+
+
+def choose(job: Job) -> Outcome:
+    """The layers by the job's method. Called on every process of the job's group.
+
+    Raises:
+        OrthoRankError: the folder holds another search, or Ctrl-C; the message says how to go on.
+    """
+    method = job.settings.method
+    if method == "one-shot":
+        return ONE_SHOT[job.settings.metric or "ppl"](job)
+    return RUN[method](job)
+
+
+def _greedy(job: Job) -> Outcome:
+    saved = saved_state(job, SearchState.load)
+    try:
+        return outcome_of(greedy(job, "search", saved, job.folder.state))
+    except SearchInterrupted as stop:
+        raise _interrupted(job, stop.state) from None
+
+
+def greedy(job: Job, title: str, saved: SearchState | None = None, save_to: Path | None = None) -> SearchState:
+    """SLEB's search on the job's windows, with a bar called ``title``. Arguments and errors as for `greedy_search`."""
+    state = begin_search(job.evaluator, job.candidates, job.count, fast=job.settings.fast, state=saved)
+    with job.screen.progress(title, state.total) as advance:
+        if saved is not None:
+            job.screen.say(f"resumed after {state.done} of {state.total} evaluations")
+            advance(state.done, "")
+
+        def on_evaluation(number: int, layer: int, loss: float, best: float, done: int, total: int) -> None:
+            over = len(state.chosen) > number
+            found = state.chosen[-1] if over else state.best[1]
+            advance(done, f"round {number + 1}/{state.rounds}, layer {layer}; best: layer {found}, {best:.4f}")
+            if over:
+                rounds = f"round {number + 1} of {state.rounds}"
+                job.screen.say(f"{rounds}: best loss {state.losses[-1]:.4f} (layer {found})")
+
+        return greedy_search(
+            job.evaluator,
+            job.candidates,
+            job.count,
+            fast=job.settings.fast,
+            state=state,
+            on_evaluation=on_evaluation,
+            save_to=save_to,
+        )
+
+
+def _by_loss(job: Job) -> Outcome:
+    from orthorank.search.one_shot import ScoreState, ScoringInterrupted, loss_scores
+
+    saved = saved_state(job, ScoreState.load)
+    total = len(job.candidates)
+    with job.screen.progress("losses", total) as advance:
+        if saved is not None:
+            job.screen.say(f"resumed after {len(saved.scores)} of {total} evaluations")
+            advance(len(saved.scores), "")
+        best = (math.inf, -1)
+
+        def on_score(layer: int, loss: float, done: int, total: int) -> None:
+            nonlocal best
+            best = min(best, (loss, layer)) if math.isfinite(loss) else best
+            found = "" if best[1] < 0 else f"; best: layer {best[1]}, {best[0]:.4f}"
+            advance(done, f"layer {layer}: {loss:.4f}{found}")
+
+        try:
+            state = loss_scores(job.evaluator, job.candidates, state=saved, on_score=on_score, save_to=job.folder.state)
+        except ScoringInterrupted as stop:
+            raise OrthoRankError(f"{stop}; go on with the same command and --resume") from None
+    return _scored(job, state.finite, total)
+
+
+def _by_taylor(job: Job) -> Outcome:
+    from orthorank.search.taylor import taylor_scores
+
+    _begin_anew(job)
+    with job.screen.progress("backward pass", job.stack.num_layers) as advance:
+        scores = taylor_scores(
+            job.stack,
+            job.calibration.windows,
+            batch_size=job.evaluator.batch_size,
+            processes=job.group,
+            on_layer=lambda done, total: advance(done, f"layer {total - done}"),
+        )
+    return _scored(job, scores)
+
+
+def _by_magnitude(job: Job) -> Outcome:
+    from orthorank.search.one_shot import magnitude_scores
+
+    _begin_anew(job)
+    return _scored(job, magnitude_scores(job.stack))
+
+
+def _by_influence(job: Job) -> Outcome:
+    from orthorank.search.influence import block_influence
+
+    _begin_anew(job)
+    windows, size = len(job.calibration.windows), job.evaluator.batch_size
+    with job.screen.progress("block influence", windows if job.group.size == 1 else 0) as advance:
+        scores = block_influence(
+            job.stack,
+            job.calibration.windows,
+            batch_size=size,
+            processes=job.group,
+            on_batch=lambda done, total: advance(min(done * size, windows), ""),
+        )
+    return _scored(job, scores)
+
+
+def saved_state(job: Job, load: Callable[[str], S]) -> S | None:
+    """The state that rank 0 finds in the folder, on every process; None: this is the beginning.
+
+    Raises:
+        OrthoRankError: it is the state of another search.
+    """
+
+    def open_folder() -> S | None:
+        if job.first and job.folder.open(job.identity):
+            return load(str(job.folder.state))
+        return None
+
+    return job.group.share(together(job.group, open_folder))
+
+
+def _begin_anew(job: Job) -> None:
+    """For methods of one pass: there is nothing to go on from, but the folder must be that of the same search."""
+    together(job.group, lambda: job.first and job.folder.open(job.identity))
+
+
+def _scored(job: Job, scores: dict[int, float], evaluations: int = 0) -> Outcome:
+    from orthorank.search.one_shot import rank_layers
+
+    return Outcome(rank_layers({at: scores[at] for at in job.candidates}, job.count), [], scores, evaluations)
+
+
+def outcome_of(state: SearchState) -> Outcome:
+    """What a greedy search has found so far."""
+    return Outcome(state.chosen, state.losses, {}, state.done, state.complete)
+
+
+def _interrupted(job: Job, state: SearchState) -> OrthoRankError:
+    """The completed rounds are a plan of their own; it is written, and the message says how to go on."""
+    kept = "no layer yet"
+    if state.chosen:
+        if job.first:
+            plan_of(job, outcome_of(state), loss=state.losses[-1]).save_pretrained(job.folder.path)
+        kept = f"{len(state.chosen)} of {job.count} layers in {job.folder.plan}"
+    return OrthoRankError(
+        f"interrupted after {state.done} of {state.total} evaluations ({kept}); go on with the same command and "
+        "--resume"
+    )
+
+
+RUN: dict[str, Callable[[Job], Outcome]] = {"greedy": _greedy, "influence": _by_influence}
+ONE_SHOT: dict[str, Callable[[Job], Outcome]] = {
+    "ppl": _by_loss,
+    "taylor": _by_taylor,
+    "magnitude": _by_magnitude,
+}
+
+
+FLOP_TOKENS = 2048  # prompt for which the FLOP-ideal speed-up is stated
+
+
+def finish(job: Job, outcome: Outcome) -> dict[str, Any]:
+    """Write the plan at once, then measure it and write it again with the figures. Called on every process.
+
+    Raises:
+        OrthoRankError: Ctrl-C while measuring; the plan is there.
+    """
+    if job.first:
+        plan_of(job, outcome).save_pretrained(job.folder.path)
+    try:
+        with job.screen.progress("measuring the plan", 1):
+            dense_loss, loss = job.evaluator.loss([]), job.evaluator.loss(outcome.order)
+            results = _write(job, outcome, dense_loss, loss) if job.first else {}
+    except KeyboardInterrupt:
+        raise OrthoRankError(f"interrupted while the plan was measured; it is in {job.folder.plan}") from None
+    return job.group.share(results)
+
+
+def _write(job: Job, outcome: Outcome, dense_loss: float, loss: float) -> dict[str, Any]:
+    plan = plan_of(job, outcome, loss=loss, dense_loss=dense_loss)
+    held_out = _held_out(job, plan)
+    tokens = min(FLOP_TOKENS, job.info.max_tokens)
+    speedup = flop_speedup(job.model.config, tokens, plan.layers, plan.ratios)
+    plan.measured = held_out | {"flop_speedup": round(speedup, 4), "flop_speedup_tokens": tokens}
+    plan.save_pretrained(job.folder.path)
+    results = {
+        "rows": _rows(plan, held_out, speedup),
+        "plan": plan.to_dict(),
+        "plan_file": str(job.folder.plan),
+        "seconds": round(time.perf_counter() - job.began, 1),
+    }
+    job.folder.write(job.identity, results)
+    return results
+
+
+def _held_out(job: Job, plan: OrthoRankConfig) -> dict[str, Any]:
+    """Perplexity on windows that the search has not seen. (It is that of the patched model, up to rounding.)"""
+    ids = job.calibration.held_out
+    if ids is None:
+        return {}
+    evaluator = Evaluator(job.stack, ids, criterion=plan.criterion, batch_size=1, memory=0)
+    figures = {"dense_perplexity": _perplexity(evaluator, {}), "perplexity": _perplexity(evaluator, plan.ratios)}
+    windows, seq_len = ids.shape
+    return figures | {"text": job.calibration.held_out_words, "windows": windows, "seq_len": seq_len}
+
+
+def _perplexity(evaluator: Evaluator, ratios: Mapping[int, float]) -> float:
+    loss = evaluator.loss(ratios)
+    return math.exp(loss) if loss < 709 else math.inf  # what a float holds
+
+
+def _rows(plan: OrthoRankConfig, held_out: dict[str, Any], speedup: float) -> list[dict[str, Any]]:
+    losses = plan.calibration
+    dense = {"name": "dense", "layers": [], "keep_ratio": 1.0, "loss": losses["dense_loss"], "flop_speedup": 1.0}
+    found = {
+        "name": "layer pruning" if plan.keep_ratio == 0 else "OrthoRank",
+        "layers": plan.layers,
+        "keep_ratio": plan.keep_ratio,
+        "loss": losses["loss"],
+        "flop_speedup": speedup,
+    }
+    return [
+        dense | {"perplexity": held_out.get("dense_perplexity")},
+        found | {"perplexity": held_out.get("perplexity")},
+    ]

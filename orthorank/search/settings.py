@@ -4,14 +4,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from orthorank.common import format as words
 from orthorank.common.criteria import check_criterion
-from orthorank.common.errors import OrthoRankError
-from orthorank.common.texts import BOS
+from orthorank.common.errors import OrthoRankError, check_choice, check_integers, check_share
+from orthorank.common.texts import check_bos
+from orthorank.config import layer_count
 
 METHODS = ("greedy", "one-shot", "influence")
 METRICS = ("ppl", "taylor", "magnitude")
 SPARSITY, KEEP_RATIO = 0.2, 1 / 3
 WINDOWS, SEQ_LEN = 4, 512  # of a text; a dataset has its own recipe
+DATASET_SEQ_LEN = 2048
 
 # Layers at the beginning and at the end that a method leaves alone as its paper has it: SLEB the first and the last,
 # Shortened LLaMA ("+") the first four and the last two, ShortGPT none.
@@ -44,13 +47,6 @@ class SearchSettings:
         batch_size: windows in one forward; None: as memory allows.
         memory: GiB of hidden states that are kept, what does not fit is computed again; None: a quarter of the free
             memory.
-        budget: search for a mixed plan whose layers cost at most this share of the dense layers.
-        budget_unit: ``"flops"`` or ``"time"``, measured on this machine; None: flops.
-        keep_ratios: what a layer of a mixed plan may have, 0 for removed; None: 0, 1/4, 1/3 and 1/2.
-        starts: plan files that the search for a mixed plan begins from; ``"none"``: from the dense model alone; none
-            given: those of ``keep_ratio`` and of layer pruning at the same nominal sparsity are searched.
-        exchanges: exchanges of steps that are tried at each cost; None: 48.
-        prompt_tokens: prompt length for which the cost of a layer counts; None: 2,048, or as many as the model takes.
         bos: where the tokenizer's BOS stands: one of `orthorank.common.texts.BOS`.
 
     Raises:
@@ -87,44 +83,31 @@ class SearchSettings:
     dtype: str | None = None
     batch_size: int | None = None
     memory: float | None = None
-    budget: float | None = None
-    budget_unit: str | None = None
-    keep_ratios: tuple[float, ...] | None = None
-    starts: tuple[str, ...] = ()
-    exchanges: int | None = None
-    prompt_tokens: int | None = None
     bos: str = "auto"
 
     def __post_init__(self) -> None:
-        _check_choice("method", self.method, METHODS)
+        check_choice("method", self.method, METHODS)
         check_criterion(self.criterion)
-        _check_choice("bos", self.bos, BOS)
+        check_bos(self.bos)
         if self.metric is not None:
-            _check_choice("metric", self.metric, METRICS)
+            check_choice("metric", self.metric, METRICS)
             if self.method != "one-shot":
                 raise OrthoRankError(f"metric is for the method one-shot; the method is {self.method}, drop --metric")
-        if not 0 <= self.keep_ratio < 1:
-            raise OrthoRankError(
-                f"keep_ratio is {self.keep_ratio:g}; it must be from 0 (layers are removed) to below 1, such as 1/3"
-            )
-        for name, least in (("windows", 1), ("seq_len", 2), ("protect_first", 0), ("protect_last", 0)):
-            _check_least(name, getattr(self, name), least)
-        for name, least in (("sink_layer", 0), ("layers", 1), ("batch_size", 1)):
-            _check_least(name, getattr(self, name), least)
+        check_share("keep_ratio", self.keep_ratio, "such as 1/3 (0 removes the layers)", zero=True)
+        check_integers(vars(self), windows=1, seq_len=2, protect_first=0, protect_last=0)
+        check_integers(vars(self), sink_layer=0, layers=1, batch_size=1)
         if self.memory is not None and not 0 <= self.memory <= MOST_MEMORY:
             raise OrthoRankError(
                 f"memory is {self.memory:g}; it must be 0 (keep nothing) or more, in GiB, such as 0.5, and at most "
                 f"{MOST_MEMORY:,}"
             )
         self._check_pairs()
-        self._check_budget()
 
     def _check_pairs(self) -> None:
         """Options that exclude each other."""
         if self.sparsity is not None and self.layers is not None:
             raise OrthoRankError("both sparsity and layers say how many layers to choose; give one of them")
-        if self.sparsity is not None and not 0 < self.sparsity < 1:
-            raise OrthoRankError(f"sparsity is {self.sparsity:g}; it must be above 0 and below 1, such as 0.2")
+        check_share("sparsity", self.sparsity, "such as 0.2")
         if self.text is not None and self.dataset is not None:
             raise OrthoRankError("both text and dataset say what to calibrate on; give one of them")
         if self.sink_floor is False and self.sink_layer is not None:
@@ -133,37 +116,6 @@ class SearchSettings:
             raise OrthoRankError(f"fast is for the method greedy; the method {self.method} is quick as it is")
         if self.device_map is not None and self.device != "auto":
             raise OrthoRankError("both device and device_map say where the model goes; give one of them")
-
-    def _check_budget(self) -> None:
-        """Options of mixed plans, and what does not go with them."""
-        of_mixed = ("budget_unit", "keep_ratios", "starts", "exchanges", "prompt_tokens")
-        if self.budget is None:
-            if given := [name for name in of_mixed if getattr(self, name) not in (None, ())]:
-                raise OrthoRankError(f"{given[0]} is for mixed plans; give a budget, such as --budget 0.8, or drop it")
-            return
-        if not 0 < self.budget <= 1:
-            raise OrthoRankError(
-                f"budget is {self.budget:g}; it must be above 0 and at most 1, such as 0.8 for 80 % of the dense layers"
-            )
-        if wrong := [name for name in ("sparsity", "layers", "metric") if getattr(self, name) is not None]:
-            raise OrthoRankError(f"{wrong[0]} is for plans of one form, and budget is for mixed ones; give one of them")
-        if self.method != "greedy":
-            raise OrthoRankError(f"method is {self.method}; a search with a budget is greedy, drop --method")
-        if self.keep_ratio == 0:
-            raise OrthoRankError(
-                "keep_ratio is 0, and with a budget it is that of the OrthoRank plan to begin from; to remove layers "
-                "only, give --keep-ratios 0"
-            )
-        _check_choice("budget_unit", self.budget_unit or "flops", ("flops", "time"))
-        if self.keep_ratios == ():
-            raise OrthoRankError("keep_ratios is empty; it must have a ratio, such as 1/3, or 0 for removed layers")
-        for ratio in self.keep_ratios or (0.0,):
-            if not 0 <= ratio < 1:
-                raise OrthoRankError(f"keep_ratios holds {ratio:g}; it must be from 0 (removed) to below 1")
-        if "none" in self.starts and len(self.starts) > 1:
-            raise OrthoRankError("starts is none and a plan file; give one of them")
-        _check_least("exchanges", self.exchanges, 0)
-        _check_least("prompt_tokens", self.prompt_tokens, 2)
 
     @property
     def protected(self) -> tuple[int, int]:
@@ -183,12 +135,14 @@ class SearchSettings:
             return self.sink_floor
         return self.keep_ratio > 0 or self.sink_layer is not None
 
+    def candidates(self, num_layers: int, sink_layer: int | None) -> list[int]:
+        """The layers that may be chosen, ascending; ``sink_layer``: they come after it."""
+        first, last = self.protected
+        return list(range(max(first, 0 if sink_layer is None else sink_layer + 1), num_layers - last))
+
     @property
     def title(self) -> str:
         """The method in words, as plans record it."""
-        if self.budget is not None:
-            of = "measured time" if self.budget_unit == "time" else "FLOPs"
-            return f"mixed plans at {self.budget:g} of the dense layers' {of}"
         if self.method == "one-shot":
             return f"one shot by {self.metric or 'ppl'} (Shortened LLaMA)"
         names = {"greedy": "greedy search (SLEB)", "influence": "block influence (ShortGPT)"}
@@ -199,11 +153,45 @@ class SearchSettings:
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
 
 
-def _check_choice(name: str, value: str, legal: tuple[str, ...]) -> None:
-    if value not in legal:
-        raise OrthoRankError(f"{name} is {value!r}; it may be {', '.join(legal[:-1])} or {legal[-1]}")
+def candidates_of(settings: SearchSettings, num_layers: int, sink_layer: int | None) -> list[int]:
+    """`SearchSettings.candidates`.
+
+    Raises:
+        OrthoRankError: there are none, or there is no such sink layer.
+    """
+    if sink_layer is not None and sink_layer >= num_layers:
+        raise OrthoRankError(f"sink_layer is {sink_layer}; the model has layers 0 to {num_layers - 1}")
+    candidates = settings.candidates(num_layers, sink_layer)
+    if not candidates:
+        first, last = settings.protected
+        floor = "" if sink_layer is None else f" and the sink layer is {sink_layer}"
+        raise OrthoRankError(
+            f"no layer may be chosen: of {num_layers} layers, {first} at the beginning and {last} at the end are "
+            f"protected{floor}; lower --protect-first, --protect-last or --sink-layer"
+        )
+    return candidates
 
 
-def _check_least(name: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise OrthoRankError(f"{name} is {value}; it must be {least} or more")
+def count_of(settings: SearchSettings, num_layers: int, candidates: list[int]) -> int:
+    """How many of ``candidates`` are chosen.
+
+    Raises:
+        OrthoRankError: it is none, or more than there are.
+    """
+    ratio = words.ratio(settings.keep_ratio)
+    sparsity = SPARSITY if settings.sparsity is None else settings.sparsity
+    count = settings.layers or layer_count(num_layers, sparsity, settings.keep_ratio)
+    if count < 1:
+        raise OrthoRankError(
+            f"sparsity is {sparsity:g}, which is less than one layer of {num_layers} with keep ratio {ratio}; the "
+            f"smallest is {(1 - settings.keep_ratio) / num_layers:.3f}"
+        )
+    if count > len(candidates):
+        asked = f"layers is {count}" if settings.layers else f"sparsity is {sparsity:g}, which needs {count} layers"
+        largest = int(1000 * len(candidates) * (1 - settings.keep_ratio) / num_layers) / 1000
+        raise OrthoRankError(
+            f"{asked} with keep ratio {ratio}, and only {len(candidates)} may be chosen (layers "
+            f"{words.layers(candidates)}); the largest sparsity here is {largest}: lower --sparsity or --layers, or "
+            "protect fewer layers"
+        )
+    return count

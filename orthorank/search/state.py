@@ -4,16 +4,13 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, shown
 from orthorank.common.files import read_json, write_text
-from orthorank.plan_checks import shown
-from orthorank.search.saved import check_layers, check_losses, check_numbers, check_size
-from orthorank.stack.counts import evaluation_count, halving_stages
 
 OnEvaluation = Callable[[int, int, float, float, int, int], None]
 
@@ -185,3 +182,80 @@ class SearchInterrupted(KeyboardInterrupt):
     def __init__(self, state: SearchState) -> None:
         super().__init__(f"interrupted after {state.done} of {state.total} evaluations")
         self.state = state
+
+
+def evaluation_count(candidates: int, rounds: int) -> int:
+    """Loss evaluations of a greedy search: ``rounds * candidates - rounds * (rounds - 1) / 2``.
+
+    With SLEB's candidates, all layers but the first and the last, this is R(L - 2) - R(R - 1)/2.
+
+    Raises:
+        OrthoRankError: more rounds than candidates, or a negative number.
+
+    Example:
+        >>> evaluation_count(30 - 2, 6)
+        153
+    """
+    if not 0 <= rounds <= candidates:
+        raise OrthoRankError(f"rounds is {rounds}; it must be from 0 to the number of candidate layers, {candidates}")
+    return rounds * candidates - rounds * (rounds - 1) // 2
+
+
+def halving_stages(candidates: int, windows: int, batch_size: int = 1) -> list[tuple[int, int]]:
+    """How a round of the fast search divides its work: all candidates see few windows, the best half twice as many, ...
+
+    Successive halving (Jamieson and Talwalkar, 2016), over the calibration windows.
+
+    Args:
+        candidates: layers that may be switched in this round.
+        windows: calibration windows in all; batch_size: how many run together, which is the least that is seen.
+
+    Returns:
+        For each stage, how many windows have been seen after it, and by how many candidates. The first sees an eighth
+        of the windows or one batch, the last all of them.
+
+    Example:
+        >>> halving_stages(16, windows=4)
+        [(1, 16), (2, 8), (4, 4)]
+    """
+    batches = -(-windows // batch_size)
+    seen = -(-batches // 8)
+    stages = [(min(seen * batch_size, windows), candidates)]
+    while seen < batches:
+        seen, candidates = min(2 * seen, batches), -(-candidates // 2)
+        stages.append((min(seen * batch_size, windows), candidates))
+    return stages
+
+
+def check_layers(layers: Any, among: Collection[int] | None = None) -> None:
+    """A list of layer numbers, none of them twice, all of them in ``among``."""
+    if not isinstance(layers, list) or any(type(layer) is not int or layer < 0 for layer in layers):
+        raise ValueError
+    if len(set(layers)) < len(layers) or (among is not None and not set(layers) <= set(among)):
+        raise ValueError
+
+
+def check_losses(losses: Any, among: Collection[int]) -> None:
+    """Finite numbers by layer, or None where one was given up.
+
+    >>> check_losses({12: 3.5, 13: None}, [12, 13])
+    >>> check_losses({12: "3.5"}, [12, 13])
+    Traceback (most recent call last):
+        ...
+    ValueError
+    """
+    if not isinstance(losses, dict) or not set(losses) <= set(among):
+        raise ValueError
+    check_numbers([loss for loss in losses.values() if loss is not None])
+
+
+def check_numbers(numbers: Any) -> None:
+    """A list of finite numbers."""
+    if not isinstance(numbers, list) or not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+        raise ValueError
+
+
+def check_size(size: Any) -> None:
+    """An integer above 0, or None for "not known"."""
+    if size is not None and (type(size) is not int or size < 1):
+        raise ValueError

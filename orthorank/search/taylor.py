@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, check_integer
 from orthorank.hf.families import device_of
-from orthorank.search.distributed import Alone, Group
 from orthorank.search.one_shot import layer_weights
+from orthorank.stack.resources import Group, OneProcess
 
 if TYPE_CHECKING:
     from orthorank.stack.layers import LayerStack, Pass
@@ -63,9 +63,8 @@ def taylor_scores(
             f"input_ids has shape {list(input_ids.shape)}; it must be [windows, tokens] with at least one window of 2 "
             "tokens"
         )
-    if batch_size < 1:
-        raise OrthoRankError(f"batch_size is {batch_size}; it must be at least 1")
-    group = Alone() if processes is None else processes
+    check_integer("batch_size", batch_size, 1)
+    group = OneProcess() if processes is None else processes
     for layer in range(stack.num_layers):
         layer_weights(stack, layer)  # raises before the long work
     batches = input_ids.to(device_of(stack.model)).split(batch_size)[group.rank :: group.size]

@@ -1,8 +1,8 @@
 """The calibration loss of any plan, without computing again what did not change.
 
 Switching layer c leaves the states below c as they are, so a plan is run from the highest layer up to which its states
-are known (`orthorank.stack.states`), and it is given up as soon as its loss is known to be too large. Both are exact:
-the windows that run together are the same for every plan, and so is every bit of a loss.
+are known (`orthorank.stack.resources.States`), and it is given up as soon as its loss is known to be too large. Both
+are exact: the windows that run together are the same for every plan, and so is every bit of a loss.
 """
 
 import dataclasses
@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, check_integers, check_share
 from orthorank.hf.families import device_of
-from orthorank.stack.memory import check_bytes, states_budget, windows_at_once
-from orthorank.stack.processes import OneProcess, Processes
-from orthorank.stack.states import Ratios, States
+from orthorank.stack.resources import OneProcess, Processes, Ratios, States, check_bytes, states_budget, windows_at_once
 
 if TYPE_CHECKING:
     from orthorank.stack.layers import LayerStack, Pass
@@ -79,10 +77,8 @@ class Evaluator:
                 f"input_ids has shape {list(input_ids.shape)}; it must be [windows, tokens] with at least one window "
                 "of 2 tokens"
             )
-        if not 0 <= keep_ratio < 1:
-            raise OrthoRankError(f"keep_ratio is {keep_ratio}; it must be from 0 (layer removed) to below 1")
-        if batch_size is not None and batch_size < 1:
-            raise OrthoRankError(f"batch_size is {batch_size}; it must be at least 1, or None to let memory decide")
+        check_share("keep_ratio", keep_ratio, "0 for a removed layer", zero=True)
+        check_integers({"batch_size": batch_size}, batch_size=1)
         check_bytes("memory", memory)
         self.stack = stack
         self.device = device_of(stack.model)

@@ -1,5 +1,6 @@
 """The model as a stack of layers, for search and analysis: run any layer on any states, dense, selecting or removed."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,10 +16,8 @@ from orthorank.calls.reading import read_call
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.patching import Patch, forward_of
 from orthorank.config import OrthoRankConfig
-from orthorank.hf.apply import handle_of
 from orthorank.hf.criteria import norm_and_rank
-from orthorank.hf.families import decoder_of, device_of, layers_of
-from orthorank.hf.family_check import checked_family
+from orthorank.hf.families import TESTED, decoder_of, device_of, family_of, layers_of
 from orthorank.hf.intact import TakenApart
 from orthorank.hf.layer import selected_forward
 from orthorank.hf.parts import Parts
@@ -26,6 +25,7 @@ from orthorank.hf.parts import Parts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_SAMPLED = 64  # elements of each weight that the model's fingerprint reads
 LOGITS_AT_ONCE = 2**26  # elements: 256 MiB of fp32 logits
 
 
@@ -66,8 +66,12 @@ class LayerStack:
     def __init__(self, model: "PreTrainedModel") -> None:
         self.model = model
         self.decoder: Any = decoder_of(model)
-        self.family = checked_family(model)
-        if handle_of(model) is not None:
+        self.family = family_of(model)
+        if model.config.get_text_config().model_type not in TESTED:
+            from orthorank.hf.family_check import checked_family
+
+            self.family = checked_family(model)
+        if isinstance(forward_of(self.decoder), Patch):  # where a plan stands
             raise OrthoRankError("a plan is applied to this model; call handle.remove() first")
         self.layers: list[Any] = layers_of(model)
         self.parts: list[Parts] = [Parts.of(self.family, layer) for layer in self.layers]
@@ -209,6 +213,21 @@ class LayerStack:
             return self.model(inputs_embeds=normed, use_cache=False, return_dict=True).logits
         finally:
             given.undo()
+
+
+def model_fingerprint(model: "PreTrainedModel") -> str:
+    """A hash of the model's weights: names, shapes, dtypes and the first elements of each.
+
+    It tells a model from its fine-tuned sister without reading gigabytes. Weights that are kept elsewhere (offloaded)
+    count by name and shape alone.
+    """
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
+        if weight.device.type != "meta":
+            some = weight.detach().reshape(-1)[:_SAMPLED].to("cpu", torch.float32).contiguous()
+            digest.update(some.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _on(device: torch.device, value: Any) -> Any:

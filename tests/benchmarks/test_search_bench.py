@@ -8,8 +8,8 @@ from torch import Tensor
 
 from benchmarks.bench_search import bound, compare, plain_round, search_bound
 from orthorank.common.errors import OrthoRankError
-from orthorank.evaluation.flops import Dimensions
 from orthorank.search import Evaluator, begin_search, greedy_round, greedy_search
+from orthorank.stack.flops import Dimensions
 from orthorank.stack.layers import LayerStack
 from orthorank_kernels import keep_count
 from tests.orthorank.plain_search import LAYERS, random_windows, small_stack

@@ -8,7 +8,7 @@ from benchmarks.campaign.sizes import LLAMA_3, cut_of
 from benchmarks.campaign.steps import layers
 from benchmarks.campaign.steps.backends import one_backend
 from benchmarks.campaign.summary import OURS
-from orthorank.evaluation.flops import Dimensions, layer_cost
+from orthorank.stack.flops import Dimensions, layer_cost
 from orthorank_kernels import keep_count
 
 DENSE, COMPILED = "transformers", "transformers, compiled"

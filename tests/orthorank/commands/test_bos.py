@@ -96,7 +96,7 @@ def test_a_tokenizer_says_what_auto_is(tmp_path: Path) -> None:
     plain.bos_token = None
     with pytest.raises(OrthoRankError, match="bos is 'every' and the tokenizer has no BOS token"):
         Bos.of("every", plain)
-    with pytest.raises(OrthoRankError, match="bos is 'twice'; it may be auto, first, every, none"):
+    with pytest.raises(OrthoRankError, match="bos is 'twice'; it may be auto, first, every or none"):
         Bos.of("twice", adds)
     assert tokenize(Text("", "ab"), adds).tolist()[0] == BOS_ID, "as the tokenizer does it, unless told otherwise"
     assert BOS_ID not in tokenize(Text("", "ab"), adds, Bos.of("every", adds)).tolist()

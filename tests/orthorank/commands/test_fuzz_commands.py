@@ -32,7 +32,6 @@ CHOICES = {  # of options that are one of a few words
     "--metric": ["loss", "kl", "cosine"],
     "--criterion": ["orthogonal", "inverse", "random", "cosine"],
     "--decode": ["all", "threshold"],
-    "--budget-unit": ["flops", "ms", "time"],
     "--engine": ["transformers", "vllm"],
     "--tasks": ["rivers", "lcc", "none", "no-such"],
     "--only": ["fig5", "sweep", "fig9", "table1,"],

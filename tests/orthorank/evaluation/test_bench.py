@@ -103,7 +103,7 @@ def test_names_say_what_a_plan_is() -> None:
         ({"rounds": 0}, "rounds is 0"),
         ({"decode_tokens": -1}, "decode_tokens is -1"),
         ({"batch_size": 1.5}, "batch_size is 1.5"),
-        ({"lengths": (1,)}, "lengths holds 1"),
+        ({"lengths": (1,)}, "a prompt length in lengths is 1"),
         ({"prompt_tokens": 600}, "603 tokens .* at most 512"),
     ],
 )

@@ -10,9 +10,9 @@ import pytest
 
 import orthorank
 from orthorank.cli import main
+from orthorank.common.datasets import evaluation_text, most_windows
 from orthorank.common.errors import OrthoRankError
 from orthorank.evaluation.perplexity import auto_batch_size, perplexity
-from orthorank.evaluation.texts import evaluation_text, most_windows
 
 LINES = [f"line {n} of some text" for n in range(40)]
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from contrib.budget.state import BudgetState
 from orthorank import OrthoRankError
 from orthorank.evaluation.longbench import local_questions
 from orthorank.evaluation.longbench_run import _known
 from orthorank.reproduce.cells import Cells
-from orthorank.search.budget_state import BudgetState
-from orthorank.search.folder import Folder
+from orthorank.search.job import Folder
 from orthorank.search.one_shot import ScoreState
 from orthorank.search.state import SearchState
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from orthorank import OrthoRankError
-from orthorank.search.distributed import Alone, joined, launched_rank, local_device, together
 from orthorank.search.run import run_search
+from orthorank.stack.resources import OneProcess, joined, launched_rank, local_device, together
 from tests.orthorank.search_runs import plan_in, settings, short_text, without_times
 
 ROOT = Path(__file__).parents[3]
@@ -112,7 +112,7 @@ def test_accelerate_launch_shares_the_windows(tiny_folder: Path, tmp_path: Path)
 def test_a_process_alone_is_its_own_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with joined() as group:
-        assert isinstance(group, Alone)
+        assert isinstance(group, OneProcess)
         assert (group.rank, group.size) == (0, 1)
         assert group.gather([1.0, 2.0]) == [[1.0, 2.0]]
         assert group.share("a") == "a"
@@ -141,7 +141,7 @@ def test_an_incomplete_launch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_fails_on_one_process_fails_on_all() -> None:
-    class Two(Alone):
+    class Two(OneProcess):
         size = 2
 
         def collect(self, value: Any) -> list[Any]:
@@ -156,7 +156,7 @@ def test_several_processes_and_a_spread_model_exclude_each_other(
 ) -> None:
     from contextlib import contextmanager
 
-    class Two(Alone):
+    class Two(OneProcess):
         size = 2
 
     @contextmanager

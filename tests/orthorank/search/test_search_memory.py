@@ -10,10 +10,10 @@ import torch
 from orthorank import OrthoRankError, cli
 from orthorank.demo import SilentScreen
 from orthorank.search import Evaluator
-from orthorank.search.distributed import Alone
 from orthorank.search.job import prepare
 from orthorank.search.run import run_search
-from orthorank.stack import memory
+from orthorank.stack import resources as memory
+from orthorank.stack.resources import OneProcess
 from tests.orthorank.conftest import make_tiny_model
 from tests.orthorank.plain_search import random_windows, small_stack
 from tests.orthorank.search_runs import plan_in, settings
@@ -79,7 +79,7 @@ def test_the_evaluator_follows_the_memory(monkeypatch: pytest.MonkeyPatch) -> No
     stack, windows = small_stack(), random_windows(8)
     seen: dict[str, Any] = {}
     for name, count in (("little", 10 * 24 * 400 * 4), ("much", 2**30)):
-        monkeypatch.setattr("orthorank.stack.memory.free_bytes", lambda device, count=count: count)
+        monkeypatch.setattr("orthorank.stack.resources.free_bytes", lambda device, count=count: count)
         evaluator = Evaluator(stack, windows)
         seen[name] = evaluator.batch_size, evaluator.memory, evaluator.loss({3: 0.5})
     assert seen["little"][:2] == (1, 10 * 24 * 400)
@@ -90,7 +90,7 @@ def test_the_evaluator_follows_the_memory(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("fast", [False, True])
 def test_the_command_s_budget(tiny_folder: Path, tmp_path: Path, fast: bool) -> None:
     """``--memory`` in GiB; what is kept changes nothing but the time."""
-    job = prepare(settings(tiny_folder, tmp_path / "job", memory=0.5), SilentScreen(), Alone())
+    job = prepare(settings(tiny_folder, tmp_path / "job", memory=0.5), SilentScreen(), OneProcess())
     assert job.evaluator.memory == 2**29
     for name, memory_in_gib in (("all", None), ("nothing", 0.0)):
         run_search(settings(tiny_folder, tmp_path / name, memory=memory_in_gib, fast=fast, layers=3))

@@ -101,7 +101,7 @@ def test_one_batch_size_for_all(windows: Tensor, monkeypatch: pytest.MonkeyPatch
 
     assert on_every_rank(2, work) == [2, 2]
     short = threading.local()
-    monkeypatch.setattr("orthorank.stack.memory.free_bytes", lambda device: getattr(short, "bytes", 2**30))
+    monkeypatch.setattr("orthorank.stack.resources.free_bytes", lambda device: getattr(short, "bytes", 2**30))
 
     def on_a_full_machine(rank: Rank, stack: LayerStack) -> int:
         if rank.rank == 1:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from orthorank.stack.states import Ratios, States
+from orthorank.stack.resources import Ratios, States
 
 DENSE: Ratios = (1.0,) * 6
 ONE = 40  # bytes of a state

@@ -20,11 +20,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from contrib.budget.estimates import Estimates, exchanges
+from contrib.budget.pareto import Point, best_within
+from contrib.budget.plans import DENSE, Plan, Space, Step, changed, key_of
+from contrib.budget.state import BudgetInterrupted, BudgetState, Ledger, PlanLoss
 from orthorank.common.errors import OrthoRankError
-from orthorank.search.budget_state import BudgetInterrupted, BudgetState, Ledger, PlanLoss
-from orthorank.search.estimates import Estimates, exchanges
-from orthorank.search.pareto import Point, best_within
-from orthorank.search.plans import DENSE, Plan, Space, Step, changed, key_of
 
 ROUNDING = 1e-9  # of the dense cost: costs are sums
 
@@ -99,7 +99,7 @@ def budget_search(
         BudgetInterrupted: Ctrl-C; its ``state`` holds what was found.
 
     Example:
-        >>> from orthorank.search.costs import CostTable
+        >>> from contrib.budget.costs import CostTable
         >>> class Sum:  # a layer's loss grows with what it leaves out, the more so the later it comes
         ...     fingerprint = "an example"
         ...     def loss(self, plan, limit=math.inf):

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from contrib.budget.pareto import Point, front_of
 from orthorank.common.files import write_bytes
-from orthorank.search.pareto import Point, front_of
 from orthorank_kernels.remedies import install
 
 if TYPE_CHECKING:

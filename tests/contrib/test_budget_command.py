@@ -1,4 +1,4 @@
-"""``orthorank search --budget`` on a tiny saved model: its files, its guarantee, applied plans, going on, refusals."""
+"""``python -m contrib.budget`` on a tiny saved model: its files, its guarantee, applied plans, going on, refusals."""
 
 import csv
 import json
@@ -16,27 +16,28 @@ from typing import Any
 import pytest
 import torch
 
+from contrib.budget.__main__ import main
+from contrib.budget.budget import best_plan, budget_search
+from contrib.budget.costs import CostTable
+from contrib.budget.job import run_search
+from contrib.budget.plan_loss import CalibrationLoss
+from contrib.budget.plans import Space
+from contrib.budget.settings import BudgetSettings
+from contrib.budget.state import BudgetState
 from orthorank import OrthoRankConfig, OrthoRankError, apply, cli
 from orthorank.evaluation import perplexity, prefill_flops
 from orthorank.search import Evaluator
-from orthorank.search.budget import best_plan, budget_search
-from orthorank.search.budget_state import BudgetState
-from orthorank.search.costs import CostTable
-from orthorank.search.plan_loss import CalibrationLoss
-from orthorank.search.plans import Space
-from orthorank.search.run import run_search
-from orthorank.search.settings import SearchSettings
 from orthorank.stack.layers import LayerStack
 from tests.orthorank.conftest import make_tiny_model
 from tests.orthorank.plain_search import LAYERS, random_windows, small_stack
 from tests.orthorank.search.test_search_command import Watcher
 from tests.orthorank.search.test_search_processes import Rank, on_every_rank
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 FILES = {"orthorank.json", "pareto.json", "pareto.csv", "pareto.png", "pareto.svg", "search.json", "search-state.json"}
 
 
-def settings(folder: Path, output: Path, **changes: Any) -> SearchSettings:
+def settings(folder: Path, output: Path, **changes: Any) -> BudgetSettings:
     quick: dict[str, Any] = {
         "model": str(folder),
         "output": output,
@@ -49,7 +50,7 @@ def settings(folder: Path, output: Path, **changes: Any) -> SearchSettings:
         "exchanges": 6,
         "prompt_tokens": 64,
     }
-    return SearchSettings(**(quick | changes))
+    return BudgetSettings(**(quick | changes))
 
 
 class Stopper(Watcher):
@@ -90,7 +91,6 @@ def test_files(run: tuple[Path, dict[str, Any], Watcher]) -> None:
     assert any("exchanges" in words for words in watcher.said)
     percents = [done for done, note in watcher.notes if "of about" in note]
     assert percents == sorted(percents)
-    assert all("left" in note for _, note in watcher.notes if "of about" in note)
     assert percents[-1] <= 100
 
 
@@ -219,8 +219,7 @@ def test_killed_and_resumed(run: tuple[Path, dict[str, Any], Watcher], tiny_fold
     words = [
         sys.executable,
         "-m",
-        "orthorank",
-        "search",
+        "contrib.budget",
         str(tiny_folder),
         "--output",
         str(tmp_path),
@@ -248,18 +247,31 @@ def test_killed_and_resumed(run: tuple[Path, dict[str, Any], Watcher], tiny_fold
 
 
 def test_from_the_command_line(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["search", str(tiny_folder), "--budget", "3/4", "--keep-ratios", "0,1/2", "--start", "none"]
+    words = [str(tiny_folder), "--budget", "3/4", "--keep-ratios", "0,1/2", "--start", "none"]
     words += ["--output", str(tmp_path / "out"), "--no-sink-floor", "--windows", "2", "--seq-len", "32"]
     words += ["--device", "cpu", "--exchanges", "0", "--batch-size", "1"]
-    assert cli.main(words) == 0
+    assert main(words) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "mixed plans at 0.75 of the dense layers' FLOPs" in shown
     assert "cost" in shown
     assert not (tmp_path / "out" / "starts").exists()
-    assert cli.main(words) == 2
+    assert main(words) == 2
     assert "earlier result" in capsys.readouterr().err
-    assert cli.main([*words, "--resume", "--exchanges", "1"]) == 2
+    assert main([*words, "--resume", "--exchanges", "1"]) == 2
     assert "its exchanges is 0 and now it is 1" in capsys.readouterr().err
+
+
+def test_the_command_of_the_package_names_the_new_place(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--budget", "0.8"], ["--exchanges", "4"], ["--start", "none", "--keep-ratios", "0,1/2"]):
+        assert cli.main(["search", *words]) == 2
+        assert "in a checkout, run: python -m contrib.budget" in capsys.readouterr().err
+
+
+def test_what_the_command_is_called_with_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--budget", "0.8", "--exchanges", "9" * 12]) == 2
+    assert "--exchanges is 999999999999; it must be at most" in capsys.readouterr().err
+    assert main(["model"]) == 2
+    assert "(python -m contrib.budget --help lists what there is)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("size", "batch_size"), [(2, 1), (3, 2)])

@@ -82,7 +82,7 @@ class CostTable:
 
 
 def count_flops(config: Any, tokens: int, ratios: Iterable[float]) -> CostTable:
-    """FLOPs of each layer for one prompt, by `orthorank.evaluation.flops`.
+    """FLOPs of each layer for one prompt, by `orthorank.stack.flops`.
 
     Args:
         config: the Hugging Face configuration. tokens: prompt length. ratios: keep ratios; 0 and 1 are added.
@@ -96,7 +96,7 @@ def count_flops(config: Any, tokens: int, ratios: Iterable[float]) -> CostTable:
         >>> round(table.layer(0, 1/3) / table.layer(0, 1.0), 2)  # keys and values of all tokens are still paid
         0.44
     """
-    from orthorank.evaluation.flops import Dimensions
+    from orthorank.stack.flops import Dimensions
 
     if tokens < 1:
         raise OrthoRankError(f"tokens is {tokens}; it must be at least 1")

@@ -6,9 +6,9 @@ A plan here is a mapping from layer to keep ratio; a layer that is not in it is 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from contrib.budget.costs import CostTable
 from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
-from orthorank.search.costs import CostTable
 
 Plan = Mapping[int, float]
 Key = tuple[tuple[int, float], ...]

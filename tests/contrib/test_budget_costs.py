@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from contrib.budget.costs import CostTable, count_flops, measure_seconds
+from contrib.budget.pareto import Point
+from contrib.budget.pareto_plot import draw_front
 from orthorank import OrthoRankError
-from orthorank.search.costs import CostTable, count_flops, measure_seconds
-from orthorank.search.pareto import Point
-from orthorank.search.pareto_plot import draw_front
 from orthorank.stack.layers import LayerStack
 from tests.orthorank.conftest import make_tiny_model
 

@@ -1,34 +1,33 @@
-"""``orthorank search --budget`` without its terminal: a mixed plan, its Pareto front and a picture in a folder.
+"""``python -m contrib.budget`` without its terminal: a mixed plan, its Pareto front and a picture in a folder.
 
 The plans of one form that the search begins from are searched first, each as a search of its own in the folder
 ``starts``, unless plan files are given.
 """
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from contrib.budget.budget import Effort, budget_search
+from contrib.budget.costs import CostTable, count_flops, measure_seconds
+from contrib.budget.finish import finish, write_front
+from contrib.budget.pareto_plot import MISSING, can_draw
+from contrib.budget.plan_loss import CalibrationLoss
+from contrib.budget.plans import Space
+from contrib.budget.plans import plan_of as ratios_of
+from contrib.budget.search import Search
+from contrib.budget.settings import BudgetSettings
+from contrib.budget.state import BudgetInterrupted, BudgetState
+from contrib.budget.watching import MixedWatcher
 from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import user_path
-from orthorank.config import OrthoRankConfig
+from orthorank.common.progress import Screen, SilentScreen
+from orthorank.config import OrthoRankConfig, layer_count
 from orthorank.hf.apply import check_plan
-from orthorank.search.budget import Effort, budget_search
-from orthorank.search.budget_finish import finish, write_front
-from orthorank.search.budget_search import Search
-from orthorank.search.budget_state import BudgetInterrupted, BudgetState
-from orthorank.search.costs import CostTable, count_flops, measure_seconds
-from orthorank.search.distributed import together
-from orthorank.search.folder import Folder
-from orthorank.search.job import Job, candidates_of, check_agreement, identity_of, plan_of
-from orthorank.search.methods import choose, saved_state
-from orthorank.search.pareto_plot import MISSING, can_draw
-from orthorank.search.plan_loss import CalibrationLoss
-from orthorank.search.plans import Space
-from orthorank.search.plans import plan_of as ratios_of
-from orthorank.search.settings import SearchSettings
-from orthorank.search.watching import MixedWatcher
-from orthorank.stack.counts import layer_count
+from orthorank.search.job import Folder, Job, check_agreement, identity_of, plan_of, prepare
+from orthorank.search.run import choose, saved_state
+from orthorank.search.settings import candidates_of
+from orthorank.stack.resources import joined, together
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,23 +40,35 @@ PROMPT_TOKENS = 2048
 MODES = ("criterion", "select", "kv", "update_sink", "sinks", "seed")
 
 
-def run_budget(job: Job) -> dict[str, Any]:
-    """As `orthorank.search.run.run_search`, for settings with a budget. Called on every process of the job's group.
+def run_search(settings: BudgetSettings, screen: Screen | None = None) -> dict[str, Any]:
+    """Search for a mixed plan and write it, and the front, to ``settings.output``.
+
+    Arguments and errors as for `orthorank.search.run.run_search`.
 
     Returns:
         The results; ``rows`` has the dense model, the plans that the search began from, and the mixed plan.
     """
-    files = together(job.group, lambda: _fitting(job))
-    job.identity = together(job.group, lambda: _identity(job, files))
-    check_agreement(job)
-    saved = saved_state(job, BudgetState.load)
-    if not can_draw():
-        job.screen.say(MISSING)
-    search = _set_up(job, files if job.settings.starts else _searched(job), saved)
-    return finish(search, _run(search))
+    with joined() as group:
+        watched = screen if screen is not None and group.rank == 0 else SilentScreen()
+        together(group, lambda: read_starts(settings))
+        job = together(group, lambda: prepare(settings, watched, group))
+        files = together(group, lambda: _fitting(job))
+        job.identity = together(group, lambda: _identity(job, files))
+        check_agreement(job)
+        saved = saved_state(job, BudgetState.load)
+        if not can_draw():
+            job.screen.say(MISSING)
+        search = _set_up(job, files if settings.starts else _searched(job), saved)
+        return finish(search, _run(search))
 
 
-def read_starts(settings: SearchSettings) -> dict[str, OrthoRankConfig]:
+def asked(job: Job) -> BudgetSettings:
+    """The settings of a job that `run_search` has prepared."""
+    assert isinstance(job.settings, BudgetSettings)
+    return job.settings
+
+
+def read_starts(settings: BudgetSettings) -> dict[str, OrthoRankConfig]:
     """The plans in the files that the settings name.
 
     Raises:
@@ -70,7 +81,7 @@ def read_starts(settings: SearchSettings) -> dict[str, OrthoRankConfig]:
 
 def _fitting(job: Job) -> dict[str, OrthoRankConfig]:
     """The same, checked against the model and against what this search measures."""
-    given = read_starts(job.settings)
+    given = read_starts(asked(job))
     wanted = OrthoRankConfig(layers=[], criterion=job.settings.criterion)
     for path, plan in given.items():
         check_plan(job.model, plan)
@@ -85,7 +96,7 @@ def _fitting(job: Job) -> dict[str, OrthoRankConfig]:
 
 def _identity(job: Job, files: dict[str, OrthoRankConfig]) -> dict[str, Any]:
     """What decides the result, and so must not change between the parts of a resumed search."""
-    settings = job.settings
+    settings = asked(job)
     starts: Any = "searched" if not settings.starts else {name: plan.to_dict() for name, plan in files.items()}
     return identity_of(job) | {
         "method": "budget",
@@ -125,9 +136,8 @@ def _claim(form: Job) -> None:
 
 def _of_one_form(job: Job, name: str, ratio: float) -> Job | None:
     """The search for a plan whose chosen layers all have ``ratio``; None: no layer is due, or more than there are."""
-    settings = _form(job.settings, ratio, job.settings.output / STARTS / name.replace(" ", "-").lower())
-    assert job.settings.budget is not None
-    sparsity, total = 1 - job.settings.budget, job.info.num_hidden_layers
+    settings = asked(job).of_one_form(ratio, job.settings.output / STARTS / name.replace(" ", "-").lower())
+    sparsity, total = 1 - asked(job).budget, job.info.num_hidden_layers
     candidates = _candidates(job, ratio)
     try:
         count = layer_count(total, sparsity, ratio) if sparsity > 0 else 0
@@ -145,45 +155,31 @@ def _of_one_form(job: Job, name: str, ratio: float) -> Job | None:
     return form
 
 
-def _form(settings: SearchSettings, ratio: float, output: Path) -> SearchSettings:
-    """The settings of a search for a plan of one form."""
-    return dataclasses.replace(
-        settings,
-        keep_ratio=ratio,
-        output=output,
-        budget=None,
-        budget_unit=None,
-        keep_ratios=None,
-        starts=(),
-        exchanges=None,
-        prompt_tokens=None,
-    )
-
-
 def _candidates(job: Job, ratio: float) -> list[int]:
-    settings = _form(job.settings, ratio, job.settings.output)
+    settings = asked(job).of_one_form(ratio, job.settings.output)
     return candidates_of(settings, job.info.num_hidden_layers, job.sink_layer if settings.floored else None)
 
 
 def _skip(job: Job) -> list[int]:
-    return _candidates(job, 0.0) if 0 in (job.settings.keep_ratios or KEEP_RATIOS) else []
+    return _candidates(job, 0.0) if 0 in (asked(job).keep_ratios or KEEP_RATIOS) else []
 
 
 def _prompt_tokens(job: Job) -> int:
-    wanted, most = job.settings.prompt_tokens, job.info.max_tokens
+    wanted, most = asked(job).prompt_tokens, job.info.max_tokens
     if wanted is not None and wanted > most:
         raise OrthoRankError(f"prompt_tokens is {wanted}; the model's longest input has {most} tokens")
     return min(PROMPT_TOKENS, most) if wanted is None else wanted
 
 
 def _effort(job: Job) -> Effort:
-    return Effort() if job.settings.exchanges is None else Effort(exchanges=job.settings.exchanges)
+    wanted = asked(job).exchanges
+    return Effort() if wanted is None else Effort(exchanges=wanted)
 
 
 def _set_up(job: Job, starts: dict[str, OrthoRankConfig], saved: BudgetState | None) -> Search:
     if saved is not None:
         job.evaluator.use_batch_size(_batch_size_of(job, saved))
-    ratios = tuple(job.settings.keep_ratios or KEEP_RATIOS)
+    ratios = tuple(asked(job).keep_ratios or KEEP_RATIOS)
     costs = _costs(job, {*ratios, *(r for plan in starts.values() for r in plan.ratios.values())}, saved)
     space = Space.of(costs, ratios, select=job.candidates, skip=_skip(job))
     return Search(job, space, CalibrationLoss(job.evaluator), starts, saved)
@@ -205,7 +201,7 @@ def _no_state(job: Job) -> OrthoRankError:
 def _costs(job: Job, ratios: set[float], saved: BudgetState | None) -> CostTable:
     """FLOPs, or seconds: those of an earlier run of this search if there was one, else of the first process."""
     tokens = _prompt_tokens(job)
-    if job.settings.budget_unit != "time":
+    if asked(job).budget_unit != "time":
         return count_flops(job.model.config, tokens, ratios)
     if saved is not None:
         try:

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
+from contrib.budget.budget import best_plan
+from contrib.budget.pareto import Point
+from contrib.budget.plan_loss import CalibrationLoss
+from contrib.budget.plans import Space
+from contrib.budget.settings import BudgetSettings
+from contrib.budget.state import BudgetState
 from orthorank.config import OrthoRankConfig
-from orthorank.search.budget import best_plan
-from orthorank.search.budget_state import BudgetState
 from orthorank.search.job import Job
-from orthorank.search.pareto import Point
-from orthorank.search.plan_loss import CalibrationLoss
-from orthorank.search.plans import Space
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Search:
     @property
     def budget(self) -> float:
         """Share of the dense cost."""
-        assert self.job.settings.budget is not None
+        assert isinstance(self.job.settings, BudgetSettings)
         return self.job.settings.budget
 
     def best(self, state: BudgetState) -> Point | None:

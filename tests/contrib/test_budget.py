@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
+from contrib.budget.budget import Effort, Progress, best_plan, budget_search
+from contrib.budget.costs import CostTable
+from contrib.budget.pareto import Point, best_within, front_of
+from contrib.budget.plans import Space, Step, changed, key_of, plan_of
+from contrib.budget.state import BudgetInterrupted, BudgetState
 from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
-from orthorank.search.budget import Effort, Progress, best_plan, budget_search
-from orthorank.search.budget_state import BudgetInterrupted, BudgetState
-from orthorank.search.costs import CostTable
-from orthorank.search.pareto import Point, best_within, front_of
-from orthorank.search.plans import Space, Step, changed, key_of, plan_of
-from tests.orthorank.plan_losses import LAYERS, Losses, all_plans, best_by_trying_all, kinds, space
+from tests.contrib.plan_losses import LAYERS, Losses, all_plans, best_by_trying_all, kinds, space
 
 LITTLE = Effort(tries=2, exchanges=6, patience=3)
 FORMS = {"OrthoRank": {1: 0.25, 2: 0.25, 3: 0.25}, "SLEB": {1: 0.0, 4: 0.0}, "odd": {3: 0.5}}

@@ -6,8 +6,8 @@ import math
 import random
 from collections.abc import Callable, Iterator
 
-from orthorank.search.costs import CostTable
-from orthorank.search.plans import Key, Plan, Space, key_of
+from contrib.budget.costs import CostTable
+from contrib.budget.plans import Key, Plan, Space, key_of
 
 LAYERS = 5
 RATIOS = (0.5, 0.25, 0.0)

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, check_choice, check_integer
 from orthorank.hf.families import FAMILIES
 from orthorank_kernels import keep_count
 
@@ -114,10 +114,8 @@ def prefill_flops(
         '27.6 TFLOP'
     """
     sizes = Dimensions.of(config)
-    if tokens < 1:
-        raise OrthoRankError(f"tokens is {tokens}; it must be at least 1")
-    if logits not in LOGITS:
-        raise OrthoRankError(f"logits is {logits!r}; it may be {' or '.join(map(repr, LOGITS))}")
+    check_integer("tokens", tokens, 1)
+    check_choice("logits", logits, LOGITS)
     selected = set(layers)
     if unknown := [layer for layer in sorted(selected) if not 0 <= layer < sizes.layers]:
         raise OrthoRankError(f"layers holds {unknown[0]}; the model has layers 0 to {sizes.layers - 1}")

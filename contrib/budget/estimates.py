@@ -8,7 +8,7 @@ layers that it changed. Estimates only say what to try first and what not to try
 import itertools
 from collections.abc import Iterator, Sequence
 
-from orthorank.search.plans import DENSE, Plan, Space, Step
+from contrib.budget.plans import DENSE, Plan, Space, Step
 
 HOPELESS = 1e6  # nats: stands for a loss that is infinite, so that sums of estimates are never NaN
 WIDTH = 16  # of the most promising steps of each kind make up exchanges of three

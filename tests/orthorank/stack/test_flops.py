@@ -9,7 +9,7 @@ import torch
 
 from orthorank import OrthoRankConfig, apply
 from orthorank.common.errors import OrthoRankError
-from orthorank.evaluation.flops import flop_speedup, layer_cost, prefill_flops
+from orthorank.stack.flops import flop_speedup, layer_cost, prefill_flops
 from tests.orthorank.tiny import MODELS, tiny
 
 NO_WINDOW = {"sliding_window": 64}  # wider than the prompt
@@ -138,7 +138,7 @@ def test_head_dim_of_its_own() -> None:
         ({"tokens": 0}, "tokens is 0"),
         ({"keep_ratio": 1.5}, "keep_ratio is 1.5"),
         ({"layers": [32]}, "layers holds 32; the model has layers 0 to 31"),
-        ({"logits": "some"}, "'last' or 'all'"),
+        ({"logits": "some"}, "last or all"),
         ({"config": config(32, 4096, 11008, 32, 32, 32000, num_local_experts=8)}, "mixture of experts"),
         ({"config": config(2, 64, 64, 4, 4, 64, model_type="gpt_neox")}, "type 'gpt_neox'; what its layers compute"),
         ({"config": SimpleNamespace(num_hidden_layers=2)}, "hidden_size = None"),

@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING, Any
 
-from orthorank.search.plans import Plan
+from contrib.budget.plans import Plan
 
 if TYPE_CHECKING:
     from orthorank.stack.evaluator import Evaluator
@@ -12,7 +12,7 @@ SCOUTED = 0.25  # share of the windows that an estimate sees
 
 
 class CalibrationLoss:
-    """The losses of `orthorank.search.budget.budget_search`, by an `Evaluator`.
+    """The losses of `contrib.budget.budget.budget_search`, by an `Evaluator`.
 
     Args:
         evaluator: of the calibration windows; plans state every ratio, so its own keep ratio does not matter.

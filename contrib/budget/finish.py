@@ -5,18 +5,18 @@ from collections import Counter
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from contrib.budget.pareto import Point, front_as_csv, front_as_dict
+from contrib.budget.pareto_plot import can_draw, draw_front
+from contrib.budget.plans import key_of, plan_of
+from contrib.budget.state import BudgetState
 from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import write_json, write_text
 from orthorank.config import OrthoRankConfig
-from orthorank.search.budget_state import BudgetState
-from orthorank.search.pareto import Point, front_as_csv, front_as_dict
-from orthorank.search.pareto_plot import can_draw, draw_front
-from orthorank.search.plans import key_of, plan_of
 from orthorank_kernels._version import __version__
 
 if TYPE_CHECKING:
-    from orthorank.search.budget_search import Search
+    from contrib.budget.search import Search
 
 
 def finish(search: "Search", state: BudgetState) -> dict[str, Any]:

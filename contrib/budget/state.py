@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from orthorank.common.errors import OrthoRankError
+from contrib.budget.pareto import Point
+from contrib.budget.plans import Key, Plan, Space, key_of
+from orthorank.common.errors import OrthoRankError, shown
 from orthorank.common.files import read_json, write_text
-from orthorank.plan_checks import shown
-from orthorank.search.pareto import Point
-from orthorank.search.plans import Key, Plan, Space, key_of
 
 SCHEMA = 1
 
