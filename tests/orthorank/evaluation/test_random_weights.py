@@ -11,9 +11,10 @@ import torch._dynamo
 from torch.nn import functional
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
-from orthorank.evaluation import causal_attention, flops
+from orthorank.evaluation import causal_attention
 from orthorank.evaluation.random_weights import random_model, read_config, shipped_configs, unsearched_plans
 from orthorank.evaluation.speed import time_prefill
+from orthorank.stack import flops
 
 TINY = {
     "model_type": "llama",
