@@ -13,7 +13,7 @@ from types import CodeType, FrameType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from orthorank.calls.phases import Phase
+from orthorank.calls.reading import Phase
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.patching import Patch
 

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from orthorank.commands.criterion import register
-from orthorank.commands.screen import BOS, MODEL, RichScreen, console, number
+from orthorank.commands.screen import BOS, MODEL, RichScreen, console, number, register
 from orthorank.common.errors import OrthoRankError
 
 TEXT = "UTF-8 text file. Default: the documentation of Python inside its standard library."

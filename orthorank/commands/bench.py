@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orthorank.commands.criterion import OWN_CRITERION, register
-from orthorank.commands.screen import MODEL, RichScreen, console, numbers, table_of
+from orthorank.commands.screen import MODEL, OWN_CRITERION, RichScreen, console, numbers, register, table_of
 from orthorank.common.errors import OrthoRankError, check_choice
 from orthorank.common.files import user_path, writable_folder
 

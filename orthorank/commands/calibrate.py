@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orthorank.commands.criterion import OWN_CRITERION, register
-from orthorank.commands.screen import BOS, MODEL, RichScreen, console, number, table_of
+from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, console, number, register, table_of
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import writable_folder
 from orthorank.common.texts import Bos, check_bos, find_text, join_texts, read_tokens, take_samples

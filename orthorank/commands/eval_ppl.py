@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orthorank.commands.criterion import OWN_CRITERION, register
-from orthorank.commands.screen import BOS, MODEL, RichScreen, console, table_of
+from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, console, register, table_of
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import user_path, writable_folder, write_json
 from orthorank.common.texts import Bos, check_bos, read_tokens

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from orthorank.commands.criterion import register
-from orthorank.commands.screen import MODEL, RichScreen, console
+from orthorank.commands.screen import MODEL, RichScreen, console, register
 from orthorank.common.errors import OrthoRankError
 
 ONLY = "Parts, such as table1,fig4. Default: all."

@@ -1,6 +1,6 @@
 """The terminal: headings, sentences and progress bars with rich, and how options are read."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 
@@ -124,3 +124,13 @@ def ratios(option: str, words: str | None) -> tuple[float, ...] | None:
         return None
     several = tuple(number(option, part) for part in words.split(","))
     return tuple(value for value in several if value is not None)
+
+
+OWN_CRITERION = "Criterion of your own that plans name, as module:function; may be given several times."
+
+
+def register(options: Sequence[str] | None) -> list[str]:
+    """Register what was given; returns the names for plans."""
+    from orthorank.common.criteria import given
+
+    return [given(option) for option in options or ()]

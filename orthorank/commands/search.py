@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orthorank.commands.criterion import register
-from orthorank.commands.screen import BOS, MODEL, RichScreen, console, number, table_of
+from orthorank.commands.screen import BOS, MODEL, RichScreen, console, number, register, table_of
 from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
 

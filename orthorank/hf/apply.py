@@ -11,7 +11,7 @@ from torch import Tensor
 
 from orthorank.calls.call import Call, Watcher
 from orthorank.calls.generating import generating
-from orthorank.calls.phases import Phase, context_lengths, phase_of
+from orthorank.calls.reading import Phase, context_lengths, phase_of
 from orthorank.calls.unmasked import Watch
 from orthorank.common.call_lock import CallLock
 from orthorank.common.criteria import is_pointwise

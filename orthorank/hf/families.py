@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from orthorank.common.errors import OrthoRankError
-from orthorank.common.own_code import not_compiled
+from orthorank.common.patching import not_compiled
 from orthorank.hf.family import Family, always, plain_heads, split_heads
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from orthorank.calls.call import Call, Watcher
 from orthorank.calls.generating import PREPARES, phase_inside
-from orthorank.calls.phases import Phase, phase_of
-from orthorank.calls.reading import cache_of, read_call
+from orthorank.calls.reading import Phase, cache_of, phase_of, read_call
 from orthorank.calls.unmasked import Watch
 from orthorank.common.call_lock import CallLock
 from orthorank.common.errors import OrthoRankError
@@ -22,10 +21,9 @@ from orthorank.hf.ablations import without_cache
 from orthorank.hf.family import Family
 from orthorank.hf.intact import TakenApart
 from orthorank.hf.layer import removed_forward, selected_forward
-from orthorank.hf.layer_plan import LayerPlan
 from orthorank.hf.parts import Parts
 from orthorank.hf.refusals import refuse_chunks, refuse_outputs, refuse_unrun
-from orthorank.hf.selection import prepared
+from orthorank.hf.selection import LayerPlan, prepared
 from orthorank.hf.status import LayerCounts
 
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from orthorank.common.errors import OrthoRankError
-from orthorank.common.own_code import has_own_forward, home_of, is_bound, is_code_of, name_of
+from orthorank.common.patching import has_own_forward, home_of, is_bound, is_code_of, name_of
 from orthorank.hf.family import Family
 from orthorank.hf.parts import Parts
 

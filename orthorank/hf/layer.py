@@ -19,7 +19,6 @@ from orthorank.calls.call import Call
 from orthorank.config import OrthoRankConfig
 from orthorank.hf import cache_state as sink_state
 from orthorank.hf import selection as choosing
-from orthorank.hf.ablations import attention_among_selected
 from orthorank.hf.criteria import Chosen, norm_and_select, scored_states
 from orthorank.hf.parts import Parts
 from orthorank_kernels import gather_rows, scatter_add_rows_, sparse_query_attention
@@ -84,6 +83,8 @@ def selected_forward(
             **options,
         )
     else:
+        from orthorank.hf.ablations import attention_among_selected  # Table 3 alone needs it
+
         keys, values = parts.keys_and_values(selected)
         keys = parts.rotate(keys, tables, positions)
         attended = attention_among_selected(queries, keys, values, positions, tokens=call.tokens, **options)

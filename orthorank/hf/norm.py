@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from orthorank.common.own_code import has_hooks, has_own_forward, is_code_of_class
+from orthorank.common.patching import has_hooks, has_own_forward, is_code_of_class
 
 IDENTITY: dict[str, Any] = {"weight": None, "eps": 1e-6, "norm": "identity"}  # what the kernels take where none is
 

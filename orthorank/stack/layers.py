@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from orthorank.calls.call import Call
-from orthorank.calls.phases import Phase
-from orthorank.calls.reading import read_call
+from orthorank.calls.reading import Phase, read_call
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.patching import Patch, forward_of
 from orthorank.config import OrthoRankConfig

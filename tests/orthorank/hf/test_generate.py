@@ -119,7 +119,7 @@ def test_a_call_with_prompt_and_decode_tokens(tiny_model: Any, family: str) -> N
             expected = model(
                 more, attention_mask=both_mask, position_ids=positions[:, 19:], past_key_values=cache
             ).logits
-        from orthorank.calls.phases import Phase, phase_of
+        from orthorank.calls.reading import Phase, phase_of
 
         with phase_of(handle, Phase(prompt=19, keep_last=1)):
             actual = model(both, attention_mask=both_mask, position_ids=positions).logits[:, 19:]

@@ -115,7 +115,7 @@ def test_generation_selects_every_token_alike(tiny_model: Any, family: str) -> N
 
 def test_keep_last_is_the_prompts_with_candidates_behind_it(tiny_model: Any) -> None:
     """In `generate()` the prompt's last tokens are updated, wherever they stand in the call."""
-    from orthorank.calls.phases import Phase, phase_of
+    from orthorank.calls.reading import Phase, phase_of
 
     model, ids = tiny_model("llama"), ids_of(2, TOKENS, seed=5)
     followed = plan(model, keep_last=2)

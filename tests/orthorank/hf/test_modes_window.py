@@ -12,10 +12,8 @@ from transformers import DynamicCache
 
 from orthorank import OrthoRankConfig, apply, status
 from orthorank.calls.call import Call
-from orthorank.calls.phases import Phase
-from orthorank.calls.reading import read_call
-from orthorank.hf.selection import prepared
-from orthorank.hf.windows import windows_of
+from orthorank.calls.reading import Phase, read_call
+from orthorank.hf.selection import prepared, windows_of
 from tests.orthorank import naive, rules
 from tests.orthorank.naive import assert_close
 

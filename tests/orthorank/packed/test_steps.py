@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from orthorank import OrthoRankConfig
-from orthorank.calls.phases import Phase
-from orthorank.calls.reading import read_call
-from orthorank.hf.windows import windows_of
+from orthorank.calls.reading import Phase, read_call
+from orthorank.hf.selection import windows_of
 from orthorank.packed.steps import make_step, segments_of, selects
 from tests.orthorank.packed.stated import CPU, Group, Row, groups, step_of
 
