@@ -67,12 +67,12 @@ def usual(command: str, given: Given) -> list[str]:
     small = {
         "demo": [*text, *plan, *windows, "--prompt-tokens", "24", "--repeats", "1"],
         "bench": [*plan, "--prompt-tokens", "16", "--rounds", "1"],
-        "analyze": [*text, *windows, "--passages", "2", "--passage-tokens", "8"],
-        "search": [*text, *windows],
+        "analyze": [*text, *windows, "--passages", "2", "--passage-tokens", "12"],
+        "search": [*text, *windows, "--no-sink-floor", "--layers", "1"],
         "calibrate": [*text, *plan, *windows],
         "eval ppl": [*text, *plan, "--window", "24", "--windows", "1"],
         "eval tasks": ["--tasks", "rivers", "--include-path", str(given.tasks), "--limit", "1"],
-        "eval longbench": ["--data", str(given.questions), "--limit", "1", "--max-tokens", "24"],
+        "eval longbench": ["--data", str(given.questions), "--limit", "1", "--max-tokens", "96"],
         "reproduce": [
             *("--calibration", str(given.text), "--text", f"one={given.text}", "--tasks", "none"),
             *("--longbench", "none", "--calibration-windows", "1", "--calibration-len", "24", "--window", "24"),
