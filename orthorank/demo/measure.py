@@ -93,7 +93,7 @@ def _add_speed(run: Run, variants: Variants) -> None:
 
 def _add_token_map(run: Run, plan: OrthoRankConfig) -> None:
     """Which layers updated which token, at the beginning of the held-out text."""
-    from orthorank.evaluation.token_map import token_map
+    from orthorank.analysis.token_map import token_map
 
     if not getattr(run.tokenizer, "is_fast", False):
         return

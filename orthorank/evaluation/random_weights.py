@@ -42,7 +42,7 @@ def random_model(
         config: a name of `shipped_configs`, a config.json as the hub has it, or a folder with one.
         device: where; dtype: of the weights, as `orthorank.models.load_model` takes it.
         attention: transformers' ``attn_implementation``; ``"sdpa_causal"`` is
-            `orthorank.evaluation.causal_attention`, the same in eager, captured and compiled models.
+            `orthorank.stack.causal_attention`, the same in eager, captured and compiled models.
         layers: decoder layers to make; None: as many as the configuration has.
         seed: of the weights. The state of PyTorch's own generators stays as it was.
 
@@ -65,8 +65,8 @@ def random_model(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from orthorank.evaluation.causal_attention import NAME, register
     from orthorank.models import pick_device, pick_dtype
+    from orthorank.stack.causal_attention import NAME, register
 
     place = pick_device(str(device))
     read = read_config(config, layers)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import orthorank
+from orthorank.analysis.token_map import token_map
 from orthorank.common.errors import OrthoRankError
-from orthorank.evaluation.token_map import token_map
 from orthorank.report import html_page
 from tests.orthorank.report.test_report import Page, contrast
 
