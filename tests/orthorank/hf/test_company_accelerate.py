@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
 from tests.orthorank.hf.test_layer import ids_of
-from tests.orthorank.tiny import MODELS, tiny
+from tests.orthorank.models import MODELS, tiny
 
 accelerate = pytest.importorskip("accelerate")
 PLAN = OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3)

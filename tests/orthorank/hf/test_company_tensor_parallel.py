@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers.utils import logging
 
-from tests.orthorank.tiny import MODELS, tiny
+from tests.orthorank.models import MODELS, tiny
 
 ROOT = Path(__file__).parents[3]
 # transformers ships no tensor-parallel plan for StableLM and GPT-OSS; its plan for Cohere breaks its own q/k norms.

@@ -11,7 +11,7 @@ from orthorank_kernels import rms_norm_select
 from orthorank_kernels.dispatch import BackendError
 from tests.orthorank.hf.test_layer import ids_of
 from tests.orthorank.naive import assert_close, selected_mask
-from tests.orthorank.tiny import tiny
+from tests.orthorank.models import tiny
 
 PLAN = OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3)
 

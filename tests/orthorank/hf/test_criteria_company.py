@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from orthorank import OrthoRankConfig, apply
 from tests.orthorank import naive
-from tests.orthorank.conftest import make_tiny_model
+from tests.orthorank.models import plain
 from tests.orthorank.hf.test_criteria import ALL, count
 from tests.orthorank.hf.test_layer import ids_of
 from tests.orthorank.naive import assert_close
@@ -64,7 +64,7 @@ def test_gradients_are_those_of_the_selected_tokens(tiny_model: Any, row: str) -
 
 def model_with_sinks() -> Any:
     """Mistral with windows of 7 whose tokens 5 to 8 look like sinks to each other."""
-    model, generator = make_tiny_model("mistral", sliding_window=7), torch.Generator().manual_seed(7)
+    model, generator = plain("mistral", sliding_window=7), torch.Generator().manual_seed(7)
     with torch.no_grad():
         for layer in model.model.layers:
             weight = layer.input_layernorm.weight

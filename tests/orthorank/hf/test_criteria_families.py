@@ -10,7 +10,7 @@ from tests.orthorank import naive
 from tests.orthorank.hf.test_criteria import count
 from tests.orthorank.hf.test_layer import ids_of
 from tests.orthorank.naive import assert_close
-from tests.orthorank.tiny import MODELS, tiny
+from tests.orthorank.models import MODELS, tiny
 
 ROWS: dict[str, dict[str, Any]] = {
     "keys of the selected": {"kv": "selected"},

@@ -18,7 +18,7 @@ from orthorank.stack.layers import LayerStack
 from tests.orthorank.dense_rows import DenseRows, call
 from tests.orthorank.hf.test_families import padded
 from tests.orthorank.naive import assert_close
-from tests.orthorank.tiny import MODELS, tiny
+from tests.orthorank.models import MODELS, tiny
 
 PLAN = OrthoRankConfig(layers=[1, 2], keep_ratio=0.4)
 WRONG = r"the spec of .* is wrong: layer \d of a tiny copy, a \w+, gives selected tokens other states than the dense"

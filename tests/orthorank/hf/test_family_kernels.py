@@ -10,7 +10,7 @@ from orthorank_kernels import dispatch
 from tests.orthorank.dense_rows import call
 from tests.orthorank.hf.test_families import padded
 from tests.orthorank.naive import assert_close
-from tests.orthorank.tiny import MODELS, tiny
+from tests.orthorank.models import MODELS, tiny
 
 pytest.importorskip("triton")
 

@@ -12,7 +12,7 @@ from tests.orthorank.naive import assert_close
 from tests.orthorank.serving.engine import Engine, LayerParts, Request
 from tests.orthorank.serving.served import plan_of, tokens_of
 from tests.orthorank.serving.stated import Row, step_of
-from tests.orthorank.tiny import tiny
+from tests.orthorank.models import tiny
 
 
 def one_layer(
