@@ -1,5 +1,6 @@
 """Tiny random models: one for each family and each option of a family that changes its layers, and plain ones."""
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -142,3 +143,16 @@ def has_windows(model: Any) -> bool:
     """Whether any layer of ``model`` slides."""
     kinds = getattr(model.config, "layer_types", None)
     return "sliding_attention" in kinds if kinds else getattr(model.config, "sliding_window", None) is not None
+
+
+def without_layers(model: Any, layers: list[int]) -> Any:
+    """A deep copy of ``model`` in which ``layers`` do not exist."""
+    pruned = copy.deepcopy(model)
+    kept = [layer for i, layer in enumerate(pruned.model.layers) if i not in layers]
+    pruned.model.layers = torch.nn.ModuleList(kept)
+    for i, layer in enumerate(kept):
+        layer.self_attn.layer_idx = i
+    if getattr(pruned.config, "layer_types", None) is not None:
+        pruned.config.layer_types = [t for i, t in enumerate(pruned.config.layer_types) if i not in layers]
+    pruned.config.num_hidden_layers = len(kept)
+    return pruned

@@ -12,8 +12,8 @@ from transformers.utils import logging
 import orthorank
 from orthorank import OrthoRankConfig, apply
 from tests.orthorank.hf.test_layer import ids_of
-from tests.orthorank.naive import assert_close, logits
 from tests.orthorank.models import tiny
+from tests.orthorank.statement import assert_close, logits
 
 PLAN = OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3)
 PROJECTIONS = {

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from orthorank import OrthoRankConfig, apply
-from tests.orthorank.models import plain
 from tests.orthorank.hf.test_layer import WINDOWS, ids_of
-from tests.orthorank.naive import assert_close
+from tests.orthorank.models import plain
+from tests.orthorank.statement import assert_close
 
 PLAN = OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3)
 PLANS = {

@@ -69,8 +69,7 @@ def test_windows_at_once_stay_in_a_tenth_of_the_memory(monkeypatch: pytest.Monke
         assert memory.windows_at_once(config, 64, 24, GPU, 4) == limit
     free(monkeypatch, 10**7)
     sdpa, eager = (
-        memory.windows_at_once(plain("llama", attention=kind).config, 64, 64, GPU, 4)
-        for kind in ("sdpa", "eager")
+        memory.windows_at_once(plain("llama", attention=kind).config, 64, 64, GPU, 4) for kind in ("sdpa", "eager")
     )
     assert sdpa > eager, "eager attention holds its scores"
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from orthorank import OrthoRankConfig, OrthoRankError
 from orthorank.serving.selection import Chosen, choose_below, choose_share
 from orthorank.serving.steps import Step
-from tests.orthorank.serving.stated import Row, by_request, groups, step_of
+from tests.orthorank.serving.served import step_of
+from tests.orthorank.statement import Row, by_request, groups
 
 NAN, INF = float("nan"), float("inf")
 ROWS = st.lists(

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank.serving.layer import selected_forward
-from tests.orthorank.naive import assert_close
-from tests.orthorank.serving.engine import Engine, LayerParts, Request
-from tests.orthorank.serving.served import plan_of, tokens_of
-from tests.orthorank.serving.stated import Row, step_of
 from tests.orthorank.models import tiny
+from tests.orthorank.serving.engine import Engine, LayerParts, Request
+from tests.orthorank.serving.served import plan_of, step_of, tokens_of
+from tests.orthorank.statement import Row, assert_close
 
 
 def one_layer(

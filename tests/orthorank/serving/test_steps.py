@@ -14,7 +14,8 @@ from orthorank.hf.calls import read_call
 from orthorank.hf.phases import Phase
 from orthorank.hf.windows import windows_of
 from orthorank.serving.steps import make_step, segments_of, selects
-from tests.orthorank.serving.stated import CPU, Row, groups, step_of
+from tests.orthorank.serving.served import CPU, step_of
+from tests.orthorank.statement import Row, groups
 
 RATIOS = st.sampled_from([0.01, 0.1, 0.29, 1 / 3, 0.5, 0.9, 0.999])
 WINDOWS = st.none() | st.integers(1, 20)
