@@ -11,6 +11,18 @@ from tests.orthorank.models import plain
 FAMILIES = ("llama", "mistral", "qwen2")
 
 
+@pytest.fixture(autouse=True)
+def _transformers_is_quiet() -> Iterator[None]:
+    """No progress bars among what a test captures; what it changes of transformers' logging is put back."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.disable_progress_bar()
+    yield
+    logging.set_verbosity(level)
+    logging.disable_progress_bar()
+
+
 @pytest.fixture
 def tiny_model() -> Callable[..., Any]:
     """`plain`: ``tiny_model("llama", sliding_window=8)``."""
