@@ -66,7 +66,7 @@ def poisoned_outputs() -> Iterator[None]:
     So a value that a kernel forgot to write is seen.
     """
     before = torch.get_deterministic_debug_mode()
-    torch.set_deterministic_debug_mode("error")  # `use_deterministic_algorithms` without Inductor, two seconds a process
+    torch.set_deterministic_debug_mode("error")  # the other function imports Inductor: two seconds a process
     try:
         yield
     finally:
