@@ -10,7 +10,7 @@ WORKERS ?= 2
 DEMO_ARGS ?= --output orthorank-demo
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help install demo lint format test test-slow test-gpu test-browser test-vllm check report bench bench-install bench-model
+.PHONY: help install demo lint format test test-slow test-order test-gpu test-browser test-vllm check report bench bench-install bench-model
 .PHONY: bench-search bench-gpu gpu rehearse-gpu docs clean
 
 help: ## list the targets
@@ -46,6 +46,9 @@ test: install ## what CI runs: everything but slow and gpu
 test-slow: install ## the full compile matrix, the long runs, and with TRANSFORMERS_TESTS=DIR transformers' own tests
 	$(if $(TRANSFORMERS_TESTS),$(BIN)/python -m pip install --quiet --constraint constraints.txt parameterized httpx)
 	TRANSFORMERS_TESTS='$(TRANSFORMERS_TESTS)' $(PYTEST) -n $(WORKERS) -m slow
+
+test-order: install ## slow, some hours: each test file alone, then the suite in three random orders
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.order --workers $(WORKERS)
 
 test-gpu: install ## on a machine with a GPU: the tests that a GPU can judge, in less than 8 minutes; a line for each as it ends
 	$(BIN)/python benchmarks/on_gpu.py tests

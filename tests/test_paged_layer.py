@@ -8,6 +8,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from tests.orthorank.statement import chosen
+
 HEADS, KV_HEADS, DIM, HIDDEN, WIDTH, EPS = 4, 2, 16, 48, 80, 1e-5
 BLOCK_SIZE = 16
 # Tokens of each sequence, and new ones in each step: prompts in two chunks, and a generated token.
@@ -43,12 +45,6 @@ def rotated(x: torch.Tensor, position: int) -> torch.Tensor:
     return x * cos + torch.cat([-x[..., DIM // 2 :], x[..., : DIM // 2]], -1) * sin
 
 
-def chosen(scores: list[float], count: int, first: int) -> list[int]:
-    """The ``count`` smallest of ``scores``, never the sink at position 0; ``first`` is where the chunk begins."""
-    ranked = sorted(range(len(scores)), key=lambda i: (float("inf") if first + i == 0 else scores[i], i))
-    return sorted(ranked[:count])
-
-
 def naive(states: torch.Tensor, sink: torch.Tensor, w: dict[str, torch.Tensor], chunks: list[tuple[int, int]]):
     """One sequence ``[tokens, hidden]`` in chunks of ``(new tokens, how many of them are selected)``."""
     normed = norm(states, w["norm_in"])
@@ -57,7 +53,7 @@ def naive(states: torch.Tensor, sink: torch.Tensor, w: dict[str, torch.Tensor], 
     out, first = states.clone(), 0
     for new, count in chunks:
         scores = [abs(float(normed[i] @ sink)) for i in range(first, first + new)]
-        for i in (first + j for j in chosen(scores, count, first)):
+        for i in (first + j for j in chosen(scores, count, None if first else 0)):
             query = rotated((w["q"] @ normed[i]).view(HEADS, DIM), i)
             attended = []
             for head in range(HEADS):

@@ -11,7 +11,7 @@ import torch
 
 from orthorank import OrthoRankConfig, apply
 from orthorank.packed.sinks import SinkBank
-from tests.orthorank.conftest import make_tiny_model
+from tests.orthorank.models import plain
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "sglang.md"
 CONTEXT = 96
@@ -29,7 +29,7 @@ def recipe() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return make_tiny_model("llama")
+    return plain("llama")
 
 
 class Server:

@@ -28,7 +28,7 @@ from orthorank import OrthoRankConfig, OrthoRankError, apply, cli
 from orthorank.evaluation import perplexity, prefill_flops
 from orthorank.search import Evaluator
 from orthorank.stack.layers import LayerStack
-from tests.orthorank.conftest import make_tiny_model
+from tests.orthorank.models import plain
 from tests.orthorank.plain_search import LAYERS, random_windows, small_stack
 from tests.orthorank.search.test_search_command import Watcher
 from tests.orthorank.search.test_search_processes import Rank, on_every_rank
@@ -142,7 +142,7 @@ def test_the_applied_plan_has_the_loss_of_the_search(
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 def test_mixed_plans_applied_and_evaluated(family: str) -> None:
     """Dense, selecting at two ratios and removed layers in one plan."""
-    model = make_tiny_model(family)
+    model = plain(family)
     ids = torch.randint(3, 128, (3, 40), generator=torch.Generator().manual_seed(2))
     plan = {0: 0.5, 1: 0.0, 3: 0.25}
     loss = CalibrationLoss(Evaluator(LayerStack(model), ids, batch_size=1)).loss(plan)
@@ -152,7 +152,7 @@ def test_mixed_plans_applied_and_evaluated(family: str) -> None:
 
 
 def test_scouting_sees_some_windows() -> None:
-    model = make_tiny_model("llama")
+    model = plain("llama")
     ids = torch.randint(3, 128, (8, 24), generator=torch.Generator().manual_seed(2))
     losses = CalibrationLoss(Evaluator(LayerStack(model), ids, batch_size=1))
     first = CalibrationLoss(Evaluator(LayerStack(model), ids[:2], batch_size=1))

@@ -11,12 +11,12 @@ from contrib.budget.pareto import Point
 from contrib.budget.pareto_plot import draw_front
 from orthorank import OrthoRankError
 from orthorank.stack.layers import LayerStack
-from tests.orthorank.conftest import make_tiny_model
+from tests.orthorank.models import plain
 
 
 def test_measured_seconds() -> None:
     """One entry for each layer; layers of one kind share a time, a removed layer takes none."""
-    model = make_tiny_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=2)
+    model = plain("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=2)
     stack, rounds = LayerStack(model), []
     table = measure_seconds(
         stack, torch.ones(1, 32, dtype=torch.long), [0.5], rounds=3, on_round=lambda done, total: rounds.append(done)

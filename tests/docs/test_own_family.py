@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from orthorank import FAMILIES, OrthoRankConfig, apply
-from tests.orthorank.dense_rows import DenseRows, call
-from tests.orthorank.naive import assert_close
+from tests.orthorank.statement import DenseRows, assert_close, call
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")

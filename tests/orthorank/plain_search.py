@@ -8,26 +8,23 @@ import torch
 from torch import Tensor
 
 from orthorank.stack.layers import LayerStack
+from tests.orthorank.models import plain
 
 LAYERS = 7
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "head_dim": 8,
+    "initializer_range": 0.3,
+    "pad_token_id": None,
+}
 
 
 def small_stack(**overrides: Any) -> LayerStack:
     """A seeded Llama of `LAYERS` layers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    settings: dict[str, Any] = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.3,
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return LayerStack(LlamaForCausalLM(LlamaConfig(**settings | overrides)).eval())
+    return LayerStack(plain("llama", **SMALL | overrides))
 
 
 def random_windows(count: int = 4, tokens: int = 24) -> Tensor:

@@ -162,10 +162,10 @@ def test_a_bug_is_not_hidden(monkeypatch):
 
 @pytest.mark.parametrize("arguments", [["doctor"], ["demo", "--windows", "1", "--seq-len", "16", "--model"]])
 def test_a_tokenizer_with_more_ids_than_the_vocabulary_is_named(orthorank, tiny_folder, tmp_path, arguments):
-    from tests.orthorank.conftest import make_tiny_model
+    from tests.orthorank.models import plain
 
     folder = shutil.copytree(tiny_folder, tmp_path / "smaller")
-    make_tiny_model("llama", vocab_size=50, num_hidden_layers=6).save_pretrained(folder)
+    plain("llama", vocab_size=50, num_hidden_layers=6).save_pretrained(folder)
     output = ["--output", str(tmp_path / "out")] if arguments[0] == "demo" else []
     code, _, err = orthorank(*arguments, str(folder), *output)
     assert code == 2

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
-from tests.orthorank.tiny import tiny
+from tests.orthorank.models import tiny
 
 LAYERS = 4
 PLAN: dict[str, Any] = OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3).to_dict()

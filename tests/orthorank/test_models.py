@@ -33,13 +33,10 @@ def test_loading_is_silent_and_leaves_transformers_as_it_was(tiny_folder, capfd)
 
     transformers_logging.set_verbosity(logging.INFO)
     transformers_logging.enable_progress_bar()
-    try:
-        load_model(str(tiny_folder), device="cpu")
-        assert capfd.readouterr() == ("", "")
-        assert transformers_logging.get_verbosity() == logging.INFO
-        assert transformers_logging.is_progress_bar_enabled()
-    finally:
-        transformers_logging.set_verbosity(logging.WARNING)
+    load_model(str(tiny_folder), device="cpu")
+    assert capfd.readouterr() == ("", "")
+    assert transformers_logging.get_verbosity() == logging.INFO
+    assert transformers_logging.is_progress_bar_enabled()
 
 
 def test_smollm2_is_the_real_model(smollm2):

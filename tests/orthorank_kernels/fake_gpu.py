@@ -5,6 +5,8 @@ a condition on a tensor) raises.
 """
 
 import contextlib
+import functools
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -38,6 +40,8 @@ def fake_gpus(target: str = "sm_90", *, note: bool = True) -> Iterator[Gpus]:
 
     from orthorank_kernels.triton import configs
 
+    if "torch._dynamo" in sys.modules:
+        _let_dynamo_look_first()
     gpus = Gpus()
 
     def noted(kernel: Any, grid: Any) -> Any:
@@ -59,6 +63,13 @@ def fake_gpus(target: str = "sm_90", *, note: bool = True) -> Iterator[Gpus]:
         patch.setattr(torch.cuda, "_exchange_device", gpus.exchange)
         patch.setattr(torch.cuda, "_maybe_exchange_device", gpus.exchange)
         yield gpus
+
+
+@functools.cache
+def _let_dynamo_look_first() -> None:
+    """Dynamo makes its tables of PyTorch's functions at the first compilation of a process, and keeps them: made inside
+    `fake_gpus`, they would hold what stands there for a while."""
+    torch.compile(torch.neg, backend="eager")(torch.zeros(1))
 
 
 def indexed(x: torch.Tensor, index: Any) -> torch.Tensor:

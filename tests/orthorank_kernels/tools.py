@@ -65,9 +65,9 @@ def poisoned_outputs() -> Iterator[None]:
 
     So a value that a kernel forgot to write is seen.
     """
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("error")  # the other function imports Inductor: two seconds a process
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply, cli
 from orthorank.calibration.thresholds import calibrate, threshold_for
-from tests.orthorank import rules
+from tests.orthorank import statement
 
 WINDOWS, TOKENS = 3, 40
 
@@ -46,10 +46,10 @@ def test_the_threshold_is_halfway_between_two_scores_of_the_states_it_meets(tiny
 
     def watched(scores: Tensor) -> Tensor:
         seen.append(scores[1:])
-        return rules.below(found.thresholds[2])(scores)
+        return statement.below(found.thresholds[2])(scores)
 
     for row in ids:
-        rules.logits_by_rule(model, row[None], {1: rules.below(found.thresholds[1]), 2: watched})
+        statement.logits_by_rule(model, row[None], {1: statement.below(found.thresholds[1]), 2: watched})
     low, high = torch.cat(seen).sort().values[35:37].tolist()  # 36 of 120 tokens are below it
     assert found.thresholds[2] == pytest.approx((low + high) / 2, rel=1e-5)
     assert low < found.thresholds[2] < high

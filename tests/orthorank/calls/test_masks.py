@@ -9,7 +9,7 @@ from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank.calls.masks import valid_columns
 from orthorank.calls.reading import cache_of
 from tests.orthorank.hf.test_layer import ids_of
-from tests.orthorank.naive import assert_close
+from tests.orthorank.statement import assert_close
 
 LEFT = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
 

@@ -13,7 +13,7 @@ from orthorank.common.texts import Bos, Text, adds_bos, take_samples, tokenize
 from orthorank.evaluation import perplexity
 from orthorank.models import load_model
 from orthorank.stack.sink import detect_sink
-from tests.orthorank.tiny import tiny
+from tests.orthorank.models import tiny
 
 BOS_ID = 256
 TEXT = "".join(f"Boat {n} left the harbour at {n % 24} o'clock, and {n * 7 % 31} came back. " for n in range(160))

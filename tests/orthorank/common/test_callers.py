@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from orthorank import OrthoRankConfig, apply
 from tests.orthorank.hf.test_layer import ids_of
-from tests.orthorank.tiny import tiny
+from tests.orthorank.models import tiny
 
 PLAN = OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3)
 PADDED = pad(ids_of(1, 10), (0, 6))

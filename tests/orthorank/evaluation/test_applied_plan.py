@@ -8,7 +8,7 @@ import torch
 from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank.evaluation.prefill_ways import compiled_layers
 from tests.orthorank.hf.test_layer import ids_of
-from tests.orthorank.tiny import tiny
+from tests.orthorank.models import tiny
 
 
 @torch.no_grad()

@@ -11,10 +11,9 @@ import torch._dynamo
 from torch.nn import functional
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
-from orthorank.evaluation import causal_attention
 from orthorank.evaluation.random_weights import random_model, read_config, shipped_configs, unsearched_plans
 from orthorank.evaluation.speed import time_prefill
-from orthorank.stack import flops
+from orthorank.stack import causal_attention, flops
 
 TINY = {
     "model_type": "llama",

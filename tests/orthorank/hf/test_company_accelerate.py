@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
 from tests.orthorank.hf.test_layer import ids_of
-from tests.orthorank.tiny import MODELS, tiny
+from tests.orthorank.models import MODELS, tiny
 
 accelerate = pytest.importorskip("accelerate")
 PLAN = OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3)
@@ -37,7 +36,6 @@ def results(model: Any, plan: OrthoRankConfig = PLAN) -> tuple[Tensor, Tensor, d
 
 def offloaded(name: str, folder: Path, place: str) -> Any:
     """The model called ``name``, saved and loaded again with some of its layers elsewhere until they run."""
-    logging.disable_progress_bar()
     model = tiny(name)
     if place == "cpu":  # weights stay on the CPU, and are put where they run: the CPU, too, on a machine without a GPU
         accelerate.cpu_offload(model, torch.device("cpu"))
@@ -80,7 +78,6 @@ def test_offloaded_layers_of_every_family(name: str, place: str, tmp_path: Path)
 
 def test_a_device_map_that_accelerate_chooses(tmp_path: Path) -> None:
     """``device_map="auto"`` on too little memory: what does not fit goes to disk, selected layers among it."""
-    logging.disable_progress_bar()
     whole = tiny("llama-3")
     whole.save_pretrained(tmp_path / "saved")
     size = sum(weight.numel() * weight.element_size() for weight in whole.parameters())

@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
 import orthorank
 from orthorank import OrthoRankConfig, apply
 from tests.orthorank.hf.test_layer import ids_of
-from tests.orthorank.naive import assert_close, logits
-from tests.orthorank.tiny import tiny
+from tests.orthorank.models import tiny
+from tests.orthorank.statement import assert_close, logits
 
 PLAN = OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3)
 PROJECTIONS = {
@@ -60,7 +59,6 @@ def test_a_model_loaded_as_int8(name: str, tmp_path: Path) -> None:
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import AutoModelForCausalLM, TorchAoConfig
 
-    logging.disable_progress_bar()
     tiny(name).save_pretrained(tmp_path)
     settings = TorchAoConfig(Int8WeightOnlyConfig(version=2))
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings, dtype=torch.float32).eval()
@@ -149,7 +147,6 @@ def test_saving_a_patched_model_saves_the_model(name: str, tmp_path: Path) -> No
     """The same files as without the plan, bit for bit; what is loaded from them is dense."""
     from transformers import AutoModelForCausalLM
 
-    logging.disable_progress_bar()
     model, ids = tiny(name), ids_of(2, 20)
     model.save_pretrained(tmp_path / "dense")
     with torch.no_grad():

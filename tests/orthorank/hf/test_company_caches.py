@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from orthorank import OrthoRankConfig, apply
 from tests.orthorank.hf.test_layer import ids_of
-from tests.orthorank.tiny import tiny
+from tests.orthorank.models import tiny
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 PLANS = {

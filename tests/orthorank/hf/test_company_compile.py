@@ -14,7 +14,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank_kernels import checks as _checks
 from tests.orthorank.hf.test_layer import ids_of
-from tests.orthorank.naive import assert_close
+from tests.orthorank.statement import assert_close
 
 PLAN = OrthoRankConfig(layers=[1], keep_ratio=1 / 3)
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from orthorank import OrthoRankConfig, apply
-from tests.orthorank.conftest import make_tiny_model
 from tests.orthorank.hf.test_layer import WINDOWS, ids_of
-from tests.orthorank.naive import assert_close
+from tests.orthorank.models import plain
+from tests.orthorank.statement import assert_close
 
 PLAN = OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3)
 PLANS = {
@@ -39,7 +39,7 @@ def candidates_from(kind: str, model: Any) -> dict[str, Any]:
     if kind == "early exit":  # the model's own lower layers, of which the plan has one
         return {"assistant_early_exit": 2}
     # Without a plan the model itself proposes what is often right; another model what is always wrong.
-    assistant = make_tiny_model(model.config.model_type, seed=0 if kind != "another model" else 1)
+    assistant = plain(model.config.model_type, seed=0 if kind != "another model" else 1)
     if kind == "a model with a plan":
         apply(assistant, OrthoRankConfig(layers=[1], keep_ratio=0.5))
     return {"assistant_model": assistant}
@@ -51,7 +51,7 @@ def candidates_from(kind: str, model: Any) -> dict[str, Any]:
 def test_assisted_generation_gives_the_greedy_tokens(kind: str, plan: str, windowed: bool) -> None:
     """Token by token, though the first call of the model holds the prompt and candidates behind it."""
     settings = WINDOWS["qwen2"] if windowed else {}
-    model, ids = make_tiny_model("qwen2", **settings), repetitive()
+    model, ids = plain("qwen2", **settings), repetitive()
     if kind == "early exit":
         try:
             model.generate(ids, assistant_early_exit=2, **GREEDY)

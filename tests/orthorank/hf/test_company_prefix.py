@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank.hf.cache_state import identity
 from tests.orthorank.hf.test_layer import ids_of
-from tests.orthorank.naive import assert_close
+from tests.orthorank.statement import assert_close
 
 PLAN = OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3)
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

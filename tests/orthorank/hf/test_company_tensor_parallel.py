@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers.utils import logging
 
-from tests.orthorank.tiny import MODELS, tiny
+from tests.orthorank.models import MODELS, tiny
 
 ROOT = Path(__file__).parents[3]
 # transformers ships no tensor-parallel plan for StableLM and GPT-OSS; its plan for Cohere breaks its own q/k norms.
@@ -19,7 +18,6 @@ WITHOUT_A_PLAN = {"stablelm", "stablelm-parallel", "cohere-norms", "gpt-oss"}
 
 def run_in_two_processes(names: list[str], folder: Path) -> list[dict[str, Any]]:
     """What each of the two processes finds of the models called ``names``."""
-    logging.disable_progress_bar()
     for name in names:
         tiny(name).save_pretrained(folder / name)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -10,8 +10,8 @@ from orthorank import OrthoRankConfig, apply
 from orthorank_kernels import rms_norm_select
 from orthorank_kernels.dispatch import BackendError
 from tests.orthorank.hf.test_layer import ids_of
-from tests.orthorank.naive import assert_close, selected_mask
-from tests.orthorank.tiny import tiny
+from tests.orthorank.models import tiny
+from tests.orthorank.statement import assert_close, ranks, selected_mask, updating
 
 PLAN = OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3)
 
@@ -19,16 +19,11 @@ PLAN = OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3)
 def stated_loss(model: Any, ids: torch.Tensor, k: int) -> torch.Tensor:
     """The loss of one row by the statement of the method: the dense layer's output where a token is selected."""
 
-    def select(module: Any, args: tuple[Any, ...], output: Any) -> torch.Tensor:
-        x = module.input_layernorm(args[0])[0].detach().double()
-        return torch.where(selected_mask((x @ x[0]).abs(), k)[None, :, None], output, args[0])
+    def choose(layer: int, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return selected_mask(ranks("orthogonal", h[0], x[0]), k)[None]
 
-    hooks = [model.model.layers[layer].register_forward_hook(select) for layer in PLAN.layers]
-    try:
+    with updating(model, PLAN.layers, choose):
         return model(ids, labels=ids, use_cache=False).loss
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def test_a_training_step_is_that_of_the_statement() -> None:

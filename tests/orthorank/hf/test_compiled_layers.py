@@ -8,7 +8,7 @@ import torch
 from orthorank import OrthoRankConfig, OrthoRankError, apply
 from tests.orthorank.hf.test_company_compile import Graphs, fresh_compiler
 from tests.orthorank.hf.test_layer import ids_of
-from tests.orthorank.naive import assert_close
+from tests.orthorank.statement import assert_close
 
 __all__ = ["fresh_compiler"]  # a fixture
 

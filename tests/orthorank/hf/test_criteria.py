@@ -9,9 +9,9 @@ from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank.calls.call import Call
 from orthorank.hf.criteria import SINK_COSINE, norm_and_select
 from orthorank.stack.layers import LayerStack
-from tests.orthorank import naive
+from tests.orthorank import statement
 from tests.orthorank.hf.test_layer import WINDOWS, ids_of
-from tests.orthorank.naive import assert_close
+from tests.orthorank.statement import assert_close
 
 # Rows of Table 3 in its order: criterion and stage, and whose keys and values there are.
 TABLE_3: dict[str, dict[str, Any]] = {
@@ -36,11 +36,8 @@ LAYERS = [1, 2, 3]
 
 
 def count(tokens: int, ratio: float, options: dict[str, Any], keep_last: int = 0, inside: bool = True) -> int:
-    """k, in the words of the documentation: the sink is counted inside, and updated or not."""
-    k = int(ratio * tokens + 1e-6)
-    if options.get("update_sink"):
-        return min(tokens, max(k, keep_last + inside))
-    return min(tokens - inside, max(k, keep_last)) if keep_last else k
+    """k under the options of a row of the tables above."""
+    return statement.count(tokens, ratio, keep_last, inside, options.get("update_sink", False))
 
 
 def plan(options: dict[str, Any], ratio: float = 1 / 3) -> OrthoRankConfig:
@@ -72,7 +69,7 @@ def test_matches_the_naive_statement(uneven_model: Any, family: str, windowed: b
     options = ALL[row]
     for tokens in (1, 2, 3, 33):
         ids = ids_of(1, tokens, seed=tokens)
-        expected = naive.logits(model, ids, LAYERS, k=count(tokens, 1 / 3, options), **options)
+        expected = statement.logits(model, ids, LAYERS, k=count(tokens, 1 / 3, options), **options)
         with apply(model, plan(options)), torch.no_grad():
             assert_close(model(ids, use_cache=False).logits, expected)
             assert_close(model(ids).logits, expected)
@@ -126,7 +123,7 @@ def test_chunks_of_a_prompt(uneven_model: Any, row: str, keep_last: int) -> None
     for number, n in enumerate(lengths):
         last = keep_last if number == len(lengths) - 1 else 0
         chunks.append((n, count(n, 0.4, options, last, inside=number == 0)))
-    expected = naive.logits(model, ids, LAYERS, k=0, keep_last=keep_last, chunks=chunks, **options)
+    expected = statement.logits(model, ids, LAYERS, k=0, keep_last=keep_last, chunks=chunks, **options)
     handle, cache, found = apply(model, plan(options, ratio=0.4)), None, []
     with torch.no_grad():
         for number, chunk in enumerate(ids.split(lengths, dim=1)):
@@ -200,7 +197,7 @@ def test_generation_without_a_cache_among_the_selected(uneven_model: Any) -> Non
     for step in range(5):
         ids = tokens[:, : 15 + step]
         k = count(15, 1 / 3, {}, keep_last=1)
-        expected = naive.logits(model, ids, LAYERS, k=k + step, keep_last=1 + step, kv="selected")
+        expected = statement.logits(model, ids, LAYERS, k=k + step, keep_last=1 + step, kv="selected")
         assert expected[0, -1].argmax() == tokens[0, 15 + step]
 
 
@@ -282,8 +279,8 @@ def test_further_sinks_of_smollm2(smollm2: Any, capsys: pytest.CaptureFixture[st
         for criterion in ("orthogonal", "inverse", "random"):
             with_sinks, without = ({}, {})  # type: dict[int, list[int]], dict[int, list[int]]
             options = {"criterion": criterion, "k": tokens // 3}
-            first = naive.logits(model, ids, layers, seen=with_sinks, **options)
-            auto = naive.logits(model, ids, layers, seen=without, sinks="auto", **options)
+            first = statement.logits(model, ids, layers, seen=with_sinks, **options)
+            auto = statement.logits(model, ids, layers, seen=without, sinks="auto", **options)
             with torch.no_grad():
                 for sinks, expected in (("first", first), ("auto", auto)):
                     with apply(model, OrthoRankConfig(layers, criterion=criterion, sinks=sinks)):

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orthorank import OrthoRankConfig, apply
-from tests.orthorank import naive
-from tests.orthorank.conftest import make_tiny_model
+from tests.orthorank import statement
 from tests.orthorank.hf.test_criteria import ALL, count
 from tests.orthorank.hf.test_layer import ids_of
-from tests.orthorank.naive import assert_close
+from tests.orthorank.models import plain
+from tests.orthorank.statement import assert_close
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_gradients_are_those_of_the_selected_tokens(tiny_model: Any, row: str) -
 
 def model_with_sinks() -> Any:
     """Mistral with windows of 7 whose tokens 5 to 8 look like sinks to each other."""
-    model, generator = make_tiny_model("mistral", sliding_window=7), torch.Generator().manual_seed(7)
+    model, generator = plain("mistral", sliding_window=7), torch.Generator().manual_seed(7)
     with torch.no_grad():
         for layer in model.model.layers:
             weight = layer.input_layernorm.weight
@@ -120,7 +120,7 @@ def test_any_options_together(case: dict[str, Any]) -> None:
     for row, logits in zip(rows, actual, strict=True):
         if row:
             k = count(len(row), ratio, options, keep)
-            assert_close(logits, naive.logits(model, torch.tensor([row]), layers, k, keep, **options)[0])
+            assert_close(logits, statement.logits(model, torch.tensor([row]), layers, k, keep, **options)[0])
     if chunks is not None:
         logits, sizes = chunks
         counts = []
@@ -128,7 +128,8 @@ def test_any_options_together(case: dict[str, Any]) -> None:
             last = keep if number == len(sizes) - 1 else 0
             alone = number > 0 and size == 1  # one token over a filled cache is a generated one: dense
             counts.append((size, 1 if alone else count(size, ratio, options, last, inside=number == 0)))
-        assert_close(logits, naive.logits(model, torch.tensor([longest]), layers, 0, keep, chunks=counts, **options)[0])
+        expected = statement.logits(model, torch.tensor([longest]), layers, 0, keep, chunks=counts, **options)
+        assert_close(logits, expected[0])
 
 
 def batched(model: Any, handle: Any, rows: list[list[int]], side: str, keep: int) -> list[torch.Tensor]:

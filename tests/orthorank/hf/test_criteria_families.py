@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from orthorank import OrthoRankConfig, apply
-from tests.orthorank import naive
+from tests.orthorank import statement
 from tests.orthorank.hf.test_criteria import count
 from tests.orthorank.hf.test_layer import ids_of
-from tests.orthorank.naive import assert_close
-from tests.orthorank.tiny import MODELS, tiny
+from tests.orthorank.models import MODELS, tiny
+from tests.orthorank.statement import assert_close
 
 ROWS: dict[str, dict[str, Any]] = {
     "keys of the selected": {"kv": "selected"},
@@ -23,6 +23,6 @@ ROWS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_matches_the_naive_statement(name: str, row: str) -> None:
     model, ids, options = tiny(name, attention="eager"), ids_of(1, 33), ROWS[row]
-    expected = naive.logits(model, ids, [0, 1, 2], k=count(33, 0.4, options), **options)
+    expected = statement.logits(model, ids, [0, 1, 2], k=count(33, 0.4, options), **options)
     with apply(model, OrthoRankConfig(layers=[0, 1, 2], keep_ratio=0.4, **options)), torch.no_grad():
         assert_close(model(ids, use_cache=False).logits, expected)

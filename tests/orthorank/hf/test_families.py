@@ -12,10 +12,9 @@ from torch import Tensor
 
 from orthorank import FAMILIES, OrthoRankConfig, OrthoRankError, apply, status
 from orthorank.stack.layers import LayerStack
-from tests.orthorank.dense_rows import DenseRows, call
 from tests.orthorank.hf.test_layer import Doubled, ids_of
-from tests.orthorank.naive import assert_close, without_layers
-from tests.orthorank.tiny import MODELS, has_windows, tiny
+from tests.orthorank.models import MODELS, has_windows, tiny, without_layers
+from tests.orthorank.statement import DenseRows, assert_close, call
 
 LENGTHS = (33, 20, 1, 2)
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}

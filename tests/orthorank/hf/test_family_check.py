@@ -15,10 +15,9 @@ from orthorank import FAMILIES, Family, OrthoRankConfig, OrthoRankError, apply, 
 from orthorank.hf import family_check
 from orthorank.hf.family import always
 from orthorank.stack.layers import LayerStack
-from tests.orthorank.dense_rows import DenseRows, call
 from tests.orthorank.hf.test_families import padded
-from tests.orthorank.naive import assert_close
-from tests.orthorank.tiny import MODELS, tiny
+from tests.orthorank.models import MODELS, tiny
+from tests.orthorank.statement import DenseRows, assert_close, call
 
 PLAN = OrthoRankConfig(layers=[1, 2], keep_ratio=0.4)
 WRONG = r"the spec of .* is wrong: layer \d of a tiny copy, a \w+, gives selected tokens other states than the dense"

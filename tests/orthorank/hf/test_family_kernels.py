@@ -7,10 +7,9 @@ import torch
 
 from orthorank import OrthoRankConfig, apply
 from orthorank_kernels import dispatch
-from tests.orthorank.dense_rows import call
 from tests.orthorank.hf.test_families import padded
-from tests.orthorank.naive import assert_close
-from tests.orthorank.tiny import MODELS, tiny
+from tests.orthorank.models import MODELS, tiny
+from tests.orthorank.statement import assert_close, call
 
 pytest.importorskip("triton")
 

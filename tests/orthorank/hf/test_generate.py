@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from orthorank import Handle, OrthoRankConfig, apply
 from tests.orthorank.hf.test_layer import WINDOWS, ids_of
-from tests.orthorank.naive import assert_close, logits
+from tests.orthorank.statement import assert_close, logits
 
 PLAN = OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3)
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

@@ -258,7 +258,7 @@ def test_guidance_without_a_cache_is_refused(tiny_model: Any) -> None:
 @pytest.mark.parametrize(("place", "compiled"), [("processor", False), ("criterion", False), ("processor", True)])
 def test_a_scorer_that_is_the_model_itself(tiny_model: Any, place: str, compiled: bool, inner: bool) -> None:
     """Between two steps of its own `generate()` the model is called for another prompt: read as outside of it."""
-    model, ids, other = tiny_model("llama"), ids_of(1, 24), ids_of(1, 30, seed=3)
+    model, ids, other = tiny_model("llama", num_hidden_layers=3), ids_of(1, 24), ids_of(1, 30, seed=3)
     seen: list[torch.Tensor] = []
 
     def score(given: torch.Tensor, logits: torch.Tensor, **kwargs: Any) -> Any:

@@ -8,7 +8,8 @@ import torch
 from orthorank import OrthoRankConfig, apply
 from orthorank.stack.layers import LayerStack
 from tests.orthorank.hf.test_layer import WINDOWS, ids_of
-from tests.orthorank.naive import assert_close, without_layers
+from tests.orthorank.models import without_layers
+from tests.orthorank.statement import assert_close
 
 
 def test_ratio_one_is_dense(tiny_model: Any, family: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orthorank import OrthoRankConfig, apply, status
-from tests.orthorank.naive import assert_close, logits
+from tests.orthorank.statement import assert_close, logits
 
 # Two windows smaller than the prompt, on all layers (Mistral) and on the last two (Qwen2).
 WINDOWS: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ from orthorank.hf import selection as choosing
 from tests.orthorank.hf.test_company_compile import Graphs, fresh_compiler, left_padded
 from tests.orthorank.hf.test_family_kernels import kernels
 from tests.orthorank.hf.test_layer import ids_of
-from tests.orthorank.naive import assert_close
+from tests.orthorank.statement import assert_close
 
 __all__ = ["fresh_compiler", "kernels"]  # fixtures
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 import orthorank
 from orthorank import OrthoRankConfig, OrthoRankError, apply
-from tests.orthorank.naive import assert_close
+from tests.orthorank.statement import assert_close
 
 LAYERS, TOKENS = [1, 2], 22
 PLANS: dict[str, dict[str, Any]] = {

@@ -9,7 +9,8 @@ import torch
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply, status
 from orthorank.evaluation import prefill_flops
-from tests.orthorank import naive, rules
+from tests.orthorank import statement
+from tests.orthorank.models import without_layers
 
 RATIOS = {0: 0.25, 1: 0.0, 2: 0.75, 3: 1.0}
 TOKENS = 20
@@ -22,15 +23,15 @@ def mixed() -> OrthoRankConfig:
 def stated(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits of one row under the mixed plan, each layer's rule as a hook on the dense one."""
     counts = {layer: int(ratio * ids.shape[1] + 1e-6) for layer, ratio in RATIOS.items() if ratio < 1}
-    return rules.logits_by_rule(model, ids, {i: partial(naive.selected_mask, k=k) for i, k in counts.items()})
+    return statement.logits_by_rule(model, ids, {i: partial(statement.selected_mask, k=k) for i, k in counts.items()})
 
 
 def test_mixed_layers_follow_their_own_ratios(tiny_model: Any, family: str) -> None:
     model, ids = tiny_model(family), torch.randint(3, 128, (1, TOKENS), generator=torch.Generator().manual_seed(1))
     expected = stated(model, ids)
     with torch.no_grad(), apply(model, mixed()):
-        naive.assert_close(model(ids, use_cache=False).logits, expected)
-        naive.assert_close(model(ids).logits, expected)
+        statement.assert_close(model(ids, use_cache=False).logits, expected)
+        statement.assert_close(model(ids).logits, expected)
 
 
 def test_a_padded_row_of_a_mixed_plan_is_the_row_alone(tiny_model: Any) -> None:
@@ -41,16 +42,16 @@ def test_a_padded_row_of_a_mixed_plan_is_the_row_alone(tiny_model: Any) -> None:
     with torch.no_grad(), apply(model, mixed()) as handle:
         both = model(ids, attention_mask=mask).logits
         rows = [(layer, counts.tokens_in, counts.tokens_updated) for layer, counts in handle.stats.items()]
-        naive.assert_close(both[1:, 7:], model(ids[1:, 7:]).logits)
+        statement.assert_close(both[1:, 7:], model(ids[1:, 7:]).logits)
     assert rows == [(0, 33, 5 + 3), (1, 33, 0), (2, 33, 15 + 9), (3, 33, 33)]
 
 
 def test_decoding_passes_all_but_the_removed_layer(tiny_model: Any) -> None:
     model, ids = tiny_model("llama"), torch.arange(3, 3 + TOKENS)[None]
-    pruned = naive.without_layers(model, [1])
+    pruned = without_layers(model, [1])
     with torch.no_grad(), apply(model, mixed()) as handle:
         with handle.decoding():
-            naive.assert_close(model(ids).logits, pruned(ids).logits)
+            statement.assert_close(model(ids).logits, pruned(ids).logits)
         generated = model.generate(ids, max_new_tokens=4, do_sample=False)
         assert [counts.calls for counts in handle.stats.values()] == [5] * 4
         assert handle.stats[0].tokens_updated == TOKENS + 5 + 3

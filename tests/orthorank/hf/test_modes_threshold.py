@@ -9,8 +9,8 @@ from transformers import DynamicCache
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply, status
 from orthorank.stack.layers import LayerStack
-from tests.orthorank import rules
-from tests.orthorank.naive import assert_close
+from tests.orthorank import statement
+from tests.orthorank.statement import assert_close
 
 LAYERS, TOKENS = [1, 2], 19
 
@@ -50,7 +50,7 @@ def in_chunks(model: Any, ids: Tensor, sizes: list[int], mask: Tensor | None = N
 def test_all_that_score_less_are_updated(tiny_model: Any, family: str) -> None:
     model, ids = tiny_model(family), ids_of(1, TOKENS, seed=1)
     followed = plan(model)
-    expected = rules.logits_by_rule(model, ids, {i: rules.below(tau) for i, tau in followed.thresholds.items()})
+    expected = statement.logits_by_rule(model, ids, {i: statement.below(tau) for i, tau in followed.thresholds.items()})
     with apply(model, followed) as handle, torch.no_grad():
         assert_close(model(ids, use_cache=False).logits, expected)
         assert_close(model(ids).logits, expected)
@@ -120,10 +120,10 @@ def test_keep_last_is_the_prompts_with_candidates_behind_it(tiny_model: Any) -> 
     model, ids = tiny_model("llama"), ids_of(2, TOKENS, seed=5)
     followed = plan(model, keep_last=2)
 
-    def rule(tau: float) -> rules.Rule:
-        return lambda scores: rules.below(tau)(scores) | (torch.arange(TOKENS) == 11) | (torch.arange(TOKENS) == 12)
+    def rule(tau: float) -> statement.Rule:
+        return lambda scores: statement.below(tau)(scores) | (torch.arange(TOKENS) == 11) | (torch.arange(TOKENS) == 12)
 
-    expected = rules.logits_by_rule(model, ids[:1], {i: rule(tau) for i, tau in followed.thresholds.items()})
+    expected = statement.logits_by_rule(model, ids[:1], {i: rule(tau) for i, tau in followed.thresholds.items()})
     with apply(model, followed) as handle, torch.no_grad(), phase_of(handle, Phase(prompt=13, keep_last=2)):
         assert_close(model(ids, use_cache=False).logits[:1], expected)
         assert_close(in_chunks(model, ids, [13, 1, 1, 4])[:1], expected)
@@ -133,10 +133,10 @@ def test_dense_decoding_after_a_thresholded_prompt(tiny_model: Any) -> None:
     model, ids = tiny_model("llama"), ids_of(1, 12, seed=6)
     followed = plan(model, decode="dense")
 
-    def rule(tau: float) -> rules.Rule:
-        return lambda scores: rules.below(tau)(scores) | (torch.arange(12) >= 8)
+    def rule(tau: float) -> statement.Rule:
+        return lambda scores: statement.below(tau)(scores) | (torch.arange(12) >= 8)
 
-    expected = rules.logits_by_rule(model, ids, {i: rule(tau) for i, tau in followed.thresholds.items()})
+    expected = statement.logits_by_rule(model, ids, {i: rule(tau) for i, tau in followed.thresholds.items()})
     with apply(model, followed) as handle, torch.no_grad():
         assert_close(in_chunks(model, ids, [8, 1, 1, 1, 1]), expected)
         counts = handle.stats[1]

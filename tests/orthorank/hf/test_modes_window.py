@@ -14,8 +14,8 @@ from orthorank import OrthoRankConfig, apply, status
 from orthorank.calls.call import Call
 from orthorank.calls.reading import Phase, read_call
 from orthorank.hf.selection import prepared, windows_of
-from tests.orthorank import naive, rules
-from tests.orthorank.naive import assert_close
+from tests.orthorank import statement
+from tests.orthorank.statement import assert_close
 
 LAYERS, W = [1, 2], 8
 
@@ -47,8 +47,8 @@ def rows_alone(model: Any, ids: Tensor, mask: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("tokens", [5, 8, 29])
 def test_each_window_selects_its_own(tiny_model: Any, family: str, tokens: int) -> None:
     model, ids = tiny_model(family), ids_of(1, tokens)
-    rule = partial(rules.windows_mask, window=W, ratio=0.4)
-    expected = rules.logits_by_rule(model, ids, dict.fromkeys(LAYERS, rule))
+    rule = partial(statement.windows_mask, window=W, ratio=0.4)
+    expected = statement.logits_by_rule(model, ids, dict.fromkeys(LAYERS, rule))
     with apply(model, plan()) as handle, torch.no_grad():
         assert_close(model(ids, use_cache=False).logits, expected)
         assert_close(model(ids).logits, expected)
@@ -60,8 +60,8 @@ def test_each_window_selects_its_own(tiny_model: Any, family: str, tokens: int) 
 @pytest.mark.parametrize("keep_last", [1, 3, 11])
 def test_keep_last_counts_in_the_windows_it_falls_in(tiny_model: Any, keep_last: int) -> None:
     model, ids = tiny_model("llama"), ids_of(1, 29)
-    rule = partial(rules.windows_mask, window=W, ratio=0.15, keep_last=keep_last)
-    expected = rules.logits_by_rule(model, ids, dict.fromkeys(LAYERS, rule))
+    rule = partial(statement.windows_mask, window=W, ratio=0.15, keep_last=keep_last)
+    expected = statement.logits_by_rule(model, ids, dict.fromkeys(LAYERS, rule))
     with apply(model, plan(keep_ratio=0.15)) as handle, torch.no_grad(), handle.prefilling(keep_last=keep_last):
         assert_close(model(ids, use_cache=False).logits, expected)
 
@@ -72,8 +72,8 @@ def test_the_sink_is_in_the_first_window(tiny_model: Any, update_sink: bool, rat
     """Least orthogonal of all to itself: with the inverse criterion only its rule keeps it out."""
     model, ids = tiny_model("llama"), ids_of(1, 21, seed=8)
     for criterion in ("inverse", "orthogonal"):
-        rule = partial(rules.windows_mask, window=W, ratio=ratio, keep_last=1, update_sink=update_sink)
-        expected = rules.logits_by_rule(model, ids, dict.fromkeys(LAYERS, rule), criterion)
+        rule = partial(statement.windows_mask, window=W, ratio=ratio, keep_last=1, update_sink=update_sink)
+        expected = statement.logits_by_rule(model, ids, dict.fromkeys(LAYERS, rule), criterion)
         settings = {"keep_ratio": ratio, "criterion": criterion, "update_sink": update_sink}
         with apply(model, plan(**settings)) as handle, torch.no_grad(), handle.prefilling(keep_last=1):
             assert_close(model(ids, use_cache=False).logits, expected)
@@ -92,13 +92,13 @@ def test_a_chunk_that_begins_inside_a_window_has_the_rest_of_it_for_a_window(tin
     def cut_at_5(scores: Tensor) -> Tensor:
         return torch.cat(
             [
-                rules.windows_mask(scores[:5], W, 0.4),
-                naive.selected_mask(scores[5:8], k=1, sink_inside=False),
-                rules.windows_mask(scores, W, 0.4)[8:],
+                statement.windows_mask(scores[:5], W, 0.4),
+                statement.selected_mask(scores[5:8], k=1, sink_inside=False),
+                statement.windows_mask(scores, W, 0.4)[8:],
             ]
         )
 
-    expected = rules.logits_by_rule(model, ids, {2: cut_at_5})
+    expected = statement.logits_by_rule(model, ids, {2: cut_at_5})
     with apply(model, plan(layers=[2])), torch.no_grad():
         assert_close(chunked(model, ids, [5, 24]), expected)
         whole = model(ids, use_cache=False).logits

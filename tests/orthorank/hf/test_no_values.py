@@ -7,7 +7,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from orthorank import OrthoRankConfig, apply
-from tests.orthorank.tiny import BASE
+from tests.orthorank.models import BASE
 
 IDS = torch.arange(48).view(2, 24)
 MASK = torch.ones_like(IDS)

@@ -21,7 +21,7 @@ from orthorank.packed import plans
 from orthorank.search.settings import SearchSettings
 from orthorank.stack.layers import LayerStack
 from tests.orthorank.hf.test_layer import ids_of
-from tests.orthorank.naive import assert_close
+from tests.orthorank.statement import assert_close
 
 ROOT = Path(__file__).parents[3]
 DOCS = (ROOT / "docs" / "criteria.md").read_text(encoding="utf-8")

@@ -12,8 +12,8 @@ from torch.nn.functional import pad
 
 import orthorank
 from orthorank import OrthoRankConfig
-from tests.orthorank.naive import assert_close
-from tests.orthorank.tiny import tiny
+from tests.orthorank.models import tiny
+from tests.orthorank.statement import assert_close
 
 PAGE = Path(__file__).parents[3] / "docs" / "padding.md"
 PLAN = OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3)

@@ -13,8 +13,8 @@ from torch.nn.utils import parametrize, prune
 from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank.stack.layers import LayerStack
 from tests.orthorank.hf.test_layer import ids_of
-from tests.orthorank.naive import assert_close, logits
-from tests.orthorank.tiny import MODELS, tiny
+from tests.orthorank.models import MODELS, tiny
+from tests.orthorank.statement import assert_close, logits
 
 PLAN = OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3)
 IDS = ids_of(1, 24)

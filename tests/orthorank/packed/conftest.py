@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.orthorank.tiny import tiny
+from tests.orthorank.models import tiny
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
-"""Plans and requests for the tests of the packed layer, and what the Hugging Face path gives for each request alone."""
+"""Plans, requests and steps for tests of the packed layer, and what the Hugging Face path gives for a request alone."""
 
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -8,9 +9,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from orthorank import OrthoRankConfig, apply
-from tests.orthorank.naive import assert_close
+from orthorank.packed.steps import Step, make_step
 from tests.orthorank.packed.engine import Engine, Request
+from tests.orthorank.statement import Row, assert_close
 
+CPU = torch.device("cpu")
 WINDOW = 8
 THRESHOLDS = {"orthogonal": 9.0, "inverse": -9.0, "cosine": 0.1}  # some half of the tokens of these models
 
@@ -27,6 +30,12 @@ def plan_of(select: str, **fields: Any) -> OrthoRankConfig:
         },
     }[select]
     return OrthoRankConfig(**({"layers": [1, 2], "keep_ratio": 0.4, "keep_last": 2} | how | fields))
+
+
+def step_of(plan: OrthoRankConfig, rows: Sequence[Row]) -> Step:
+    """What `make_step` makes of ``rows``, none of which has a sink kept."""
+    starts = [0, *accumulate(row.tokens for row in rows)]
+    return make_step(plan, starts, [r.cached for r in rows], [r.prompt for r in rows], [0] * len(rows), CPU)
 
 
 def tokens_of(count: int, seed: int) -> list[int]:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from orthorank import OrthoRankConfig, OrthoRankError
 from orthorank.packed.selection import PackedRows, below, choose, share
 from orthorank.packed.steps import Step
-from tests.orthorank.packed.stated import Row, by_request, groups, step_of
+from tests.orthorank.packed.served import step_of
+from tests.orthorank.statement import Row, by_request, groups
 
 NAN, INF = float("nan"), float("inf")
 ROWS = st.lists(

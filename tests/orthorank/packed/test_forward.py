@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from orthorank_kernels import dispatch
-from tests.orthorank.naive import assert_close
 from tests.orthorank.packed.engine import Engine, Request
 from tests.orthorank.packed.served import assert_rows_as_promised, hugging_face, plan_of, serve, tokens_of
+from tests.orthorank.statement import assert_close
 
 
 def three_requests() -> tuple[list[Request], list[list[int]]]:

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank.packed.layer import packed_forward
-from tests.orthorank.naive import assert_close
+from tests.orthorank.models import tiny
 from tests.orthorank.packed.engine import Engine, LayerParts, Request
-from tests.orthorank.packed.served import plan_of, tokens_of
-from tests.orthorank.packed.stated import Row, step_of
-from tests.orthorank.tiny import tiny
+from tests.orthorank.packed.served import plan_of, step_of, tokens_of
+from tests.orthorank.statement import Row, assert_close
 
 
 def one_layer(

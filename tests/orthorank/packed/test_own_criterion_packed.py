@@ -10,9 +10,9 @@ from torch import Tensor
 from orthorank import OrthoRankConfig, register_criterion
 from orthorank.common import criteria
 from tests.orthorank.packed.served import serve
-from tests.orthorank.packed.stated import Row
 from tests.orthorank.packed.test_forward import three_requests
 from tests.orthorank.packed.test_forward_edges import LayerParts, one_layer
+from tests.orthorank.statement import Row
 
 
 def angle_and_score(x: Tensor, sink: Tensor, valid: Tensor, *, scores: Tensor, layer: int, seed: int) -> Tensor:

@@ -13,7 +13,8 @@ from orthorank import OrthoRankConfig
 from orthorank.calls.reading import Phase, read_call
 from orthorank.hf.selection import windows_of
 from orthorank.packed.steps import make_step, segments_of, selects
-from tests.orthorank.packed.stated import CPU, Group, Row, groups, step_of
+from tests.orthorank.packed.served import CPU, step_of
+from tests.orthorank.statement import Group, Row, groups
 
 RATIOS = st.sampled_from([0.01, 0.1, 0.29, 1 / 3, 0.5, 0.9, 0.999])
 WINDOWS = st.none() | st.integers(1, 20)

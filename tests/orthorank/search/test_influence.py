@@ -14,9 +14,9 @@ from orthorank.stack.layers import LayerStack
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    from tests.orthorank.conftest import make_tiny_model
+    from tests.orthorank.models import plain
 
-    return make_tiny_model("llama", seed=2, num_hidden_layers=5)
+    return plain("llama", seed=2, num_hidden_layers=5)
 
 
 @pytest.fixture(scope="module")

@@ -48,9 +48,9 @@ PUBLISHED = {
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    from tests.orthorank.conftest import make_tiny_model
+    from tests.orthorank.models import plain
 
-    return make_tiny_model("llama", seed=3, num_hidden_layers=7, initializer_range=0.15)
+    return plain("llama", seed=3, num_hidden_layers=7, initializer_range=0.15)
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +178,9 @@ def test_taylor_slices_the_logits(model: Any, windows: Tensor, monkeypatch: pyte
 
 def test_taylor_leaves_the_model_untouched(windows: Tensor) -> None:
     """Also its training flags and which weights ask for gradients, and also when it is stopped in the middle."""
-    from tests.orthorank.conftest import make_tiny_model
+    from tests.orthorank.models import plain
 
-    model = make_tiny_model("llama", num_hidden_layers=3, attention_dropout=0.5).train()
+    model = plain("llama", num_hidden_layers=3, attention_dropout=0.5).train()
     model.model.layers[0].eval()
     model.model.layers[1].mlp.requires_grad_(False)
     given = torch.full_like(model.model.norm.weight, 7.0)
@@ -235,14 +235,14 @@ def test_experts_without_tokens_score_nothing(windows: Tensor) -> None:
 
 
 def test_weights_that_are_not_here_are_named(windows: Tensor) -> None:
-    from tests.orthorank.conftest import make_tiny_model
+    from tests.orthorank.models import plain
 
-    model = make_tiny_model("llama", num_hidden_layers=2)
+    model = plain("llama", num_hidden_layers=2)
     model.model.layers[1].to("meta")
     for score in (lambda: magnitude_scores(LayerStack(model)), lambda: taylor_scores(LayerStack(model), windows)):
         with pytest.raises(OrthoRankError, match=r"self_attn.q_proj.weight of layer 1 is offloaded"):
             score()
-    model = make_tiny_model("llama", num_hidden_layers=2)
+    model = plain("llama", num_hidden_layers=2)
     packed = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
     model.model.layers[0].mlp.up_proj.weight = packed
     with pytest.raises(OrthoRankError, match=r"up_proj.weight of layer 0 is torch.int8"):

@@ -133,11 +133,11 @@ def test_another_model_is_not_resumed(tiny_folder: Path, tmp_path: Path) -> None
     """A model of the same name and shape with other weights."""
     import shutil
 
-    from tests.orthorank.conftest import make_tiny_model
+    from tests.orthorank.models import plain
 
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     run_search(settings(folder, tmp_path / "out"))
-    make_tiny_model("llama", seed=5, vocab_size=256, num_hidden_layers=6).save_pretrained(folder)
+    plain("llama", seed=5, vocab_size=256, num_hidden_layers=6).save_pretrained(folder)
     with pytest.raises(OrthoRankError, match="its model_fingerprint is"):
         run_search(settings(folder, tmp_path / "out", resume=True))
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from orthorank.search import block_influence, magnitude_scores, taylor_scores
 from orthorank.stack.layers import LayerStack
-from tests.orthorank.tiny import MODELS, tiny
+from tests.orthorank.models import MODELS, tiny
 
 WINDOWS = torch.randint(3, 128, (2, 19), generator=torch.Generator().manual_seed(1))  # longer than the sliding windows
 

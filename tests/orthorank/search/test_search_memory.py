@@ -14,7 +14,7 @@ from orthorank.search.job import prepare
 from orthorank.search.run import run_search
 from orthorank.stack import resources as memory
 from orthorank.stack.resources import OneProcess
-from tests.orthorank.conftest import make_tiny_model
+from tests.orthorank.models import plain
 from tests.orthorank.plain_search import random_windows, small_stack
 from tests.orthorank.search_runs import plan_in, settings
 
@@ -69,8 +69,7 @@ def test_windows_at_once_stay_in_a_tenth_of_the_memory(monkeypatch: pytest.Monke
         assert memory.windows_at_once(config, 64, 24, GPU, 4) == limit
     free(monkeypatch, 10**7)
     sdpa, eager = (
-        memory.windows_at_once(make_tiny_model("llama", attn_implementation=kind).config, 64, 64, GPU, 4)
-        for kind in ("sdpa", "eager")
+        memory.windows_at_once(plain("llama", attention=kind).config, 64, 64, GPU, 4) for kind in ("sdpa", "eager")
     )
     assert sdpa > eager, "eager attention holds its scores"
 

@@ -14,7 +14,7 @@ from orthorank.serving.vllm.rules import (
     reusable_tokens,
     without_layers,
 )
-from tests.orthorank.packed.stated import Group, Row, groups
+from tests.orthorank.statement import Group, Row, groups
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

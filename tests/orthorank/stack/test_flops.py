@@ -10,7 +10,7 @@ import torch
 from orthorank import OrthoRankConfig, apply
 from orthorank.common.errors import OrthoRankError
 from orthorank.stack.flops import flop_speedup, layer_cost, prefill_flops
-from tests.orthorank.tiny import MODELS, tiny
+from tests.orthorank.models import MODELS, tiny
 
 NO_WINDOW = {"sliding_window": 64}  # wider than the prompt
 

@@ -8,6 +8,7 @@ import torch
 from orthorank.common.errors import OrthoRankError
 from orthorank.stack.layers import LayerStack
 from orthorank.stack.sink import SinkReport, candidate_layers, detect_sink, find_sink_layer
+from tests.orthorank.models import plain
 
 # SmolLM2-135M-Instruct, rounded: a bump that rises to 9 in layers 1 and 2, then the sink after layer 11.
 SMOLLM2 = [0.98, 1.26, 3.1, 9.0, 8.1, 7.6, 7.1, 6.6, 6.1, 4.5, 1.1, 1.0, 175, 168, 155, 148, 136, 125, 120, 113, 102,
@@ -16,18 +17,9 @@ SMOLLM2 = [0.98, 1.26, 3.1, 9.0, 8.1, 7.6, 7.1, 6.6, 6.1, 4.5, 1.1, 1.0, 175, 16
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(config).eval()
+    """Of 8 layers, as small as they are initialised by default: nothing in it grows of itself."""
+    settings = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8, "head_dim": 8}
+    return plain("llama", **settings, initializer_range=0.02, pad_token_id=None)
 
 
 def with_sink(model: Any, layer: int) -> None:

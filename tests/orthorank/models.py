@@ -1,5 +1,6 @@
-"""One tiny random model for each family, and for each option of a family that changes its layers."""
+"""Tiny random models: one for each family and each option of a family that changes its layers, and plain ones."""
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -114,21 +115,44 @@ MODELS: dict[str, Tiny] = {
 
 def tiny(name: str, seed: int = 0, attention: str | None = None, **overrides: Any) -> Any:
     """The model called ``name``, fp32, in eval mode, with norms and biases away from ones and zeros."""
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
     model_type, settings = MODELS[name]
-    config = CONFIG_MAPPING[model_type](**(BASE | settings | overrides))
-    kwargs = {} if attention is None else {"attn_implementation": attention}
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, **kwargs).float().eval()
+        model = _made(model_type, seed, attention, settings | overrides)
         for key, parameter in model.named_parameters():
             if parameter.dim() == 1 or "norm" in key or key.endswith("_bias"):
                 parameter.data += 0.2 * torch.randn_like(parameter)
     return model
 
 
+def plain(model_type: str, seed: int = 0, attention: str | None = None, **overrides: Any) -> Any:
+    """A model as transformers makes it, fp32, in eval mode: its norms are ones, its biases zeros."""
+    with torch.random.fork_rng():
+        return _made(model_type, seed, attention, {"intermediate_size": 128} | overrides)
+
+
+def _made(model_type: str, seed: int, attention: str | None, settings: dict[str, Any]) -> Any:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    config = CONFIG_MAPPING[model_type](**(BASE | settings))
+    kwargs = {} if attention is None else {"attn_implementation": attention}
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, **kwargs).float().eval()
+
+
 def has_windows(model: Any) -> bool:
     """Whether any layer of ``model`` slides."""
     kinds = getattr(model.config, "layer_types", None)
     return "sliding_attention" in kinds if kinds else getattr(model.config, "sliding_window", None) is not None
+
+
+def without_layers(model: Any, layers: list[int]) -> Any:
+    """A deep copy of ``model`` in which ``layers`` do not exist."""
+    pruned = copy.deepcopy(model)
+    kept = [layer for i, layer in enumerate(pruned.model.layers) if i not in layers]
+    pruned.model.layers = torch.nn.ModuleList(kept)
+    for i, layer in enumerate(kept):
+        layer.self_attn.layer_idx = i
+    if getattr(pruned.config, "layer_types", None) is not None:
+        pruned.config.layer_types = [t for i, t in enumerate(pruned.config.layer_types) if i not in layers]
+    pruned.config.num_hidden_layers = len(kept)
+    return pruned
