@@ -13,7 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, check_integer, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ class Criterion:
     normed: bool = True
 
     def __call__(self, x: "Tensor", sink: "Tensor", valid: "Tensor", **needed: Any) -> "Tensor":
-        """The values, float32 ``[batch, tokens]``.
+        """The values, float32 ``[batch, tokens]``, contiguous, where ``x`` is.
 
         Raises:
             OrthoRankError: the function gave something else.
@@ -44,15 +44,17 @@ class Criterion:
         import torch
 
         values = self.score(x, sink, valid, **needed)
-        if not isinstance(values, torch.Tensor) or values.dtype != torch.float32 or values.shape != x.shape[:2]:
-            found = type(values).__name__
-            if isinstance(values, torch.Tensor):
-                found = f"{str(values.dtype).removeprefix('torch.')} tensor of shape {list(values.shape)}"
-            raise OrthoRankError(
-                f"criterion {self.name!r} gave a {found} for states of shape {list(x.shape)}; it must give a float32 "
-                f"tensor of shape {list(x.shape[:2])}, one number for each token"
-            )
-        return values
+        found = f"a {type(values).__name__}"
+        if isinstance(values, torch.Tensor):
+            of = values.dtype, values.shape, values.device, values.layout
+            if of == (torch.float32, x.shape[:2], x.device, torch.strided):
+                return values.contiguous()
+            kind = str(values.dtype) if values.layout == torch.strided else f"{values.layout} {values.dtype}"
+            found = f"a {kind.replace('torch.', '')} tensor of shape {list(values.shape)} on {values.device}"
+        raise OrthoRankError(
+            f"criterion {self.name!r} gave {found} for states of shape {list(x.shape)} on {x.device}; it must give a "
+            f"float32 tensor of shape {list(x.shape[:2])} on the same device, one number for each token"
+        )
 
 
 _REGISTERED: dict[str, Criterion] = {}
@@ -109,16 +111,21 @@ def register_criterion(
     from orthorank.common.criteria_check import check_rows
 
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise OrthoRankError(f"name is {name!r}; it must begin with a letter and have letters, digits and _ . : + -")
+        raise OrthoRankError(
+            f"name is {shown(name)}; it must begin with a letter or _, and have letters, digits and _ . : + - alone"
+        )
     if name in BUILT_IN:
         raise OrthoRankError(f"name is {name!r}, which is one of the criteria that are there; choose another one")
     if not callable(fn):
         raise OrthoRankError(f"fn is a {type(fn).__name__}; it must be a function of x, sink and valid")
     if not isinstance(pointwise, bool):
-        raise OrthoRankError(f"pointwise is {pointwise!r}; it must be True or False")
-    if isinstance(needs, str) or (wrong := [need for need in needs if need not in NEEDS]):
-        given = repr(needs) if isinstance(needs, str) else f"{list(needs)}, with {wrong[0]!r}"
+        raise OrthoRankError(f"pointwise is {shown(pointwise)}; it must be True or False")
+    if not isinstance(needs, list | tuple | set) or (wrong := [need for need in needs if need not in NEEDS]):
+        given = f"{list(needs)}, with {wrong[0]!r}" if isinstance(needs, list | tuple | set) else shown(needs)
         raise OrthoRankError(f"needs is {given}; it must be a list of {', '.join(map(repr, NEEDS))}")
+    if not isinstance(normed, bool):
+        raise OrthoRankError(f"normed is {shown(normed)}; it must be True or False")
+    check_integer("hidden_size", hidden_size, 1, 2**20)
     if not normed and set(needs) - {"positions", "layer", "seed"}:
         raise OrthoRankError("needs has scores, keys or queries and normed is False; these are of normed states")
     known = _REGISTERED.get(name)
@@ -139,7 +146,7 @@ def add(criterion: Criterion) -> None:
 
 def _home(fn: Any) -> tuple[str, str]:
     kind = fn if hasattr(fn, "__qualname__") else type(fn)
-    return kind.__module__, kind.__qualname__
+    return str(kind.__module__), str(kind.__qualname__)
 
 
 def names() -> tuple[str, ...]:

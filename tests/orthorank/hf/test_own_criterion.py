@@ -188,12 +188,38 @@ def test_servers_take_what_is_pointwise_and_needs_no_more_than_they_have(registe
         (largest, {"pointwise": True, "needs": ("keys",), "normed": False}, "normed is False"),
         (largest, {"pointwise": 1}, "pointwise is 1; it must be True or False"),
         (3, {"pointwise": True}, "fn is a int"),
+        (
+            lambda x, sink, valid: x.float().sum(-1).to("meta"),
+            {"pointwise": True},
+            r"on meta for .* on the same device",
+        ),
+        (lambda x, sink, valid: x.float().sum(-1).to_sparse(), {"pointwise": True}, "gave a sparse_coo float32 tensor"),
+        (largest, {"pointwise": True, "needs": None}, "needs is None; it must be a list of"),
+        (largest, {"pointwise": True, "normed": "no"}, "normed is 'no'; it must be True or False"),
+        (largest, {"pointwise": True, "hidden_size": 0}, "hidden_size is 0; it must be an integer, 1 or more"),
+        (largest, {"pointwise": True, "hidden_size": "64"}, "hidden_size is '64'; it must be an integer"),
     ],
 )
 def test_registering_refuses(fn: Any, how: dict[str, Any], words: str) -> None:
     with pytest.raises(OrthoRankError, match=words):
         register_criterion("tried", fn, **how)
     assert "tried" not in criteria.names()
+
+
+def test_values_may_lie_in_memory_as_they_like(tiny_model: Any) -> None:
+    """What the kernels ask of strides is nothing that a user of `register_criterion` knows."""
+    model, ids = tiny_model("llama"), ids_of(3, 20)
+    found = {}
+    for name, fn in {
+        "plain": lambda x, sink, valid: x[..., 0].contiguous(),
+        "a_view": lambda x, sink, valid: x[..., 0],
+        "turned": lambda x, sink, valid: x[..., 0].t().contiguous().t(),
+    }.items():
+        register_criterion(name, fn, pointwise=True)
+        with apply(model, OrthoRankConfig(layers=[1], criterion=name)), torch.no_grad():
+            found[name] = model(ids, use_cache=False).logits
+    assert torch.equal(found["a_view"], found["plain"])
+    assert torch.equal(found["turned"], found["plain"])
 
 
 @pytest.mark.parametrize("name", ["", "two words", "1st", "orthogonal", "inverse", None])
