@@ -8,7 +8,7 @@ import typer
 
 from orthorank import cli
 from orthorank.commands import search
-from orthorank.commands.screen import BOS, MODEL, number, ratios
+from orthorank.commands.screen import BOS, MODEL, number, ratios, register
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,7 +42,7 @@ def command(
     protect_last: Annotated[int | None, typer.Option(help=search.LAST)] = None,
     no_sink_floor: Annotated[bool, typer.Option("--no-sink-floor", help=search.FLOOR)] = False,
     sink_layer: Annotated[int | None, typer.Option(help=search.SINK_LAYER)] = None,
-    criterion: Annotated[str, typer.Option(help="By which a chosen layer selects tokens.")] = "orthogonal",
+    criterion: Annotated[str, typer.Option(help=search.CRITERION)] = "orthogonal",
     fast: Annotated[bool, typer.Option("--fast", help="Of the plans to begin from: not exact, quicker.")] = False,
     output: Annotated[Path, typer.Option(help="Folder for the plan, the front and the state.")] = search.OUTPUT,
     resume: Annotated[bool, typer.Option("--resume", help=search.RESUME)] = False,
@@ -63,7 +63,7 @@ def command(
         output=output,
         model=model,
         keep_ratio=DEFAULT_RATIO if ratio is None else ratio,
-        criterion=criterion,
+        criterion=register([criterion])[0],
         text=text,
         dataset=dataset,
         windows=windows,

@@ -167,7 +167,7 @@ def check_criterion(name: object) -> None:
         return
     module, colon, _ = name.partition(":")
     raise OrthoRankError(
-        f"criterion is {name!r}; {legal}, or one of your own, which is not registered here: import "
+        f"criterion is {shown(name)}; {legal}, or one of your own, which is not registered here: import "
         f"{module if colon else 'the module'} and call orthorank.register_criterion({name!r}, ...), give --criterion "
         f"{name if colon else 'module:function'}, or install the package that offers it as an entry point of {GROUP}"
     )
@@ -222,10 +222,10 @@ def given(option: str) -> str:
     try:
         sys.path.insert(0, here)
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # of the module's own code, too
         raise OrthoRankError(
-            f"criterion is {option!r}, which cannot be imported ({error}); it must be a name or module:function, where "
-            "the module lies in the current folder or is installed"
+            f"criterion is {shown(option)}, which cannot be imported ({type(error).__name__}: {error}); it must be a "
+            "name or module:function, where the module lies in the current folder or is installed"
         ) from error
     finally:
         sys.path.remove(here)
@@ -240,7 +240,13 @@ def _installed(name: str) -> bool:
     """Whether an installed package offers the criterion; its module is imported then, which registers it."""
     points: list[EntryPoint] = [point for point in entry_points(group=GROUP) if point.name == name]
     for point in points:
-        point.load()
+        try:
+            point.load()
+        except (Exception, SystemExit) as error:
+            raise OrthoRankError(
+                f"criterion is {name!r}, and the entry point of {GROUP} that offers it, {point.value}, cannot be "
+                f"imported ({type(error).__name__}: {error}); install that package anew, or name another criterion"
+            ) from error
         if name not in _REGISTERED:
             raise OrthoRankError(
                 f"the entry point {name!r} of {GROUP} is {point.value}, and importing that registers no criterion of "

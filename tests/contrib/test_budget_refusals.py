@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from contrib.budget.__main__ import main
 from contrib.budget.job import run_search
 from orthorank import OrthoRankConfig, OrthoRankError
 from tests.contrib.test_budget_command import settings
@@ -63,6 +64,16 @@ def test_plans_that_do_not_fit(fields: dict[str, Any], words: str, tiny_folder: 
     OrthoRankConfig(**fields).save_pretrained(tmp_path / "plan")
     with pytest.raises(OrthoRankError, match=words):
         run_search(settings(tiny_folder, tmp_path / "out", starts=(str(tmp_path / "plan"),)), Watcher())
+
+
+def test_a_criterion_of_ones_own_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What an unknown one is told to give, ``--criterion module:function``, is read here as everywhere."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "of_this_search.py").write_text("def fn(x, sink, valid):\n    return x\n")
+    assert main(["--budget", "0.8", "--criterion", "of_this_search:fn"]) == 2
+    assert "criterion 'of_this_search:fn' gave a float32 tensor of shape [4, 12, 64]" in capsys.readouterr().err
 
 
 def test_forms_that_the_budget_does_not_allow(tiny_folder: Path, tmp_path: Path) -> None:

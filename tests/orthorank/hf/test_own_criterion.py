@@ -298,12 +298,27 @@ def test_module_and_function(in_folder: Path) -> None:
     assert sys.path == path
 
 
+@pytest.mark.parametrize("code", ["1 / 0", "import gone_from_here", "raise SystemExit(0)", "def unfinished("])
+def test_a_module_that_fails_is_an_error_in_a_sentence(
+    in_folder: Path, capsys: pytest.CaptureFixture[str], code: str
+) -> None:
+    write_module(in_folder, "of_this_test_failing", code)
+    assert main(["search", "--criterion", "of_this_test_failing:fn"]) == 2
+    assert re.search(
+        r"criterion is 'of_this_test_failing:fn', which cannot be imported \(\w+(Error|Exit): .*\); it must be",
+        capsys.readouterr().err,
+    )
+    with pytest.raises(OrthoRankError, match=r"criterion is '\./here:fn', which cannot be imported"):
+        criteria.given("./here:fn")
+
+
 def test_an_entry_point_is_loaded_when_a_plan_names_it(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_module(in_folder, "of_this_test_installed", "register_criterion('offered', fn, pointwise=True)")
     about = in_folder / "of_this_test-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: of-this-test\nVersion: 1.0\n")
     points = "[orthorank.criteria]\noffered = of_this_test_installed\nforgotten = of_this_test_installed\n"
+    points += "broken = of_this_test_gone\n"
     (about / "entry_points.txt").write_text(points)
     monkeypatch.syspath_prepend(str(in_folder))
     OrthoRankConfig(layers=[1], criterion="cosine")
@@ -311,6 +326,8 @@ def test_an_entry_point_is_loaded_when_a_plan_names_it(in_folder: Path, monkeypa
     assert OrthoRankConfig(layers=[1], criterion="offered").criterion == "offered"
     with pytest.raises(OrthoRankError, match=r"entry point 'forgotten' .* registers no criterion of this name"):
         OrthoRankConfig(layers=[1], criterion="forgotten")
+    with pytest.raises(OrthoRankError, match=r"criterion is 'broken', .*, of_this_test_gone, cannot be imported"):
+        OrthoRankConfig(layers=[1], criterion="broken")
 
 
 def test_patched_models_travel_with_the_name_alone(tiny_model: Any) -> None:
