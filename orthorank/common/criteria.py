@@ -4,13 +4,17 @@ A plan holds a name and never runs code. `register_criterion` gives a function i
 of the group ``orthorank.criteria`` does so in every process of an environment that has the package installed.
 """
 
+import hashlib
 import importlib
+import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from orthorank.common.errors import OrthoRankError, check_integer, shown
@@ -144,9 +148,40 @@ def add(criterion: Criterion) -> None:
     _REGISTERED[criterion.name] = criterion
 
 
+def code_of(name: str) -> dict[str, str]:
+    """What kept results must say beside the plan that they are of, lest an edited criterion gets those of before.
+
+    Returns:
+        ``criterion_code``, a hash of the file that the registered function is in; of a built-in one nothing.
+    """
+    if name in BUILT_IN:
+        return {}
+    criterion = find(name)
+    function = inspect.unwrap(_function(criterion.score))
+    try:
+        text = Path(inspect.getfile(function)).read_bytes()
+    except (TypeError, OSError):  # of a notebook, or no Python
+        text = repr(_constants(getattr(function, "__code__", None))).encode()
+    how = repr((_home(criterion.score), criterion.pointwise, criterion.needs, criterion.normed))
+    return {"criterion_code": hashlib.sha256(how.encode() + text).hexdigest()[:16]}
+
+
+def _constants(code: Any) -> list[Any]:
+    if not isinstance(code, CodeType):
+        return [code]
+    return [code.co_code.hex(), code.co_names, *map(_constants, code.co_consts)]
+
+
+def _function(fn: Any) -> Any:
+    """The function inside partials, or the class of an object that is called."""
+    while isinstance(fn, partial):
+        fn = fn.func
+    return fn if hasattr(fn, "__qualname__") else type(fn)
+
+
 def _home(fn: Any) -> tuple[str, str]:
-    kind = fn if hasattr(fn, "__qualname__") else type(fn)
-    return str(kind.__module__), str(kind.__qualname__)
+    function = _function(fn)
+    return str(function.__module__), str(function.__qualname__)
 
 
 def names() -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import json
 from collections.abc import MutableMapping
 from typing import Any
 
+from orthorank.common.criteria import code_of
 from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
 from orthorank.stack.layers import model_fingerprint
@@ -18,10 +19,14 @@ RECORDS = ("calibration", "measured", "version", "model_id", "model_revision", "
 
 def owner_of(model: Any, plan: OrthoRankConfig | None, context_only: bool, further: dict[str, Any]) -> dict[str, Any]:
     """What answers depend on: the weights, the plan, and how requests become calls."""
-    fields = None if plan is None else {k: v for k, v in plan.to_dict().items() if k not in RECORDS}
+    fields = None if plan is None else _fields(plan)
     about = {"model": model.config._name_or_path or model.config.model_type, "weights": model_fingerprint(model)}
     owner = about | {"dtype": str(model.dtype), "plan": fields, "context_only": context_only} | further
     return dict(json.loads(json.dumps(owner)))
+
+
+def _fields(plan: OrthoRankConfig) -> dict[str, Any]:
+    return {k: v for k, v in plan.to_dict().items() if k not in RECORDS} | code_of(plan.criterion)
 
 
 def claim(answers: MutableMapping[str, Any], owner: dict[str, Any], file: str) -> None:

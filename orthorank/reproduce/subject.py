@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from orthorank.common.criteria import code_of
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.progress import Screen
 from orthorank.common.texts import Text, check_ids, tokenize
@@ -127,7 +128,7 @@ class Subject:
                 )
             return result.to_dict() | {"standard_error": result.standard_error}
 
-        inputs = {"plan": plan_key(plan), "text": text, "ids": ids_hash(windows)}
+        inputs = {"plan": measured_of(plan), "text": text, "ids": ids_hash(windows)}
         return self.cells.get(f"perplexity/{text}-{digest(inputs)}", inputs, measure)
 
     def evaluator(self, keep_ratio: float, **options: Any) -> "Evaluator":
@@ -202,6 +203,11 @@ def plan_key(plan: OrthoRankConfig | None) -> dict[str, Any] | None:
         return None
     about = ("calibration", "measured", "version", "model_id", "model_revision", "sink_layer")
     return {name: value for name, value in plan.to_dict().items() if name not in about}
+
+
+def measured_of(plan: OrthoRankConfig | None) -> dict[str, Any] | None:
+    """`plan_key` for a cell's inputs: with what tells an edited criterion of one's own from what it was."""
+    return None if plan is None else (plan_key(plan) or {}) | code_of(plan.criterion)
 
 
 def digest(inputs: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
 from orthorank.reproduce import paper
-from orthorank.reproduce.subject import KEEP_RATIO, Subject, digest, plan_key
+from orthorank.reproduce.subject import KEEP_RATIO, Subject, digest, measured_of, plan_key
 from orthorank.stack.flops import flop_speedup
 
 # Table 1's rows: name, search, keep ratio, nominal sparsity.
@@ -159,7 +159,7 @@ def throughput(subject: Subject, plans: dict[str, OrthoRankConfig | None]) -> di
     from orthorank.evaluation.speed import time_prefill
 
     settings = subject.settings
-    inputs: dict[str, Any] = {name: plan_key(plan) for name, plan in plans.items()}
+    inputs: dict[str, Any] = {name: measured_of(plan) for name, plan in plans.items()}
     inputs |= {"prompt_tokens": settings.prompt_tokens, "rounds": settings.rounds}
 
     def measure() -> dict[str, Any]:
@@ -182,7 +182,7 @@ def zero_shot(subject: Subject, plan: OrthoRankConfig | None) -> dict[str, Any] 
     settings = subject.settings
     if not settings.tasks:
         return None
-    inputs = {"plan": plan_key(plan), "tasks": list(settings.tasks), "limit": settings.task_limit}
+    inputs = {"plan": measured_of(plan), "tasks": list(settings.tasks), "limit": settings.task_limit}
 
     def measure() -> dict[str, Any]:
         with subject.screen.progress(f"zero-shot: {', '.join(settings.tasks)}", 1):
@@ -204,7 +204,7 @@ def _answered(subject: Subject, plan: OrthoRankConfig | None, questions: list[An
     from orthorank.evaluation.longbench_run import run_longbench
     from orthorank.hf.apply import apply
 
-    inputs = {"plan": plan_key(plan), "questions": digest([[q.task, q.prompt] for q in questions])}
+    inputs = {"plan": measured_of(plan), "questions": digest([[q.task, q.prompt] for q in questions])}
     folder = subject.cells.folder / "longbench"
 
     def measure() -> dict[str, Any]:

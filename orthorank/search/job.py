@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthorank.common import format as words
+from orthorank.common.criteria import code_of
 from orthorank.common.errors import OrthoRankError, shown
 from orthorank.common.files import read_json, user_path, writable_folder, write_json
 from orthorank.common.progress import Screen
@@ -292,6 +293,7 @@ def identity_of(job: Job) -> dict[str, Any]:
         "fast": settings.fast,
         "keep_ratio": settings.keep_ratio,
         "criterion": settings.criterion,
+        **code_of(settings.criterion),
         "candidates": job.candidates,
         "layers": job.count,
         **job.calibration.to_dict(),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from orthorank.common.criteria import code_of
 from orthorank.common.errors import OrthoRankError, check_integers, check_share
 from orthorank.hf.families import device_of
 from orthorank.stack.resources import OneProcess, Processes, Ratios, States, check_bytes, states_budget, windows_at_once
@@ -107,6 +108,7 @@ class Evaluator:
         """What the losses depend on beside the model: a hash of windows, keep ratio, criterion and options."""
         text = f"{list(self.input_ids.shape)} {self.input_ids.flatten().tolist()} {self.keep_ratio!r} {self.criterion}"
         text += f" {sorted(self.options.items())}" if self.options else ""
+        text += "".join(code_of(self.criterion).values())
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def start(self, plan: Plan, layers: Iterable[int] | None = None) -> None:

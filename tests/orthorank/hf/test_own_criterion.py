@@ -1,5 +1,6 @@
 """Criteria of one's own: registered, refused, and selecting as stated, in every home of the method."""
 
+import importlib
 import importlib.util
 import pickle
 import re
@@ -16,8 +17,10 @@ from orthorank import OrthoRankConfig, OrthoRankError, apply, context, register_
 from orthorank.calibration.thresholds import calibrate
 from orthorank.cli import main
 from orthorank.common import criteria
+from orthorank.evaluation.answer_cache import _fields as answer_fields
 from orthorank.hf import ablations
 from orthorank.packed import plans
+from orthorank.reproduce.subject import measured_of, plan_key
 from orthorank.search.settings import SearchSettings
 from orthorank.stack.layers import LayerStack
 from tests.orthorank.hf.test_layer import ids_of
@@ -362,6 +365,49 @@ def test_search_and_eval_on_the_command_line(
     assert main(evaluate) == 2
     assert f"give --criterion {own}" in capsys.readouterr().err
     assert main([*evaluate, "--criterion", own]) == 0
+
+
+def test_kept_results_are_of_the_code_that_gave_them(
+    tiny_folder: Path, in_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Everything that finds figures of an earlier run goes by `code_of`, beside the criterion's name."""
+
+    def edited(code: str) -> dict[str, str]:
+        criteria._REGISTERED.pop("of_this_test_edited:fn", None)
+        sys.modules.pop("of_this_test_edited", None)
+        importlib.invalidate_caches()
+        write_module(in_folder, "of_this_test_edited", code)
+        return criteria.code_of(criteria.given("of_this_test_edited:fn"))
+
+    (in_folder / "text.txt").write_text("The harbour was quiet before sunrise. " * 60)
+    search = ["search", str(tiny_folder), "--layers", "1", "--windows", "1", "--seq-len", "32", "--no-sink-floor"]
+    search += ["--text", "text.txt", "--device", "cpu", "--criterion", "of_this_test_edited:fn", "--output", "found"]
+    first, again, other = edited("a = 1"), edited("a = 1"), edited("a = 222")
+    assert first == again != other
+    assert criteria.code_of("inverse") == {}, "what earlier versions wrote of built-in ones still fits"
+    assert main(search) == 0
+    assert main([*search, "--resume"]) == 0
+    edited("a = 3333")
+    assert main([*search, "--resume"]) == 2
+    assert "is of another search: its criterion_code is" in capsys.readouterr().err
+    plan = OrthoRankConfig.from_pretrained("found")
+    now = criteria.code_of(plan.criterion)
+    assert now not in ({}, first, other)
+    for fields in (measured_of(plan), answer_fields(plan)):
+        assert fields is not None
+        assert now.items() <= fields.items()
+    assert measured_of(OrthoRankConfig(layers=[1])) == plan_key(OrthoRankConfig(layers=[1]))
+
+
+def test_code_that_lies_in_no_file() -> None:
+    """In a notebook the functions themselves are compared."""
+    codes = []
+    for body in ("x.float().norm(dim=-1)", "x.float().norm(dim=-1)", "-x.float().norm(dim=-1)"):
+        names: dict[str, Any] = {"__name__": "a_notebook"}
+        exec(f"def fn(x, sink, valid):\n    return {body}", names)
+        register_criterion("mine", names["fn"], pointwise=True)
+        codes.append(criteria.code_of("mine"))
+    assert codes[0] == codes[1] != codes[2]
 
 
 def test_the_page_runs(tiny_model: Any, capsys: pytest.CaptureFixture[str]) -> None:
