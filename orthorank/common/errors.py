@@ -2,7 +2,8 @@
 
 import reprlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from numbers import Real
+from typing import Any, TypeGuard
 
 
 class OrthoRankError(ValueError):
@@ -53,18 +54,22 @@ def check_choice(name: str, value: object, legal: Iterable[str]) -> None:
         raise OrthoRankError(f"{name} is {shown(value)}; it may be {', '.join(some)}{' or ' if some else ''}{last}")
 
 
-def check_share(name: str, value: float | None, what: str, *, zero: bool = False) -> None:
-    """``value`` is None, or above 0 (with ``zero`` 0 itself, too) and below 1; ``what`` follows in the sentence.
+def check_share(name: str, value: object, what: str, *, zero: bool = False) -> None:
+    """``value`` is a number above 0 (with ``zero`` 0 itself, too) and below 1; ``what`` follows in the sentence.
 
     >>> check_share("sparsity", 1.5, "such as 0.2")
     Traceback (most recent call last):
         ...
     orthorank.common.errors.OrthoRankError: sparsity is 1.5; it must be above 0 and below 1, such as 0.2
     """
-    if value is not None and not (0 <= value < 1 if zero else 0 < value < 1):  # NaN fails, too
-        raise OrthoRankError(
-            f"{name} is {value:g}; it must be {'from 0 to' if zero else 'above 0 and'} below 1, {what}"
-        )
+    if not is_number(value) or not (0 <= value < 1 if zero else 0 < value < 1):  # NaN fails, too
+        given = f"{value:g}" if isinstance(value, float) else shown(value)
+        raise OrthoRankError(f"{name} is {given}; it must be {'from 0 to' if zero else 'above 0 and'} below 1, {what}")
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether ``value`` is a real number, of NumPy too, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def shown(value: object) -> str:

@@ -55,8 +55,12 @@ class Settings:
     bos: str = "auto"
 
     def __post_init__(self) -> None:
-        check_share("sparsity", self.sparsity, "such as 0.2")
-        check_share("keep_ratio", self.keep_ratio, "such as 1/3 (layer pruning, which is 0, is measured in any case)")
+        if self.sparsity is not None:
+            check_share("sparsity", self.sparsity, "such as 0.2")
+        if self.keep_ratio is not None:
+            check_share(
+                "keep_ratio", self.keep_ratio, "such as 1/3 (layer pruning, which is 0, is measured in any case)"
+            )
         check_integers(vars(self), windows=1, seq_len=16, prompt_tokens=16, repeats=1)
         check_bos(self.bos)
         if not self.plan:

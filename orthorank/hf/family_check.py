@@ -81,6 +81,11 @@ def check_family(model: "PreTrainedModel", config: "PretrainedConfig | None" = N
         True
     """
     family = family_of(model)
+    if config is not None and not hasattr(config, "get_text_config"):
+        raise OrthoRankError(
+            f"config is a {type(config).__name__}; it must be a small configuration of transformers, of the model's "
+            "own class, or None: then one is made of the model's"
+        )
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         torch.manual_seed(0)
         decoder = _tiny(model, family, config)
@@ -98,9 +103,9 @@ def _tiny(model: Any, family: Family, config: Any) -> Any:
     """The decoder of the copy, in float32 and with eager attention."""
     decoder = decoder_of(model)
     kind = next(kind for kind in type(decoder).__mro__ if not kind.__module__.startswith("torch."))  # as FSDP wraps it
-    small = copy.deepcopy(config) if config is not None else shrunk(model.config.get_text_config())
-    small._attn_implementation = "eager"
     try:
+        small = copy.deepcopy(config) if config is not None else shrunk(model.config.get_text_config())
+        small._attn_implementation = "eager"
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in kind(small).parameters())
         if size > MOST:

@@ -48,8 +48,10 @@ class Parts:
         names = [name for name in (*norms, family.attention, family.mlp) if name is not None]
         if missing := [name for name in names if not isinstance(getattr(layer, name, None), nn.Module)]:
             raise OrthoRankError(
-                f"a {type(layer).__name__} has no {', '.join(missing)}, which {family.name} layers have; the installed "
-                "transformers may be newer than this package: see the supported range in the README"
+                f"a {type(layer).__name__} has no {', '.join(missing)}, which {family.name} layers have by its spec; "
+                + _remedy(
+                    family, "say in its orthorank.Family what they are called, or None for a norm that there is not"
+                )
             )
         home = "torch.nn.modules.normalization" if family.torch_norm else family.home
         into, attended, post, fed = (
@@ -68,9 +70,12 @@ class Parts:
             name for name in (*projections, "o_proj", "head_dim", "scaling") if not hasattr(attention, name)
         ]:
             raise OrthoRankError(
-                f"a {type(attention).__name__} has no {', '.join(missing)}, which {self.family.name} models have; the "
-                "installed transformers may be newer than this package (see the supported range in the README), or the "
-                "attention was put into another module: take that off first"
+                f"a {type(attention).__name__} has no {', '.join(missing)}, which the attention of {self.family.name} "
+                "models has; if it was put into another module, take that off first; else "
+                + _remedy(
+                    self.family,
+                    "such models cannot follow a plan: of these names, an orthorank.Family can say qkv alone",
+                )
             )
         if not getattr(self.attention, "is_causal", True):
             raise OrthoRankError(
@@ -208,6 +213,14 @@ class Parts:
             return x
         drop = attrgetter(name)(self.layer)
         return drop(x) if callable(drop) else nn.functional.dropout(x, drop)
+
+
+def _remedy(family: Family, own: str) -> str:
+    """What to do where a layer has not what ``family`` says; ``own``: of a family that is not the package's."""
+    return OLDER if family.home else own
+
+
+OLDER = "the installed transformers may be newer than this package: see the supported range in the README"
 
 
 def fused(projection: Any, normed: Tensor, groups: int, which: str) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from orthorank.common import format as words
 from orthorank.common.criteria import check_criterion
-from orthorank.common.errors import OrthoRankError, check_choice, check_integers, check_share
+from orthorank.common.errors import OrthoRankError, check_choice, check_integers, check_share, is_number, shown
 from orthorank.common.texts import check_bos
 from orthorank.config import layer_count
 
@@ -96,9 +96,10 @@ class SearchSettings:
         check_share("keep_ratio", self.keep_ratio, "such as 1/3 (0 removes the layers)", zero=True)
         check_integers(vars(self), windows=1, seq_len=2, protect_first=0, protect_last=0)
         check_integers(vars(self), sink_layer=0, layers=1, batch_size=1)
-        if self.memory is not None and not 0 <= self.memory <= MOST_MEMORY:
+        if self.memory is not None and not (is_number(self.memory) and 0 <= self.memory <= MOST_MEMORY):
+            given = f"{self.memory:g}" if isinstance(self.memory, float) else shown(self.memory)
             raise OrthoRankError(
-                f"memory is {self.memory:g}; it must be 0 (keep nothing) or more, in GiB, such as 0.5, and at most "
+                f"memory is {given}; it must be 0 (keep nothing) or more, in GiB, such as 0.5, and at most "
                 f"{MOST_MEMORY:,}"
             )
         self._check_pairs()
@@ -107,7 +108,8 @@ class SearchSettings:
         """Options that exclude each other."""
         if self.sparsity is not None and self.layers is not None:
             raise OrthoRankError("both sparsity and layers say how many layers to choose; give one of them")
-        check_share("sparsity", self.sparsity, "such as 0.2")
+        if self.sparsity is not None:
+            check_share("sparsity", self.sparsity, "such as 0.2")
         if self.text is not None and self.dataset is not None:
             raise OrthoRankError("both text and dataset say what to calibrate on; give one of them")
         if self.sink_floor is False and self.sink_layer is not None:

@@ -273,6 +273,32 @@ def test_a_spec_that_cannot_be_run_is_refused_by_what_it_lacks() -> None:
             apply(model, PLAN)
 
 
+def test_what_a_registered_spec_lacks_is_not_put_down_to_transformers() -> None:
+    model = of_type(tiny("llama-2"), "mine")
+    for family, remedy in (
+        (Family("x", norm_in="ln_1"), "has no ln_1.* say in its orthorank.Family what they are called"),
+        (Family("x", qkv="qkv"), "has no qkv.* of these names, an orthorank.Family can say qkv alone"),
+    ):
+        register_family("mine", family)
+        with pytest.raises(OrthoRankError, match=remedy) as error:
+            check_family(model)
+        assert "newer" not in str(error.value)
+
+
+@pytest.mark.parametrize("config", ["small", {"hidden_size": 32}, 3])
+def test_a_configuration_that_is_none_is_refused_by_name(config: Any) -> None:
+    with pytest.raises(OrthoRankError, match=rf"config is a {type(config).__name__}; it must be a small configuration"):
+        check_family(tiny("llama-2"), config)
+
+
+def test_a_configuration_without_the_usual_names_is_a_sentence() -> None:
+    model = of_type(tiny("llama-2"), "mine")
+    vars(model.config)["num_attention_heads"] = None
+    register_family("mine", LLAMA)
+    with pytest.raises(OrthoRankError, match=r"cannot be checked.*TypeError.*small configuration.*config=\.\.\."):
+        check_family(model)
+
+
 def test_a_configuration_that_cannot_be_made_small_takes_one_by_hand() -> None:
     from transformers import LlamaModel
 

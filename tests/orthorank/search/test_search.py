@@ -61,9 +61,12 @@ def test_layer_counts(layers: int, sparsity: float, keep_ratio: float, count: in
         ((30, 0.2, 1.0), "keep_ratio is 1"),
         ((30, 0.8, 0.5), "needs 48 layers"),
         ((30, math.nan, 0.0), "sparsity is nan"),
+        ((30, "0.2", 0.0), "sparsity is '0.2'; it must be above 0 and below 1"),
+        ((30, None, 0.0), "sparsity is None; it must be"),
+        ((30, 0.2, 10**400), "keep_ratio is an integer of 1,329 bits; it must be from 0 to below 1"),
     ],
 )
-def test_layer_count_says_what_is_wrong(arguments: tuple[int, float, float], words: str) -> None:
+def test_layer_count_says_what_is_wrong(arguments: Any, words: str) -> None:
     with pytest.raises(OrthoRankError, match=words):
         layer_count(*arguments)
 

@@ -187,6 +187,20 @@ def test_a_wrong_option_is_one_sentence(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"sparsity": "0.2"}, "sparsity is '0.2'; it must be above 0 and below 1"),
+        ({"keep_ratio": "a third"}, "keep_ratio is 'a third'; it must be from 0 to below 1"),
+        ({"memory": "1"}, "memory is '1'; it must be 0 .keep nothing. or more, in GiB"),
+        ({"memory": 10**400}, "memory is an integer of 1,329 bits; it must be"),
+    ],
+)
+def test_settings_of_another_kind_are_a_sentence(tmp_path: Path, changes: Any, words: str) -> None:
+    with pytest.raises(OrthoRankError, match=words):
+        SearchSettings(output=tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
         ({"layers": 5}, "layers is 5 with keep ratio 1/3, and only 4 may be chosen"),
         ({"layers": None, "sparsity": 0.6}, "sparsity is 0.6, which needs 5 layers with keep ratio 1/3, and only 4"),
         ({"layers": None, "sparsity": 0.05}, "less than one layer of 6 with keep ratio 1/3; the smallest is 0.111"),
