@@ -14,7 +14,6 @@ from orthorank.calls.generating import generating
 from orthorank.calls.reading import Phase, context_lengths, phase_of
 from orthorank.calls.unmasked import Watch
 from orthorank.common.call_lock import CallLock
-from orthorank.common.criteria import is_pointwise
 from orthorank.common.errors import OrthoRankError, check_integer, shown
 from orthorank.common.patching import Patch, forward_of
 from orthorank.config import OrthoRankConfig, hub_id
@@ -190,7 +189,6 @@ class Handle(AbstractContextManager["Handle"]):
         self.stats = {index: LayerCounts(device_of(layers[index])) for index in config.layers}
         self.selecting = config.selecting
         self.skips = any(config.ratio(layer) < 1 for layer in config.layers)
-        self.pointwise = is_pointwise(config.criterion)
         self.removes = any(config.ratio(layer) == 0 for layer in config.layers)
         self.identity = sink_state.identity(config)
         self.phase = Phase()

@@ -13,6 +13,7 @@ from orthorank.calls.generating import PREPARES, phase_inside
 from orthorank.calls.reading import Phase, cache_of, phase_of, read_call
 from orthorank.calls.unmasked import Watch
 from orthorank.common.call_lock import CallLock
+from orthorank.common.criteria import is_pointwise
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.patching import Patch
 from orthorank.config import OrthoRankConfig
@@ -35,7 +36,6 @@ class Applied(Protocol):
     stats: dict[int, LayerCounts]
     selecting: list[int]
     skips: bool
-    pointwise: bool
     removes: bool
     identity: str
     phase: Phase
@@ -115,7 +115,7 @@ class DecoderForward(Patch):
         if handle.selecting and not call.decodes_only:
             if not torch.compiler.is_compiling():
                 handle.check_layers(self.owner.config)
-            if not (call.first or handle.pointwise):
+            if not (call.first or is_pointwise(handle.config.criterion)):  # asked anew: an edit may have changed it
                 refuse_chunks(handle.config.criterion, call.past)
             if not call.first:  # a model that drafts for itself runs its lower layers alone
                 runs = [layer for layer in handle.selecting if layer < self.owner.config.num_hidden_layers]

@@ -163,6 +163,17 @@ def test_what_looks_at_other_tokens_is_refused(tiny_model: Any, registered: None
         model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
 
 
+def test_an_edit_under_an_applied_plan_counts(tiny_model: Any, registered: None) -> None:
+    """A function that is registered again while a plan names it may look at other tokens now."""
+    model, ids = tiny_model("llama"), ids_of(1, 12)
+    with apply(model, OrthoRankConfig(layers=[1], criterion="largest")), torch.no_grad():
+        cache = model(ids[:, :6]).past_key_values
+        model(ids[:, 6:9], past_key_values=cache)
+        register_criterion("largest", largest, pointwise=False)
+        with pytest.raises(OrthoRankError, match="a chunk over 9 cached tokens"):
+            model(ids[:, 9:], past_key_values=cache)
+
+
 def test_servers_take_what_is_pointwise_and_needs_no_more_than_they_have(registered: None) -> None:
     register_criterion("scored", lambda x, sink, valid, scores: -scores, pointwise=True, needs=("scores",))
     assert not list(plans.obstacles(OrthoRankConfig(layers=[1], criterion="largest")))

@@ -60,3 +60,18 @@ def test_ranks_that_agree(models: dict[str, Any], monkeypatch: pytest.MonkeyPatc
     assert parts.chosen is not None
     assert parts.chosen.rows.tolist() == [6, 7, 8]
     assert len(sent) == 2
+
+
+def test_what_a_criterion_gives_is_not_written_to(models: dict[str, Any]) -> None:
+    """Of one token, a channel of its state is a number for it as it lies; that its row is forced changes no state."""
+    kept = torch.full((9, 1), 3.0)
+    register_criterion("kept", lambda x, sink, valid: kept if len(x) == 9 else x[:, :, 0] * 0, pointwise=True)
+    plan = OrthoRankConfig(
+        layers=[1, 2], keep_last=2, criterion="kept", select="threshold", thresholds={1: 2.0, 2: 2.0}
+    )
+    given = [torch.randn(9, 64, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    outs = [torch.full((9, 64), torch.nan) for _ in range(2)]
+    parts = one_layer(models["llama-2"], plan, [Row(0, 9, 9)], *given, *outs)
+    assert parts.chosen is not None
+    assert parts.chosen.rows.tolist() == [7, 8]
+    assert (kept == 3.0).all()
