@@ -150,4 +150,5 @@ def _ranks(plan: "OrthoRankConfig", layer: int, step: Step, normed: Tensor, scor
     segment = torch.searchsorted(step.cu_segments[1:].contiguous(), token, right=True).clamp(max=len(sinks) - 1)
     valid = (token < step.tokens)[:, None]
     needed = {need: given[need] for need in criterion.needs}
-    return criterion(normed[:, None], sinks.index_select(0, segment), valid, **needed)[:, 0]
+    ranks = criterion(normed[:, None], sinks.index_select(0, segment), valid, **needed)[:, 0]
+    return ranks.clone() if step.forced.shape[0] else ranks  # they are written to, and may be states or kept

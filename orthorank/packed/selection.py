@@ -68,11 +68,10 @@ def choose(step: Step, ranks: Tensor, request: dict[str, Any], *, read_count: bo
     """The rows of smallest rank that ``request`` asks for.
 
     Args:
-        ranks: float32 ``[tokens or more]``, not written to: they may be a view of states, or another's.
-        read_count: as for `rows_of`.
+        ranks: float32 ``[tokens or more]``; written to: `Step.forced` gets -inf. read_count: as for `rows_of`.
     """
     if step.forced.shape[0]:
-        ranks = ranks.index_fill(0, step.forced, -torch.inf)
+        ranks.index_fill_(0, step.forced, -torch.inf)
     return rows_of(step, select_tokens(ranks, **request), request, read_count=read_count)
 
 
