@@ -203,8 +203,9 @@ def check_criterion(name: object) -> None:
     module, colon, _ = name.partition(":")
     raise OrthoRankError(
         f"criterion is {shown(name)}; {legal}, or one of your own, which is not registered here: import "
-        f"{module if colon else 'the module'} and call orthorank.register_criterion({name!r}, ...), give --criterion "
-        f"{name if colon else 'module:function'}, or install the package that offers it as an entry point of {GROUP}"
+        f"{module if colon else 'the module'} and call orthorank.register_criterion({shown(name)}, ...), give "
+        f"--criterion {name if colon else 'module:function'} to a command that takes it, or install the package that "
+        f"offers it as an entry point of {GROUP}"
     )
 
 
