@@ -17,6 +17,7 @@ from tests.ptx.cases import CASES, GROUPS
 from tests.ptx.emitted import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
+SEEDS = {target: seed for seed, target in enumerate(TARGETS, 1)}
 
 pytest.importorskip("triton")
 if tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) != (3, 9):
@@ -36,8 +37,8 @@ def run_group(target: str, group: str, *more: str) -> list[dict]:
     return list(map(json.loads, child.stdout.splitlines()))
 
 
-def check(target: str, group: str, slow: bool) -> None:
-    results = run_group(target, group, *(["--slow"] if slow else []))
+def check(target: str, group: str, slow: bool, *seeds: int) -> None:
+    results = run_group(target, group, *(["--slow"] if slow else []), "--seeds", *map(str, seeds))
     titles = [case.title for case in CASES if case.group == group and case.slow == slow]
     assert titles
     assert [result["case"] for result in results] == titles
@@ -48,17 +49,19 @@ def check(target: str, group: str, slow: bool) -> None:
     assert not new, f"{target}: write emitted.txt again with python -m tests.ptx.emitted; new are {sorted(new)}"
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("target", "seed"), SEEDS.items(), ids=SEEDS)
 @pytest.mark.parametrize("group", GROUPS)
-def test_default_settings(group, target):
-    check(target, group, slow=False)
+def test_default_settings(group, target, seed):
+    """Under one schedule, another for each target: a race is seen under any."""
+    check(target, group, False, seed)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("slow", [False, True], ids=["default", "further"])
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("group", GROUPS)
-def test_everything_a_launcher_can_choose(group, target):
-    check(target, group, slow=True)
+def test_everything_a_launcher_can_choose(group, target, slow):
+    check(target, group, slow, *SEEDS.values())
 
 
 def test_titles_are_unique():
