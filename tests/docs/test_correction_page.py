@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from orthorank import OrthoRankConfig
 from orthorank.stack.flops import Dimensions
-from tests.orthorank.conftest import make_tiny_model
+from tests.orthorank.models import plain
 
 PAGE = (Path(__file__).parents[2] / "docs" / "correction.md").read_text(encoding="utf-8")
 
@@ -18,7 +18,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "correction.md").read_text(encoding
 def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     ids = torch.randint(3, 128, (8, 16), generator=torch.Generator().manual_seed(0))
-    names: dict[str, Any] = {"model": make_tiny_model("llama"), "windows": ids, "ids": ids[:2]}
+    names: dict[str, Any] = {"model": plain("llama"), "windows": ids, "ids": ids[:2]}
     (block,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     exec(compile(block, "docs/correction.md", "exec"), names)
     assert capsys.readouterr().out == "corrected with maps of rank 8: layers 1, 2\n"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply, fit_correction
 from orthorank.calibration import calibrate
-from tests.orthorank import naive
+from tests.orthorank import statement
 
 WINDOWS, TOKENS, HIDDEN = 9, 30, 64
 HELD_OUT = [3, 7]
@@ -56,7 +56,7 @@ def stated(
         chosen = torch.zeros(h.shape[:2], dtype=torch.bool)
         if number == 1:
             for row in range(WINDOWS):
-                chosen[row] = naive.selected_mask(naive.ranks("orthogonal", h[row], x[row]), int(0.3 * TOKENS))
+                chosen[row] = statement.selected_mask(statement.ranks("orthogonal", h[row], x[row]), int(0.3 * TOKENS))
         left = ~chosen
         left[:, 0] = False
         y = ((dense[number + 1] if target == "dense" else output) - h)[left].double()
@@ -85,8 +85,8 @@ def test_maps_are_the_regression_written_out(tiny_model: Any, ids: Tensor, targe
     expected = stated(model, ids, target, rank, ridges)
     for layer, (slope, bias) in expected.items():
         parts = found.correction.maps[layer]
-        naive.assert_close((parts.up @ parts.down).T.double(), slope, 1e-3)
-        naive.assert_close(parts.bias.double(), bias, 1e-3)
+        statement.assert_close((parts.up @ parts.down).T.double(), slope, 1e-3)
+        statement.assert_close(parts.bias.double(), bias, 1e-3)
     assert (found.layers, found.ratios, found.select) == (PLAN.layers, PLAN.ratios, "topk")
 
 
@@ -171,7 +171,7 @@ def test_other_ways_to_select(tiny_model: Any, ids: Tensor, fields: dict[str, An
     means = x.mean(0) @ (parts.up @ parts.down).T.double() + parts.bias.double()
     with torch.no_grad():
         missing = (layer_of(model, 1, h[1]) - h[1])[left].double()
-    naive.assert_close(
+    statement.assert_close(
         means, missing.mean(0), 1e-4
     )  # a regression with a constant meets the mean, of these tokens alone
 
@@ -184,7 +184,7 @@ def test_the_same_again_and_in_other_batches(tiny_model: Any, ids: Tensor) -> No
     other = fit_correction(model, ids, PLAN, rank=8, batch_size=2)
     for layer in (1, 2):
         products = [each.correction.maps[layer].up @ each.correction.maps[layer].down for each in (first, other)]
-        naive.assert_close(products[1], products[0], 1e-4)
+        statement.assert_close(products[1], products[0], 1e-4)
     assert "_orthorank_handle" not in vars(model)
 
 

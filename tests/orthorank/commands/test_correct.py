@@ -11,7 +11,7 @@ from orthorank.cli import main
 from orthorank.common.texts import find_text, take_samples, tokenize
 from orthorank.evaluation import perplexity
 from tests.orthorank.commands.test_bos import byte_tokenizer
-from tests.orthorank.tiny import tiny
+from tests.orthorank.models import tiny
 
 PLAN = OrthoRankConfig(layers=[1, 2], keep_ratio=0.4, keep_ratios={2: 0.0})
 SMALL = ("--windows", "10", "--seq-len", "32", "--rank", "8", "--device", "cpu")

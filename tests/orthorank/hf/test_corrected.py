@@ -15,8 +15,8 @@ from orthorank import OrthoRankConfig, OrthoRankError, apply, context, status
 from orthorank.calls.call import Call
 from orthorank.correction import Correction, LayerMap
 from orthorank.hf.correction import corrected
-from tests.orthorank import naive, rules
-from tests.orthorank.tiny import MODELS, tiny
+from tests.orthorank import statement
+from tests.orthorank.models import MODELS, tiny
 
 TOKENS, RANK = 24, 4
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -45,7 +45,7 @@ def ids_of(batch: int = 1, tokens: int = TOKENS, seed: int = 1) -> Tensor:
 
 
 def stated(
-    model: Any, ids: Tensor, plan: OrthoRankConfig, prompt: int | None = None, rule: rules.Rule | None = None
+    model: Any, ids: Tensor, plan: OrthoRankConfig, prompt: int | None = None, rule: statement.Rule | None = None
 ) -> Tensor:
     """Logits of one row. Behind the first ``prompt`` tokens all are dense, except in removed layers.
 
@@ -63,10 +63,10 @@ def stated(
         if ratio == 0:
             chosen[:] = False
         else:
-            scores = naive.ranks("orthogonal", h[0].detach(), x[0].detach())[:length]
+            scores = statement.ranks("orthogonal", h[0].detach(), x[0].detach())[:length]
             keep = 0 if prompt is None else plan.keep_last
             count = max(int(ratio * length + 1e-6), keep)
-            best = partial(naive.selected_mask, k=count, keep_last=keep)
+            best = partial(statement.selected_mask, k=count, keep_last=keep)
             chosen[:length] = (best if rule is None else rule)(scores)
         down, up, bias = (part.double() for part in plan.correction.maps[layer])
         added = x.double() @ down.T @ up.T + bias
@@ -82,7 +82,7 @@ def stated(
             one.remove()
 
 
-def stated_tokens(model: Any, ids: Tensor, plan: OrthoRankConfig, rule: rules.Rule | None = None) -> Tensor:
+def stated_tokens(model: Any, ids: Tensor, plan: OrthoRankConfig, rule: statement.Rule | None = None) -> Tensor:
     """Greedy tokens, the whole text computed anew for each."""
     prompt, text = ids.shape[1], ids
     for _ in range(GREEDY["max_new_tokens"]):
@@ -97,8 +97,8 @@ def test_every_family_is_the_statement(name: str) -> None:
     model, ids, plan = tiny(name), ids_of(), plan_of()
     expected = stated(model, ids, plan)
     with apply(model, plan):
-        naive.assert_close(model(ids, use_cache=False).logits, expected, 2e-5)
-        naive.assert_close(model(ids, past_key_values=DynamicCache(config=model.config)).logits, expected, 2e-5)
+        statement.assert_close(model(ids, use_cache=False).logits, expected, 2e-5)
+        statement.assert_close(model(ids, past_key_values=DynamicCache(config=model.config)).logits, expected, 2e-5)
 
 
 @torch.no_grad()
@@ -125,7 +125,7 @@ def test_layers_without_a_map_stay_as_they_are(tiny_model: Any) -> None:
         ),
     )
     with apply(model, some):
-        naive.assert_close(model(ids).logits, expected)
+        statement.assert_close(model(ids).logits, expected)
 
 
 @pytest.mark.parametrize("ratios", [{1: 0.0, 2: 0.0}, {1: 1 / 3, 2: 0.5}, RATIOS])
@@ -162,20 +162,20 @@ def thresholded(**fields: Any) -> OrthoRankConfig:
 @torch.no_grad()
 def test_thresholds_and_chunks_of_any_length(tiny_model: Any) -> None:
     model, ids, plan = tiny_model("llama"), ids_of(), thresholded(decode="threshold")
-    expected = stated(model, ids, plan, rule=rules.below(TAU))
+    expected = stated(model, ids, plan, rule=statement.below(TAU))
     with apply(model, plan) as handle:
-        naive.assert_close(model(ids).logits, expected)
+        statement.assert_close(model(ids).logits, expected)
         assert 0.2 < handle.stats[1].achieved_ratio < 0.8
         for lengths in ([1] * TOKENS, [5, 1, 11, 7]):
             cache = DynamicCache(config=model.config)
             found = [model(part, past_key_values=cache).logits for part in ids.split(lengths, dim=1)]
-            naive.assert_close(torch.cat(found, dim=1), expected, 2e-5)
+            statement.assert_close(torch.cat(found, dim=1), expected, 2e-5)
 
 
 @torch.no_grad()
 def test_generated_tokens_below_a_threshold_are_corrected(tiny_model: Any) -> None:
     model, ids, plan = tiny_model("llama"), ids_of(tokens=10), thresholded(decode="threshold")
-    expected = stated_tokens(model, ids, plan, rules.below(TAU))
+    expected = stated_tokens(model, ids, plan, statement.below(TAU))
     with apply(model, plan):
         assert torch.equal(model.generate(ids, **GREEDY), expected)
         assert torch.equal(model.generate(ids, use_cache=False, **GREEDY), expected)
@@ -187,19 +187,19 @@ def test_a_threshold_below_which_nothing_is(tiny_model: Any) -> None:
     plan = plan_of({1: 0.5}, select="threshold", thresholds={1: -1.0})
     expected = stated(model, ids, plan, rule=lambda scores: torch.zeros(len(scores), dtype=torch.bool))
     with apply(model, plan):
-        naive.assert_close(model(ids).logits, expected)
+        statement.assert_close(model(ids).logits, expected)
 
 
 @torch.no_grad()
 def test_windows(tiny_model: Any) -> None:
     model, ids = tiny_model("llama"), ids_of()
     plan = plan_of({1: 0.25, 2: 0.0}, select="window", select_window=8)
-    expected = stated(model, ids, plan, rule=lambda scores: rules.windows_mask(scores, 8, 0.25))
+    expected = stated(model, ids, plan, rule=lambda scores: statement.windows_mask(scores, 8, 0.25))
     with apply(model, plan):
-        naive.assert_close(model(ids).logits, expected)
+        statement.assert_close(model(ids).logits, expected)
         cache = DynamicCache(config=model.config)
         found = [model(part, past_key_values=cache).logits for part in ids.split(8, dim=1)]
-        naive.assert_close(torch.cat(found, dim=1), expected, 2e-5)
+        statement.assert_close(torch.cat(found, dim=1), expected, 2e-5)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -218,7 +218,7 @@ def test_a_padded_row_is_the_row_alone(tiny_model: Any, family: str, side: str) 
         told = model.generate(padded, attention_mask=mask, **GREEDY) if side == "left" else None
         tokens = [model.generate(ids[r : r + 1, :n], **GREEDY)[0, n:] for r, n in enumerate(lengths)]
     for row, expected in enumerate(alone):
-        naive.assert_close(found[row][mask[row].bool()], expected, 2e-5)
+        statement.assert_close(found[row][mask[row].bool()], expected, 2e-5)
         assert told is None or torch.equal(told[row, 20:], tokens[row])
 
 
@@ -244,7 +244,7 @@ def test_tokens_said_to_be_generated_over_an_empty_cache(tiny_model: Any) -> Non
     model, ids, plan = tiny_model("llama"), ids_of(2, 12), plan_of({1: 0.0, 2: 0.5})
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[1, :5] = 0
-    everything: rules.Rule = lambda scores: torch.ones(len(scores), dtype=torch.bool)  # noqa: E731
+    everything: statement.Rule = lambda scores: torch.ones(len(scores), dtype=torch.bool)  # noqa: E731
     with apply(model, plan) as handle, handle.decoding():
         found = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
         cache = DynamicCache(config=model.config)
@@ -255,8 +255,8 @@ def test_tokens_said_to_be_generated_over_an_empty_cache(tiny_model: Any) -> Non
             chunks.append(model(ids[:, begin:end], **inputs).logits)
     for row, begin in ((0, 0), (1, 5)):
         expected = stated(model, ids[row : row + 1, begin:], plan, rule=everything)[0]
-        naive.assert_close(found[row, begin:], expected, 2e-5)
-        naive.assert_close(torch.cat(chunks, dim=1)[row, begin:], expected, 2e-5)
+        statement.assert_close(found[row, begin:], expected, 2e-5)
+        statement.assert_close(torch.cat(chunks, dim=1)[row, begin:], expected, 2e-5)
 
 
 @torch.no_grad()
@@ -264,7 +264,7 @@ def test_a_context_and_its_continuation(tiny_model: Any) -> None:
     model, ids, plan = tiny_model("llama"), ids_of(), plan_of()
     expected = stated(model, ids, plan, prompt=15)
     with apply(model, plan), context(model, 15):
-        naive.assert_close(model(ids).logits, expected)
+        statement.assert_close(model(ids).logits, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -286,7 +286,7 @@ def test_models_of_other_dtypes(tiny_model: Any, dtype: torch.dtype, ratio: floa
     with apply(model, plan):
         found = model(ids).logits
     assert found.dtype == dtype
-    naive.assert_close(found.double(), expected.double(), 1e-6 if dtype == torch.float64 else 3e-2)
+    statement.assert_close(found.double(), expected.double(), 1e-6 if dtype == torch.float64 else 3e-2)
 
 
 @torch.no_grad()
@@ -295,7 +295,7 @@ def test_under_autocast(tiny_model: Any) -> None:
     with apply(model, plan):
         expected = model(ids).logits
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            naive.assert_close(model(ids).logits.float(), expected, 5e-2)
+            statement.assert_close(model(ids).logits.float(), expected, 5e-2)
 
 
 @torch.no_grad()
@@ -334,7 +334,7 @@ def test_compiled_in_one_graph(tiny_model: Any, ratios: dict[int, float]) -> Non
         compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
         for tokens in (12, 20):
             ids = ids_of(tokens=tokens)
-            naive.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+            statement.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
     torch._dynamo.reset()
 
 
@@ -359,7 +359,7 @@ def test_gradients(tiny_model: Any, checkpointing: bool) -> None:
         if expected is None or not expected.any():
             assert found is None or not found.any()
         else:
-            naive.assert_close(found, expected, 1e-4)
+            statement.assert_close(found, expected, 1e-4)
 
 
 @torch.no_grad()
