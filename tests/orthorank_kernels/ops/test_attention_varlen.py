@@ -260,10 +260,11 @@ def test_compiles_into_one_graph(needs_grad: bool) -> None:
         return out + lse.clamp(min=0)[..., None]
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=True)
-    for window, softcap in ((30, 2.0), (9, None)):
+    calls = [(9, 2.0)] if needs_grad else [(30, 2.0), (9, None)]  # each is a compilation
+    for window, softcap in calls:
         torch.testing.assert_close(compiled(q, window, softcap), attend(q, window, softcap), rtol=1e-5, atol=1e-5)
     if needs_grad:
-        gradients = [torch.autograd.grad(f(q, 9, 2.0).square().sum(), q)[0] for f in (compiled, attend)]
+        gradients = [torch.autograd.grad(f(q, *calls[0]).square().sum(), q)[0] for f in (compiled, attend)]
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
