@@ -31,6 +31,7 @@ ARROWS = {
         {"plans"},
         {"config"},
         {"plan_checks"},
+        {"correction"},
         {"common"},
     ],
     "orthorank_kernels": [
