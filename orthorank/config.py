@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from orthorank.common.errors import OrthoRankError, UnknownKeysWarning, check_integer, check_share, shown
 from orthorank.common.files import finite, read_json, user_path, write_text
+from orthorank.correction import FILE_NAME as MAPS_NAME
+from orthorank.correction import Correction
 from orthorank.plan_checks import RECORDS, check_fields, release_of
 from orthorank_kernels._version import __version__
 from orthorank_kernels.callers import levels_to_caller
@@ -56,6 +58,8 @@ class OrthoRankConfig:
         calibration: what the layers were chosen on (text hash, tokens, windows, loss, method).
         measured: figures measured with this plan.
         version: version of this package that wrote the plan.
+        correction: maps that put back part of what the layers leave out, by layer; `orthorank.fit_correction` finds
+            them. None: left-out tokens stay as they are, as in the paper.
 
     Raises:
         OrthoRankError: a field holds an illegal value; the message lists what is legal.
@@ -90,6 +94,7 @@ class OrthoRankConfig:
     calibration: dict[str, Any] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
+    correction: Correction | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -114,6 +119,11 @@ class OrthoRankConfig:
         """The layers that select tokens: those of ``layers`` that are neither removed nor dense."""
         return [layer for layer in self.layers if 0 < self.ratio(layer) < 1]
 
+    @property
+    def ranks(self) -> dict[int, int]:
+        """The rank of the map of each corrected layer; empty without a correction."""
+        return {} if self.correction is None else dict.fromkeys(self.correction.layers, self.correction.rank)
+
     def nominal_sparsity(self, num_hidden_layers: int | None = None) -> float:
         """Share of token-layer updates that are left out: the sum of ``1 - ratio(layer)`` / ``num_hidden_layers``."""
         total = num_hidden_layers or self.num_hidden_layers
@@ -135,8 +145,13 @@ class OrthoRankConfig:
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as JSON stores them: mappings by layer have strings as keys, records no infinite figures."""
+        """All fields, as JSON stores them: mappings by layer have strings as keys, records no infinite figures.
+
+        Of a correction it says what `save_pretrained` writes beside it; without one there is no such key.
+        """
         values = dataclasses.asdict(self)
+        if (correction := values.pop("correction")) is not None:
+            values["correction"] = correction.to_dict()
         values |= {name: finite(values[name]) for name in RECORDS}
         return values | {name: {str(layer): x for layer, x in values[name].items()} for name in BY_LAYER}
 
@@ -175,6 +190,8 @@ class OrthoRankConfig:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``folder/orthorank.json`` (sorted keys, replaced in one step) and return its path.
 
+        The maps of a correction go to ``folder/correction.safetensors``, which the JSON names by its hash.
+
         Raises:
             OrthoRankError: it cannot be written, or a field was changed to something illegal; then nothing is.
         """
@@ -184,12 +201,20 @@ class OrthoRankConfig:
             where.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OrthoRankError(f"the plan cannot be written to {where}: {error.strerror}") from error
+        if self.correction is not None:
+            self.correction.save(where / MAPS_NAME)
         write_text(where / FILE_NAME, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
         return where / FILE_NAME
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str]) -> "OrthoRankConfig":
-        """Read a plan from a JSON file, or from ``orthorank.json`` in a folder."""
+        """Read a plan from a JSON file, or from ``orthorank.json`` in a folder.
+
+        The maps of a corrected plan are read from ``correction.safetensors`` beside the JSON file.
+
+        Raises:
+            OrthoRankError: a file cannot be read, is broken, or is not the other's.
+        """
         file = user_path("plan", path)
         file = file / FILE_NAME if file.is_dir() else file
         try:
@@ -199,6 +224,8 @@ class OrthoRankConfig:
         except ValueError as error:
             raise OrthoRankError(f"{file} is not a JSON file: {error}") from error
         try:
+            if isinstance(values, dict) and values.get("correction") is not None:
+                values["correction"] = Correction.load(file.parent / MAPS_NAME, values["correction"])
             return cls.from_dict(values)
         except OrthoRankError as error:
             raise OrthoRankError(f"{file}: {error}") from error

@@ -7,6 +7,7 @@ from typing import Any
 
 from orthorank.common.criteria import check_criterion, check_pointwise
 from orthorank.common.errors import OrthoRankError, check_integer, shown
+from orthorank.correction import FILE_NAME, Correction
 
 LEGAL: dict[str, tuple[str, ...]] = {
     "select": ("topk", "window", "threshold"),
@@ -63,6 +64,8 @@ def check_fields(plan: Any) -> None:
         layer: _threshold(f"thresholds[{layer}]", tau) for layer, tau in _by_layer("thresholds", plan).items()
     }
     _check_modes(plan)
+    if plan.correction is not None:
+        _check_correction(plan)
 
 
 def release_of(version: str) -> tuple[int, ...]:
@@ -119,6 +122,29 @@ def _check_modes(plan: Any) -> None:
                 f"{name} is {getattr(plan, name)!r} and select is {plan.select!r}; it is for select='threshold': set "
                 f"that, or leave {name} out"
             )
+
+
+def _check_correction(plan: Any) -> None:
+    """Every map is of a layer that leaves tokens out, and of the model's hidden size."""
+    correction = plan.correction
+    if isinstance(correction, dict):
+        raise OrthoRankError(
+            f"correction is what a plan's JSON says of the maps in {FILE_NAME} beside it, without the maps; read the "
+            "plan with OrthoRankConfig.from_pretrained(folder), or take the key out to follow it uncorrected"
+        )
+    if not isinstance(correction, Correction):
+        raise OrthoRankError(f"correction is a {type(correction).__name__}; it must be a Correction or None")
+    if wrong := [layer for layer in correction.layers if layer not in plan.layers or plan.ratio(layer) == 1]:
+        leaving = [layer for layer in plan.layers if plan.ratio(layer) < 1]
+        raise OrthoRankError(
+            f"correction has a map for layer {wrong[0]}, which leaves no token out; the layers that do are "
+            f"{shown(leaving)}"
+        )
+    if plan.hidden_size not in (None, correction.hidden_size):
+        raise OrthoRankError(
+            f"correction has maps of hidden size {correction.hidden_size}, and hidden_size is {plan.hidden_size}; they "
+            "are another model's"
+        )
 
 
 def _ratio(name: str, value: object) -> float:
