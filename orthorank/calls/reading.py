@@ -78,13 +78,19 @@ def phase_of(holder: Any, phase: Phase) -> Iterator[None]:
 
 
 def read_call(
-    shape: tuple[int, int], device: torch.device, phase: Phase, kwargs: dict[str, Any], decode: str = "dense"
+    shape: tuple[int, int],
+    device: torch.device,
+    phase: Phase,
+    kwargs: dict[str, Any],
+    decode: str = "dense",
+    sinks: bool = False,
 ) -> Call:
     """The call that ``kwargs`` of the decoder's forward describe.
 
     Args:
         shape: batch and tokens of the call.
         phase: what the caller said before; decode: what the plan says of generated tokens.
+        sinks: whether it has to be known where sinks and padding are in calls of generated tokens alone, too.
     """
     batch, tokens = shape
     refuse_packed(kwargs)
@@ -95,19 +101,25 @@ def read_call(
     ranks_decoded = decode == "threshold"
     call = Call(batch, tokens, past, _prompt_tokens(phase, past, tokens, ranks_decoded), ranks_decoded)
     if call.decodes_only:
-        return call
+        if not sinks or (phase.prompt and not call.first):  # in generate() every row has begun with the prompt
+            return call
+        return _placed(call, valid_columns(_mask(phase, kwargs, batch, past + tokens), past + tokens, batch), device)
     if phase.prompt_end is None or past + tokens >= phase.prompt_end:
         call = dataclasses.replace(call, keep_last=min(phase.keep_last, call.prompt_tokens))
-    mask = None if phase.unpadded else kwargs.get("attention_mask")
-    if phase.padding_mask is not None and phase.padding_mask.shape == (batch, past + tokens):
-        mask = phase.padding_mask
-    columns = valid_columns(mask, past + tokens, batch)
+    columns = valid_columns(_mask(phase, kwargs, batch, past + tokens), past + tokens, batch)
     if ranks_decoded and phase.prompt and columns is not None:
         refuse_right_padding(columns, past + tokens)
     refuse_restarts(kwargs.get("position_ids"), columns, past)
     if phase.context is not None and (call.keep_last or not ranks_decoded):
         return _with_context(call, columns, phase.context, device)
     return _placed(call, columns, device)
+
+
+def _mask(phase: Phase, kwargs: dict[str, Any], batch: int, columns: int) -> Any:
+    """The mask from which padding is read, of all ``columns`` so far."""
+    if phase.padding_mask is not None and phase.padding_mask.shape == (batch, columns):
+        return phase.padding_mask
+    return None if phase.unpadded else kwargs.get("attention_mask")
 
 
 def _placed(call: Call, columns: Columns | None, device: torch.device) -> Call:

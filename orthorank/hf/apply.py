@@ -163,6 +163,11 @@ def check_plan(model: Any, config: OrthoRankConfig) -> None:
                 f"the plan was made for a model with {name} {wanted!r} and this one has {getattr(text, name)!r}; "
                 "find a plan for this model with a search"
             )
+    if config.correction is not None and config.correction.hidden_size != text.hidden_size:
+        raise OrthoRankError(
+            f"the plan's correction has maps of hidden size {config.correction.hidden_size}, and the model's is "
+            f"{text.hidden_size}: it was fitted on another model; fit one on this model with orthorank.fit_correction"
+        )
     here = hub_id(model)
     if config.model_id is not None and here is not None and config.model_id.lower() != here.lower():
         raise OrthoRankError(
@@ -192,6 +197,8 @@ class Handle(AbstractContextManager["Handle"]):
         self.skips = any(config.ratio(layer) < 1 for layer in config.layers)
         self.pointwise = is_pointwise(config.criterion)
         self.removes = any(config.ratio(layer) == 0 for layer in config.layers)
+        maps = {} if config.correction is None else config.correction.maps
+        self.corrects_removed = any(config.ratio(layer) == 0 for layer in maps)
         self.identity = sink_state.identity(config)
         self.phase = Phase()
         self.lock = CallLock()

@@ -38,7 +38,10 @@ def identity(plan: "OrthoRankConfig") -> str:
     """
     ratios = {layer: plan.ratio(layer) for layer in plan.layers if plan.ratio(layer) != 1}
     names = [name for name in SETTINGS if name not in UNDER or getattr(plan, UNDER[name][0]) == UNDER[name][1]]
-    return json.dumps({"keep ratio by layer": ratios} | {name: getattr(plan, name) for name in names}) if ratios else ""
+    said = {"keep ratio by layer": ratios} | {name: getattr(plan, name) for name in names}
+    if plan.correction is not None:
+        said["correction"] = plan.correction.sha256[:16]
+    return json.dumps(said) if ratios else ""
 
 
 def mark(cache: Any, plan: str) -> None:

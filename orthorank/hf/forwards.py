@@ -18,6 +18,8 @@ from orthorank.common.patching import Patch
 from orthorank.config import OrthoRankConfig
 from orthorank.hf import cache_state as sink_state
 from orthorank.hf.ablations import without_cache
+from orthorank.hf.correction import corrected, map_of, on
+from orthorank.hf.families import device_of
 from orthorank.hf.family import Family
 from orthorank.hf.intact import TakenApart
 from orthorank.hf.layer import removed_forward, selected_forward
@@ -37,6 +39,7 @@ class Applied(Protocol):
     skips: bool
     pointwise: bool
     removes: bool
+    corrects_removed: bool
     identity: str
     phase: Phase
     lock: CallLock
@@ -108,7 +111,7 @@ class DecoderForward(Patch):
             phase = phase_inside(
                 phase, handle.model, self.owner, handle.config.keep_last, shape[1], cache_of(kwargs), inputs
             )
-        call = read_call(shape, given.device, phase, kwargs, handle.config.decode)
+        call = read_call(shape, given.device, phase, kwargs, handle.config.decode, handle.corrects_removed)
         # Before any layer runs: a failure further up would leave the lower layers' cache longer than the others'.
         if not (call.first or handle.phase.any_cache):
             sink_state.check_filled_by(cache_of(kwargs), handle.identity)
@@ -147,6 +150,7 @@ class LayerForward(Patch):
         self.handle, self.index, self.family = handle, index, family
         self.plan, self.counts = LayerPlan(handle.config, index), handle.stats[index]
         self.ratio = self.plan.own_ratio
+        self.map = map_of(handle.config, index, device_of(layer))
         self.ran = False  # in the call that is running, or the last one
         self.taken_apart = TakenApart(family, layer, index, self.replaced) if 0 < self.ratio < 1 else None
 
@@ -166,7 +170,8 @@ class LayerForward(Patch):
         if self.ratio == 0:
             counts.add(valid, 0)
             # Without a cache no graph reads the index: torch 2.11 would compile each removed layer apart.
-            return hidden_states if cache is None else removed_forward(self.index, hidden_states, cache)
+            left = hidden_states if cache is None else removed_forward(self.index, hidden_states, cache)
+            return left if self.map is None else self._correct(left, call.on(left.device))
         if call.decodes_only or self.ratio == 1:
             counts.add(valid, valid, unranked=valid if call.decodes_only else 0)
             return self.run_original(hidden_states, *args, **kwargs)
@@ -175,6 +180,14 @@ class LayerForward(Patch):
         counts.add(valid, updated[0], unranked=call.tokens_unranked())
         return output
 
+    def _correct(self, hidden_states: Tensor, call: Call) -> Tensor:
+        """What is left of a removed layer: its input norm, called, and its map."""
+        assert self.map is not None  # or it would not be called
+        name = self.family.norm_in
+        normed = hidden_states if name is None else getattr(self.owner, name)(hidden_states)
+        self.map = on(self.map, normed.device)  # the model may have been moved
+        return corrected(hidden_states, normed, call, self.map)
+
     def _select(
         self, hidden_states: Tensor, cos_sin: tuple[Tensor, Tensor], cache: Any, call: Call, updated: list[int | Tensor]
     ) -> Any:
@@ -182,7 +195,10 @@ class LayerForward(Patch):
             parts = Parts.of(self.family, self.owner)
         else:
             parts = self.taken_apart.parts  # looked at when the call began
-        run = partial(selected_forward, parts, self.index, self.plan, call.on(hidden_states.device), updated=updated)
+        if self.map is not None:
+            self.map = on(self.map, hidden_states.device)  # the model may have been moved
+        here = call.on(hidden_states.device)
+        run = partial(selected_forward, parts, self.index, self.plan, here, updated=updated, layer_map=self.map)
         if getattr(self.owner, "gradient_checkpointing", False) and self.owner.training:
             # As transformers' own layers do it, without a cache: the recomputation would fill it twice. It runs in
             # backward, in whatever thread, while the model may be in another call: so all it needs is bound here.

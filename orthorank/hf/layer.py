@@ -5,7 +5,7 @@ x --k_proj, v_proj--> K, V of all tokens --rotary--> cache
 x --gather_rows--> x_sel --q_proj, apply_rotary_at--> Q of the selected
 Q, K, V, positions --sparse_query_attention--> o --o_proj--> a
 h, positions, a --gather_add_rms_norm--> r = h[positions] + a, y = norm(r)
-y --mlp--> m;   h' --scatter_add_rows_--> r + m at positions (h' began as a copy of h)
+y --mlp--> m;   h' --scatter_add_rows_--> r + m at positions (h' began as a copy of h, or as what a map made of it)
 
 Where families differ (norms, projections, rotary embedding, what the MLP reads), `Parts` knows.
 """
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from orthorank.calls.call import Call
 from orthorank.config import OrthoRankConfig
+from orthorank.correction import LayerMap
 from orthorank.hf import cache_state as sink_state
 from orthorank.hf import selection as choosing
+from orthorank.hf.correction import corrected, on
 from orthorank.hf.criteria import Chosen, norm_and_select, scored_states
 from orthorank.hf.parts import Parts
 from orthorank_kernels import gather_rows, scatter_add_rows_, sparse_query_attention
@@ -33,6 +35,7 @@ def selected_forward(
     position_embeddings: tuple[Tensor, Tensor],
     cache: Any = None,
     updated: list[int | Tensor] | None = None,
+    layer_map: LayerMap | None = None,
 ) -> Tensor:
     """One decoder layer in which only the selected tokens are updated.
 
@@ -43,15 +46,18 @@ def selected_forward(
         position_embeddings: cos and sin, ``[batch or 1, tokens, rotary_dim]``.
         cache: a transformers cache, which gets the keys and values of all tokens, or None. None with ``kv="selected"``.
         updated: gets how many tokens are updated, at its end.
+        layer_map: what the plan adds to unselected tokens, or None.
 
     Returns:
-        ``[batch, tokens, hidden]``: unselected tokens as they came.
+        ``[batch, tokens, hidden]``: unselected tokens as they came, or as ``layer_map`` corrects them.
     """
     tables = parts.tables(position_embeddings)
     normed, positions, written, counts = _norm_and_select(parts, index, config, call, hidden_states, cache)
     if updated is not None:
         updated.append(choosing.count_of(config, index, call, positions, counts))
     positions = choosing.fitted(config, call, positions, counts)
+    if layer_map is not None:
+        written = corrected(hidden_states, normed, call, on(layer_map, normed.device))
 
     if call.watcher is not None:
         call.watcher(index, positions, call)
@@ -66,7 +72,7 @@ def selected_forward(
                 first_key = int(first_key)
             keys, values = cache.update(keys, values, index)
     if positions.shape[1] == 0:
-        return hidden_states
+        return written
 
     selected = gather_rows(normed, positions)
     queries = parts.rotate(parts.queries(selected), tables, positions)

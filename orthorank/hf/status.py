@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from orthorank.common import format as words
 from orthorank.config import OrthoRankConfig
 
 
@@ -131,15 +132,17 @@ class LayerStatus:
 class Status:
     """All layers of a model with a plan applied; ``str()`` gives a table.
 
-    ``note``: what is particular about the model's family, or nothing.
+    ``note``: what is particular about the model's family, or nothing. ``correction``: which layers of a corrected plan
+    have a map, and its rank; nothing without one.
     """
 
     rows: list[LayerStatus]
     note: str = ""
+    correction: str = ""
 
     def __str__(self) -> str:
         head = f"{'layer':>5}  {'mode':<8}  {'keep':>5}  {'calls':>6}  {'tokens in':>10}  {'updated':>10}  achieved"
-        return "\n".join([head, *(_line(row) for row in self.rows), *([self.note] if self.note else [])])
+        return "\n".join([head, *(_line(row) for row in self.rows), *filter(None, (self.correction, self.note))])
 
 
 def status_of(config: OrthoRankConfig, num_layers: int, counts: dict[int, LayerCounts], note: str = "") -> Status:
@@ -154,7 +157,9 @@ def status_of(config: OrthoRankConfig, num_layers: int, counts: dict[int, LayerC
         else:
             row = LayerStatus(layer, "dense", 1.0)
         rows.append(row)
-    return Status(rows, note)
+    found = config.correction
+    said = "" if found is None else f"corrected with maps of rank {found.rank}: layers {words.layers(found.layers)}"
+    return Status(rows, note, said)
 
 
 def _line(row: LayerStatus) -> str:
