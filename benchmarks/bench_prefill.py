@@ -58,7 +58,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     seeded = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, model.config.vocab_size, (options.batch, options.tokens), generator=seeded)
     report = time_prefill(model, {"dense": None, "plan": plan}, prompt, rounds=options.rounds, warmup=2)
-    ideal = flop_speedup(model.config, options.tokens, plan.layers, plan.ratios)
+    ideal = flop_speedup(model.config, options.tokens, plan.layers, plan.ratios, ranks=plan.ranks)
     measured = report.timings["plan"].speedup
     return {
         "model": info.to_dict(),
@@ -71,7 +71,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "measured_speedup": measured,
         "measured_speedup_spread": report.timings["plan"].speedup_spread,
         "flop_speedup": ideal,
-        "flop_speedup_all_logits": flop_speedup(model.config, options.tokens, plan.layers, plan.ratios, logits="all"),
+        "flop_speedup_all_logits": flop_speedup(
+            model.config, options.tokens, plan.layers, plan.ratios, logits="all", ranks=plan.ranks
+        ),
         "measured_over_ideal": measured / ideal,
     }
 

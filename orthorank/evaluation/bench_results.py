@@ -88,6 +88,6 @@ def flop_speedup_of(config: Any, plan: OrthoRankConfig | None, tokens: int) -> f
     if plan is None:
         return 1.0
     try:
-        return flop_speedup(config, tokens, plan.layers, plan.ratios)
+        return flop_speedup(config, tokens, plan.layers, plan.ratios, ranks=plan.ranks)
     except OrthoRankError:  # a kind of model whose FLOPs are not counted
         return None

@@ -9,6 +9,7 @@ C = kv_heads * head_dim and MLP width M:
     scores, weighted sum     2 * (2 Q * k * N / 2)     causal: a query meets half of the keys on average
     gated MLP                3 * (2 k D M)             the same width everywhere (2 without a gate), or
     experts                  2 k D E + e * 3 * (2 k D M_e) + 3 * (2 k D M_s) + 2 k D
+    map of rank r            2 * (2 N r D)             of a corrected layer: all tokens, also where it is removed
     head                     2 D * vocabulary          once (`logits_to_keep=1`) or for N tokens
 
 The experts' line is the router over E experts, e of which each token passes, each M_e wide, and, in models that have
@@ -90,6 +91,7 @@ def prefill_flops(
     layers: Iterable[int] = (),
     keep_ratio: float | Mapping[int, float] = 1.0,
     logits: str = "last",
+    ranks: Mapping[int, int] | None = None,
 ) -> float:
     """FLOPs of processing one prompt; a batch takes as many times more.
 
@@ -100,6 +102,7 @@ def prefill_flops(
         keep_ratio: share of tokens that they update; 0 removes them, keys and values included. See `keep_count`. A
             mapping gives each of them its own, as `OrthoRankConfig.ratios` does.
         logits: ``"last"``: the head runs on one token (``logits_to_keep=1``); ``"all"``: on every token.
+        ranks: of the maps of corrected layers, by layer, as `OrthoRankConfig.ranks` has them.
 
     Returns:
         Floating-point operations, a multiply-add counted as 2.
@@ -112,6 +115,10 @@ def prefill_flops(
         >>> dense = prefill_flops(LlamaConfig(num_key_value_heads=32), 2048)  # the defaults are Llama-2-7B's
         >>> f"{dense / 1e12:.1f} TFLOP"
         '27.6 TFLOP'
+        >>> removed = {"tokens": 2048, "layers": [9], "keep_ratio": 0}
+        >>> with_map = prefill_flops(LlamaConfig(), **removed, ranks={9: 64})
+        >>> with_map - prefill_flops(LlamaConfig(), **removed) == 2 * (2 * 2048 * 64 * 4096)
+        True
     """
     sizes = Dimensions.of(config)
     check_integer("tokens", tokens, 1)
@@ -119,6 +126,8 @@ def prefill_flops(
     selected = set(layers)
     if unknown := [layer for layer in sorted(selected) if not 0 <= layer < sizes.layers]:
         raise OrthoRankError(f"layers holds {unknown[0]}; the model has layers 0 to {sizes.layers - 1}")
+    if unknown := [layer for layer in ranks or {} if layer not in selected]:
+        raise OrthoRankError(f"ranks has the key {unknown[0]}; maps are of the layers given, {sorted(selected)}")
     given = keep_ratio.values() if isinstance(keep_ratio, Mapping) else [keep_ratio]
     if wrong := [ratio for ratio in given if not 0 <= ratio <= 1]:
         raise OrthoRankError(f"keep_ratio is {wrong[0]}; it must be from 0 (layers removed) to 1 (dense)")
@@ -127,7 +136,7 @@ def prefill_flops(
     for index in range(sizes.layers):
         if (ratio := ratios.get(index, 1.0)) > 0:
             total += sizes.layer(index, tokens, keep_count(tokens, ratio))
-    return total
+    return total + sum(4.0 * tokens * rank * sizes.hidden for rank in (ranks or {}).values())
 
 
 def _ratio_of(layer: int, keep_ratio: float | Mapping[int, float]) -> float:
@@ -139,7 +148,12 @@ def _ratio_of(layer: int, keep_ratio: float | Mapping[int, float]) -> float:
 
 
 def flop_speedup(
-    config: Any, tokens: int, layers: Iterable[int], keep_ratio: float | Mapping[int, float], logits: str = "last"
+    config: Any,
+    tokens: int,
+    layers: Iterable[int],
+    keep_ratio: float | Mapping[int, float],
+    logits: str = "last",
+    ranks: Mapping[int, int] | None = None,
 ) -> float:
     """Dense FLOPs divided by the plan's: the speed-up if time were proportional to FLOPs. Arguments as above.
 
@@ -152,7 +166,7 @@ def flop_speedup(
         1.183
     """
     dense = prefill_flops(config, tokens, logits=logits)
-    return dense / prefill_flops(config, tokens, layers, keep_ratio, logits)
+    return dense / prefill_flops(config, tokens, layers, keep_ratio, logits, ranks)
 
 
 def layer_cost(config: Any, tokens: int, keep_ratio: float) -> float:

@@ -22,7 +22,7 @@ def run(context: Context) -> None:
     batch, tokens = sizes.smoke
     prompt = torch.arange(batch * tokens, device=machine.device).view(batch, tokens) % model.config.vocab_size
     plan = OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3)
-    amount = batch * prefill_flops(model.config, tokens, plan.layers, plan.ratios)
+    amount = batch * prefill_flops(model.config, tokens, plan.layers, plan.ratios, ranks=plan.ranks)
     context.planned = len(sizes.modes) + 1
 
     def forward() -> torch.Tensor:

@@ -90,7 +90,7 @@ def turn(
     Without the untimed one the first time has compilations in it, and says so.
     """
     machine, (batch, tokens) = context.machine, shape
-    ideal = 1.0 if plan is None else flop_speedup(model.config, tokens, plan.layers, plan.ratios)
+    ideal = 1.0 if plan is None else flop_speedup(model.config, tokens, plan.layers, plan.ratios, ranks=plan.ranks)
     fields = {"model": name, "shape": f"{batch} x {tokens}", "variant": variant, "round": number,
               "backend": backend}  # fmt: skip
     generator = torch.Generator().manual_seed(number)
