@@ -72,11 +72,17 @@ def read_starts(settings: BudgetSettings) -> dict[str, OrthoRankConfig]:
     """The plans in the files that the settings name.
 
     Raises:
-        OrthoRankError: one of them cannot be read.
+        OrthoRankError: one of them cannot be read, or is corrected.
     """
-    return {
-        path: OrthoRankConfig.from_pretrained(user_path("start", path)) for path in settings.starts if path != "none"
-    }
+    paths = [path for path in settings.starts if path != "none"]
+    found = {path: OrthoRankConfig.from_pretrained(user_path("start", path)) for path in paths}
+    for path, plan in found.items():
+        if plan.correction is not None:
+            raise OrthoRankError(
+                f"start is {path!r}, a corrected plan, and this search measures plans without maps; name the plan that "
+                "it was before, and correct the one that is found"
+            )
+    return found
 
 
 def _fitting(job: Job) -> dict[str, OrthoRankConfig]:

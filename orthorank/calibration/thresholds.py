@@ -78,6 +78,11 @@ def calibrate(
             f"input_ids has shape {list(input_ids.shape)}; it must be [windows, tokens] with at least one window of 2 "
             "tokens"
         )
+    if plan.correction is not None:
+        raise OrthoRankError(
+            "the plan is corrected, and its maps were fitted to the tokens that it leaves out now; calibrate the plan "
+            "without its correction, then fit the correction: orthorank.fit_correction finds thresholds again"
+        )
     check_pointwise(plan.criterion, "thresholds; use select 'topk' or 'window'")
     changes: dict[str, Any] = {"keep_ratio": keep_ratio, "decode": "dense", "keep_last": keep_last}
     wanted = _with(plan, **{name: value for name, value in changes.items() if value is not None})

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from orthorank.common.files import write_json, write_text
 from orthorank.common.progress import Screen
 from orthorank.config import FILE_NAME, OrthoRankConfig
+from orthorank.correction import FILE_NAME as MAPS_NAME
 from orthorank.demo.settings import Settings
 from orthorank.models import ModelInfo
 from orthorank.search.calibration import Calibration
@@ -58,7 +59,9 @@ class Run:
         write_text(self.folder / REPORT, html_page(self.results))
 
     def save_plan(self, method: str, plan: OrthoRankConfig) -> None:
-        """Write a plan to its file in the folder."""
+        """Write a plan to its file in the folder, and the maps of a corrected one beside it."""
+        if plan.correction is not None:
+            plan.correction.save(self.folder / MAPS_NAME)
         write_text(self.folder / PLAN_FILES[method], json.dumps(plan.to_dict(), indent=2, sort_keys=True) + "\n")
         if method == "orthorank":
             self.results["plan_file"] = str(self.folder / FILE_NAME)
