@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from orthorank.common.exports import exports
 
 if TYPE_CHECKING:
+    from orthorank.calibration.corrections import fit_correction
     from orthorank.common.criteria import register_criterion
     from orthorank.common.errors import OrthoRankError
     from orthorank.config import OrthoRankConfig
@@ -30,6 +31,7 @@ __all__ = [
     "apply",
     "check_family",
     "context",
+    "fit_correction",
     "handle_of",
     "load_model",
     "register_criterion",
@@ -40,6 +42,7 @@ __all__ = [
 __getattr__, __dir__ = exports(
     __name__,
     {
+        "orthorank.calibration.corrections": ("fit_correction",),
         "orthorank.common.criteria": ("register_criterion",),
         "orthorank.common.errors": ("OrthoRankError",),
         "orthorank.config": ("OrthoRankConfig",),

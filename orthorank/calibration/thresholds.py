@@ -71,13 +71,7 @@ def calibrate(
         ([1, 2], {'1': 0.4, '2': 0.4})
     """
     check_plan(model, plan)
-    if model.training:
-        raise OrthoRankError("model is in training mode; call model.eval() first")
-    if input_ids.dim() != 2 or input_ids.shape[0] < 1 or input_ids.shape[1] < 2:
-        raise OrthoRankError(
-            f"input_ids has shape {list(input_ids.shape)}; it must be [windows, tokens] with at least one window of 2 "
-            "tokens"
-        )
+    check_windows(model, input_ids)
     if plan.correction is not None:
         raise OrthoRankError(
             "the plan is corrected, and its maps were fitted to the tokens that it leaves out now; calibrate the plan "
@@ -92,12 +86,7 @@ def calibrate(
             "for layers whose ratio is above 0 and below 1"
         )
     thresholds, achieved = _thresholds(LayerStack(model), input_ids, wanted, batch_size, on_layer)
-    record = {
-        "ids_sha256": hashlib.sha256(input_ids.cpu().numpy().astype("<i8").tobytes()).hexdigest(),
-        "windows": input_ids.shape[0],
-        "seq_len": input_ids.shape[1],
-        "achieved": {str(layer): round(share, 6) for layer, share in achieved.items()},
-    }
+    record = record_of(input_ids) | {"achieved": {str(layer): round(share, 6) for layer, share in achieved.items()}}
     return dataclasses.replace(
         wanted,
         select="threshold",
@@ -107,6 +96,31 @@ def calibrate(
         measured={},  # figures of another selection
         version=__version__,
     )
+
+
+def check_windows(model: "PreTrainedModel", input_ids: Tensor, least: int = 1) -> None:
+    """``model`` is in eval mode, and ``input_ids`` are ``least`` windows of 2 tokens or more.
+
+    Raises:
+        OrthoRankError: they are not.
+    """
+    if model.training:
+        raise OrthoRankError("model is in training mode; call model.eval() first")
+    if input_ids.dim() != 2 or input_ids.shape[0] < least or input_ids.shape[1] < 2:
+        windows = "one window" if least == 1 else f"{least} windows"
+        raise OrthoRankError(
+            f"input_ids has shape {list(input_ids.shape)}; it must be [windows, tokens] with at least {windows} of 2 "
+            "tokens"
+        )
+
+
+def record_of(input_ids: Tensor) -> dict[str, Any]:
+    """What a plan says of the windows it was calibrated on: how many of how many tokens, and their hash."""
+    return {
+        "ids_sha256": hashlib.sha256(input_ids.cpu().numpy().astype("<i8").tobytes()).hexdigest(),
+        "windows": input_ids.shape[0],
+        "seq_len": input_ids.shape[1],
+    }
 
 
 def threshold_for(scores: Tensor, count: int) -> tuple[float, int]:
@@ -155,7 +169,7 @@ def _thresholds(
         if layer in plan.selecting:
             pairs = zip(states, passes, strict=True)
             ranks = [stack.ranks(layer, h, inputs, **ranked)[:, 1:].flatten().cpu() for h, inputs in pairs]
-            thresholds[layer], updated = _choose(torch.cat(ranks), plan, layer, input_ids)
+            thresholds[layer], updated = choose_threshold(torch.cat(ranks), plan, layer, input_ids)
             achieved[layer] = updated / input_ids.numel()
             options = ranked | {"select": "threshold", "thresholds": {layer: thresholds[layer]}}
         if layer < last:
@@ -166,7 +180,7 @@ def _thresholds(
     return thresholds, achieved
 
 
-def _choose(ranks: Tensor, plan: OrthoRankConfig, layer: int, input_ids: Tensor) -> tuple[float, int]:
+def choose_threshold(ranks: Tensor, plan: OrthoRankConfig, layer: int, input_ids: Tensor) -> tuple[float, int]:
     """The threshold of ``layer``, and how many tokens it updates.
 
     Args:
