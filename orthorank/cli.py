@@ -75,6 +75,7 @@ COMMANDS = {
     "analyze": "analyze",
     "search": "search",
     "calibrate": "calibrate",
+    "correct": "correct",
     "vllm-args": "vllm_args",
     "lm-eval": "lm_eval",
 }

@@ -1,0 +1,168 @@
+"""``orthorank correct``: maps for a plan, which put back part of what its layers leave out."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, console, register, table_of
+from orthorank.common.errors import OrthoRankError, check_choice, check_integer
+from orthorank.common.files import writable_folder
+from orthorank.common.texts import Bos, Text, check_bos, find_text, join_texts, read_tokens, take_samples
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import Tensor
+
+    from orthorank.common.progress import Screen
+    from orthorank.config import OrthoRankConfig
+
+OUTPUT = Path("orthorank-correct")
+PLAN = "A plan file, its folder, or default: the plan shipped for the model."
+TEXT = "UTF-8 text file to fit on; give one of every kind that is to come. Default: the documentation of Python."
+DATASET = "wikitext2 or c4, by the package datasets; wikitext2:FOLDER reads a copy. May be given several times."
+RANK = "Of the maps. More explains more, and costs more: 4 * rank * hidden size FLOPs for each token and layer."
+TARGET = "dense: the dense model's state after the layer; layer: what the layer itself would have added."
+WINDOWS = "Windows to fit on, in equal shares of the texts, and as many of their second halves to measure on."
+
+
+def command(
+    plan: Annotated[str, typer.Argument(help=PLAN, show_default=False)],
+    model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
+    text: Annotated[list[Path] | None, typer.Option(help=TEXT)] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help=DATASET)] = None,
+    rank: Annotated[int, typer.Option(help=RANK)] = 64,
+    target: Annotated[str, typer.Option(help=TARGET)] = "dense",
+    windows: Annotated[int, typer.Option(help=WINDOWS)] = 16,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    criterion: Annotated[list[str] | None, typer.Option(help=OWN_CRITERION)] = None,
+    bos: Annotated[str, typer.Option(help=BOS)] = "auto",
+    output: Annotated[Path, typer.Option(help="Folder for the plan and its maps.")] = OUTPUT,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows in one forward. Default: by the free memory.")] = None,
+) -> int:
+    """Fit a small linear map to each layer of a plan, which puts back part of what the layer leaves out.
+
+    In closed form, without training: one pass over windows of the first half of each text. Every fourth window is held
+    out to say what the maps explain; windows of the second halves say what they are worth. Writes orthorank.json and
+    correction.safetensors.
+    """
+    from orthorank.config import OrthoRankConfig
+
+    check_bos(bos)
+    register(criterion)
+    check_choice("target", target, ("dense", "layer"))
+    check_integer("rank", rank, 1)
+    followed = None if plan == "default" else OrthoRankConfig.from_pretrained(plan)
+    sources = _sources(text or [], dataset or [])
+    share = windows // len(sources)
+    if windows < 2 or share < 1:
+        raise OrthoRankError(
+            f"--windows is {windows}, for {len(sources)} texts; it must be at least one for each text, and 2 in all"
+        )
+    folder = writable_folder(output)
+    screen = RichScreen(console())
+
+    from orthorank.calibration.corrections import fit_correction
+    from orthorank.models import load_model, locate
+    from orthorank.plans import default_plan
+
+    with screen.progress(f"loading {locate(model).name}", 1):
+        loaded, tokenizer, info = load_model(model, device, dtype)
+    if seq_len > info.max_tokens:
+        raise OrthoRankError(f"seq_len is {seq_len}; the model's longest input has {info.max_tokens} tokens")
+    where = Bos.of(bos, tokenizer)
+    samples = [
+        take_samples(
+            read_tokens(source, tokenizer, loaded, where),
+            windows=share,
+            seq_len=seq_len,
+            held_out_windows=share,
+            held_out_len=seq_len,
+            name=f"the text ({source.name})",
+            leading=where.leading,
+        )
+        for source in sources
+    ]
+    followed = default_plan(loaded) if followed is None else followed
+    screen.heading(f"{info.name}: maps of rank {rank} on {share * len(sources)} windows of {seq_len} tokens")
+    screen.say(f"{'; '.join(source.name for source in sources)}; {where}")
+    if len(sources) == 1:
+        screen.say("One kind of text: maps fit the text they learn from. Give one of every kind that is to come.")
+    size = share * len(sources) * seq_len * loaded.config.get_text_config().hidden_size * loaded.dtype.itemsize
+    screen.say(f"States kept in memory: {(2 if target == 'dense' else 1) * size / 2**20:,.0f} MiB")
+    import torch
+
+    last = max((layer for layer, ratio in followed.ratios.items() if ratio < 1), default=0)
+    with screen.progress("maps", last + 1) as advance:
+        found = fit_correction(
+            loaded,
+            torch.cat([each.calibration for each in samples]),
+            followed,
+            rank=rank,
+            target=target,
+            batch_size=batch_size,
+            on_layer=lambda done, _, explained: advance(done, "" if explained is None else f"explains {explained:.0%}"),
+        )
+    found.calibration["correction"] |= {
+        "texts": [{"text": each.name, "text_sha256": each.sha256, "windows": share} for each in sources],
+        "bos": where.policy,
+    }
+    losses = _measure(screen, loaded, followed, found, [each.held_out for each in samples])
+    found.measured = {"held_out": [{"text": each.name} | loss for each, loss in zip(sources, losses, strict=True)]}
+    path = found.save_pretrained(folder)
+    screen.table(table(found))
+    screen.table(loss_table([each.name for each in sources], losses))
+    screen.say(f"Plan: {path}, maps beside it; use it with orthorank eval ppl --plan {output}")
+    return 0
+
+
+def _sources(texts: list[Path], datasets: list[str]) -> list[Text]:
+    """Each text that was named; the standard library's prose where none was."""
+    from orthorank.common.datasets import dataset_texts
+
+    found = [find_text(path) for path in texts]
+    for name in datasets:
+        first, rest = dataset_texts(name)
+        found.append(first if rest is None else join_texts([first, rest]))
+    return found or [find_text()]
+
+
+def _measure(
+    screen: "Screen", model: Any, before: "OrthoRankConfig", after: "OrthoRankConfig", held_out: "list[Tensor]"
+) -> list[dict[str, float]]:
+    """The loss on each text's second half, in nats a token: dense, with the plan as it was, and corrected."""
+    import dataclasses
+
+    from orthorank.evaluation import perplexity
+    from orthorank.hf.apply import apply
+
+    plans = {"dense": None, "plan": dataclasses.replace(before, correction=None), "corrected": after}
+    losses: list[dict[str, float]] = [{} for _ in held_out]
+    with screen.progress("second halves of the texts", len(plans) * len(held_out)) as advance:
+        for number, (name, plan) in enumerate(plans.items()):
+            handle = None if plan is None else apply(model, plan)
+            for i, windows in enumerate(held_out):
+                losses[i][name] = round(perplexity(model, windows).loss, 4)
+                advance(number * len(held_out) + i + 1, name)
+            if handle is not None:
+                handle.remove()
+    return losses
+
+
+def table(plan: "OrthoRankConfig") -> "Table":
+    """What each layer's map explains on windows that it was not fitted to."""
+    drawn = table_of("layer", "keep ratio", "explained", left=0)
+    for layer, share in plan.calibration["correction"]["explained"].items():
+        drawn.add_row(layer, f"{plan.ratio(int(layer)):.4f}", f"{share:.1%}")
+    return drawn
+
+
+def loss_table(names: list[str], losses: list[dict[str, float]]) -> "Table":
+    """Losses on the second half of each text, and what is won."""
+    drawn = table_of("loss on the second half of", *losses[0], "won")
+    for name, loss in zip(names, losses, strict=True):
+        figures = [*loss.values(), loss["plan"] - loss["corrected"]]
+        drawn.add_row(name, *(f"{figure:.4f}" for figure in figures))
+    return drawn

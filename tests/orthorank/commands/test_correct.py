@@ -1,0 +1,114 @@
+"""``orthorank correct``: from a plan and texts to a corrected plan in a folder."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from orthorank import OrthoRankConfig, apply, fit_correction, load_model
+from orthorank.cli import main
+from orthorank.common.texts import find_text, take_samples, tokenize
+from orthorank.evaluation import perplexity
+from tests.orthorank.commands.test_bos import byte_tokenizer
+from tests.orthorank.tiny import tiny
+
+PLAN = OrthoRankConfig(layers=[1, 2], keep_ratio=0.4, keep_ratios={2: 0.0})
+SMALL = ("--windows", "10", "--seq-len", "32", "--rank", "8", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, a plan and two texts."""
+    here = tmp_path_factory.mktemp("correct")
+    tiny("llama-2", vocab_size=260).save_pretrained(here)
+    byte_tokenizer(False, here)
+    PLAN.save_pretrained(here / "plan")
+    (here / "boats.txt").write_text("".join(f"Boat {n} left at {n % 24} o'clock. " for n in range(100)))
+    (here / "code.txt").write_text("".join(f"def f{n}(x):\n    return x + {n * 7 % 31}\n" for n in range(100)))
+    return here
+
+
+def run(capsys: pytest.CaptureFixture[str], *command: Any) -> str:
+    assert main(["correct", *map(str, command)]) == 0, capsys.readouterr().err
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_it_is_what_the_function_fits(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [folder / "boats.txt", folder / "code.txt"]
+    said = run(
+        capsys, folder / "plan", folder, *SMALL, "--text", texts[0], "--text", texts[1], "--output", tmp_path / "new"
+    )
+    found = OrthoRankConfig.from_pretrained(tmp_path / "new")
+    model, tokenizer, _ = load_model(str(folder), device="cpu")
+    samples = []
+    for text in texts:
+        tokens = tokenize(find_text(text), tokenizer)
+        samples.append(take_samples(tokens, windows=5, seq_len=32, held_out_windows=5, held_out_len=32))
+    windows = torch.cat([each.calibration for each in samples])
+    expected = fit_correction(model, windows, PLAN, rank=8)
+    assert found.correction == expected.correction
+    record = found.calibration["correction"]
+    assert [each["windows"] for each in record["texts"]] == [5, 5]
+    assert [Path(each["text"]).name for each in record["texts"]] == ["boats.txt", "code.txt"]
+    assert record["explained"] == expected.calibration["correction"]["explained"]
+    with apply(model, found):
+        losses = [perplexity(model, each.held_out).loss for each in samples]
+    assert [each["corrected"] for each in found.measured["held_out"]] == pytest.approx(losses, abs=1e-4)
+    for share in record["explained"].values():
+        assert f"{share:.1%}" in said
+    for each in found.measured["held_out"]:
+        assert f"{each['dense']:.4f} {each['plan']:.4f} {each['corrected']:.4f}" in said
+    assert "One kind of text" not in said
+
+
+def test_one_kind_of_text_is_warned_of(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = run(
+        capsys,
+        folder / "plan",
+        folder,
+        *SMALL,
+        "--text",
+        folder / "code.txt",
+        "--target",
+        "layer",
+        "--output",
+        tmp_path,
+    )
+    assert "One kind of text: maps fit the text they learn from." in said
+    assert OrthoRankConfig.from_pretrained(tmp_path).calibration["correction"]["target"] == "layer"
+
+
+def test_a_dataset_beside_a_text(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": [f"Row {n} of many." for n in range(300)]})
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "copy")
+    options = ("--text", folder / "code.txt", "--dataset", f"wikitext2:{tmp_path / 'copy'}")
+    run(capsys, folder / "plan", folder, *SMALL, *options, "--output", tmp_path / "new")
+    texts = OrthoRankConfig.from_pretrained(tmp_path / "new").calibration["correction"]["texts"]
+    assert "rows 0 to 127" in texts[1]["text"]
+    assert "rows 128 to 255" in texts[1]["text"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--target", "next"), "target is 'next'; it may be dense or layer"),
+        (("--rank", "0"), "rank is 0"),
+        (("--rank", "65"), "rank is 65; it must be an integer from 1 to 64"),
+        (("--windows", "1"), "--windows is 1, for 1 texts"),
+        (("--seq-len", "9999"), "the model's longest input has 512 tokens"),
+    ],
+)
+def test_what_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
+) -> None:
+    given = ["correct", str(folder / "plan"), str(folder), *SMALL, "--text", str(folder / "code.txt"), *options]
+    assert main([*given, "--output", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_plan_that_is_not_there(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["correct", str(tmp_path / "no"), str(folder), *SMALL]) == 2
+    assert "no plan can be read" in capsys.readouterr().err
