@@ -168,6 +168,7 @@ class _Work:
         if self.plan.select == "threshold" and self.plan.ratio(layer) > 0:
             options["thresholds"] = {layer: self._find_threshold(layer)}
         fitted, held = Moments(), Moments()
+        is_held = iter(self.held_out.tolist())
         kept = []
         for i, inputs in enumerate(self.passes):
             from_states = self.targets[i] if self.dense else self.states[i]
@@ -177,10 +178,9 @@ class _Work:
             chosen, rows = self._selected(layer, i, options)
             kept.append((chosen, rows))
             normed, left = self._normed(layer, i), self._left_out(i) & ~chosen
-            for j, number in enumerate(range(self._first(i), self._first(i) + len(left))):
-                moments = held if self.held_out[number] else fitted
-                missing = (wanted[j] - self.states[i][j])[left[j]]
-                moments.add(normed[j][left[j].to(normed.device)], missing.to(normed.device))
+            for x, y, where in zip(normed, wanted - self.states[i], left, strict=True):
+                moments = held if next(is_held) else fitted
+                moments.add(x[where.to(x.device)], y[where].to(x.device))
         layer_map, explained, self.ridges[layer] = fit_map(fitted, held, self.rank)
         if layer < self.last:
             for i, (chosen, rows) in enumerate(kept):
@@ -190,9 +190,6 @@ class _Work:
                 self.states[i] = corrected(here, normed, call, on(layer_map, normed.device)).cpu()
                 self.states[i][chosen] = rows
         return layer_map, explained
-
-    def _first(self, i: int) -> int:
-        return sum(len(states) for states in self.states[:i])
 
     def _normed(self, layer: int, i: int) -> Tensor:
         """The input norm of the states of batch ``i``, on the layer's device."""
