@@ -70,6 +70,7 @@ def usual(command: str, given: Given) -> list[str]:
         "analyze": [*text, *windows, "--passages", "2", "--passage-tokens", "12"],
         "search": [*text, *windows, "--no-sink-floor", "--layers", "1"],
         "calibrate": [*text, *plan, *windows],
+        "correct": [*text, "--windows", "2", "--seq-len", "24", "--rank", "2"],
         "eval ppl": [*text, *plan, "--window", "24", "--windows", "1"],
         "eval tasks": ["--tasks", "rivers", "--include-path", str(given.tasks), "--limit", "1"],
         "eval longbench": ["--data", str(given.questions), "--limit", "1", "--max-tokens", "96"],
@@ -117,7 +118,8 @@ def line_of(rng: random.Random, given: Given, wrong: list[str], kinds: dict[str,
         words += [rng.choice([str(given.plan), *paths]), *rng.choice([["--model", str(given.model)], []])]
     else:
         model = rng.choice([str(given.model), str(given.model), *wrong])
-        words += [*(["--model"] if name == "demo" else []), model, "--device", "cpu", *usual(name, given)]
+        first = {"demo": ["--model"], "correct": [rng.choice([str(given.plan), *paths])]}.get(name, [])
+        words += [*first, model, "--device", "cpu", *usual(name, given)]
     own = [p for p in command.params if p.param_type_name == "option"] if command is not None else []
     for _ in range(rng.choice([0, 0, 1, 1, 2, 4])):
         option = rng.choice(own) if own and rng.random() < (0.95 if len(own) > 2 else 0.5) else None
@@ -265,5 +267,5 @@ def test_five_hundred_lines_at_random(
 
 
 def test_every_command_is_among_them() -> None:
-    assert len(commands()) == 13
+    assert len(commands()) == 14
     assert {"eval tasks", "eval longbench", "reproduce", "env", "lm-eval", "search"} <= set(commands())
