@@ -275,6 +275,21 @@ def budget_section() -> str:
     return table(["plan", "FLOPs of the layers", "calibration loss", "held-out loss", "held-out perplexity"], lines)
 
 
+def correction_section() -> str:
+    """Corrected plans beside the same plans as they are."""
+    found = load("correction_smollm2.json")
+    names = list(found["rows"][0]["perplexity"])
+    lines = []
+    for row in found["rows"]:
+        cells = []
+        for name in names:
+            apart = row["against_plain"].get(name)
+            said = "" if apart is None else f" ({apart['difference']:+.3f} ± {apart['standard_error']:.3f})"
+            cells.append(f"{row['perplexity'][name]:.1f}{said}")
+        lines.append([row["name"], f"{row['flops']:.3f}", *cells])
+    return table(["plan", "FLOPs of dense", *names], lines)
+
+
 def reproduce_section() -> str:
     """The paper's main rows and claims on SmolLM2."""
     summary = load(f"{readme_reproduce.FOLDER}/summary.json")
@@ -320,6 +335,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "gpu": gpu_section,
     },
     "docs/limits.md": {"gpu": gpu_limits},
+    "docs/correction.md": {"correction": correction_section},
     "docs/criteria.md": {"criteria": criteria_section},
     "docs/modes.md": {"modes": modes_section},
     "docs/vllm.md": {"chat": chat_section},

@@ -197,7 +197,7 @@ def check_criterion(name: object) -> None:
     """
     legal = f"it may be {' or '.join(map(repr, names()))}"
     if not isinstance(name, str):
-        raise OrthoRankError(f"criterion is a {type(name).__name__}; {legal}")
+        raise OrthoRankError(f"criterion is {shown(name)}; {legal}")
     if name in BUILT_IN or name in _REGISTERED or _installed(name):
         return
     module, colon, _ = name.partition(":")
