@@ -1,6 +1,6 @@
 """Models as fixtures: tiny random ones, one of them in a folder, and SmolLM2 once per worker."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,24 @@ def smollm2() -> Iterator[tuple[Any, Any]]:
     forwards = [layer.forward for layer in model.model.layers]
     yield model, tokenizer
     assert [layer.forward for layer in model.model.layers] == forwards, "a test left a plan on the shared model"
+
+
+@pytest.fixture(scope="session")
+def harness() -> Iterator[None]:
+    """lm-evaluation-harness, whose thousands of task files are read once: each time takes ten seconds."""
+    from lm_eval import tasks
+    from lm_eval.tasks._index import TaskIndex
+
+    build, own = TaskIndex.build, Path(tasks.__file__).parent
+    index = build([own])
+
+    def build_others(paths: Iterable[Path]) -> dict[str, Any]:
+        given = list(paths)
+        return ({**index} if own in given else {}) | build([path for path in given if path != own])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskIndex, "build", staticmethod(build_others))
+        yield
 
 
 @pytest.fixture(scope="session")

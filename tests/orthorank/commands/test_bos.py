@@ -240,6 +240,7 @@ def test_reproduce_keeps_the_papers_protocol(needs_bos: Path, text: Path, tmp_pa
     assert subject.sink["sink_layer"] is None
 
 
+@pytest.mark.usefixtures("harness")
 def test_prompts_and_requests_are_texts_of_their_own(tmp_path: Path) -> None:
     """LongBench's prompts, and the harness's requests."""
     from orthorank.evaluation.longbench import Question, prompt_ids

@@ -94,6 +94,7 @@ def test_a_file_that_does_not_say_whose_it_is(model: tuple[Any, Any], tmp_path: 
         answers(model, tmp_path / "a.db", PLAN)
 
 
+@pytest.mark.usefixtures("harness")
 def test_through_the_harness_own_evaluation(model: tuple[Any, Any], tmp_path: Path) -> None:
     """As ``orthorank lm-eval run --use_cache FILE`` goes: a plan is refused before anything is scored."""
     import json

@@ -63,6 +63,7 @@ def test_the_tasks_are_longbenchs() -> None:
     assert len({task.group for task in TASKS.values()}) == 6
 
 
+@pytest.mark.usefixtures("harness")
 def test_templates_and_lengths_agree_with_the_harness() -> None:
     """The harness carries LongBench's templates and lengths; ours are read from it, or equal to its."""
     from lm_eval.tasks import TaskManager

@@ -15,6 +15,7 @@ from orthorank.cli import main
 from orthorank.common.errors import OrthoRankError
 from orthorank.evaluation.task_scores import evaluate_tasks, paper_mean
 
+pytestmark = pytest.mark.usefixtures("harness")
 PLAN = orthorank.OrthoRankConfig(layers=[2, 3, 4], keep_ratio=0.3)
 WORDS = ["the", "river", "is", "wide", "and", "the", "old", "stone", "bridge", "holds", "well", "today"]
 
