@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def read_json(file: Path) -> Any:
     """What the JSON file ``file`` holds.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read, or is a pipe or a device, which might never end.
         ValueError: it is not JSON in UTF-8, or an object in it has a key twice: which of the two counts is not known.
 
     >>> from_json('{"layers": [1], "layers": [2]}')
@@ -59,6 +60,9 @@ def read_json(file: Path) -> Any:
         ...
     ValueError: the key 'layers' is there twice
     """
+    kind = os.stat(file).st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # reading a folder fails by itself
+        raise OSError(errno.EINVAL, "it is a pipe or a device; give an ordinary file")
     return from_json(file.read_text(encoding="utf-8"))
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,16 @@ def test_plans_of_this_and_older_versions_say_nothing(recwarn: pytest.WarningsRe
     assert shipped_plans()
     assert shipped_plans("layer-pruning")
     assert not recwarn.list
+
+
+def test_a_pipe_or_a_device_is_no_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Reading one would wait for somebody to write, or never end."""
+    os.mkfifo(tmp_path / "orthorank.json")
+    for path in (tmp_path, tmp_path / "orthorank.json", Path("/dev/zero")):
+        with pytest.raises(OrthoRankError, match="it is a pipe or a device; give an ordinary file"):
+            OrthoRankConfig.from_pretrained(path)
+    assert main(["vllm-args", str(tmp_path)]) == 2
+    assert "it is a pipe or a device" in capsys.readouterr().err
 
 
 def test_a_path_that_is_not_there_yet_is_a_path(tmp_path: Path) -> None:
