@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from orthorank.common.errors import OrthoRankError, UnknownKeysWarning, check_integer, check_share, shown
 from orthorank.common.files import finite, read_json, user_path, write_text
-from orthorank.correction import FILE_NAME as MAPS_NAME
-from orthorank.correction import Correction
 from orthorank.plan_checks import RECORDS, check_fields, release_of
 from orthorank_kernels._version import __version__
 from orthorank_kernels.callers import levels_to_caller
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from orthorank.correction import Correction
 
 FILE_NAME = "orthorank.json"
 _ROUNDING = 1e-6  # repairs products such as 30 * 0.2 / (2 / 3), which may fall just below 9
@@ -94,7 +94,7 @@ class OrthoRankConfig:
     calibration: dict[str, Any] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
-    correction: Correction | None = None
+    correction: "Correction | None" = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -202,6 +202,8 @@ class OrthoRankConfig:
         except OSError as error:
             raise OrthoRankError(f"the plan cannot be written to {where}: {error.strerror}") from error
         if self.correction is not None:
+            from orthorank.correction import FILE_NAME as MAPS_NAME
+
             self.correction.save(where / MAPS_NAME)
         write_text(where / FILE_NAME, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
         return where / FILE_NAME
@@ -225,6 +227,9 @@ class OrthoRankConfig:
             raise OrthoRankError(f"{file} is not a JSON file: {error}") from error
         try:
             if isinstance(values, dict) and values.get("correction") is not None:
+                from orthorank.correction import FILE_NAME as MAPS_NAME
+                from orthorank.correction import Correction
+
                 values["correction"] = Correction.load(file.parent / MAPS_NAME, values["correction"])
             return cls.from_dict(values)
         except OrthoRankError as error:

@@ -7,7 +7,6 @@ from typing import Any
 
 from orthorank.common.criteria import check_criterion, check_pointwise
 from orthorank.common.errors import OrthoRankError, check_integer, shown
-from orthorank.correction import FILE_NAME, Correction
 
 LEGAL: dict[str, tuple[str, ...]] = {
     "select": ("topk", "window", "threshold"),
@@ -126,6 +125,8 @@ def _check_modes(plan: Any) -> None:
 
 def _check_correction(plan: Any) -> None:
     """Every map is of a layer that leaves tokens out, and of the model's hidden size."""
+    from orthorank.correction import FILE_NAME, Correction  # plans without maps do without it
+
     correction = plan.correction
     if isinstance(correction, dict):
         raise OrthoRankError(

@@ -10,20 +10,21 @@ y --mlp--> m;   h' --scatter_add_rows_--> r + m at positions (h' began as a copy
 Where families differ (norms, projections, rotary embedding, what the MLP reads), `Parts` knows.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from orthorank.calls.call import Call
 from orthorank.config import OrthoRankConfig
-from orthorank.correction import LayerMap
 from orthorank.hf import cache_state as sink_state
 from orthorank.hf import selection as choosing
-from orthorank.hf.correction import corrected, on
 from orthorank.hf.criteria import Chosen, norm_and_select, scored_states
 from orthorank.hf.parts import Parts
 from orthorank_kernels import gather_rows, scatter_add_rows_, sparse_query_attention
+
+if TYPE_CHECKING:
+    from orthorank.correction import LayerMap
 
 
 def selected_forward(
@@ -35,7 +36,7 @@ def selected_forward(
     position_embeddings: tuple[Tensor, Tensor],
     cache: Any = None,
     updated: list[int | Tensor] | None = None,
-    layer_map: LayerMap | None = None,
+    layer_map: "LayerMap | None" = None,
 ) -> Tensor:
     """One decoder layer in which only the selected tokens are updated.
 
@@ -57,6 +58,8 @@ def selected_forward(
         updated.append(choosing.count_of(config, index, call, positions, counts))
     positions = choosing.fitted(config, call, positions, counts)
     if layer_map is not None:
+        from orthorank.hf.correction import corrected, on  # corrected plans alone need it
+
         written = corrected(hidden_states, normed, call, on(layer_map, normed.device))
 
     if call.watcher is not None:
