@@ -182,7 +182,10 @@ def test_what_is_no_path(path: Any, words: str) -> None:
         ["eval", "tasks", "--include-path", LONG],
     ],
 )
-def test_a_name_that_no_file_can_have_is_one_sentence(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_that_no_file_can_have_is_one_sentence(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a search claims its folder first
     assert main(arguments) == 2
     assert "File name too long" in capsys.readouterr().err
 
