@@ -4,31 +4,20 @@ python benchmarks/readme.py           # rewrite the marked sections
 python benchmarks/readme.py --check   # exit 1 when they are out of date
 """
 
-import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import readme_reproduce
 
-from benchmarks import readme_gpu
+from benchmarks import readme_docs, readme_gpu
+from benchmarks.readme_docs import RESULTS, load, table
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 NAMES = {"dense": "dense", "layer-pruning": "layer pruning (SLEB)", "orthorank": "OrthoRank"}
-
-
-def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def demo_section() -> str:
@@ -222,98 +211,11 @@ def import_rows() -> list[list[str]]:
     ]
 
 
-def criteria_section() -> str:
-    """Every row of Table 3, on the shipped plan's layers."""
-    rows = load("criteria_smollm2.json")["table3"]["rows"]
-    lines = []
-    for name, row in rows.items():
-        loss = f"{row['loss']:+.4f} ± {row['error']:.4f}" if row["error"] else f"{row['loss']:+.4f}"
-        lines.append([name, f"{row['perplexity']:.2f}", loss])
-    return table(["", "perplexity", "loss"], lines)
-
-
-def modes_section() -> str:
-    """All modes side by side."""
-    lines = []
-    for name, row in load("modes_smollm2.json")["variants"].items():
-        shares = list(row["achieved"].values())
-        updated = f"{sum(shares) / len(shares):.3f}, {min(shares):.3f} to {max(shares):.3f}" if shares else "all"
-        error = f" ± {row['standard_error']:.4f}" if row["standard_error"] else ""
-        lines.append([name, f"{row['perplexity']:.2f}", f"{row['above_topk']:+.4f}{error}", updated])
-    return table(["mode", "perplexity", "loss above topk", "tokens updated: mean, least and most in a layer"], lines)
-
-
-def search_section() -> str:
-    """Plain, exact and fast search."""
-    r = load("search_smollm2.json")
-    ways = {"plain": "plain loop", "exact": "exact", "fast": "`--fast`"}
-    lines = [
-        [
-            title,
-            f"{r['wall_seconds'][name]:.0f} s",
-            f"{r['wall_ratio'].get(name, 1.0):.2f}x",
-            f"{r['cpu_ratio'].get(name, 1.0):.2f}x",
-            f"{r['losses'].get(name, r['losses']['exact'])[-1]:.4f}",
-        ]
-        for name, title in ways.items()
-    ]
-    return table(["search", "wall clock", "faster", "by processor time", "loss of the plan"], lines)
-
-
-def budget_section() -> str:
-    """Mixed plans beside plans of one form."""
-    lines = [
-        [
-            row["name"],
-            f"{row['flops']:.3f}",
-            f"{row['calibration_loss']:.4f}",
-            f"{row['held_out_loss']:.4f}",
-            f"{row['held_out_perplexity']:.2f}",
-        ]
-        for row in load("budget_smollm2.json")["rows"]
-    ]
-    return table(["plan", "FLOPs of the layers", "calibration loss", "held-out loss", "held-out perplexity"], lines)
-
-
-def correction_section() -> str:
-    """Corrected plans beside the same plans as they are."""
-    found = load("correction_smollm2.json")
-    names = list(found["rows"][0]["perplexity"])
-    lines = []
-    for row in found["rows"]:
-        cells = []
-        for name in names:
-            apart = row["against_plain"].get(name)
-            said = "" if apart is None else f" ({apart['difference']:+.3f} ± {apart['standard_error']:.3f})"
-            cells.append(f"{row['perplexity'][name]:.1f}{said}")
-        lines.append([row["name"], f"{row['flops']:.3f}", *cells])
-    return table(["plan", "FLOPs of dense", *names], lines)
-
-
 def reproduce_section() -> str:
     """The paper's main rows and claims on SmolLM2."""
     summary = load(f"{readme_reproduce.FOLDER}/summary.json")
     rows, claims = readme_reproduce.main_rows(summary), readme_reproduce.claim_rows(summary)
     return f"{table(*rows)}\n\n{table(*claims)}\n\n{readme_reproduce.note(summary)}"
-
-
-def chat_section() -> str:
-    """The second turn of a chat inside vLLM, with and without blocks of generated tokens."""
-    found = load("vllm_chat_smollm2.json")
-    most = found["sizes"]["second_answer"]
-    lines = []
-    for name, row in found["modes"].items():
-        cached, apart = row["cached"], row["first_token_difference"]
-        lines.append(
-            [
-                f'`"{name}"`',
-                f"{sum(cached['all']) // len(cached['all'])} against {sum(cached['prompt']) // len(cached['prompt'])}",
-                f"{apart['mean']:.2f}, {apart['largest']:.2f}",
-                f"{', '.join(map(str, row['equal_greedy_tokens']))} of {most}",
-            ]
-        )
-    head = ["`--reuse all` against `prompt`", "cached tokens", "log-probabilities: mean, largest difference"]
-    return table([*head, "equal greedy tokens, by conversation"], lines)
 
 
 def gpu_section() -> str:
@@ -335,11 +237,11 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "gpu": gpu_section,
     },
     "docs/limits.md": {"gpu": gpu_limits},
-    "docs/correction.md": {"correction": correction_section},
-    "docs/criteria.md": {"criteria": criteria_section},
-    "docs/modes.md": {"modes": modes_section},
-    "docs/vllm.md": {"chat": chat_section},
-    "docs/search.md": {"search": search_section, "budget": budget_section},
+    "docs/correction.md": {"correction": readme_docs.correction_section},
+    "docs/criteria.md": {"criteria": readme_docs.criteria_section},
+    "docs/modes.md": {"modes": readme_docs.modes_section},
+    "docs/vllm.md": {"chat": readme_docs.chat_section},
+    "docs/search.md": {"search": readme_docs.search_section, "budget": readme_docs.budget_section},
 }
 
 

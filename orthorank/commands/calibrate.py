@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, console, number, register, table_of
-from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import writable_folder
-from orthorank.common.texts import Bos, check_bos, find_text, join_texts, read_tokens, take_samples
+from orthorank.common.texts import Bos, check_bos, find_text, halves_of, join_texts
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -68,19 +67,9 @@ def command(
 
     with screen.progress(f"loading {locate(model).name}", 1):
         loaded, tokenizer, info = load_model(model, device, dtype)
-    if seq_len > info.max_tokens:
-        raise OrthoRankError(f"seq_len is {seq_len}; the model's longest input has {info.max_tokens} tokens")
     where = Bos.of(bos, tokenizer)
-    ids = read_tokens(source, tokenizer, loaded, where)
-    samples = take_samples(
-        ids,
-        windows=windows,
-        seq_len=seq_len,
-        held_out_windows=windows,
-        held_out_len=seq_len,
-        name=f"the text ({source.name})",
-        leading=where.leading,
-    )
+    sizes = {"windows": windows, "seq_len": seq_len, "longest": info.max_tokens}
+    samples = halves_of(source, tokenizer, loaded, where, **sizes)
     followed = default_plan(loaded) if followed is None else followed
     screen.heading(f"{info.name}: thresholds on {windows} windows of {seq_len} tokens")
     screen.say(f"{source.name}; {where}")

@@ -8,7 +8,7 @@ import typer
 from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, console, register, table_of
 from orthorank.common.errors import OrthoRankError, check_choice, check_integer
 from orthorank.common.files import writable_folder
-from orthorank.common.texts import Bos, Text, check_bos, find_text, join_texts, read_tokens, take_samples
+from orthorank.common.texts import Bos, Text, check_bos, find_text, halves_of, join_texts
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -70,21 +70,9 @@ def command(
 
     with screen.progress(f"loading {locate(model).name}", 1):
         loaded, tokenizer, info = load_model(model, device, dtype)
-    if seq_len > info.max_tokens:
-        raise OrthoRankError(f"seq_len is {seq_len}; the model's longest input has {info.max_tokens} tokens")
     where = Bos.of(bos, tokenizer)
-    samples = [
-        take_samples(
-            read_tokens(source, tokenizer, loaded, where),
-            windows=share,
-            seq_len=seq_len,
-            held_out_windows=share,
-            held_out_len=seq_len,
-            name=f"the text ({source.name})",
-            leading=where.leading,
-        )
-        for source in sources
-    ]
+    sizes = {"windows": share, "seq_len": seq_len, "longest": info.max_tokens}
+    samples = [halves_of(source, tokenizer, loaded, where, **sizes) for source in sources]
     followed = default_plan(loaded) if followed is None else followed
     screen.heading(f"{info.name}: maps of rank {rank} on {share * len(sources)} windows of {seq_len} tokens")
     screen.say(f"{'; '.join(source.name for source in sources)}; {where}")

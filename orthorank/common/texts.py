@@ -245,6 +245,30 @@ def take_samples(
     )
 
 
+def halves_of(
+    source: Text, tokenizer: Any, model: Any, where: Bos, *, windows: int, seq_len: int, longest: int
+) -> Samples:
+    """``windows`` windows of each half of a text, read by the model's tokenizer: to fit on, and to measure on.
+
+    Args:
+        where: where BOS stands; longest: tokens of the model's longest input.
+
+    Raises:
+        OrthoRankError: ``seq_len`` is more than that, or the text is too short.
+    """
+    if seq_len > longest:
+        raise OrthoRankError(f"seq_len is {seq_len}; the model's longest input has {longest} tokens")
+    return take_samples(
+        read_tokens(source, tokenizer, model, where),
+        windows=windows,
+        seq_len=seq_len,
+        held_out_windows=windows,
+        held_out_len=seq_len,
+        name=f"the text ({source.name})",
+        leading=where.leading,
+    )
+
+
 def spread(tokens: "Tensor", windows: int, length: int, leading: int | None = None) -> "Tensor":
     """Windows without overlap at even distances, ``[windows, length]``; ``leading`` as in `take_samples`."""
     import torch

@@ -19,6 +19,7 @@ from orthorank.calls.call import Call
 from orthorank.config import OrthoRankConfig
 from orthorank.hf import cache_state as sink_state
 from orthorank.hf import selection as choosing
+from orthorank.hf.ablations import attention_among_selected
 from orthorank.hf.criteria import Chosen, norm_and_select, scored_states
 from orthorank.hf.parts import Parts
 from orthorank_kernels import gather_rows, scatter_add_rows_, sparse_query_attention
@@ -47,7 +48,7 @@ def selected_forward(
         position_embeddings: cos and sin, ``[batch or 1, tokens, rotary_dim]``.
         cache: a transformers cache, which gets the keys and values of all tokens, or None. None with ``kv="selected"``.
         updated: gets how many tokens are updated, at its end.
-        layer_map: what the plan adds to unselected tokens, or None.
+        layer_map: what the plan adds to unselected tokens, on the layer's device, or None.
 
     Returns:
         ``[batch, tokens, hidden]``: unselected tokens as they came, or as ``layer_map`` corrects them.
@@ -58,9 +59,9 @@ def selected_forward(
         updated.append(choosing.count_of(config, index, call, positions, counts))
     positions = choosing.fitted(config, call, positions, counts)
     if layer_map is not None:
-        from orthorank.hf.correction import corrected, on  # corrected plans alone need it
+        from orthorank.hf.correction import corrected  # corrected plans alone need it
 
-        written = corrected(hidden_states, normed, call, on(layer_map, normed.device))
+        written = corrected(hidden_states, normed, call, layer_map)
 
     if call.watcher is not None:
         call.watcher(index, positions, call)
@@ -92,8 +93,6 @@ def selected_forward(
             **options,
         )
     else:
-        from orthorank.hf.ablations import attention_among_selected  # Table 3 alone needs it
-
         keys, values = parts.keys_and_values(selected)
         keys = parts.rotate(keys, tables, positions)
         attended = attention_among_selected(queries, keys, values, positions, tokens=call.tokens, **options)

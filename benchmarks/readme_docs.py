@@ -1,0 +1,103 @@
+"""Tables of the pages in docs/, from committed results."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).with_name("results")
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def criteria_section() -> str:
+    """Every row of Table 3, on the shipped plan's layers."""
+    rows = load("criteria_smollm2.json")["table3"]["rows"]
+    lines = []
+    for name, row in rows.items():
+        loss = f"{row['loss']:+.4f} ± {row['error']:.4f}" if row["error"] else f"{row['loss']:+.4f}"
+        lines.append([name, f"{row['perplexity']:.2f}", loss])
+    return table(["", "perplexity", "loss"], lines)
+
+
+def modes_section() -> str:
+    """All modes side by side."""
+    lines = []
+    for name, row in load("modes_smollm2.json")["variants"].items():
+        shares = list(row["achieved"].values())
+        updated = f"{sum(shares) / len(shares):.3f}, {min(shares):.3f} to {max(shares):.3f}" if shares else "all"
+        error = f" ± {row['standard_error']:.4f}" if row["standard_error"] else ""
+        lines.append([name, f"{row['perplexity']:.2f}", f"{row['above_topk']:+.4f}{error}", updated])
+    return table(["mode", "perplexity", "loss above topk", "tokens updated: mean, least and most in a layer"], lines)
+
+
+def search_section() -> str:
+    """Plain, exact and fast search."""
+    r = load("search_smollm2.json")
+    ways = {"plain": "plain loop", "exact": "exact", "fast": "`--fast`"}
+    lines = [
+        [
+            title,
+            f"{r['wall_seconds'][name]:.0f} s",
+            f"{r['wall_ratio'].get(name, 1.0):.2f}x",
+            f"{r['cpu_ratio'].get(name, 1.0):.2f}x",
+            f"{r['losses'].get(name, r['losses']['exact'])[-1]:.4f}",
+        ]
+        for name, title in ways.items()
+    ]
+    return table(["search", "wall clock", "faster", "by processor time", "loss of the plan"], lines)
+
+
+def budget_section() -> str:
+    """Mixed plans beside plans of one form."""
+    lines = [
+        [
+            row["name"],
+            f"{row['flops']:.3f}",
+            f"{row['calibration_loss']:.4f}",
+            f"{row['held_out_loss']:.4f}",
+            f"{row['held_out_perplexity']:.2f}",
+        ]
+        for row in load("budget_smollm2.json")["rows"]
+    ]
+    return table(["plan", "FLOPs of the layers", "calibration loss", "held-out loss", "held-out perplexity"], lines)
+
+
+def correction_section() -> str:
+    """Corrected plans beside the same plans as they are."""
+    found = load("correction_smollm2.json")
+    names = list(found["rows"][0]["perplexity"])
+    lines = []
+    for row in found["rows"]:
+        cells = []
+        for name in names:
+            apart = row["against_plain"].get(name)
+            said = "" if apart is None else f" ({apart['difference']:+.3f} ± {apart['standard_error']:.3f})"
+            cells.append(f"{row['perplexity'][name]:.1f}{said}")
+        lines.append([row["name"], f"{row['flops']:.3f}", *cells])
+    return table(["plan", "FLOPs of dense", *names], lines)
+
+
+def chat_section() -> str:
+    """The second turn of a chat inside vLLM, with and without blocks of generated tokens."""
+    found = load("vllm_chat_smollm2.json")
+    most = found["sizes"]["second_answer"]
+    lines = []
+    for name, row in found["modes"].items():
+        cached, apart = row["cached"], row["first_token_difference"]
+        lines.append(
+            [
+                f'`"{name}"`',
+                f"{sum(cached['all']) // len(cached['all'])} against {sum(cached['prompt']) // len(cached['prompt'])}",
+                f"{apart['mean']:.2f}, {apart['largest']:.2f}",
+                f"{', '.join(map(str, row['equal_greedy_tokens']))} of {most}",
+            ]
+        )
+    head = ["`--reuse all` against `prompt`", "cached tokens", "log-probabilities: mean, largest difference"]
+    return table([*head, "equal greedy tokens, by conversation"], lines)
