@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from orthorank.calibration.regression import Moments, fit_map
-from orthorank.calibration.thresholds import RANKED_BY, check_windows, choose_threshold, record_of
+from orthorank.calibration.threshold import RANKED_BY, choose_threshold
+from orthorank.calibration.windows import check_windows, record_of
 from orthorank.common.errors import OrthoRankError, check_choice, check_integer
 from orthorank.config import OrthoRankConfig
 from orthorank.correction import Correction, LayerMap

@@ -6,14 +6,14 @@ will see. One pass over the text, up to the last selecting layer, is all the wor
 """
 
 import dataclasses
-import hashlib
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from orthorank.calibration.threshold import RANKED_BY, choose_threshold
+from orthorank.calibration.windows import check_windows, record_of
 from orthorank.common.criteria import check_pointwise
 from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
@@ -21,14 +21,12 @@ from orthorank.hf.apply import check_plan
 from orthorank.hf.families import device_of
 from orthorank.stack.layers import LayerStack
 from orthorank.stack.resources import windows_at_once
-from orthorank_kernels import keep_count
 from orthorank_kernels._version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OnLayer = Callable[[int, int, float | None], None]
-RANKED_BY = ("criterion", "seed", "kv", "update_sink", "sinks")  # fields of a plan that its thresholds depend on
 
 
 def calibrate(
@@ -98,59 +96,6 @@ def calibrate(
     )
 
 
-def check_windows(model: "PreTrainedModel", input_ids: Tensor, least: int = 1) -> None:
-    """``model`` is in eval mode, and ``input_ids`` are ``least`` windows of 2 tokens or more.
-
-    Raises:
-        OrthoRankError: they are not.
-    """
-    if model.training:
-        raise OrthoRankError("model is in training mode; call model.eval() first")
-    if input_ids.dim() != 2 or input_ids.shape[0] < least or input_ids.shape[1] < 2:
-        windows = "one window" if least == 1 else f"{least} windows"
-        raise OrthoRankError(
-            f"input_ids has shape {list(input_ids.shape)}; it must be [windows, tokens] with at least {windows} of 2 "
-            "tokens"
-        )
-
-
-def record_of(input_ids: Tensor) -> dict[str, Any]:
-    """What a plan says of the windows it was calibrated on: how many of how many tokens, and their hash."""
-    return {
-        "ids_sha256": hashlib.sha256(input_ids.cpu().numpy().astype("<i8").tobytes()).hexdigest(),
-        "windows": input_ids.shape[0],
-        "seq_len": input_ids.shape[1],
-    }
-
-
-def threshold_for(scores: Tensor, count: int) -> tuple[float, int]:
-    """The number halfway between the ``count``-th smallest of ``scores`` and the next, and how many are below it.
-
-    Where these two are equal, halfway in the nearest gap. The number is one of float32, as which it is compared.
-
-    Args:
-        scores: float32 ``[n]``, NaN last, as sorting has it; count: from 1 to n - 1.
-
-    >>> threshold_for(torch.tensor([4.0, 1.0, 2.0, 3.0]), 2)
-    (2.5, 2)
-    >>> threshold_for(torch.tensor([1.0, 2.0, 2.0, 2.0, 2.0, 3.0]), 4)
-    (2.5, 5)
-    """
-    ordered = scores.sort().values
-    gaps = (ordered.diff() > 0).nonzero().flatten() + 1  # so many are below a gap
-    if len(gaps) == 0:
-        raise OrthoRankError(
-            f"all {len(scores)} scores are {float(ordered[0])} (or not a number): no threshold divides them; calibrate "
-            "on a longer text"
-        )
-    below = int(gaps[(gaps - count).abs().argmin()])
-    low, high = ordered[below - 1], ordered[below]
-    middle = torch.tensor((float(low) + float(high)) / 2, dtype=torch.float32)
-    if math.isinf(middle):  # between a number and a rank of infinity, such as a further sink's
-        middle = torch.nextafter(low, high)
-    return float(middle if middle > low else high), below
-
-
 def _thresholds(
     stack: LayerStack, input_ids: Tensor, plan: OrthoRankConfig, batch_size: int | None, on_layer: OnLayer | None
 ) -> tuple[dict[int, float], dict[int, float]]:
@@ -178,24 +123,6 @@ def _thresholds(
         if on_layer is not None:
             on_layer(layer + 1, last + 1, thresholds.get(layer))
     return thresholds, achieved
-
-
-def choose_threshold(ranks: Tensor, plan: OrthoRankConfig, layer: int, input_ids: Tensor) -> tuple[float, int]:
-    """The threshold of ``layer``, and how many tokens it updates.
-
-    Args:
-        ranks: of all tokens that are not sinks.
-    """
-    total, sinks = input_ids.numel(), input_ids.shape[0] if plan.update_sink else 0
-    count = keep_count(total, plan.ratio(layer)) - sinks
-    if not 0 < count < len(ranks):
-        raise OrthoRankError(
-            f"layer {layer} is to update {plan.ratio(layer):.4g} of {total} calibration tokens, of which {len(ranks)} "
-            f"are no sinks: {count} below a threshold. There must be at least one on either side: calibrate on more "
-            "windows, or change keep_ratio"
-        )
-    threshold, below = threshold_for(ranks, count)
-    return threshold, below + sinks
 
 
 def _with(plan: OrthoRankConfig, **changes: Any) -> OrthoRankConfig:

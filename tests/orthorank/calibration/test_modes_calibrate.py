@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply, cli
-from orthorank.calibration.thresholds import calibrate, threshold_for
+from orthorank.calibration.threshold import threshold_for
+from orthorank.calibration.thresholds import calibrate
 from tests.orthorank import statement
 
 WINDOWS, TOKENS = 3, 40
