@@ -7,23 +7,21 @@ all windows are kept meanwhile, in host memory, twice where the dense model's ar
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from orthorank.calibration.regression import Moments, fit_map
-from orthorank.calibration.threshold import RANKED_BY, choose_threshold
+from orthorank.calibration.fitting import Fitted, FitWindows, held_out
+from orthorank.calibration.progress import FitProgress, identity_of
+from orthorank.calibration.spilled import spilled
 from orthorank.calibration.windows import check_windows, record_of
 from orthorank.common.errors import OrthoRankError, check_choice, check_integer
 from orthorank.config import OrthoRankConfig
-from orthorank.correction import Correction, LayerMap
+from orthorank.correction import Correction
 from orthorank.hf.apply import check_plan
-from orthorank.hf.correction import corrected, may_be_left_out, on
-from orthorank.hf.families import device_of
-from orthorank.stack.layers import LayerStack, Pass, model_fingerprint
-from orthorank.stack.resources import windows_at_once
+from orthorank.stack.layers import LayerStack, model_fingerprint
 from orthorank_kernels._version import __version__
 
 if TYPE_CHECKING:
@@ -31,8 +29,6 @@ if TYPE_CHECKING:
 
 OnLayer = Callable[[int, int, float | None], None]
 TARGETS = ("dense", "layer")
-SELECTED_BY = ("select", "select_window")
-HELD_OUT = 4  # every fourth window is held out: it chooses the ridge, and says what the map explains
 
 
 def fit_correction(
@@ -44,6 +40,8 @@ def fit_correction(
     target: str = "dense",
     batch_size: int | None = None,
     on_layer: OnLayer | None = None,
+    save_to: Path | None = None,
+    spill: Path | None = None,
 ) -> OrthoRankConfig:
     """``plan`` with a map for each of its layers that leaves tokens out, fitted to ``input_ids``.
 
@@ -61,16 +59,21 @@ def fit_correction(
             what the layers below got wrong. ``"layer"``: what the layer itself would have added.
         batch_size: windows in one forward; None: by the free memory. It changes maps by rounding only.
         on_layer: called after each layer as ``on_layer(layers done, layers in all, share explained or None)``.
+        save_to: a file that gets each layer's map as soon as it is fitted. One that is there is gone on with: its maps
+            are applied, not fitted again, and the result is the same, bit for bit. The caller deletes it.
+        spill: a folder for the states of the windows, in files of their own that are deleted at the end; None: they
+            are held in memory.
 
     Returns:
         A new plan. ``calibration["correction"]`` says what the maps were fitted on, and for each layer the share of
         what is missing that the map explains on held-out windows, ``1 - |y - map(x)|² / |y|²``.
 
     Raises:
-        OrthoRankError: the plan leaves nothing out or is another model's, the model is in training mode, or an
-            argument is out of range.
+        OrthoRankError: the plan leaves nothing out or is another model's, the model is in training mode, an argument is
+            out of range, or ``save_to`` is of another fit.
 
     Example:
+        >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4,
         ...                      num_attention_heads=2, num_key_value_heads=1)
@@ -79,149 +82,113 @@ def fit_correction(
         >>> found.correction, sorted(found.calibration["correction"]["explained"])
         (Correction(rank=4, layers=[1, 2]), ['1', '2'])
     """
+    check_fit(model, input_ids, plan, rank, target)
+    fits: dict[int, Fitted] = {}
+    for layer, total, fitted in fit_layers(
+        model,
+        input_ids,
+        plan,
+        rank=rank,
+        target=target,
+        thresholds=plan.select == "threshold",
+        batch_size=batch_size,
+        save_to=save_to,
+        spill=spill,
+    ):
+        if fitted is not None:
+            fits[layer] = fitted
+        if on_layer is not None:
+            on_layer(layer + 1, total, None if fitted is None else fitted.explained)
+    return corrected_plan(model, input_ids, plan, fits, rank, target)
+
+
+def check_fit(model: "PreTrainedModel", input_ids: Tensor, plan: OrthoRankConfig, rank: int, target: str) -> None:
+    """Raises as `fit_correction` does, before anything is computed."""
     check_plan(model, plan)
     check_windows(model, input_ids, least=2)
     check_choice("target", target, TARGETS)
     check_integer("rank", rank, 1, model.config.get_text_config().hidden_size)
-    plan = dataclasses.replace(plan, correction=None)
     if not any(ratio < 1 for ratio in plan.ratios.values()):
         raise OrthoRankError(
             f"the plan leaves no token out (layers {plan.layers}, keep_ratio {plan.keep_ratio:g}); a correction is for "
             "layers whose ratio is below 1"
         )
-    work = _Work(LayerStack(model), input_ids, plan, rank, target == "dense", batch_size)
-    explained: dict[int, float] = {}
-    maps: dict[int, LayerMap] = {}
-    for layer in range(work.last + 1):
-        if plan.ratio(layer) < 1:
-            maps[layer], explained[layer] = work.fit(layer)
-        else:
-            work.pass_through(layer)
-        if on_layer is not None:
-            on_layer(layer + 1, work.last + 1, explained.get(layer))
+
+
+def fit_layers(
+    model: "PreTrainedModel",
+    input_ids: Tensor,
+    plan: OrthoRankConfig,
+    *,
+    rank: int,
+    target: str,
+    thresholds: bool,
+    batch_size: int | None = None,
+    save_to: Path | None = None,
+    spill: Path | None = None,
+) -> Iterator[tuple[int, int, Fitted | None]]:
+    """Walk up to the last layer that leaves tokens out: each layer, how many there are, and its fit, None if dense.
+
+    Arguments as for `fit_correction`; thresholds: whether each layer's is found before its map.
+    """
+    identity = identity_of(model, input_ids, plan, rank=rank, target=target, thresholds=thresholds)
+    progress = FitProgress(identity) if save_to is None else FitProgress.of(save_to, identity, batch_size)
+    size = progress.batch_size if batch_size is None else batch_size
+    windows = FitWindows(LayerStack(model), input_ids, plan, thresholds=thresholds, batch_size=size)
+    progress.batch_size = windows.batch_size
+    total = 1 + max(layer for layer, ratio in plan.ratios.items() if ratio < 1)
+    with spilled(spill) as keep:
+        states = [keep("state", i, h) for i, h in enumerate(windows.embedded())]
+        targets: list[Tensor] | None = None  # the dense model's states, once they are others
+        for layer in range(total):
+            ratio = plan.ratio(layer)
+            if ratio == 1:
+                states = [keep("state", i, h) for i, h in enumerate(windows.dense(layer, states))]
+            if target == "dense" and (ratio < 1 or targets is not None):
+                from_states = states if targets is None else targets
+                targets = [keep("target", i, h) for i, h in enumerate(windows.dense(layer, from_states))]
+            fitted = None
+            if ratio < 1:
+                fitted = progress.fits.get(layer)
+                if fitted is None:
+                    fitted = windows.fit(layer, ratio, rank, states, targets or windows.dense(layer, states))
+                    progress.add(layer, fitted)
+                else:
+                    windows.follow(layer, ratio, fitted, states)
+            yield layer, total, fitted
+
+
+def corrected_plan(
+    model: "PreTrainedModel",
+    input_ids: Tensor,
+    plan: OrthoRankConfig,
+    fits: dict[int, Fitted],
+    rank: int,
+    target: str,
+    **changes: Any,
+) -> OrthoRankConfig:
+    """``plan`` with the maps and thresholds of ``fits``, what they were fitted on, and ``changes``."""
+    windows = len(input_ids)
     record = record_of(input_ids) | {
         "rank": rank,
         "target": target,
         "tokens": input_ids.numel(),
-        "held_out_windows": int(work.held_out.sum()),
+        "held_out_windows": int(held_out(windows).sum()),
         "model_fingerprint": model_fingerprint(model),
-        "ridge": {str(layer): ridge for layer, ridge in work.ridges.items()},
-        "explained": {str(layer): round(share, 4) for layer, share in explained.items()},
+        "ridge": {str(layer): fitted.ridge for layer, fitted in fits.items()},
+        "explained": {str(layer): round(fitted.explained, 4) for layer, fitted in fits.items()},
     }
     records: dict[str, Any] = {"correction": record}
-    if work.thresholds:
-        achieved = {str(layer): round(share, 6) for layer, share in work.achieved.items()}
+    thresholds = {layer: fitted.threshold for layer, fitted in fits.items() if fitted.threshold is not None}
+    if thresholds:
+        achieved = {str(layer): round(fits[layer].achieved or 0.0, 6) for layer in thresholds}
         records["thresholds"] = record_of(input_ids) | {"achieved": achieved}
     return dataclasses.replace(
         plan,
-        correction=Correction(maps),
-        thresholds=work.thresholds,
+        correction=Correction({layer: fitted.layer_map for layer, fitted in fits.items()}),
+        thresholds=thresholds,
         calibration=plan.calibration | records,
         measured={},  # figures of the plan without maps
         version=__version__,
+        **changes,
     )
-
-
-class _Work:
-    """The states of all windows on their way up: under the corrected plan, and in the dense model where it is wanted.
-
-    Args:
-        dense: whether the dense model's states are the target.
-    """
-
-    def __init__(
-        self,
-        stack: LayerStack,
-        input_ids: Tensor,
-        plan: OrthoRankConfig,
-        rank: int,
-        dense: bool,
-        batch_size: int | None,
-    ) -> None:
-        self.stack, self.input_ids, self.plan, self.rank, self.dense = stack, input_ids, plan, rank, dense
-        self.last = max(layer for layer in plan.layers if plan.ratio(layer) < 1)
-        windows, tokens = input_ids.shape
-        device, weight = device_of(stack.model), next(stack.model.parameters())
-        size = batch_size or windows_at_once(stack.model.config, windows, tokens, device, weight.element_size())
-        self.passes = [stack.embed(batch) for batch in input_ids.to(device).split(size)]
-        self.states = [each.hidden_states.cpu() for each in self.passes]
-        self.targets = list(self.states)  # the same tensors, until a layer leaves something out
-        numbers = torch.arange(windows)
-        self.held_out = numbers % HELD_OUT == HELD_OUT - 1 if windows >= HELD_OUT else numbers == windows - 1
-        self.ridges: dict[int, float] = {}
-        self.thresholds: dict[int, float] = {}
-        self.achieved: dict[int, float] = {}
-
-    def pass_through(self, layer: int) -> None:
-        """A dense layer."""
-        for i, inputs in enumerate(self.passes):
-            apart = self.targets[i] is not self.states[i]
-            self.states[i] = self.stack.run(layer, self.states[i], inputs).cpu()
-            if self.dense and apart:
-                self.targets[i] = self.stack.run(layer, self.targets[i], inputs).cpu()
-            else:
-                self.targets[i] = self.states[i]
-
-    @torch.no_grad()
-    def fit(self, layer: int) -> tuple[LayerMap, float]:
-        """A layer that leaves tokens out: its threshold, its map and the share that it explains; then its states."""
-        options: dict[str, Any] = {name: getattr(self.plan, name) for name in (*RANKED_BY, *SELECTED_BY)}
-        if self.plan.select == "threshold" and self.plan.ratio(layer) > 0:
-            options["thresholds"] = {layer: self._find_threshold(layer)}
-        fitted, held = Moments(), Moments()
-        is_held = iter(self.held_out.tolist())
-        kept = []
-        for i, inputs in enumerate(self.passes):
-            from_states = self.targets[i] if self.dense else self.states[i]
-            wanted = self.stack.run(layer, from_states, inputs).cpu()
-            if self.dense:
-                self.targets[i] = wanted
-            chosen, rows = self._selected(layer, i, options)
-            kept.append((chosen, rows))
-            normed, left = self._normed(layer, i), self._left_out(i) & ~chosen
-            for x, y, where in zip(normed, wanted - self.states[i], left, strict=True):
-                moments = held if next(is_held) else fitted
-                moments.add(x[where.to(x.device)], y[where].to(x.device))
-        layer_map, explained, self.ridges[layer] = fit_map(fitted, held, self.rank)
-        if layer < self.last:
-            for i, (chosen, rows) in enumerate(kept):
-                normed = self._normed(layer, i)
-                here = self.states[i].to(normed.device)
-                call = self.passes[i].call.on(normed.device)
-                self.states[i] = corrected(here, normed, call, on(layer_map, normed.device)).cpu()
-                self.states[i][chosen] = rows
-        return layer_map, explained
-
-    def _normed(self, layer: int, i: int) -> Tensor:
-        """The input norm of the states of batch ``i``, on the layer's device."""
-        return self.stack.normed(layer, self.states[i].to(device_of(self.stack.layers[layer])))
-
-    def _left_out(self, i: int) -> Tensor:
-        """Which tokens of batch ``i`` are no sinks: bool ``[windows, tokens]``."""
-        may = may_be_left_out(self.passes[i].call, torch.device("cpu"))
-        assert may is not None  # a window begins with its sink
-        return may.expand(self.states[i].shape[:2])
-
-    def _selected(self, layer: int, i: int, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Which tokens of batch ``i`` the layer updates, bool ``[windows, tokens]``, and their states after it."""
-        windows, tokens, hidden = self.states[i].shape
-        chosen = torch.zeros(windows, tokens + 1, dtype=torch.bool)
-        if self.plan.ratio(layer) == 0:
-            return chosen[:, :tokens], self.states[i].new_empty(0, hidden)
-
-        def note(_: int, positions: Tensor, __: Any) -> None:
-            at = positions.long().cpu()
-            chosen.scatter_(1, torch.where(at < 0, tokens, at), True)
-
-        inputs = self.passes[i]
-        watched = Pass(inputs.hidden_states, inputs.layer_kwargs, dataclasses.replace(inputs.call, watcher=note))
-        after = self.stack.run(layer, self.states[i], watched, self.plan.ratio(layer), **options).cpu()
-        return chosen[:, :tokens], after[chosen[:, :tokens]]
-
-    def _find_threshold(self, layer: int) -> float:
-        ranked = {name: getattr(self.plan, name) for name in RANKED_BY}
-        pairs = zip(self.states, self.passes, strict=True)
-        ranks = [self.stack.ranks(layer, h, inputs, **ranked)[:, 1:].flatten().cpu() for h, inputs in pairs]
-        threshold, updated = choose_threshold(torch.cat(ranks), self.plan, layer, self.input_ids)
-        self.thresholds[layer], self.achieved[layer] = threshold, updated / self.input_ids.numel()
-        return threshold

@@ -42,6 +42,9 @@ def calibrate(
 ) -> OrthoRankConfig:
     """``plan`` with a threshold for each layer that selects, calibrated to its keep ratio.
 
+    The maps of a corrected plan are fitted anew, to what the new thresholds leave out: each layer's threshold first, on
+    the states that the corrected layers below leave, then its map.
+
     The sink counts among the tokens of a window and is never selected, as in a prompt (with ``update_sink``: always).
 
     Args:
@@ -70,11 +73,6 @@ def calibrate(
     """
     check_plan(model, plan)
     check_windows(model, input_ids)
-    if plan.correction is not None:
-        raise OrthoRankError(
-            "the plan is corrected, and its maps were fitted to the tokens that it leaves out now; calibrate the plan "
-            "without its correction, then fit the correction: orthorank.fit_correction finds thresholds again"
-        )
     check_pointwise(plan.criterion, "thresholds; use select 'topk' or 'window'")
     changes: dict[str, Any] = {"keep_ratio": keep_ratio, "decode": "dense", "keep_last": keep_last}
     wanted = _with(plan, **{name: value for name, value in changes.items() if value is not None})
@@ -83,6 +81,8 @@ def calibrate(
             f"the plan selects in no layer (layers {wanted.layers}, keep_ratio {wanted.keep_ratio:g}); thresholds are "
             "for layers whose ratio is above 0 and below 1"
         )
+    if plan.correction is not None:
+        return _with_maps(model, input_ids, wanted, plan.decode if decode is None else decode, batch_size, on_layer)
     thresholds, achieved = _thresholds(LayerStack(model), input_ids, wanted, batch_size, on_layer)
     record = record_of(input_ids) | {"achieved": {str(layer): round(share, 6) for layer, share in achieved.items()}}
     return dataclasses.replace(
@@ -123,6 +123,30 @@ def _thresholds(
         if on_layer is not None:
             on_layer(layer + 1, last + 1, thresholds.get(layer))
     return thresholds, achieved
+
+
+def _with_maps(
+    model: "PreTrainedModel",
+    input_ids: Tensor,
+    plan: OrthoRankConfig,
+    decode: str,
+    batch_size: int | None,
+    on_layer: OnLayer | None,
+) -> OrthoRankConfig:
+    """A corrected plan with new thresholds, each found on corrected states, and new maps for what they leave out."""
+    from orthorank.calibration.corrections import check_fit, corrected_plan, fit_layers  # for corrected plans alone
+
+    assert plan.correction is not None
+    rank, target = plan.correction.rank, plan.calibration.get("correction", {}).get("target", "dense")
+    check_fit(model, input_ids, plan, rank, target)
+    fits = {}
+    walk = fit_layers(model, input_ids, plan, rank=rank, target=target, thresholds=True, batch_size=batch_size)
+    for layer, total, fitted in walk:
+        if fitted is not None:
+            fits[layer] = fitted
+        if on_layer is not None:
+            on_layer(layer + 1, total, None if fitted is None else fitted.threshold)
+    return corrected_plan(model, input_ids, plan, fits, rank, target, select="threshold", decode=decode)
 
 
 def _with(plan: OrthoRankConfig, **changes: Any) -> OrthoRankConfig:

@@ -1,5 +1,6 @@
 """``orthorank correct``: maps for a plan, which put back part of what its layers leave out."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +24,12 @@ TEXT = "UTF-8 text file to fit on; give one of every kind that is to come. Defau
 DATASET = "wikitext2 or c4, by the package datasets; wikitext2:FOLDER reads a copy. May be given several times."
 RANK = "Of the maps. More explains more, and costs more: 4 * rank * hidden size FLOPs for each token and layer."
 TARGET = "dense: the dense model's state after the layer; layer: what the layer itself would have added."
-WINDOWS = "Windows to fit on, in equal shares of the texts, and as many of their second halves to measure on."
+WINDOWS = "Windows to fit on, from the first halves of the texts; as many of their second halves to measure on."
+SHARES = "How the texts share the windows, such as 2,1: in the order of --text, then --dataset. Default: equally."
+SPILL = "Folder for the states of the windows, which are deleted at the end. Default: they are kept in memory."
+RESUME = "Go on with the fit whose state is in the output folder; begin one if there is none."
+DEVICE_MAP = "auto: spread a model that one device cannot hold, by accelerate."
+STATE = "correct-state.safetensors"
 
 
 def command(
@@ -34,11 +40,15 @@ def command(
     rank: Annotated[int, typer.Option(help=RANK)] = 64,
     target: Annotated[str, typer.Option(help=TARGET)] = "dense",
     windows: Annotated[int, typer.Option(help=WINDOWS)] = 16,
+    shares: Annotated[str | None, typer.Option(help=SHARES)] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
     criterion: Annotated[list[str] | None, typer.Option(help=OWN_CRITERION)] = None,
     bos: Annotated[str, typer.Option(help=BOS)] = "auto",
     output: Annotated[Path, typer.Option(help="Folder for the plan and its maps.")] = OUTPUT,
+    resume: Annotated[bool, typer.Option("--resume", help=RESUME)] = False,
+    spill: Annotated[Path | None, typer.Option(help=SPILL)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device_map: Annotated[str | None, typer.Option(help=DEVICE_MAP)] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows in one forward. Default: by the free memory.")] = None,
 ) -> int:
@@ -47,6 +57,9 @@ def command(
     In closed form, without training: one pass over windows of the first half of each text. Every fourth window is held
     out to say what the maps explain; windows of the second halves say what they are worth. Writes orthorank.json and
     correction.safetensors.
+
+    What is fitted is kept in the output folder, layer by layer: after an interruption, the same command with --resume
+    goes on where it stopped.
     """
     from orthorank.config import OrthoRankConfig
 
@@ -56,12 +69,14 @@ def command(
     check_integer("rank", rank, 1)
     followed = None if plan == "default" else OrthoRankConfig.from_pretrained(plan)
     sources = _sources(text or [], dataset or [])
-    share = windows // len(sources)
-    if windows < 2 or share < 1:
-        raise OrthoRankError(
-            f"--windows is {windows}, for {len(sources)} texts; it must be at least one for each text, and 2 in all"
-        )
+    counts = windows_of(windows, shares, len(sources))
     folder = writable_folder(output)
+    state = folder / STATE
+    if state.exists() and not resume:
+        raise OrthoRankError(
+            f"output folder {str(output)!r} has an unfinished fit ({STATE}); go on with it by adding --resume, delete "
+            "the file, or name another folder with --output"
+        )
     screen = RichScreen(console())
 
     from orthorank.calibration.corrections import fit_correction
@@ -69,17 +84,21 @@ def command(
     from orthorank.plans import default_plan
 
     with screen.progress(f"loading {locate(model).name}", 1):
-        loaded, tokenizer, info = load_model(model, device, dtype)
+        loaded, tokenizer, info = load_model(model, device, dtype, device_map=device_map)
     where = Bos.of(bos, tokenizer)
-    sizes = {"windows": share, "seq_len": seq_len, "longest": info.max_tokens}
-    samples = [halves_of(source, tokenizer, loaded, where, **sizes) for source in sources]
+    sizes = {"seq_len": seq_len, "longest": info.max_tokens}
+    samples = [
+        halves_of(source, tokenizer, loaded, where, windows=count, **sizes)
+        for source, count in zip(sources, counts, strict=True)
+    ]
     followed = default_plan(loaded) if followed is None else followed
-    screen.heading(f"{info.name}: maps of rank {rank} on {share * len(sources)} windows of {seq_len} tokens")
+    screen.heading(f"{info.name}: maps of rank {rank} on {windows} windows of {seq_len} tokens")
     screen.say(f"{'; '.join(source.name for source in sources)}; {where}")
     if len(sources) == 1:
         screen.say("One kind of text: maps fit the text they learn from. Give one of every kind that is to come.")
-    size = share * len(sources) * seq_len * loaded.config.get_text_config().hidden_size * loaded.dtype.itemsize
-    screen.say(f"States kept in memory: {(2 if target == 'dense' else 1) * size / 2**20:,.0f} MiB")
+    size = windows * seq_len * loaded.config.get_text_config().hidden_size * loaded.dtype.itemsize
+    place = "in memory" if spill is None else f"in {spill}"
+    screen.say(f"States kept {place}: {(2 if target == 'dense' else 1) * size / 2**20:,.0f} MiB")
     import torch
 
     last = max((layer for layer, ratio in followed.ratios.items() if ratio < 1), default=0)
@@ -91,15 +110,21 @@ def command(
             rank=rank,
             target=target,
             batch_size=batch_size,
+            save_to=state,
+            spill=spill,
             on_layer=lambda done, _, explained: advance(done, "" if explained is None else f"explains {explained:.0%}"),
         )
     found.calibration["correction"] |= {
-        "texts": [{"text": each.name, "text_sha256": each.sha256, "windows": share} for each in sources],
+        "texts": [
+            {"text": each.name, "text_sha256": each.sha256, "windows": count}
+            for each, count in zip(sources, counts, strict=True)
+        ],
         "bos": where.policy,
     }
     losses = _measure(screen, loaded, followed, found, [each.held_out for each in samples])
     found.measured = {"held_out": [{"text": each.name} | loss for each, loss in zip(sources, losses, strict=True)]}
     path = found.save_pretrained(folder)
+    state.unlink(missing_ok=True)
     screen.table(table(found))
     screen.table(loss_table([each.name for each in sources], losses))
     screen.say(f"Plan: {path}, maps beside it; use it with orthorank eval ppl --plan {output}")
@@ -115,6 +140,36 @@ def _sources(texts: list[Path], datasets: list[str]) -> list[Text]:
         first, rest = dataset_texts(name)
         found.append(first if rest is None else join_texts([first, rest]))
     return found or [find_text()]
+
+
+def windows_of(windows: int, shares: str | None, texts: int) -> list[int]:
+    """How many of ``windows`` each of the texts gives: in proportion to ``shares``, one at least.
+
+    >>> windows_of(16, "2,1", 2), windows_of(16, None, 3)
+    ([11, 5], [6, 5, 5])
+    """
+    if windows < max(2, texts):
+        raise OrthoRankError(f"--windows is {windows}, for {texts} texts; it must be one for each text, and 2 in all")
+    given = [1.0] * texts if shares is None else [_share(shares, part) for part in shares.split(",")]
+    if len(given) != texts:
+        raise OrthoRankError(
+            f"--shares is {shares!r}, {len(given)} numbers for {texts} texts; give one for each --text, then one for "
+            "each --dataset"
+        )
+    exact, counts = [windows * share / sum(given) for share in given], [1] * texts
+    for _ in range(windows - texts):
+        counts[max(range(texts), key=lambda i: exact[i] - counts[i])] += 1
+    return counts
+
+
+def _share(shares: str, part: str) -> float:
+    try:
+        share = float(part)
+    except ValueError:
+        share = math.nan
+    if not (share > 0 and math.isfinite(share)):
+        raise OrthoRankError(f"--shares is {shares!r}; it must be numbers above 0 with commas between, such as 2,1")
+    return share
 
 
 def _measure(

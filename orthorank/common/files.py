@@ -83,21 +83,24 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def writable_folder(path: str | os.PathLike[str]) -> Path:
+def writable_folder(path: str | os.PathLike[str], name: str = "output") -> Path:
     """Make the folder ``path`` if it is not there, and check that files can be written into it.
+
+    Args:
+        name: of the argument, for the error.
 
     Raises:
         OrthoRankError: it cannot be made or written to.
     """
-    folder = user_path("output", path)
+    folder = user_path(name, path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".orthorank-"):
             pass
     except (FileExistsError, NotADirectoryError):
-        raise OrthoRankError(f"output is {str(path)!r}, which is not a folder; name a folder to write into") from None
+        raise OrthoRankError(f"{name} is {str(path)!r}, which is not a folder; name a folder to write into") from None
     except OSError as error:
-        raise OrthoRankError(f"output folder {str(path)!r} cannot be written to: {error.strerror}") from error
+        raise OrthoRankError(f"{name} folder {str(path)!r} cannot be written to: {error.strerror}") from error
     return folder
 
 

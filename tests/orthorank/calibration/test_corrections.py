@@ -232,6 +232,23 @@ def test_models_that_are_in_no_state_for_it(tiny_model: Any, ids: Tensor) -> Non
     model.eval()
     with apply(model, PLAN), pytest.raises(OrthoRankError, match="a plan is applied"):
         fit_correction(model, ids, PLAN, rank=8)
-    found = fit_correction(model, ids, PLAN, rank=8)
-    with pytest.raises(OrthoRankError, match="the plan is corrected"):
-        calibrate(model, ids, found)
+
+
+@pytest.mark.parametrize("target", ["dense", "layer"])
+def test_calibrate_fits_the_maps_of_a_corrected_plan_anew(tiny_model: Any, ids: Tensor, target: str) -> None:
+    """Thresholds and maps as if the plan with thresholds had been corrected."""
+    model = tiny_model("llama")
+    plan = OrthoRankConfig(layers=[1, 2, 3], keep_ratio=0.4, keep_ratios={2: 0.0})
+    steps: list[Any] = []
+    found = calibrate(
+        model,
+        ids,
+        fit_correction(model, ids, plan, rank=8, target=target),
+        decode="threshold",
+        on_layer=lambda *given: steps.append(given),
+    )
+    expected = fit_correction(model, ids, calibrate(model, ids, plan), rank=8, target=target)
+    assert (found.correction, found.thresholds) == (expected.correction, expected.thresholds)
+    assert (found.select, found.decode, found.keep_ratios) == ("threshold", "threshold", {2: 0.0})
+    assert found.calibration == expected.calibration
+    assert steps == [(1, 4, None), (2, 4, found.thresholds[1]), (3, 4, None), (4, 4, found.thresholds[3])]

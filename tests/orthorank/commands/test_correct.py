@@ -97,6 +97,10 @@ def test_a_dataset_beside_a_text(folder: Path, tmp_path: Path, capsys: pytest.Ca
         (("--rank", "0"), "rank is 0"),
         (("--rank", "65"), "rank is 65; it must be an integer from 1 to 64"),
         (("--windows", "1"), "--windows is 1, for 1 texts"),
+        (("--shares", "1,2"), "--shares is '1,2', 2 numbers for 1 texts"),
+        (("--shares", "0"), "--shares is '0'; it must be numbers above 0"),
+        (("--shares", "a"), "--shares is 'a'; it must be numbers above 0"),
+        (("--device-map", "auto"), "give one of them"),
         (("--seq-len", "9999"), "the model's longest input has 512 tokens"),
     ],
 )
@@ -112,3 +116,40 @@ def test_what_is_refused(
 def test_a_plan_that_is_not_there(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["correct", str(tmp_path / "no"), str(folder), *SMALL]) == 2
     assert "no plan can be read" in capsys.readouterr().err
+
+
+def test_shares_of_texts(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ("--text", folder / "boats.txt", "--text", folder / "code.txt")
+    run(capsys, folder / "plan", folder, *SMALL, *texts, "--shares", "4,1", "--output", tmp_path)
+    found = OrthoRankConfig.from_pretrained(tmp_path)
+    assert [each["windows"] for each in found.calibration["correction"]["texts"]] == [8, 2]
+
+
+def test_an_interrupted_fit_goes_on(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was fitted when the process was killed is in the folder; without --resume nothing is touched."""
+    from orthorank.calibration.progress import FitProgress
+
+    command = (folder / "plan", folder, *SMALL, "--text", folder / "code.txt", "--spill", tmp_path / "spill")
+    run(capsys, *command, "--output", tmp_path / "whole")
+
+    def killed(progress: FitProgress, *given: Any) -> None:
+        add(progress, *given)
+        raise KeyboardInterrupt
+
+    add = FitProgress.add
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FitProgress, "add", killed)
+        assert main(["correct", *map(str, command), "--output", str(tmp_path / "out")]) != 0
+    state = tmp_path / "out" / "correct-state.safetensors"
+    before = state.read_bytes()
+    capsys.readouterr()
+    assert main(["correct", *map(str, command), "--output", str(tmp_path / "out")]) == 2
+    assert "has an unfinished fit (correct-state.safetensors); go on with it by adding --resume" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert state.read_bytes() == before
+    run(capsys, *command, "--output", tmp_path / "out", "--resume")
+    whole, again = (OrthoRankConfig.from_pretrained(tmp_path / name) for name in ("whole", "out"))
+    assert whole == again
+    assert not state.exists()
+    assert not list((tmp_path / "spill").iterdir())

@@ -5,6 +5,7 @@ A line has `SECONDS`, after which it counts as one that hangs.
 """
 
 import json
+import logging
 import random
 import shutil
 import signal
@@ -148,6 +149,18 @@ def limited(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+@contextmanager
+def as_in_a_new_process() -> Iterator[None]:
+    """What a line makes of logging ends with it: the harness's handlers hold streams that pytest closes."""
+    loggers = [logging.getLogger(name) for name in (None, "lm_eval")]
+    before = [list(logger.handlers) for logger in loggers]
+    try:
+        yield
+    finally:
+        for logger, handlers in zip(loggers, before, strict=True):
+            logger.handlers[:] = handlers
+
+
 def is_ours(error: BaseException) -> bool:
     """Whether the statement that raised ``error`` is this package's: the harness has errors of its own."""
     frame = error.__traceback__
@@ -158,7 +171,7 @@ def is_ours(error: BaseException) -> bool:
 
 def end_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> int | str:
     """The exit code of a line, or the name of an error of lm-evaluation-harness."""
-    with warnings.catch_warnings(), limited(SECONDS):
+    with warnings.catch_warnings(), limited(SECONDS), as_in_a_new_process():
         warnings.simplefilter("ignore")
         try:
             code: int | str = cli.main(words)

@@ -1,0 +1,103 @@
+"""How far a fit of maps is, in a file from which it goes on."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from orthorank.calibration.fitting import Fitted
+from orthorank.calibration.windows import record_of
+from orthorank.common.criteria import code_of
+from orthorank.common.errors import OrthoRankError, shown
+from orthorank.common.files import from_json, write_bytes
+from orthorank.config import OrthoRankConfig
+from orthorank.correction import LayerMap, name_of
+from orthorank.stack.layers import model_fingerprint
+from orthorank_kernels._version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_FIGURES = ("explained", "ridge", "threshold", "achieved")
+
+
+def identity_of(model: "PreTrainedModel", input_ids: Tensor, plan: OrthoRankConfig, **settings: Any) -> dict[str, Any]:
+    """What decides the maps, and so must not change between the parts of a fit that goes on."""
+    bare = dataclasses.replace(plan, correction=None, calibration={}, measured={})
+    return {
+        "version": __version__,
+        "model_fingerprint": model_fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "plan": bare.to_dict(),
+        **code_of(plan.criterion),
+        **settings,
+        **record_of(input_ids),
+    }
+
+
+class FitProgress:
+    """The layers that are fitted.
+
+    Args:
+        identity: of the fit, see `identity_of`. file: gets each layer as soon as it is fitted; None: nothing does.
+
+    ``batch_size``: windows in one forward, on which the last bits depend; None until the fit knows.
+    """
+
+    def __init__(self, identity: dict[str, Any], file: Path | None = None) -> None:
+        self.identity, self.file = identity, file
+        self.fits: dict[int, Fitted] = {}
+        self.batch_size: int | None = None
+
+    @classmethod
+    def of(cls, file: Path, identity: dict[str, Any], batch_size: int | None) -> "FitProgress":
+        """What ``file`` holds, or, where there is none, the beginning.
+
+        Args:
+            batch_size: that was asked for; None: the earlier fit's is taken.
+
+        Raises:
+            OrthoRankError: it is of another fit, or broken.
+        """
+        progress = cls(identity, file)
+        if not file.exists():
+            return progress
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, framework="pt") as opened:
+                said = from_json(opened.metadata()["progress"])
+                before, progress.batch_size = said["identity"], said["batch_size"]
+                for name, figures in said["layers"].items():
+                    parts = (opened.get_tensor(name_of(int(name), part)) for part in LayerMap._fields)
+                    progress.fits[int(name)] = Fitted(LayerMap(*parts), *(figures[each] for each in _FIGURES))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise OrthoRankError(f"{file} is no record of an unfinished fit; delete it to begin anew") from error
+        now = json.loads(json.dumps(identity | {"batch_size": batch_size or progress.batch_size}))
+        before |= {"batch_size": progress.batch_size}
+        for name in sorted({*before, *now}):
+            if before.get(name) != now.get(name):
+                raise OrthoRankError(
+                    f"{file} is of another fit: its {name} is {shown(before.get(name))} and now it is "
+                    f"{shown(now.get(name))}; fit with the same model, plan, texts and options, or delete it to begin "
+                    "anew"
+                )
+        return progress
+
+    def add(self, layer: int, fitted: Fitted) -> None:
+        """Note a layer that is fitted."""
+        self.fits[layer] = fitted
+        if self.file is None:
+            return
+        from safetensors.torch import save
+
+        layers = {str(at): {name: getattr(each, name) for name in _FIGURES} for at, each in self.fits.items()}
+        said = {"identity": self.identity, "batch_size": self.batch_size, "layers": layers}
+        tensors = {
+            name_of(at, name): part.cpu()
+            for at, each in self.fits.items()
+            for name, part in zip(LayerMap._fields, each.layer_map, strict=True)
+        }
+        write_bytes(self.file, save(tensors, {"progress": json.dumps(said)}))
