@@ -106,7 +106,8 @@ class FitWindows:
     def follow(self, layer: int, ratio: float, fitted: Fitted, states: Sequence[Tensor]) -> None:
         """Write what a layer leaves that is fitted already into ``states``, as `fit` does."""
         for i, h in enumerate(states):
-            self._correct(layer, fitted.layer_map, i, h, self._update_selected(layer, ratio, i, h, fitted.threshold))
+            options = self._how(layer, fitted.threshold)
+            h.copy_(self.stack.run(layer, h, self.passes[i], ratio, layer_map=fitted.layer_map, **options))
 
     def _normed(self, layer: int, state: Tensor) -> Tensor:
         """The input norm of a batch, on the layer's device."""
@@ -137,11 +138,15 @@ class FitWindows:
 
             inputs = self.passes[i]
             watched = Pass(inputs.hidden_states, inputs.layer_kwargs, replace(inputs.call, watcher=note))
-            options = self._options | ({} if threshold is None else _by(layer, threshold))
-            after = self.stack.run(layer, state, watched, ratio, **options).cpu()
+            after = self.stack.run(layer, state, watched, ratio, **self._how(layer, threshold)).cpu()
             rows = chosen[:, :tokens]
             state[rows] = after[rows]
         return chosen[:, :tokens]
+
+    def _how(self, layer: int, threshold: float | None) -> dict[str, Any]:
+        """By what a layer selects."""
+        by = {} if threshold is None else {"select": "threshold", "thresholds": {layer: threshold}}
+        return self._options | by
 
     def _threshold(self, layer: int, states: Sequence[Tensor]) -> tuple[float, float]:
         ranked = {name: getattr(self.plan, name) for name in RANKED_BY}
@@ -159,7 +164,3 @@ def held_out(windows: int) -> Tensor:
     """
     numbers = torch.arange(windows)
     return numbers % HELD_OUT == HELD_OUT - 1 if windows >= HELD_OUT else numbers == windows - 1
-
-
-def _by(layer: int, threshold: float) -> dict[str, Any]:
-    return {"select": "threshold", "thresholds": {layer: threshold}}

@@ -30,6 +30,8 @@ LAST = "Layers at the end that are never chosen. Default: 2; layer removal: gree
 FLOOR = "Let layers select tokens that come before the sink forms, too."
 SINK_LAYER = "Choose layers after this one, instead of the one in which the sink was found to form."
 CRITERION = "By which a chosen layer selects tokens: a name, or module:function for one of your own."
+CORRECT = "Rank of maps (see orthorank correct): every plan is evaluated with its own. greedy only."
+FIT_WINDOWS = "Windows that maps are fitted to, beside those of --windows. Default: twice as many."
 FAST = "Successive halving over the windows: several times quicker, not exact."
 RESUME = "Go on with the search whose state is in the output folder; begin one if there is none."
 DEVICE_MAP = "auto: spread a model that one device cannot hold, by accelerate."
@@ -55,6 +57,8 @@ def command(
     sink_layer: Annotated[int | None, typer.Option(help=SINK_LAYER)] = None,
     criterion: Annotated[str, typer.Option(help=CRITERION)] = "orthogonal",
     fast: Annotated[bool, typer.Option("--fast", help=FAST)] = False,
+    correct: Annotated[int | None, typer.Option(help=CORRECT)] = None,
+    fit_windows: Annotated[int | None, typer.Option(help=FIT_WINDOWS)] = None,
     output: Annotated[Path, typer.Option(help="Folder for the plan (orthorank.json) and the state.")] = OUTPUT,
     resume: Annotated[bool, typer.Option("--resume", help=RESUME)] = False,
     bos: Annotated[str, typer.Option(help=BOS)] = "auto",
@@ -98,6 +102,8 @@ def command(
         sink_floor=False if no_sink_floor else None,
         sink_layer=sink_layer,
         fast=fast,
+        correct=correct,
+        fit_windows=fit_windows,
         resume=resume,
         device=device,
         device_map=device_map,

@@ -37,6 +37,7 @@ class Calibration:
             text left for it.
         text: what the windows are from; text_tokens: how many tokens it has.
         held_out_words: what the held-out windows are from. bos: where the tokenizer's BOS stands.
+        fit: int64 ``[fit windows, seq_len]``, other windows of the same half, to fit maps to; None: there are no maps.
     """
 
     windows: "Tensor"
@@ -45,6 +46,7 @@ class Calibration:
     text_tokens: int
     held_out_words: str
     bos: Bos
+    fit: "Tensor | None" = None
 
     def to_dict(self) -> dict[str, Any]:
         """What a plan records of its calibration: the text's hash, the tokens' hash (little-endian int64), sizes."""
@@ -52,11 +54,15 @@ class Calibration:
         return {
             "text": self.text.name,
             "text_sha256": self.text.sha256,
-            "ids_sha256": hashlib.sha256(self.windows.cpu().numpy().astype("<i8").tobytes()).hexdigest(),
+            "ids_sha256": _hash(self.windows),
             "tokens": windows * seq_len,
             "windows": windows,
             "seq_len": seq_len,
-        }
+        } | ({} if self.fit is None else {"fit_windows": len(self.fit), "fit_ids_sha256": _hash(self.fit)})
+
+
+def _hash(windows: "Tensor") -> str:
+    return hashlib.sha256(windows.cpu().numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def find_source(settings: SearchSettings) -> Source:
@@ -101,7 +107,7 @@ def cut_windows(
     held_out_windows, held_out_len = held_out or (windows, wanted)
     samples = take_samples(
         tokens,
-        windows=windows,
+        windows=windows + _fit_windows(settings, windows),
         seq_len=wanted,
         held_out_windows=held_out_windows,
         held_out_len=min(held_out_len, max_tokens),
@@ -109,7 +115,35 @@ def cut_windows(
         leading=bos.leading,
     )
     words = f"{source.text.name} (second half)"
-    return Calibration(samples.calibration, samples.held_out, source.text, samples.text_tokens, words, bos)
+    judged, fit = _divided(samples.calibration, windows)
+    return Calibration(judged, samples.held_out, source.text, samples.text_tokens, words, bos, fit)
+
+
+def _fit_windows(settings: SearchSettings, windows: int) -> int:
+    """How many windows maps are fitted to beside ``windows`` others."""
+    return 0 if settings.correct is None else settings.fit_windows or 2 * windows
+
+
+def _judged(settings: SearchSettings, windows: int) -> int:
+    """How many of all ``windows`` are left to measure losses on."""
+    if settings.correct is None:
+        return windows
+    return windows // 3 if settings.fit_windows is None else windows - settings.fit_windows
+
+
+def _divided(windows: "Tensor", judged: int) -> "tuple[Tensor, Tensor | None]":
+    """``judged`` of the windows, at even distances, and the others, if there are any.
+
+    >>> import torch
+    >>> judged, fit = _divided(torch.arange(6)[:, None], 2)
+    >>> judged.flatten().tolist(), fit.flatten().tolist()
+    ([0, 3], [1, 2, 4, 5])
+    """
+    total = len(windows)
+    if total == judged:
+        return windows, None
+    chosen = {i * total // judged for i in range(judged)}
+    return windows[sorted(chosen)], windows[[i for i in range(total) if i not in chosen]]
 
 
 def _consecutive(
@@ -126,17 +160,20 @@ def _consecutive(
     assert source.dataset is not None
     body = seq_len - (bos.leading is not None)  # tokens of the text in a window
     recipe, available = RECIPES[source.dataset], len(tokens) // body
-    count = settings.windows or min(recipe.windows or available, available)
-    if count > available or available == 0:
+    count = settings.windows or _judged(settings, min(recipe.windows or available, available))
+    total = count + _fit_windows(settings, count)
+    if total > available or count < 1:
+        wanted = "" if settings.correct is None else f", and {total} are wanted, for maps, too"
         raise OrthoRankError(
-            f"the text ({source.text.name}) has {len(tokens):,} tokens, which fill {available} windows of {seq_len}; "
-            "lower --windows or --seq-len"
+            f"the text ({source.text.name}) has {len(tokens):,} tokens, which fill {available} windows of {seq_len}"
+            f"{wanted}; lower --windows or --seq-len"
         )
     held_out, words = None, ""
     if source.held_out is not None:
         others = tokenize(source.held_out, tokenizer, bos)
-        if (fit := min(count, len(others) // body)) > 0:
-            held_out = beginning_with(bos.leading, others[: fit * body].view(fit, body))
+        if (fitting := min(count, len(others) // body)) > 0:
+            held_out = beginning_with(bos.leading, others[: fitting * body].view(fitting, body))
             words = source.held_out.name
-    windows = beginning_with(bos.leading, tokens[: count * body].view(count, body))
-    return Calibration(windows, held_out, source.text, len(tokens), words, bos)
+    windows = beginning_with(bos.leading, tokens[: total * body].view(total, body))
+    judged, fit = _divided(windows, count)
+    return Calibration(judged, held_out, source.text, len(tokens), words, bos, fit)

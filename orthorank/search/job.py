@@ -155,17 +155,22 @@ class Job:
     @cached_property
     def evaluator(self) -> "Evaluator":
         """The calibration loss. One for the whole job: its batch size, which decides the last bits, is set once."""
+        settings, calibration = self.settings, self.calibration
+        options: dict[str, Any] = {
+            "keep_ratio": settings.keep_ratio,
+            "criterion": settings.criterion,
+            "batch_size": settings.batch_size,
+            "memory": None if settings.memory is None else int(settings.memory * 2**30),
+            "processes": self.group,
+        }
+        if calibration.fit is not None:
+            from orthorank.calibration.corrected_evaluator import CorrectedEvaluator
+
+            options |= {"rank": settings.correct, "refit": not settings.fast}
+            return CorrectedEvaluator(self.stack, calibration.windows, calibration.fit, **options)
         from orthorank.stack.evaluator import Evaluator
 
-        return Evaluator(
-            self.stack,
-            self.calibration.windows,
-            keep_ratio=self.settings.keep_ratio,
-            criterion=self.settings.criterion,
-            batch_size=self.settings.batch_size,
-            memory=None if self.settings.memory is None else int(self.settings.memory * 2**30),
-            processes=self.group,
-        )
+        return Evaluator(self.stack, calibration.windows, **options)
 
     @property
     def first(self) -> bool:
@@ -247,7 +252,8 @@ def aim(job: Job) -> None:
 
 def _windows_in_words(calibration: Calibration) -> str:
     count, length = calibration.windows.shape
-    return f"{count} windows of {length} tokens; {calibration.text.name}"
+    beside = "" if calibration.fit is None else f", maps fitted on {len(calibration.fit)} others"
+    return f"{count} windows of {length} tokens{beside}; {calibration.text.name}"
 
 
 def _sink_layer(
@@ -294,6 +300,7 @@ def identity_of(job: Job) -> dict[str, Any]:
         "keep_ratio": settings.keep_ratio,
         "criterion": settings.criterion,
         **code_of(settings.criterion),
+        **({} if settings.correct is None else {"correct": settings.correct}),
         "candidates": job.candidates,
         "layers": job.count,
         **job.calibration.to_dict(),

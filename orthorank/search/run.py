@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.progress import Screen, SilentScreen
@@ -16,6 +16,9 @@ from orthorank.search.state import SearchInterrupted, SearchState
 from orthorank.stack.evaluator import Evaluator
 from orthorank.stack.flops import flop_speedup
 from orthorank.stack.resources import joined, together
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def run_search(settings: SearchSettings, screen: Screen | None = None) -> dict[str, Any]:
@@ -217,6 +220,7 @@ def finish(job: Job, outcome: Outcome) -> dict[str, Any]:
         plan_of(job, outcome).save_pretrained(job.folder.path)
     try:
         with job.screen.progress("measuring the plan", 1):
+            job.evaluator.start(outcome.order)
             dense_loss, loss = job.evaluator.loss([]), job.evaluator.loss(outcome.order)
             results = _write(job, outcome, dense_loss, loss) if job.first else {}
     except KeyboardInterrupt:
@@ -225,10 +229,10 @@ def finish(job: Job, outcome: Outcome) -> dict[str, Any]:
 
 
 def _write(job: Job, outcome: Outcome, dense_loss: float, loss: float) -> dict[str, Any]:
-    plan = plan_of(job, outcome, loss=loss, dense_loss=dense_loss)
+    plan = _corrected(job, plan_of(job, outcome, loss=loss, dense_loss=dense_loss))
     held_out = _held_out(job, plan)
     tokens = min(FLOP_TOKENS, job.info.max_tokens)
-    speedup = flop_speedup(job.model.config, tokens, plan.layers, plan.ratios)
+    speedup = flop_speedup(job.model.config, tokens, plan.layers, plan.ratios, ranks=plan.ranks)
     plan.measured = held_out | {"flop_speedup": round(speedup, 4), "flop_speedup_tokens": tokens}
     plan.save_pretrained(job.folder.path)
     results = {
@@ -241,19 +245,48 @@ def _write(job: Job, outcome: Outcome, dense_loss: float, loss: float) -> dict[s
     return results
 
 
+def _corrected(job: Job, plan: OrthoRankConfig) -> OrthoRankConfig:
+    """The plan with its maps fitted once more, to all windows of the search; without maps, as it is."""
+    fit, rank = job.calibration.fit, job.settings.correct
+    if fit is None or rank is None:
+        return plan
+    from torch import cat
+
+    from orthorank.calibration.corrections import fit_correction
+
+    with job.screen.progress("maps", 1 + max(plan.layers)) as advance:
+        return fit_correction(
+            job.model,
+            cat([fit, job.calibration.windows]),
+            plan,
+            rank=rank,
+            batch_size=job.evaluator.batch_size,
+            on_layer=lambda done, *_: advance(done, ""),
+        )
+
+
 def _held_out(job: Job, plan: OrthoRankConfig) -> dict[str, Any]:
     """Perplexity on windows that the search has not seen. (It is that of the patched model, up to rounding.)"""
     ids = job.calibration.held_out
     if ids is None:
         return {}
     evaluator = Evaluator(job.stack, ids, criterion=plan.criterion, batch_size=1, memory=0)
-    figures = {"dense_perplexity": _perplexity(evaluator, {}), "perplexity": _perplexity(evaluator, plan.ratios)}
+    dense, loss = evaluator.loss([]), evaluator.loss(plan.ratios) if plan.correction is None else _loss(job, plan, ids)
+    figures = {"dense_perplexity": _perplexity(dense), "perplexity": _perplexity(loss)}
     windows, seq_len = ids.shape
     return figures | {"text": job.calibration.held_out_words, "windows": windows, "seq_len": seq_len}
 
 
-def _perplexity(evaluator: Evaluator, ratios: Mapping[int, float]) -> float:
-    loss = evaluator.loss(ratios)
+def _loss(job: Job, plan: OrthoRankConfig, ids: "Tensor") -> float:
+    """Of the plan with the maps it has."""
+    from orthorank.evaluation import perplexity
+    from orthorank.hf.apply import apply
+
+    with apply(job.model, plan):
+        return perplexity(job.model, ids).loss
+
+
+def _perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 709 else math.inf  # what a float holds
 
 
@@ -261,7 +294,7 @@ def _rows(plan: OrthoRankConfig, held_out: dict[str, Any], speedup: float) -> li
     losses = plan.calibration
     dense = {"name": "dense", "layers": [], "keep_ratio": 1.0, "loss": losses["dense_loss"], "flop_speedup": 1.0}
     found = {
-        "name": "layer pruning" if plan.keep_ratio == 0 else "OrthoRank",
+        "name": ("layer pruning" if plan.keep_ratio == 0 else "OrthoRank") + (", corrected" if plan.correction else ""),
         "layers": plan.layers,
         "keep_ratio": plan.keep_ratio,
         "loss": losses["loss"],

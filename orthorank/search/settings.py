@@ -47,6 +47,9 @@ class SearchSettings:
         batch_size: windows in one forward; None: as memory allows.
         memory: GiB of hidden states that are kept, what does not fit is computed again; None: a quarter of the free
             memory.
+        correct: the rank of maps with which every plan is evaluated (`orthorank.fit_correction`), greedy only; None:
+            plans have none.
+        fit_windows: windows that these are fitted on, beside those that losses are measured on; None: twice as many.
         bos: where the tokenizer's BOS stands: one of `orthorank.common.texts.BOS`.
 
     Raises:
@@ -83,6 +86,8 @@ class SearchSettings:
     dtype: str | None = None
     batch_size: int | None = None
     memory: float | None = None
+    correct: int | None = None
+    fit_windows: int | None = None
     bos: str = "auto"
 
     def __post_init__(self) -> None:
@@ -95,7 +100,7 @@ class SearchSettings:
                 raise OrthoRankError(f"metric is for the method one-shot; the method is {self.method}, drop --metric")
         check_share("keep_ratio", self.keep_ratio, "such as 1/3 (0 removes the layers)", zero=True)
         check_integers(vars(self), windows=1, seq_len=2, protect_first=0, protect_last=0)
-        check_integers(vars(self), sink_layer=0, layers=1, batch_size=1)
+        check_integers(vars(self), sink_layer=0, layers=1, batch_size=1, correct=1, fit_windows=2)
         if self.memory is not None and not (is_number(self.memory) and 0 <= self.memory <= MOST_MEMORY):
             given = f"{self.memory:g}" if isinstance(self.memory, float) else shown(self.memory)
             raise OrthoRankError(
@@ -116,6 +121,12 @@ class SearchSettings:
             raise OrthoRankError("sink_layer sets the floor that no_sink_floor takes away; give one of them")
         if self.fast and self.method != "greedy":
             raise OrthoRankError(f"fast is for the method greedy; the method {self.method} is quick as it is")
+        if self.correct is not None and self.method != "greedy":
+            raise OrthoRankError(
+                f"correct is for the method greedy; correct the plan that {self.method} finds: orthorank correct"
+            )
+        if self.fit_windows is not None and self.correct is None:
+            raise OrthoRankError("fit_windows is for a search with maps; give their rank with --correct, or drop it")
         if self.device_map is not None and self.device != "auto":
             raise OrthoRankError("both device and device_map say where the model goes; give one of them")
 
@@ -148,7 +159,8 @@ class SearchSettings:
         if self.method == "one-shot":
             return f"one shot by {self.metric or 'ppl'} (Shortened LLaMA)"
         names = {"greedy": "greedy search (SLEB)", "influence": "block influence (ShortGPT)"}
-        return names[self.method] + (", fast" if self.fast else "")
+        corrected = "" if self.correct is None else f", maps of rank {self.correct}"
+        return names[self.method] + (", fast" if self.fast else "") + corrected
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON stores them."""

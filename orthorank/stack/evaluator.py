@@ -225,11 +225,19 @@ class Evaluator:
         """The output of the last layer, from the highest layer up to which the states are known."""
         layer, hidden = batch.states.longest(ratios) or (0, batch.embedded())
         while layer < len(ratios):
-            hidden = self.stack.run(layer, hidden, batch.inputs, ratios[layer], self.criterion, **self.options)
+            hidden = self._run(ratios, layer, hidden, batch.inputs)
             layer += 1
-            if layer in self._kept_at:
+            if self._is_kept(ratios[:layer]):
                 batch.states.offer(ratios[:layer], hidden)
         return hidden
+
+    def _run(self, ratios: Ratios, layer: int, hidden: Tensor, inputs: "Pass") -> Tensor:
+        """One layer of the plan with ``ratios``."""
+        return self.stack.run(layer, hidden, inputs, ratios[layer], self.criterion, **self.options)
+
+    def _is_kept(self, prefix: Ratios) -> bool:
+        """Whether the state that layers with these ratios leave may be of use to another plan."""
+        return len(prefix) in self._kept_at
 
     def _ratios(self, plan: Plan) -> Ratios:
         given = plan if isinstance(plan, Mapping) else dict.fromkeys(plan, self.keep_ratio)

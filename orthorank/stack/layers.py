@@ -15,6 +15,7 @@ from orthorank.calls.reading import Phase, read_call
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.patching import Patch, forward_of
 from orthorank.config import OrthoRankConfig
+from orthorank.hf.correction import corrected, on
 from orthorank.hf.criteria import norm_and_rank
 from orthorank.hf.families import TESTED, decoder_of, device_of, family_of, layers_of
 from orthorank.hf.intact import TakenApart
@@ -23,6 +24,8 @@ from orthorank.hf.parts import Parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from orthorank.correction import LayerMap
 
 _SAMPLED = 64  # elements of each weight that the model's fingerprint reads
 LOGITS_AT_ONCE = 2**26  # elements: 256 MiB of fp32 logits
@@ -103,6 +106,7 @@ class LayerStack:
         inputs: Pass,
         keep_ratio: float = 1.0,
         criterion: str = "orthogonal",
+        layer_map: "LayerMap | None" = None,
         **options: Any,
     ) -> Tensor:
         """One layer on ``hidden_states`` ``[windows, tokens, hidden]``, which it leaves as they are.
@@ -111,6 +115,7 @@ class LayerStack:
             layer: its number; inputs: from `embed`, of the same windows.
             hidden_states: on any device; the output is where the layer runs.
             keep_ratio: 1 = the dense layer, 0 = removed, between = token selection by ``criterion``.
+            layer_map: what it adds to tokens that it leaves out, or None.
             options: further fields of `OrthoRankConfig` that say how tokens are selected: seed, kv, update_sink, sinks
                 and so on.
 
@@ -118,9 +123,11 @@ class LayerStack:
             OrthoRankError: criterion or an option is one that a plan may not have, or the layer cannot be taken apart
                 (see `orthorank.hf.intact`).
         """
-        if keep_ratio == 0:
-            return hidden_states
         device = device_of(self.layers[layer])
+        if keep_ratio == 0:
+            return (
+                hidden_states if layer_map is None else self._left(layer, hidden_states.to(device), inputs, layer_map)
+            )
         hidden_states, kwargs = hidden_states.to(device), _on(device, inputs.layer_kwargs[layer])
         if keep_ratio == 1:
             output = self.layers[layer](hidden_states, **kwargs)
@@ -130,7 +137,7 @@ class LayerStack:
         of_layer, found = self.layers[layer], self._taken_apart.get(layer)
         if found is None or found.beneath is not forward_of(of_layer):
             found = self._taken_apart[layer] = TakenApart(self.family, of_layer, layer, forward_of(of_layer))
-        run = partial(selected_forward, found.check(), layer, plan, call)
+        run = partial(selected_forward, found.check(), layer, plan, call, layer_map=layer_map and on(layer_map, device))
         selecting = _Selecting(of_layer, "forward")  # called as a layer of a patched model is, with all its hooks
         selecting.run = run
         try:
@@ -138,6 +145,11 @@ class LayerStack:
         finally:
             selecting.undo()
         return output[0] if isinstance(output, tuple) else output
+
+    def _left(self, layer: int, hidden_states: Tensor, inputs: Pass, layer_map: "LayerMap") -> Tensor:
+        """What is left of a removed layer."""
+        call = inputs.call.on(hidden_states.device)
+        return corrected(hidden_states, self.normed(layer, hidden_states), call, on(layer_map, hidden_states.device))
 
     @torch.no_grad()
     def ranks(
