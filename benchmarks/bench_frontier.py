@@ -3,8 +3,8 @@
 Three methods, each plain and corrected: layers removed (SLEB), layers that select (OrthoRank), and both mixed. A method
 lays one path: from the dense model on, each round changes the layer that costs least loss for a FLOP, on windows that
 the maps are not fitted to, so every prefix of its order is a plan. Corrected paths are searched with the maps on. Plans
-along a path then get maps fitted to all calibration windows, and are measured on two texts of the kinds they were fitted
-to and on one that is not. FLOPs are those of a prompt of 1,024 tokens with the logits of the last one, maps counted.
+along a path then get maps fitted to all calibration windows, and are measured on two texts of the kinds that these are
+of and on one of another. FLOPs are those of a prompt of 1,024 tokens with the logits of the last one, maps counted.
 
     python benchmarks/bench_frontier.py                          # all there is, kept in --state, goes on after a stop
     python benchmarks/bench_frontier.py --method removed,corrected --only search
