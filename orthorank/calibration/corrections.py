@@ -21,7 +21,8 @@ from orthorank.correction import Correction, LayerMap
 from orthorank.hf.apply import check_plan
 from orthorank.hf.correction import corrected, may_be_left_out, on
 from orthorank.hf.families import device_of
-from orthorank.stack.layers import LayerStack, Pass, model_fingerprint
+from orthorank.hf.provenance import provenance
+from orthorank.stack.layers import LayerStack, Pass
 from orthorank.stack.resources import windows_at_once
 from orthorank_kernels._version import __version__
 
@@ -103,7 +104,7 @@ def fit_correction(
         "target": target,
         "tokens": input_ids.numel(),
         "held_out_windows": int(work.held_out.sum()),
-        "model_fingerprint": model_fingerprint(model),
+        **provenance(model),
         "ridge": {str(layer): ridge for layer, ridge in work.ridges.items()},
         "explained": {str(layer): round(share, 4) for layer, share in explained.items()},
     }
