@@ -46,8 +46,7 @@ def weights_fingerprint(model: Any) -> str:
     for number in range(SAMPLED):
         of_layer = weights[number * len(layers) // SAMPLED]
         weight = of_layer[number % len(of_layer)]
-        plain = weight is not None and type(weight) in _PLAIN and weight.dtype in _FLOATS
-        if weight is None or sharded or not plain or weight.device.type == "meta":
+        if weight is None or sharded or not _readable(weight):
             sample.append(math.nan)
         else:
             sample.append(float(weight.detach().reshape(-1)[number * 2654435761 % weight.numel()]))
@@ -127,6 +126,11 @@ def warn_of_other_weights(model: Any, plan: OrthoRankConfig) -> None:
             f"the plan's maps were fitted with the adapters {with_}, and active here are {here}; {advice}",
             stacklevel=levels_to_caller(),
         )
+
+
+def _readable(weight: Tensor) -> bool:
+    """Whether the numbers are here: neither packed (quantised) nor elsewhere (offloaded, partitioned to nothing)."""
+    return type(weight) in _PLAIN and weight.dtype in _FLOATS and weight.device.type != "meta" and weight.numel() > 0
 
 
 def _weights(layer: Any) -> list[Tensor | None]:
