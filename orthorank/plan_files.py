@@ -42,7 +42,7 @@ def find_plan(path: str | os.PathLike[str], revision: str | None = None, token: 
     """
     file = user_path("plan", path)
     place = place_of(str(path), revision)  # as it was written: "./org/name" is a folder
-    if place is None or file.exists():
+    if place is None or os.path.lexists(file):
         if revision is not None:
             warnings.warn(
                 f"revision is {revision!r} and the plan is read from {file}, a local path, which has no revisions",

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from orthorank.common.errors import OrthoRankError, shown
 from orthorank_kernels._version import __version__
+from orthorank_kernels.remedies import install
 
 _ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 _LIBRARY: dict[str, Any] = {"library_name": "orthorank", "library_version": __version__}
@@ -54,10 +55,10 @@ def fetch(place: Place, name: str, most: int, token: str | bool | None = None) -
     Raises:
         OrthoRankError: there is no such repository, revision or file, it is too large, or nobody answers.
     """
-    from huggingface_hub import hf_hub_download
-
     given: dict[str, Any] = {"revision": place.revision, "token": token, **_LIBRARY}
     with _told(place, name):
+        from huggingface_hub import hf_hub_download
+
         size = hf_hub_download(place.repo, name, dry_run=True, **given).file_size
         if size is not None and size > most:
             raise OrthoRankError(f"{name} of {place} has {size:,} bytes, and may have {most:,}: it is not downloaded")
@@ -85,10 +86,10 @@ def push(
     Raises:
         OrthoRankError: the Hub cannot be reached, or refuses.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    api = HfApi(token=token, **_LIBRARY)
     with _told(Place(repo_id, revision), "the plan"):
+        from huggingface_hub import CommitOperationAdd, HfApi
+
+        api = HfApi(token=token, **_LIBRARY)
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):  # a pull request, which is there
             api.create_branch(repo, branch=revision, exist_ok=True)
@@ -99,8 +100,13 @@ def push(
 @contextmanager
 def _told(place: Place, what: str) -> Iterator[None]:
     """Errors of huggingface_hub in a sentence, with the remedy."""
-    from huggingface_hub import errors
-
+    try:
+        from huggingface_hub import errors
+    except ImportError:
+        raise OrthoRankError(
+            f"{place} is no path here, and the Hugging Face Hub needs huggingface_hub, which is not installed; run: "
+            f"{install('hf')}"
+        ) from None
     try:
         yield
     except OrthoRankError:

@@ -88,10 +88,12 @@ def active_adapters(model: Any) -> list[str]:
 
 
 def license_of(model: "PreTrainedModel") -> str | None:
-    """What the model's card says, where the card is in the model's folder or in the Hub's local cache; else None."""
+    """What the model's config says, or its card, if that is in its folder or in the local cache of the Hub."""
     from huggingface_hub import metadata_load, try_to_load_from_cache
     from yaml import YAMLError
 
+    if isinstance(told := getattr(model.config, "license", None), str):
+        return told
     name = getattr(model.config, "_name_or_path", "") or ""
     try:
         card: Any = Path(name, "README.md")

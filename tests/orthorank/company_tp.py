@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from orthorank import OrthoRankConfig, apply
+from orthorank.hf.provenance import differing, weights_fingerprint
 from tests.orthorank.hf.test_corrected import maps
 
 PLAN = OrthoRankConfig(layers=[1, 2, 3], keep_ratio=1 / 3)
@@ -77,7 +78,9 @@ def examine(sharded: Any, whole: Any, plan: OrthoRankConfig) -> dict[str, Any]:
     parallel, alone = watched(sharded, plan), watched(whole, plan)
     projection = sharded.model.layers[1].self_attn.o_proj.weight
     local = projection.to_local() if hasattr(projection, "to_local") else projection
+    fingerprints = weights_fingerprint(sharded), weights_fingerprint(whole)
     return {
+        "other weights": differing(*fingerprints),
         "sharded": local.numel() < whole.model.layers[1].self_attn.o_proj.weight.numel(),
         "error": float((parallel["logits"] - alone["logits"]).abs().max() / alone["logits"].abs().max()),
         "same positions": all(map(torch.equal, parallel["positions"], alone["positions"])),

@@ -1,5 +1,6 @@
 """Plans on the Hugging Face Hub: huggingface_hub's own code against a server on this machine."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply, status
+from orthorank.common.errors import UnknownKeysWarning
 from orthorank.correction import Correction
 from tests.orthorank.hub_server import Hub, Repo, look_at, serving
 from tests.orthorank.test_correction import correction, plan
@@ -53,6 +55,9 @@ def test_a_plan_and_its_maps_at_one_commit(hub: Hub, tmp_path: Path) -> None:
         f"/org/name/resolve/{commit}/correction.safetensors",
     ]
     assert "source" not in loaded.to_dict()
+    assert dataclasses.replace(loaded, seed=1).source is None
+    with pytest.warns(UnknownKeysWarning, match="source"):
+        assert OrthoRankConfig.from_dict(BARE.to_dict() | {"source": "org/other@main"}).source is None
     assert OrthoRankConfig.from_pretrained(loaded.save_pretrained(tmp_path / "again")) == CORRECTED
     hub.asked.clear()
     assert OrthoRankConfig.from_pretrained("org/name") == CORRECTED
@@ -78,7 +83,16 @@ def test_a_local_folder_wins(hub: Hub, tmp_path: Path) -> None:
         assert OrthoRankConfig.from_pretrained("org/name", revision="v1").source is None
     with pytest.raises(OrthoRankError, match="no plan can be read at name"):
         OrthoRankConfig.from_pretrained("./name")
+    (tmp_path / "org" / "gone").symlink_to("nowhere")
+    with pytest.raises(OrthoRankError, match="no plan can be read at org/gone"):
+        OrthoRankConfig.from_pretrained("org/gone")
     assert hub.asked == []
+
+
+def test_without_the_library(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(OrthoRankError, match=r"^org/name is no path here, and .* not installed; run: pip install"):
+        OrthoRankConfig.from_pretrained("org/name")
 
 
 def test_offline_the_cache_is_read(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,7 @@ def check(names: list[str], folder: Path) -> None:
         assert sorted(found) == sorted(f"{name}, {plan}" for name in names for plan in PLANS)
         for name, seen in found.items():
             assert seen["sharded"], name
+            assert seen["other weights"][0] == 0, name
             assert seen["error"] < 1e-5, f"{name}: {seen['error']}"
             assert seen["same positions"], name
             assert seen["same tokens"], name

@@ -169,3 +169,5 @@ def test_the_licence_in_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest
     assert license_of(model) == "apache-2.0"
     model.config._commit_hash = "b" * 40
     assert license_of(model) is None
+    model.config.license = "mit"
+    assert license_of(model) == "mit"
