@@ -117,8 +117,8 @@ def warn_of_other_weights(model: Any, plan: OrthoRankConfig) -> None:
     found = differing(record.get("model_fingerprint"), weights_fingerprint(model))
     if found is not None and found[0]:
         warnings.warn(
-            f"the plan's maps were fitted on other weights, of another fine-tune perhaps: {found[0]} of {found[1]} "
-            f"that were compared differ; {advice}",
+            "the plan's maps were fitted on other weights, of another fine-tune or rounded otherwise perhaps: "
+            f"{found[0]} of {found[1]} that were compared differ; {advice}",
             stacklevel=levels_to_caller(),
         )
     then, now = record.get("adapters"), active_adapters(model)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from orthorank import OrthoRankConfig, OrthoRankError
+from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank.correction import Correction, LayerMap
 from orthorank.plans import shipped_plans
 
@@ -201,6 +201,18 @@ def test_maps_are_saved_in_the_dtype_that_is_asked_for(tmp_path: Path, dtype: st
     assert (loaded == saved) == (dtype == "float32")
     small, large = (tmp_path / each / "correction.safetensors" for each in (dtype, "float32"))
     assert (small.stat().st_size < large.stat().st_size) == (dtype != "float32")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@torch.no_grad()
+def test_maps_in_fewer_bytes_are_applied_in_float32(tiny_model: Callable[..., Any], dtype: str) -> None:
+    model, ids = tiny_model("llama", hidden_size=HIDDEN, head_dim=4), torch.arange(3, 15)[None]
+    logits = []
+    for maps in (correction(), correction().to(dtype), correction().to(dtype).to("float32")):
+        with apply(model, plan(correction=maps)):
+            logits.append(model(ids).logits)
+    assert torch.equal(logits[1], logits[2])
+    assert 0 < (logits[0] - logits[1]).abs().max() < 0.05 * logits[0].abs().max()
 
 
 @pytest.mark.parametrize(
