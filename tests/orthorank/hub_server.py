@@ -16,7 +16,7 @@ import pytest
 
 @dataclass
 class Repo:
-    """Commits (files by name) and what points at them; ``gated``: nobody may read it."""
+    """Commits (files by name) and what points at them; ``gated``: nobody may read it; ``private``: with a token."""
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
@@ -39,7 +39,6 @@ class Hub:
 
     repos: dict[str, Repo] = field(default_factory=dict)
     asked: list[tuple[str, str, int]] = field(default_factory=list)
-    tokens: set[str | None] = field(default_factory=set)
     endpoint: str = ""
     fails: int | None = None  # a status that every answer has
     tells_size: bool = True
@@ -63,7 +62,6 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
         self.hub.asked.append((self.command, self.path, len(body) if status == 200 else 0))
-        self.hub.tokens.add(self.headers.get("authorization"))
 
     def do_HEAD(self) -> None:
         self._file()
@@ -77,7 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.fails is not None:
             return self._answer(self.hub.fails)
         repo = self.hub.repos.get("/".join(parts[:2]))
-        if repo is None:
+        if repo is None or (repo.private and self.headers.get("authorization") is None):
             return self._answer(401, X_Error_Code="RepoNotFound")
         if repo.gated:
             return self._answer(403, X_Error_Code="GatedRepo")

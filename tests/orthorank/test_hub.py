@@ -231,7 +231,10 @@ def test_a_push_is_one_commit(hub: Hub, tmp_path: Path) -> None:
     assert repo.private
     assert sorted(repo.commits[repo.refs["main"]]) == ["correction.safetensors", "orthorank.json"]
     assert repo.messages == ["Upload a plan of OrthoRank"]
-    assert OrthoRankConfig.from_pretrained("org/name") == CORRECTED
+    with pytest.raises(OrthoRankError, match=r"there is no such repository .* if it is private, log in"):
+        OrthoRankConfig.from_pretrained("org/name", token=False)
+    assert OrthoRankConfig.from_pretrained("org/name", token="hf_reads") == CORRECTED
+    repo.private = False
 
     BARE.save_pretrained(tmp_path / "name", repo_id="org/name", revision="bare", commit_message="No maps", **login)
     assert repo.messages[1:] == ["No maps"]
