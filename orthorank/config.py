@@ -1,17 +1,18 @@
 """The plan: which layers select tokens, how many, by which score. A small JSON file that people can share."""
 
 import dataclasses
-import json
 import math
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthorank.common.errors import OrthoRankError, UnknownKeysWarning, check_integer, check_share, shown
-from orthorank.common.files import finite, read_json, user_path, write_text
-from orthorank.plan_checks import RECORDS, check_fields, release_of
+from orthorank.common.files import finite, write_text
+from orthorank.plan_checks import RECORDS, check_fields, check_maps, release_of
+from orthorank.plan_files import FILE_NAME, find_plan, json_of, naming, place_to_write
 from orthorank_kernels._version import __version__
 from orthorank_kernels.callers import levels_to_caller
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from orthorank.correction import Correction
 
-FILE_NAME = "orthorank.json"
 _ROUNDING = 1e-6  # repairs products such as 30 * 0.2 / (2 / 3), which may fall just below 9
 BY_LAYER = ("keep_ratios", "thresholds")  # mappings from layer numbers, whose keys JSON makes strings
 
@@ -61,6 +61,10 @@ class OrthoRankConfig:
         correction: maps that put back part of what the layers leave out, by layer; `orthorank.fit_correction` finds
             them. None: left-out tokens stay as they are, as in the paper.
 
+    Attributes:
+        source: ``org/name@commit`` of a plan that was read from the Hugging Face Hub, else None. It is not saved, not
+            compared, and no argument.
+
     Raises:
         OrthoRankError: a field holds an illegal value; the message lists what is legal.
 
@@ -95,6 +99,7 @@ class OrthoRankConfig:
     measured: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
     correction: "Correction | None" = None
+    source: str | None = field(default=None, init=False, compare=False, repr=False)  # not copied by `replace`
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -150,6 +155,7 @@ class OrthoRankConfig:
         Of a correction it says what `save_pretrained` writes beside it; without one there is no such key.
         """
         values = dataclasses.asdict(self)
+        del values["source"]
         if (correction := values.pop("correction")) is not None:
             values["correction"] = correction.to_dict()
         values |= {name: finite(values[name]) for name in RECORDS}
@@ -166,7 +172,7 @@ class OrthoRankConfig:
             raise OrthoRankError(f"a plan is a JSON object, not {type(values).__name__}")
         if wrong := [key for key in values if not isinstance(key, str)]:
             raise OrthoRankError(f"the plan has the key {shown(wrong[0])}; its keys must be names of fields, strings")
-        known = {f.name for f in dataclasses.fields(cls)}
+        known = {f.name for f in dataclasses.fields(cls) if f.init}
         if unknown := sorted(set(values) - known):
             warnings.warn(
                 f"this plan (written by version {values.get('version', 'unknown')}) has keys that version "
@@ -187,53 +193,96 @@ class OrthoRankConfig:
             warnings.warn("this plan names no layers: with it a model is the dense one", stacklevel=levels_to_caller())
         return plan
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        maps_dtype: str | None = None,
+        push_to_hub: bool = False,
+        **hub: Any,
+    ) -> Path:
         """Write ``folder/orthorank.json`` (sorted keys, replaced in one step) and return its path.
 
         The maps of a correction go to ``folder/correction.safetensors``, which the JSON names by its hash.
 
+        Args:
+            folder: made where it is not there.
+            maps_dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``: what the maps are rounded to. They are applied
+                in float32 all the same. None: as they are.
+            push_to_hub: whether the files go to the Hugging Face Hub, too, as one commit.
+            hub: of the push: ``repo_id`` (default: the folder's name), ``token``, ``private`` (of a new repository),
+                ``revision`` (a branch), ``commit_message``, ``commit_description`` and ``create_pr``, as
+                huggingface_hub takes them.
+
         Raises:
-            OrthoRankError: it cannot be written, or a field was changed to something illegal; then nothing is.
+            OrthoRankError: it cannot be written, a field was changed to something illegal, the JSON is larger than
+                1 MiB, or the maps lose their meaning in ``maps_dtype``; then nothing is. Or the Hub refuses; then the
+                folder is written.
         """
         check_fields(self)
-        where = user_path("folder", folder)
-        try:
-            where.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OrthoRankError(f"the plan cannot be written to {where}: {error.strerror}") from error
-        if self.correction is not None:
+        plan = self
+        if self.correction is not None and maps_dtype is not None:
+            plan = dataclasses.replace(self, correction=self.correction.to(maps_dtype))
+        text = json_of(plan.to_dict())
+        where = place_to_write(folder, push_to_hub, hub)
+        files = [where / FILE_NAME]
+        if plan.correction is not None:
             from orthorank.correction import FILE_NAME as MAPS_NAME
 
-            self.correction.save(where / MAPS_NAME)
-        write_text(where / FILE_NAME, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
-        return where / FILE_NAME
+            files.append(where / MAPS_NAME)
+            plan.correction.save(files[1])
+        write_text(files[0], text)
+        if push_to_hub:
+            from orthorank.common.hub import push
+
+            push(files, **{"repo_id": where.resolve().name, "commit_message": "Upload a plan of OrthoRank"} | hub)
+        return files[0]
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> "OrthoRankConfig":
-        """Read a plan from a JSON file, or from ``orthorank.json`` in a folder.
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        check: "Callable[[OrthoRankConfig], None] | None" = None,
+    ) -> "OrthoRankConfig":
+        """Read a plan from a JSON file, a folder with ``orthorank.json``, or a repository of the Hugging Face Hub.
 
-        The maps of a corrected plan are read from ``correction.safetensors`` beside the JSON file.
+        The maps of a corrected plan are read from ``correction.safetensors`` beside the JSON file. Of a repository
+        these two files are read and no others, both at one commit, which `source` then names. Nothing in them runs.
+
+        Args:
+            path: a file or folder, or else ``org/name`` or ``org/name@revision`` on the Hub. What is there locally is
+                taken first; with ``HF_HUB_OFFLINE=1`` the Hub's local cache is.
+            revision: a branch, tag or commit of a repository; None: its main branch.
+            token: for a private repository, as huggingface_hub takes it; None: of the login, if there is one.
+            check: called with the plan without its maps, whose hidden size it has, before they are fetched or read; it
+                raises to refuse.
 
         Raises:
-            OrthoRankError: a file cannot be read, is broken, or is not the other's.
+            OrthoRankError: a file cannot be read, is broken, too large, or is not the other's.
         """
-        file = user_path("plan", path)
-        file = file / FILE_NAME if file.is_dir() else file
-        try:
-            values = read_json(file)
-        except OSError as error:
-            raise OrthoRankError(f"no plan can be read at {file}: {error.strerror}") from error
-        except ValueError as error:
-            raise OrthoRankError(f"{file} is not a JSON file: {error}") from error
-        try:
+        found = find_plan(path, revision, token)
+        values, record = found.values, None
+        with naming(found.name):
             if isinstance(values, dict) and values.get("correction") is not None:
                 from orthorank.correction import FILE_NAME as MAPS_NAME
-                from orthorank.correction import Correction
+                from orthorank.correction import Correction, Record
 
-                values["correction"] = Correction.load(file.parent / MAPS_NAME, values["correction"])
-            return cls.from_dict(values)
-        except OrthoRankError as error:
-            raise OrthoRankError(f"{file}: {error}") from error
+                record = Record.of(values["correction"])
+                values = {key: value for key, value in values.items() if key != "correction"}
+            plan = cls.from_dict(values)
+            if record is not None:
+                check_maps(plan, record.layers, record.hidden_size)
+            if check is not None:
+                check(plan if record is None else dataclasses.replace(plan, hidden_size=record.hidden_size))
+        if record is not None:
+            maps = found.fetch_maps(MAPS_NAME, record.most_bytes)
+            with naming(found.name):
+                plan.correction = Correction.load(maps, record)
+        plan.source = found.source
+        return plan
 
 
 def hub_id(model: "PreTrainedModel") -> str | None:

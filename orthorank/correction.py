@@ -9,15 +9,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from orthorank.common.errors import OrthoRankError, check_integer, shown
+from orthorank.common.errors import OrthoRankError, check_choice, check_integer, shown
 from orthorank.common.files import write_bytes
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 FILE_NAME = "correction.safetensors"
 DTYPES = ("float32", "bfloat16", "float16")
 _MOST = {"rank": 10**9, "hidden_size": 10**9}
+_HEADER = 2**20  # bytes that the file's own table of contents may have
+_LOST = 2**-6  # of a row, by rounding to a narrower dtype: four times what bfloat16 rounds a number by at most
 _SHORT = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # as the file names them
 
 
@@ -103,21 +106,54 @@ class Correction:
 
         write_bytes(file, save(self._tensors(), {"format": "pt"}))
 
+    def to(self, dtype: str) -> "Correction":
+        """The same maps in ``"float32"``, ``"bfloat16"`` or ``"float16"``; this one where they are in it already.
+
+        Raises:
+            OrthoRankError: a number would be infinite, or a row of a map (the whole of a bias) would lose more than
+                a 64th of its length: below 6e-5 float16 has fewer and fewer digits, and below 3e-8 none.
+
+        Example:
+            >>> import torch
+            >>> large = Correction({2: LayerMap(torch.full((1, 4), 1e5), torch.ones(4, 1), torch.zeros(4))})
+            >>> large.to("bfloat16").maps[2].down.dtype
+            torch.bfloat16
+            >>> large.to("float16")
+            Traceback (most recent call last):
+                ...
+            orthorank.common.errors.OrthoRankError: layers.2.down holds 1e+05, and float16 ends at 6.55e+04; save the \
+maps as bfloat16, which has float32's range, or as float32
+        """
+        import torch
+
+        check_choice("maps_dtype", dtype, DTYPES)
+        wanted: torch.dtype = getattr(torch, dtype)
+        if all(part.dtype == wanted for part in self._tensors().values()):
+            return self
+        for name, part in self._tensors().items():
+            _check_range(name, part.double(), wanted)
+        return Correction({i: LayerMap(*(part.to(wanted) for part in parts)) for i, parts in self.maps.items()})
+
     @classmethod
-    def load(cls, file: Path, record: Any) -> "Correction":
+    def load(cls, file: Path, record: "Record") -> "Correction":
         """The correction in ``file``, if it is what ``record``, from a plan's JSON, says.
 
-        Names, shapes and dtypes are compared before a tensor is read.
+        Its size, names, shapes and dtypes are compared before a tensor is read.
 
         Raises:
             OrthoRankError: it is another one, or the file is missing or broken.
         """
-        rank, hidden, layers = _read_record(record)
+        rank, hidden, layers = record.rank, record.hidden_size, record.layers
         if not file.is_file():
             there = "which is no file" if file.exists() else "which is not there"
             raise OrthoRankError(
                 f"the plan has a correction, whose maps are in {file}, {there}; keep both files in one folder, or take "
                 "the key 'correction' out of the plan to follow it uncorrected"
+            )
+        if (size := file.stat().st_size) > record.most_bytes:
+            raise OrthoRankError(
+                f"{file} has {size:,} bytes; maps of rank {rank} and hidden size {hidden} for {len(layers)} layers, as "
+                f"the plan says, have at most {record.most_bytes:,}: they are another plan's"
             )
         from safetensors import SafetensorError, safe_open
 
@@ -135,10 +171,10 @@ class Correction:
         for name, part in parts.items():
             _check_finite(f"{file}: {name}", part)
         found = cls({i: LayerMap(*(parts[name_of(i, part)] for part in LayerMap._fields)) for i in layers})
-        if found.sha256 != record["sha256"]:
+        if found.sha256 != record.sha256:
             raise OrthoRankError(
                 f"{file} holds maps with the hash {found.sha256[:16]}..., and the plan beside it was saved with "
-                f"{record['sha256'][:16]}...: they are of different plans; save the plan again, or copy both files"
+                f"{record.sha256[:16]}...: they are of different plans; save the plan again, or copy both files"
             )
         return found
 
@@ -171,20 +207,38 @@ def name_of(layer: int, part: str) -> str:
     return f"layers.{layer}.{part}"
 
 
-def _read_record(record: Any) -> tuple[int, int, list[int]]:
-    """Rank, hidden size and layers that a plan's JSON says of its correction."""
-    keys = ("rank", "hidden_size", "layers", "sha256")
-    if not isinstance(record, dict) or (missing := [key for key in keys if key not in record]):
-        what = f"without {', '.join(missing)}" if isinstance(record, dict) else shown(record)
-        raise OrthoRankError(f"correction is a record {what}; a plan's JSON says {', '.join(keys)} of its correction")
-    for name, most in _MOST.items():
-        check_integer(f"correction[{name!r}]", record[name], 1, most)
-    layers, digest = record["layers"], record["sha256"]
-    if not isinstance(layers, list) or not layers or not all(type(i) is int and i >= 0 for i in layers):
-        raise OrthoRankError(f"correction['layers'] is {shown(layers)}; it must be a list of layer numbers")
-    if not isinstance(digest, str):
-        raise OrthoRankError(f"correction['sha256'] is {shown(digest)}; it must be the hash of the maps, a string")
-    return record["rank"], record["hidden_size"], sorted(set(layers))
+class Record(NamedTuple):
+    """What a plan's JSON says of its correction."""
+
+    rank: int
+    hidden_size: int
+    layers: list[int]
+    sha256: str
+
+    @property
+    def most_bytes(self) -> int:
+        """The largest that the file of maps may be: in float32."""
+        return len(self.layers) * (2 * self.rank + 1) * self.hidden_size * 4 + _HEADER
+
+    @classmethod
+    def of(cls, record: Any) -> "Record":
+        """``record`` as it stands in the JSON.
+
+        Raises:
+            OrthoRankError: it lacks something, or says what no correction has.
+        """
+        if not isinstance(record, dict) or (missing := [key for key in cls._fields if key not in record]):
+            what = f"without {', '.join(missing)}" if isinstance(record, dict) else shown(record)
+            keys = ", ".join(cls._fields)
+            raise OrthoRankError(f"correction is a record {what}; a plan's JSON says {keys} of its correction")
+        for name, most in _MOST.items():
+            check_integer(f"correction[{name!r}]", record[name], 1, most)
+        layers, digest = record["layers"], record["sha256"]
+        if not isinstance(layers, list) or not layers or not all(type(i) is int and i >= 0 for i in layers):
+            raise OrthoRankError(f"correction['layers'] is {shown(layers)}; it must be a list of layer numbers")
+        if not isinstance(digest, str):
+            raise OrthoRankError(f"correction['sha256'] is {shown(digest)}; it must be the hash of the maps, a string")
+        return cls(record["rank"], record["hidden_size"], sorted(set(layers)), digest)
 
 
 def _check_names(file: Path, found: list[str], wanted: list[str]) -> None:
@@ -211,3 +265,25 @@ def _check(name: str, shape: tuple[int, ...], dtype: str, rank: int, hidden: int
 def _check_finite(name: str, part: "Tensor") -> None:
     if not bool(part.isfinite().all()):
         raise OrthoRankError(f"{name} holds infinite or NaN numbers in {part.dtype}; all of a map must be finite")
+
+
+def _check_range(name: str, part: "Tensor", dtype: "torch.dtype") -> None:
+    """``part``, in float64, survives ``dtype``."""
+    import torch
+
+    short = str(dtype).removeprefix("torch.")
+    remedy = "save the maps as bfloat16, which has float32's range, or as float32"
+    largest, end = float(part.abs().max()), torch.finfo(dtype).max
+    rounded = part.to(dtype).double()
+    if not bool(rounded.isfinite().all()):
+        raise OrthoRankError(f"{name} holds {largest:.3g}, and {short} ends at {end:.3g}; {remedy}")
+    rows, lost = (x.reshape(-1, x.shape[-1]).norm(dim=-1) for x in (part, rounded - part))
+    shares = torch.where(rows > 0, lost / rows, 0)
+    if float(shares.max()) > _LOST:
+        row = int(shares.argmax())
+        where = f"{name}" if part.dim() == 1 else f"row {row} of {name}"
+        raise OrthoRankError(
+            f"{where}, whose largest number is {float(part.reshape(len(rows), -1)[row].abs().max()):.3g}, would lose "
+            f"{float(shares[row]):.0%} of its length in {short}, which has full precision from "
+            f"{torch.finfo(dtype).smallest_normal:.3g} on; {remedy}"
+        )

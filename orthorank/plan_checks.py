@@ -135,15 +135,24 @@ def _check_correction(plan: Any) -> None:
         )
     if not isinstance(correction, Correction):
         raise OrthoRankError(f"correction is a {type(correction).__name__}; it must be a Correction or None")
-    if wrong := [layer for layer in correction.layers if layer not in plan.layers or plan.ratio(layer) == 1]:
+    check_maps(plan, correction.layers, correction.hidden_size)
+
+
+def check_maps(plan: Any, layers: list[int], hidden_size: int) -> None:
+    """Maps of ``layers`` and ``hidden_size`` would be the plan's.
+
+    Raises:
+        OrthoRankError: a layer leaves no token out, or the hidden size is another model's.
+    """
+    if wrong := [layer for layer in layers if layer not in plan.layers or plan.ratio(layer) == 1]:
         leaving = [layer for layer in plan.layers if plan.ratio(layer) < 1]
         raise OrthoRankError(
             f"correction has a map for layer {wrong[0]}, which leaves no token out; the layers that do are "
             f"{shown(leaving)}"
         )
-    if plan.hidden_size not in (None, correction.hidden_size):
+    if plan.hidden_size not in (None, hidden_size):
         raise OrthoRankError(
-            f"correction has maps of hidden size {correction.hidden_size}, and hidden_size is {plan.hidden_size}; they "
+            f"correction has maps of hidden size {hidden_size}, and hidden_size is {plan.hidden_size}; they "
             "are another model's"
         )
 

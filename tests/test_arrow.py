@@ -30,7 +30,7 @@ ARROWS = {
         {"calls"},
         {"plans"},
         {"config"},
-        {"plan_checks"},
+        {"plan_checks", "plan_files"},
         {"correction"},
         {"common"},
     ],

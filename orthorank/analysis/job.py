@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from orthorank.common.criteria import check_criterion
 from orthorank.common.errors import OrthoRankError, check_integers
-from orthorank.common.files import user_path, writable_folder, write_json
+from orthorank.common.files import writable_folder, write_json
 from orthorank.common.progress import Screen
 from orthorank.common.texts import check_bos, spread
 from orthorank.config import OrthoRankConfig
@@ -48,7 +48,7 @@ class AnalysisSettings:
         """The plans by a title; raises when one cannot be read."""
         from orthorank.evaluation.bench import variant_names
 
-        plans = [OrthoRankConfig.from_pretrained(user_path("plan", path)) for path in self.plans]
+        plans = [OrthoRankConfig.from_pretrained(path) for path in self.plans]
         return dict(zip(variant_names(plans), plans, strict=True))
 
 

@@ -21,7 +21,8 @@ from orthorank.common.errors import OrthoRankError, check_choice, check_integer
 from orthorank.config import OrthoRankConfig
 from orthorank.correction import Correction
 from orthorank.hf.apply import check_plan
-from orthorank.stack.layers import LayerStack, model_fingerprint
+from orthorank.hf.provenance import provenance
+from orthorank.stack.layers import LayerStack
 from orthorank_kernels._version import __version__
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def corrected_plan(
         "target": target,
         "tokens": input_ids.numel(),
         "held_out_windows": int(held_out(windows).sum()),
-        "model_fingerprint": model_fingerprint(model),
+        **provenance(model),
         "ridge": {str(layer): fitted.ridge for layer, fitted in fits.items()},
         "explained": {str(layer): round(fitted.explained, 4) for layer, fitted in fits.items()},
     }

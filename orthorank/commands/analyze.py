@@ -9,7 +9,10 @@ from orthorank.commands.screen import BOS, MODEL, RichScreen, console, number, r
 from orthorank.common.errors import OrthoRankError
 
 TEXT = "UTF-8 text file. Default: the documentation of Python inside its standard library."
-PLANS = "Plan whose layers are drawn, a file or folder; may be given several times. Default: the shipped ones, if any."
+PLANS = (
+    "Plan whose layers are drawn: a file, a folder, or org/name@revision on the Hub; may be given several times. "
+    "Default: the shipped ones, if any."
+)
 
 CRITERION = "What Figure 4 compares the orthogonal criterion with: a name, or module:function."
 

@@ -7,15 +7,15 @@ import typer
 
 from orthorank.commands.screen import MODEL, OWN_CRITERION, RichScreen, console, numbers, register, table_of
 from orthorank.common.errors import OrthoRankError, check_choice
-from orthorank.common.files import user_path, writable_folder
+from orthorank.common.files import writable_folder
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 ENGINES = ("transformers", "vllm")
 PLANS = (
-    "Plan to compare with the dense model, a file or folder; may be given several times. Default: the plans shipped "
-    "for the model, OrthoRank's and layer pruning's."
+    "Plan to compare with the dense model: a file, a folder, or org/name@revision on the Hub; may be given several "
+    "times. Default: the plans shipped for the model, OrthoRank's and layer pruning's."
 )
 ENGINE = "transformers, or vllm: prefill throughput and time to first token inside vLLM, one engine for each variant."
 VLLM_ARGS = "With --engine vllm: keyword arguments of vllm.LLM for all engines, a JSON object."
@@ -133,7 +133,7 @@ def _read(paths: list[str] | None) -> dict[str, Any] | None:
 
     if not paths:
         return None
-    plans = [OrthoRankConfig.from_pretrained(user_path("plan", path)) for path in paths]
+    plans = [OrthoRankConfig.from_pretrained(path) for path in paths]
     return dict(zip(variant_names(plans), plans, strict=True))
 
 

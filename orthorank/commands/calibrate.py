@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from orthorank.config import OrthoRankConfig
 
 OUTPUT = Path("orthorank-calibrate")
-PLAN = "A plan file, its folder, or default: the plan shipped for the model."
+PLAN = "A plan file, its folder, org/name@revision on the Hub, or default: the plan shipped for the model."
 TEXT = "UTF-8 text file to calibrate on; may be given several times. Default: the documentation of Python."
 KEEP_RATIO = "Share of tokens to update, of layers without a ratio of their own in the plan. Default: the plan's."
 DECODE = "dense, or threshold: select generated tokens, too. Default: the plan's."

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from orthorank.config import OrthoRankConfig
 
 OUTPUT = Path("orthorank-correct")
-PLAN = "A plan file, its folder, or default: the plan shipped for the model."
+PLAN = "A plan file, its folder, org/name@revision on the Hub, or default: the plan shipped for the model."
 TEXT = "UTF-8 text file to fit on; give one of every kind that is to come. Default: the documentation of Python."
 DATASET = "wikitext2 or c4, by the package datasets; wikitext2:FOLDER reads a copy. May be given several times."
 RANK = "Of the maps. More explains more, and costs more: 4 * rank * hidden size FLOPs for each token and layer."

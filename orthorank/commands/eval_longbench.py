@@ -10,7 +10,7 @@ import typer
 
 from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, console, register, table_of
 from orthorank.common.errors import OrthoRankError, check_integers
-from orthorank.common.files import user_path, writable_folder, write_json
+from orthorank.common.files import writable_folder, write_json
 from orthorank.common.texts import Bos, check_bos
 
 DATA = "JSONL file with task, prompt and gold in each line. Default: the hub's data."
@@ -21,7 +21,10 @@ SHORT = "Leave out prompts with more tokens than this."
 
 def command(
     model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
-    plan: Annotated[str | None, typer.Option(help="Plan, a file or folder. Default: the dense model.")] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(help="Plan: a file, a folder, or org/name@revision on the Hub. Default: the dense model."),
+    ] = None,
     criterion: Annotated[list[str] | None, typer.Option(help=OWN_CRITERION)] = None,
     data: Annotated[Path | None, typer.Option(help=DATA)] = None,
     tasks: Annotated[str | None, typer.Option(help=TASKS)] = None,
@@ -52,7 +55,7 @@ def command(
     check_integers(given, limit=1, max_tokens=1, only_shorter=1)
     check_bos(bos)
     register(criterion)
-    chosen = None if plan is None else OrthoRankConfig.from_pretrained(user_path("plan", plan))
+    chosen = None if plan is None else OrthoRankConfig.from_pretrained(plan)
     metrics()
     questions = _questions(data, tasks, limit)
     folder = writable_folder(output)

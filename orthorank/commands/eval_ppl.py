@@ -9,10 +9,13 @@ import typer
 
 from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, console, register, table_of
 from orthorank.common.errors import OrthoRankError
-from orthorank.common.files import user_path, writable_folder, write_json
+from orthorank.common.files import writable_folder, write_json
 from orthorank.common.texts import Bos, check_bos, read_tokens
 
-PLAN = "Plan, a file or folder; may be given several times. The dense model is measured as well."
+PLAN = (
+    "Plan: a file, a folder, or org/name@revision on the Hub; may be given several times. The dense model is measured "
+    "as well."
+)
 TEXT = "UTF-8 text file, read as it is. Default: the documentation of Python inside its standard library."
 DATASET = "wikitext2 (test split) or c4 (validation), with :FOLDER for a copy that is already here."
 
@@ -103,7 +106,7 @@ def _read(paths: list[str] | None) -> dict[str, Any]:
     from orthorank.config import OrthoRankConfig
     from orthorank.evaluation.bench import variant_names
 
-    plans = [OrthoRankConfig.from_pretrained(user_path("plan", path)) for path in paths or []]
+    plans = [OrthoRankConfig.from_pretrained(path) for path in paths or []]
     return dict(zip(variant_names(plans), plans, strict=True))
 
 

@@ -18,7 +18,10 @@ CONTEXT = "Select among the tokens of the context alone; the answer's tokens are
 
 def command(
     model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
-    plan: Annotated[str | None, typer.Option(help="Plan, a file or folder. Default: the dense model.")] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(help="Plan: a file, a folder, or org/name@revision on the Hub. Default: the dense model."),
+    ] = None,
     criterion: Annotated[list[str] | None, typer.Option(help=OWN_CRITERION)] = None,
     tasks: Annotated[str, typer.Option(help=TASKS, show_default=False)] = PAPER,
     include_path: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,

@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-from orthorank.common.files import user_path
-
-PLAN = "Plan, a file or folder."
+PLAN = "Plan: a file, a folder, or org/name@revision on the Hub."
 MODEL = "Folder of the checkpoint: the plan is checked against it. Needed where the plan does not say the model's type."
 COUNT = (
     "With thresholds. read: each layer reads on the host how many tokens it selected; capacity: nothing waits, and "
@@ -51,7 +49,7 @@ def command(
     from orthorank.serving.vllm.serving import Serving
 
     serving = Serving(
-        OrthoRankConfig.from_pretrained(user_path("plan", plan)),
+        OrthoRankConfig.from_pretrained(plan),
         threshold_count=threshold_count,
         reuse=reuse,
         attention=attention,

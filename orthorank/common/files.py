@@ -48,11 +48,14 @@ def _short(path: str | os.PathLike[str]) -> str:
     return repr(said) if len(said) <= 200 else f"{said[:24] + '...'!r} ({len(said)} characters)"
 
 
-def read_json(file: Path) -> Any:
+def read_json(file: Path, most: int | None = None) -> Any:
     """What the JSON file ``file`` holds.
 
+    Args:
+        most: bytes that it may have; None: any number.
+
     Raises:
-        OSError: it cannot be read, or is a pipe or a device, which might never end.
+        OSError: it cannot be read, is larger, or is a pipe or a device, which might never end.
         ValueError: it is not JSON in UTF-8, or an object in it has a key twice: which of the two counts is not known.
 
     >>> from_json('{"layers": [1], "layers": [2]}')
@@ -61,9 +64,13 @@ def read_json(file: Path) -> Any:
     ValueError: the key 'layers' is there twice
     """
     kind = os.stat(file).st_mode
-    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # reading a folder fails by itself
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # opening a folder fails by itself
         raise OSError(errno.EINVAL, "it is a pipe or a device; give an ordinary file")
-    return from_json(file.read_text(encoding="utf-8"))
+    with file.open("rb") as opened:
+        content = opened.read(-1 if most is None else most + 1)
+    if most is not None and len(content) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes")
+    return from_json(content.decode("utf-8"))
 
 
 def from_json(text: str | bytes) -> Any:

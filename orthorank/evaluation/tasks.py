@@ -17,7 +17,6 @@ from torch.nn.functional import log_softmax
 
 from orthorank.calls.call import Call
 from orthorank.common.errors import OrthoRankError
-from orthorank.common.files import user_path
 from orthorank.common.loading import Complete
 from orthorank.config import OrthoRankConfig
 from orthorank.evaluation import answer_cache
@@ -233,4 +232,4 @@ def _read(plan: Any) -> OrthoRankConfig | None:
         return plan
     if not isinstance(plan, str | Path):
         raise OrthoRankError(f"plan is a {type(plan).__name__}; it must be a plan or the path of one")
-    return OrthoRankConfig.from_pretrained(user_path("plan", plan))
+    return OrthoRankConfig.from_pretrained(plan)

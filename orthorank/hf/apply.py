@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +26,7 @@ from orthorank.hf.family_check import checked_family
 from orthorank.hf.forwards import DecoderForward, Generate, LayerForward, PrepareInputs
 from orthorank.hf.intact import TakenApart, check_classes, implementation_of
 from orthorank.hf.parts import Parts
+from orthorank.hf.provenance import warn_of_other_weights
 from orthorank.hf.refusals import refused_methods
 from orthorank.hf.status import LayerCounts, Status, status_of
 from orthorank.plan_checks import MOST
@@ -34,7 +37,9 @@ if TYPE_CHECKING:
 ATTRIBUTE = "_orthorank_handle"
 
 
-def apply(model: "PreTrainedModel", config: OrthoRankConfig) -> "Handle":
+def apply(
+    model: "PreTrainedModel", config: OrthoRankConfig | str | os.PathLike[str], *, revision: str | None = None
+) -> "Handle":
     """Make ``model`` follow the plan ``config``, this instance alone, until `Handle.remove`.
 
     In the plan's layers only the tokens most orthogonal to the sink token are updated while a prompt is processed;
@@ -48,7 +53,9 @@ def apply(model: "PreTrainedModel", config: OrthoRankConfig) -> "Handle":
     Args:
         model: a causal LM of a known family (see `orthorank.FAMILIES` and `orthorank.register_family`), not patched
             yet; of a `PeftModel` or a compiled model the one inside is patched.
-        config: a plan made for this model.
+        config: a plan made for this model, or where it is: a file, a folder, or ``org/name`` on the Hugging Face Hub.
+            The maps of a corrected one are fetched and read after the rest is known to be of this model.
+        revision: branch, tag or commit of a plan on the Hub.
 
     Returns:
         The handle: ``remove()``, ``stats``, and the context managers ``decoding()`` and ``prefilling()``. It is a
@@ -56,7 +63,11 @@ def apply(model: "PreTrainedModel", config: OrthoRankConfig) -> "Handle":
 
     Raises:
         OrthoRankError: unknown family, or a registered one whose spec is wrong; a plan is applied already; the plan
-            was made for another model.
+            was made for another model, or cannot be read.
+
+    Warns:
+        UserWarning: the maps of a corrected plan were fitted on other weights (those of another fine-tune, or with an
+            adapter that is not active here, or without one that is), as far as both are known.
 
     Example:
         >>> import torch
@@ -73,6 +84,10 @@ def apply(model: "PreTrainedModel", config: OrthoRankConfig) -> "Handle":
     family = checked_family(model)
     if handle_of(model) is not None:
         raise OrthoRankError("a plan is applied to this model already; call handle.remove() first")
+    if isinstance(config, str | os.PathLike):
+        config = OrthoRankConfig.from_pretrained(config, revision=revision, check=partial(check_plan, model))
+    elif revision is not None:
+        raise OrthoRankError(f"revision is {shown(revision)}; it is of a plan on the Hub, and config is not its name")
     check_plan(model, config)
     for index, layer in enumerate(layers_of(model)):  # raises when one does not look right, before anything changes
         if 0 < config.ratio(index) < 1:
@@ -80,7 +95,10 @@ def apply(model: "PreTrainedModel", config: OrthoRankConfig) -> "Handle":
         elif index in config.layers:
             check_classes(family, layer, index)
             Parts.of(family, layer)
-    return Handle(model, dataclasses.replace(copy.deepcopy(config)), family)  # checks its fields again
+    followed = dataclasses.replace(copy.deepcopy(config))  # checks its fields again
+    followed.source = config.source
+    warn_of_other_weights(model, followed)
+    return Handle(model, followed, family)
 
 
 def handle_of(model: Any) -> "Handle | None":
@@ -153,7 +171,7 @@ def check_plan(model: Any, config: OrthoRankConfig) -> None:
         OrthoRankError: naming the field, what the plan says and what the model has.
     """
     if not isinstance(config, OrthoRankConfig):
-        raise OrthoRankError(f"config is a {type(config).__name__}; it must be an OrthoRankConfig")
+        raise OrthoRankError(f"config is a {type(config).__name__}; it must be an OrthoRankConfig or where one is")
     text = model.config.get_text_config()
     for name in ("num_hidden_layers", "hidden_size", "model_type"):
         wanted = getattr(config, name)

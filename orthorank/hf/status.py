@@ -133,16 +133,21 @@ class Status:
     """All layers of a model with a plan applied; ``str()`` gives a table.
 
     ``note``: what is particular about the model's family, or nothing. ``correction``: which layers of a corrected plan
-    have a map, and its rank; nothing without one.
+    have a map, and its rank; nothing without one. ``source``: repository and commit of a plan from the Hugging Face
+    Hub, or nothing.
     """
 
     rows: list[LayerStatus]
     note: str = ""
     correction: str = ""
+    source: str = ""
 
     def __str__(self) -> str:
         head = f"{'layer':>5}  {'mode':<8}  {'keep':>5}  {'calls':>6}  {'tokens in':>10}  {'updated':>10}  achieved"
-        return "\n".join([head, *(_line(row) for row in self.rows), *filter(None, (self.correction, self.note))])
+        source = self.source and f"plan {self.source}"
+        return "\n".join(
+            [head, *(_line(row) for row in self.rows), *filter(None, (source, self.correction, self.note))]
+        )
 
 
 def status_of(config: OrthoRankConfig, num_layers: int, counts: dict[int, LayerCounts], note: str = "") -> Status:
@@ -159,7 +164,7 @@ def status_of(config: OrthoRankConfig, num_layers: int, counts: dict[int, LayerC
         rows.append(row)
     found = config.correction
     said = "" if found is None else f"corrected with maps of rank {found.rank}: layers {words.layers(found.layers)}"
-    return Status(rows, note, said)
+    return Status(rows, note, said, config.source or "")
 
 
 def _line(row: LayerStatus) -> str:

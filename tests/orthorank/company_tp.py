@@ -4,6 +4,7 @@ Each model lies in a folder of its own below the one that is named on the comman
 there, too: what differs from the model in one process, and whether the processes agree bit by bit.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -18,8 +19,11 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from orthorank import OrthoRankConfig, apply
+from orthorank.hf.provenance import differing, weights_fingerprint
+from tests.orthorank.hf.test_corrected import maps
 
 PLAN = OrthoRankConfig(layers=[1, 2, 3], keep_ratio=1 / 3)
+PLANS = {"plain": PLAN, "corrected": dataclasses.replace(PLAN, correction=maps([1, 2, 3]))}
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -52,14 +56,14 @@ def equal_everywhere(x: Tensor) -> bool:
 
 
 @torch.no_grad()
-def watched(model: Any) -> dict[str, Any]:
+def watched(model: Any, plan: OrthoRankConfig) -> dict[str, Any]:
     """Logits, what each layer selects, the states that it selects from, and generated tokens, under the plan."""
     ids, mask = batch()
     seen: dict[str, Any] = {"positions": [], "states": []}
-    with apply(model, PLAN) as handle:
+    with apply(model, plan) as handle:
         hooks = [
             model.model.layers[layer].register_forward_pre_hook(lambda m, args: seen["states"].append(args[0]))
-            for layer in PLAN.layers
+            for layer in plan.layers
         ]
         with handle.watching(lambda layer, positions, call: seen["positions"].append(positions)):
             seen["logits"] = model(ids, attention_mask=mask).logits[mask.bool()]
@@ -69,13 +73,14 @@ def watched(model: Any) -> dict[str, Any]:
     return seen
 
 
-def examine(folder: Path) -> dict[str, Any]:
+def examine(sharded: Any, whole: Any, plan: OrthoRankConfig) -> dict[str, Any]:
     """What one process finds of one model."""
-    sharded, whole = load_sharded(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    parallel, alone = watched(sharded), watched(whole)
+    parallel, alone = watched(sharded, plan), watched(whole, plan)
     projection = sharded.model.layers[1].self_attn.o_proj.weight
     local = projection.to_local() if hasattr(projection, "to_local") else projection
+    fingerprints = weights_fingerprint(sharded), weights_fingerprint(whole)
     return {
+        "other weights": differing(*fingerprints),
         "sharded": local.numel() < whole.model.layers[1].self_attn.o_proj.weight.numel(),
         "error": float((parallel["logits"] - alone["logits"]).abs().max() / alone["logits"].abs().max()),
         "same positions": all(map(torch.equal, parallel["positions"], alone["positions"])),
@@ -93,7 +98,9 @@ def main(folder: Path) -> None:
     found: dict[str, Any] = {}
     for model in sorted(path for path in folder.iterdir() if path.is_dir()):
         try:
-            found[model.name] = examine(model)
+            whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+            sharded = load_sharded(model)
+            found |= {f"{model.name}, {name}": examine(sharded, whole, plan) for name, plan in PLANS.items()}
         except Exception:
             found[model.name] = {"failed": traceback.format_exc()}
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found), encoding="utf-8")

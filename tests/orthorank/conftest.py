@@ -1,11 +1,13 @@
 """Models as fixtures: tiny random ones, one of them in a folder, and SmolLM2 once per worker."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orthorank.config import OrthoRankConfig
 from tests.orthorank.models import plain
 
 FAMILIES = ("llama", "mistral", "qwen2")
@@ -33,6 +35,15 @@ def tiny_model() -> Callable[..., Any]:
 def family(request: pytest.FixtureRequest) -> str:
     """Each supported family in turn."""
     return request.param
+
+
+@pytest.fixture(params=["plain", "corrected"])
+def plan(request: pytest.FixtureRequest) -> OrthoRankConfig:
+    """Layers 1 and 2 at a third, with maps for what they leave out and without."""
+    from tests.orthorank.hf.test_corrected import maps
+
+    made = OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3)
+    return made if request.param == "plain" else dataclasses.replace(made, correction=maps([1, 2]))
 
 
 @pytest.fixture(scope="session")

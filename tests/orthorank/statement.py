@@ -8,7 +8,7 @@ In this order: how tokens rank, how many and which are selected; the groups of a
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -165,11 +165,16 @@ def windows_mask(scores: Tensor, window: int, ratio: float, keep_last: int = 0, 
 
 @contextmanager
 def updating(
-    model: Any, layers: Collection[int], choose: Callable[[int, Tensor, Tensor], Tensor], kv: str = "all"
+    model: Any,
+    layers: Collection[int],
+    choose: Callable[[int, Tensor, Tensor], Tensor],
+    kv: str = "all",
+    maps: Mapping[int, tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> Iterator[None]:
     """Inside, each of ``layers`` of the dense ``model`` updates the tokens that ``choose(layer, h, x)`` says, bool
     ``[batch, tokens]``; ``h`` and ``x`` ``[batch, tokens, hidden]`` are before and after the norm, if there is one in
-    front. ``kv="selected"``, of one row: they attend to each other alone."""
+    front. ``kv="selected"``, of one row: they attend to each other alone. ``maps``, of unpadded rows: down, up, bias of
+    what a layer adds to the tokens that it leaves out, the sink excepted."""
 
     def hook(layer: int) -> Any:
         def select(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
@@ -179,7 +184,12 @@ def updating(
             if kv == "selected" and mask.any():
                 output = output.clone()
                 output[mask] = _among_themselves(module, h, mask[0], kwargs)[0]
-            return torch.where(mask[..., None], output, h)
+            other = h
+            if maps is not None:
+                down, up, bias = (part.double() for part in maps[layer])
+                added = (h.double() + x.double() @ down.T @ up.T + bias).to(h.dtype)
+                other = torch.cat([h[:, :1], added[:, 1:]], dim=1)
+            return torch.where(mask[..., None], output, other)
 
         return model.model.layers[layer].register_forward_hook(select, with_kwargs=True)
 
@@ -221,9 +231,10 @@ def logits_by_rule(
     kv: str = "all",
     sinks: str = "first",
     seen: dict[int, list[int]] | None = None,
+    maps: Mapping[int, tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """Logits ``[1, tokens, vocabulary]`` of one unpadded row ``ids`` ``[1, tokens]``, each layer of ``rules`` updating
-    the tokens that its rule says. ``seen``, if given, gets the selected positions of each layer."""
+    the tokens that its rule says. ``seen``, if given, gets the selected positions of each layer; ``maps``: as above."""
 
     def choose(layer: int, h: Tensor, x: Tensor) -> Tensor:
         scores = sign * ranks(criterion, h[0], x[0], seed, layer)
@@ -235,7 +246,7 @@ def logits_by_rule(
             seen[layer] = mask.nonzero().flatten().tolist()
         return mask[None]
 
-    with updating(model, rules, choose, kv):
+    with updating(model, rules, choose, kv, maps):
         return model(ids, use_cache=False).logits
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from orthorank import OrthoRankConfig, OrthoRankError
+from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank.correction import Correction, LayerMap
 from orthorank.plans import shipped_plans
 
@@ -55,7 +55,8 @@ def test_a_plan_without_one_is_written_as_before(tmp_path: Path) -> None:
         for shipped in shipped_plans(method):
             first = shipped.save_pretrained(tmp_path).read_bytes()
             values = json.loads(first)
-            assert sorted(values) == sorted({each.name for each in dataclasses.fields(shipped)} - {"correction"})
+            fields = {each.name for each in dataclasses.fields(shipped) if each.init}
+            assert sorted(values) == sorted(fields - {"correction"})
             assert first == (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
             assert OrthoRankConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "again").read_bytes() == first
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -169,9 +170,85 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(OrthoRankError, match=r"correction\.safetensors, which is not there; keep both files in one"):
         OrthoRankConfig.from_pretrained(tmp_path)
-    os.mkfifo(file)  # which would wait for a writer
-    with pytest.raises(OrthoRankError, match="which is no file"):
+    os.mkfifo(tmp_path / "pipe")  # which would wait for a writer
+    for target in (tmp_path / "pipe", Path("/dev/zero")):
+        file.unlink(missing_ok=True)
+        file.symlink_to(target)
+        with pytest.raises(OrthoRankError, match="which is no file"):
+            OrthoRankConfig.from_pretrained(tmp_path)
+
+
+def test_a_file_of_maps_that_is_larger_than_the_plan_says(tmp_path: Path) -> None:
+    plan(correction=correction()).save_pretrained(tmp_path)
+    file = tmp_path / "correction.safetensors"
+    file.write_bytes(file.read_bytes() + b"0" * 2**20)
+    with pytest.raises(
+        OrthoRankError, match=r"bytes; maps of rank 3 and hidden size 8 for 2 layers, .* at most 1,049,024"
+    ):
         OrthoRankConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_maps_are_saved_in_the_dtype_that_is_asked_for(tmp_path: Path, dtype: str) -> None:
+    saved = plan(correction=correction())
+    saved.save_pretrained(tmp_path / "float32")
+    saved.save_pretrained(tmp_path / dtype, maps_dtype=dtype)
+    loaded = OrthoRankConfig.from_pretrained(tmp_path / dtype)
+    for layer in LAYERS:
+        for part, wanted in zip(loaded.correction.maps[layer], saved.correction.maps[layer], strict=True):
+            assert torch.equal(part, wanted.to(getattr(torch, dtype)))
+    assert saved == plan(correction=correction())
+    assert (loaded == saved) == (dtype == "float32")
+    small, large = (tmp_path / each / "correction.safetensors" for each in (dtype, "float32"))
+    assert (small.stat().st_size < large.stat().st_size) == (dtype != "float32")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@torch.no_grad()
+def test_maps_in_fewer_bytes_are_applied_in_float32(tiny_model: Callable[..., Any], dtype: str) -> None:
+    model, ids = tiny_model("llama", hidden_size=HIDDEN, head_dim=4), torch.arange(3, 15)[None]
+    logits = []
+    for maps in (correction(), correction().to(dtype), correction().to(dtype).to("float32")):
+        with apply(model, plan(correction=maps)):
+            logits.append(model(ids).logits)
+    assert torch.equal(logits[1], logits[2])
+    assert 0 < (logits[0] - logits[1]).abs().max() < 0.05 * logits[0].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("part", "factor", "message"),
+    [
+        ("down", 1e6, r"layers\.1\.down holds [1-9.]*e\+06, and float16 ends at 6\.55e\+04; save the maps as bfloat16"),
+        (
+            "up",
+            1e-9,
+            r"row 2 of layers\.1\.up, whose largest number is .*e-(09|10), would lose 100% of its length in float16",
+        ),
+        ("down", 1e-7, r"row 2 of layers\.1\.down, whose largest number is .*e-07, would lose [0-9]+% of its"),
+        (
+            "bias",
+            1e-10,
+            r"layers\.1\.bias, whose largest number is .*, which has full precision from 6\.1e-05 on; save",
+        ),
+    ],
+)
+def test_maps_that_float16_cannot_hold(tmp_path: Path, part: str, factor: float, message: str) -> None:
+    """Nothing is written, and bfloat16 holds them all."""
+    found = correction()
+    changed = getattr(found.maps[1], part).clone()
+    changed[2 if part != "bias" else slice(None)] *= factor
+    made = plan(correction=Correction(found.maps | {1: found.maps[1]._replace(**{part: changed})}))
+    with pytest.raises(OrthoRankError, match=message):
+        made.save_pretrained(tmp_path / "plan", maps_dtype="float16")
+    assert not (tmp_path / "plan").exists()
+    made.save_pretrained(tmp_path / "plan", maps_dtype="bfloat16")
+    assert OrthoRankConfig.from_pretrained(tmp_path / "plan").ranks == made.ranks
+
+
+def test_rows_of_zeros_are_zeros_in_any_dtype() -> None:
+    zeros = Correction({0: LayerMap(torch.zeros(1, 4), torch.zeros(4, 1), torch.zeros(4))})
+    assert zeros.to("float16").maps[0].up.dtype == torch.float16
+    assert zeros.to("float32") is zeros
 
 
 @pytest.mark.parametrize(

@@ -258,11 +258,35 @@ def test_plans_of_this_and_older_versions_say_nothing(recwarn: pytest.WarningsRe
 def test_a_pipe_or_a_device_is_no_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Reading one would wait for somebody to write, or never end."""
     os.mkfifo(tmp_path / "orthorank.json")
-    for path in (tmp_path, tmp_path / "orthorank.json", Path("/dev/zero")):
+    pipe, device = tmp_path / "to-a-pipe", tmp_path / "to-a-device"
+    pipe.symlink_to(tmp_path / "orthorank.json")
+    device.symlink_to("/dev/zero")
+    for path in (tmp_path, tmp_path / "orthorank.json", Path("/dev/zero"), pipe, device):
         with pytest.raises(OrthoRankError, match="it is a pipe or a device; give an ordinary file"):
             OrthoRankConfig.from_pretrained(path)
     assert main(["vllm-args", str(tmp_path)]) == 2
     assert "it is a pipe or a device" in capsys.readouterr().err
+
+
+def test_a_plan_has_at_most_one_mebibyte(tmp_path: Path) -> None:
+    """One that is larger is not read, wherever it is, and not written either."""
+    plan = OrthoRankConfig(layers=[1], calibration={"text": "a"})
+    file = plan.save_pretrained(tmp_path)
+    plan.calibration["text"] = "a" * (2**20 - file.stat().st_size + 1)
+    assert plan.save_pretrained(tmp_path).stat().st_size == 2**20
+    assert OrthoRankConfig.from_pretrained(tmp_path) == plan
+    plan.calibration["text"] += "a"
+    with pytest.raises(
+        OrthoRankError, match="the plan has 1,048,577 bytes as JSON, and may have 1,048,576; shorten its"
+    ):
+        plan.save_pretrained(tmp_path)
+    assert file.stat().st_size == 2**20
+    file.write_text(file.read_text() + " ")
+    link = tmp_path / "link"
+    link.symlink_to(file)
+    for path in (file, tmp_path, link):
+        with pytest.raises(OrthoRankError, match=r"no plan can be read at .*: it has more than 1,048,576 bytes"):
+            OrthoRankConfig.from_pretrained(path)
 
 
 def test_a_path_that_is_not_there_yet_is_a_path(tmp_path: Path) -> None:

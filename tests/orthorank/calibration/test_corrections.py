@@ -10,6 +10,7 @@ from torch import Tensor
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply, fit_correction
 from orthorank.calibration import calibrate
+from orthorank.hf.provenance import weights_fingerprint
 from tests.orthorank import statement
 
 WINDOWS, TOKENS, HIDDEN = 9, 30, 64
@@ -196,7 +197,8 @@ def test_what_a_plan_says_of_its_fit(tiny_model: Any, ids: Tensor, tmp_path: Any
     record = found.calibration["correction"]
     assert (record["rank"], record["target"], record["windows"], record["tokens"]) == (8, "dense", 9, 270)
     assert len(record["ids_sha256"]) == 64
-    assert len(record["model_fingerprint"]) == 16
+    assert record["model_fingerprint"] == weights_fingerprint(model)
+    assert (record["adapters"], record["model_license"]) == ([], None)
     assert (found.calibration["text"], found.measured) == ("a", {})
     assert [step[:2] for step in steps] == [(1, 3), (2, 3), (3, 3)]
     assert steps[0][2] is None

@@ -11,21 +11,19 @@ import orthorank
 from orthorank import OrthoRankConfig, OrthoRankError, apply
 from tests.orthorank.hf.test_layer import ids_of
 
-PLAN = OrthoRankConfig(layers=[1, 2])
-
 
 def instance_state(model: Any) -> dict[str, dict[str, Any]]:
     """The identity of everything that an instance holds, module by module."""
     return {name: {key: id(value) for key, value in m.__dict__.items()} for name, m in model.named_modules()}
 
 
-def test_remove_restores_the_identical_objects(tiny_model: Any, family: str) -> None:
+def test_remove_restores_the_identical_objects(tiny_model: Any, family: str, plan: OrthoRankConfig) -> None:
     model = tiny_model(family)
     ids = ids_of(1, 12)
     with torch.no_grad():
         dense = model(ids).logits
         before = instance_state(model)
-        handle = apply(model, PLAN)
+        handle = apply(model, plan)
         assert instance_state(model) != before
         assert not torch.equal(model(ids).logits, dense)
         model.generate(ids, max_new_tokens=2, pad_token_id=0)
@@ -34,28 +32,28 @@ def test_remove_restores_the_identical_objects(tiny_model: Any, family: str) -> 
         assert torch.equal(model(ids).logits, dense)
 
 
-def test_state_dict_is_untouched(tiny_model: Any) -> None:
+def test_state_dict_is_untouched(tiny_model: Any, plan: OrthoRankConfig) -> None:
     model = tiny_model("llama")
     before = list(model.state_dict())
-    with apply(model, PLAN):
+    with apply(model, plan):
         assert list(model.state_dict()) == before
 
 
-def test_only_this_instance_changes(tiny_model: Any) -> None:
+def test_only_this_instance_changes(tiny_model: Any, plan: OrthoRankConfig) -> None:
     model, other = tiny_model("llama"), tiny_model("llama")
     ids = ids_of(1, 12)
-    with torch.no_grad(), apply(model, PLAN):
+    with torch.no_grad(), apply(model, plan):
         assert not torch.equal(model(ids).logits, other(ids).logits)
     assert orthorank.handle_of(other) is None
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_has_its_own_plan(tiny_model: Any, family: str, clone: Any) -> None:
+def test_a_copy_has_its_own_plan(tiny_model: Any, family: str, clone: Any, plan: OrthoRankConfig) -> None:
     model = tiny_model(family)
     ids = ids_of(1, 12)
     with torch.no_grad():
         dense = model(ids).logits
-        handle = apply(model, PLAN)
+        handle = apply(model, plan)
         selected = model(ids).logits
         other = clone(model)
         own = orthorank.handle_of(other)
@@ -68,22 +66,22 @@ def test_a_copy_has_its_own_plan(tiny_model: Any, family: str, clone: Any) -> No
         assert torch.equal(other(ids).logits, dense)
 
 
-def test_applying_twice(tiny_model: Any) -> None:
+def test_applying_twice(tiny_model: Any, plan: OrthoRankConfig) -> None:
     model = tiny_model("llama")
-    handle = apply(model, PLAN)
+    handle = apply(model, plan)
     with pytest.raises(OrthoRankError, match="applied to this model already"):
-        apply(model, PLAN)
+        apply(model, plan)
     handle.remove()
-    apply(model, PLAN).remove()
+    apply(model, plan).remove()
 
 
-def test_under_an_accelerate_hook(tiny_model: Any) -> None:
+def test_under_an_accelerate_hook(tiny_model: Any, plan: OrthoRankConfig) -> None:
     """accelerate moves inputs and weights around a module's own forward; the plan takes that forward's place."""
     hooks = pytest.importorskip("accelerate.hooks")
     model = tiny_model("llama")
     ids = ids_of(1, 12)
     with torch.no_grad():
-        with apply(model, PLAN):
+        with apply(model, plan):
             expected = model(ids).logits
         seen = []
 
@@ -93,26 +91,26 @@ def test_under_an_accelerate_hook(tiny_model: Any) -> None:
                 return args, kwargs
 
         hooks.add_hook_to_module(model.model.layers[1], Recorder())
-        with apply(model, PLAN):
+        with apply(model, plan):
             assert torch.equal(model(ids).logits, expected)
         assert seen == ["LlamaDecoderLayer"]
 
 
-def test_the_decoder_alone_can_be_patched(tiny_model: Any) -> None:
+def test_the_decoder_alone_can_be_patched(tiny_model: Any, plan: OrthoRankConfig) -> None:
     model = tiny_model("llama")
     ids = ids_of(1, 12)
     with torch.no_grad():
-        with apply(model, PLAN):
+        with apply(model, plan):
             expected = model.model(ids).last_hidden_state
-        with apply(model.model, PLAN) as handle:
+        with apply(model.model, plan) as handle:
             assert torch.equal(model.model(ids).last_hidden_state, expected)
             assert handle.stats[1].calls == 1
 
 
-def test_an_error_in_a_call_leaves_the_model_usable(tiny_model: Any) -> None:
+def test_an_error_in_a_call_leaves_the_model_usable(tiny_model: Any, plan: OrthoRankConfig) -> None:
     model = tiny_model("llama")
     ids = ids_of(1, 12)
-    with apply(model, PLAN), torch.no_grad():
+    with apply(model, plan), torch.no_grad():
         expected = model(ids).logits
         with pytest.raises(IndexError):
             model(torch.full((1, 4), 10**6))
@@ -121,30 +119,30 @@ def test_an_error_in_a_call_leaves_the_model_usable(tiny_model: Any) -> None:
         assert torch.equal(model(ids).logits, expected)
 
 
-def test_weights_that_accelerate_offloads(tiny_model: Any) -> None:
+def test_weights_that_accelerate_offloads(tiny_model: Any, plan: OrthoRankConfig) -> None:
     accelerate = pytest.importorskip("accelerate")
     model = tiny_model("llama")
     ids = ids_of(2, 12)
     with torch.no_grad():
-        with apply(model, PLAN):
+        with apply(model, plan):
             expected = model(ids).logits
             generated = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
         accelerate.cpu_offload(model, torch.device("cpu"))
         assert model.model.layers[1].input_layernorm.weight.device.type == "meta"
-        with apply(model, PLAN):
+        with apply(model, plan):
             assert torch.equal(model(ids).logits, expected)
             assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0), generated)
         assert model.model.layers[1].input_layernorm.weight.device.type == "meta"
 
 
-def test_removing_after_a_hook_was_taken_off(tiny_model: Any) -> None:
+def test_removing_after_a_hook_was_taken_off(tiny_model: Any, plan: OrthoRankConfig) -> None:
     hooks = pytest.importorskip("accelerate.hooks")
     model = tiny_model("llama")
     ids = ids_of(1, 12)
     with torch.no_grad():
         dense = model(ids).logits
         hooks.add_hook_to_module(model.model.layers[1], hooks.ModelHook())
-        handle = apply(model, PLAN)
+        handle = apply(model, plan)
         hooks.remove_hook_from_module(model.model.layers[1])
         assert not torch.equal(model(ids).logits, dense)
         handle.remove()
@@ -164,11 +162,11 @@ def test_the_plan_is_copied_and_modules_are_read_when_called(tiny_model: Any) ->
         assert not torch.equal(model(ids).logits, before)
 
 
-def test_applying_to_the_decoder_of_a_patched_model(tiny_model: Any) -> None:
+def test_applying_to_the_decoder_of_a_patched_model(tiny_model: Any, plan: OrthoRankConfig) -> None:
     model = tiny_model("llama")
     for first, second in ((model, model.model), (model.model, model)):
-        with apply(first, PLAN), pytest.raises(OrthoRankError, match="applied to this model already"):
-            apply(second, PLAN)
+        with apply(first, plan), pytest.raises(OrthoRankError, match="applied to this model already"):
+            apply(second, plan)
     assert orthorank.handle_of(model) is None
 
 
@@ -185,14 +183,14 @@ def test_autocast(tiny_model: Any) -> None:
         assert (low.float() - exact).abs().max() < 0.1 * exact.abs().max()
 
 
-def test_gradient_checkpointing_recomputes_selected_layers(tiny_model: Any) -> None:
+def test_gradient_checkpointing_recomputes_selected_layers(tiny_model: Any, plan: OrthoRankConfig) -> None:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     ids = ids_of(1, 12)
     if "__call__" in vars(GradientCheckpointingLayer):  # older: the whole call of a layer is run again, on its own
         model = tiny_model("llama").train()
         model.gradient_checkpointing_enable()
-        with apply(model, PLAN), pytest.raises(OrthoRankError, match="called outside its model's forward"):
+        with apply(model, plan), pytest.raises(OrthoRankError, match="called outside its model's forward"):
             model(ids, labels=ids, use_cache=False).loss.backward()
         return
     gradients, runs = [], []
@@ -202,7 +200,7 @@ def test_gradient_checkpointing_recomputes_selected_layers(tiny_model: Any) -> N
             model.gradient_checkpointing_enable()
         calls: list[int] = []
         model.model.layers[1].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        with apply(model, PLAN):
+        with apply(model, plan):
             model(ids, labels=ids, use_cache=False).loss.backward()
         gradients.append(model.model.layers[1].mlp.down_proj.weight.grad)
         runs.append(len(calls))

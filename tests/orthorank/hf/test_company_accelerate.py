@@ -9,11 +9,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
+from tests.orthorank.hf.test_corrected import maps
 from tests.orthorank.hf.test_layer import ids_of
 from tests.orthorank.models import MODELS, tiny
 
 accelerate = pytest.importorskip("accelerate")
 PLAN = OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3)
+REMOVED = OrthoRankConfig(layers=[1, 2], keep_ratio=0)
+CORRECTED = OrthoRankConfig(layers=[1, 2], keep_ratios={1: 1 / 3, 2: 0}, correction=maps([1, 2]))
 GREEDY: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -54,7 +57,7 @@ def check(name: str, folder: Path, place: str) -> None:
     whole, model = tiny(name), offloaded(name, folder, place)
     weight = model.model.layers[1].self_attn.o_proj
     assert weight.weight.device.type == "meta", "the layer is not offloaded, and this tests nothing"
-    for plan in (PLAN, OrthoRankConfig(layers=[1, 2], keep_ratio=0)):
+    for plan in (PLAN, REMOVED, CORRECTED):
         for actual, expected in zip(results(model, plan), results(whole, plan), strict=True):
             assert torch.equal(actual, expected) if isinstance(actual, Tensor) else actual == expected
     assert weight.weight.device.type == "meta"
@@ -89,18 +92,20 @@ def test_a_device_map_that_accelerate_chooses(tmp_path: Path) -> None:
         dtype=torch.float32,
     ).eval()
     assert {"cpu", "disk"} == {str(place) for place in model.hf_device_map.values()}, model.hf_device_map
-    for actual, expected in zip(results(model), results(whole), strict=True):
-        assert torch.equal(actual, expected) if isinstance(actual, Tensor) else actual == expected
+    for plan in (PLAN, CORRECTED):
+        for actual, expected in zip(results(model, plan), results(whole, plan), strict=True):
+            assert torch.equal(actual, expected) if isinstance(actual, Tensor) else actual == expected
 
 
+@pytest.mark.parametrize("plan", [PLAN, CORRECTED], ids=["plain", "corrected"])
 @torch.no_grad()
-def test_hooks_that_come_after_the_plan() -> None:
+def test_hooks_that_come_after_the_plan(plan: OrthoRankConfig) -> None:
     """The plan goes on, and comes off; a hook around a patched layer's forward has to come off first."""
     whole, model = tiny("llama-3"), tiny("llama-3")
     ids, mask = batch()
-    with apply(whole, PLAN):
+    with apply(whole, plan):
         expected = whole(ids, attention_mask=mask).logits
-    handle = apply(model, PLAN)
+    handle = apply(model, plan)
     accelerate.cpu_offload(model, torch.device("cpu"))
     accelerate.hooks.add_hook_to_module(model.model.layers[1], accelerate.hooks.ModelHook())
     assert torch.equal(model(ids, attention_mask=mask).logits, expected)

@@ -10,6 +10,7 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from orthorank import OrthoRankConfig, apply
+from tests.orthorank.hf.test_corrected import maps
 from tests.orthorank.hf.test_layer import ids_of
 from tests.orthorank.models import tiny
 
@@ -18,6 +19,7 @@ PLANS = {
     "selecting": OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3),
     "removed": OrthoRankConfig(layers=[1, 2], keep_ratio=0),
     "first and last removed": OrthoRankConfig(layers=[0, 3], keep_ratio=0),
+    "corrected": OrthoRankConfig(layers=[0, 1, 2], keep_ratios={0: 0, 1: 0.5, 2: 0}, correction=maps([0, 1, 2])),
 }
 BACKENDS: dict[str, dict[str, Any]] = {
     "fp8": {},

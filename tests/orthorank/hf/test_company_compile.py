@@ -1,5 +1,6 @@
 """torch.compile of a model with a plan: no graph break, one compilation for many calls, and counts without waiting."""
 
+import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -12,11 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
+from orthorank.correction import Correction
 from orthorank_kernels import checks as _checks
+from tests.orthorank.hf.test_corrected import maps
 from tests.orthorank.hf.test_layer import ids_of
 from tests.orthorank.statement import assert_close
 
 PLAN = OrthoRankConfig(layers=[1], keep_ratio=1 / 3)
+PLANS = {"plain": PLAN, "corrected": dataclasses.replace(PLAN, correction=maps([1]))}
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -60,12 +64,13 @@ def left_padded(batch: int, tokens: int) -> torch.Tensor:
     return mask
 
 
+@pytest.mark.parametrize("corrected", PLANS)
 @torch.no_grad()
-def test_ten_calls_compile_once_and_two_lengths_twice(tiny_model: Any) -> None:
+def test_ten_calls_compile_once_and_two_lengths_twice(tiny_model: Any, corrected: str) -> None:
     """``fullgraph``: a graph break would be an error. Padding differs from call to call, and its counts are read."""
     model, graphs = tiny_model("llama", num_hidden_layers=2), Graphs()
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
-    with apply(compiled, PLAN) as handle:  # what is patched is the model inside
+    with apply(compiled, PLANS[corrected]) as handle:  # what is patched is the model inside
         for pad in range(10):
             ids, mask = ids_of(2, 24, seed=pad), torch.ones(2, 24, dtype=torch.long)
             mask[0, :pad] = 0
@@ -85,12 +90,13 @@ def test_ten_calls_compile_once_and_two_lengths_twice(tiny_model: Any) -> None:
         assert len(graphs.graphs) == 2, "the second length is compiled for any length"
 
 
+@pytest.mark.parametrize("corrected", PLANS)
 @torch.no_grad()
-def test_a_compiled_model_fills_and_continues_a_cache(tiny_model: Any) -> None:
+def test_a_compiled_model_fills_and_continues_a_cache(tiny_model: Any, corrected: str) -> None:
     """Prompt, generated tokens, and another prompt chunk with the row's sink: as the model that is not compiled."""
     model, graphs = tiny_model("llama", num_hidden_layers=2), Graphs()
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
-    with apply(model, PLAN) as handle:
+    with apply(model, PLANS[corrected]) as handle:
         logits: list[list[torch.Tensor]] = []
         for run in (model, compiled):
             cache, calls = DynamicCache(), [ids_of(2, tokens, seed=tokens) for tokens in (24, 1, 1, 1, 9)]
@@ -101,13 +107,14 @@ def test_a_compiled_model_fills_and_continues_a_cache(tiny_model: Any) -> None:
         assert handle.stats[1].tokens_updated == 2 * 2 * (8 + 3 + 3)
 
 
+@pytest.mark.parametrize("corrected", [None, maps([1])], ids=["plain", "corrected"])
 @pytest.mark.parametrize("ratio", [0.0, 1 / 3])
-def test_generate_compiles_its_decode_step_once(tiny_model: Any, ratio: float) -> None:
+def test_generate_compiles_its_decode_step_once(tiny_model: Any, ratio: float, corrected: Correction | None) -> None:
     """As `generate()` does by itself on a GPU for static caches; prompts of two lengths share the graph."""
     model, graphs = tiny_model("llama", num_hidden_layers=3), Graphs()
     settings = CompileConfig(backend=graphs, fullgraph=True, mode=None)
     settings._compile_all_devices = True
-    with apply(model, OrthoRankConfig(layers=[1], keep_ratio=ratio)) as handle:
+    with apply(model, OrthoRankConfig(layers=[1], keep_ratio=ratio, correction=corrected)) as handle:
         for tokens in (24, 17):
             ids, mask = ids_of(2, tokens), left_padded(2, tokens)
             static: dict[str, Any] = {"cache_implementation": "static", "attention_mask": mask}
@@ -120,12 +127,13 @@ def test_generate_compiles_its_decode_step_once(tiny_model: Any, ratio: float) -
     assert len(graphs.graphs) == 1
 
 
+@pytest.mark.parametrize("corrected", PLANS)
 @torch.no_grad()
-def test_decoding_over_a_static_cache_by_hand(tiny_model: Any) -> None:
+def test_decoding_over_a_static_cache_by_hand(tiny_model: Any, corrected: str) -> None:
     """Its length lies in a tensor, which a graph cannot read: one token is a decode step, several by what is said."""
     model, graphs = tiny_model("llama", num_hidden_layers=2), Graphs()
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
-    with apply(model, PLAN) as handle:
+    with apply(model, PLANS[corrected]) as handle:
         logits: list[list[torch.Tensor]] = []
         for run in (model, compiled):
             cache = StaticCache(model.config, max_cache_len=40)
@@ -138,14 +146,15 @@ def test_decoding_over_a_static_cache_by_hand(tiny_model: Any) -> None:
     assert len(graphs.graphs) == 2
 
 
+@pytest.mark.parametrize("corrected", PLANS)
 @pytest.mark.slow
-def test_a_compiled_training_step(tiny_model: Any) -> None:
+def test_a_compiled_training_step(tiny_model: Any, corrected: str) -> None:
     """Gradients of the compiled model are those of the model as it is."""
     gradients = []
     for compiling in (False, True):
         model = tiny_model("llama", num_hidden_layers=2).train()
         run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiling else model
-        with apply(model, PLAN):
+        with apply(model, PLANS[corrected]):
             run(ids_of(2, 12), labels=ids_of(2, 12)).loss.backward()
         gradients.append({name: weight.grad for name, weight in model.named_parameters()})
     for name, expected in gradients[0].items():
@@ -229,11 +238,11 @@ def test_every_criterion_is_one_graph_for_any_length(tiny_model: Any, mode: dict
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_inductor(tiny_model: Any, family: str, dynamic: bool | None) -> None:
+def test_inductor(tiny_model: Any, family: str, dynamic: bool | None, plan: OrthoRankConfig) -> None:
     """The default backend, for every family: same logits, whole graphs, any length after the second."""
     model = tiny_model(family)
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
-    with apply(model, OrthoRankConfig(layers=[1, 2])) as handle:
+    with apply(model, plan) as handle:
         for tokens in (24, 17, 19, 19):
             ids, mask = ids_of(2, tokens), left_padded(2, tokens)
             expected = model(ids, attention_mask=mask, use_cache=False).logits

@@ -11,6 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank.hf.cache_state import identity
+from tests.orthorank.hf.test_corrected import maps
 from tests.orthorank.hf.test_layer import ids_of
 from tests.orthorank.statement import assert_close
 
@@ -26,6 +27,7 @@ OTHERS = {
     "update_sink": ({"update_sink": True}, "its update_sink is True, and that of the one applied now False"),
     "sinks": ({"sinks": "auto"}, "its sinks is auto"),
     "threshold": ({"select": "threshold", "thresholds": {1: 0.1, 2: 0.2}}, "its select is threshold"),
+    "correction": ({"correction": maps([1, 2])}, "its correction is"),
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.orthorank.company_tp import PLANS
 from tests.orthorank.models import MODELS, tiny
 
 ROOT = Path(__file__).parents[3]
@@ -38,10 +39,11 @@ def run_in_two_processes(names: list[str], folder: Path) -> list[dict[str, Any]]
 def check(names: list[str], folder: Path) -> None:
     """Both processes compute what one does, and select the same bits."""
     for found in run_in_two_processes(names, folder):
-        assert sorted(found) == sorted(names)
+        assert not (failed := {name: seen["failed"] for name, seen in found.items() if "failed" in seen}), failed
+        assert sorted(found) == sorted(f"{name}, {plan}" for name in names for plan in PLANS)
         for name, seen in found.items():
-            assert "failed" not in seen, f"{name}: {seen['failed']}"
             assert seen["sharded"], name
+            assert seen["other weights"][0] == 0, name
             assert seen["error"] < 1e-5, f"{name}: {seen['error']}"
             assert seen["same positions"], name
             assert seen["same tokens"], name

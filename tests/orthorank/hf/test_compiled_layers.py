@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
+from orthorank.correction import Correction
 from tests.orthorank.hf.test_company_compile import Graphs, fresh_compiler
+from tests.orthorank.hf.test_corrected import maps
 from tests.orthorank.hf.test_layer import ids_of
 from tests.orthorank.statement import assert_close
 
@@ -17,7 +19,7 @@ SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attent
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fields", [{}, {"criterion": "cosine"}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"criterion": "cosine"}, {"correction": maps(LAYERS, hidden=32)}], ids=str)
 def test_ten_selected_layers_share_a_graph(tiny_model: Any, fields: dict[str, Any]) -> None:
     """As ten dense ones do: nothing in it depends on which layer it is."""
     model, graphs, ids = tiny_model("llama", num_hidden_layers=12, **SMALL), Graphs(), ids_of(1, 24)
@@ -33,11 +35,12 @@ def test_ten_selected_layers_share_a_graph(tiny_model: Any, fields: dict[str, An
 
 
 @torch.no_grad()
-def test_regions_that_accelerate_compiles(tiny_model: Any) -> None:
+@pytest.mark.parametrize("corrected", [None, maps([1, 2, 3, 4], hidden=32)], ids=["plain", "corrected"])
+def test_regions_that_accelerate_compiles(tiny_model: Any, corrected: Correction | None) -> None:
     """Before the plan, which goes to what comes out; after it, the copy would follow the plan and not be compiled."""
     utils = pytest.importorskip("accelerate.utils")
     model, graphs, ids = tiny_model("llama", num_hidden_layers=6, **SMALL), Graphs(), ids_of(1, 24)
-    plan = OrthoRankConfig(layers=[1, 2, 3, 4])
+    plan = OrthoRankConfig(layers=[1, 2, 3, 4], correction=corrected)
     with apply(model, plan):
         expected = model(ids, use_cache=False).logits
         copied = utils.compile_regions(model, backend=graphs)
@@ -58,11 +61,13 @@ def test_regions_that_accelerate_compiles(tiny_model: Any) -> None:
 
 
 @torch.no_grad()
-def test_windows_of_any_length_are_one_graph(tiny_model: Any) -> None:
+@pytest.mark.parametrize("corrected", [None, maps([1], hidden=32)], ids=["plain", "corrected"])
+def test_windows_of_any_length_are_one_graph(tiny_model: Any, corrected: Correction | None) -> None:
     """Without padding, too: the number of windows is nothing that a graph is made for."""
     model, graphs = tiny_model("llama", num_hidden_layers=2, **SMALL), Graphs()
     compiled = torch.compile(model, backend=graphs, fullgraph=True, dynamic=True)
-    with apply(model, OrthoRankConfig(layers=[1], keep_ratio=0.4, select="window", select_window=8)) as handle:
+    window: dict[str, Any] = {"keep_ratio": 0.4, "select": "window", "select_window": 8, "correction": corrected}
+    with apply(model, OrthoRankConfig(layers=[1], **window)) as handle:
         for tokens in (9, 16, 31, 100):
             ids = ids_of(1, tokens)
             expected = model(ids, use_cache=False).logits
@@ -73,7 +78,8 @@ def test_windows_of_any_length_are_one_graph(tiny_model: Any) -> None:
 
 
 @torch.no_grad()
-def test_an_exported_program(tiny_model: Any) -> None:
+@pytest.mark.parametrize("corrected", [None, maps([1], hidden=32)], ids=["plain", "corrected"])
+def test_an_exported_program(tiny_model: Any, corrected: Correction | None) -> None:
     """Of any length, and without counting, so that it decomposes."""
     model = tiny_model("llama", num_hidden_layers=2, **SMALL)
 
@@ -86,7 +92,7 @@ def test_an_exported_program(tiny_model: Any) -> None:
             return self.model(ids, use_cache=False).logits
 
     length = {"ids": {1: torch.export.Dim.AUTO}}
-    with apply(model, OrthoRankConfig(layers=[1])) as handle:
+    with apply(model, OrthoRankConfig(layers=[1], correction=corrected)) as handle:
         program = torch.export.export(Logits(), (ids_of(1, 24),), dynamic_shapes=length).run_decompositions()
         assert handle.stats[1].calls == 0
         assert not program.graph_signature.buffers_to_mutate

@@ -10,7 +10,6 @@ from orthorank import Handle, OrthoRankConfig, apply
 from tests.orthorank.hf.test_layer import WINDOWS, ids_of
 from tests.orthorank.statement import assert_close, logits
 
-PLAN = OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3)
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -49,10 +48,12 @@ def by_hand(
 
 @pytest.mark.parametrize("windowed", [False, True])
 @pytest.mark.parametrize("chunk", [None, 4, 6, 7, 18, 40])
-def test_equals_the_loop_written_by_hand(tiny_model: Any, family: str, windowed: bool, chunk: int | None) -> None:
+def test_equals_the_loop_written_by_hand(
+    tiny_model: Any, family: str, windowed: bool, chunk: int | None, plan: OrthoRankConfig
+) -> None:
     model = tiny_model(family, **(WINDOWS[family] if windowed else {}))
     ids, mask = padded()
-    with apply(model, PLAN) as handle:
+    with apply(model, plan) as handle:
         expected = by_hand(model, handle, ids, mask, chunk=chunk)
         actual = model.generate(ids, attention_mask=mask, prefill_chunk_size=chunk, **GREEDY)
     assert torch.equal(actual, expected)
@@ -70,33 +71,33 @@ def test_equals_the_loop_written_by_hand(tiny_model: Any, family: str, windowed:
     ids=["static cache", "no cache", "prompt lookup", "dict"],
 )
 def test_every_way_gives_the_greedy_tokens(
-    tiny_model: Any, family: str, windowed: bool, settings: dict[str, Any]
+    tiny_model: Any, family: str, windowed: bool, settings: dict[str, Any], plan: OrthoRankConfig
 ) -> None:
     model = tiny_model(family, **(WINDOWS[family] if windowed else {}))
     ids, mask = padded()
     if "prompt_lookup_num_tokens" in settings:  # takes one row; its first call holds prompt and candidates
         ids, mask = ids[1:2], mask[1:2]
-    with apply(model, PLAN):
+    with apply(model, plan):
         expected = model.generate(ids, attention_mask=mask, **GREEDY)
         actual = model.generate(ids, attention_mask=mask, **GREEDY, **settings)
     assert torch.equal(getattr(actual, "sequences", actual), expected)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_static_cache_without_padding(tiny_model: Any, family: str, masked: bool) -> None:
+def test_a_static_cache_without_padding(tiny_model: Any, family: str, masked: bool, plan: OrthoRankConfig) -> None:
     """`generate()` makes a mask of its own there, in which a window is not to be taken for padding."""
     model, ids = tiny_model(family, **WINDOWS[family]), ids_of(2, 17)
     given = {"attention_mask": torch.ones_like(ids)} if masked else {}
-    with apply(model, PLAN):
+    with apply(model, plan):
         expected = model.generate(ids, **GREEDY, **given)
         assert torch.equal(model.generate(ids, **GREEDY, **given, cache_implementation="static"), expected)
 
 
-def test_candidates_in_the_prompts_call_are_dense(tiny_model: Any) -> None:
+def test_candidates_in_the_prompts_call_are_dense(tiny_model: Any, plan: OrthoRankConfig) -> None:
     """Prompt lookup finds candidates at once when the prompt repeats itself; greedy tokens stay the same."""
     model = tiny_model("llama")
     ids = ids_of(1, 6).repeat(1, 4)
-    with apply(model, PLAN) as handle:
+    with apply(model, plan) as handle:
         expected = model.generate(ids, **GREEDY)
         before = handle.stats[1].calls
         actual = model.generate(ids, prompt_lookup_num_tokens=4, **GREEDY)
@@ -104,14 +105,14 @@ def test_candidates_in_the_prompts_call_are_dense(tiny_model: Any) -> None:
     assert torch.equal(actual, expected)
 
 
-def test_a_call_with_prompt_and_decode_tokens(tiny_model: Any, family: str) -> None:
+def test_a_call_with_prompt_and_decode_tokens(tiny_model: Any, family: str, plan: OrthoRankConfig) -> None:
     """Selected prompt tokens and all later ones, as if the prompt had come in a call of its own."""
     model = tiny_model(family)
     ids, mask = padded()
     more = ids_of(3, 5, seed=9)
     both, both_mask = torch.cat([ids, more], 1), torch.cat([mask, torch.ones_like(more)], 1)
     positions = (both_mask.cumsum(1) - 1).clamp(min=0)
-    with apply(model, PLAN) as handle, torch.no_grad():
+    with apply(model, plan) as handle, torch.no_grad():
         cache = DynamicCache(config=model.config)
         with handle.prefilling():
             model(ids, attention_mask=mask, position_ids=positions[:, :19], past_key_values=cache)
@@ -126,10 +127,10 @@ def test_a_call_with_prompt_and_decode_tokens(tiny_model: Any, family: str) -> N
     assert_close(actual, expected)
 
 
-def test_beams_samples_and_embeddings(tiny_model: Any, family: str) -> None:
+def test_beams_samples_and_embeddings(tiny_model: Any, family: str, plan: OrthoRankConfig) -> None:
     model = tiny_model(family)
     ids, mask = padded()
-    with apply(model, PLAN):
+    with apply(model, plan):
         greedy = model.generate(ids, attention_mask=mask, **GREEDY)
         embeds = model.get_input_embeddings()(ids)
         from_embeds = model.generate(inputs_embeds=embeds, attention_mask=mask, **GREEDY)
@@ -149,28 +150,28 @@ def test_beams_samples_and_embeddings(tiny_model: Any, family: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3])
-def test_short_prompts(tiny_model: Any, family: str, tokens: int) -> None:
+def test_short_prompts(tiny_model: Any, family: str, tokens: int, plan: OrthoRankConfig) -> None:
     model = tiny_model(family)
     ids = ids_of(1, tokens)
     mask = torch.ones_like(ids)
-    with apply(model, PLAN) as handle:
+    with apply(model, plan) as handle:
         assert torch.equal(model.generate(ids, **GREEDY), by_hand(model, handle, ids, mask))
 
 
-def test_without_a_prompt(tiny_model: Any) -> None:
+def test_without_a_prompt(tiny_model: Any, plan: OrthoRankConfig) -> None:
     model = tiny_model("llama")
-    with apply(model, PLAN):
+    with apply(model, plan):
         assert model.generate(**GREEDY).shape == (1, 9)
 
 
-def test_keep_last_zero_leaves_the_last_token_to_its_score(tiny_model: Any) -> None:
+def test_keep_last_zero_leaves_the_last_token_to_its_score(tiny_model: Any, plan: OrthoRankConfig) -> None:
     """keep_last matters: the plan with 0 and the plan with 1 update other tokens for some prompt."""
     model = tiny_model("llama")
     differs = 0
     for seed in range(6):
         results = []
         for keep in (0, 1):
-            with apply(model, PLAN) as handle, handle.prefilling(keep_last=keep), torch.no_grad():
+            with apply(model, plan) as handle, handle.prefilling(keep_last=keep), torch.no_grad():
                 results.append(model(ids_of(1, 20, seed)).logits)
         differs += not torch.equal(*results)
     assert differs > 0
@@ -189,24 +190,25 @@ def test_the_last_prompt_token_is_always_updated(tiny_model: Any, family: str, c
     assert (before != after).any(dim=-1).tolist() == [True, True, True]
 
 
-def test_the_prompt_of_generate_is_selected_as_stated(tiny_model: Any, family: str) -> None:
+def test_the_prompt_of_generate_is_selected_as_stated(tiny_model: Any, family: str, plan: OrthoRankConfig) -> None:
     """The first token's logits against the statement that shares no code with the package."""
     model = tiny_model(family)
     for tokens in (1, 2, 7, 30):
         ids = ids_of(1, tokens, seed=tokens)
         k = min(tokens - 1, max(tokens // 3, 1))
-        expected = logits(model, ids, [1, 2], k=k, keep_last=1)[:, -1]
-        with apply(model, PLAN):
+        found = None if plan.correction is None else plan.correction.maps
+        expected = logits(model, ids, [1, 2], k=k, keep_last=1, maps=found)[:, -1]
+        with apply(model, plan):
             out = model.generate(
                 ids, output_logits=True, return_dict_in_generate=True, **(GREEDY | {"max_new_tokens": 1})
             )
         assert_close(out.logits[0], expected)
 
 
-def test_a_mask_longer_than_the_prompt(tiny_model: Any) -> None:
+def test_a_mask_longer_than_the_prompt(tiny_model: Any, plan: OrthoRankConfig) -> None:
     model = tiny_model("llama")
     ids = ids_of(1, 13)
-    with apply(model, PLAN):
+    with apply(model, plan):
         expected = model.generate(ids, **GREEDY)
         assert torch.equal(model.generate(ids, attention_mask=torch.ones(1, 20, dtype=torch.long), **GREEDY), expected)
 

@@ -11,16 +11,15 @@ from orthorank import OrthoRankConfig, OrthoRankError, apply
 from tests.orthorank.hf.test_layer import WINDOWS, ids_of
 from tests.orthorank.statement import assert_close
 
-PLAN = OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3)
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-def test_a_multi_token_call_on_a_filled_cache(tiny_model: Any) -> None:
+def test_a_multi_token_call_on_a_filled_cache(tiny_model: Any, plan: OrthoRankConfig) -> None:
     """Outside generate() it is a prefill chunk, unless `decoding()` says otherwise; one token is a decode step."""
     model = tiny_model("llama")
     ids = ids_of(1, 24)
     counts = []
-    with apply(model, PLAN) as handle, torch.no_grad():
+    with apply(model, plan) as handle, torch.no_grad():
         for decoding in (False, True):
             cache = DynamicCache()
             model(ids[:, :12], past_key_values=cache)
@@ -56,7 +55,7 @@ def test_later_chunks_use_the_stored_sink(tiny_model: Any, family: str, kind: st
 
 
 @pytest.mark.parametrize("kind", ["reorder_cache", "batch_repeat_interleave", "batch_select_indices"])
-def test_the_sinks_follow_the_rows_of_the_cache(tiny_model: Any, kind: str) -> None:
+def test_the_sinks_follow_the_rows_of_the_cache(tiny_model: Any, kind: str, plan: OrthoRankConfig) -> None:
     model = tiny_model("llama")
     ids, more = ids_of(3, 12), ids_of(3, 9, seed=4)
     argument = {
@@ -65,7 +64,7 @@ def test_the_sinks_follow_the_rows_of_the_cache(tiny_model: Any, kind: str) -> N
         "batch_select_indices": torch.tensor([2, 1]),
     }[kind]
     rows = torch.arange(3).repeat_interleave(2) if kind == "batch_repeat_interleave" else argument
-    with apply(model, PLAN), torch.no_grad():
+    with apply(model, plan), torch.no_grad():
         caches = [DynamicCache(), DynamicCache()]
         model(ids, past_key_values=caches[0])
         getattr(copy.deepcopy(caches[0]), kind)(argument)  # a copy of its own: the original stays as it is
@@ -75,7 +74,7 @@ def test_the_sinks_follow_the_rows_of_the_cache(tiny_model: Any, kind: str) -> N
     assert_close(moved, own)
 
 
-def test_generating_densely_over_a_dense_cache(tiny_model: Any) -> None:
+def test_generating_densely_over_a_dense_cache(tiny_model: Any, plan: OrthoRankConfig) -> None:
     """What the refusal of a dense cache advises works."""
     model = tiny_model("llama")
     ids = ids_of(1, 12)
@@ -83,16 +82,18 @@ def test_generating_densely_over_a_dense_cache(tiny_model: Any) -> None:
         expected = model.generate(ids, **GREEDY)
         cache = DynamicCache()
         model(ids[:, :6], past_key_values=cache)
-        with apply(model, PLAN) as handle, handle.decoding():
+        with apply(model, plan) as handle, handle.decoding():
             assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), expected)
 
 
 @pytest.mark.parametrize("windowed", [False, True])
-def test_a_second_turn_over_the_first_ones_cache(tiny_model: Any, family: str, windowed: bool) -> None:
+def test_a_second_turn_over_the_first_ones_cache(
+    tiny_model: Any, family: str, windowed: bool, plan: OrthoRankConfig
+) -> None:
     """The new tokens are a prefill chunk with the row's own sink; what was generated before stays as it is."""
     model = tiny_model(family, **(WINDOWS[family] if windowed else {}))
     ids, more = ids_of(1, 19), ids_of(1, 9, seed=5)
-    with apply(model, PLAN) as handle, torch.no_grad():
+    with apply(model, plan) as handle, torch.no_grad():
         cache = DynamicCache(config=model.config)
         turn = model.generate(ids, past_key_values=cache, **GREEDY)
         both = torch.cat([turn, more], 1)
@@ -110,13 +111,13 @@ def test_a_second_turn_over_the_first_ones_cache(tiny_model: Any, family: str, w
     assert torch.equal(actual[:, -1], expected)
 
 
-def test_a_dense_cache_cannot_be_continued(tiny_model: Any) -> None:
+def test_a_dense_cache_cannot_be_continued(tiny_model: Any, plan: OrthoRankConfig) -> None:
     model = tiny_model("llama")
     ids = ids_of(2, 12)
     cache = DynamicCache()
     with torch.no_grad():
         model(ids, past_key_values=cache)
-        with apply(model, PLAN) as handle:
+        with apply(model, plan) as handle:
             with pytest.raises(OrthoRankError, match="the cache was filled without a plan"):
                 model(ids, past_key_values=cache)
             with handle.decoding():

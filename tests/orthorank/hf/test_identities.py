@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from orthorank import OrthoRankConfig, apply
+from orthorank.correction import Correction
 from orthorank.stack.layers import LayerStack
+from tests.orthorank.hf.test_corrected import maps
 from tests.orthorank.hf.test_layer import WINDOWS, ids_of
 from tests.orthorank.models import without_layers
 from tests.orthorank.statement import assert_close
@@ -71,8 +73,9 @@ def test_ratio_zero_computes_nothing(tiny_model: Any) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("windowed", [False, True])
 @pytest.mark.parametrize("keep_last", [0, 2])
+@pytest.mark.parametrize("corrected", [None, maps([1, 2, 3])], ids=["plain", "corrected"])
 def test_a_row_alone_equals_the_row_in_a_batch(
-    tiny_model: Any, family: str, side: str, windowed: bool, keep_last: int
+    tiny_model: Any, family: str, side: str, windowed: bool, keep_last: int, corrected: Correction | None
 ) -> None:
     model = tiny_model(family, **(WINDOWS[family] if windowed else {}))
     lengths = (21, 1, 2, 13, 30)
@@ -83,7 +86,7 @@ def test_a_row_alone_equals_the_row_in_a_batch(
     for i, (row, span) in enumerate(zip(rows, spans, strict=True)):
         batch[i, span], mask[i, span] = row[0], 1
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    handle = apply(model, OrthoRankConfig(layers=[1, 2, 3], keep_ratio=0.4))
+    handle = apply(model, OrthoRankConfig(layers=[1, 2, 3], keep_ratio=0.4, correction=corrected))
     with handle.prefilling(keep_last=keep_last), torch.no_grad():
         together = model(batch, attention_mask=mask, position_ids=positions).logits
         for i, (row, span) in enumerate(zip(rows, spans, strict=True)):

@@ -9,6 +9,7 @@ import orthorank
 from orthorank import OrthoRankConfig, apply
 from orthorank.hf import selection as choosing
 from tests.orthorank.hf.test_company_compile import Graphs, fresh_compiler, left_padded
+from tests.orthorank.hf.test_corrected import maps
 from tests.orthorank.hf.test_family_kernels import kernels
 from tests.orthorank.hf.test_layer import ids_of
 from tests.orthorank.statement import assert_close
@@ -21,6 +22,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "threshold, decode too": {"select": "threshold", "thresholds": {1: 20.0}, "decode": "threshold"},
     "context": {},
     "window, any length": {"select": "window", "select_window": 7},
+    "threshold, corrected": {"select": "threshold", "thresholds": {1: 20.0}, "correction": maps([1])},
 }
 
 
@@ -35,7 +37,7 @@ def run(model: Any, name: str, forward: Any, ids: torch.Tensor, mask: torch.Tens
         return forward(ids, attention_mask=mask).logits[mask == 1]
 
 
-QUICK = ("window", "threshold")  # and with the length of a call unknown: the slow ones
+QUICK = ("window", "threshold", "threshold, corrected")  # and with the length of a call unknown: the slow ones
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 import orthorank
 from orthorank import OrthoRankConfig, OrthoRankError, apply
+from tests.orthorank.hf.test_corrected import maps
 from tests.orthorank.statement import assert_close
 
 LAYERS, TOKENS = [1, 2], 22
@@ -20,6 +21,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "window": {"select": "window", "select_window": 5},
     "threshold": {"select": "threshold", "thresholds": dict.fromkeys(LAYERS, 12.0)},
     "removed": {"keep_ratios": {2: 0}},
+    "corrected": {"keep_ratios": {2: 0}, "correction": maps(LAYERS)},
 }
 
 
@@ -87,7 +89,7 @@ def test_log_probabilities_of_generated_tokens_are_those_of_generate(tiny_model:
 
 
 @pytest.mark.parametrize("keep", [None, 3])
-@pytest.mark.parametrize("name", ["topk", "window", "threshold"])
+@pytest.mark.parametrize("name", ["topk", "window", "threshold", "corrected"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_rows(tiny_model: Any, family: str, name: str, side: str, keep: int | None) -> None:
     model, ids, lengths = tiny_model(family), ids_of(4, seed=2), [15, 4, 7, 30]
@@ -105,7 +107,7 @@ def test_padded_rows(tiny_model: Any, family: str, name: str, side: str, keep: i
 
 @pytest.mark.parametrize("keep", [0, 1, 2])
 @pytest.mark.parametrize("lengths", [[14, 10], [14, 14], [5, 12], [15, 5]])
-@pytest.mark.parametrize("name", ["topk", "window", "sink updated"])
+@pytest.mark.parametrize("name", ["topk", "window", "sink updated", "corrected"])
 def test_chunks(tiny_model: Any, name: str, lengths: list[int], keep: int) -> None:
     """What belongs to the context is selected chunk by chunk; calls behind every context are dense."""
     model, ids = tiny_model("llama"), ids_of(2, seed=3)

@@ -8,11 +8,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply, status
+from orthorank.correction import Correction
 from orthorank.stack.layers import LayerStack
 from tests.orthorank import statement
+from tests.orthorank.hf.test_corrected import maps
 from tests.orthorank.statement import assert_close
 
 LAYERS, TOKENS = [1, 2], 19
+MAPS = maps(LAYERS)
 
 
 def ids_of(rows: int, tokens: int, seed: int = 0) -> Tensor:
@@ -61,10 +64,11 @@ def test_all_that_score_less_are_updated(tiny_model: Any, family: str) -> None:
     assert handle.stats[1].achieved_ratio == rows[1].achieved_ratio
 
 
+@pytest.mark.parametrize("corrected", [None, MAPS], ids=["plain", "corrected"])
 @pytest.mark.parametrize("sizes", [[TOKENS], [1] * TOKENS, [1, 7, 1, 1, 9], [12, 1, 6]])
-def test_any_chunks_are_one_call(tiny_model: Any, family: str, sizes: list[int]) -> None:
+def test_any_chunks_are_one_call(tiny_model: Any, family: str, sizes: list[int], corrected: Correction | None) -> None:
     model, ids = tiny_model(family), ids_of(2, TOKENS, seed=2)
-    with apply(model, plan(model)) as handle, torch.no_grad():
+    with apply(model, plan(model, correction=corrected)) as handle, torch.no_grad():
         expected = model(ids, use_cache=False).logits
         updated = [handle.stats[layer].tokens_updated for layer in LAYERS]
         assert_close(in_chunks(model, ids, sizes), expected)
@@ -74,7 +78,18 @@ def test_any_chunks_are_one_call(tiny_model: Any, family: str, sizes: list[int])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("options", [{}, {"criterion": "inverse"}, {"update_sink": True}, {"criterion": "random"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"criterion": "inverse"},
+        {"update_sink": True},
+        {"criterion": "random"},
+        {"correction": MAPS},
+        {"correction": MAPS, "update_sink": True},
+    ],
+    ids=str,
+)
 def test_padded_batches_and_chunks_are_rows_alone(tiny_model: Any, side: str, options: dict[str, Any]) -> None:
     model, ids = tiny_model("llama"), ids_of(3, TOKENS, seed=3)
     mask = torch.ones_like(ids)
@@ -95,13 +110,14 @@ def test_padded_batches_and_chunks_are_rows_alone(tiny_model: Any, side: str, op
         assert 0 < handle.stats[1].achieved_ratio < 1
 
 
-def test_generation_selects_every_token_alike(tiny_model: Any, family: str) -> None:
+@pytest.mark.parametrize("corrected", [None, MAPS], ids=["plain", "corrected"])
+def test_generation_selects_every_token_alike(tiny_model: Any, family: str, corrected: Correction | None) -> None:
     """Greedy tokens with the cache are those of one call over all of them; padded rows are rows alone."""
     model, ids = tiny_model(family), ids_of(2, 9, seed=4)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     greedy: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    with apply(model, plan(model)) as handle, torch.no_grad():
+    with apply(model, plan(model, correction=corrected)) as handle, torch.no_grad():
         together = model.generate(ids, attention_mask=mask, **greedy)[:, 9:]
         assert handle.stats[1].achieved_ratio < 1
         for row in range(2):

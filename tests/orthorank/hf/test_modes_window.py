@@ -13,11 +13,14 @@ from transformers import DynamicCache
 from orthorank import OrthoRankConfig, apply, status
 from orthorank.calls.call import Call
 from orthorank.calls.reading import Phase, read_call
+from orthorank.correction import Correction
 from orthorank.hf.selection import prepared, windows_of
 from tests.orthorank import statement
+from tests.orthorank.hf.test_corrected import maps
 from tests.orthorank.statement import assert_close
 
 LAYERS, W = [1, 2], 8
+with_maps = pytest.mark.parametrize("corrected", [None, maps(LAYERS)], ids=["plain", "corrected"])
 
 
 def plan(**fields: Any) -> OrthoRankConfig:
@@ -79,10 +82,13 @@ def test_the_sink_is_in_the_first_window(tiny_model: Any, update_sink: bool, rat
             assert_close(model(ids, use_cache=False).logits, expected)
 
 
+@with_maps
 @pytest.mark.parametrize("ends", [[8, 29], [16, 24, 29], [8, 16, 24, 28], [24, 27]])
-def test_chunks_that_end_on_multiples_change_nothing(tiny_model: Any, family: str, ends: list[int]) -> None:
+def test_chunks_that_end_on_multiples_change_nothing(
+    tiny_model: Any, family: str, ends: list[int], corrected: Correction | None
+) -> None:
     model, ids = tiny_model(family), ids_of(2, ends[-1], seed=1)
-    with apply(model, plan()), torch.no_grad():
+    with apply(model, plan(correction=corrected)), torch.no_grad():
         assert_close(chunked(model, ids, ends), model(ids, use_cache=False).logits)
 
 
@@ -105,14 +111,17 @@ def test_a_chunk_that_begins_inside_a_window_has_the_rest_of_it_for_a_window(tin
     assert not torch.allclose(whole, expected, atol=1e-3), "the cut must matter, or this shows nothing"
 
 
+@with_maps
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("update_sink", [False, True])
-def test_padded_rows_are_rows_alone(tiny_model: Any, family: str, side: str, update_sink: bool) -> None:
+def test_padded_rows_are_rows_alone(
+    tiny_model: Any, family: str, side: str, update_sink: bool, corrected: Correction | None
+) -> None:
     model, ids = tiny_model(family), ids_of(3, 30, seed=3)
     mask = torch.ones_like(ids)
     for row, padding in enumerate((0, 7, 19)):
         mask[row, slice(0, padding) if side == "left" else slice(30 - padding, 30)] = 0
-    with apply(model, plan(update_sink=update_sink)) as handle, torch.no_grad():
+    with apply(model, plan(update_sink=update_sink, correction=corrected)) as handle, torch.no_grad():
         together = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
         counted = handle.stats[2].tokens_updated
         alone = rows_alone(model, ids, mask)
@@ -123,26 +132,28 @@ def test_padded_rows_are_rows_alone(tiny_model: Any, family: str, side: str, upd
             assert_close(chunked(model, ids, [8, 24, 30], mask)[mask == 1], torch.cat(alone))
 
 
-def test_one_window_over_everything_is_top_k(tiny_model: Any) -> None:
+@with_maps
+def test_one_window_over_everything_is_top_k(tiny_model: Any, corrected: Correction | None) -> None:
     model, ids = tiny_model("llama"), ids_of(2, 26, seed=4)
     mask = torch.ones_like(ids)
     mask[1, :9] = 0
     for extra in ({}, {"attention_mask": mask}):
-        with apply(model, plan(select="topk", select_window=None)), torch.no_grad():
+        with apply(model, plan(select="topk", select_window=None, correction=corrected)), torch.no_grad():
             expected = model(ids, **extra).logits
-        with apply(model, plan(select_window=1000)), torch.no_grad():
+        with apply(model, plan(select_window=1000, correction=corrected)), torch.no_grad():
             actual = model(ids, **extra).logits
         assert torch.equal(actual[0], expected[0])
         assert torch.equal(actual[1, 9:], expected[1, 9:])
 
 
-def test_generation(tiny_model: Any, family: str) -> None:
+@with_maps
+def test_generation(tiny_model: Any, family: str, corrected: Correction | None) -> None:
     """The prompt is selected in windows, its last token always; what follows is dense, padded batches like rows."""
     model, ids = tiny_model(family), ids_of(2, 21, seed=5)
     mask = torch.ones_like(ids)
     mask[0, :6] = 0
     greedy: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    with apply(model, plan(keep_ratio=0.2)) as handle:
+    with apply(model, plan(keep_ratio=0.2, correction=corrected)) as handle:
         together = model.generate(ids, attention_mask=mask, **greedy)[:, 21:]
         updated = handle.stats[1].tokens_updated
         alone = [model.generate(ids[i : i + 1, mask[i] == 1], **greedy)[0, -5:] for i in range(2)]

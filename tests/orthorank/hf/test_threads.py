@@ -1,6 +1,7 @@
 """Threads and one patched model: a call is refused by name, or it is right."""
 
 import copy
+import dataclasses
 import pickle
 import threading
 import time
@@ -12,10 +13,12 @@ import torch
 
 import orthorank
 from orthorank import OrthoRankConfig, OrthoRankError, apply
+from orthorank.correction import Correction
 from orthorank.hf.status import Total
 from orthorank.packed.selection import choose, share
 from orthorank.packed.steps import make_step
 from orthorank_kernels import rms_norm_select, sparse_query_attention
+from tests.orthorank.hf.test_corrected import maps
 from tests.orthorank.hf.test_layer import ids_of
 
 PLAN = OrthoRankConfig(layers=[1], keep_ratio=1 / 3)
@@ -66,12 +69,13 @@ def test_eight_threads_are_refused_or_right(tiny_model: Any, accepted: int) -> N
         assert in_threads(call, accepted) == (0, [])
 
 
-def test_threads_that_generate(tiny_model: Any) -> None:
+@pytest.mark.parametrize("corrected", [None, maps([1], hidden=32)], ids=["plain", "corrected"])
+def test_threads_that_generate(tiny_model: Any, corrected: Correction | None) -> None:
     """Calls of one thread beside the generation of another, which holds the model from its prompt to its end."""
     model = tiny_model("llama", **SMALL)
     prompts = [ids_of(1, 6 + i, seed=i) for i in range(THREADS)]
     greedy: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
-    with apply(model, PLAN), torch.no_grad():
+    with apply(model, dataclasses.replace(PLAN, correction=corrected)), torch.no_grad():
         tokens = [model.generate(ids, **greedy) for ids in prompts]
         logits = [model(ids).logits for ids in prompts]
 
