@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthorank.common.errors import OrthoRankError, UnknownKeysWarning, check_integer, check_share, shown
-from orthorank.common.files import finite, write_text
-from orthorank.plan_checks import RECORDS, check_fields, check_maps, release_of
-from orthorank.plan_files import FILE_NAME, find_plan, json_of, naming, place_to_write
+from orthorank.common.files import finite, user_path, write_text
+from orthorank.plan_checks import FILE_NAME, RECORDS, check_fields, check_maps, json_of, release_of
 from orthorank_kernels._version import __version__
 from orthorank_kernels.callers import levels_to_caller
 
@@ -224,7 +223,15 @@ class OrthoRankConfig:
         if self.correction is not None and maps_dtype is not None:
             plan = dataclasses.replace(self, correction=self.correction.to(maps_dtype))
         text = json_of(plan.to_dict())
-        where = place_to_write(folder, push_to_hub, hub)
+        if hub or push_to_hub:
+            from orthorank.plan_files import check_push
+
+            check_push(push_to_hub, hub)
+        where = user_path("folder", folder)
+        try:
+            where.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OrthoRankError(f"the plan cannot be written to {where}: {error.strerror}") from error
         files = [where / FILE_NAME]
         if plan.correction is not None:
             from orthorank.correction import FILE_NAME as MAPS_NAME
@@ -263,6 +270,8 @@ class OrthoRankConfig:
         Raises:
             OrthoRankError: a file cannot be read, is broken, too large, or is not the other's.
         """
+        from orthorank.plan_files import find_plan, naming
+
         found = find_plan(path, revision, token)
         values, record = found.values, None
         with naming(found.name):

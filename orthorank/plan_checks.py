@@ -1,5 +1,6 @@
 """What a plan's fields may hold; each error names the field, what it was, and what it may be."""
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ MOST = {
     "sink_layer": 10**6,
 }
 RECORDS = ("calibration", "measured")
+FILE_NAME = "orthorank.json"
+MOST_JSON = 2**20  # bytes of it
 _VERSION = re.compile(r"\d+(\.\d+)*", re.ASCII)
 
 
@@ -209,3 +212,18 @@ def _by_layer(name: str, plan: Any) -> dict[int, Any]:
             raise OrthoRankError(f"{name} has the key {layer} twice, as a number and as a string")
         found[layer] = value
     return dict(sorted(found.items()))
+
+
+def json_of(values: dict[str, Any]) -> str:
+    """``values`` as a plan's file holds them.
+
+    Raises:
+        OrthoRankError: that is larger than what is read.
+    """
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    if len(text) > MOST_JSON:  # ASCII, so these are bytes
+        raise OrthoRankError(
+            f"the plan has {len(text):,} bytes as JSON, and may have {MOST_JSON:,}; shorten its records, calibration "
+            "and measured"
+        )
+    return text

@@ -1,6 +1,5 @@
 """A plan's files, in a folder or in a repository of the Hugging Face Hub. Only these two are ever read."""
 
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -11,11 +10,9 @@ from typing import Any
 
 from orthorank.common.errors import OrthoRankError, shown
 from orthorank.common.files import read_json, user_path
-from orthorank.common.hub import Place, fetch, place_of
+from orthorank.plan_checks import FILE_NAME, MOST_JSON
 from orthorank_kernels.callers import levels_to_caller
 
-FILE_NAME = "orthorank.json"
-MOST_JSON = 2**20  # bytes
 PUSH = ("repo_id", "token", "private", "revision", "commit_message", "commit_description", "create_pr")
 
 
@@ -40,6 +37,8 @@ def find_plan(path: str | os.PathLike[str], revision: str | None = None, token: 
     Raises:
         OrthoRankError: it cannot be read, or is larger than a plan.
     """
+    from orthorank.common.hub import Place, fetch, place_of  # a plan that is made here needs no Hub
+
     file = user_path("plan", path)
     place = place_of(str(path), revision)  # as it was written: "./org/name" is a folder
     if place is None or os.path.lexists(file):
@@ -73,36 +72,15 @@ def naming(plan: str) -> Iterator[None]:
         raise OrthoRankError(f"{plan}: {error}") from error
 
 
-def place_to_write(folder: str | os.PathLike[str], push_to_hub: bool, hub: Mapping[str, Any]) -> Path:
-    """The folder for a plan's files, made where it is not there; ``hub`` is what was said of a push.
+def check_push(push_to_hub: bool, hub: Mapping[str, Any]) -> None:
+    """``hub``, what was said of a push, is what a push may be told.
 
     Raises:
-        OrthoRankError: it cannot be made, or ``hub`` holds something else or is for no push.
+        OrthoRankError: it holds something else, or is for no push.
     """
-    where = user_path("folder", folder)
     if unknown := sorted(set(hub) - set(PUSH)):
         raise OrthoRankError(f"{unknown[0]} is {shown(hub[unknown[0]])}; a push may be told {', '.join(PUSH)}")
     if hub and not push_to_hub:
         raise OrthoRankError(
             f"{next(iter(hub))} is of a push, and push_to_hub is False; set it, or leave the other out"
         )
-    try:
-        where.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OrthoRankError(f"the plan cannot be written to {where}: {error.strerror}") from error
-    return where
-
-
-def json_of(values: dict[str, Any]) -> str:
-    """``values`` as a plan's file holds them.
-
-    Raises:
-        OrthoRankError: that is larger than what `find_plan` reads.
-    """
-    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-    if len(text) > MOST_JSON:  # ASCII, so these are bytes
-        raise OrthoRankError(
-            f"the plan has {len(text):,} bytes as JSON, and may have {MOST_JSON:,}; shorten its records, calibration "
-            "and measured"
-        )
-    return text

@@ -26,7 +26,6 @@ from orthorank.hf.family_check import checked_family
 from orthorank.hf.forwards import DecoderForward, Generate, LayerForward, PrepareInputs
 from orthorank.hf.intact import TakenApart, check_classes, implementation_of
 from orthorank.hf.parts import Parts
-from orthorank.hf.provenance import warn_of_other_weights
 from orthorank.hf.refusals import refused_methods
 from orthorank.hf.status import LayerCounts, Status, status_of
 from orthorank.plan_checks import MOST
@@ -97,7 +96,10 @@ def apply(
             Parts.of(family, layer)
     followed = dataclasses.replace(copy.deepcopy(config))  # checks its fields again
     followed.source = config.source
-    warn_of_other_weights(model, followed)
+    if followed.correction is not None:
+        from orthorank.hf.provenance import warn_of_other_weights  # corrected plans alone need it
+
+        warn_of_other_weights(model, followed)
     return Handle(model, followed, family)
 
 

@@ -15,7 +15,6 @@ from orthorank.calls.reading import Phase, read_call
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.patching import Patch, forward_of
 from orthorank.config import OrthoRankConfig
-from orthorank.hf.correction import corrected, on
 from orthorank.hf.criteria import norm_and_rank
 from orthorank.hf.families import TESTED, decoder_of, device_of, family_of, layers_of
 from orthorank.hf.intact import TakenApart
@@ -124,10 +123,15 @@ class LayerStack:
                 (see `orthorank.hf.intact`).
         """
         device = device_of(self.layers[layer])
+        if layer_map is not None:
+            from orthorank.hf.correction import corrected, on  # corrected plans alone need it
+
+            layer_map = on(layer_map, device)
+            if keep_ratio == 0:
+                given = hidden_states.to(device)
+                return corrected(given, self.normed(layer, given), inputs.call.on(device), layer_map)
         if keep_ratio == 0:
-            return (
-                hidden_states if layer_map is None else self._left(layer, hidden_states.to(device), inputs, layer_map)
-            )
+            return hidden_states
         hidden_states, kwargs = hidden_states.to(device), _on(device, inputs.layer_kwargs[layer])
         if keep_ratio == 1:
             output = self.layers[layer](hidden_states, **kwargs)
@@ -137,7 +141,7 @@ class LayerStack:
         of_layer, found = self.layers[layer], self._taken_apart.get(layer)
         if found is None or found.beneath is not forward_of(of_layer):
             found = self._taken_apart[layer] = TakenApart(self.family, of_layer, layer, forward_of(of_layer))
-        run = partial(selected_forward, found.check(), layer, plan, call, layer_map=layer_map and on(layer_map, device))
+        run = partial(selected_forward, found.check(), layer, plan, call, layer_map=layer_map)
         selecting = _Selecting(of_layer, "forward")  # called as a layer of a patched model is, with all its hooks
         selecting.run = run
         try:
@@ -145,11 +149,6 @@ class LayerStack:
         finally:
             selecting.undo()
         return output[0] if isinstance(output, tuple) else output
-
-    def _left(self, layer: int, hidden_states: Tensor, inputs: Pass, layer_map: "LayerMap") -> Tensor:
-        """What is left of a removed layer."""
-        call = inputs.call.on(hidden_states.device)
-        return corrected(hidden_states, self.normed(layer, hidden_states), call, on(layer_map, hidden_states.device))
 
     @torch.no_grad()
     def ranks(
