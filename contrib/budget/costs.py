@@ -81,11 +81,12 @@ class CostTable:
         return cls(str(values["unit"]), int(values["tokens"]), by_ratio)
 
 
-def count_flops(config: Any, tokens: int, ratios: Iterable[float]) -> CostTable:
+def count_flops(config: Any, tokens: int, ratios: Iterable[float], rank: int = 0) -> CostTable:
     """FLOPs of each layer for one prompt, by `orthorank.stack.flops`.
 
     Args:
         config: the Hugging Face configuration. tokens: prompt length. ratios: keep ratios; 0 and 1 are added.
+        rank: of the maps of layers that are not dense; 0: they have none.
 
     Raises:
         OrthoRankError: a number out of range, or FLOPs are not counted for the model.
@@ -106,7 +107,8 @@ def count_flops(config: Any, tokens: int, ratios: Iterable[float]) -> CostTable:
         tokens,
         {
             ratio: tuple(
-                sizes.layer(index, tokens, keep_count(tokens, ratio)) if ratio > 0 else 0.0
+                (sizes.layer(index, tokens, keep_count(tokens, ratio)) if ratio > 0 else 0.0)
+                + (sizes.map(tokens, rank) if ratio < 1 else 0.0)
                 for index in range(sizes.layers)
             )
             for ratio in _with_ends(ratios)

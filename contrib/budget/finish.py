@@ -13,6 +13,7 @@ from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import write_json, write_text
 from orthorank.config import OrthoRankConfig
+from orthorank.search.run import with_maps
 from orthorank_kernels._version import __version__
 
 if TYPE_CHECKING:
@@ -29,13 +30,14 @@ def finish(search: "Search", state: BudgetState) -> dict[str, Any]:
     if not job.first:
         return job.group.share({})
     write_front(search, state, complete=True)
+    found = config_of(search, state, complete=True)
+    assert found is not None
     try:
+        plan = with_maps(job, found)
         with job.screen.progress("measuring the plans", 1):
-            rows = _rows(search, state)
+            rows = _rows(search, state, plan)
     except KeyboardInterrupt:
         raise OrthoRankError(f"interrupted while the plans were measured; the plan is in {job.folder.plan}") from None
-    plan = config_of(search, state, complete=True)
-    assert plan is not None
     dense, mixed = rows[0], rows[-1]
     plan.measured = {
         "perplexity": mixed["perplexity"],
@@ -120,15 +122,15 @@ def config_of(search: "Search", state: BudgetState, *, complete: bool) -> OrthoR
     )
 
 
-def _rows(search: "Search", state: BudgetState) -> list[dict[str, Any]]:
+def _rows(search: "Search", state: BudgetState, mixed: OrthoRankConfig) -> list[dict[str, Any]]:
     points = {key_of(point.plan): point for point in state.points(search.space)}
     rows = [_row(search, "dense", points[()], None)]
     for name, plan in search.starts.items():
         if (point := points.get(key_of(plan_of(plan)))) is not None:
-            rows.append(_row(search, name, point, plan))
+            rows.append(_row(search, name, point, with_maps(search.job, plan)))
     chosen = search.best(state)
     assert chosen is not None
-    return [*rows, _row(search, "mixed", chosen, config_of(search, state, complete=True))]
+    return [*rows, _row(search, "mixed", chosen, mixed)]
 
 
 def _row(search: "Search", name: str, point: Point, plan: OrthoRankConfig | None) -> dict[str, Any]:
@@ -137,7 +139,7 @@ def _row(search: "Search", name: str, point: Point, plan: OrthoRankConfig | None
     job, costs = search.job, search.space.costs
     speedup = 1.0
     if plan is not None:
-        speedup = flop_speedup(job.model.config, costs.tokens, plan.layers, plan.ratios)
+        speedup = flop_speedup(job.model.config, costs.tokens, plan.layers, plan.ratios, ranks=plan.ranks)
     return {
         "name": name,
         "layers": list(point.plan),

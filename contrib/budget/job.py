@@ -208,7 +208,7 @@ def _costs(job: Job, ratios: set[float], saved: BudgetState | None) -> CostTable
     """FLOPs, or seconds: those of an earlier run of this search if there was one, else of the first process."""
     tokens = _prompt_tokens(job)
     if asked(job).budget_unit != "time":
-        return count_flops(job.model.config, tokens, ratios)
+        return count_flops(job.model.config, tokens, ratios, job.settings.correct or 0)
     if saved is not None:
         try:
             return CostTable.from_dict(saved.settings["costs"])

@@ -53,6 +53,10 @@ class BudgetSettings(SearchSettings):
                 "only, give --keep-ratios 0"
             )
         check_choice("budget_unit", self.budget_unit, UNITS)
+        if self.correct is not None and self.budget_unit == "time":
+            raise OrthoRankError(
+                "budget_unit is time, and what maps take is counted in FLOPs only; drop --correct or it"
+            )
         if self.keep_ratios == ():
             raise OrthoRankError("keep_ratios is empty; it must have a ratio, such as 1/3, or 0 for removed layers")
         for ratio in self.keep_ratios or ():
@@ -65,7 +69,8 @@ class BudgetSettings(SearchSettings):
     def title(self) -> str:
         """The search in words, as plans record it."""
         of = "measured time" if self.budget_unit == "time" else "FLOPs"
-        return f"mixed plans at {self.budget:g} of the dense layers' {of}"
+        maps = "" if self.correct is None else f", maps of rank {self.correct}"
+        return f"mixed plans at {self.budget:g} of the dense layers' {of}{maps}"
 
     def of_one_form(self, keep_ratio: float, output: Path) -> SearchSettings:
         """The settings of a search for a plan whose chosen layers all have ``keep_ratio``."""

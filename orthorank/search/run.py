@@ -229,7 +229,7 @@ def finish(job: Job, outcome: Outcome) -> dict[str, Any]:
 
 
 def _write(job: Job, outcome: Outcome, dense_loss: float, loss: float) -> dict[str, Any]:
-    plan = _corrected(job, plan_of(job, outcome, loss=loss, dense_loss=dense_loss))
+    plan = with_maps(job, plan_of(job, outcome, loss=loss, dense_loss=dense_loss))
     held_out = _held_out(job, plan)
     tokens = min(FLOP_TOKENS, job.info.max_tokens)
     speedup = flop_speedup(job.model.config, tokens, plan.layers, plan.ratios, ranks=plan.ranks)
@@ -245,7 +245,7 @@ def _write(job: Job, outcome: Outcome, dense_loss: float, loss: float) -> dict[s
     return results
 
 
-def _corrected(job: Job, plan: OrthoRankConfig) -> OrthoRankConfig:
+def with_maps(job: Job, plan: OrthoRankConfig) -> OrthoRankConfig:
     """The plan with its maps fitted once more, to all windows of the search; without maps, as it is."""
     fit, rank = job.calibration.fit, job.settings.correct
     if fit is None or rank is None:

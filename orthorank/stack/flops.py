@@ -84,6 +84,10 @@ class Dimensions:
         attention = 4 * self.query * updated * seen
         return keys_values + projections + attention + updated * self.mlp[index]
 
+    def map(self, tokens: int, rank: int) -> float:
+        """FLOPs of one layer's map of ``rank``, for all ``tokens``."""
+        return 4.0 * tokens * rank * self.hidden
+
 
 def prefill_flops(
     config: Any,
@@ -136,7 +140,7 @@ def prefill_flops(
     for index in range(sizes.layers):
         if (ratio := ratios.get(index, 1.0)) > 0:
             total += sizes.layer(index, tokens, keep_count(tokens, ratio))
-    return total + sum(4.0 * tokens * rank * sizes.hidden for rank in (ranks or {}).values())
+    return total + sum(sizes.map(tokens, rank) for rank in (ranks or {}).values())
 
 
 def _ratio_of(layer: int, keep_ratio: float | Mapping[int, float]) -> float:
