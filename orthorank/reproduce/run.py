@@ -68,6 +68,7 @@ def _measured(part: str, subject: Subject, folder: Path) -> dict[str, Any]:
         "table3": tables.table3,
         "table4": tables.table4,
         "sweep": tables.sweep,
+        "corrected": tables.corrected,
     }[part]
     return {part: measure(subject)}
 

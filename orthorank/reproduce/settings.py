@@ -19,6 +19,7 @@ PARTS = (
     "table4",
     "sweep",
     "longbench",
+    "corrected",
 )
 TASKS = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
 

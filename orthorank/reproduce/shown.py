@@ -194,6 +194,28 @@ def _longbench(part: dict[str, Any]) -> str:
     return table(heads, rows) + f"\n\n{note}Few questions say little: no standard error is claimed."
 
 
+def _corrected(part: dict[str, Any]) -> str:
+    if not part["rows"]:
+        return "This model has too few layers."
+    texts = list(part["rows"][0]["perplexity"])
+    heads = ["", "layers", "left out", "by FLOPs", *(f"perplexity, {text}" for text in texts), "accuracy"]
+    rows = [
+        [
+            titled(row["row"]),
+            str(len(row["plan"]["layers"])),
+            _share(row),
+            "-" if row["flop_speedup"] is None else f"{row['flop_speedup']:.2f}x",
+            *(f"{_perplexity(row['perplexity'][t])} ({_perplexity(row['plain_perplexity'][t])})" for t in texts),
+            "-" if not row["accuracy"] else _mean(row["accuracy"]),
+        ]
+        for row in part["rows"]
+    ]
+    note = (
+        f"Maps of rank {part['rows'][0]['rank']}, fitted to the windows of the searches; in parentheses without them."
+    )
+    return table(heads, rows) + f"\n\n{note} Not in the paper."
+
+
 def _chosen(part: dict[str, Any]) -> str:
     return table(
         ["plan", "keep ratio", "layers"],
@@ -218,6 +240,7 @@ TITLES = {
     "table4": "Table 4: share of layers x keep ratio, at 20 %",
     "sweep": "Perplexity over sparsity",
     "longbench": "LongBench",
+    "corrected": "Beyond the paper: corrected plans",
     "fig5": "Figure 5: the chosen layers",
 }
 TABLES = {
@@ -227,6 +250,7 @@ TABLES = {
     "table4": _ablation,
     "sweep": _sweep,
     "longbench": _longbench,
+    "corrected": _corrected,
     "fig5": _chosen,
 }
 

@@ -51,6 +51,7 @@ class Subject:
             name: self._windows(text, name, settings.window, settings.windows) for name, text in self.texts.items()
         }
         self.cells = Cells(settings.output / "cells", self._identity())
+        self._corrected: dict[str, OrthoRankConfig] = {}
 
     @cached_property
     def stack(self) -> "LayerStack":
@@ -109,15 +110,37 @@ class Subject:
         layers = self.order(method, keep_ratio, count)[:count]
         return OrthoRankConfig.for_model(self.model, layers=layers, keep_ratio=keep_ratio, keep_last=0, **fields)
 
-    def perplexity(self, plan: OrthoRankConfig | None, text: str) -> dict[str, Any]:
-        """Perplexity of the model with ``plan`` (None: dense) on one of the held-out texts."""
+    def corrected(self, plan: OrthoRankConfig | None, rank: int) -> OrthoRankConfig | None:
+        """``plan`` with maps of ``rank`` fitted to the calibration windows; with rank 0, as it is."""
+        if plan is None or rank == 0:
+            return plan
+        from orthorank.calibration.corrections import fit_correction
+
+        key = digest([measured_of(plan), rank])
+        if key not in self._corrected:
+            ids, half = self.calibration, self.calibration.shape[1] // 2
+            if len(ids) == 1:  # some must be held out
+                ids = ids[:, : 2 * half].view(2, half)
+            with self.screen.progress("maps", 1 + max(plan.layers)) as advance:
+                self._corrected[key] = fit_correction(
+                    self.model, ids, plan, rank=rank, on_layer=lambda done, *_: advance(done, "")
+                )
+        return self._corrected[key]
+
+    def perplexity(self, plan: OrthoRankConfig | None, text: str, rank: int = 0) -> dict[str, Any]:
+        """Perplexity of the model with ``plan`` (None: dense) on one of the held-out texts.
+
+        Args:
+            rank: of the maps it gets; 0: none.
+        """
         from orthorank.evaluation.perplexity import auto_batch_size, perplexity
 
         windows = self.windows[text]
 
         def measure() -> dict[str, Any]:
+            followed = self.corrected(plan, rank)
             with (
-                nullcontext() if plan is None else apply(self.model, plan),
+                nullcontext() if followed is None else apply(self.model, followed),
                 self.screen.progress(f"perplexity on {text}", len(windows)) as advance,
             ):
                 result = perplexity(
@@ -128,8 +151,12 @@ class Subject:
                 )
             return result.to_dict() | {"standard_error": result.standard_error}
 
-        inputs = {"plan": measured_of(plan), "text": text, "ids": ids_hash(windows)}
+        inputs = {"plan": measured_of(plan), "text": text, "ids": ids_hash(windows)} | self.fitted(rank)
         return self.cells.get(f"perplexity/{text}-{digest(inputs)}", inputs, measure)
+
+    def fitted(self, rank: int) -> dict[str, Any]:
+        """What a cell depends on beside its plan, where that gets maps of ``rank``."""
+        return {"rank": rank, "fitted_to": ids_hash(self.calibration)} if rank else {}
 
     def evaluator(self, keep_ratio: float, **options: Any) -> "Evaluator":
         """The calibration loss."""

@@ -27,6 +27,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "selected-kv": {"kv": "selected"},
     "full": {},
 }
+RANK = 64  # of the maps of corrected rows
 LAYERS_AND_RATIOS = (("0.2 x 0", 0.0), ("0.3 x 1/3", KEEP_RATIO), ("0.4 x 1/2", 0.5))
 
 
@@ -128,6 +129,26 @@ def sweep(subject: Subject) -> dict[str, Any]:
     return {"points": points}
 
 
+def corrected(subject: Subject) -> dict[str, Any]:
+    """SLEB's rows with maps fitted to the windows of the searches, beside the same without; beyond the paper."""
+    rank = min(RANK, subject.model.config.get_text_config().hidden_size)
+    rows = [
+        {
+            "row": name,
+            "plan": plan_key(plan),
+            "rank": rank,
+            "nominal_sparsity": left_out(subject, plan),
+            "flop_speedup": _flops(subject, plan, rank),
+            "perplexity": {text: subject.perplexity(plan, text, rank) for text in subject.windows},
+            "plain_perplexity": {text: subject.perplexity(plan, text) for text in subject.windows},
+            "accuracy": zero_shot(subject, plan, rank),
+        }
+        for name, plan in main_plans(subject).items()
+        if plan is not None and name.startswith("sleb")
+    ]
+    return {"rows": rows}
+
+
 def longbench(subject: Subject) -> dict[str, Any]:
     """LongBench of the dense model, of layer pruning and of OrthoRank at 20 %."""
     from orthorank.evaluation.longbench import TASKS, hub_questions, local_questions
@@ -175,14 +196,15 @@ def throughput(subject: Subject, plans: dict[str, OrthoRankConfig | None]) -> di
     return {name: found[name] | {"flop_speedup": _flops(subject, plan)} for name, plan in plans.items()}
 
 
-def zero_shot(subject: Subject, plan: OrthoRankConfig | None) -> dict[str, Any] | None:
-    """Accuracy on the settings' tasks; None when there are none."""
+def zero_shot(subject: Subject, plan: OrthoRankConfig | None, rank: int = 0) -> dict[str, Any] | None:
+    """Accuracy on the settings' tasks, with maps of ``rank``; None when there are no tasks."""
     from orthorank.evaluation.task_scores import evaluate_tasks
 
     settings = subject.settings
     if not settings.tasks:
         return None
     inputs = {"plan": measured_of(plan), "tasks": list(settings.tasks), "limit": settings.task_limit}
+    inputs |= subject.fitted(rank)
 
     def measure() -> dict[str, Any]:
         with subject.screen.progress(f"zero-shot: {', '.join(settings.tasks)}", 1):
@@ -190,7 +212,7 @@ def zero_shot(subject: Subject, plan: OrthoRankConfig | None) -> dict[str, Any] 
                 subject.model,
                 subject.tokenizer,
                 settings.tasks,
-                plan=plan,
+                plan=subject.corrected(plan, rank),
                 include_path=settings.include_path,
                 limit=settings.task_limit,
             )
@@ -225,10 +247,11 @@ def _answered(subject: Subject, plan: OrthoRankConfig | None, questions: list[An
     return subject.cells.get(f"longbench/{digest(inputs)}", inputs, measure)
 
 
-def _flops(subject: Subject, plan: OrthoRankConfig | None) -> float | None:
+def _flops(subject: Subject, plan: OrthoRankConfig | None, rank: int = 0) -> float | None:
     if plan is None:
         return 1.0
+    config, tokens, ranks = subject.model.config, subject.settings.prompt_tokens, dict.fromkeys(plan.layers, rank)
     try:
-        return flop_speedup(subject.model.config, subject.settings.prompt_tokens, plan.layers, plan.keep_ratio)
+        return flop_speedup(config, tokens, plan.layers, plan.keep_ratio, ranks=ranks)
     except OrthoRankError:  # a kind of model whose FLOPs are not counted
         return None

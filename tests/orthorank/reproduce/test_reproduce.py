@@ -90,6 +90,38 @@ def test_perplexities_are_those_of_the_plans(
         assert row["perplexity"]["one"]["perplexity"] == pytest.approx(wanted.perplexity, rel=1e-5)
 
 
+@pytest.mark.parametrize("windows", [1, 2])
+def test_corrected_rows(tiny_folder: Path, inputs: Path, tmp_path: Path, windows: int) -> None:
+    """Each plan with maps fitted to the calibration windows, beside itself without them."""
+    import orthorank
+    from orthorank.evaluation.perplexity import perplexity
+    from orthorank.models import load_model
+
+    asked = settings_for(
+        tiny_folder, inputs, tmp_path, only=("corrected",), calibration_windows=windows, calibration_len=33
+    )
+    rows = reproduce(asked)["corrected"]["rows"]
+    assert [row["row"] for row in rows] == ["sleb-20", "sleb-20+orthorank"]
+    model, tokenizer, _ = load_model(str(tiny_folder), device="cpu")
+    ids = torch.tensor(tokenizer((inputs / "calibration.txt").read_text())["input_ids"])[: windows * 33]
+    fit_ids = ids.view(2, 33) if windows == 2 else ids[:32].view(2, 16)
+    for row in rows:
+        plan = orthorank.OrthoRankConfig(**row["plan"])
+        found = {}
+        for name, each in (
+            ("plain_perplexity", plan),
+            ("perplexity", orthorank.fit_correction(model, fit_ids, plan, rank=row["rank"])),
+        ):
+            with orthorank.apply(model, each):
+                text = (inputs / "one.txt").read_text()
+                found[name] = perplexity(model, text=text, tokenizer=tokenizer, window=64, windows=3).perplexity
+            assert row[name]["one"]["perplexity"] == pytest.approx(found[name], rel=1e-5)
+        assert row["flop_speedup"] > 1
+    text = (tmp_path / "tables.md").read_text()
+    assert "Beyond the paper: corrected plans" in text
+    assert f"{found['perplexity']:.2f} ({found['plain_perplexity']:.2f})" in text
+
+
 def test_a_second_run_computes_nothing(
     finished: tuple[Path, dict[str, Any]], tiny_folder: Path, inputs: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
