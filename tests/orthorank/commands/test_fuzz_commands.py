@@ -65,7 +65,10 @@ def usual(command: str, given: Given) -> list[str]:
     text, plan = ["--text", str(given.text)], ["--plan", str(given.plan)]
     windows = ["--windows", "1", "--seq-len", "24"]
     small = {
-        "demo": [*text, *plan, *windows, "--prompt-tokens", "24", "--repeats", "1"],
+        "demo": [
+            *(*text, *plan, "--windows", "2", "--seq-len", "24", "--rank", "2"),
+            *("--prompt-tokens", "24", "--repeats", "1"),
+        ],
         "estimate": ["--prompt", "24", "--sparsity", "0.3"],
         "bench": [*plan, "--prompt-tokens", "16", "--rounds", "1"],
         "analyze": [*text, *windows, "--passages", "2", "--passage-tokens", "12"],
