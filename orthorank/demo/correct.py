@@ -3,6 +3,7 @@
 import dataclasses
 
 from orthorank.common import format as words
+from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
 from orthorank.demo.run import Run
 
@@ -19,7 +20,11 @@ def with_corrected(run: Run, plans: Plans) -> Plans:
     for name, plan in plans.items():
         if not rank and plan.correction is None:
             continue
-        corrected = plan if plan.correction is not None else _fit(run, name, plan, rank)
+        try:
+            corrected = plan if plan.correction is not None else _fit(run, name, plan, rank)
+        except OrthoRankError as error:  # a layer with nothing to explain; the other rows stand without its maps
+            run.screen.say(f"{words.TITLES[name + words.CORRECTED]}: left out, since {error}")
+            continue
         assert corrected.correction is not None
         record = corrected.calibration.get("correction", {})
         maps = {"rank": corrected.correction.rank, "tokens": record.get("tokens"), "given": corrected is plan}

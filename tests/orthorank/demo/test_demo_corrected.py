@@ -119,6 +119,15 @@ def test_ctrl_c_does_not_lose_a_corrected_plan_that_is_measured_again(tiny_folde
     assert "layer-pruning-corrected" not in rows
 
 
+def test_a_layer_with_nothing_to_explain_costs_its_corrected_row_alone(tiny_folder: Path, tmp_path: Path) -> None:
+    watcher = Watcher()
+    almost_dense = settings(tiny_folder, tmp_path, layers=[2, 3], sparsity=None, keep_ratio=31 / 32)  # all but the sink
+    assert list(rows_of(run_demo(almost_dense, watcher))) == ["dense", "orthorank"]
+    assert any(
+        words.startswith("OrthoRank, corrected: left out, since a layer leaves no token") for words in watcher.said
+    )
+
+
 def test_rank_0_leaves_the_rows_out_and_an_earlier_runs_plans_go(tiny_folder: Path, tmp_path: Path) -> None:
     run_demo(settings(tiny_folder, tmp_path, layers=[2, 3], sparsity=None))
     assert (tmp_path / "corrected" / "correction.safetensors").is_file()
