@@ -63,7 +63,7 @@ def cut(ids: list[int], length: int, windows: int, name: str) -> torch.Tensor:
 def search(options: argparse.Namespace, model: Any, ids: torch.Tensor, select: list[int]) -> tuple[BudgetState, Space]:
     """The search from both shipped plans, with a line for every tenth answer."""
     given = {
-        name: plan_of(default_plan(model, kind))
+        name: plan_of(default_plan(model, kind, 0.2))
         for name, kind in (("OrthoRank", "orthorank"), ("SLEB", "layer-pruning"))
     }
     costs = count_flops(model.config, TOKENS, {*RATIOS, *(r for plan in given.values() for r in plan.values())})

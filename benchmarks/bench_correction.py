@@ -97,7 +97,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     began = time.process_time()
     row("dense", None, None)
     for kind, title in PLANS.items():
-        plan = default_plan(model, kind)
+        plan = default_plan(model, kind, 0.2)
         with apply(model, plan):
             plain = row(title, plan, None)
         found = fit_correction(model, ids, plan, rank=options.rank, target=options.target)

@@ -91,7 +91,7 @@ def compared(variant: dict[str, Any], topk: dict[str, Any]) -> dict[str, Any]:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer, info = load_model(options.model, device="cpu")
-    plan = default_plan(model) if options.plan is None else OrthoRankConfig.from_pretrained(options.plan)
+    plan = default_plan(model, sparsity=0.2) if options.plan is None else OrthoRankConfig.from_pretrained(options.plan)
     test, test_sha256 = read_ids(options.data / "wiki.test.raw", tokenizer, options.windows, options.seq_len, False)
     valid, valid_sha256 = read_ids(
         options.data / "wiki.valid.tokens", tokenizer, options.calibration_windows, options.seq_len, True

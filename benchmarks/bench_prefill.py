@@ -41,7 +41,7 @@ def arguments() -> argparse.Namespace:
 
 def plan_of(options: argparse.Namespace, model: Any) -> OrthoRankConfig:
     if options.layers is None:
-        shipped = default_plan(model)
+        shipped = default_plan(model, sparsity=0.2)
         layers, keep_ratio = shipped.layers, shipped.keep_ratio
     else:
         layers, keep_ratio = options.layers, 1 / 3

@@ -43,7 +43,7 @@ def main() -> None:
     model, tokenizer, info = load_model(None, "cpu", "float32")
     text = find_text(None)
     ids = tokenize(text, tokenizer)
-    plan = dataclasses.replace(default_plan(model), keep_last=1)
+    plan = dataclasses.replace(default_plan(model, sparsity=0.2), keep_last=1)
     plans = {
         "window": dataclasses.replace(plan, select="window", select_window=WINDOW),
         "threshold": calibrate(model, ids[: 4 * 512].view(4, 512), plan),

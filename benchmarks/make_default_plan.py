@@ -1,8 +1,10 @@
 """Make the plans that come with the package: a greedy search on WikiText-2, for OrthoRank and for layer pruning.
 
-Run: ``python benchmarks/make_default_plan.py [--data ../shared/data] [--output orthorank/plans]``; about 15 minutes on
-two cores. Calibration: the first three windows of 1,024 tokens of ``wikitext2/wiki.valid.tokens``; the plans' own
-figures: the first twelve windows of 1,024 tokens of ``wikitext2/wiki.test.raw``.
+    python benchmarks/make_default_plan.py [--sparsity 0.1] [--data ../shared/data] [--output orthorank/plans]
+
+About 15 minutes on two cores. Calibration, the same tokens for both: the first three windows of 1,024 tokens of
+``wikitext2/wiki.valid.tokens``; the plans' own figures: the first twelve windows of 1,024 tokens of
+``wikitext2/wiki.test.raw``. The states of the searches are kept as their record; with one there, a search goes on.
 """
 
 import argparse
@@ -18,14 +20,17 @@ import torch
 
 from orthorank import OrthoRankConfig, apply
 from orthorank.common.files import write_text
+from orthorank.config import SPARSITY
 from orthorank.evaluation import flop_speedup, perplexity
 from orthorank.models import load_model
+from orthorank.plans import file_of
 from orthorank.search import Evaluator, SearchState, candidate_layers, greedy_search, layer_count
+from orthorank.search.settings import KEEP_RATIO
 from orthorank.stack.layers import LayerStack
 from orthorank.stack.sink import detect_sink
 
 ROOT = Path(__file__).resolve().parents[1]
-SPARSITY, KEEP_RATIO = 0.2, 1 / 3
+RECORDS = ROOT / "benchmarks" / "results" / "plans"
 WINDOWS, SEQ_LEN, TEST_WINDOWS = 3, 1024, 12
 JOINS = {" @-@ ": "-", " @,@ ": ",", " @.@ ": "."}  # WikiText splits these; prose does not
 
@@ -51,10 +56,9 @@ def cut(text: str, tokenizer: Any, windows: int) -> torch.Tensor:
 
 
 def search(
-    model: Any, ids: torch.Tensor, keep_ratio: float, candidates: list[int], saved: Path | None
+    model: Any, ids: torch.Tensor, keep_ratio: float, candidates: list[int], count: int, saved: Path
 ) -> tuple[list[int], float]:
     """The layers and their calibration loss, with a line per round; goes on from the state in ``saved``."""
-    count = layer_count(model.config.num_hidden_layers, SPARSITY, keep_ratio)
     begin = time.perf_counter()
 
     def on_evaluation(number: int, layer: int, loss: float, best: float, done: int, total: int) -> None:
@@ -66,7 +70,7 @@ def search(
         Evaluator(LayerStack(model), ids, keep_ratio=keep_ratio),
         candidates,
         count,
-        state=SearchState.load(saved) if saved is not None and saved.is_file() else None,
+        state=SearchState.load(saved) if saved.is_file() else None,
         on_evaluation=on_evaluation,
         save_to=saved,
     )
@@ -77,9 +81,11 @@ def search(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder with wikitext2/")
+    parser.add_argument("--sparsity", type=float, default=SPARSITY, help=f"nominal (default: {SPARSITY})")
     parser.add_argument("--output", type=Path, default=ROOT / "orthorank" / "plans")
-    parser.add_argument("--state", type=Path, help="folder for the state of the searches, to go on after a stop")
+    parser.add_argument("--records", type=Path, default=RECORDS, help="folder for the states of the searches")
     arguments = parser.parse_args()
+    arguments.records.mkdir(parents=True, exist_ok=True)
     calibration_text = joined(read_text(arguments.data / "wikitext2" / "wiki.valid.tokens"))
     test_text = read_text(arguments.data / "wikitext2" / "wiki.test.raw")
 
@@ -91,17 +97,19 @@ def main() -> None:
     total = model.config.num_hidden_layers
     dense = perplexity(model, test)
     print(f"dense: perplexity {dense.perplexity:.2f}", flush=True)
-    for ending, keep_ratio, candidates in (
-        ("", KEEP_RATIO, candidate_layers(sink)),
-        ("-pruning", 0.0, list(range(1, total - 1))),  # SLEB's own range
+    for method, keep_ratio, candidates in (
+        ("orthorank", KEEP_RATIO, candidate_layers(sink)),
+        ("layer-pruning", 0.0, list(range(1, total - 1))),  # SLEB's own range
     ):
+        file = arguments.output / file_of("smollm2-135m-instruct", method, arguments.sparsity)
+        count = layer_count(total, arguments.sparsity, keep_ratio)
         print(f"keep ratio {keep_ratio:.4g}, candidates {candidates[0]} to {candidates[-1]}", flush=True)
-        saved = None if arguments.state is None else arguments.state / f"search{ending}.json"
-        layers, loss = search(model, calibration, keep_ratio, candidates, saved)
+        layers, loss = search(model, calibration, keep_ratio, candidates, count, arguments.records / file.name)
         plan = OrthoRankConfig.for_model(model, layers=layers, keep_ratio=keep_ratio, sink_layer=sink.sink_layer)
         plan.calibration = {
             "text": "WikiText-2 validation (wiki.valid.tokens, split hyphens and numbers joined)",
             "text_sha256": hashlib.sha256(calibration_text.encode()).hexdigest(),
+            "ids_sha256": hashlib.sha256(calibration.numpy().astype("<i8").tobytes()).hexdigest(),
             "tokens": calibration.numel(),
             "windows": WINDOWS,
             "seq_len": SEQ_LEN,
@@ -119,7 +127,6 @@ def main() -> None:
             "flop_speedup": round(flop_speedup(model.config, 2048, layers, keep_ratio), 4),
             "flop_speedup_tokens": 2048,
         }
-        file = arguments.output / f"smollm2-135m-instruct{ending}.json"
         write_text(file, json.dumps(plan.to_dict(), indent=2, sort_keys=True) + "\n")
         print(f"perplexity {result.perplexity:.2f}; written to {file}", flush=True)
 

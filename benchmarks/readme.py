@@ -15,32 +15,33 @@ import readme_reproduce
 
 from benchmarks import readme_docs, readme_gpu
 from benchmarks.readme_docs import RESULTS, load, table
+from orthorank.common import format as words
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = {"dense": "dense", "layer-pruning": "layer pruning (SLEB)", "orthorank": "OrthoRank"}
 
 
 def demo_section() -> str:
-    """The demo's table, and what it was measured on."""
+    """The demo's table, how its rows differ, and what it was measured on."""
     results = load("demo/results.json")
     rows = [
         [
-            NAMES[row["name"]],
+            words.TITLES[row["name"]],
             str(len(row["layers"])) if row["layers"] else "",
-            f"{row['nominal_sparsity']:.0%}",
+            words.percent(row["nominal_sparsity"]),
             f"{row['perplexity']:.2f}",
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['speedup']:.2f}x",
-            f"{row['flop_speedup']:.2f}x",
+            words.quality_cells(row)[-1] if row["layers"] else "",
+            *words.speed_cells(row)[1:],
         ]
         for row in results["rows"]
     ]
-    head = ["", "layers", "sparsity", "perplexity", "prefill tokens/s", "speed-up", "FLOP-ideal"]
-    speed = results["speed"]
+    head = ["", "layers", "sparsity", "perplexity", "nats above dense", "prefill tokens/s", "speed-up", "FLOP-ideal"]
+    model, settings = results["model_info"], results["settings"]
+    unmeasured = "" if results.get("speed") else " Speed was not measured: the machine had other work."
     note = (
-        f"`{results['model']}` on a CPU ({speed['dtype']}, {speed['threads']} threads, prompts of {speed['prompt']:,} "
-        f"tokens); text: {results['text']}. From "
-        f"`orthorank demo --repeats {results['settings']['repeats']}`, in `benchmarks/results/demo/results.json`."
+        f"{'. '.join(words.differences(results))} nats a token, with standard errors over "
+        f"{results['quality']['windows']} windows.{unmeasured} `{results['model']}` on a CPU ({model['dtype']}, "
+        f"{results['environment']['threads']} threads, prompts of {settings['prompt_tokens']:,} tokens); text: "
+        f"{results['text']}. From `orthorank demo`, in `benchmarks/results/demo/results.json`."
     )
     return f"{table(head, rows)}\n\n{note}"
 

@@ -30,8 +30,8 @@ SHOWN = {  # in docs/images: the picture of the reproduction
 def draw_demo(results: dict[str, Any]) -> str:
     """The chosen layers above, perplexity and speed-up side by side below."""
     rows = results["rows"]
-    changed = [row for row in rows if row["layers"]]
-    with new_figure(800, 100 * len(changed) + 190) as figure:
+    changed = [row for row in rows if row["layers"] and not row["name"].endswith(words.CORRECTED)]
+    with new_figure(800, 100 * len(changed) + 70 + 40 * len(rows)) as figure:
         names = [[str(number)] * 2 for number in range(len(changed))]
         panels = figure.subplot_mosaic([*names, ["perplexity", "speedup"]], height_ratios=[1] * len(changed) + [2.4])
         for number, row in enumerate(changed):

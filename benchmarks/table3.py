@@ -36,7 +36,7 @@ def measure_table(model: Any, tokenizer: Any, documents: Path, window: int, wind
     Args:
         documents: JSON lines with a key ``text``; window, windows: tokens of a window, and how many are measured.
     """
-    plan = default_plan(model)
+    plan = default_plan(model, sparsity=0.2)
     text, sha256 = _read(documents)
     measured: dict[str, PerplexityResult] = {}
 

@@ -69,6 +69,7 @@ def answer(app: Callable[[], "typer.Typer"], arguments: Sequence[str] | None, na
 COMMANDS = {
     "demo": "demo",
     "doctor": "doctor",
+    "estimate": "estimate",
     "bench": "bench",
     "env": "env",
     "reproduce": "reproduce",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from orthorank.correction import Correction
 
+SPARSITY = 0.1  # nominal, where nothing else is said: of searches, and of the shipped plan that is taken
 _ROUNDING = 1e-6  # repairs products such as 30 * 0.2 / (2 / 3), which may fall just below 9
 BY_LAYER = ("keep_ratios", "thresholds")  # mappings from layer numbers, whose keys JSON makes strings
 

@@ -9,7 +9,7 @@ import typer
 from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, console, register, table_of
 from orthorank.common.errors import OrthoRankError, check_choice, check_integer
 from orthorank.common.files import writable_folder
-from orthorank.common.texts import Bos, Text, check_bos, find_text, halves_of, join_texts
+from orthorank.common.texts import Bos, Text, check_bos, find_text, halves_of, join_texts, remark_on
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -94,6 +94,8 @@ def command(
     followed = default_plan(loaded) if followed is None else followed
     screen.heading(f"{info.name}: maps of rank {rank} on {windows} windows of {seq_len} tokens")
     screen.say(f"{'; '.join(source.name for source in sources)}; {where}")
+    if (remark := remark_on(*sources)) is not None:
+        screen.say(remark)
     if len(sources) == 1:
         screen.say("One kind of text: maps fit the text they learn from. Give one of every kind that is to come.")
     size = windows * seq_len * loaded.config.get_text_config().hidden_size * loaded.dtype.itemsize

@@ -7,6 +7,7 @@ import typer
 
 from orthorank.commands.screen import BOS, MODEL, RichScreen, console, number, numbers, table_of
 from orthorank.common import format as words
+from orthorank.common.errors import OrthoRankError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -14,10 +15,14 @@ if TYPE_CHECKING:
 
 OUTPUT = Path("orthorank-demo")
 TEXT = "UTF-8 text file. Default: the documentation of Python inside its standard library."
-PLAN = "search, default (the plan shipped for the model), or the path of a plan."
-SPARSITY = (
-    "Share of token updates that a search leaves out, over all layers; layer pruning gets the same. Default: 0.2."
+PLAN = (
+    "default (the plans shipped for the model), search, or the path of a plan. Without it: default where some are "
+    "shipped, else search."
 )
+SEARCH = "Search the layers also where plans are shipped: the same as --plan search."
+SPARSITY = "Share of token updates that is left out, over all layers; layer pruning gets the same. Default: 0.1."
+WINDOWS = "Calibration windows, on which layers are searched and maps fitted, of pruning and OrthoRank alike."
+RANK = "Of the maps of the corrected rows; 0 leaves these rows out, unless a plan comes with maps."
 KEEP_RATIO = "Share of the tokens that a chosen layer still updates, in a search or with --layers. Default: 1/3."
 LAYERS = "Select in these layers instead of searching, such as 12,14 or 12-16,20."
 SINK_LAYER = "Search after this layer, instead of the one in which the sink was found to form."
@@ -26,12 +31,14 @@ SINK_LAYER = "Search after this layer, instead of the one in which the sink was 
 def command(
     model: Annotated[str | None, typer.Option(help=MODEL)] = None,
     text: Annotated[Path | None, typer.Option(help=TEXT)] = None,
-    plan: Annotated[str, typer.Option(help=PLAN)] = "search",
+    plan: Annotated[str | None, typer.Option(help=PLAN)] = None,
+    search: Annotated[bool, typer.Option("--search", help=SEARCH)] = False,
     output: Annotated[Path, typer.Option(help="Folder for report.html, results.json and the plans.")] = OUTPUT,
     sparsity: Annotated[str | None, typer.Option(help=SPARSITY)] = None,
     keep_ratio: Annotated[str | None, typer.Option(help=KEEP_RATIO)] = None,
-    windows: Annotated[int, typer.Option(help="Calibration windows of a search.")] = 2,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 256,
+    windows: Annotated[int, typer.Option(help=WINDOWS)] = 8,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 512,
+    rank: Annotated[int, typer.Option(help=RANK)] = 64,
     bos: Annotated[str, typer.Option(help=BOS)] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     layers: Annotated[str | None, typer.Option(help=LAYERS)] = None,
@@ -39,11 +46,14 @@ def command(
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt whose prefill is timed.")] = 2048,
     repeats: Annotated[int, typer.Option(help="Timed runs of each variant.")] = 3,
 ) -> int:
-    """Find a plan, measure it against layer pruning, and write a report.
+    """Take or find a plan, measure it against layer pruning, and write a report.
 
-    Looks at the model's sink token, chooses layers by greedy search (or takes a plan), and measures perplexity and
-    prefill speed of the dense model, of layer pruning (SLEB) and of OrthoRank at the same sparsity.
+    Looks at the model's sink token, takes the plans shipped for it (or chooses layers by greedy search), fits maps that
+    correct them, and measures perplexity and prefill speed of the dense model, of layer pruning (SLEB) and of OrthoRank
+    at the same sparsity, plain and corrected. What is searched or fitted is so on the same tokens for both.
     """
+    if search and plan not in (None, "search"):
+        raise OrthoRankError(f"both --search and --plan ({plan}) say where the layers come from; give one of them")
 
     from orthorank.demo.settings import Settings
 
@@ -51,11 +61,12 @@ def command(
         output=output,
         model=model,
         text=text,
-        plan=plan,
+        plan="search" if search else "auto" if plan is None else plan,
         sparsity=number("sparsity", sparsity),
         keep_ratio=number("keep_ratio", keep_ratio),
         windows=windows,
         seq_len=seq_len,
+        rank=rank,
         bos=bos,
         device=device,
         layers=numbers("layers", layers),
@@ -66,18 +77,32 @@ def command(
     from orthorank.demo import run_demo  # after the checks above, which are quick
 
     screen = RichScreen(console())
-    results = run_demo(settings, screen)
-    screen.table(table(results))
+
+    def show(results: dict[str, Any]) -> None:
+        screen.table(quality_table(results))
+        for sentence in words.differences(results):
+            screen.say(f"{sentence} nats a token")
+
+    results = run_demo(settings, screen, show)
+    screen.table(speed_table(results))
     screen.say(words.verdict(results))
-    screen.say(
-        f"Report, results and plans: {output / 'report.html'}, {output / 'results.json'}, {output / 'orthorank.json'}"
-    )
+    files = [output / name for name in ("report.html", "results.json", "orthorank.json")]
+    files += [output / "corrected"] if "corrected_plan_file" in results else []
+    screen.say(f"Report, results and plans: {', '.join(map(str, files))}")
     return 0
 
 
-def table(results: dict[str, Any]) -> "Table":
-    """The rows of the results as a rich table."""
-    drawn = table_of("", "layers changed", "perplexity", "tokens/s", "speed-up", "FLOP-ideal", left=2)
+def quality_table(results: dict[str, Any]) -> "Table":
+    """What each row costs in quality, as a rich table."""
+    drawn = table_of("", "layers changed", "perplexity", "nats above dense", left=2)
     for row in results["rows"]:
-        drawn.add_row(*words.cells(row), style="bold" if row["name"] == "orthorank" else None)
+        drawn.add_row(*words.quality_cells(row))
+    return drawn
+
+
+def speed_table(results: dict[str, Any]) -> "Table":
+    """What each row brings in speed, as a rich table."""
+    drawn = table_of("", "tokens/s", "speed-up", "FLOP-ideal")
+    for row in results["rows"]:
+        drawn.add_row(*words.speed_cells(row))
     return drawn

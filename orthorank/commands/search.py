@@ -9,6 +9,7 @@ import typer
 from orthorank.commands.screen import BOS, MODEL, RichScreen, console, number, register, table_of
 from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
+from orthorank.common.texts import find_text, remark_on
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,7 +20,7 @@ OUTPUT = Path("orthorank-search")
 METHOD = "greedy (SLEB: one layer after the other), one-shot (Shortened LLaMA) or influence (ShortGPT)."
 METRIC = "Of one-shot: ppl, taylor or magnitude. Default: ppl."
 KEEP_RATIO = "Share of the tokens that a chosen layer still updates; 0 removes the layer. Default: 1/3."
-SPARSITY = "Share of token updates to leave out, over all layers. Default: 0.2."
+SPARSITY = "Share of token updates to leave out, over all layers. Default: 0.1."
 LAYERS = "Number of layers to choose, instead of a sparsity."
 TEXT = "UTF-8 text file to calibrate on. Default: the documentation of Python inside its standard library."
 DATASET = "wikitext2 or c4, by the package datasets; wikitext2:FOLDER reads a copy that is already here."
@@ -113,7 +114,12 @@ def command(
     )
     from orthorank.search.run import run_search  # after the checks above, which need no torch
 
-    return run(output, lambda screen: run_search(settings, screen), table)
+    def remarked(screen: RichScreen) -> Results:
+        if dataset is None and (remark := remark_on(find_text(text))) is not None:
+            screen.say(remark)
+        return run_search(settings, screen)
+
+    return run(output, remarked, table)
 
 
 def run(

@@ -6,7 +6,14 @@ from typing import Any
 
 Results = dict[str, Any]
 
-TITLES = {"dense": "dense", "layer-pruning": "layer pruning (SLEB)", "orthorank": "OrthoRank"}
+TITLES = {
+    "dense": "dense",
+    "layer-pruning": "layer pruning (SLEB)",
+    "orthorank": "OrthoRank",
+    "layer-pruning-corrected": "layer pruning, corrected",
+    "orthorank-corrected": "OrthoRank, corrected",
+}
+CORRECTED = "-corrected"  # ends the name of a row whose plan has maps
 
 
 def row_of(results: Results, name: str) -> dict[str, Any] | None:
@@ -76,24 +83,65 @@ def sink_figures(sink: dict[str, Any]) -> list[str]:
 
 
 def verdict(results: Results) -> str:
-    """The outcome in two or three sentences; it says so where OrthoRank is the worse choice."""
-    dense, pruned, ortho = (row_of(results, name) for name in TITLES)
+    """The outcome in a few sentences; it says so where OrthoRank is the worse choice."""
+    dense, pruned, ortho = (row_of(results, name) for name in ("dense", "layer-pruning", "orthorank"))
     if not (dense and ortho and dense.get("perplexity") and ortho.get("perplexity")):
         return "The run ended before perplexity was measured; what was found until then is below."
+    sparsity = percent(ortho["nominal_sparsity"])
     sentences = [
-        f"At {percent(ortho['nominal_sparsity'])} sparsity OrthoRank has a perplexity of "
-        f"{figure(ortho['perplexity'])}, the dense model {figure(dense['perplexity'])}"
+        f"At {sparsity} sparsity OrthoRank has a perplexity of {figure(ortho['perplexity'])}, the dense model "
+        f"{figure(dense['perplexity'])}"
     ]
     if pruned and pruned.get("perplexity"):
         removed = f"{len(pruned['layers'])} layer{'s' if len(pruned['layers']) > 1 else ''} removed"
-        sentences[0] += f", and the model with {removed} {figure(pruned['perplexity'])}"
+        other = percent(pruned["nominal_sparsity"])
+        sentences[0] += f", and the model with {removed}{'' if other == sparsity else f' ({other})'} "
+        sentences[0] += figure(pruned["perplexity"])
         sentences.append(_comparison(results, pruned, ortho))
+    sentences += _corrected(results)
     if ortho.get("speedup"):
         sentences.append(
             f"Prefill runs {ortho['speedup']:.2f} times as fast as the dense model "
             f"(by FLOPs alone it would be {ortho['flop_speedup']:.2f} times)"
         )
     return ". ".join(sentences) + "."
+
+
+def _corrected(results: Results) -> list[str]:
+    """What is said of the rows with maps."""
+    pruned, ortho = (row_of(results, name + CORRECTED) for name in ("layer-pruning", "orthorank"))
+    if not (ortho and ortho.get("perplexity")):
+        return []
+    sentence = f"With maps that put back part of what is left out, OrthoRank has {figure(ortho['perplexity'])}"
+    if not (pruned and pruned.get("perplexity")):
+        return [sentence]
+    return [f"{sentence}, layer pruning {figure(pruned['perplexity'])}", _comparison(results, pruned, ortho)]
+
+
+def differences(results: Results) -> list[str]:
+    """The rows against each other in nats a token, where the same windows say how sure that is.
+
+    >>> pair = {"of": "orthorank", "against": "layer-pruning", "mean": -0.0312, "standard_error": 0.012}
+    >>> differences({"quality": {"differences": [pair, pair | {"against": "dense"}]}})
+    ['OrthoRank against layer pruning (SLEB): -0.031 ± 0.012']
+    """
+    found = results.get("quality", {}).get("differences", [])
+    return [
+        f"{TITLES[pair['of']]} against {TITLES[pair['against']]}: {nats(pair['mean'], pair['standard_error'])}"
+        for pair in found
+        if pair["against"] != "dense"  # those are in the table
+    ]
+
+
+def nats(mean: float | None, error: float | None) -> str:
+    """A difference of two losses with its standard error; a dash when there is none.
+
+    >>> nats(0.25, 0.0123), nats(-0.1, None), nats(None, None)
+    ('+0.250 ± 0.012', '-0.100', '-')
+    """
+    if mean is None:
+        return "-"
+    return f"{mean:+.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def figure(value: float | None, digits: int = 4) -> str:
@@ -167,9 +215,29 @@ def shown(key: str, value: float | None) -> str:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """The row of the table: name, layers changed, perplexity, tokens/s, speed-up, FLOP-ideal speed-up."""
-    figures = ("perplexity", "tokens_per_second", "speedup", "flop_speedup")
-    return [TITLES[row["name"]], changed(row), *(shown(key, row.get(key)) for key in figures)]
+    """The row of the page's table: that of `quality_cells`, then tokens/s, speed-up and FLOP-ideal speed-up."""
+    return [*quality_cells(row), *speed_cells(row)[1:]]
+
+
+def quality_cells(row: dict[str, Any]) -> list[str]:
+    """Name, layers changed, perplexity, and loss above the dense model's in nats a token.
+
+    >>> quality_cells({"name": "dense", "layers": [], "keep_ratio": 1.0, "perplexity": 20.0, "above_dense": None})
+    ['dense', 'none', '20.00', '-']
+    """
+    above = row.get("above_dense") or {}
+    loss = nats(above.get("mean"), above.get("standard_error"))
+    return [TITLES[row["name"]], changed(row), shown("perplexity", row.get("perplexity")), loss]
+
+
+def speed_cells(row: dict[str, Any]) -> list[str]:
+    """Name, tokens/s, speed-up, FLOP-ideal speed-up.
+
+    >>> speed_cells({"name": "dense", "tokens_per_second": 321.4, "speedup": 1.0, "flop_speedup": 1.0})
+    ['dense', '321', '1.00x', '1.00x']
+    """
+    figures = ("tokens_per_second", "speedup", "flop_speedup")
+    return [TITLES[row["name"]], *(shown(key, row.get(key)) for key in figures)]
 
 
 def _span(values: list[float]) -> str:
@@ -180,13 +248,16 @@ def _span(values: list[float]) -> str:
 
 def _comparison(results: Results, pruned: dict[str, Any], ortho: dict[str, Any]) -> str:
     change = ortho["perplexity"] / pruned["perplexity"] - 1
-    error = results.get("quality", {}).get("log_ratio_standard_error")
-    sure = error is None or abs(_log_ratio(pruned, ortho)) > 2 * error
+    error = next(
+        (
+            pair["standard_error"]
+            for pair in results.get("quality", {}).get("differences", [])
+            if (pair["of"], pair["against"]) == (ortho["name"], pruned["name"])
+        ),
+        None,
+    )
+    sure = error is None or abs(math.log1p(change)) > 2 * error
     if abs(change) < 0.005 or not sure:
         return "On this text the two cannot be told apart"
     word = "lower" if change < 0 else "higher"
     return f"On this text OrthoRank's perplexity is {percent(abs(change))} {word} than layer pruning's"
-
-
-def _log_ratio(pruned: dict[str, Any], ortho: dict[str, Any]) -> float:
-    return math.log(ortho["perplexity"] / pruned["perplexity"])

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+DEFAULT = "pydoc_data.topics"  # the module whose text is read where none is named
 BOS = ("auto", "first", "every", "none")
 
 
@@ -130,6 +131,25 @@ def find_text(path: str | Path | None = None) -> Text:
     if not content.strip():
         raise OrthoRankError(f"text {str(path)!r} is empty; name a file with some thousand words")
     return Text(str(path), content)
+
+
+def remark_on(*texts: Text, options: str = "--text FILE or --dataset NAME") -> str | None:
+    """What is to be said where one of ``texts`` is the default one, which is nobody's own; None where none is.
+
+    Args:
+        options: of the command, by which another text is named.
+
+    >>> remark_on(Text("notes.txt", "..."))
+    >>> remark_on(find_text(), options="--text FILE")
+    "The text is Python's own documentation, since none was named: what is found on it need not hold for yours. Name \
+one like those that are to come with --text FILE."
+    """
+    if not any(text.name.startswith(DEFAULT) for text in texts):
+        return None
+    return (
+        "The text is Python's own documentation, since none was named: what is found on it need not hold for yours. "
+        f"Name one like those that are to come with {options}."
+    )
 
 
 def join_texts(texts: Sequence[Text]) -> Text:
@@ -285,4 +305,4 @@ def _standard_library() -> Text:
             "this Python has no pydoc_data, the text used by default; name a text file with --text"
         ) from None
     version = ".".join(map(str, sys.version_info[:3]))
-    return Text(f"pydoc_data.topics of Python {version}", "\n\n".join(topics[name] for name in sorted(topics)))
+    return Text(f"{DEFAULT} of Python {version}", "\n\n".join(topics[name] for name in sorted(topics)))

@@ -3,6 +3,7 @@
 `intend` settles what is to be done, and raises when it cannot be; `carry_out` then takes a plan or searches for one.
 """
 
+import dataclasses
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,14 +12,14 @@ from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import user_path
 from orthorank.common.progress import Advance, Screen, SilentScreen
-from orthorank.config import OrthoRankConfig
+from orthorank.config import SPARSITY, OrthoRankConfig
 from orthorank.demo.run import PLAN_FILES, Run
-from orthorank.demo.settings import Settings
+from orthorank.demo.settings import PLANS, Settings
 from orthorank.hf.apply import check_plan
-from orthorank.plans import default_plan
+from orthorank.plans import default_plan, find_plan
 from orthorank.search.job import Folder, Job, plan_of
 from orthorank.search.run import greedy, outcome_of
-from orthorank.search.settings import KEEP_RATIO, SPARSITY, candidates_of, count_of
+from orthorank.search.settings import KEEP_RATIO, candidates_of, count_of
 from orthorank.search.state import SearchInterrupted, SearchState
 from orthorank.stack.resources import OneProcess
 
@@ -54,7 +55,7 @@ class _Bars(SilentScreen):
 
 def check_plan_file(settings: Settings) -> None:
     """A plan named by its path can be read. (Whether it fits the model is known when the model is.)"""
-    if settings.plan in ("search", "default"):
+    if settings.plan in PLANS:
         return
     path = user_path("plan", settings.plan)
     if not path.exists():
@@ -73,22 +74,26 @@ def intend(run: Run, sink: "SinkReport") -> list[Intention]:
     """
     total = run.info.num_hidden_layers
     given, origin = _given_plan(run)
+    shipped = run.settings.plan in PLANS and run.settings.layers is None and given is not None
     if given is not None and not given.selecting:  # a plan that only removes layers: it is the other row
         sparsity = given.nominal_sparsity(total)
         ortho = _search_intention(run, sink, "orthorank", sparsity, KEEP_RATIO)
         return [ortho, Intention("layer-pruning", origin, given)]
     if given is None:
         sparsity = run.settings.sparsity or SPARSITY
+        if not run.settings.searches:
+            run.screen.say("No plans are shipped for this model at this sparsity: the layers are searched")
         ortho = _search_intention(run, sink, "orthorank", sparsity, run.settings.keep_ratio or KEEP_RATIO)
     else:
-        sparsity = given.nominal_sparsity(total)
+        sparsity = (run.settings.sparsity or SPARSITY) if shipped else given.nominal_sparsity(total)
         ortho = Intention("orthorank", origin, given)
     removed = int(total * sparsity + 1e-6)
     if removed < 1:
         run.screen.say(f"{words.percent(sparsity)} of {total} layers is less than one: there is no layer to remove")
         return [ortho]
-    pruning = _given_pruning(run, removed)
-    if pruning is not None:
+    if shipped and (pruning := find_plan(run.model, "layer-pruning", sparsity)) is not None:
+        return [ortho, Intention("layer-pruning", _shipped_origin(pruning), pruning)]
+    if (pruning := _given_pruning(run, removed)) is not None:
         return [ortho, Intention("layer-pruning", origin, pruning)]
     return [ortho, _search_intention(run, sink, "layer-pruning", sparsity, 0.0)]
 
@@ -112,7 +117,9 @@ def carry_out(run: Run, intention: Intention) -> OrthoRankConfig:
             "keep_ratios": plan.to_dict()["keep_ratios"],
             "origin": intention.origin,
         }
-        run.save_plan(intention.method, plan)
+        run.save_plan(intention.method, dataclasses.replace(plan, correction=None))
+        if plan.correction is not None:  # it may have come from this very folder
+            run.save_plan(intention.method + words.CORRECTED, plan)
     run.save()
     run.screen.say(f"{title}: layers {words.layers(plan.layers)}, {outcome}")
     return plan
@@ -124,10 +131,13 @@ def _given_plan(run: Run) -> tuple[OrthoRankConfig | None, str]:
     if settings.layers is not None:
         ratio = settings.keep_ratio or KEEP_RATIO
         return OrthoRankConfig.for_model(run.model, layers=settings.layers, keep_ratio=ratio), "given by number"
-    if settings.plan == "search":
-        return None, ""
-    if settings.plan == "default":
-        return default_plan(run.model), "shipped with the package"
+    if settings.plan in PLANS:
+        sparsity = settings.sparsity or SPARSITY
+        if settings.plan == "default":
+            plan = default_plan(run.model, sparsity=sparsity)
+            return plan, _shipped_origin(plan)
+        shipped = None if settings.searches else find_plan(run.model, sparsity=sparsity)
+        return shipped, "" if shipped is None else _shipped_origin(shipped)
     plan = OrthoRankConfig.from_pretrained(user_path("plan", settings.plan))
     check_plan(run.model, plan)
     if not any(ratio < 1 for ratio in plan.ratios.values()):
@@ -138,13 +148,18 @@ def _given_plan(run: Run) -> tuple[OrthoRankConfig | None, str]:
     return plan, f"from {settings.plan}"
 
 
+def _shipped_origin(plan: OrthoRankConfig) -> str:
+    on = plan.calibration
+    return f"shipped with the package, found on {on['tokens']:,} tokens of {on['text']}"
+
+
 def _given_pruning(run: Run, removed: int) -> OrthoRankConfig | None:
     """Layers to remove that come with the given plan, if there are as many as wanted."""
-    if run.settings.plan == "default":
-        return default_plan(run.model, "layer-pruning")
+    if run.settings.plan in PLANS:
+        return None
     path = user_path("plan", run.settings.plan)
     file = (path if path.is_dir() else path.parent) / PLAN_FILES["layer-pruning"]
-    if run.settings.plan == "search" or not file.is_file():
+    if not file.is_file():
         return None
     plan = OrthoRankConfig.from_pretrained(file)
     check_plan(run.model, plan)

@@ -5,6 +5,7 @@ whole files at any time, also after Ctrl-C.
 """
 
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,9 @@ from orthorank.common.environment import environment
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import writable_folder
 from orthorank.common.progress import Screen, SilentScreen
+from orthorank.common.texts import remark_on
 from orthorank.demo import choose, measure
+from orthorank.demo.correct import with_corrected
 from orthorank.demo.run import PLAN_FILES, REPORT, RESULTS, Run
 from orthorank.demo.settings import Settings
 from orthorank.models import load_model, locate, pick_device
@@ -24,11 +27,14 @@ if TYPE_CHECKING:
     from orthorank.stack.sink import SinkReport
 
 
-def run_demo(settings: Settings, screen: Screen | None = None) -> dict[str, Any]:
+def run_demo(
+    settings: Settings, screen: Screen | None = None, on_quality: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
     """Run the main job.
 
     Args:
         settings: what to do. screen: is told what happens; None: nobody.
+        on_quality: called with the results once perplexity is known, before speed is measured.
 
     Returns:
         The results, as ``results.json`` in ``settings.output`` holds them.
@@ -43,10 +49,15 @@ def run_demo(settings: Settings, screen: Screen | None = None) -> dict[str, Any]
     run.save()  # first: an earlier run's plans stay when it turns out that nothing can be written
     run.forget_plans()
     try:
-        run.screen.heading("2  The layers")
+        run.screen.heading("2  The plans")
         plans = {intention.method: choose.carry_out(run, intention) for intention in intentions}
-        run.screen.heading("3  Perplexity and speed")
-        measure.measure(run, plans)
+        plans = with_corrected(run, plans)
+        run.screen.heading("3  Perplexity")
+        measure.quality(run, plans)
+        if on_quality is not None:
+            on_quality(run.results)
+        run.screen.heading("4  Speed")
+        measure.speed(run, plans)
         run.results["complete"] = True
         run.save()
     except KeyboardInterrupt:
@@ -80,6 +91,8 @@ def _prepare(settings: Settings, screen: Screen) -> Run:
     run.results |= _preamble(run)
     shape = f"{info.num_hidden_layers} layers, {info.parameters / 1e6:,.0f} M weights, {info.dtype} on {info.device}"
     screen.say(f"{shape}; text: {source.text.name}, {calibration.text_tokens:,} tokens; {calibration.bos}")
+    if (remark := remark_on(source.text, options="--text FILE")) is not None:
+        screen.say(remark)
     run.results["bos"] = calibration.bos.policy
     return run
 

@@ -1,4 +1,4 @@
-"""Perplexity and prefill speed of the dense model, of layer pruning and of OrthoRank."""
+"""Perplexity and prefill speed of the dense model and of the plans."""
 
 import math
 import statistics
@@ -8,27 +8,42 @@ from typing import Any
 
 from orthorank.common import format as words
 from orthorank.config import OrthoRankConfig
+from orthorank.demo.correct import Plans
 from orthorank.demo.run import Run
 
 MAP_TOKENS = 200  # of the token map: as much as one looks at
 
 Variants = dict[str, OrthoRankConfig | None]
+PAIRS = (  # rows that are compared, beside each with the dense one
+    ("orthorank", "layer-pruning"),
+    ("orthorank-corrected", "layer-pruning-corrected"),
+    ("layer-pruning-corrected", "layer-pruning"),
+    ("orthorank-corrected", "orthorank"),
+)
 
 
-def measure(run: Run, plans: dict[str, OrthoRankConfig]) -> None:
-    """Fill in the rows of the results, and each plan's ``measured``. Rows are saved as they grow."""
-    variants: Variants = {"dense": None} | {name: plans[name] for name in words.TITLES if name in plans}
+def quality(run: Run, plans: Plans) -> None:
+    """Fill in the rows of the results but their speed. Rows are saved as they grow."""
+    variants = _variants(plans)
     run.results["rows"] = [_row(run, name, plan) for name, plan in variants.items()]
     run.save()
     with run.timed("perplexity"):
         _add_perplexity(run, variants)
+
+
+def speed(run: Run, plans: Plans) -> None:
+    """Fill in the speed of the rows, the token map, and each plan's ``measured``."""
     with run.timed("speed"):
-        _add_speed(run, variants)
+        _add_speed(run, _variants(plans))
     _add_token_map(run, plans["orthorank"])
     for name, plan in plans.items():
         plan.measured = _measured(run, name)
         run.save_plan(name, plan)
     run.save()
+
+
+def _variants(plans: Plans) -> Variants:
+    return {"dense": None} | {name: plans[name] for name in words.TITLES if name in plans}
 
 
 def _row(run: Run, name: str, plan: OrthoRankConfig | None) -> dict[str, Any]:
@@ -40,6 +55,7 @@ def _row(run: Run, name: str, plan: OrthoRankConfig | None) -> dict[str, Any]:
         "keep_ratios": {} if plan is None else plan.to_dict()["keep_ratios"],
         "nominal_sparsity": 0.0 if plan is None else plan.nominal_sparsity(run.info.num_hidden_layers),
         "perplexity": None,
+        "above_dense": None,
         "tokens_per_second": None,
         "speedup": None,
         "flop_speedup": _flop_speedup(run, plan),
@@ -68,8 +84,10 @@ def _add_perplexity(run: Run, variants: Variants) -> None:
                 "seq_len": result.window,
                 "ids_sha256": result.ids_sha256,
                 "window_losses": losses,
-                "log_ratio_standard_error": _paired_error(losses),
+                "differences": _differences(losses),
             }
+            if plan is not None:
+                row["above_dense"] = paired(losses[row["name"]], losses["dense"])
             run.save()
 
 
@@ -129,9 +147,18 @@ def _measured(run: Run, name: str) -> dict[str, Any]:
     }
 
 
-def _paired_error(losses: dict[str, Sequence[float]]) -> float | None:
-    """Standard error of log(perplexity of OrthoRank / of layer pruning), from the difference in each window."""
-    if not {"orthorank", "layer-pruning"} <= set(losses) or len(losses["orthorank"]) < 2:
-        return None
-    differences = [a - b for a, b in zip(losses["orthorank"], losses["layer-pruning"], strict=True)]
-    return statistics.stdev(differences) / math.sqrt(len(differences))
+def _differences(losses: dict[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """Each pair of rows that is measured: the mean difference of their losses, in nats a token."""
+    pairs = [(of, against) for of, against in PAIRS if {of, against} <= set(losses)]
+    return [{"of": of, "against": against} | paired(losses[of], losses[against]) for of, against in pairs]
+
+
+def paired(losses: Sequence[float], others: Sequence[float]) -> dict[str, float | None]:
+    """The mean of ``losses - others`` over windows, and its standard error; None for a single window.
+
+    >>> paired([1.0, 2.5], [1.5, 2.0])
+    {'mean': 0.0, 'standard_error': 0.5}
+    """
+    found = [a - b for a, b in zip(losses, others, strict=True)]
+    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None
+    return {"mean": statistics.mean(found), "standard_error": error}

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RESULTS, REPORT = "results.json", "report.html"
-PLAN_FILES = {"orthorank": FILE_NAME, "layer-pruning": FILE_NAME.replace(".json", "-pruning.json")}
+PLAN_FILES = {  # by the row that they are of; maps lie beside their plan, so a corrected one has a folder of its own
+    "orthorank": FILE_NAME,
+    "layer-pruning": FILE_NAME.replace(".json", "-pruning.json"),
+    "orthorank-corrected": f"corrected/{FILE_NAME}",
+    "layer-pruning-corrected": f"corrected-pruning/{FILE_NAME}",
+}
 
 
 @dataclass
@@ -30,7 +35,7 @@ class Run:
 
     Args:
         folder: where the files go; model, tokenizer, info: what it works on.
-        calibration: the windows for a search, and those held out from it.
+        calibration: the windows that layers are searched on and maps fitted, and those held out from both.
         results: what `results.json` holds. began: on the clock of `time.perf_counter`.
     """
 
@@ -58,18 +63,25 @@ class Run:
         write_json(self.folder / RESULTS, self.results)
         write_text(self.folder / REPORT, html_page(self.results))
 
-    def save_plan(self, method: str, plan: OrthoRankConfig) -> None:
-        """Write a plan to its file in the folder, and the maps of a corrected one beside it."""
+    def save_plan(self, name: str, plan: OrthoRankConfig) -> None:
+        """Write a plan to the file of the row ``name`` in the folder, and the maps of a corrected one beside it."""
+        file = self.folder / PLAN_FILES[name]
         if plan.correction is not None:
-            plan.correction.save(self.folder / MAPS_NAME)
-        write_text(self.folder / PLAN_FILES[method], json.dumps(plan.to_dict(), indent=2, sort_keys=True) + "\n")
-        if method == "orthorank":
-            self.results["plan_file"] = str(self.folder / FILE_NAME)
+            plan.save_pretrained(file.parent)
+        else:
+            write_text(file, json.dumps(plan.to_dict(), indent=2, sort_keys=True) + "\n")
+        if name in ("orthorank", "orthorank-corrected"):
+            self.results["plan_file" if name == "orthorank" else "corrected_plan_file"] = str(file)
 
     def forget_plans(self) -> None:
         """Remove an earlier run's plans: an interrupted run must not seem to have found them."""
         for name in PLAN_FILES.values():
-            (self.folder / name).unlink(missing_ok=True)
+            file = self.folder / name
+            file.unlink(missing_ok=True)
+            if file.parent != self.folder and file.parent.is_dir():
+                (file.parent / MAPS_NAME).unlink(missing_ok=True)
+                with suppress(OSError):  # something else is in there
+                    file.parent.rmdir()
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:

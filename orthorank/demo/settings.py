@@ -6,9 +6,10 @@ from typing import Any
 
 from orthorank.common.errors import OrthoRankError, check_integers, check_share
 from orthorank.common.texts import check_bos
-from orthorank.config import OrthoRankConfig
-from orthorank.search.settings import KEEP_RATIO, SPARSITY, SearchSettings
+from orthorank.config import SPARSITY, OrthoRankConfig
+from orthorank.search.settings import KEEP_RATIO, SearchSettings
 
+PLANS = ("auto", "search", "default")  # that are no paths
 TOKENS_AT_ONCE = 1024  # in one forward of a search: more save little on a CPU, and their logits take memory
 
 
@@ -19,10 +20,12 @@ class Settings:
     Args:
         output: folder for the results.
         model, device: as for `orthorank.models.load_model`. text: a file; None: see `orthorank.common.texts`.
-        plan: ``"search"``, ``"default"`` (the one shipped for the model), or a plan's file or folder.
-        sparsity: nominal share of token-layer updates that a search leaves out; None: 0.2.
+        plan: ``"search"``, ``"default"`` (the one shipped for the model), ``"auto"`` (that one if there is one and
+            nothing is said of the search, otherwise a search), or a plan's file or folder.
+        sparsity: nominal share of token-layer updates that a search or a shipped plan leaves out; None: 0.1.
         keep_ratio: of a selected layer, in a search or with ``layers``; None: 1/3.
-        windows, seq_len: calibration windows and their length in tokens.
+        windows, seq_len: calibration windows and their length in tokens. Layers are searched on them and maps fitted.
+        rank: of the maps of the corrected rows, or the hidden size where that is less; 0: no maps are fitted.
         layers: layers to select instead of a search. sink_layer: l_sink instead of the detected one.
         held_out_windows, held_out_len: windows that perplexity is measured on, and their length in tokens.
         prompt_tokens, repeats: length of the timed prompt, and timed runs of each variant.
@@ -34,17 +37,18 @@ class Settings:
     >>> Settings(output=Path("out"), sparsity=1.5)
     Traceback (most recent call last):
         ...
-    orthorank.common.errors.OrthoRankError: sparsity is 1.5; it must be above 0 and below 1, such as 0.2
+    orthorank.common.errors.OrthoRankError: sparsity is 1.5; it must be above 0 and below 1, such as 0.1
     """
 
     output: Path
     model: str | None = None
     text: Path | None = None
-    plan: str = "search"
+    plan: str = "auto"
     sparsity: float | None = None
     keep_ratio: float | None = None
-    windows: int = 2
-    seq_len: int = 256
+    windows: int = 8
+    seq_len: int = 512
+    rank: int = 64
     device: str = "auto"
     layers: list[int] | None = None
     sink_layer: int | None = None
@@ -56,27 +60,36 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.sparsity is not None:
-            check_share("sparsity", self.sparsity, "such as 0.2")
+            check_share("sparsity", self.sparsity, "such as 0.1")
         if self.keep_ratio is not None:
             check_share(
                 "keep_ratio", self.keep_ratio, "such as 1/3 (layer pruning, which is 0, is measured in any case)"
             )
-        check_integers(vars(self), windows=1, seq_len=16, prompt_tokens=16, repeats=1)
+        check_integers(vars(self), windows=1, seq_len=16, rank=0, prompt_tokens=16, repeats=1)
+        if self.rank and self.windows < 2:
+            raise OrthoRankError(
+                "windows is 1; maps are fitted on some windows and judged on others: give 2 or more, or rank 0, which "
+                "leaves the corrected rows out"
+            )
         check_bos(self.bos)
         if not self.plan:
             raise OrthoRankError("plan is empty; it may be search, default, or a plan's file or folder")
         self._check_one_source()
 
+    @property
+    def searches(self) -> bool:
+        """Whether something is said that is of a search alone."""
+        return self.plan == "search" or self.keep_ratio is not None or self.sink_layer is not None
+
     def _check_one_source(self) -> None:
         """The layers come from one place: a search, a plan or a list."""
-        if self.layers is not None and self.plan != "search":
+        if self.layers is not None and self.plan != "auto":
             raise OrthoRankError(f"both layers and plan ({self.plan}) say which layers to take; give one of them")
         if self.layers is not None and not self.layers:
             raise OrthoRankError("layers is empty; name at least one layer, such as 12,13")
-        searches = self.layers is None and self.plan == "search"
-        if self.sparsity is not None and not searches:
+        if self.sparsity is not None and (self.layers is not None or self.plan not in PLANS):
             raise OrthoRankError("sparsity is for a search; here the layers are given, and they decide it")
-        if self.keep_ratio is not None and self.plan != "search":
+        if self.keep_ratio is not None and self.plan not in ("auto", "search"):
             raise OrthoRankError(f"keep_ratio is for a search or for layers; the plan ({self.plan}) has its own")
 
     def check_layers(self, num_layers: int) -> None:
@@ -103,6 +116,6 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON stores them; defaults of a search filled in."""
         values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
-        if self.plan == "search" and self.layers is None:
+        if self.plan in PLANS and self.layers is None:
             values |= {"sparsity": self.sparsity or SPARSITY, "keep_ratio": self.keep_ratio or KEEP_RATIO}
         return values

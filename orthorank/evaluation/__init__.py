@@ -10,12 +10,14 @@ from orthorank.stack.flops import flop_speedup, layer_cost, prefill_flops
 if TYPE_CHECKING:
     from orthorank.evaluation.bench import run_bench
     from orthorank.evaluation.bench_vllm import run_vllm_bench
+    from orthorank.evaluation.estimates import estimate
     from orthorank.evaluation.task_scores import evaluate_tasks
 
 __all__ = [
     "PerplexityResult",
     "SpeedReport",
     "Timing",
+    "estimate",
     "evaluate_tasks",
     "flop_speedup",
     "layer_cost",
@@ -31,6 +33,7 @@ __getattr__, __dir__ = exports(
     {
         "orthorank.evaluation.bench": ("run_bench",),
         "orthorank.evaluation.bench_vllm": ("run_vllm_bench",),
+        "orthorank.evaluation.estimates": ("estimate",),
         "orthorank.evaluation.task_scores": ("evaluate_tasks",),
     },
 )

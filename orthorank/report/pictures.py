@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = {"dense": "dense", "layer-pruning": "pruned", "orthorank": "kept"}
+COLOURS |= {name + words.CORRECTED: COLOURS[name] for name in ("layer-pruning", "orthorank")}
 
 
 def picture(draw: Callable[..., None], label: str, width: float, height: float, *arguments: Any, **options: Any) -> str:
@@ -47,16 +48,26 @@ def bars(axes: "Axes", rows: Sequence[dict[str, Any]], key: str) -> None:
 
 def scatter(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
     """Perplexity over measured speed-up, each point with its name beside it."""
-    found = [row for row in rows if row.get("perplexity") and row.get("speedup")]
+    found = sorted((row for row in rows if row.get("perplexity") and row.get("speedup")), key=_perplexity)
     middle = sum(row["speedup"] for row in found) / max(1, len(found))
+    spread = (_perplexity(found[-1]) - _perplexity(found[0])) or 1.0 if found else 1.0
+    free = -math.inf  # names stand above each other where points are close
     for row in found:
         at, right = (row["speedup"], row["perplexity"]), row["speedup"] <= middle  # the name goes where there is room
-        axes.plot(*at, "o", color=LIGHT[COLOURS[row["name"]]], markersize=8, clip_on=False)
-        beside, side = ((8, 0), "left") if right else ((-8, 0), "right")
+        marker = "D" if row["name"].endswith(words.CORRECTED) else "o"
+        axes.plot(*at, marker, color=LIGHT[COLOURS[row["name"]]], markersize=8, clip_on=False)
+        height = max(row["perplexity"], free)
+        free = height + 0.07 * spread
+        raised = 160 * (height - row["perplexity"]) / spread  # in points; the axes are about 160 high
+        beside, side = ((8, raised), "left") if right else ((-8, raised), "right")
         axes.annotate(words.TITLES[row["name"]], at, beside, textcoords="offset points", va="center", ha=side)
     axes.margins(0.08)
     axes.set(xlabel="measured prefill speed-up", ylabel="perplexity")
     axes.grid(axis="y", clip_on=False)
+
+
+def _perplexity(row: dict[str, Any]) -> float:
+    return float(row["perplexity"])
 
 
 def layers(axes: "Axes", row: dict[str, Any], num_layers: int, numbered: bool) -> None:

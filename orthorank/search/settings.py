@@ -8,11 +8,11 @@ from orthorank.common import format as words
 from orthorank.common.criteria import check_criterion
 from orthorank.common.errors import OrthoRankError, check_choice, check_integers, check_share, is_number, shown
 from orthorank.common.texts import check_bos
-from orthorank.config import layer_count
+from orthorank.config import SPARSITY, layer_count
 
 METHODS = ("greedy", "one-shot", "influence")
 METRICS = ("ppl", "taylor", "magnitude")
-SPARSITY, KEEP_RATIO = 0.2, 1 / 3
+KEEP_RATIO = 1 / 3
 WINDOWS, SEQ_LEN = 4, 512  # of a text; a dataset has its own recipe
 DATASET_SEQ_LEN = 2048
 
@@ -34,7 +34,7 @@ class SearchSettings:
         metric: of one-shot: ``"ppl"``, ``"taylor"`` or ``"magnitude"``; None: ppl.
         keep_ratio: of a chosen layer; 0 removes it.
         criterion: by which a chosen layer selects tokens.
-        sparsity, layers: how many layers, as a nominal sparsity or as their number; None: a sparsity of 0.2.
+        sparsity, layers: how many layers, as a nominal sparsity or as their number; None: a sparsity of 0.1.
         text: a UTF-8 file; dataset: ``"wikitext2"`` or ``"c4"``, with ``:FOLDER`` for a local copy; neither: the
             text of `orthorank.common.texts.find_text`.
         windows, seq_len: calibration windows and their length in tokens; None: 4 of 512 from a text, and the

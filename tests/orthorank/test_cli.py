@@ -59,7 +59,7 @@ assert not heavy, heavy
 def test_a_wrong_option_ends_the_process_with_2_and_one_sentence():
     done = run("demo", "--sparsity", "1.5")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "orthorank: sparsity is 1.5; it must be above 0 and below 1, such as 0.2\n"
+    assert done.stderr == "orthorank: sparsity is 1.5; it must be above 0 and below 1, such as 0.1\n"
 
 
 def test_a_doctor_in_a_process_says_no_with_exit_code_1(tiny_folder):
@@ -89,6 +89,16 @@ def test_a_doctor_in_a_process_says_no_with_exit_code_1(tiny_folder):
         (["demo", "--layers", "3", "--plan", "default"], "both layers and plan (default)"),
         (["demo", "--layers", "3", "--sparsity", "0.1"], "sparsity is for a search"),
         (["demo", "--plan", "default", "--keep-ratio", "1/2"], "keep_ratio is for a search or for layers"),
+        (
+            ["demo", "--windows", "1"],
+            "windows is 1; maps are fitted on some windows and judged on others: give 2",
+        ),
+        (["demo", "--rank", "-1"], "rank is -1; it must be an integer, 0 or more"),
+        (
+            ["demo", "--search", "--plan", "default"],
+            "both --search and --plan (default) say where",
+        ),
+        (["demo", "--search", "--layers", "3"], "both layers and plan (search) say which layers to take"),
         (["demo", "--plan", "no-such-plan"], "plan is 'no-such-plan', and there is no such file or folder"),
         (["demo", "--plan", "pyproject.toml"], "pyproject.toml is not a JSON file"),
         (["demo", "--text", "no-such-file.txt"], "text 'no-such-file.txt' cannot be read: No such file"),
@@ -160,7 +170,7 @@ def test_a_bug_is_not_hidden(monkeypatch):
         cli.main(["env"])
 
 
-@pytest.mark.parametrize("arguments", [["doctor"], ["demo", "--windows", "1", "--seq-len", "16", "--model"]])
+@pytest.mark.parametrize("arguments", [["doctor"], ["demo", "--windows", "2", "--seq-len", "16", "--model"]])
 def test_a_tokenizer_with_more_ids_than_the_vocabulary_is_named(orthorank, tiny_folder, tmp_path, arguments):
     from tests.orthorank.models import plain
 

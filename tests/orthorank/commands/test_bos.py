@@ -188,7 +188,7 @@ def test_search_calibrate_and_analyze_cut_such_windows(
 
 
 def test_the_demo_says_it(needs_bos: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = ("--windows", "1", "--seq-len", "16", "--prompt-tokens", "16", "--repeats", "1", "--layers", "3")
+    small = ("--windows", "2", "--seq-len", "16", "--prompt-tokens", "16", "--repeats", "1", "--layers", "3")
     shown = run(
         capsys, "demo", "--model", str(needs_bos), "--text", str(text), *small, "--output", str(tmp_path / "demo")
     )

@@ -66,7 +66,11 @@ def usual(command: str, given: Given) -> list[str]:
     text, plan = ["--text", str(given.text)], ["--plan", str(given.plan)]
     windows = ["--windows", "1", "--seq-len", "24"]
     small = {
-        "demo": [*text, *plan, *windows, "--prompt-tokens", "24", "--repeats", "1"],
+        "demo": [
+            *(*text, *plan, "--windows", "2", "--seq-len", "24", "--rank", "2"),
+            *("--prompt-tokens", "24", "--repeats", "1"),
+        ],
+        "estimate": ["--prompt", "24", "--sparsity", "0.3"],
         "bench": [*plan, "--prompt-tokens", "16", "--rounds", "1"],
         "analyze": [*text, *windows, "--passages", "2", "--passage-tokens", "12"],
         "search": [*text, *windows, "--no-sink-floor", "--layers", "1"],
@@ -131,6 +135,8 @@ def line_of(rng: random.Random, given: Given, wrong: list[str], kinds: dict[str,
         words += usual(name, given)
     elif name == "vllm-args":
         words += [rng.choice([str(given.plan), *paths]), *rng.choice([["--model", str(given.model)], []])]
+    elif name == "estimate":
+        words += [rng.choice([str(given.model), str(given.model), *wrong]), *usual(name, given)]
     else:
         model = rng.choice([str(given.model), str(given.model), *wrong])
         first = {"demo": ["--model"], "correct": [rng.choice([str(given.plan), *paths])]}.get(name, [])
@@ -296,5 +302,5 @@ def test_five_hundred_lines_at_random(
 
 
 def test_every_command_is_among_them() -> None:
-    assert len(commands()) == 14
+    assert len(commands()) == 15
     assert {"eval tasks", "eval longbench", "reproduce", "env", "lm-eval", "search"} <= set(commands())

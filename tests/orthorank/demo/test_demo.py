@@ -17,7 +17,8 @@ import torch
 from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank.demo import Settings, SilentScreen, run_demo
 from orthorank.models import load_model
-from orthorank.plans import default_plan, shipped_plans
+from orthorank.plans import FOLDER, default_plan, file_of, shipped_plans
+from orthorank.search import SearchState
 from tests.orthorank.report.test_report import usage
 
 ROW = {
@@ -30,6 +31,7 @@ ROW = {
     "speedup",
     "flop_speedup",
 }
+ALL = {"results.json", "report.html", "orthorank.json", "orthorank-pruning.json", "corrected", "corrected-pruning"}
 
 
 def settings(folder: Path, output: Path, **changes: Any) -> Settings:
@@ -41,6 +43,7 @@ def settings(folder: Path, output: Path, **changes: Any) -> Settings:
         "sparsity": 0.34,  # of 6 layers: 3 selected, 2 removed
         "windows": 2,
         "seq_len": 32,
+        "rank": 4,
         "held_out_windows": 3,
         "held_out_len": 48,
         "prompt_tokens": 64,
@@ -86,14 +89,16 @@ def test_the_results_have_the_promised_form(finished):
     assert results["complete"] is True
     assert isinstance(results["model"], str)
     assert isinstance(results["text"], str)
-    assert [row["name"] for row in results["rows"]] == ["dense", "layer-pruning", "orthorank"]
+    assert [row["name"] for row in results["rows"]] == [
+        "dense", "layer-pruning", "orthorank", "layer-pruning-corrected", "orthorank-corrected"
+    ]  # fmt: skip
     for row in results["rows"]:
         assert set(row) >= ROW
         assert all(
             math.isfinite(row[key]) and row[key] > 0 for key in ROW - {"name", "layers", "nominal_sparsity"}
-        ) or (row["name"] == "layer-pruning" and row["keep_ratio"] == 0)
+        ) or (row["name"].startswith("layer-pruning") and row["keep_ratio"] == 0)
     assert results["rows"] == json.loads(json.dumps(returned["rows"]))
-    dense, pruned, ortho = results["rows"]
+    dense, pruned, ortho = results["rows"][:3]
     assert (dense["layers"], dense["keep_ratio"], dense["nominal_sparsity"], dense["speedup"]) == ([], 1.0, 0.0, 1.0)
     assert (len(pruned["layers"]), pruned["keep_ratio"]) == (2, 0.0)
     assert (len(ortho["layers"]), ortho["keep_ratio"]) == (3, pytest.approx(1 / 3))
@@ -161,6 +166,8 @@ def test_the_page_is_there_and_names_the_layers(finished):
     assert html.startswith("<!doctype html>")
     assert "layers 1-3" in html
     assert sorted(file.name for file in output.iterdir()) == [
+        "corrected",
+        "corrected-pruning",
         "orthorank-pruning.json",
         "orthorank.json",
         "report.html",
@@ -192,7 +199,7 @@ def test_a_found_plan_can_be_measured_again(finished, tiny_folder, tmp_path):
 
 def test_given_layers_are_taken_and_layer_pruning_is_searched_at_their_sparsity(tiny_folder, tmp_path):
     results = run_demo(settings(tiny_folder, tmp_path, layers=[2, 3, 4], sparsity=None, keep_ratio=0.5))
-    _, pruned, ortho = results["rows"]
+    _, pruned, ortho = results["rows"][:3]
     assert (ortho["layers"], ortho["keep_ratio"], ortho["nominal_sparsity"]) == ([2, 3, 4], 0.5, 0.25)
     assert len(pruned["layers"]) == 1
 
@@ -200,7 +207,7 @@ def test_given_layers_are_taken_and_layer_pruning_is_searched_at_their_sparsity(
 def test_a_sparsity_below_one_layer_has_no_row_of_layer_pruning(tiny_folder, tmp_path):
     watcher = Watcher()
     results = run_demo(settings(tiny_folder, tmp_path, layers=[3], sparsity=None), watcher)
-    assert [row["name"] for row in results["rows"]] == ["dense", "orthorank"]
+    assert [row["name"] for row in results["rows"]] == ["dense", "orthorank", "orthorank-corrected"]
     assert any("less than one" in words for words in watcher.said)
 
 
@@ -210,8 +217,9 @@ def test_a_sparsity_below_one_layer_has_no_row_of_layer_pruning(tiny_folder, tmp
         ("OrthoRank", 2, None, {"results.json", "report.html"}),  # in the first round
         ("OrthoRank", 4, 1, {"results.json", "report.html", "orthorank.json"}),  # in the second round
         ("layer pruning (SLEB)", 1, 3, {"results.json", "report.html", "orthorank.json"}),
-        ("perplexity", 5, 3, {"results.json", "report.html", "orthorank.json", "orthorank-pruning.json"}),
-        ("prefill speed", 1, 3, {"results.json", "report.html", "orthorank.json", "orthorank-pruning.json"}),
+        ("OrthoRank, corrected", 1, 3, {"results.json", "report.html", "orthorank.json", "orthorank-pruning.json"}),
+        ("perplexity", 5, 3, ALL),
+        ("prefill speed", 1, 3, ALL),
     ],
 )
 def test_ctrl_c_leaves_what_was_found(tiny_folder, tmp_path, title, stop, plan_layers, files):
@@ -227,7 +235,7 @@ def test_ctrl_c_leaves_what_was_found(tiny_folder, tmp_path, title, stop, plan_l
         assert len(plan.layers) == plan_layers
         apply(load_model(str(tiny_folder), device="cpu")[0], plan)
     if title == "perplexity":
-        dense, pruned, ortho = results["rows"]
+        dense, pruned, ortho = results["rows"][:3]
         assert dense["perplexity"] > 0
         assert pruned["perplexity"] is None
         assert ortho["perplexity"] is None
@@ -264,15 +272,23 @@ def test_a_plan_of_another_model_is_refused(finished, tiny_folder, tmp_path):
         run_demo(settings(tiny_folder, tmp_path / "out", plan=str(tmp_path / "plan"), sparsity=None))
 
 
-@pytest.mark.parametrize(("method", "count", "ratio"), [("orthorank", 9, 1 / 3), ("layer-pruning", 6, 0.0)])
-def test_the_shipped_plans_are_at_20_percent_and_fit_smollm2(smollm2, method, count, ratio):
+@pytest.mark.parametrize(
+    ("sparsity", "method", "count", "ratio"),
+    [
+        (0.1, "orthorank", 4, 1 / 3),
+        (0.1, "layer-pruning", 3, 0.0),
+        (0.2, "orthorank", 9, 1 / 3),
+        (0.2, "layer-pruning", 6, 0.0),
+    ],
+)
+def test_the_shipped_plans_fit_smollm2(smollm2, sparsity, method, count, ratio):
     from orthorank.hf.apply import check_plan
 
-    plan = default_plan(smollm2[0], method)
+    plan = default_plan(smollm2[0], method, sparsity)
     check_plan(smollm2[0], plan)
     assert plan in shipped_plans(method)
     assert (len(plan.layers), plan.keep_ratio) == (count, pytest.approx(ratio))
-    assert plan.nominal_sparsity() == pytest.approx(0.2)
+    assert plan.nominal_sparsity() == pytest.approx(count * (1 - ratio) / 30)
     assert plan.model_id == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert len(plan.calibration["text_sha256"]) == 64
     assert plan.calibration["tokens"] == 3 * 1024
@@ -280,6 +296,20 @@ def test_the_shipped_plans_are_at_20_percent_and_fit_smollm2(smollm2, method, co
     if method == "orthorank":
         assert set(plan.layers) <= set(range(12, 28))
         assert plan.sink_layer == 11
+
+
+def test_the_shipped_plans_of_10_percent_are_what_a_recorded_search_on_the_same_tokens_found():
+    records = Path(__file__).parents[3] / "benchmarks" / "results" / "plans"
+    hashes, fingerprints = set(), set()
+    for method in ("orthorank", "layer-pruning"):
+        plan = OrthoRankConfig.from_pretrained(FOLDER / file_of("smollm2-135m-instruct", method, 0.1))
+        state = SearchState.load(records / file_of("smollm2-135m-instruct", method, 0.1))
+        assert state.complete
+        assert (state.plan, state.losses[-1]) == (plan.layers, plan.calibration["loss"])
+        hashes.add(plan.calibration["ids_sha256"])
+        fingerprints.add(state.fingerprint)
+    assert len(hashes) == 1
+    assert len(fingerprints) == 2, "keep ratios differ"
 
 
 def test_a_shipped_plan_is_for_one_model(tiny_model):
@@ -290,6 +320,46 @@ def test_a_shipped_plan_is_for_one_model(tiny_model):
         default_plan(model)
     with pytest.raises(OrthoRankError, match="no plan is shipped for this model"):
         default_plan(tiny_model("llama"))
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """Plans for the tiny model's shape, as if they came with the package: 3 layers at 1/3, and 2 removed."""
+    fields = {"num_hidden_layers": 6, "hidden_size": 64, "model_type": "llama"}
+    fields["calibration"] = {"tokens": 64, "text": "a text"}
+    for layers, ratio, file in (([1, 3, 4], 1 / 3, "tiny-34.json"), ([2, 5], 0.0, "tiny-34-pruning.json")):
+        OrthoRankConfig(layers=layers, keep_ratio=ratio, **fields).save_pretrained(tmp_path)
+        (tmp_path / "shipped").mkdir(exist_ok=True)
+        (tmp_path / "orthorank.json").rename(tmp_path / "shipped" / file)
+    monkeypatch.setattr("orthorank.plans.FOLDER", tmp_path / "shipped")
+
+
+@pytest.mark.parametrize("plan", ["auto", "default"])
+@pytest.mark.usefixtures("shipped")
+def test_shipped_plans_are_taken_of_both_methods(tiny_folder, tmp_path, plan):
+    watcher = Watcher()
+    results = run_demo(settings(tiny_folder, tmp_path / "out", sink_layer=None, plan=plan), watcher)
+    rows = {row["name"]: row["layers"] for row in results["rows"]}
+    assert (rows["orthorank"], rows["layer-pruning"]) == ([1, 3, 4], [2, 5])
+    origins = {found["origin"] for found in results["plans"].values()}
+    assert origins == {"shipped with the package, found on 64 tokens of a text"}
+    assert {"OrthoRank", "layer pruning (SLEB)"} & set(watcher.seen) == set(), "nothing is searched"
+
+
+@pytest.mark.parametrize("asked", [{"plan": "search", "sink_layer": 0}, {"keep_ratio": 1 / 3, "sink_layer": 0}])
+@pytest.mark.usefixtures("shipped")
+def test_what_asks_for_a_search_gets_one(tiny_folder, tmp_path, asked):
+    results = run_demo(settings(tiny_folder, tmp_path / "out", rank=0, **asked))
+    assert {found["origin"] for found in results["plans"].values()} == {"greedy search"}
+    assert {found["tokens"] for found in results["plans"].values()} == {64}, "the same for both"
+
+
+def test_a_model_without_shipped_plans_is_searched_and_it_says_so(tiny_folder, tmp_path):
+    watcher = Watcher()
+    with pytest.raises(OrthoRankError, match="no sink"):  # what a search needs; this model has none
+        run_demo(settings(tiny_folder, tmp_path, sink_layer=None), watcher)
+    assert any("No plans are shipped for this model" in words for words in watcher.said)
+    assert any("Python's own documentation" in words and "--text FILE" in words for words in watcher.said)
 
 
 def test_the_model_is_left_dense(tiny_folder, tmp_path, monkeypatch):
@@ -326,10 +396,12 @@ def test_sigint_in_a_real_process(tiny_folder, tmp_path):
 @pytest.mark.slow
 def test_the_whole_demo_on_smollm2(tmp_path):
     results = run_demo(Settings(output=tmp_path, device="cpu"))
-    dense, pruned, ortho = results["rows"]
-    assert (len(ortho["layers"]), len(pruned["layers"])) == (9, 6)
-    assert ortho["nominal_sparsity"] == pytest.approx(0.2)
-    assert pruned["nominal_sparsity"] == pytest.approx(0.2)
+    dense, pruned, ortho, pruned_corrected, ortho_corrected = results["rows"]
+    assert (len(ortho["layers"]), len(pruned["layers"])) == (4, 3)
+    assert ortho["nominal_sparsity"] == pytest.approx(4 * (2 / 3) / 30)
+    assert pruned["nominal_sparsity"] == pytest.approx(0.1)
     assert results["sink"]["sink_layer"] == 11
-    assert dense["perplexity"] < min(ortho["perplexity"], pruned["perplexity"]) < 5 * dense["perplexity"]
-    assert 1.2 < ortho["flop_speedup"] < 1.3
+    assert dense["perplexity"] < min(ortho["perplexity"], pruned["perplexity"]) < 2 * dense["perplexity"]
+    assert ortho_corrected["perplexity"] < ortho["perplexity"]
+    assert pruned_corrected["perplexity"] < pruned["perplexity"]
+    assert 1.07 < ortho_corrected["flop_speedup"] < ortho["flop_speedup"] < 1.12

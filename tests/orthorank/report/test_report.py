@@ -101,7 +101,11 @@ def results() -> dict[str, Any]:
             "device": "cpu",
         },
         "text_info": {"name": "a text", "sha256": "0123456789abcdef", "tokens": 113_108},
-        "quality": {"windows": 16, "seq_len": 512, "log_ratio_standard_error": 0.01},
+        "quality": {
+            "windows": 16,
+            "seq_len": 512,
+            "differences": [{"of": "orthorank", "against": "layer-pruning", "mean": 0.062, "standard_error": 0.01}],
+        },
         "speed": {"prompt": 2048, "batch": 1, "rounds": 5, "clock": "wall clock"},
         "sink": {
             "reason": "the sink forms in layer 11 of 30",
@@ -212,7 +216,7 @@ def test_partial_rows_show_a_dash(results):
 )
 def test_the_verdict_says_who_is_better_only_when_it_is_known(results, pruned, error, said):
     results["rows"][1]["perplexity"] = pruned
-    results["quality"]["log_ratio_standard_error"] = error
+    results["quality"]["differences"][0]["standard_error"] = error
     assert said in words.verdict(results)
 
 
@@ -222,6 +226,36 @@ def test_the_verdict_without_layer_pruning(results):
     assert words.verdict(results).startswith(
         "At 20 % sparsity OrthoRank has a perplexity of 50.00, the dense model 21.15"
     )
+
+
+def test_corrected_rows_are_on_the_page(results):
+    for name, perplexity in (("layer-pruning", 40.0), ("orthorank", 30.0)):
+        plain = next(row for row in results["rows"] if row["name"] == name)
+        above = {"mean": 0.35, "standard_error": 0.02}
+        corrected = plain | {"name": f"{name}-corrected", "perplexity": perplexity, "above_dense": above}
+        results["rows"].append(corrected)
+        results["plans"][name]["maps"] = {"rank": 64, "tokens": 4096, "given": False}
+    of, against = "orthorank-corrected", "layer-pruning-corrected"
+    pair = {"of": of, "against": against, "mean": -0.288, "standard_error": 0.01}
+    results["quality"]["differences"].append(pair)
+    text = Page(html_page(results)).text
+    assert "OrthoRank, corrected 9 at 1/3 30.00 +0.350 ± 0.020" in text
+    assert "OrthoRank, corrected against layer pruning, corrected: -0.288 ± 0.010 nats a token" in text
+    said = words.verdict(results)
+    assert "put back part of what is left out, OrthoRank has 30.00, layer pruning 40.00. On this text" in said
+    assert "25 % lower than layer pruning's" in said
+    assert text.count("9 layers update 1/3 of the tokens") == 2, "a plan's layers are shown once, in two widths"
+    assert "shipped with the package; maps of rank 64, fitted on 4,096 tokens" in text
+
+
+def test_the_verdict_says_where_the_sparsities_differ(results):
+    results["rows"][1] |= {"layers": [3, 5, 7], "nominal_sparsity": 0.1}
+    results["rows"][2] |= {"layers": [12, 13, 14, 18], "nominal_sparsity": 0.0889}
+    said = words.verdict(results)
+    assert said.startswith(
+        "At 8.9 % sparsity OrthoRank has a perplexity of 50.00, the dense model 21.15, and the model"
+    )
+    assert "with 3 layers removed (10 %) 47.00" in said
 
 
 def shapes(svg: str, colour: str) -> list[list[tuple[float, float]]]:

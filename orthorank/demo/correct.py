@@ -1,0 +1,59 @@
+"""The corrected rows: each plan with maps that put back part of what it leaves out, all fitted on the same tokens."""
+
+import dataclasses
+
+from orthorank.common import format as words
+from orthorank.common.errors import OrthoRankError
+from orthorank.config import OrthoRankConfig
+from orthorank.demo.run import Run
+
+Plans = dict[str, OrthoRankConfig]
+
+
+def with_corrected(run: Run, plans: Plans) -> Plans:
+    """``plans`` as they are without maps, and each of them with maps; those of a given corrected plan are taken.
+
+    The maps are fitted on the calibration windows, which the held-out ones share no token with.
+    """
+    found = {name: dataclasses.replace(plan, correction=None) for name, plan in plans.items()}
+    rank = min(run.settings.rank, run.info.hidden_size)
+    for name, plan in plans.items():
+        if not rank and plan.correction is None:
+            continue
+        try:
+            corrected = plan if plan.correction is not None else _fit(run, name, plan, rank)
+        except OrthoRankError as error:  # a layer with nothing to explain; the other rows stand without its maps
+            run.screen.say(f"{words.TITLES[name + words.CORRECTED]}: left out, since {error}")
+            continue
+        assert corrected.correction is not None
+        record = corrected.calibration.get("correction", {})
+        maps = {"rank": corrected.correction.rank, "tokens": record.get("tokens"), "given": corrected is plan}
+        run.results["plans"][name]["maps"] = maps
+        found[name + words.CORRECTED] = corrected
+        run.save_plan(name + words.CORRECTED, corrected)
+        run.save()
+    return found
+
+
+def _fit(run: Run, name: str, plan: OrthoRankConfig, rank: int) -> OrthoRankConfig:
+    from orthorank.calibration.corrections import fit_correction
+
+    title, windows, text = words.TITLES[name + words.CORRECTED], run.calibration.windows, run.calibration.text
+    last = max(layer for layer, ratio in plan.ratios.items() if ratio < 1)
+    with run.timed(f"maps {name}"), run.screen.progress(title, last + 1) as advance:
+        found = fit_correction(
+            run.model,
+            windows,
+            plan,
+            rank=rank,
+            on_layer=lambda done, _, explained: advance(done, "" if explained is None else f"explains {explained:.0%}"),
+        )
+    record = found.calibration["correction"]
+    record["texts"] = [{"text": text.name, "text_sha256": text.sha256, "windows": len(windows)}]
+    record["bos"] = run.calibration.bos.policy
+    shares = record["explained"].values()
+    run.screen.say(
+        f"{title}: maps of rank {rank}, fitted on {windows.numel():,} tokens, explain {min(shares):.0%} to "
+        f"{max(shares):.0%} of what a layer leaves out"
+    )
+    return found
