@@ -78,7 +78,7 @@ def low_rank_cases() -> Iterator[Case]:
     shapes = (everyday, (576, 64, HALF), (4096, 128, HALF), (4096, 512, HALF), (4096, 64, FLOAT), (577, 100, HALF))
     for hidden, rank, dtype in (*shapes, (4096, 64, torch.float16), (8192, 16, HALF)):
         # Rows that begin anywhere move number by number, each with an address of its own.
-        limits = {"registers": 200, "spills": 0, "min_wide_stores": 1.0} if hidden % 8 == 0 else {"registers": 255}
+        limits = {"registers": 216, "spills": 0, "min_wide_stores": 1.0} if hidden % 8 == 0 else {"registers": 255}
         up, bias, rows = empty(hidden, rank, dtype=dtype), empty(hidden, dtype=dtype), empty(4, dtype=torch.int32)
         x, low = empty(4, 2048, hidden, dtype=dtype), empty(4, 2048, rank, dtype=dtype)
         one = x.view(1, -1, hidden), low.view(1, -1, rank), up, bias
