@@ -64,7 +64,16 @@ def row_cases() -> Iterator[Case]:
 
 
 def low_rank_cases() -> Iterator[Case]:
-    """Tiles that tokens and columns leave, ranks of less than a block and of several, in a batch and packed."""
+    """Tiles that tokens and columns leave, ranks of less than a block and of several, in a batch and packed.
+
+    Past the rank lie NaN, as columns of a merged product may.
+    """
+
+    def columns(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+        wide = random(*shape[:-1], shape[-1] + 12, dtype=dtype, seed=seed)
+        wide[..., shape[-1] :] = torch.nan
+        return wide[..., : shape[-1]]
+
     sinks = {"sink_positions": ints(1, -1)}
     batch = {**sinks, "starts": ints(1, 0), "lengths": ints(60, 70)}
     packed = {"cu_seqlens": ints(0, 3, 70), **sinks}
@@ -73,8 +82,8 @@ def low_rank_cases() -> Iterator[Case]:
 
             def mapped(d: torch.dtype, h: int = hidden, r: int = rank, m: dict = more, b: bool = bias):
                 shape = (71,) if "cu_seqlens" in m else (2, 71)
-                states = {"hidden_states": random(*shape, h, dtype=d), "low": random(*shape, r, dtype=d, seed=1)}
-                return {**states, "up": random(h, r, dtype=d, seed=2), "bias": weight(h, d) if b else None, **m}
+                states = {"hidden_states": random(*shape, h, dtype=d), "low": columns(*shape, r, dtype=d, seed=1)}
+                return {**states, "up": columns(h, r, dtype=d, seed=2), "bias": weight(h, d) if b else None, **m}
 
             slow = (rank, dtype) not in ((20, HALF), (100, HALF16), (16, FLOAT))
             yield Case("rows", "add_low_rank", f"hidden {hidden}, rank {rank}", dtype, mapped, slow)

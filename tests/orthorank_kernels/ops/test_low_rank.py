@@ -125,9 +125,10 @@ def test_tiles_change_nothing_but_the_order_of_sums(backend, monkeypatch):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 def test_strides_are_honoured(backend, layout, poisoned):
-    """``low`` as columns of a merged product, ``up`` as rows of a wider one."""
-    h, wide = strided_views(2, 9, 24, torch.float32)[layout], random(2, 9, 50, seed=1)
-    low, up = wide[..., 7:12], random(24, 30, seed=2)[:, 3:8]
+    """``low`` and ``up`` as columns of wider tensors, whatever these hold beside them."""
+    h, wide, wider = strided_views(2, 9, 24, torch.float32)[layout], random(2, 9, 50, seed=1), random(24, 30, seed=2)
+    low, up = wide[..., 7:12], wider[:, 3:8]
+    wide[..., 12:], wider[:, 8:] = torch.nan, torch.nan
     actual = add_low_rank(h, low, up, backend=backend)
     assert actual.is_contiguous()
     torch.testing.assert_close(actual.double(), stated(h, low, up), rtol=1e-5, atol=1e-5)
