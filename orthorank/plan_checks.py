@@ -128,12 +128,13 @@ def _check_modes(plan: Any) -> None:
 
 def _check_correction(plan: Any) -> None:
     """Every map is of a layer that leaves tokens out, and of the model's hidden size."""
-    from orthorank.correction import FILE_NAME, Correction  # plans without maps do without it
+    from orthorank.correction import FILE_NAME as MAPS_NAME  # plans without maps do without it
+    from orthorank.correction import Correction
 
     correction = plan.correction
     if isinstance(correction, dict):
         raise OrthoRankError(
-            f"correction is what a plan's JSON says of the maps in {FILE_NAME} beside it, without the maps; read the "
+            f"correction is what a plan's JSON says of the maps in {MAPS_NAME} beside it, without the maps; read the "
             "plan with OrthoRankConfig.from_pretrained(folder), or take the key out to follow it uncorrected"
         )
     if not isinstance(correction, Correction):

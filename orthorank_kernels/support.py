@@ -31,6 +31,7 @@ OPS = {
     "scatter_rows_": _Op(kernel=_WITH_DOUBLE),
     "scatter_add_rows_": _Op(),
     "silu_and_mul": _Op(),
+    "add_low_rank": _Op(),
     "apply_rotary_at": _Op(asks=("head_dim", "heads")),
     "sparse_query_attention": _Op(asks=_ATTENTION, largest_head_dim=256),
     "sparse_query_attention_varlen": _Op(asks=_ATTENTION, largest_head_dim=256),

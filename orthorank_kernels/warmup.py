@@ -16,6 +16,7 @@ from orthorank_kernels.ops.add_norm import gather_add_rms_norm
 from orthorank_kernels.ops.attention import sparse_query_attention
 from orthorank_kernels.ops.attention_paged import sparse_query_attention_paged
 from orthorank_kernels.ops.attention_varlen import sparse_query_attention_varlen
+from orthorank_kernels.ops.low_rank import add_low_rank
 from orthorank_kernels.ops.norm_score import rms_norm_score
 from orthorank_kernels.ops.norm_selection import rms_norm_select
 from orthorank_kernels.ops.rotary import apply_rotary_at
@@ -38,6 +39,7 @@ def warmup(
     kv_heads: int,
     head_dim: int,
     intermediate: int | None = None,
+    rank: int | None = None,
     layout: str = "batch",
     cache: tuple[Tensor, Tensor] | None = None,
     ops: Sequence[str] | None = None,
@@ -55,6 +57,7 @@ def warmup(
         dtype: of the hidden states. hidden: their size. heads, kv_heads, head_dim: of the attention, on this GPU alone
             where heads are split over several.
         intermediate: width of the MLP, for `silu_and_mul`; None leaves that op out.
+        rank: of the maps of a corrected plan, for `add_low_rank`; None leaves that op out.
         layout: ``"batch"`` (``[batch, tokens, hidden]``), ``"packed"`` (``[total, hidden]`` with ``cu_seqlens``), or
             ``"paged"``: packed, with attention over a paged cache.
         cache: views ``[blocks, block_size, kv_heads, head_dim]`` of keys and values in the stack's own paged cache (see
@@ -86,11 +89,12 @@ def warmup(
     for name, size in (("hidden", hidden), ("heads", heads), ("kv_heads", kv_heads), ("head_dim", head_dim)):
         _checks.integer(name, size, at_least=1)
     _checks.integer("intermediate", intermediate, at_least=1, none="no gated MLP")
+    _checks.integer("rank", rank, at_least=1, none="no maps")
     if device.type == "cpu" and not dispatch.interpreting():
         return {}
     if reason := dispatch.triton_unavailable(device) or _absent(device):
         raise dispatch.BackendError(f"warmup on device {device}: {reason}")
-    model = _Model(dtype, hidden, heads, kv_heads, head_dim, intermediate, cache, device)
+    model = _Model(dtype, hidden, heads, kv_heads, head_dim, intermediate, rank, cache, device)
     options = options or {}
     seconds: dict[str, float] = {}
     known = set(_calls(model, layout, 1, 1))
@@ -125,6 +129,7 @@ class _Model:
     kv_heads: int
     head_dim: int
     intermediate: int | None
+    rank: int | None
     cache: tuple[Tensor, Tensor] | None
     device: torch.device
 
@@ -163,6 +168,9 @@ def _calls(m: _Model, layout: str, tokens: int, selected: int) -> dict[str, Call
         "scatter_rows_": partial(scatter_rows_, x, positions, compact),
         "scatter_add_rows_": partial(scatter_add_rows_, x, positions, compact, compact),
     }
+    if m.rank is not None:
+        low, up = rows(tokens, m.rank), m.zeros(m.hidden, m.rank)
+        calls["add_low_rank"] = partial(add_low_rank, x, low, up, weight, **packed)
     if m.intermediate is not None:
         calls["silu_and_mul"] = partial(silu_and_mul, rows(selected, 2 * m.intermediate))
     return calls | _attention(m, layout, tokens, q, positions)

@@ -103,6 +103,24 @@ def silu_and_mul(device: torch.device, batch: int, tokens: int, hidden: int) -> 
     return Workload("silu_and_mul", shape, "GB/s", 1.5 * bytes_of(merged), check, ours(device, call))
 
 
+def add_low_rank(device: torch.device, batch: int, tokens: int, hidden: int) -> Workload:
+    """Bytes: every row of the hidden states read and written, low-rank states of rank 64 and the map read."""
+    rank = 64
+    x, low = random(device, batch, tokens, hidden), random(device, batch, tokens, rank)
+    up, bias = random(device, hidden, rank), random(device, hidden)
+    moved = 2 * bytes_of(x) + bytes_of(low, up, bias)
+
+    def call(backend: str) -> Any:
+        return ops.add_low_rank(x, low, up, bias, backend=backend)
+
+    def reference(*tensors: torch.Tensor) -> Any:
+        return ops.add_low_rank(*tensors, backend="reference")
+
+    check = close(reference, x, low, up, bias, dtype=x.dtype)
+    shape = f"{batch} x {tokens} x {hidden}, rank {rank}"
+    return Workload("add_low_rank", shape, "GB/s", moved, check, ours(device, call))
+
+
 def gather_add_rms_norm(device: torch.device, batch: int, tokens: int, hidden: int) -> Workload:
     """Bytes: k rows of the hidden states and of the addend read, two results of k rows written, weight, positions."""
     x, positions = random(device, batch, tokens, hidden), thirds(device, batch, tokens)

@@ -19,6 +19,7 @@ ROWS = (
     rows.scatter_rows,
     rows.scatter_add_rows,
     rows.silu_and_mul,
+    rows.add_low_rank,
 )
 # What takes a CPU milliseconds. A GPU gets prompts of a model with 8 billion parameters: see `benchmarks/campaign`.
 ROW_SIZES = [(1, 1024, 576)]  # batch, tokens, hidden

@@ -1,4 +1,4 @@
-"""Cases of the row kernels: gather, scatter, add and norm, rotary embedding."""
+"""Cases of the row kernels: gather, scatter, add and norm, low-rank maps, rotary embedding."""
 
 from collections.abc import Iterator
 
@@ -69,6 +69,29 @@ def add_norm_cases() -> Iterator[Case]:
                 launch("add_norm.gather_add_rms_norm", *arguments),
                 {"registers": 96 if hidden <= 4096 else 112, "spills": 0, "atomics": 0, "min_wide_stores": 1.0},
                 slow=(hidden, dtype) != (4096, HALF),
+            )
+
+
+def low_rank_cases() -> Iterator[Case]:
+    """Ranks of one block and of several; maps of a batch with padding, and of a packed one."""
+    everyday = (4096, 64, HALF)
+    shapes = (everyday, (576, 64, HALF), (4096, 128, HALF), (4096, 512, HALF), (4096, 64, FLOAT), (577, 100, HALF))
+    for hidden, rank, dtype in (*shapes, (4096, 64, torch.float16), (8192, 16, HALF)):
+        # Rows that begin anywhere move number by number, each with an address of its own.
+        limits = {"registers": 216, "spills": 0, "min_wide_stores": 1.0} if hidden % 8 == 0 else {"registers": 255}
+        up, bias, rows = empty(hidden, rank, dtype=dtype), empty(hidden, dtype=dtype), empty(4, dtype=torch.int32)
+        x, low = empty(4, 2048, hidden, dtype=dtype), empty(4, 2048, rank, dtype=dtype)
+        one = x.view(1, -1, hidden), low.view(1, -1, rank), up, bias
+        for name, arguments in (
+            ("", (x, low, up, bias, rows, rows, rows, None)),
+            (" packed", (*one, None, None, rows, empty(5, dtype=torch.int32))),
+        ):
+            yield Case(
+                "rows",
+                f"add_low_rank {hidden} rank {rank}{name} {name_of(dtype)}",
+                launch("low_rank.add_low_rank", *arguments),
+                {**limits, "atomics": 0},
+                slow=(hidden, rank, dtype) != everyday,
             )
 
 

@@ -132,6 +132,18 @@ def gate(width: int) -> Case:
     return Case("silu_and_mul", f"60 x {width}", build, {**ONCE, "requested": 1.0, "atomics": 0})
 
 
+def low_rank(hidden: int, rank: int) -> Case:
+    """The map's low-rank states and its rows are read once for each block of columns, or tile of tokens."""
+
+    def build() -> tuple[Callable[[], Any], int, int]:
+        x, low = torch.ones(1, 256, hidden, dtype=HALF), torch.ones(1, 256, rank, dtype=HALF)
+        up, bias = torch.ones(hidden, rank, dtype=HALF), torch.ones(hidden, dtype=HALF)
+        return lambda: ops.add_low_rank(x, low, up, bias, backend="triton"), bytes_of(x, low, up, bias), bytes_of(x)
+
+    limits = {**ONCE, "requested": 1.7, "atomics": 0}
+    return Case("add_low_rank", f"256 x {hidden}, rank {rank}", build, limits)
+
+
 def gather_add_norm(hidden: int, many: bool) -> Case:
     def build() -> tuple[Callable[[], Any], int, int]:
         x, positions = torch.ones(1, 512, hidden, dtype=HALF), positions_of(512, 170)
@@ -287,6 +299,8 @@ def cases() -> Iterator[Case]:
         yield scatter_add(hidden)
     yield gate(1536)
     yield gate(14336)
+    yield low_rank(576, 64)
+    yield low_rank(4096, 64)
     for many in (False, True):
         yield gather_add_norm(4096, many)
         yield norm_score(4096, many)

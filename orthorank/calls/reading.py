@@ -96,13 +96,16 @@ def read_call(
     refuse_packed(kwargs)
     cache = cache_of(kwargs)
     if torch.compiler.is_compiling() and decode == "dense" and _decodes_over_tensors(cache, phase, tokens):
-        return Call(batch, tokens, past=1, prompt_tokens=0)  # how much more came before, dense layers do not ask
+        call = Call(batch, tokens, past=1, prompt_tokens=0)  # how much more came before, dense layers do not ask
+        return _placed(call, None, device) if sinks else call
     past = _past(cache, phase, tokens)
     ranks_decoded = decode == "threshold"
     call = Call(batch, tokens, past, _prompt_tokens(phase, past, tokens, ranks_decoded), ranks_decoded)
     if call.decodes_only:
-        if not sinks or (phase.prompt and not call.first):  # in generate() every row has begun with the prompt
+        if not sinks:
             return call
+        if phase.prompt and not call.first:  # in generate() every row has begun with the prompt
+            return _placed(call, None, device)
         return _placed(call, valid_columns(_mask(phase, kwargs, batch, past + tokens), past + tokens, batch), device)
     if phase.prompt_end is None or past + tokens >= phase.prompt_end:
         call = dataclasses.replace(call, keep_last=min(phase.keep_last, call.prompt_tokens))

@@ -51,6 +51,7 @@ def norm_and_select(
     sink: Tensor | None,
     normed: Tensor | None = None,
     parts: "Parts | None" = None,
+    copy: bool = True,
 ) -> Chosen:
     """The input norm of all tokens, and the tokens that ``plan`` selects in ``layer``.
 
@@ -61,6 +62,7 @@ def norm_and_select(
             None: the rows begin in this call.
         normed: the input norm of all tokens, where its module was called; ``norm`` is the identity then.
         parts: of the layer, for a criterion that needs keys or queries.
+        copy: whether to copy the hidden states; else ``updated`` are these themselves.
     """
     if is_fused(plan) and choosing.is_plain(plan, call):
         chosen: Any = rms_norm_select(
@@ -73,12 +75,11 @@ def norm_and_select(
             lengths=call.lengths,
             sink_positions=call.sink_positions,
             workspace=call.workspace,
-            copy_input=normed is None,
+            copy_input=copy and normed is None,
         )
-        if normed is not None:
-            return Chosen(normed, chosen.positions, hidden_states.clone(), chosen.counts)
-        return Chosen(chosen.normed, chosen.positions, chosen.residual, chosen.counts)
-    normed, ranks, updated = norm_and_rank(plan, layer, call, hidden_states, norm, sink, normed, parts)
+        given, normed = normed, chosen.normed if normed is None else normed
+        return Chosen(normed, chosen.positions, _copy(hidden_states, chosen.residual, given, copy), chosen.counts)
+    normed, ranks, updated = norm_and_rank(plan, layer, call, hidden_states, norm, sink, normed, parts, copy)
     sinks = call.sink_positions
     if plan.update_sink:
         ranks, sinks = ablations.sink_first(call, ranks)
@@ -95,6 +96,7 @@ def norm_and_rank(
     sink: Tensor | None = None,
     given: Tensor | None = None,
     parts: "Parts | None" = None,
+    copy: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The input norm of all tokens, their ranks, and a copy of ``hidden_states``; arguments as for `norm_and_select`.
 
@@ -107,7 +109,7 @@ def norm_and_rank(
         sink=sink if _is_of_normed(plan) else None,  # what is kept of the sink may be no state for this score
         starts=call.starts,
         lengths=call.lengths,
-        copy_input=given is None,
+        copy_input=copy and given is None,
     )
     normed = scored.normed if given is None else given
     states = scored_states(plan, hidden_states, normed)
@@ -117,7 +119,14 @@ def norm_and_rank(
     if plan.sinks == "auto":
         alike = rms_norm_score(states, None, 0.0, norm="identity", score="cosine", sink=sink, starts=call.starts)
         ranks = torch.where(alike.scores >= SINK_COSINE, torch.inf, ranks)
-    return normed, ranks, scored.residual if given is None else hidden_states.clone()
+    return normed, ranks, _copy(hidden_states, scored.residual, given, copy)
+
+
+def _copy(hidden_states: Tensor, made: Tensor, given: Tensor | None, copy: bool) -> Tensor:
+    """A copy of ``hidden_states``, if one is wanted: the one that the kernel ``made`` if it normed them itself."""
+    if not copy:
+        return hidden_states
+    return made if given is None else hidden_states.clone()
 
 
 def is_fused(plan: "OrthoRankConfig") -> bool:

@@ -17,9 +17,10 @@ from orthorank.common.criteria import is_pointwise
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.patching import Patch
 from orthorank.config import OrthoRankConfig
+from orthorank.correction import LayerMap
 from orthorank.hf import cache_state as sink_state
 from orthorank.hf.ablations import without_cache
-from orthorank.hf.correction import corrected, map_of, on
+from orthorank.hf.correction import corrected, map_of, normed_of, on
 from orthorank.hf.families import device_of
 from orthorank.hf.family import Family
 from orthorank.hf.intact import TakenApart
@@ -150,7 +151,7 @@ class LayerForward(Patch):
         self.handle, self.index, self.family = handle, index, family
         self.plan, self.counts = LayerPlan(handle.config, index), handle.stats[index]
         self.ratio = self.plan.own_ratio
-        self.map = map_of(handle.config, index, device_of(layer))
+        self.map = map_of(handle.config, index, device_of(layer), handle.model.dtype)
         self.ran = False  # in the call that is running, or the last one
         self.taken_apart = TakenApart(family, layer, index, self.replaced) if 0 < self.ratio < 1 else None
 
@@ -171,7 +172,10 @@ class LayerForward(Patch):
             counts.add(valid, 0)
             # Without a cache no graph reads the index: torch 2.11 would compile each removed layer apart.
             left = hidden_states if cache is None else removed_forward(self.index, hidden_states, cache)
-            return left if self.map is None else self._correct(left, call.on(left.device))
+            layer_map = self._map_for(left)
+            if layer_map is None:
+                return left
+            return corrected(left, normed_of(self.family, self.owner, left), call.on(left.device), layer_map)
         if call.decodes_only or self.ratio == 1:
             counts.add(valid, valid, unranked=valid if call.decodes_only else 0)
             return self.run_original(hidden_states, *args, **kwargs)
@@ -180,13 +184,16 @@ class LayerForward(Patch):
         counts.add(valid, updated[0], unranked=call.tokens_unranked())
         return output
 
-    def _correct(self, hidden_states: Tensor, call: Call) -> Tensor:
-        """What is left of a removed layer: its input norm, called, and its map."""
-        assert self.map is not None  # or it would not be called
-        name = self.family.norm_in
-        normed = hidden_states if name is None else getattr(self.owner, name)(hidden_states)
-        self.map = on(self.map, normed.device)  # the model may have been moved
-        return corrected(hidden_states, normed, call, self.map)
+    def _map_for(self, hidden_states: Tensor) -> LayerMap | None:
+        """The layer's map where these states are, in their dtype: the model may have been moved since, or converted."""
+        if self.map is None:
+            return None
+        device, dtype = hidden_states.device, hidden_states.dtype
+        if torch.compiler.is_compiling():
+            return on(self.map, device, dtype)
+        if (self.map.down.device, self.map.down.dtype) != (device, dtype):
+            self.map = map_of(self.plan, self.index, device, dtype)
+        return self.map
 
     def _select(
         self, hidden_states: Tensor, cos_sin: tuple[Tensor, Tensor], cache: Any, call: Call, updated: list[int | Tensor]
@@ -195,10 +202,8 @@ class LayerForward(Patch):
             parts = Parts.of(self.family, self.owner)
         else:
             parts = self.taken_apart.parts  # looked at when the call began
-        if self.map is not None:
-            self.map = on(self.map, hidden_states.device)  # the model may have been moved
-        here = call.on(hidden_states.device)
-        run = partial(selected_forward, parts, self.index, self.plan, here, updated=updated, layer_map=self.map)
+        here, layer_map = call.on(hidden_states.device), self._map_for(hidden_states)
+        run = partial(selected_forward, parts, self.index, self.plan, here, updated=updated, layer_map=layer_map)
         if getattr(self.owner, "gradient_checkpointing", False) and self.owner.training:
             # As transformers' own layers do it, without a cache: the recomputation would fill it twice. It runs in
             # backward, in whatever thread, while the model may be in another call: so all it needs is bound here.

@@ -54,7 +54,8 @@ def selected_forward(
         ``[batch, tokens, hidden]``: unselected tokens as they came, or as ``layer_map`` corrects them.
     """
     tables = parts.tables(position_embeddings)
-    normed, positions, written, counts = _norm_and_select(parts, index, config, call, hidden_states, cache)
+    copy = layer_map is None  # else adding the map makes it
+    normed, positions, written, counts = _norm_and_select(parts, index, config, call, hidden_states, cache, copy)
     if updated is not None:
         updated.append(choosing.count_of(config, index, call, positions, counts))
     positions = choosing.fitted(config, call, positions, counts)
@@ -104,7 +105,7 @@ def selected_forward(
 
 
 def _norm_and_select(
-    parts: Parts, index: int, config: OrthoRankConfig, call: Call, hidden_states: Tensor, cache: Any
+    parts: Parts, index: int, config: OrthoRankConfig, call: Call, hidden_states: Tensor, cache: Any, copy: bool
 ) -> Chosen:
     """The layer's input norm of all tokens, the selected positions, and a copy of the input to write the result into.
 
@@ -116,7 +117,7 @@ def _norm_and_select(
 
     sink = None if call.first else sink_state.continued(call, cache, index, hidden_states, states)
     with parts.norm_in.applied(hidden_states) as (normed, norm):
-        chosen = norm_and_select(config, index, call, hidden_states, norm, sink, normed, parts)
+        chosen = norm_and_select(config, index, call, hidden_states, norm, sink, normed, parts, copy)
     if cache is not None:
         scored = scored_states(config, hidden_states, chosen.normed)
         sink_state.keep(cache, index, sink_state.rows_at(scored, call.starts) if sink is None else sink)

@@ -3,11 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from orthorank.common.patching import has_hooks, has_own_forward, is_code_of_class
+
+if TYPE_CHECKING:
+    from orthorank.hf.family import Family
 
 IDENTITY: dict[str, Any] = {"weight": None, "eps": 1e-6, "norm": "identity"}  # what the kernels take where none is
 
@@ -26,6 +29,12 @@ class Norm:
     kind: str = "rms"
     weight_offset: float = 0.0
     home: str = ""
+
+    @classmethod
+    def of(cls, family: "Family", layer: nn.Module, name: str | None) -> "Norm":
+        """The norm that ``layer`` calls ``name``, as ``family`` says; None: there is none."""
+        home = "torch.nn.modules.normalization" if family.torch_norm else family.home
+        return cls(name and getattr(layer, name), family.norm, family.weight_offset, home)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The norm of ``x`` by the module itself; ``x`` where there is none."""

@@ -53,10 +53,7 @@ class Parts:
                     family, "say in its orthorank.Family what they are called, or None for a norm that there is not"
                 )
             )
-        home = "torch.nn.modules.normalization" if family.torch_norm else family.home
-        into, attended, post, fed = (
-            Norm(name and getattr(layer, name), family.norm, family.weight_offset, home) for name in norms
-        )
+        into, attended, post, fed = (Norm.of(family, layer, name) for name in norms)
         attention, mlp = not_compiled(getattr(layer, family.attention)), getattr(layer, family.mlp)
         parts = cls(family, layer, attention, mlp, into, attended, post, fed, parallel)
         parts.check()

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from orthorank.common.exports import exports
 
 if TYPE_CHECKING:
+    from orthorank.hf.correction import map_of
     from orthorank.packed.layer import PackedParts, RMSNorm, packed_forward
     from orthorank.packed.selection import PackedRows
     from orthorank.packed.sinks import SinkBank
@@ -18,6 +19,7 @@ __all__ = [
     "SinkBank",
     "Step",
     "make_step",
+    "map_of",
     "packed_forward",
     "pages_of_slots",
     "split_last",
@@ -26,6 +28,7 @@ __all__ = [
 __getattr__, __dir__ = exports(
     __name__,
     {
+        "orthorank.hf.correction": ("map_of",),
         "orthorank.packed.layer": ("PackedParts", "RMSNorm", "packed_forward"),
         "orthorank.packed.selection": ("PackedRows",),
         "orthorank.packed.sinks": ("SinkBank",),

@@ -26,12 +26,6 @@ def obstacles(plan: "OrthoRankConfig") -> Iterator[str]:
         yield "kv is 'selected', an ablation of the paper: a server's cache holds all tokens; set kv to 'all'"
     if plan.update_sink:
         yield "update_sink is True: the sink's state would depend on the request; set it to False"
-    if plan.correction is not None:
-        yield (
-            f"the plan is corrected (rank {plan.correction.rank}, layers {plan.correction.layers}), and a layer over a "
-            "paged cache has no maps: apply it to a Hugging Face model, or serve it uncorrected, with its correction "
-            "set to None"
-        )
     if plan.sinks != "first":
         yield "sinks is 'auto', which servers do not know; set it to 'first'"
     if plan.decode != "dense":

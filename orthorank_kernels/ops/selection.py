@@ -163,7 +163,7 @@ def select_request(
         The operator's arguments after ``scores``.
     """
     if cu_seqlens is not None:
-        rows, tokens = _sequences(cu_seqlens, tokens_like, starts=starts, lengths=lengths), tokens_like.shape[0]
+        rows, tokens = check_sequences(cu_seqlens, tokens_like, starts=starts, lengths=lengths), tokens_like.shape[0]
     else:
         rows, tokens = tokens_like.shape[:2]
         if position_offsets is not None:
@@ -191,7 +191,8 @@ def select_request(
     return *which, width, *indices.values(), cu_seqlens, position_offsets, keep_last
 
 
-def _sequences(cu_seqlens: Tensor, like: Tensor, **of_a_batch: Tensor | None) -> int:
+def check_sequences(cu_seqlens: Tensor, like: Tensor, **of_a_batch: Tensor | None) -> int:
+    """Check ``cu_seqlens`` against the token axis of ``like``; how many sequences it has."""
     for name, value in of_a_batch.items():
         if value is not None:
             raise ValueError(f"{name} was given with cu_seqlens, which says where each sequence begins and ends")

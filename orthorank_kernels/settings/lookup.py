@@ -42,6 +42,7 @@ FIELDS = {
     "gather_add_rms_norm": ("num_warps", "rows", "few_rows"),
     "apply_rotary_at": ("bytes", "num_warps"),
     "silu_and_mul": ("bytes", "num_warps"),
+    "add_low_rank": ("block_m", "block_n", "num_warps"),
 }
 # The smallest and the largest value of each, and whether it must be a power of two: Triton's blocks and warps are.
 LEGAL = {

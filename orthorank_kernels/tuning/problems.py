@@ -17,6 +17,7 @@ from torch import Tensor
 from orthorank_kernels.ops.activation import silu_and_mul
 from orthorank_kernels.ops.add_norm import gather_add_rms_norm
 from orthorank_kernels.ops.attention import sparse_query_attention
+from orthorank_kernels.ops.low_rank import add_low_rank
 from orthorank_kernels.ops.norm_score import rms_norm_score
 from orthorank_kernels.ops.norm_selection import rms_norm_select
 from orthorank_kernels.ops.rotary import apply_rotary_at
@@ -30,7 +31,7 @@ MOST_WARPS = {"amd": 16}
 KIND = re.compile(r"(\d+)-bit, head_dim (\d+)(?:, (\d+) rows)?")
 TOKENS, KV_HEADS, GROUP = 8192, 8, 4  # of attention
 ROWS, LENGTH = 8, 2048  # of the other ops
-HIDDEN = 4096  # of the norm with selection
+HIDDEN, RANK = 4096, 64  # of the norm with selection, and of maps
 SCORES = {"short": 2048, "long": 8192, "streamed": 32768, "packed": 2048}  # tokens of a row or sequence, by kind
 FUSED = {"short": 2048, "streamed": 16384, "packed": 2048, "threshold": 2048}
 EPS = 1e-5
@@ -197,6 +198,20 @@ def _run_silu(kind: str, random: Random) -> Run:
     return lambda: silu_and_mul(merged, backend="triton")
 
 
+def _search_low_rank(kind: str, default: Settings, family: str) -> Iterator[dict[str, int]]:
+    """Tiles of which a thread has 32 to 128 sums."""
+    for tile in _grid(block_m=[32, 64, 128], block_n=[64, 128, 256], num_warps=[4, 8]):
+        if 32 <= tile["block_m"] * tile["block_n"] // (32 * tile["num_warps"]) <= 128:
+            yield tile
+
+
+def _run_low_rank(kind: str, random: Random) -> Run:
+    dtype = torch.float32 if kind == "32-bit" else HALF
+    x, low = random.floats(ROWS, LENGTH, HIDDEN, dtype=dtype), random.floats(ROWS, LENGTH, RANK, dtype=dtype)
+    up, bias = random.floats(HIDDEN, RANK, dtype=dtype), random.floats(HIDDEN, dtype=dtype)
+    return lambda: add_low_rank(x, low, up, bias, backend="triton")
+
+
 def _run_rotary(kind: str, random: Random) -> Run:
     heads, selected = _number(kind) // (128 * HALF.itemsize), LENGTH // 3
     x, angles = random.floats(ROWS, selected, heads, 128).transpose(1, 2), random.floats(1, LENGTH, 64)
@@ -280,4 +295,5 @@ PROBLEMS = {
     "gather_add_rms_norm": Problem(_search_add_norm, _run_add_norm),
     "apply_rotary_at": Problem(_search_bytes, _run_rotary),
     "silu_and_mul": Problem(_search_bytes, _run_silu),
+    "add_low_rank": Problem(_search_low_rank, _run_low_rank),
 }

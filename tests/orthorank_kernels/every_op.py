@@ -15,6 +15,7 @@ import orthorank_kernels as ok
 
 NOT_OPS = {"__version__", "is_supported", "keep_count", "warmup"}
 PAGE = 16  # tokens of a page of the caches
+RANK = 16  # of a map
 IN_PLACE = {"scatter_rows_", "scatter_add_rows_"}
 
 
@@ -175,11 +176,26 @@ def _rows(new: Shapes, s: Sizes) -> dict[str, Call]:
         "scatter_add_rows_, packed": Call("scatter_add_rows_", (x_, positions_, rows_, residual_), {}),
         "silu_and_mul": Call("silu_and_mul", (rows, residual), {}),
         "silu_and_mul, merged, packed": Call("silu_and_mul", (rows_,), {"positions": positions_}),
+        **_low_rank(new, s, x),
         "apply_rotary_at": Call("apply_rotary_at", (q, cos, sin, positions), {}),
         "apply_rotary_at, interleaved": Call("apply_rotary_at", (q, cos, sin, positions), {"interleaved": True}),
         "apply_rotary_at, packed": Call(
             "apply_rotary_at", (q.transpose(1, 2).select(0, 0), cos.squeeze(0), sin.squeeze(0), positions_), {}
         ),
+    }
+
+
+def _low_rank(new: Shapes, s: Sizes, x: Tensor) -> dict[str, Call]:
+    low, up = new.floats(s.batch, s.tokens, RANK, dtype=s.dtype), new.floats(s.hidden, RANK, dtype=s.dtype)
+    bias, sinks = new.floats(s.hidden, dtype=s.dtype), new.ints(*[s.batch, *[-1] * (s.batch - 1)])
+    padding = {"starts": new.ints(*range(s.batch)), "lengths": new.ints(*[s.tokens - s.batch] * s.batch)}
+    packed = x.flatten(0, 1), low.flatten(0, 1), up, bias
+    ends = {"cu_seqlens": new.cumulative(s.batch, max(0, s.tokens - 1))}
+    return {
+        "add_low_rank": Call("add_low_rank", (x, low, up, bias), {}),
+        "add_low_rank, padding": Call("add_low_rank", (x, low, up), {**padding, "sink_positions": sinks}),
+        "add_low_rank, packed": Call("add_low_rank", packed, ends),
+        "add_low_rank, packed, sinks": Call("add_low_rank", packed[:3], {**ends, "sink_positions": sinks}),
     }
 
 

@@ -83,6 +83,41 @@ def apply_rotary_at(
     return out
 
 
+def add_low_rank(
+    hidden_states: Tensor,
+    low: Tensor,
+    up: Tensor,
+    bias: Tensor | None = None,
+    *,
+    starts: Tensor | None = None,
+    lengths: Tensor | None = None,
+    sink_positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    out = hidden_states.double().clone()
+    shift = 0 if bias is None else bias.double()
+
+    def change(token: Any) -> None:
+        out[token] = out[token] + up.double() @ low[token].double() + shift
+
+    if cu_seqlens is not None:
+        ends = cu_seqlens.tolist()
+        for (begin, end), sink in zip(pairwise(ends), listed(sink_positions, len(ends) - 1, 0), strict=True):
+            for token in range(begin, end):
+                if sink < 0 or token != begin + sink:
+                    change(token)
+        return out
+    batch, tokens = hidden_states.shape[:2]
+    of_rows = listed(starts, batch, 0), listed(lengths, batch, tokens), listed(sink_positions, batch, None)
+    for b, (start, length, sink) in enumerate(zip(*of_rows, strict=True)):
+        start = min(max(start, 0), tokens)
+        for t in range(start, min(tokens, start + length)):
+            if t != (start if sink is None else sink):
+                change((b, t))
+    return out
+
+
 def normed_of(
     h: Tensor, weight: Tensor | None, eps: float, norm: str, bias: Tensor | None, weight_offset: float
 ) -> Tensor:

@@ -40,7 +40,7 @@ def test_nothing_is_left_to_compile(target: str) -> None:
 @pytest.mark.skipif(not interpreting(), reason="the interpreter's launches are counted")
 @pytest.mark.parametrize("layout", ["batch", "packed", "paged"])
 def test_every_op_of_a_layout_is_launched(layout: str) -> None:
-    seconds = ok.warmup(**MODEL, intermediate=24, layout=layout, tokens=(5,), device=DEVICE)
+    seconds = ok.warmup(**MODEL, intermediate=24, rank=3, layout=layout, tokens=(5,), device=DEVICE)
     assert all(time > 0 for time in seconds.values())
     attention = {"batch": "", "packed": "_varlen", "paged": "_paged"}[layout]
     ops = {name for name in set(ok.__all__) - NOT_OPS if not name.startswith("sparse_query_attention")}
@@ -68,6 +68,7 @@ def test_on_a_cpu_there_is_nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -
         ({"ops": ("sparse_query_attention_paged",)}, "'sparse_query_attention_paged' is not among those of layout"),
         ({"options": {"gather": {}}}, "op 'gather' is not among those of layout 'batch'"),
         ({"hidden": 0}, "hidden is 0; it must be an int of at least 1"),
+        ({"rank": 0}, "rank is 0; it must be an int of at least 1, or None for no maps"),
         ({"tokens": (0,)}, "tokens is 0; it must be an int of at least 1"),
     ],
 )

@@ -11,11 +11,11 @@ import sys
 from typing import Any
 
 from orthorank_kernels import warmup
-from tests.orthorank_kernels.every_op import Shapes, calls
+from tests.orthorank_kernels.every_op import RANK, Shapes, calls
 from tests.orthorank_kernels.fake_gpu import fake_gpus, noted_keys
 from tests.orthorank_kernels.specialisation_worker import EXTREME, MODEL, ORDINARY
 
-PLAIN = ("gather_rows", "gather_add_rms_norm", "scatter_rows_", "scatter_add_rows_")
+PLAIN = ("gather_rows", "gather_add_rms_norm", "scatter_rows_", "scatter_add_rows_", "add_low_rank")
 # Calls without options, by layout, and what `warmup` is told of one call with other values of them.
 CALLS = {
     "batch": (
@@ -40,7 +40,7 @@ def main() -> None:
         for layout, names in CALLS.items():
             keys.clear()
             cache = calls(Shapes("cuda:0"), MODEL)["sparse_query_attention_paged"].args[1:3]
-            model: dict[str, Any] = {"dtype": MODEL.dtype, **sizes, "layout": layout, "cache": cache}
+            model: dict[str, Any] = {"dtype": MODEL.dtype, **sizes, "rank": RANK, "layout": layout, "cache": cache}
             warmup(**model)
             warmup(**model, ops=names[-1:], options={names[-1]: OPTIONS})
             warm = set(keys)

@@ -49,6 +49,7 @@ def row_cases() -> Iterator[Case]:
             yield Case("rows", "gather_rows", name, dtype, lambda d, h=hidden: gather(d, h), slow)
             yield Case("rows", "gather_add_rms_norm", name, dtype, lambda d, h=hidden: gather_add(d, h), slow)
             yield Case("rows", "scatter_rows_", name, dtype, lambda d, h=hidden: scatter(d, h), slow, writes="out")
+    yield from low_rank_cases()
     # As with many rows, of which a program takes several.
     few = {"gather_add_rms_norm": {"few_rows": 1, "rows": 3}}
     large = lambda d: gather_add(d, 4096)  # noqa: E731
@@ -60,6 +61,32 @@ def row_cases() -> Iterator[Case]:
         yield Case("rows", "gather_add_rms_norm", "no norm", dtype, unnormed, slow=dtype != HALF)
         pair = lambda d: {"gate": random(3, 1100, dtype=d), "up": random(3, 1100, dtype=d, seed=1)}  # noqa: E731
         yield Case("rows", "silu_and_mul", "width 1100", dtype, pair, slow=True)
+
+
+def low_rank_cases() -> Iterator[Case]:
+    """Tiles that tokens and columns leave, ranks of less than a block and of several, in a batch and packed.
+
+    Past the rank lie NaN, as columns of a merged product may.
+    """
+
+    def columns(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+        wide = random(*shape[:-1], shape[-1] + 12, dtype=dtype, seed=seed)
+        wide[..., shape[-1] :] = torch.nan
+        return wide[..., : shape[-1]]
+
+    sinks = {"sink_positions": ints(1, -1)}
+    batch = {**sinks, "starts": ints(1, 0), "lengths": ints(60, 70)}
+    packed = {"cu_seqlens": ints(0, 3, 70), **sinks}
+    for hidden, rank, more, bias in ((200, 20, batch, True), (136, 100, packed, True), (133, 16, {}, False)):
+        for dtype in (HALF, HALF16, FLOAT):
+
+            def mapped(d: torch.dtype, h: int = hidden, r: int = rank, m: dict = more, b: bool = bias):
+                shape = (71,) if "cu_seqlens" in m else (2, 71)
+                states = {"hidden_states": random(*shape, h, dtype=d), "low": columns(*shape, r, dtype=d, seed=1)}
+                return {**states, "up": columns(h, r, dtype=d, seed=2), "bias": weight(h, d) if b else None, **m}
+
+            slow = (rank, dtype) not in ((20, HALF), (100, HALF16), (16, FLOAT))
+            yield Case("rows", "add_low_rank", f"hidden {hidden}, rank {rank}", dtype, mapped, slow)
 
 
 def rotary_cases() -> Iterator[Case]:

@@ -33,6 +33,7 @@ MUTATED = {
     "gather_add_rms_norm, hidden 4096, several rows a program, bfloat16": (),
     "scatter_add_rows_, as in every_op: plain, bfloat16": (),
     "silu_and_mul, width 1100, bfloat16": (),
+    "add_low_rank, hidden 200, rank 20, bfloat16": (),
     "apply_rotary_at, 2 heads of 80, 32 turned, float32": (),
     "rms_norm_score, own sink, several rows a program, bfloat16": (),
     "rms_norm_select, own sink, several rows a program, bfloat16": (),

@@ -14,6 +14,7 @@ ALWAYS = {
     "gather_rows_kernel": {"x_ptr", "positions_ptr", "out_ptr"},
     "scatter_rows_kernel": {"out_ptr", "positions_ptr", "rows_ptr"},
     "gather_add_rms_norm_kernel": {"hidden_ptr", "positions_ptr", "addend_ptr", "residual_ptr"},
+    "add_low_rank_kernel": {"hidden_ptr", "low_ptr", "up_ptr", "out_ptr"},
     "silu_and_mul_kernel": {"gate_ptr", "up_ptr", "out_ptr"},
     "apply_rotary_at_kernel": {"x_ptr", "cos_ptr", "sin_ptr", "out_ptr"},
     "rms_norm_score_kernel": {"x_ptr", "scores_ptr"},

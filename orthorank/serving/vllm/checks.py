@@ -68,6 +68,11 @@ def plan_obstacles(serving: Serving) -> Iterator[str]:
     if not plan.selecting and not plan.layers:
         yield "the plan has no layers; serve the model without it"
     yield from plans.obstacles(plan)
+    if plan.correction is not None:
+        yield (
+            f"the plan is corrected (rank {plan.correction.rank}, layers {plan.correction.layers}), and served layers "
+            "run no maps: apply it to a Hugging Face model, or serve it uncorrected, with its correction set to None"
+        )
     if plan.selecting and plan.selecting[0] == 0:
         yield "layer 0 selects, and no sink has formed there; take it out of the plan"
     before = [layer for layer in plan.selecting if plan.sink_layer is not None and layer <= plan.sink_layer]

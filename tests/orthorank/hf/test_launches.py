@@ -17,11 +17,14 @@ from torch.nn.functional import linear
 
 from orthorank import OrthoRankConfig
 from orthorank.calls.call import Call
+from orthorank.correction import LayerMap
+from orthorank.hf.correction import corrected, normed_of
 from orthorank.hf.families import FAMILIES
 from orthorank.hf.layer import selected_forward
 from orthorank.hf.parts import Parts
 from orthorank.hf.selection import prepared
 from orthorank_kernels import (
+    add_low_rank,
     apply_rotary_at,
     gather_add_rms_norm,
     gather_rows,
@@ -36,7 +39,7 @@ from tests.orthorank_kernels.fake_gpu import fake_gpus
 pytest.importorskip("triton")
 
 BATCH, TOKENS, HIDDEN, HEADS, KV_HEADS, WIDTH = 32, 2048, 4096, 32, 8, 14336
-SELECTED = 682
+SELECTED, RANK = 682, 64
 PLAN = OrthoRankConfig(layers=[1], keep_ratio=1 / 3)
 
 
@@ -57,7 +60,13 @@ def llama_layer() -> Any:
             torch.set_default_dtype(torch.float32)
 
 
-def hugging_face_layer(change: Callable[[Any], Any] = lambda layer: None, padding: bool = False) -> Launches:
+def some_map() -> LayerMap:
+    return LayerMap(empty(RANK, HIDDEN), empty(HIDDEN, RANK), empty(HIDDEN))
+
+
+def hugging_face_layer(
+    change: Callable[[Any], Any] = lambda layer: None, padding: bool = False, with_map: bool = False
+) -> Launches:
     """What `selected_forward` launches on a decoder layer of transformers."""
     call = Call(BATCH, TOKENS, past=0, prompt_tokens=TOKENS)
     with fake_gpus() as gpus, torch.no_grad():
@@ -69,7 +78,8 @@ def hugging_face_layer(change: Callable[[Any], Any] = lambda layer: None, paddin
             call = replace(call, starts=row, lengths=row, key_starts=row)
         call = prepared(call, PLAN, x.device)
         with Launches(gpus) as traced:
-            result = selected_forward(Parts.of(FAMILIES["llama"], layer), 1, PLAN, call, x, (table, table))
+            parts, layer_map = Parts.of(FAMILIES["llama"], layer), some_map() if with_map else None
+            result = selected_forward(parts, 1, PLAN, call, x, (table, table), layer_map=layer_map)
         assert result.shape == x.shape
     return traced
 
@@ -98,6 +108,24 @@ def test_padding_costs_no_launch() -> None:
     assert Counter(hugging_face_layer(padding=True).names) == {"mm": 7, **OURS}
 
 
+@pytest.mark.parametrize("padding", [False, True])
+def test_a_map_costs_two_launches(padding: bool) -> None:
+    """Of which the second writes the copy of the hidden states, so that no other op does."""
+    bare, traced = (hugging_face_layer(padding=padding, with_map=with_map) for with_map in (False, True))
+    assert Counter(traced.names) == Counter(bare.names) + Counter({"mm": 1, "add_low_rank": 1})
+    # What the map reads: the hidden states once more, 0.54, and low-rank states of 64 numbers a token, 0.01.
+    more = (traced.bytes_outside_matmuls - bare.bytes_outside_matmuls) / 1e9
+    assert more == pytest.approx(0.55, abs=0.01)
+
+
+def test_a_removed_layer_with_a_map_launches_3_kernels() -> None:
+    with fake_gpus() as gpus, torch.no_grad():
+        layer, x, layer_map = llama_layer(), empty(BATCH, TOKENS, HIDDEN), some_map()
+        with Launches(gpus) as traced:
+            corrected(x, normed_of(FAMILIES["llama"], layer, x), Call(BATCH, TOKENS, 0, TOKENS), layer_map)
+    assert traced.names == ["rms_norm_score", "mm", "add_low_rank"]
+
+
 @pytest.mark.parametrize("watched", ["mlp", "act_fn"])
 def test_an_mlp_that_somebody_watches_is_called_as_it_is(watched: str) -> None:
     def watch(layer: Any) -> None:
@@ -112,13 +140,16 @@ def merged_layer(x: Tensor, w: dict[str, Tensor], sink: Tensor, workspace: Tenso
     """The layer as a serving stack would call it: merged projections, a stored sink, x updated in place."""
     heads = lambda y, n: y.view(BATCH, -1, n, HIDDEN // HEADS).transpose(1, 2)  # noqa: E731
     chosen = rms_norm_select(x, w["norm_in"], 1e-5, SELECTED, sink=sink, workspace=workspace)
-    keys, values = linear(chosen.normed, w["kv"]).split(KV_HEADS * HIDDEN // HEADS, dim=-1)
+    sizes = [KV_HEADS * HIDDEN // HEADS] * 2 + ([RANK] if "up" in w else [])
+    keys, values, *low = linear(chosen.normed, w["kv"]).split(sizes, dim=-1)
     keys = apply_rotary_at(heads(keys, KV_HEADS), table, table)
     at = chosen.positions
     queries = apply_rotary_at(heads(linear(gather_rows(chosen.normed, at), w["q"]), HEADS), table, table, at)
     attended = sparse_query_attention(queries, keys, heads(values, KV_HEADS), at)
     addend = linear(attended.transpose(1, 2).reshape(BATCH, SELECTED, HIDDEN), w["o"])
     residual, normed = gather_add_rms_norm(x, at, addend, w["norm_post"], 1e-5)
+    if low:  # `down` is further rows of the merged weight; the selected rows are read by now
+        add_low_rank(x, low[0], w["up"], w["bias"], out=x)
     scatter_add_rows_(x, at, linear(silu_and_mul(linear(normed, w["gate_up"])), w["down"]), residual)
 
 
@@ -154,9 +185,10 @@ def eager_layer(x: Tensor, w: dict[str, Tensor], table: Tensor) -> Tensor:
     return x.scatter(1, rows, residual + linear(torch.nn.functional.silu(gate) * up, w["down"]))
 
 
-def weights() -> dict[str, Tensor]:
-    kv = 2 * KV_HEADS * HIDDEN // HEADS
+def weights(with_map: bool = False) -> dict[str, Tensor]:
+    kv = 2 * KV_HEADS * HIDDEN // HEADS + (RANK if with_map else 0)
     return {
+        **({"up": empty(HIDDEN, RANK), "bias": empty(HIDDEN)} if with_map else {}),
         "norm_in": empty(HIDDEN),
         "norm_post": empty(HIDDEN),
         "q": empty(HIDDEN, HIDDEN),
@@ -182,6 +214,18 @@ def test_merged_projections_in_place_take_13_kernels_and_fewer_bytes() -> None:
     # The launches of topk, sort and masked attention are more than the one that is counted for each.
     assert len(eager.names) >= 50
     assert eager.bytes_outside_matmuls > 4 * fused.bytes_outside_matmuls
+
+
+def test_with_merged_projections_a_map_costs_one_launch() -> None:
+    names = []
+    for with_map in (False, True):
+        with fake_gpus() as gpus:
+            x, table, sink = empty(BATCH, TOKENS, HIDDEN), empty(1, TOKENS, HIDDEN // HEADS), empty(HIDDEN)
+            w, workspace = weights(with_map), empty(BATCH, dtype=torch.int32)
+            with Launches(gpus) as traced:
+                merged_layer(x, w, sink, workspace, table)
+        names.append(Counter(traced.names))
+    assert names[1] == names[0] + Counter({"add_low_rank": 1})
 
 
 def test_a_launcher_that_fills_memory_is_seen() -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from orthorank import OrthoRankConfig
-from orthorank.packed import views
+from orthorank.packed import map_of, views
 from orthorank.packed.layer import PackedParts, RMSNorm, packed_forward
 from orthorank.packed.selection import PackedRows
 from orthorank.packed.sinks import SinkBank
@@ -54,6 +55,7 @@ class LayerParts(PackedParts):
         self.rotary, self.batch, self.states = model.model.rotary_emb, batch, sinks
         self.keys, self.values = views.split_last(cache, self.attention.head_dim)
         self.chosen: PackedRows | None = None
+        self.down: Tensor | None = None  # rides in the product that gives the keys
 
     @property
     def norm_in(self) -> RMSNorm:
@@ -68,10 +70,15 @@ class LayerParts(PackedParts):
         assert self.states is not None
         return self.states[step.sink_slots]
 
-    def project(self, normed: Tensor) -> None:
+    def project(self, normed: Tensor) -> Tensor | None:
         x, at = normed[: self.batch.step.tokens], self.batch.slots()
         self.keys[at] = self._rotated(self._heads("k", x), self.batch.positions)
         self.values[at] = self._heads("v", x)
+        return (
+            None
+            if self.down is None
+            else linear(x, torch.cat([self.attention.k_proj.weight, self.down]))[:, -len(self.down) :]
+        )
 
     def attend(self, normed: Tensor, chosen: PackedRows) -> Tensor:
         self.chosen = chosen
@@ -120,7 +127,8 @@ class Engine:
 
     Args:
         model: of transformers; plan: which layers select; read_count: as in `packed_forward`; padding: rows of NaN
-            behind the last request; capacity: of the bank of sinks.
+            behind the last request; capacity: of the bank of sinks; merged: whether the down products of maps ride in
+            others.
     """
 
     def __init__(
@@ -131,9 +139,11 @@ class Engine:
         read_count: bool = True,
         padding: int = 0,
         capacity: int = 4,
+        merged: bool = False,
     ) -> None:
-        self.model, self.plan, self.read_count, self.padding = model, plan, read_count, padding
+        self.model, self.plan, self.read_count, self.padding, self.merged = model, plan, read_count, padding, merged
         config, weight = model.config, model.lm_head.weight
+        self.maps = [map_of(plan, i, weight.device, weight.dtype) for i in range(config.num_hidden_layers)]
         shape = (config.num_key_value_heads, BLOCK_SIZE, 2 * config.head_dim)
         self.caches = [torch.full((64, *shape), torch.nan, dtype=weight.dtype) for _ in model.model.layers]
         self.free = torch.randperm(64, generator=torch.Generator().manual_seed(5)).tolist()
@@ -148,7 +158,10 @@ class Engine:
         hidden, residual = self.model.model.embed_tokens(torch.tensor(ids, dtype=torch.int64)), None
         for index in range(len(self.caches)):
             ratio = self.plan.ratio(index)
-            if residual is not None and 0 < ratio < 1:
+            if ratio == 0 and self.maps[index] is not None:
+                residual = torch.zeros_like(hidden) if residual is None else residual
+                hidden, residual = self._selecting(index, batch, hidden, residual)
+            elif residual is not None and 0 < ratio < 1:
                 hidden, residual = self._selecting(index, batch, hidden, residual)
             elif ratio > 0:
                 hidden, residual = self._dense(index, batch, hidden, residual)
@@ -181,14 +194,17 @@ class Engine:
         )
 
     def _selecting(self, index: int, batch: Batch, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        states = self.bank.states[:, self.plan.selecting.index(index)]
+        selecting, layer_map = self.plan.selecting, self.maps[index]
+        states = self.bank.states[:, selecting.index(index)] if index in selecting else None
         parts = LayerParts(self.model, index, self.caches[index], batch, states)
+        parts.down = layer_map.down if layer_map is not None and self.merged else None
         hidden, residual = (
             torch.cat([x, x.new_full((self.padding, x.shape[1]), torch.nan)]) for x in (hidden, residual)
         )
         before = hidden.clone(), residual.clone()
         outs = torch.full_like(hidden, torch.nan), torch.full_like(residual, torch.nan)
-        packed_forward(parts, self.plan, index, batch.step, hidden, residual, *outs, read_count=self.read_count)
+        how = {"layer_map": layer_map, "read_count": self.read_count}
+        packed_forward(parts, self.plan, index, batch.step, hidden, residual, *outs, **how)
         self.ran.append(Ran(index, batch.step, hidden, residual, before, *outs, parts.chosen))
         return outs[0][: batch.step.tokens], outs[1][: batch.step.tokens]
 
@@ -218,4 +234,4 @@ class Engine:
         finally:
             for hook in hooks:
                 hook.remove()
-        return torch.stack(states)
+        return torch.stack(states) if states else torch.zeros(0, self.model.config.hidden_size)

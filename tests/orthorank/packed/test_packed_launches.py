@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from orthorank import OrthoRankConfig
+from orthorank.correction import Correction, LayerMap
 from orthorank.packed.layer import PackedParts, RMSNorm, packed_forward
 from orthorank.packed.selection import PackedRows
 from orthorank.packed.steps import Step
@@ -16,7 +17,7 @@ from tests.orthorank_kernels.fake_gpu import fake_gpus
 
 pytest.importorskip("triton")
 
-TOKENS, REQUESTS, HIDDEN, SEGMENTS, SELECTED, RATIO = 8192, 4, 4096, 8, 2730, 1 / 3
+TOKENS, REQUESTS, HIDDEN, SEGMENTS, SELECTED, RANK, RATIO = 8192, 4, 4096, 8, 2730, 64, 1 / 3
 OWN = {"rms_norm_select": 1}
 APART = {"rms_norm_score": 1, "select_tokens": 1}
 REST = {"index_select": 1, "zero_": 1, "gather_add_rms_norm": 1, "scatter_rows_": 2}
@@ -62,7 +63,15 @@ class Agreeing(Parts):
         return scores
 
 
-def launched(parts: type[Parts], forced: int = 0, **plan: Any) -> Counter[str]:
+class Merged(Parts):
+    """Whose product for keys and values has the map's ``down`` as further rows."""
+
+    def project(self, normed: Tensor) -> Tensor:
+        return empty(TOKENS, 1024 + RANK).narrow(1, 1024, RANK)
+
+
+def launched(parts: type[Parts], forced: int = 0, corrected: bool = False, **plan: Any) -> Counter[str]:
+    correction = Correction({1: LayerMap(torch.ones(RANK, 8), torch.ones(8, RANK), torch.ones(8))})
     with fake_gpus() as gpus:
         step = Step(
             tokens=TOKENS,
@@ -79,8 +88,10 @@ def launched(parts: type[Parts], forced: int = 0, **plan: Any) -> Counter[str]:
             sink_slots=empty(SEGMENTS, dtype=torch.int64),
         )
         layer, given = parts(), [empty(TOKENS, HIDDEN) for _ in range(4)]
+        layer_map = LayerMap(empty(RANK, HIDDEN), empty(HIDDEN, RANK), empty(HIDDEN)) if corrected else None
+        followed = OrthoRankConfig(layers=[1], **plan, correction=correction if corrected else None)
         with Launches(gpus) as traced:
-            packed_forward(layer, OrthoRankConfig(layers=[1], **plan), 1, step, *given, read_count=False)
+            packed_forward(layer, followed, 1, step, *given, layer_map=layer_map, read_count=False)
     return Counter(traced.names)
 
 
@@ -99,3 +110,14 @@ def test_what_cannot_be_one_launch() -> None:
     assert launched(Agreeing) == APART | REST
     assert launched(Parts, forced=3, **BELOW) == APART | REST | {"index_fill_": 1}
     assert launched(Parts, criterion="inverse") == APART | REST | {"neg": 1}
+
+
+@pytest.mark.parametrize("plan", [{}, BELOW], ids=["topk", "threshold"])
+def test_a_map_costs_two_launches_and_one_where_projections_are_merged(plan: dict[str, Any]) -> None:
+    assert launched(Parts, corrected=True, **plan) == OWN | REST | {"mm": 1, "add_low_rank": 1}
+    assert launched(Merged, corrected=True, **plan) == OWN | REST | {"add_low_rank": 1}
+
+
+def test_a_removed_layer_with_a_map() -> None:
+    removed = launched(Parts, corrected=True, keep_ratios={1: 0.0})
+    assert removed == {"rms_norm_score": 1, "mm": 1, "add_low_rank": 1, "zero_": 1}

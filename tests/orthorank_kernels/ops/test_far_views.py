@@ -87,6 +87,14 @@ CALLS: dict[str, Callable[..., Any]] = {
         random(1, 5, 8, seed=1), ALL + 1, x[None], ONES, 1e-6, **o
     ),
     "silu_and_mul: rows": lambda x, **o: ok.silu_and_mul(x[None], random(1, 4, 8, seed=1), **o),
+    "add_low_rank: tokens": lambda x, **o: ok.add_low_rank(x[None], random(1, 4, 3, seed=1), random(8, 3), **o),
+    "add_low_rank: rows of the batch": lambda x, **o: ok.add_low_rank(
+        x[:, None], random(4, 1, 3, seed=1), random(8, 3), sink_positions=ints(-1, -1, 0, -1), **o
+    ),
+    "add_low_rank: low": lambda x, **o: ok.add_low_rank(
+        random(4, 8, seed=1), x, random(8, 8, seed=2), cu_seqlens=ints(0, 1, 4), **o
+    ),
+    "add_low_rank: up": lambda x, **o: ok.add_low_rank(random(1, 3, 4, seed=1), random(1, 3, 8, seed=2), x, **o),
     "apply_rotary_at: tokens": lambda x, **o: ok.apply_rotary_at(x[None, None], *[TABLE.expand(1, 4, 8)] * 2, **o),
     "apply_rotary_at: heads": lambda x, **o: ok.apply_rotary_at(x[None, :, None], TABLE, TABLE, **o),
     "apply_rotary_at: tables": lambda x, **o: ok.apply_rotary_at(

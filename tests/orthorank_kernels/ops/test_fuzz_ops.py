@@ -220,6 +220,8 @@ def assert_scored(result: Any, before: Call) -> None:
     dtype = before.args[0].dtype
     if result.normed is not None:
         assert_close(result.normed, normed, dtype)
+    if (normed.abs() > torch.finfo(dtype).max).any():
+        return  # nor are the scores of states that the dtype does not hold
     size = 1 + normed.nan_to_num(0, 0, 0).abs().max().item() ** 2 * normed.shape[-1] if normed.numel() else 1
     assert_close(result.scores / size, scores / size, dtype)
 
@@ -279,7 +281,7 @@ def try_many(seeds: Sequence[int]) -> None:
 
 
 # Keys and values that are not finite (a window, a late value, the reference, a softcap), and positions past int32.
-TELLING = (648, 729, 1985, 2402, 4159)
+TELLING = (4482, 3750, 4256, 2567, 12901)
 
 
 def test_thirty_calls_at_random() -> None:

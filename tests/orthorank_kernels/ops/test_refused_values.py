@@ -112,6 +112,11 @@ VARIANTS: dict[str, dict[str, tuple[Callable[[], Call], type[Exception], str]]] 
             ValueError,
             FALLS.format("cu_seqlens", 19, "the token axis", 18),
         ),
+        "add_low_rank": (
+            lambda: made()["add_low_rank, packed"].where(with_last(19), "cu_seqlens"),
+            ValueError,
+            FALLS.format("cu_seqlens", 19, "the token axis", 18),
+        ),
         "queries": (
             lambda: made()["sparse_query_attention_varlen"].where(with_last(9), 4),
             ValueError,

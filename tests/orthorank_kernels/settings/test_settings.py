@@ -55,7 +55,17 @@ def test_every_op_has_a_default_for_every_family() -> None:
 def test_a_launch_looks_up_what_the_files_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kind is one that some launch asks for, and no launch asks for another one."""
     pytest.importorskip("triton")
-    from orthorank_kernels.triton import activation, add_norm, configs, norm_selection, rotary, rows, scoring, selection
+    from orthorank_kernels.triton import (
+        activation,
+        add_norm,
+        configs,
+        low_rank,
+        norm_selection,
+        rotary,
+        rows,
+        scoring,
+        selection,
+    )
 
     asked: set[tuple[str, str]] = set()
 
@@ -69,6 +79,8 @@ def test_a_launch_looks_up_what_the_files_name(monkeypatch: pytest.MonkeyPatch) 
             rows.copy_settings("gather_rows", size, itemsize, "sm_90")
             rows.copy_settings("scatter_rows_", size, itemsize, "sm_90")
             activation.launch_settings(size, itemsize, "sm_90")
+        low_rank.launch_settings(size, 64, 2, "sm_90")
+        low_rank.launch_settings(size, 64, 4, "sm_90")
         add_norm.norm_settings(size, 1000, "sm_90")
         scoring.launch_settings(2, 100, size, 2 * size, 2 * size, "sm_90")
         for packed in (False, True):

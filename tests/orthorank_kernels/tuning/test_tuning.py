@@ -258,7 +258,7 @@ def test_the_command_refuses_without_a_gpu_in_one_sentence() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["tune", "--op", "gather"], "op is 'gather'; ops with launch settings are apply_rotary_at, combine_splits"),
+        (["tune", "--op", "gather"], "op is 'gather'; ops with launch settings are add_low_rank, apply_rotary_at"),
         (["tune", "--op", OP, "--kind", "8-bit"], "kind is '8-bit'; it may be one of 16-bit, head_dim 64"),
         (["tune", "--device", "gpu"], "device is 'gpu'; it may be cuda or cuda:N"),
         (["tune", "--device", "cpu"], "tuning measures on a GPU"),
