@@ -59,6 +59,7 @@ class Given(NamedTuple):
     text: Path
     tasks: Path
     questions: Path
+    prompts: Path
 
 
 def usual(command: str, given: Given) -> list[str]:
@@ -72,6 +73,7 @@ def usual(command: str, given: Given) -> list[str]:
         "search": [*text, *windows, "--no-sink-floor", "--layers", "1"],
         "calibrate": [*text, *plan, *windows],
         "correct": [*text, "--windows", "2", "--seq-len", "24", "--rank", "2"],
+        "compare": [*plan, "--prompts", str(given.prompts), "--max-new-tokens", "2"],
         "eval ppl": [*text, *plan, "--window", "24", "--windows", "1"],
         "eval tasks": ["--tasks", "rivers", "--include-path", str(given.tasks), "--limit", "1"],
         "eval longbench": ["--data", str(given.questions), "--limit", "1", "--max-tokens", "96"],
@@ -233,7 +235,10 @@ def lines(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Lines:
     (tasks / "rows.jsonl").write_text(json.dumps({"q": "the river", "choices": ["is wide", "runs"], "a": 0}))
     (tasks / "rivers.yaml").write_text(TASK.format(rows=tasks / "rows.jsonl"), encoding="utf-8")
     (folder / "questions.jsonl").write_text(json.dumps({"task": "lcc", "idx": 0, "prompt": "x = 1", "gold": ["y"]}))
-    given = Given(folder / "model", Path(plan), folder / "text.txt", tasks, folder / "questions.jsonl")
+    (folder / "prompts.txt").write_text("the river\nthe old bridge\n")
+    given = Given(
+        folder / "model", Path(plan), folder / "text.txt", tasks, folder / "questions.jsonl", folder / "prompts.txt"
+    )
     return Lines(given, commands(), Counter())
 
 
@@ -296,5 +301,5 @@ def test_five_hundred_lines_at_random(
 
 
 def test_every_command_is_among_them() -> None:
-    assert len(commands()) == 14
+    assert len(commands()) == 15
     assert {"eval tasks", "eval longbench", "reproduce", "env", "lm-eval", "search"} <= set(commands())
