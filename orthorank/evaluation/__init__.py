@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from orthorank.evaluation.bench import run_bench
     from orthorank.evaluation.bench_vllm import run_vllm_bench
     from orthorank.evaluation.compare import compare_plans, read_prompts
-    from orthorank.evaluation.task_scores import evaluate_tasks
+    from orthorank.evaluation.task_scores import evaluate_tasks, task_differences
 
 __all__ = [
     "PerplexityResult",
@@ -26,6 +26,7 @@ __all__ = [
     "read_prompts",
     "run_bench",
     "run_vllm_bench",
+    "task_differences",
     "time_prefill",
 ]
 
@@ -35,6 +36,6 @@ __getattr__, __dir__ = exports(
         "orthorank.evaluation.bench": ("run_bench",),
         "orthorank.evaluation.bench_vllm": ("run_vllm_bench",),
         "orthorank.evaluation.compare": ("compare_plans", "read_prompts"),
-        "orthorank.evaluation.task_scores": ("evaluate_tasks",),
+        "orthorank.evaluation.task_scores": ("evaluate_tasks", "task_differences"),
     },
 )
