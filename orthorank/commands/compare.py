@@ -9,9 +9,9 @@ import typer
 
 from orthorank.commands.eval_ppl import check_window, measure, read_plans, settings_of
 from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, console, number, register, table_of
-from orthorank.common.errors import OrthoRankError, check_integers
+from orthorank.common.errors import OrthoRankError, check_integers, check_max_loss
 from orthorank.common.files import finite, writable_folder, write_json, write_text
-from orthorank.common.paired import check_max_loss, is_within, rise_of
+from orthorank.common.paired import is_within, rise_of
 from orthorank.common.texts import Bos, check_bos
 
 if TYPE_CHECKING:

@@ -5,8 +5,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orthorank.common.errors import OrthoRankError, is_number, shown
-
 SIGMAS = 2.0  # a difference counts from twice its standard error on
 
 
@@ -48,15 +46,3 @@ def is_within(rise: Mapping[str, Any], max_loss: float) -> bool:
     (True, False)
     """
     return bool(rise["most"] <= max_loss)
-
-
-def check_max_loss(value: object) -> None:
-    """``value`` is None or a number of nats a token, 0 or more.
-
-    >>> check_max_loss(-1.0)
-    Traceback (most recent call last):
-        ...
-    orthorank.common.errors.OrthoRankError: max_loss is -1.0; it must be 0 or more, in nats a token, such as 0.05
-    """
-    if value is not None and not (is_number(value) and 0 <= value < math.inf):
-        raise OrthoRankError(f"max_loss is {shown(value)}; it must be 0 or more, in nats a token, such as 0.05")

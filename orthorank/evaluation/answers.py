@@ -62,11 +62,12 @@ def greedy(
     return generated[0, ids.shape[1] :]
 
 
-def kept_rows(path: Path, **fields: type) -> dict[str, dict[str, Any]]:
+def kept_rows(path: Path, what: str = "answers", **fields: type) -> dict[str, dict[str, Any]]:
     """Rows that an earlier run kept, by their key. A last line without its end, of a killed process, is cut off.
 
     Args:
-        path: a file of `keep`; there need be none. fields: what each row has beside its key, and of which type.
+        path: a file of `keep`; there need be none. what: it is a file of, in the error's words.
+        fields: what each row has beside its key, and of which type.
 
     Raises:
         OrthoRankError: it cannot be read, or holds something else.
@@ -86,7 +87,7 @@ def kept_rows(path: Path, **fields: type) -> dict[str, dict[str, Any]]:
     except OSError as error:
         raise OrthoRankError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise OrthoRankError(f"{path} is no file of answers; delete it, or name another output folder") from error
+        raise OrthoRankError(f"{path} is no file of {what}; delete it, or name another output folder") from error
 
 
 def keep(path: Path, row: dict[str, Any]) -> None:
