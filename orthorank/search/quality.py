@@ -18,7 +18,8 @@ from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.paired import is_within, rise_of
 from orthorank.common.progress import SilentScreen
-from orthorank.config import OrthoRankConfig
+from orthorank.config import FILE_NAME, OrthoRankConfig
+from orthorank.correction import FILE_NAME as MAPS
 from orthorank.evaluation.answers import keep, kept_rows
 from orthorank.evaluation.perplexity import perplexity
 from orthorank.hf.apply import apply
@@ -60,6 +61,8 @@ def within(job: Job, outcome: Outcome, most: float, with_maps: WithMaps) -> Outc
     if found is None:
         if job.first:
             job.folder.write(job.identity, {"max_loss": most, "plan": None, "prefixes": rows})
+            for name in (FILE_NAME, MAPS):  # of an interrupted part or a larger loss, whose rows are kept
+                (job.folder.path / name).unlink(missing_ok=True)
         raise NothingWithin(_sentence(rows, most), rows)
     count = len(found["layers"])
     rise = {name: found[name] for name in ("mean", "standard_error", "n")}

@@ -137,6 +137,10 @@ def test_nothing_is_measured_twice(
     results = run_search(dataclasses.replace(part, max_loss=enough))
     assert measured == [4] * 10, "another loss needs no other measurement"
     assert results["prefixes"] == nothing.value.prefixes
+    assert (tmp_path / "part" / "orthorank.json").exists()
+    with pytest.raises(NothingWithin):
+        run_search(part)
+    assert not [file.name for file in (tmp_path / "part").iterdir() if not file.name.startswith("search")], "no plan"
     assert len(results["plan"]["layers"]) == next(
         len(row["layers"]) for row in results["prefixes"] if row["most"] <= enough
     )
