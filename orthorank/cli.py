@@ -1,7 +1,8 @@
 """The command ``orthorank``: what it is called with, and how it ends.
 
-It ends with 0, with 1 where a command answers "no" (`orthorank doctor`), or with 2 and one sentence on stderr. Commands
-import torch and transformers when they run, so that ``--help`` does not wait for them and Ctrl-C is always understood.
+It ends with 0, with 1 where a command answers "no" (`orthorank doctor`, `--max-loss`), or with 2 and one sentence on
+stderr. Commands import torch and transformers when they run, so that ``--help`` does not wait for them and Ctrl-C is
+always understood.
 """
 
 import functools
@@ -77,6 +78,7 @@ COMMANDS = {
     "search": "search",
     "calibrate": "calibrate",
     "correct": "correct",
+    "compare": "compare",
     "vllm-args": "vllm_args",
     "lm-eval": "lm_eval",
 }

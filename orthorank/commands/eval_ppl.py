@@ -41,16 +41,14 @@ def command(
     exp(mean over windows of the mean cross entropy).
     """
 
-    from orthorank.common.datasets import evaluation_text, most_windows
-    from orthorank.evaluation.perplexity import auto_batch_size
+    from orthorank.common.datasets import evaluation_text
     from orthorank.hf.apply import apply, check_plan
     from orthorank.models import load_model, locate
 
-    if window < 2:
-        raise OrthoRankError(f"window is {window}; it must be at least 2, since the first token is not predicted")
+    check_window(window)
     check_bos(bos)
     register(criterion)
-    plans = _read(plan)
+    plans = read_plans(plan)
     check_output(output)
     chosen = evaluation_text(text, dataset)
     screen = RichScreen(console(stderr=json))
@@ -59,21 +57,13 @@ def command(
     for each in plans.values():
         check_plan(loaded, each)
     where = Bos.of(bos, tokenizer)
-    ids = read_tokens(chosen, tokenizer, loaded, where)
-    if windows is None and (most := most_windows(dataset)) is not None:
-        windows = max(1, min(most * 2048, len(ids)) // window)
-    settings: dict[str, Any] = {
-        "window": window,
-        "windows": windows,
-        "batch_size": auto_batch_size(loaded, window) if batch_size is None else batch_size,
-        "bos": bos,
-    }
+    settings = settings_of(loaded, tokenizer, chosen, dataset, window, windows, batch_size, where)
     rows: list[dict[str, Any]] = []
     results = {"model": info.to_dict(), "text": chosen.name, "window": window, "rows": rows}
     for name, each in ({"dense": None} | plans).items():
         try:
             with nullcontext() if each is None else apply(loaded, each):
-                found = _measure(screen, name, loaded, tokenizer, chosen, settings)
+                found = measure(screen, name, loaded, tokenizer, chosen, settings)
         except KeyboardInterrupt:
             if output is None or not rows:
                 raise
@@ -88,7 +78,35 @@ def command(
     return 0
 
 
-def _measure(screen: Any, name: str, model: Any, tokenizer: Any, text: Any, settings: dict[str, Any]) -> dict[str, Any]:
+def check_window(window: int) -> None:
+    """``window`` holds a token that is predicted."""
+    if window < 2:
+        raise OrthoRankError(f"window is {window}; it must be at least 2, since the first token is not predicted")
+
+
+def settings_of(
+    model: Any,
+    tokenizer: Any,
+    text: Any,
+    dataset: str | None,
+    window: int,
+    windows: int | None,
+    batch_size: int | None,
+    where: Bos,
+) -> dict[str, Any]:
+    """What `orthorank.evaluation.perplexity` is called with, beside model, tokenizer and ``text``."""
+    from orthorank.common.datasets import most_windows
+    from orthorank.evaluation.perplexity import auto_batch_size
+
+    ids = read_tokens(text, tokenizer, model, where)
+    if windows is None and (most := most_windows(dataset)) is not None:
+        windows = max(1, min(most * 2048, len(ids)) // window)
+    size = auto_batch_size(model, window) if batch_size is None else batch_size
+    return {"window": window, "windows": windows, "batch_size": size, "bos": where.asked}
+
+
+def measure(screen: Any, name: str, model: Any, tokenizer: Any, text: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Perplexity of ``model``, with whatever plan is applied to it, with a bar that says whose it is."""
     from orthorank.evaluation.perplexity import perplexity
 
     with screen.progress(f"perplexity of {name}", settings["windows"] or 2) as advance:
@@ -102,7 +120,8 @@ def _measure(screen: Any, name: str, model: Any, tokenizer: Any, text: Any, sett
     return result.to_dict() | {"standard_error": result.standard_error}
 
 
-def _read(paths: list[str] | None) -> dict[str, Any]:
+def read_plans(paths: list[str] | None) -> dict[str, Any]:
+    """The plans at ``paths``, by a name for each."""
     from orthorank.config import OrthoRankConfig
     from orthorank.evaluation.bench import variant_names
 

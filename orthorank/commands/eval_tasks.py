@@ -8,20 +8,23 @@ import typer
 
 from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, console, register, table_of
 from orthorank.common.errors import OrthoRankError, check_integers
-from orthorank.common.files import write_json
+from orthorank.common.files import finite, write_json
 from orthorank.common.texts import check_bos
 
 TASKS = "Tasks of the harness, such as piqa,winogrande. Default: the paper's five."
 PAPER = "piqa,winogrande,hellaswag,arc_easy,arc_challenge"
+PLAN = (
+    "Plan: a file, a folder, or org/name@revision on the Hub; of several, differences are paired. Default: the dense "
+    "model."
+)
+DENSE = "Measure the dense model as well: plans are compared with it, else with the first. Default: with several plans."
 CONTEXT = "Select among the tokens of the context alone; the answer's tokens are dense."
 
 
 def command(
     model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
-    plan: Annotated[
-        str | None,
-        typer.Option(help="Plan: a file, a folder, or org/name@revision on the Hub. Default: the dense model."),
-    ] = None,
+    plan: Annotated[list[str] | None, typer.Option(help=PLAN)] = None,
+    dense: Annotated[bool | None, typer.Option("--dense/--no-dense", help=DENSE, show_default=False)] = None,
     criterion: Annotated[list[str] | None, typer.Option(help=OWN_CRITERION)] = None,
     tasks: Annotated[str, typer.Option(help=TASKS, show_default=False)] = PAPER,
     include_path: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
@@ -36,11 +39,13 @@ def command(
 ) -> int:
     """Accuracy of a model with a plan on tasks of lm-evaluation-harness, without examples, and the paper's mean.
 
-    The mean is over acc_norm where a task has it, else acc. Data come from the hub, or from --include-path's files.
+    Of several plans the differences from the dense model are printed as well, paired row by row. The mean is over
+    acc_norm where a task has it, else acc. Data come from the hub, or from --include-path's files.
     """
 
-    from orthorank.commands.eval_ppl import check_output
-    from orthorank.evaluation.task_scores import evaluate_tasks
+    from orthorank.commands.eval_ppl import check_output, read_plans
+    from orthorank.evaluation.task_scores import evaluate_tasks, task_differences
+    from orthorank.hf.apply import check_plan
     from orthorank.models import load_model, locate
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -50,27 +55,78 @@ def command(
     check_bos(bos)
     register(criterion)
     check_output(output)
+    plans = read_plans(plan)
+    dense = len(plans) > 1 if dense is None else dense
     screen = RichScreen(console(stderr=json))
     with screen.progress(f"loading {locate(model).name}", 1):
         loaded, tokenizer, info = load_model(model, device, dtype)
-    results = {"model": info.to_dict()} | evaluate_tasks(
-        loaded,
-        tokenizer,
-        names,
-        plan=plan,
-        include_path=include_path,
-        limit=limit,
-        batch_size=batch_size,
-        context_only=context_only,
-        bos=bos,
-    )
-    if output is not None:
-        write_json(output, results)
+    for each in plans.values():
+        check_plan(loaded, each)
+    variants: dict[str, Any] = ({"dense": None} if dense or not plans else {}) | plans
+    several = len(variants) > 1
+    rows: list[dict[str, Any]] = []
+    results: dict[str, Any] = {"model": info.to_dict()}
+    for name, each in variants.items():
+        try:
+            found = evaluate_tasks(
+                loaded,
+                tokenizer,
+                names,
+                plan=each,
+                include_path=include_path,
+                limit=limit,
+                batch_size=batch_size,
+                context_only=context_only,
+                bos=bos,
+                samples=several,
+            )
+        except KeyboardInterrupt:
+            if output is None or not rows:
+                raise
+            finished = ", ".join(row["name"] for row in rows)
+            raise OrthoRankError(f"interrupted; {finished} finished: {output}") from None
+        if several:
+            rows.append({"name": name} | found)
+            results |= {"rows": rows, "against": rows[0]["name"]}
+            results["differences"] = {row["name"]: task_differences(rows[0], row) for row in rows[1:]}
+        else:
+            results |= found
+        if output is not None:  # what is measured is kept, should the next plan fail or be interrupted
+            write_json(output, results)
     if json:
-        print(json_module.dumps(results, indent=2))
+        print(json_module.dumps(finite(results), indent=2))
         return 0
-    _show(screen, results, output)
+    (_show_several if several else _show)(screen, results, output)
     return 0
+
+
+def _show_several(screen: Any, results: dict[str, Any], output: Path | None) -> None:
+    """Accuracies of all, and beneath each what it is more than the first, paired row by row."""
+    rows, first = results["rows"], results["rows"][0]
+    screen.heading(f"{results['model']['name']}: {', '.join(row['name'] for row in rows)}")
+    drawn = table_of("task", "rows", "metric", *(row["name"] for row in rows))
+    for number, task in enumerate(first["tasks"]):
+        values = [f"{100 * row['tasks'][number]['value']:.2f}" for row in rows]
+        drawn.add_row(task["task"], str(task["rows"]), task["metric"], *values)
+        drawn.add_row("", "", "", "", *(_difference(results, row, number) for row in rows[1:]), style="dim")
+    drawn.add_row("mean", "", "", *(f"{100 * row['mean']:.2f}" for row in rows), style="bold")
+    drawn.add_row("", "", "", "", *(_difference(results, row) for row in rows[1:]), style="dim")
+    screen.table(drawn)
+    screen.say(f"Beneath: the difference from {first['name']}, paired row by row, with its standard error.")
+    screen.say(f"Requests begin with {'BOS' if first['bos'] else 'no BOS'}.")
+    for row in rows:
+        _say_last_token(screen, row, f"{row['name']}: the")
+    if output is not None:
+        screen.say(f"Results: {output}")
+
+
+def _difference(results: dict[str, Any], row: dict[str, Any], task: int | None = None) -> str:
+    found = results["differences"][row["name"]]
+    found = found if task is None else found["tasks"][task]
+    if found["mean"] is None:
+        return "-"
+    error = found["standard_error"]
+    return f"{100 * found['mean']:+.2f}" + (f" ± {100 * error:.2f}" if error == error else "")
 
 
 def _show(screen: Any, results: dict[str, Any], output: Path | None) -> None:
@@ -90,10 +146,14 @@ def _show(screen: Any, results: dict[str, Any], output: Path | None) -> None:
     drawn.add_row("mean", "", "", f"{100 * results['mean']:.2f}", "", style="bold")
     screen.table(drawn)
     screen.say(f"Requests begin with {'BOS' if results['bos'] else 'no BOS'}.")
-    if plan is not None and results["last_token_selected"] is not None:
-        screen.say(
-            f"The last token of a request was among those that a layer updated in "
-            f"{100 * results['last_token_selected']:.1f} % of the cases."
-        )
+    _say_last_token(screen, results, "The")
     if output is not None:
         screen.say(f"Results: {output}")
+
+
+def _say_last_token(screen: Any, results: dict[str, Any], begin: str) -> None:
+    if results["last_token_selected"] is not None:
+        share = 100 * results["last_token_selected"]
+        screen.say(
+            f"{begin} last token of a request was among those that a layer updated in {share:.1f} % of the cases."
+        )

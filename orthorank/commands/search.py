@@ -33,6 +33,11 @@ SINK_LAYER = "Choose layers after this one, instead of the one in which the sink
 CRITERION = "By which a chosen layer selects tokens: a name, or module:function for one of your own."
 CORRECT = "Rank of maps (see orthorank correct): every plan is evaluated with its own. greedy only."
 FIT_WINDOWS = "Windows that maps are fitted to, beside those of --windows. Default: twice as many."
+MAX_LOSS = (
+    "Take the plan with the fewest FLOPs on greedy's path whose held-out loss rises by no more than this, two standard "
+    "errors included, in nats a token; exit code 1 if there is none. Without --sparsity and --layers the path is as "
+    "long as it takes."
+)
 FAST = "Successive halving over the windows: several times quicker, not exact."
 RESUME = "Go on with the search whose state is in the output folder; begin one if there is none."
 DEVICE_MAP = "auto: spread a model that one device cannot hold, by accelerate."
@@ -60,6 +65,7 @@ def command(
     fast: Annotated[bool, typer.Option("--fast", help=FAST)] = False,
     correct: Annotated[int | None, typer.Option(help=CORRECT)] = None,
     fit_windows: Annotated[int | None, typer.Option(help=FIT_WINDOWS)] = None,
+    max_loss: Annotated[str | None, typer.Option(help=MAX_LOSS)] = None,
     output: Annotated[Path, typer.Option(help="Folder for the plan (orthorank.json) and the state.")] = OUTPUT,
     resume: Annotated[bool, typer.Option("--resume", help=RESUME)] = False,
     bos: Annotated[str, typer.Option(help=BOS)] = "auto",
@@ -105,6 +111,7 @@ def command(
         fast=fast,
         correct=correct,
         fit_windows=fit_windows,
+        max_loss=number("--max-loss", max_loss),
         resume=resume,
         device=device,
         device_map=device_map,
@@ -126,18 +133,34 @@ def run(
     output: Path, search: Callable[["RichScreen"], dict[str, Any]], draw: Callable[[dict[str, Any]], "Table"]
 ) -> int:
     """Search, and print what came out; of several processes the first one prints, errors included."""
+    from orthorank.search.job import NothingWithin
     from orthorank.stack.resources import launched_rank
 
     screen = RichScreen(console(quiet=launched_rank() > 0))
     try:
         results = search(screen)
+    except NothingWithin as none:
+        screen.table(prefix_table(none.prefixes))
+        screen.say(f"{words.capital(str(none))}.")
+        return 1
     except OrthoRankError:
         if launched_rank() > 0:
             return 2  # rank 0 says the same
         raise
+    if results.get("prefixes"):
+        screen.table(prefix_table(results["prefixes"]))
     screen.table(draw(results))
     screen.say(f"Plan: {results['plan_file']}; use it with orthorank demo --plan {output}")
     return 0
+
+
+def prefix_table(prefixes: list[dict[str, Any]]) -> "Table":
+    """The plans of a path that were measured on held-out windows."""
+    drawn = table_of("layers changed", "FLOPs of dense", "rise of the loss", "plus two errors")
+    for row in prefixes:
+        spread = f"{row['mean']:+.4f} ± {row['standard_error']:.4f}"
+        drawn.add_row(words.layers(row["layers"]), f"{row['flops']:.3f}", spread, f"{row['most']:.4f}")
+    return drawn
 
 
 def table(results: Results, **more: Callable[[dict[str, Any]], str]) -> "Table":

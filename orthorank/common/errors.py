@@ -67,6 +67,18 @@ def check_share(name: str, value: object, what: str, *, zero: bool = False) -> N
         raise OrthoRankError(f"{name} is {given}; it must be {'from 0 to' if zero else 'above 0 and'} below 1, {what}")
 
 
+def check_max_loss(value: object) -> None:
+    """``value`` is None or a number of nats a token, 0 or more.
+
+    >>> check_max_loss(-1.0)
+    Traceback (most recent call last):
+        ...
+    orthorank.common.errors.OrthoRankError: max_loss is -1.0; it must be 0 or more, in nats a token, such as 0.05
+    """
+    if value is not None and not (is_number(value) and 0 <= value < float("inf")):
+        raise OrthoRankError(f"max_loss is {shown(value)}; it must be 0 or more, in nats a token, such as 0.05")
+
+
 def is_number(value: object) -> TypeGuard[float]:
     """Whether ``value`` is a real number, of NumPy too, and no bool."""
     return isinstance(value, Real) and not isinstance(value, bool)

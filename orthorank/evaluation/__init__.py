@@ -10,21 +10,25 @@ from orthorank.stack.flops import flop_speedup, layer_cost, prefill_flops
 if TYPE_CHECKING:
     from orthorank.evaluation.bench import run_bench
     from orthorank.evaluation.bench_vllm import run_vllm_bench
+    from orthorank.evaluation.compare import compare_plans, read_prompts
     from orthorank.evaluation.estimates import estimate
-    from orthorank.evaluation.task_scores import evaluate_tasks
+    from orthorank.evaluation.task_scores import evaluate_tasks, task_differences
 
 __all__ = [
     "PerplexityResult",
     "SpeedReport",
     "Timing",
+    "compare_plans",
     "estimate",
     "evaluate_tasks",
     "flop_speedup",
     "layer_cost",
     "perplexity",
     "prefill_flops",
+    "read_prompts",
     "run_bench",
     "run_vllm_bench",
+    "task_differences",
     "time_prefill",
 ]
 
@@ -33,7 +37,8 @@ __getattr__, __dir__ = exports(
     {
         "orthorank.evaluation.bench": ("run_bench",),
         "orthorank.evaluation.bench_vllm": ("run_vllm_bench",),
+        "orthorank.evaluation.compare": ("compare_plans", "read_prompts"),
         "orthorank.evaluation.estimates": ("estimate",),
-        "orthorank.evaluation.task_scores": ("evaluate_tasks",),
+        "orthorank.evaluation.task_scores": ("evaluate_tasks", "task_differences"),
     },
 )

@@ -17,7 +17,7 @@ import torch
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import from_json, user_path
-from orthorank.common.texts import Bos
+from orthorank.evaluation.answers import greedy, with_bos
 from orthorank.hf.families import device_of
 from orthorank_kernels.remedies import install
 
@@ -182,7 +182,6 @@ def prompt_ids(question: Question, tokenizer: "PreTrainedTokenizerBase", longest
         bos: ``"auto"``: BOS where tokenizer and template put it; ``"first"`` and ``"every"``: before every prompt;
             ``"none"``: before none.
     """
-    where = Bos.of(bos, tokenizer)
     text = question.prompt
     ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
     if len(ids) > longest:
@@ -194,18 +193,9 @@ def prompt_ids(question: Question, tokenizer: "PreTrainedTokenizerBase", longest
         ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
     else:
         ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
-    ids = list(ids)
-    begins = where.token is not None and ids[:1] == [where.token]
-    if bos == "none":
-        ids = ids[1:] if begins else ids
-    elif bos != "auto" and not begins:
-        if where.token is None:
-            raise OrthoRankError(f"bos is {bos!r} and the tokenizer has no BOS token; it may be auto or none")
-        ids = [where.token, *ids]
-    return middle_cut(ids, longest)
+    return middle_cut(with_bos(list(ids), tokenizer, bos), longest)
 
 
-@torch.inference_mode()
 def answer(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -230,19 +220,8 @@ def answer(
     settings: dict[str, Any] = {}
     if question.task == "samsum":  # a summary is one line: it ends at the first one, and is not empty
         settings = {"min_new_tokens": 1, "eos_token_id": [tokenizer.eos_token_id, tokenizer.encode("\n")[-1]]}
-    generated = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=task.max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        **settings,
-    )
-    return tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True)
+    generated = greedy(model, tokenizer, ids, task.max_new_tokens, **settings)
+    return tokenizer.decode(generated, skip_special_tokens=True)
 
 
 def metrics() -> Any:

@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthorank.common.errors import OrthoRankError
-from orthorank.common.files import from_json
+from orthorank.evaluation.answers import keep, kept_rows
 from orthorank.evaluation.longbench import Question, answer, score, summary
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def run_longbench(
         else:
             text = answer(model, tokenizer, question, max_tokens, bos)
             if answers is not None:
-                _append(answers, {"key": key, "task": question.task, "index": question.index, "answer": text})
+                keep(answers, {"key": key, "task": question.task, "index": question.index, "answer": text})
         value = score(question, text)
         scores.setdefault(question.task, []).append(value)
         if on_answer is not None:
@@ -70,29 +69,5 @@ def _key(question: Question, max_tokens: int | None, identity: str) -> str:
 
 
 def _known(path: Path) -> dict[str, str]:
-    """Answers of an earlier run. A last line without its end, of a process that was killed, is cut off."""
-    if not path.exists():
-        return {}
-    try:
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            os.truncate(path, len(whole))
-        rows = [from_json(line) for line in whole.decode("utf-8").splitlines()]
-        known = {row["key"]: row["answer"] for row in rows}
-        if not all(isinstance(text, str) for text in known.values()):
-            raise ValueError("an answer is no text")
-        return known
-    except OSError as error:
-        raise OrthoRankError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise OrthoRankError(f"{path} is no file of answers; delete it, or name another output folder") from error
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-    except OSError as error:
-        raise OrthoRankError(f"{path} cannot be written: {error.strerror}") from error
+    """Answers of an earlier run."""
+    return {key: row["answer"] for key, row in kept_rows(path, answer=str).items()}

@@ -2,12 +2,15 @@
 
 import copy
 import logging
+import math
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthorank.common.errors import OrthoRankError
+from orthorank.common.paired import paired
 from orthorank.common.texts import adds_bos, check_bos
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ def evaluate_tasks(
     batch_size: int = 8,
     context_only: bool = False,
     bos: str = "auto",
+    samples: bool = False,
 ) -> dict[str, Any]:
     """Accuracy of ``model`` on tasks of lm-evaluation-harness, without examples in the prompt (paper, section 4.1).
 
@@ -41,6 +45,7 @@ def evaluate_tasks(
         context_only: select among the context alone; see `orthorank.evaluation.tasks.OrthoRankLM`.
         bos: whether a request begins with the tokenizer's BOS: ``"auto"`` where the tokenizer adds one by itself,
             ``"first"`` and ``"every"`` the same, or an error where it adds none; ``"none"``.
+        samples: whether a row has ``scores`` as well: the metric of each row of the task, in the data's order.
 
     Returns:
         ``tasks`` (a row for each: metric, value and standard error, 0 to 1), ``mean``, the plan, and
@@ -83,7 +88,7 @@ def evaluate_tasks(
         )
     try:
         found = lm_eval.simple_evaluate(
-            model=adapter, tasks=list(tasks), task_manager=manager, num_fewshot=0, limit=limit, log_samples=False
+            model=adapter, tasks=list(tasks), task_manager=manager, num_fewshot=0, limit=limit, log_samples=samples
         )
     except (OSError, ConnectionError, ValueError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -125,7 +130,43 @@ def _row(task: str, metric: str, found: dict[str, Any]) -> dict[str, Any]:
         "metric": metric,
         "value": by_name[metric],
         "standard_error": error if isinstance(error, float) else None,
-    }
+    } | ({"scores": _scores(found["samples"].get(task, []), metric)} if "samples" in found else {})
+
+
+def _scores(samples: list[dict[str, Any]], metric: str) -> list[float]:
+    """The metric of each row of a task; of several filters the first one's."""
+    by_row: dict[int, float] = {}
+    for sample in samples:
+        by_row.setdefault(sample["doc_id"], float(sample[metric]))
+    return [by_row[row] for row in sorted(by_row)]
+
+
+def task_differences(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """How much ``other`` is better than ``first``, row by row of each task.
+
+    Args:
+        first, other: results of `evaluate_tasks` with ``samples``, of the same tasks and rows.
+
+    Returns:
+        ``tasks``: for each, ``mean`` of the differences of its rows' scores and ``standard_error``, both None where
+        the harness has no score for each row; ``mean`` over tasks and its ``standard_error``.
+
+    Example:
+        >>> row = {"task": "piqa", "metric": "acc"}
+        >>> dense, plan = ({"tasks": [row | {"scores": scores}]} for scores in ([1, 1, 0, 1], [1, 0, 0, 0]))
+        >>> task_differences(dense, plan)["tasks"]
+        [{'task': 'piqa', 'mean': -0.5, 'standard_error': 0.288675134595}]
+    """
+    found = []
+    for a, b in zip(first["tasks"], other["tasks"], strict=True):
+        known = a["task"] == b["task"] and a["metric"] == b["metric"] and len(a["scores"]) == len(b["scores"]) > 0
+        mean, error = paired(a["scores"], b["scores"]) if known else (None, None)
+        found.append({"task": a["task"], "mean": mean, "standard_error": error})
+    if any(each["mean"] is None for each in found):
+        return {"tasks": found, "mean": None, "standard_error": None}
+    mean = statistics.fmean(each["mean"] for each in found)
+    error = math.hypot(*(each["standard_error"] for each in found)) / len(found)
+    return {"tasks": found, "mean": mean, "standard_error": error}
 
 
 def paper_mean(results: dict[str, dict[str, Any]], tasks: Iterable[str] | None = None) -> tuple[float, dict[str, str]]:

@@ -3,6 +3,8 @@
 What it says stands in ``page.html.j2``, how it looks in ``page.css``.
 """
 
+from typing import Any
+
 from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.format import Results
@@ -23,6 +25,11 @@ def html_page(results: Results) -> str:
     Raises:
         OrthoRankError: jinja2 or matplotlib is not installed.
     """
+    return render("page.html.j2", results=results)
+
+
+def render(template: str, **given: Any) -> str:
+    """The page that the template of this name makes of ``given``; raises as `html_page` does."""
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError as error:
@@ -36,5 +43,4 @@ def html_page(results: Results) -> str:
     )
     environment.filters["repr"] = repr
     colours = {"light": LIGHT, "dark": DARK, "dark_rules": dark_rules()}
-    page = environment.get_template("page.html.j2")
-    return page.render(results=results, words=words, pictures=pictures, **colours)
+    return environment.get_template(template).render(words=words, pictures=pictures, **colours, **given)

@@ -3,11 +3,11 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-SIGMAS = 2.0  # a difference counts from twice its standard error on
+from orthorank.common.paired import SIGMAS, paired
 
 HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
 
@@ -53,17 +53,6 @@ def judge(figure: float, threshold: float, standard_error: float | None) -> str:
     if figure - threshold > room:
         return HOLDS
     return FAILS if figure - threshold < -room else UNDECIDED
-
-
-def paired(better: Sequence[float], worse: Sequence[float]) -> tuple[float, float]:
-    """Mean of ``worse - better``, window by window, and its standard error (NaN for a single window).
-
-    >>> paired([1.0, 2.0], [1.5, 2.1])
-    (0.3, 0.2)
-    """
-    differences = [b - a for a, b in zip(better, worse, strict=True)]
-    spread = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-    return round(statistics.fmean(differences), 12), round(spread, 12)
 
 
 def turning_to_the_sink(similarities: dict[str, Any], sink_layer: int | None) -> Claim:

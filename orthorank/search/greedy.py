@@ -7,7 +7,7 @@ not computed again.
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.search.state import OnEvaluation, SearchInterrupted, SearchState, evaluation_count
@@ -23,6 +23,7 @@ def greedy_search(
     state: SearchState | None = None,
     on_evaluation: OnEvaluation | None = None,
     save_to: str | os.PathLike[str] | None = None,
+    until: Callable[[SearchState], bool] | None = None,
 ) -> SearchState:
     """Choose ``rounds`` of the candidate layers one by one, each time the one that raises the loss least.
 
@@ -41,6 +42,7 @@ def greedy_search(
             the round from 0, the layer, its loss (inf: given up, another is better), the round's smallest loss so
             far, and how many of all evaluations are done.
         save_to: a file that gets the state as JSON after each evaluation.
+        until: asked before each round, with the state; the search ends where it says True.
 
     Returns:
         The final state; ``state.plan`` are the layers, ``state.losses[-1]`` is the loss.
@@ -62,7 +64,7 @@ def greedy_search(
     """
     state = begin_search(evaluator, candidates, rounds, fast=fast, state=state)
     try:
-        while not state.complete:
+        while not state.complete and not (until is not None and until(state)):
             greedy_round(evaluator, state, on_evaluation=on_evaluation, save_to=save_to)
     except KeyboardInterrupt as stop:
         raise SearchInterrupted(state) from stop

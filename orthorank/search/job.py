@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SEARCH, STATE = "search.json", "search-state.json"
 FORMAT = 1
+FLOP_TOKENS = 2048  # prompt for which the FLOP-ideal speed-up is stated
 
 
 class Folder:
@@ -172,6 +173,16 @@ class Job:
 
         return Evaluator(self.stack, calibration.windows, **options)
 
+    @cached_property
+    def dense_loss(self) -> float:
+        """The calibration loss of the dense model. Called on every process, once the batch size is set."""
+        return self.evaluator.loss([])
+
+    @property
+    def flop_tokens(self) -> int:
+        """The prompt's length for which FLOPs are stated."""
+        return min(FLOP_TOKENS, self.info.max_tokens)
+
     @property
     def first(self) -> bool:
         """Whether this process is the one that writes."""
@@ -186,6 +197,8 @@ class Outcome:
         order: the chosen layers in the order in which they were chosen.
         losses: of greedy: the plan's loss after each round. scores: of the others: every candidate's score.
         evaluations: losses that were measured. complete: False after an interruption.
+        prefixes: of a search for a loss: what was measured of its path on held-out windows, fewest FLOPs first.
+        rise: of these the plan's own figures.
     """
 
     order: list[int]
@@ -193,6 +206,16 @@ class Outcome:
     scores: dict[int, float] = field(default_factory=dict)
     evaluations: int = 0
     complete: bool = True
+    prefixes: list[dict[str, Any]] = field(default_factory=list)
+    rise: dict[str, Any] | None = None
+
+
+class NothingWithin(OrthoRankError):
+    """No plan of a search is within its ``max_loss``. ``prefixes``: what was measured, as in `Outcome`."""
+
+    def __init__(self, sentence: str, prefixes: list[dict[str, Any]]) -> None:
+        super().__init__(sentence)
+        self.prefixes = prefixes
 
 
 def prepare(settings: SearchSettings, screen: Screen, group: Group) -> Job:
@@ -243,11 +266,18 @@ def aim(job: Job) -> None:
         OrthoRankError: there are not as many candidates.
     """
     settings = job.settings
+    held_out = job.calibration.held_out
+    if settings.max_loss is not None and (held_out is None or len(held_out) < 2):
+        raise OrthoRankError(
+            f"max_loss is judged on held-out windows, 2 or more, and here are {0 if held_out is None else 1}; give a "
+            "longer text or more --windows"
+        )
     job.count = count_of(settings, job.info.num_hidden_layers, job.candidates)
     job.identity = identity_of(job)
     ratio = words.ratio(settings.keep_ratio)
     action = "remove" if settings.keep_ratio == 0 else f"update {ratio} of the tokens in"
-    job.screen.say(f"{action} {job.count} of the layers {words.layers(job.candidates)}")
+    most = "at most " if settings.open_ended else ""
+    job.screen.say(f"{action} {most}{job.count} of the layers {words.layers(job.candidates)}")
 
 
 def _windows_in_words(calibration: Calibration) -> str:
@@ -326,6 +356,7 @@ def plan_of(job: Job, outcome: Outcome, **calibration: Any) -> OrthoRankConfig:
             "batch_size": job.evaluator.batch_size,
             "dtype": job.info.dtype,
         }
+        | ({} if job.settings.max_loss is None else {"max_loss": job.settings.max_loss})
         | ({"scores": {str(at): score for at, score in outcome.scores.items()}} if outcome.scores else {})
         | calibration,
     )

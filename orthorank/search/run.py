@@ -29,9 +29,11 @@ def run_search(settings: SearchSettings, screen: Screen | None = None) -> dict[s
 
     Returns:
         The results, as ``search.json`` in the folder holds them: ``rows`` (the dense model and the plan), ``plan``,
-        ``plan_file``, ``order``, ``losses``, ``scores``, ``seconds``.
+        ``plan_file``, ``order``, ``losses``, ``scores``, ``seconds``; with ``max_loss`` ``prefixes``: each plan of the
+        path that was measured on the held-out windows.
 
     Raises:
+        NothingWithin: no plan is within ``settings.max_loss``.
         OrthoRankError: something is wrong or missing, or the search was interrupted; then the message says how to go
             on with it.
     """
@@ -40,7 +42,12 @@ def run_search(settings: SearchSettings, screen: Screen | None = None) -> dict[s
         job = together(group, lambda: prepare(settings, watched, group))
         together(group, lambda: aim(job))
         check_agreement(job)
-        return finish(job, choose(job))
+        outcome = choose(job)
+        if settings.max_loss is not None:
+            from orthorank.search.quality import within
+
+            outcome = within(job, outcome, settings.max_loss, with_maps)
+        return finish(job, outcome)
 
 
 S = TypeVar("S")
@@ -90,7 +97,17 @@ def greedy(job: Job, title: str, saved: SearchState | None = None, save_to: Path
             state=state,
             on_evaluation=on_evaluation,
             save_to=save_to,
+            until=_until(job),
         )
+
+
+def _until(job: Job) -> Callable[[SearchState], bool] | None:
+    """When the path of a search without a number of layers has gone far enough."""
+    if not job.settings.open_ended:
+        return None
+    from orthorank.search.quality import far_enough
+
+    return lambda state: far_enough(job, state)
 
 
 def _by_loss(job: Job) -> Outcome:
@@ -207,9 +224,6 @@ ONE_SHOT: dict[str, Callable[[Job], Outcome]] = {
 }
 
 
-FLOP_TOKENS = 2048  # prompt for which the FLOP-ideal speed-up is stated
-
-
 def finish(job: Job, outcome: Outcome) -> dict[str, Any]:
     """Write the plan at once, then measure it and write it again with the figures. Called on every process.
 
@@ -231,16 +245,17 @@ def finish(job: Job, outcome: Outcome) -> dict[str, Any]:
 def _write(job: Job, outcome: Outcome, dense_loss: float, loss: float) -> dict[str, Any]:
     plan = with_maps(job, plan_of(job, outcome, loss=loss, dense_loss=dense_loss))
     held_out = _held_out(job, plan)
-    tokens = min(FLOP_TOKENS, job.info.max_tokens)
+    tokens = job.flop_tokens
     speedup = flop_speedup(job.model.config, tokens, plan.layers, plan.ratios, ranks=plan.ranks)
     plan.measured = held_out | {"flop_speedup": round(speedup, 4), "flop_speedup_tokens": tokens}
+    plan.measured |= {} if outcome.rise is None else {"rise": outcome.rise}
     plan.save_pretrained(job.folder.path)
     results = {
         "rows": _rows(plan, held_out, speedup),
         "plan": plan.to_dict(),
         "plan_file": str(job.folder.plan),
         "seconds": round(time.perf_counter() - job.began, 1),
-    }
+    } | ({} if outcome.rise is None else {"max_loss": job.settings.max_loss, "prefixes": outcome.prefixes})
     job.folder.write(job.identity, results)
     return results
 

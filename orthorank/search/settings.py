@@ -6,7 +6,15 @@ from typing import Any
 
 from orthorank.common import format as words
 from orthorank.common.criteria import check_criterion
-from orthorank.common.errors import OrthoRankError, check_choice, check_integers, check_share, is_number, shown
+from orthorank.common.errors import (
+    OrthoRankError,
+    check_choice,
+    check_integers,
+    check_max_loss,
+    check_share,
+    is_number,
+    shown,
+)
 from orthorank.common.texts import check_bos
 from orthorank.config import SPARSITY, layer_count
 
@@ -34,7 +42,8 @@ class SearchSettings:
         metric: of one-shot: ``"ppl"``, ``"taylor"`` or ``"magnitude"``; None: ppl.
         keep_ratio: of a chosen layer; 0 removes it.
         criterion: by which a chosen layer selects tokens.
-        sparsity, layers: how many layers, as a nominal sparsity or as their number; None: a sparsity of 0.1.
+        sparsity, layers: how many layers, as a nominal sparsity or as their number; None: a sparsity of 0.1, or with
+            ``max_loss`` as many as it takes.
         text: a UTF-8 file; dataset: ``"wikitext2"`` or ``"c4"``, with ``:FOLDER`` for a local copy; neither: the
             text of `orthorank.common.texts.find_text`.
         windows, seq_len: calibration windows and their length in tokens; None: 4 of 512 from a text, and the
@@ -50,6 +59,8 @@ class SearchSettings:
         correct: the rank of maps with which every plan is evaluated (`orthorank.fit_correction`), greedy only; None:
             plans have none.
         fit_windows: windows that these are fitted on, beside those that losses are measured on; None: twice as many.
+        max_loss: of the plans on the path, take the one with the fewest FLOPs whose loss on the held-out windows rises
+            by no more than this, two standard errors included, in nats a token (greedy only); None: the last one.
         bos: where the tokenizer's BOS stands: one of `orthorank.common.texts.BOS`.
 
     Raises:
@@ -88,6 +99,7 @@ class SearchSettings:
     memory: float | None = None
     correct: int | None = None
     fit_windows: int | None = None
+    max_loss: float | None = None
     bos: str = "auto"
 
     def __post_init__(self) -> None:
@@ -107,6 +119,7 @@ class SearchSettings:
                 f"memory is {given}; it must be 0 (keep nothing) or more, in GiB, such as 0.5, and at most "
                 f"{MOST_MEMORY:,}"
             )
+        check_max_loss(self.max_loss)
         self._check_pairs()
 
     def _check_pairs(self) -> None:
@@ -127,6 +140,10 @@ class SearchSettings:
             )
         if self.fit_windows is not None and self.correct is None:
             raise OrthoRankError("fit_windows is for a search with maps; give their rank with --correct, or drop it")
+        if self.max_loss is not None and self.method != "greedy":
+            raise OrthoRankError(
+                f"max_loss is for the method greedy, whose path has plans of every size, not {self.method}"
+            )
         if self.device_map is not None and self.device != "auto":
             raise OrthoRankError("both device and device_map say where the model goes; give one of them")
 
@@ -140,6 +157,11 @@ class SearchSettings:
             first if self.protect_first is None else self.protect_first,
             last if self.protect_last is None else self.protect_last,
         )
+
+    @property
+    def open_ended(self) -> bool:
+        """Whether ``max_loss`` says how many layers are chosen."""
+        return self.max_loss is not None and self.sparsity is None and self.layers is None
 
     @property
     def floored(self) -> bool:
@@ -187,11 +209,13 @@ def candidates_of(settings: SearchSettings, num_layers: int, sink_layer: int | N
 
 
 def count_of(settings: SearchSettings, num_layers: int, candidates: list[int]) -> int:
-    """How many of ``candidates`` are chosen.
+    """How many of ``candidates`` are chosen; where ``max_loss`` says it, at most.
 
     Raises:
         OrthoRankError: it is none, or more than there are.
     """
+    if settings.open_ended:
+        return len(candidates)
     ratio = words.ratio(settings.keep_ratio)
     sparsity = SPARSITY if settings.sparsity is None else settings.sparsity
     count = settings.layers or layer_count(num_layers, sparsity, settings.keep_ratio)

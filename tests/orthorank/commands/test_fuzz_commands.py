@@ -59,6 +59,7 @@ class Given(NamedTuple):
     text: Path
     tasks: Path
     questions: Path
+    prompts: Path
 
 
 def usual(command: str, given: Given) -> list[str]:
@@ -76,6 +77,7 @@ def usual(command: str, given: Given) -> list[str]:
         "search": [*text, *windows, "--no-sink-floor", "--layers", "1"],
         "calibrate": [*text, *plan, *windows],
         "correct": [*text, "--windows", "2", "--seq-len", "24", "--rank", "2"],
+        "compare": [*plan, "--prompts", str(given.prompts), "--max-new-tokens", "2"],
         "eval ppl": [*text, *plan, "--window", "24", "--windows", "1"],
         "eval tasks": ["--tasks", "rivers", "--include-path", str(given.tasks), "--limit", "1"],
         "eval longbench": ["--data", str(given.questions), "--limit", "1", "--max-tokens", "96"],
@@ -239,7 +241,10 @@ def lines(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Lines:
     (tasks / "rows.jsonl").write_text(json.dumps({"q": "the river", "choices": ["is wide", "runs"], "a": 0}))
     (tasks / "rivers.yaml").write_text(TASK.format(rows=tasks / "rows.jsonl"), encoding="utf-8")
     (folder / "questions.jsonl").write_text(json.dumps({"task": "lcc", "idx": 0, "prompt": "x = 1", "gold": ["y"]}))
-    given = Given(folder / "model", Path(plan), folder / "text.txt", tasks, folder / "questions.jsonl")
+    (folder / "prompts.txt").write_text("the river\nthe old bridge\n")
+    given = Given(
+        folder / "model", Path(plan), folder / "text.txt", tasks, folder / "questions.jsonl", folder / "prompts.txt"
+    )
     return Lines(given, commands(), Counter())
 
 

@@ -89,14 +89,14 @@ def test_finished_rows_are_kept_when_a_later_plan_is_interrupted(
 ) -> None:
     from orthorank.commands import eval_ppl
 
-    real = eval_ppl._measure
+    real = eval_ppl.measure
 
     def interrupted(screen: Any, name: str, *rest: Any) -> dict[str, Any]:
         if name != "dense":
             raise KeyboardInterrupt
         return real(screen, name, *rest)
 
-    monkeypatch.setattr(eval_ppl, "_measure", interrupted)
+    monkeypatch.setattr(eval_ppl, "measure", interrupted)
     plan = orthorank.OrthoRankConfig(layers=[2], keep_ratio=0.5).save_pretrained(tmp_path / "plan")
     options = ["--text", str(text_file), "--window", "64", "--device", "cpu", "--plan", str(plan)]
     assert main(["eval", "ppl", str(tiny_folder), *options, "--output", str(tmp_path / "ppl.json")]) == 2

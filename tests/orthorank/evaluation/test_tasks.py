@@ -13,7 +13,7 @@ import torch
 import orthorank
 from orthorank.cli import main
 from orthorank.common.errors import OrthoRankError
-from orthorank.evaluation.task_scores import evaluate_tasks, paper_mean
+from orthorank.evaluation.task_scores import evaluate_tasks, paper_mean, task_differences
 
 pytestmark = pytest.mark.usefixtures("harness")
 PLAN = orthorank.OrthoRankConfig(layers=[2, 3, 4], keep_ratio=0.3)
@@ -203,6 +203,59 @@ def test_the_command(folder: Path, task_folder: Path, tmp_path: Path, capsys: py
     assert json.loads(file.read_text())["tasks"][0]["rows"] == 4
     assert main(["eval", "tasks", str(folder), "--tasks", "nothing", "--device", "cpu"]) == 2
     assert "tasks holds 'nothing'" in capsys.readouterr().err
+
+
+def test_scores_of_rows_are_those_behind_the_accuracy(byte_model: tuple[Any, Any], task_folder: Path) -> None:
+    model, tokenizer = byte_model
+    found = evaluate_tasks(model, tokenizer, ["rivers"], plan=PLAN, include_path=task_folder, samples=True)
+    (row,) = found["tasks"]
+    assert len(row.pop("scores")) == row["rows"] == 8
+    assert found == evaluate_tasks(model, tokenizer, ["rivers"], plan=PLAN, include_path=task_folder)
+
+
+def test_several_plans_are_paired_with_the_dense_model(
+    folder: Path, task_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each row's score of each plan from a run of its own, and the differences written down."""
+    from orthorank.models import load_model
+
+    removed = orthorank.OrthoRankConfig(layers=[1, 2, 3, 4], keep_ratio=0)
+    files = [str(plan.save_pretrained(tmp_path / name)) for name, plan in (("a", PLAN), ("b", removed))]
+    options = ["--tasks", "rivers", "--include-path", str(task_folder), "--device", "cpu"]
+    line = ["eval", "tasks", str(folder), *options, "--plan", files[0], "--plan", files[1]]
+    assert main([*line, "--output", str(tmp_path / "tasks.json")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    written = json.loads((tmp_path / "tasks.json").read_text())
+    assert [row["name"] for row in written["rows"]] == ["dense", "orthorank", "layer pruning"]
+    model, tokenizer, _ = load_model(str(folder), device="cpu")
+    scores = []
+    for plan in (None, PLAN, removed):
+        found = evaluate_tasks(model, tokenizer, ["rivers"], plan=plan, include_path=task_folder, samples=True)
+        scores.append(torch.tensor(found["tasks"][0]["scores"]))
+    assert [row["tasks"][0]["scores"] for row in written["rows"]] == [each.tolist() for each in scores]
+    assert any(not torch.equal(scores[0], each) for each in scores[1:]), "there is a difference to see"
+    for name, each in zip(("orthorank", "layer pruning"), scores[1:], strict=True):
+        difference = each - scores[0]
+        mean, error = difference.mean().item(), difference.std().item() / 8**0.5
+        said = written["differences"][name]
+        assert [said["tasks"][0]["mean"], said["mean"]] == pytest.approx([mean, mean], abs=1e-6)
+        assert [said["tasks"][0]["standard_error"], said["standard_error"]] == pytest.approx([error, error], abs=1e-6)
+        assert f"{100 * mean:+.2f} ± {100 * error:.2f}" in shown
+    assert main([*line, "--no-dense", "--json"]) == 0
+    without = json.loads(capsys.readouterr().out)
+    assert (without["against"], list(without["differences"])) == ("orthorank", ["layer pruning"])
+
+
+def test_differences_over_tasks() -> None:
+    def of(*scores: list[float], metric: str = "acc") -> dict[str, Any]:
+        return {"tasks": [{"task": str(n), "metric": metric, "scores": each} for n, each in enumerate(scores)]}
+
+    found = task_differences(of([1, 0], [0, 0]), of([1, 1], [1, 1]))
+    assert [each["mean"] for each in found["tasks"]] == [0.5, 1.0]
+    assert (found["mean"], found["standard_error"]) == (0.75, pytest.approx(0.25))
+    unknown = task_differences(of([1, 0], []), of([1, 1], []))
+    assert (unknown["tasks"][1]["mean"], unknown["mean"]) == (None, None)
+    assert task_differences(of([1.0]), of([1.0], metric="acc_norm"))["mean"] is None
 
 
 def test_the_harness_own_command_line(folder: Path, task_folder: Path, tmp_path: Path) -> None:

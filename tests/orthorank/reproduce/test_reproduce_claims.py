@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from orthorank.common.errors import OrthoRankError
+from orthorank.common.paired import paired
 from orthorank.reproduce import paper, tables
 from orthorank.reproduce.cells import Cells
-from orthorank.reproduce.claims import judge, layer_by_layer, lower_loss, paired
+from orthorank.reproduce.claims import judge, layer_by_layer, lower_loss
 
 
 def test_cells_of_other_inputs_are_computed_again(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "fast": {"fast": True, "windows": 8},
     "removal": {"keep_ratio": 0.0},
+    "within": {"keep_ratio": 0.0, "layers": None, "windows": 4, "max_loss": 0.6, "correct": 6},
     "ppl": {"method": "one-shot", "protect_first": 1},
     "influence": {"method": "influence", "protect_first": 1},
     "taylor": {"method": "one-shot", "metric": "taylor", "protect_first": 1},

@@ -1,0 +1,210 @@
+"""``orthorank compare``: answers of the dense model and of plans side by side, and how far apart they are."""
+
+import json as json_module
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orthorank.commands.eval_ppl import check_window, measure, read_plans, settings_of
+from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, console, number, register, table_of
+from orthorank.common.errors import OrthoRankError, check_integers, check_max_loss
+from orthorank.common.files import finite, writable_folder, write_json, write_text
+from orthorank.common.paired import is_within, rise_of
+from orthorank.common.texts import Bos, check_bos
+
+if TYPE_CHECKING:
+    from orthorank.config import OrthoRankConfig
+
+OUTPUT = Path("orthorank-compare")
+PLAN = "Plan: a file, a folder, or org/name@revision on the Hub; may be given several times."
+PROMPTS = "UTF-8 file: JSON lines with prompt (a text) or messages (for the chat template), or one prompt a line."
+TEXT = "UTF-8 text file whose windows losses are paired on. Default: losses are those of the dense answers."
+DATASET = "Instead of a text: wikitext2 (test split) or c4 (validation), with :FOLDER for a copy that is already here."
+MAX_LOSS = "Exit code 1 if the mean rise of a plan's loss plus two standard errors is above this, in nats a token."
+SHOWN = 4  # prompts whose answers the terminal shows
+
+
+def command(
+    model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
+    plan: Annotated[list[str] | None, typer.Option(help=PLAN)] = None,
+    prompts: Annotated[Path | None, typer.Option(help=PROMPTS)] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    text: Annotated[Path | None, typer.Option(help=TEXT)] = None,
+    dataset: Annotated[str | None, typer.Option(help=DATASET)] = None,
+    window: Annotated[int, typer.Option(help="Tokens of a window of the text.")] = 2048,
+    windows: Annotated[int | None, typer.Option(help="Windows from the beginning. Default: all.")] = None,
+    max_loss: Annotated[str | None, typer.Option(help=MAX_LOSS)] = None,
+    criterion: Annotated[list[str] | None, typer.Option(help=OWN_CRITERION)] = None,
+    bos: Annotated[str, typer.Option(help=BOS)] = "auto",
+    batch_size: Annotated[int | None, typer.Option(help="Windows at a time. Default: as memory allows.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for compare.json, compare.html and the state.")] = OUTPUT,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> int:
+    """Answers of the dense model and of plans side by side, KL divergences of the next token, and paired losses.
+
+    Decoding is greedy. Each prompt's row is kept in the output folder as soon as it is there: the same command goes on
+    where it was stopped.
+    """
+    from orthorank.common.datasets import evaluation_text
+    from orthorank.evaluation.compare import read_prompts
+    from orthorank.hf.apply import check_plan
+    from orthorank.models import load_model, locate
+
+    most = number("--max-loss", max_loss)
+    check_max_loss(most)
+    check_integers({"max_new_tokens": max_new_tokens}, max_new_tokens=1)
+    check_integers({"windows": windows, "batch_size": batch_size}, windows=1, batch_size=1)
+    check_window(window)
+    check_bos(bos)
+    register(criterion)
+    if not plan:
+        raise OrthoRankError("plan is not given; name what is compared with the dense model by --plan, once or more")
+    if prompts is None:
+        raise OrthoRankError("prompts is not given; name a file with one prompt a line by --prompts")
+    plans, asked = read_plans(plan), read_prompts(prompts)
+    chosen = evaluation_text(text, dataset) if text is not None or dataset is not None else None
+    if most is not None and (len(asked) if chosen is None else windows) == 1:
+        what = "prompt" if chosen is None else "window"
+        raise OrthoRankError(f"max_loss is given with one {what}, which has no standard error; give two or more")
+    folder = writable_folder(output)
+    screen = RichScreen(console(stderr=json))
+    with screen.progress(f"loading {locate(model).name}", 1):
+        loaded, tokenizer, info = load_model(model, device, dtype)
+    for each in plans.values():
+        check_plan(loaded, each)
+    settings = None
+    if chosen is not None:
+        settings = settings_of(loaded, tokenizer, chosen, dataset, window, windows, batch_size, Bos.of(bos, tokenizer))
+    state = folder / "compare-state.jsonl"
+    results: dict[str, Any] = {"model": info.to_dict(), "max_new_tokens": max_new_tokens, "bos": bos}
+    try:
+        results |= _answers(screen, loaded, tokenizer, plans, asked, max_new_tokens, bos, state)
+        results["text"] = None if chosen is None else chosen.name
+        if chosen is not None:
+            losses = _window_losses(screen, loaded, tokenizer, plans, chosen, settings, state)
+            results |= {"window": window, "text_sha256": chosen.sha256, "windows": len(losses["dense"])}
+            for name, found in results["plans"].items():
+                found |= {"answer_rise": found["rise"], "rise": rise_of(losses["dense"], losses[name])}
+    except KeyboardInterrupt:
+        raise OrthoRankError(f"interrupted; what is measured is in {state}: the same command goes on there") from None
+    for name, each in plans.items():
+        results["plans"][name]["plan"] = each.to_dict()
+    verdicts = [] if most is None else [_verdict(name, each["rise"], most) for name, each in results["plans"].items()]
+    results |= {"max_loss": most, "verdicts": verdicts}
+    _write(folder, results)
+    if json:
+        print(json_module.dumps(finite(results), indent=2))
+    else:
+        _show(screen, results, folder)
+    return int(most is not None and not all(is_within(each["rise"], most) for each in results["plans"].values()))
+
+
+def _answers(
+    screen: RichScreen,
+    model: Any,
+    tokenizer: Any,
+    plans: "dict[str, OrthoRankConfig]",
+    prompts: list[Any],
+    max_new_tokens: int,
+    bos: str,
+    state: Path,
+) -> dict[str, Any]:
+    from orthorank.evaluation.compare import compare_plans
+
+    with screen.progress("prompts", len(prompts)) as advance:
+        return compare_plans(
+            model,
+            tokenizer,
+            plans,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            bos=bos,
+            kept=state,
+            on_prompt=lambda done, total: advance(done, ""),
+        )
+
+
+def _window_losses(
+    screen: RichScreen,
+    model: Any,
+    tokenizer: Any,
+    plans: "dict[str, OrthoRankConfig]",
+    text: Any,
+    settings: Any,
+    state: Path,
+) -> dict[str, list[float]]:
+    """Mean loss of each window of the text, dense and with each plan, the windows that are kept already among them."""
+    from orthorank.evaluation.answer_cache import owner_of
+    from orthorank.evaluation.answers import keep, kept_rows
+    from orthorank.hf.apply import apply
+
+    known, losses = kept_rows(state, row=dict), {}
+    for name, plan in ({"dense": None} | plans).items():
+        key = json_module.dumps(owner_of(model, plan, False, {"text": text.sha256} | settings), sort_keys=True)
+        if key not in known:
+            with nullcontext() if plan is None else apply(model, plan):
+                found = measure(screen, name, model, tokenizer, text, settings)
+            known[key] = {"key": key, "row": {"losses": list(found["window_losses"])}}
+            keep(state, known[key])
+        losses[name] = known[key]["row"]["losses"]
+    return losses
+
+
+def _verdict(name: str, rise: dict[str, Any], most: float) -> str:
+    said = f"its loss rises by {_spread(rise)} nats a token"
+    if is_within(rise, most):
+        return f"{name} is within {most:g}: {said}."
+    if rise["most"] != rise["most"]:
+        return f"{name} is not shown to be within {most:g}: {said}, and the standard error is not known."
+    return f"{name} is not within {most:g}: {said}, and with two standard errors that is {rise['most']:.4f}."
+
+
+def _spread(figure: dict[str, Any], form: str = ".4f") -> str:
+    error = figure["standard_error"]
+    return f"{figure['mean']:{form}}" + (f" ± {error:{form.lstrip('+')}}" if error == error else "")
+
+
+def _rows(results: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Heads and rows of the table of plans, for the terminal and the page."""
+    heads = ["next token KL", "answer KL", "rise of loss", "same answer"]
+    rows = []
+    for name, found in results["plans"].items():
+        same = f"{found['same']} of {len(results['prompts'])}"
+        kl = [_spread(found["next_kl"], ".3f"), _spread(found["answer_kl"], ".3f")]
+        rows.append((name, [*kl, _spread(found["rise"], "+.4f"), same]))
+    return heads, rows
+
+
+def _write(folder: Path, results: dict[str, Any]) -> None:
+    from orthorank.report.page import render
+
+    heads, rows = _rows(results)
+    write_json(folder / "compare.json", results)
+    page = render("compare.html.j2", results=results, heads=heads, rows=rows, verdicts=results["verdicts"])
+    write_text(folder / "compare.html", page)
+
+
+def _show(screen: RichScreen, results: dict[str, Any], folder: Path) -> None:
+    screen.heading(f"{results['model']['name']}: {results['model']['dtype']} on {results['model']['device']}")
+    heads, rows = _rows(results)
+    drawn = table_of("", *heads)
+    for name, cells in rows:
+        drawn.add_row(name, *cells)
+    screen.table(drawn)
+    losses = "the dense model's answers" if results["text"] is None else results["text"]
+    screen.say(f"Means with standard errors, in nats a token; KL(dense || plan). Losses are of {losses}.")
+    for row in results["prompts"][:SHOWN]:
+        answers = {"dense": row["dense"]} | row["plans"]
+        drawn = table_of(*answers, left=len(answers))
+        drawn.add_row(*(" ".join(each["answer"].split()) for each in answers.values()))
+        screen.heading(" ".join(row["prompt"].split())[:200])
+        screen.table(drawn)
+    if (left := len(results["prompts"]) - SHOWN) > 0:
+        screen.say(f"{left} more in the page.")
+    for sentence in results["verdicts"]:
+        screen.say(sentence)
+    screen.say(f"Results: {folder / 'compare.json'}; answers side by side: {folder / 'compare.html'}")

@@ -1,0 +1,248 @@
+"""The dense model and plans side by side: their answers, how far apart their next tokens are, and paired losses.
+
+A prompt is answered greedily by the dense model and with each plan. Then the dense model's answer is read by all of
+them, each as it generates: the prompt selected, the answer's tokens as generated ones. At each of these tokens the KL
+divergence is KL(dense || plan), over the whole vocabulary.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from orthorank.common.errors import OrthoRankError, check_integer
+from orthorank.common.files import from_json, user_path
+from orthorank.common.paired import mean_of, rise_of
+from orthorank.common.texts import check_ids
+from orthorank.config import OrthoRankConfig
+from orthorank.evaluation.answer_cache import owner_of
+from orthorank.evaluation.answers import greedy, keep, kept_rows, with_bos
+from orthorank.hf.apply import apply, check_plan, context
+from orthorank.hf.families import device_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+OnPrompt = Callable[[int, int], None]
+Plans = Mapping[str, OrthoRankConfig]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is to go on from.
+
+    Args:
+        text: as it is. messages: of a chat instead, each with ``role`` and ``content``, for the tokenizer's template.
+    """
+
+    text: str
+    messages: tuple[dict[str, str], ...] = ()
+
+    def ids(self, tokenizer: "PreTrainedTokenizerBase", bos: str = "auto") -> list[int]:
+        """The prompt in tokens; ``bos`` as for `orthorank.evaluation.answers.with_bos`.
+
+        Raises:
+            OrthoRankError: there are messages, and the tokenizer has no template, or one that refuses them.
+        """
+        if not self.messages:
+            return with_bos(list(tokenizer(self.text, verbose=False)["input_ids"]), tokenizer, bos)
+        if not getattr(tokenizer, "chat_template", None):
+            raise OrthoRankError("messages are given and the tokenizer has no chat template; give prompts as text")
+        try:
+            made = tokenizer.apply_chat_template(list(self.messages), add_generation_prompt=True, return_dict=True)
+        except Exception as error:  # whatever a template raises
+            said = f"the tokenizer's chat template refuses the messages {self.text!r}: {error}"
+            raise OrthoRankError(said) from error
+        return with_bos(list(made["input_ids"]), tokenizer, bos)
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """The prompts in a file: JSON lines if its name ends in ``.jsonl`` or it begins with ``{``, else one a line.
+
+    Args:
+        path: UTF-8. A line of JSON has ``prompt``, a text, or ``messages``, a list of ``{"role": .., "content": ..}``.
+            Empty lines are left out.
+
+    Raises:
+        OrthoRankError: it cannot be read, has no prompt, or a line is none.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "prompts.txt"
+        >>> _ = file.write_text("The river\\n\\nThe bridge\\n")
+        >>> read_prompts(file)
+        [Prompt(text='The river', messages=()), Prompt(text='The bridge', messages=())]
+    """
+    file = user_path("prompts", path)
+    try:
+        content = file.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise OrthoRankError(f"prompts {str(path)!r} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise OrthoRankError(f"prompts {str(path)!r} is not a UTF-8 text file (byte {error.start})") from error
+    lines = [(number, line.strip()) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise OrthoRankError(f"prompts {str(path)!r} is empty; give one prompt a line")
+    if file.suffix == ".jsonl" or lines[0][1].startswith("{"):
+        return [_parsed(f"line {number} of {str(path)!r}", line) for number, line in lines]
+    return [Prompt(line) for _, line in lines]
+
+
+def _parsed(where: str, line: str) -> Prompt:
+    try:
+        row = from_json(line)
+        if "messages" in row:
+            messages = tuple({"role": str(each["role"]), "content": each["content"]} for each in row["messages"])
+            if messages and all(isinstance(each["content"], str) for each in messages):
+                return Prompt("\n".join(f"{each['role']}: {each['content']}" for each in messages), messages)
+        elif isinstance(row["prompt"], str) and row["prompt"]:
+            return Prompt(row["prompt"])
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise OrthoRankError(
+        f"{where} is no prompt; it must be a JSON object with prompt, a text, or with messages, a list of objects with "
+        "role and content"
+    )
+
+
+def compare_plans(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    plans: Plans,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 64,
+    bos: str = "auto",
+    kept: Path | None = None,
+    on_prompt: OnPrompt | None = None,
+) -> dict[str, Any]:
+    """Answers of the dense model and with each of ``plans`` to ``prompts``, and how far apart they are.
+
+    Args:
+        model: without a plan applied, in eval mode; left as it was. plans: by a name for each.
+        max_new_tokens: longest answer; decoding is greedy. bos: as for `orthorank.evaluation.answers.with_bos`.
+        kept: a JSONL file that gets each prompt's row as soon as it is there. Rows that it holds of the same prompt,
+            model, plans and settings are not computed again.
+        on_prompt: called after each prompt as ``on_prompt(done, total)``.
+
+    Returns:
+        ``prompts``: a row for each, with the answers, and for each plan the KL divergence of the token after the
+        prompt (``next_kl``), the mean along the dense answer (``answer_kl``), and the mean loss of its tokens, in nats.
+        ``plans``: for each, means and standard errors of these between prompts (``rise``: of the loss, against the
+        dense model's, paired), and how many answers are the ``same`` as the dense model's.
+
+    Raises:
+        OrthoRankError: no plans or prompts, a plan of another model, a prompt that is empty or too long.
+
+    Example:
+        >>> from orthorank.models import load_model
+        >>> model, tokenizer, _ = load_model(device="cpu")
+        >>> plans = {"pruned": OrthoRankConfig(layers=[14], keep_ratio=0)}
+        >>> found = compare_plans(model, tokenizer, plans, [Prompt("The sky is"), Prompt("Two and")], max_new_tokens=4)
+        >>> 0 < found["plans"]["pruned"]["next_kl"]["mean"] < 5
+        True
+    """
+    check_integer("max_new_tokens", max_new_tokens, 1)
+    if not plans:
+        raise OrthoRankError("plans is empty; give at least one to compare with the dense model")
+    if model.training:
+        raise OrthoRankError("model is in training mode; call model.eval() first")
+    for plan in plans.values():
+        check_plan(model, plan)
+    inputs = _inputs(model, tokenizer, prompts, max_new_tokens, bos)
+    settings = {"max_new_tokens": max_new_tokens, "pads": tokenizer.pad_token_id}
+    owner = [[name, owner_of(model, plan, False, settings)] for name, plan in plans.items()]
+    known = {} if kept is None else kept_rows(kept, row=dict)
+    rows = []
+    for number, (prompt, ids) in enumerate(zip(prompts, inputs, strict=True), 1):
+        key = hashlib.sha256(json.dumps([ids, owner]).encode()).hexdigest()[:24]
+        if key not in known:
+            row = {"prompt": prompt.text, "tokens": len(ids)} | _row(model, tokenizer, plans, ids, max_new_tokens)
+            known[key] = {"key": key, "row": row}
+            if kept is not None:
+                keep(kept, known[key])
+        rows.append(known[key]["row"])
+        if on_prompt is not None:
+            on_prompt(number, len(inputs))
+    return {"prompts": rows, "plans": {name: _summary(name, rows) for name in plans}}
+
+
+def _inputs(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    bos: str,
+) -> list[list[int]]:
+    if not prompts:
+        raise OrthoRankError("prompts is empty; there is nothing to answer")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    inputs = [prompt.ids(tokenizer, bos) for prompt in prompts]
+    for number, ids in enumerate(inputs, 1):
+        if not ids:
+            raise OrthoRankError(f"prompt {number} has no token; give it a word, or let BOS begin it (bos='first')")
+        if len(ids) + max_new_tokens > longest:
+            raise OrthoRankError(
+                f"prompt {number} has {len(ids)} tokens, and with an answer of max_new_tokens {max_new_tokens} that is "
+                f"more than the {longest} that the model was made for; shorten it, or lower max_new_tokens"
+            )
+        check_ids(torch.tensor(ids), model)
+    return inputs
+
+
+def _row(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    plans: Plans,
+    ids: list[int],
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    prompt = torch.tensor([ids], device=device_of(model))
+    answer = greedy(model, tokenizer, prompt, max_new_tokens)
+    dense = _log_probabilities(model, prompt, answer)
+    row: dict[str, Any] = {"dense": _answer(tokenizer, answer) | {"loss": _loss(dense, answer)}, "plans": {}}
+    for name, plan in plans.items():
+        with apply(model, plan):
+            own = greedy(model, tokenizer, prompt, max_new_tokens)
+            with context(model, len(ids)):
+                found = _log_probabilities(model, prompt, answer)
+        apart = kl_div(found, dense, reduction="none", log_target=True).sum(-1)
+        row["plans"][name] = _answer(tokenizer, own) | {
+            "same": torch.equal(own, answer),
+            "next_kl": float(apart[0]),
+            "answer_kl": float(apart.mean()),
+            "loss": _loss(found, answer),
+        }
+    return row
+
+
+@torch.inference_mode()
+def _log_probabilities(model: "PreTrainedModel", prompt: Tensor, answer: Tensor) -> Tensor:
+    """Of each token of ``answer`` and all that might have stood there, float64 ``[answer, vocabulary]``."""
+    ids = torch.cat([prompt, answer[None, :-1]], dim=1)
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(answer)).logits[0]
+    return logits.double().log_softmax(-1)
+
+
+def _loss(log_probabilities: Tensor, answer: Tensor) -> float:
+    return -float(log_probabilities.gather(1, answer[:, None]).mean())
+
+
+def _answer(tokenizer: "PreTrainedTokenizerBase", answer: Tensor) -> dict[str, Any]:
+    return {"answer": tokenizer.decode(answer, skip_special_tokens=True), "tokens": len(answer)}
+
+
+def _summary(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    own = [row["plans"][name] for row in rows]
+    figures: dict[str, Any] = {}
+    for figure in ("next_kl", "answer_kl"):
+        mean, error = mean_of([each[figure] for each in own])
+        figures[figure] = {"mean": mean, "standard_error": error}
+    rise = rise_of([row["dense"]["loss"] for row in rows], [each["loss"] for each in own])
+    return figures | {"rise": rise, "same": sum(each["same"] for each in own)}
