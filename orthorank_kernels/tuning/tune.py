@@ -51,8 +51,8 @@ class Tuned:
 def tunable() -> list[str]:
     """The ops that have launch settings, `combine_splits` among them: the second launch where keys are split.
 
-    >>> tunable()[:2]
-    ['apply_rotary_at', 'combine_splits']
+    >>> tunable()[:3]
+    ['add_low_rank', 'apply_rotary_at', 'combine_splits']
     """
     return sorted(_settings.FIELDS)
 

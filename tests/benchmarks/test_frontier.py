@@ -30,6 +30,7 @@ def test_what_was_fitted_to_is_not_measured() -> None:
 
 
 @needs_data
+@pytest.mark.slow
 def test_the_windows_of_the_frontier() -> None:
     """As many as the protocol says, of two kinds in turn; C4 documents are fitted to from 600 on."""
     _, tokenizer, _ = load_model(device="cpu", dtype="float32")

@@ -42,6 +42,7 @@ def test_a_mixed_corrected_plan(tiny_folder: Path, tmp_path: Path) -> None:
     assert plan.measured["perplexity"] == mixed["perplexity"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_one_goes_on(tiny_folder: Path, tmp_path: Path) -> None:
     whole = settings(tiny_folder, tmp_path / "whole", correct=RANK, fit_windows=6, starts=("none",))
     run_search(whole)

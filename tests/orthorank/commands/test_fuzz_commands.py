@@ -307,5 +307,5 @@ def test_five_hundred_lines_at_random(
 
 
 def test_every_command_is_among_them() -> None:
-    assert len(commands()) == 15
+    assert len(commands()) == 16
     assert {"eval tasks", "eval longbench", "reproduce", "env", "lm-eval", "search"} <= set(commands())
