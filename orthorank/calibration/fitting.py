@@ -63,14 +63,15 @@ class FitWindows:
         windows, tokens = input_ids.shape
         device, size = device_of(stack.model), stack.model.dtype.itemsize
         self.batch_size = batch_size or windows_at_once(stack.model.config, windows, tokens, device, size)
-        self.passes = [stack.embed(batch) for batch in input_ids.to(device).split(self.batch_size)]
+        self._batches = input_ids.to(device).split(self.batch_size)
+        self.passes = [_without_states(stack.embed(batch)) for batch in self._batches]
         self.held_out = held_out(windows)
         names = RANKED_BY if thresholds else (*RANKED_BY, *SELECTED_BY)
         self._options: dict[str, Any] = {name: getattr(plan, name) for name in names}
 
     def embedded(self) -> Iterator[Tensor]:
         """The input of layer 0, a copy."""
-        return (inputs.hidden_states.to("cpu", copy=True) for inputs in self.passes)
+        return (self.stack.embed(batch).hidden_states.to("cpu", copy=True) for batch in self._batches)
 
     def dense(self, layer: int, states: Sequence[Tensor]) -> Iterator[Tensor]:
         """What the dense ``layer`` makes of ``states``, batch by batch."""
@@ -154,6 +155,11 @@ class FitWindows:
         ranks = [self.stack.ranks(layer, h, inputs, **ranked)[:, 1:].flatten().cpu() for h, inputs in pairs]
         threshold, updated = choose_threshold(torch.cat(ranks), self.plan, layer, self.input_ids)
         return threshold, updated / self.input_ids.numel()
+
+
+def _without_states(inputs: Pass) -> Pass:
+    """What layers get beside the states: those of all windows are not held a second time."""
+    return replace(inputs, hidden_states=inputs.hidden_states.new_empty(0))
 
 
 def held_out(windows: int) -> Tensor:

@@ -28,7 +28,7 @@ def ids() -> Tensor:
 
 @pytest.mark.parametrize("target", ["dense", "layer"])
 @pytest.mark.parametrize("select", ["topk", "threshold"])
-@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+@pytest.mark.parametrize("stop", [1, 3])
 def test_a_fit_that_goes_on_ends_with_the_same_bits(
     ids: Tensor, tmp_path: Path, target: str, select: str, stop: int
 ) -> None:
@@ -43,7 +43,8 @@ def test_a_fit_that_goes_on_ends_with_the_same_bits(
     with pytest.raises(Stopped):
         fit_correction(model, ids, plan, rank=8, target=target, batch_size=4, save_to=file, on_layer=end)
     assert file.exists() == (stop > 1)
-    again = fit_correction(model, ids, plan, rank=8, target=target, save_to=file)  # in batches of 4, as the file says
+    size = None if file.exists() else 4  # as the file says
+    again = fit_correction(model, ids, plan, rank=8, target=target, batch_size=size, save_to=file)
     assert again == whole
     assert again.calibration == whole.calibration
 
