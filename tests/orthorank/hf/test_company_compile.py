@@ -64,7 +64,7 @@ def left_padded(batch: int, tokens: int) -> torch.Tensor:
     return mask
 
 
-@pytest.mark.parametrize("corrected", PLANS)
+@pytest.mark.parametrize("corrected", ["plain", pytest.param("corrected", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_ten_calls_compile_once_and_two_lengths_twice(tiny_model: Any, corrected: str) -> None:
     """``fullgraph``: a graph break would be an error. Padding differs from call to call, and its counts are read."""
@@ -107,7 +107,9 @@ def test_a_compiled_model_fills_and_continues_a_cache(tiny_model: Any, corrected
         assert handle.stats[1].tokens_updated == 2 * 2 * (8 + 3 + 3)
 
 
-@pytest.mark.parametrize("corrected", [None, maps([1])], ids=["plain", "corrected"])
+@pytest.mark.parametrize(
+    "corrected", [None, pytest.param(maps([1]), marks=pytest.mark.slow)], ids=["plain", "corrected"]
+)
 @pytest.mark.parametrize("ratio", [0.0, 1 / 3])
 def test_generate_compiles_its_decode_step_once(tiny_model: Any, ratio: float, corrected: Correction | None) -> None:
     """As `generate()` does by itself on a GPU for static caches; prompts of two lengths share the graph."""
