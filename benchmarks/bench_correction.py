@@ -9,7 +9,6 @@ counted.
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -20,8 +19,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.bench_budget import compare, cut
-from benchmarks.bench_criteria import read_text
-from orthorank import OrthoRankConfig, OrthoRankError, apply, fit_correction
+from benchmarks.frontier.texts import read_texts
+from orthorank import OrthoRankConfig, apply, fit_correction
 from orthorank.common.files import write_json
 from orthorank.evaluation import flop_speedup, perplexity
 from orthorank.models import load_model
@@ -49,21 +48,10 @@ def arguments() -> argparse.Namespace:
 
 def texts(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
     """What the fit reads, and what is measured."""
-    files = {
-        "validation": folder / "wikitext2" / "wiki.valid.tokens",
-        "test": folder / "wikitext2" / "wiki.test.raw",
-        "c4": folder / "c4" / "c4_sample.jsonl",
-        "speeches": folder / "text" / "inaugural.txt",
-    }
-    if missing := [str(file) for file in files.values() if not file.is_file()]:
-        raise OrthoRankError(f"{missing[0]} is not there; name a folder that has wikitext2/, c4/ and text/ with --data")
-    documents = " ".join(json.loads(line)["text"] for line in files["c4"].read_text(encoding="utf-8").splitlines())
-    measured = {
-        "WikiText-2": files["test"].read_text(encoding="utf-8"),
-        "C4": documents[LATER:],
-        "speeches": files["speeches"].read_text(encoding="utf-8"),
-    }
-    return {"WikiText-2": read_text(files["validation"])[0], "C4": documents[: LATER // 2]}, measured
+    validation, measured, documents = read_texts(folder)
+    joined = " ".join(documents)
+    measured = {"WikiText-2": measured["WikiText-2"], "C4": joined[LATER:], "speeches": measured["speeches"]}
+    return {"WikiText-2": validation, "C4": joined[: LATER // 2]}, measured
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

@@ -37,14 +37,11 @@ class Sizes(NamedTuple):
     test_tokens: int = 1024
 
 
-def read_windows(tokenizer: Any, folder: Path, sizes: Sizes) -> Windows:
-    """The windows of the frontier.
-
-    Args:
-        folder: with ``wikitext2/``, ``c4/`` and ``text/``.
+def read_texts(folder: Path) -> tuple[str, dict[str, str], list[str]]:
+    """WikiText-2's validation text, the texts that are only measured, by name, and the documents of C4.
 
     Raises:
-        OrthoRankError: a file is missing or too short, or what is fitted to occurs in what is measured.
+        OrthoRankError: a file is missing.
     """
     files = {
         "validation": folder / "wikitext2" / "wiki.valid.tokens",
@@ -55,20 +52,30 @@ def read_windows(tokenizer: Any, folder: Path, sizes: Sizes) -> Windows:
     if missing := [str(file) for file in files.values() if not file.is_file()]:
         raise OrthoRankError(f"{missing[0]} is not there; name a folder that has wikitext2/, c4/ and text/ with --data")
     documents = [json.loads(line)["text"] for line in files["C4"].read_text(encoding="utf-8").splitlines()]
+    test = {name: files[name].read_text(encoding="utf-8") for name in ("WikiText-2", "speeches")}
+    return read_text(files["validation"])[0], test, documents
+
+
+def read_windows(tokenizer: Any, folder: Path, sizes: Sizes) -> Windows:
+    """The windows of the frontier.
+
+    Args:
+        folder: with ``wikitext2/``, ``c4/`` and ``text/``.
+
+    Raises:
+        OrthoRankError: a file is missing or too short, or what is fitted to occurs in what is measured.
+    """
+    validation, test, documents = read_texts(folder)
 
     def windows(text: str, count: int, tokens: int, name: str) -> Tensor:
         ids = tokenizer(text[: 12 * count * tokens], add_special_tokens=False, verbose=False)["input_ids"]
         return cut(ids, tokens, count, name)
 
     calibration = {
-        "WikiText-2": read_text(files["validation"])[0],
+        "WikiText-2": validation,
         "C4": " ".join(documents[FIRST_TO_FIT:]),
     }
-    test = {
-        "WikiText-2": files["WikiText-2"].read_text(encoding="utf-8"),
-        "C4": " ".join(documents[:FIRST_TO_FIT]),
-        "speeches": files["speeches"].read_text(encoding="utf-8"),
-    }
+    test["C4"] = " ".join(documents[:FIRST_TO_FIT])
     half = -(-(sizes.fit + sizes.judge) // 2)
     kinds = [windows(text, half, sizes.tokens, f"{name} to fit to") for name, text in calibration.items()]
     mixed = torch.stack(kinds, 1).flatten(0, 1)[: sizes.fit + sizes.judge]

@@ -13,7 +13,7 @@ from orthorank.calibration.windows import check_windows
 from orthorank.common.errors import check_integer
 from orthorank.config import OrthoRankConfig
 from orthorank.stack.evaluator import Evaluator, Plan
-from orthorank.stack.resources import Ratios, States, states_budget
+from orthorank.stack.resources import Ratios, States, check_bytes, states_budget
 
 if TYPE_CHECKING:
     from orthorank.stack.layers import LayerStack, Pass
@@ -33,6 +33,7 @@ class CorrectedEvaluator(Evaluator):
         refit: whether the maps above a layer that is switched are fitted again, as they are in the plan that comes of
             it. False: those of the plan given to `start` are kept, which is quicker and gives a loss that is a little
             larger.
+        memory: bytes of states of ``input_ids`` that are kept, and as many of the other states of ``fit_ids``.
         options: as for `Evaluator`.
 
     Raises:
@@ -57,14 +58,16 @@ class CorrectedEvaluator(Evaluator):
         *,
         rank: int = 64,
         refit: bool = True,
+        memory: int | None = None,
         **options: Any,
     ) -> None:
         check_windows(stack.model, fit_ids, least=2)
         check_integer("rank", rank, 1, stack.model.config.get_text_config().hidden_size)
         self.fit_ids, self.rank, self.refit = fit_ids, rank, refit
         self._maps: dict[Ratios, Fitted] = {}
-        self._fit_states = States(states_budget(torch.device("cpu")))
-        super().__init__(stack, input_ids, **options)
+        check_bytes("memory", memory)
+        self._fit_states = States(states_budget(torch.device("cpu")) if memory is None else memory)
+        super().__init__(stack, input_ids, memory=memory, **options)
 
     @cached_property
     def fingerprint(self) -> str:

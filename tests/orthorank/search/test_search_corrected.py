@@ -68,9 +68,8 @@ def test_greedy_is_the_loop_written_down(
     evaluator = CorrectedEvaluator(
         stack, windows, fit_ids, rank=RANK, keep_ratio=keep_ratio, batch_size=2, memory=memory
     )
-    if memory == 0:
-        evaluator._fit_states.budget = 0
     found = greedy_search(evaluator, CANDIDATES, 3)
+    assert memory is None or evaluator._fit_states.bytes == 0, "nothing is kept of the fit's windows, either"
     chosen: list[int] = []
     losses = []
     for _ in range(3):
