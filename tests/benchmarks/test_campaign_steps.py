@@ -346,6 +346,7 @@ def test_probes_that_differ_or_come_too_late_are_lines(tmp_path):
     assert "late" in found(tmp_path)[-1]["note"]
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_a_replay_that_keeps_old_inputs_is_seen(tmp_path):
     class Stale(dry.Cpu):

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.ptx import emitted
 from tests.ptx.probes import forms_in
 from tests.ptx.probes_warps import all_probes
@@ -36,6 +38,7 @@ def test_every_form_is_compared_with_a_gpu():
     assert not set(NOT_PROBED) & set.union(*probed.values()), "take it off the list: it is probed"
 
 
+@pytest.mark.slow  # it runs the tests of the table once more
 def test_every_form_has_a_test_of_its_own():
     """The tests of the table run again in one process, which notes the forms that they run."""
     files = [f"tests/ptx/test_{name}.py" for name in UNIT_TESTS]

@@ -74,8 +74,19 @@ def test_the_same_bits_in_any_order_of_programs(layout: str, monkeypatch: pytest
 
 
 @given(data=st.data())
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_any_shape(data: st.DataObject) -> None:
+    any_shape(data)
+
+
+@pytest.mark.slow
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_of_many_shapes(data: st.DataObject) -> None:
+    any_shape(data)
+
+
+def any_shape(data: st.DataObject) -> None:
     count = st.integers(0, 60)
     lengths = [(min(a, b), b) for a, b in data.draw(st.lists(st.tuples(count, count), min_size=1, max_size=4))]
     kv_heads, group = data.draw(st.sampled_from([(1, 1), (2, 3), (1, 5), (1, 17)]))
