@@ -1,4 +1,4 @@
-"""Microbenchmarks of every op beside its reference, torch.compile of that, and the kernels of others.
+"""Microbenchmarks of every op beside PyTorch, torch.compile of that, and the kernels of others.
 
     python benchmarks/bench_ops.py
     python benchmarks/bench_ops.py --only attention

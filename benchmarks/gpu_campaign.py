@@ -28,7 +28,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
         "--seconds", type=float, help=f"when it stops itself (default: A {plan.A_SECONDS:g}, B {plan.B_SECONDS:g})"
     )
     parser.add_argument("--steps", metavar="NAME,...", help="only these of its steps, in its order")
-    parser.add_argument("--dry-run", action="store_true", help="on a CPU, tiny, with the reference backend")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, tiny, in PyTorch")
     parser.add_argument("--machine", type=Path, help=argparse.SUPPRESS)  # where lines are left for B; tests have theirs
     options = parser.parse_args(given)
     names = [step.name for step in plan.CAMPAIGNS[options.campaign]]

@@ -1,9 +1,8 @@
 """Which implementation an op runs.
 
-``backend="auto"`` calls the torch operator, which takes the Triton kernel on a GPU and the reference on a CPU.
-``"reference"`` and ``"triton"`` are explicit requests: one that cannot be met raises and says why; none falls back
-silently.
-Inputs that require grad take the differentiable reference, because no backward kernel exists.
+``backend="auto"`` calls the torch operator, which takes the Triton kernel on a GPU and PyTorch on a CPU. ``"triton"``,
+``"torch"`` and ``"reference"`` (the definition of correct, slow and eager) are explicit requests: one that cannot be
+met raises and says why; none falls back silently. Inputs that require grad take PyTorch: no kernel has a backward.
 """
 
 import os
@@ -19,7 +18,7 @@ from orthorank_kernels import op as _library
 from orthorank_kernels.op import Operator
 from orthorank_kernels.remedies import install
 
-BACKENDS = ("auto", "triton", "reference")
+BACKENDS = ("auto", "triton", "torch", "reference")
 
 
 class BackendError(RuntimeError):
@@ -37,10 +36,10 @@ def triton_unavailable(device: torch.device) -> str | None:
     >>> import torch
     >>> from orthorank_kernels.dispatch import triton_unavailable
     >>> triton_unavailable(torch.device("meta"))
-    'tensors on the meta device hold no data; move them to a GPU, or use backend="reference"'
+    'tensors on the meta device hold no data; move them to a GPU, or use backend="torch"'
     """
     if device.type == "meta":
-        return 'tensors on the meta device hold no data; move them to a GPU, or use backend="reference"'
+        return 'tensors on the meta device hold no data; move them to a GPU, or use backend="torch"'
     if find_spec("triton") is None:
         return f"Triton is not installed; run: {install('triton')}"
     if device.type == "cuda" or (device.type == "cpu" and interpreting()):
@@ -48,9 +47,9 @@ def triton_unavailable(device: torch.device) -> str | None:
     if device.type == "cpu":
         return (
             "Triton runs on CPU tensors only in its interpreter; move the tensors to a GPU, set TRITON_INTERPRET=1 "
-            'before the first import of triton (slow, for tests), or use backend="reference"'
+            'before the first import of triton (slow, for tests), or use backend="torch"'
         )
-    return f'no Triton kernels are tested for {device.type} devices; use backend="reference"'
+    return f'no Triton kernels are tested for {device.type} devices; use backend="torch"'
 
 
 def run(
@@ -109,10 +108,13 @@ def run(
                 )
         launch = _library.launcher(op.launcher)
         return launch(*args) if out is None else _into(out, lambda: launch(*args, out=out))
-    if backend == "reference" or needs_grad:
+    if backend == "reference":
+        _require_values(device)
+    if backend != "auto" or needs_grad:
+        compute = op.reference if backend == "reference" else op.pytorch
         if out is None:
-            return op.reference(*args)
-        return _into(out, lambda: _library.copy_results(op.reference(*args), out))
+            return compute(*args)
+        return _into(out, lambda: _library.copy_results(compute(*args), out))
     if out is None:
         return op.functional(*args)
     return _into(out, lambda: op.into(*args, **dict(zip(op.outputs, out, strict=True))))
@@ -196,7 +198,7 @@ def _check_interpreted(op: Operator, args: tuple[Any, ...], out: tuple[torch.Ten
         name = next(name for name, x in _named(op, args) if x.dtype == torch.bfloat16)
         raise BackendError(
             f"{name} has dtype bfloat16, which Triton's interpreter (TRITON_INTERPRET=1) takes for integers, so that "
-            'results mean nothing; use float32 or float16, backend="reference", or a GPU'
+            'results mean nothing; use float32 or float16, backend="torch", or a GPU'
         )
 
 
@@ -212,7 +214,16 @@ def _require_triton(device: torch.device, needs_grad: bool) -> None:
     if needs_grad:
         raise BackendError(
             f'backend="triton" on device {device} got an input that requires grad, and the kernels have no '
-            'backward; call under torch.no_grad(), or use backend="reference"'
+            'backward; call under torch.no_grad(), or use backend="torch"'
+        )
+
+
+def _require_values(device: torch.device) -> None:
+    if torch.compiler.is_compiling() or device.type == "meta":
+        raise BackendError(
+            'backend="reference" reads values on the host, and '
+            + ("a graph that is being compiled" if device.type != "meta" else "the meta device")
+            + ' has none; use backend="auto" or backend="torch"'
         )
 
 
@@ -240,12 +251,12 @@ def describe(device: torch.device | str) -> tuple[str, str]:
 
     >>> from orthorank_kernels.dispatch import describe
     >>> describe("cpu")[0]
-    'reference'
+    'torch'
     """
     device = device_of(device)
     if device.type == "cpu":
-        return "reference", "the PyTorch reference is the CPU path"
+        return "torch", "CPUs run the ops in PyTorch"
     if device.type == "cuda":
         reason = triton_unavailable(device)
         return ("triton", "a GPU and Triton are present") if reason is None else ("none", reason)
-    return "none", f'operators are registered for CPU and CUDA/ROCm devices; on {device.type} pass backend="reference"'
+    return "none", f'operators are registered for CPU and CUDA/ROCm devices; on {device.type} pass backend="torch"'

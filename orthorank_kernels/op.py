@@ -2,7 +2,7 @@
 
 Each public op has one functional `torch.library` operator in the namespace `orthorank_kernels`, and one more that
 writes into tensors of the caller (``out=``), so that a captured graph or a serving stack's pool owns the memory. The
-CPU implementation is the PyTorch reference, the CUDA implementation is the Triton launcher (imported when it first
+CPU implementation is written in PyTorch, the CUDA implementation is the Triton launcher (imported when it first
 runs), and the fake implementation states shapes, dtypes and strides, so that `torch.compile(fullgraph=True)` and
 `opcheck` work.
 
@@ -40,10 +40,11 @@ def _registered() -> _Registered:
 
 @dataclass(frozen=True)
 class Operator:
-    """One public op: its torch operators, its reference and its launcher.
+    """One public op: its torch operators, and its implementations.
 
     Args:
-        functional: returns new tensors. reference: PyTorch, called with the schema's arguments in order.
+        functional: returns new tensors.
+        reference, pytorch: what is correct, and what CPUs and gradients take; called with the schema's arguments.
         launcher: ``"module.function"`` inside ``orthorank_kernels.triton``, called likewise; if the op has ``outputs``,
             also with ``out=``: a tuple of tensors to write, one for each of them (None where it may be left out).
         outputs: names of what the op returns; empty for ops that write to an argument.
@@ -54,6 +55,7 @@ class Operator:
 
     functional: Any
     reference: Callable[..., Any]
+    pytorch: Callable[..., Any]
     launcher: str
     outputs: tuple[str, ...] = ()
     into: Any = None
@@ -73,7 +75,8 @@ class Operator:
 def define(
     schema: str,
     *,
-    cpu: Callable[..., Any],
+    reference: Callable[..., Any],
+    pytorch: Callable[..., Any],
     triton: str,
     fake: Callable[..., Any],
     outputs: Sequence[str] = (),
@@ -84,34 +87,37 @@ def define(
     Args:
         schema: name and signature in torch's schema language. Ops that write to an argument mark it ``(a!)`` and
             return ``()``.
-        cpu, triton, outputs, aliases: see `Operator`. An output whose name ends in ``?`` may be left out by the caller
-            of the variant with ``out=``; the functional operator returns an empty tensor where it is not asked for.
+        reference, pytorch, triton, outputs, aliases: see `Operator`. An output whose name ends in ``?`` may be left out
+            by the caller of the variant with ``out=``; the functional operator returns an empty tensor where it is not
+            asked for.
         fake: what the outputs look like, from the inputs alone.
     """
     name, arguments = schema.split("(", 1)
-    _implement(name, schema, cpu, _lazy_launcher(triton), fake)
+    _implement(name, schema, pytorch, _lazy_launcher(triton), fake)
     functional = getattr(torch.ops.orthorank_kernels, name).default
     if not outputs:
-        return Operator(functional, cpu, triton)
+        return Operator(functional, reference, pytorch, triton)
     arguments = arguments[: arguments.rindex(") ->")]
     names = tuple(o.removesuffix("?") for o in outputs)
     writes = [f"Tensor({chr(97 + i)}!){'?' * o.endswith('?')} {names[i]}" for i, o in enumerate(outputs)]
 
-    def write_reference(*args: Any, **out: torch.Tensor | None) -> None:
-        copy_results(cpu(*args), tuple(out.values()))
+    def write_results(*args: Any, **out: torch.Tensor | None) -> None:
+        copy_results(pytorch(*args), tuple(out.values()))
 
     def write_kernel(*args: Any, **out: torch.Tensor | None) -> None:
         launcher(triton)(*args, out=tuple(out.values()))
 
     into = f"{name}_out"
     _implement(
-        into, f"{into}({arguments}, *, {', '.join(writes)}) -> ()", write_reference, write_kernel, lambda *a, **k: None
+        into, f"{into}({arguments}, *, {', '.join(writes)}) -> ()", write_results, write_kernel, lambda *a, **k: None
     )
-    return Operator(functional, cpu, triton, names, getattr(torch.ops.orthorank_kernels, into).default, aliases)
+    return Operator(
+        functional, reference, pytorch, triton, names, getattr(torch.ops.orthorank_kernels, into).default, aliases
+    )
 
 
 def copy_results(results: Any, out: Sequence[torch.Tensor | None]) -> None:
-    """Copy what a reference returned into the caller's tensors."""
+    """Copy results into the caller's tensors."""
     results = results if isinstance(results, tuple) else (results,)
     for result, target in zip(results, out, strict=True):
         if target is not None:
@@ -127,7 +133,7 @@ def launcher(path: str) -> Callable[..., Any]:
         if error.name != "triton":
             raise
         raise RuntimeError(
-            f'a GPU tensor needs Triton, which is not installed; run: {install("triton")}, or pass backend="reference"'
+            f'a GPU tensor needs Triton, which is not installed; run: {install("triton")}, or pass backend="torch"'
         ) from error
 
 

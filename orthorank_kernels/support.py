@@ -13,9 +13,9 @@ _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # the kernel converts them itse
 
 @dataclass(frozen=True)
 class _Op:
-    """Dtypes of an op's main argument, on the reference and in the kernel; which other questions it has; a limit."""
+    """Dtypes of an op's main argument, in PyTorch and in the kernel; which other questions it has; a limit."""
 
-    reference: tuple[torch.dtype, ...] = _WITH_DOUBLE
+    pytorch: tuple[torch.dtype, ...] = _WITH_DOUBLE
     kernel: tuple[torch.dtype, ...] = _HALVES
     asks: tuple[str, ...] = ()
     largest_head_dim: int | None = None  # of the kernel
@@ -23,9 +23,9 @@ class _Op:
 
 _ATTENTION = ("head_dim", "heads", "kv_heads")
 OPS = {
-    "rms_norm_score": _Op(reference=_HALVES),
-    "select_tokens": _Op(reference=(torch.float32,), kernel=(torch.float32,)),
-    "rms_norm_select": _Op(reference=_HALVES),
+    "rms_norm_score": _Op(pytorch=_HALVES),
+    "select_tokens": _Op(pytorch=(torch.float32,), kernel=(torch.float32,)),
+    "rms_norm_select": _Op(pytorch=_HALVES),
     "gather_rows": _Op(kernel=_WITH_DOUBLE),
     "gather_add_rms_norm": _Op(),
     "scatter_rows_": _Op(kernel=_WITH_DOUBLE),
@@ -69,7 +69,7 @@ def is_supported(
         ValueError: no such op, or one without what is asked about. TypeError: an argument of the wrong kind.
 
     >>> is_supported("gather_rows", device="cpu", dtype=torch.bfloat16)
-    (True, 'the PyTorch reference is the CPU path')
+    (True, 'CPUs run the ops in PyTorch')
     >>> is_supported("sparse_query_attention", device="cpu", dtype=torch.float16, heads=32, kv_heads=5)
     (False, 'kv_heads is 5 and heads 32: the key/value heads must divide the query heads')
     """
@@ -86,7 +86,7 @@ def is_supported(
     if backend == "none":
         return False, reason
     refusal = _wrong_sizes(**sizes) or _wrong_dtypes(
-        limits.kernel if backend == "triton" else limits.reference, dtype, kv_dtype
+        limits.kernel if backend == "triton" else limits.pytorch, dtype, kv_dtype
     )
     if refusal is None and backend == "triton":
         refusal = _kernel_refuses(device, limits.largest_head_dim, head_dim)
@@ -127,7 +127,7 @@ def _kernel_refuses(device: torch.device, largest: int | None, head_dim: int | N
     if not torch.cuda.is_available():
         return f"device is {device}, and PyTorch sees no GPU here; use device cpu"
     if head_dim is not None and largest is not None and head_dim > largest:
-        return f'head_dim is {head_dim}; the kernel takes at most {largest}: pass backend="reference"'
+        return f'head_dim is {head_dim}; the kernel takes at most {largest}: pass backend="torch"'
     return None
 
 

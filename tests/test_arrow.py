@@ -40,7 +40,8 @@ ARROWS = {
         {"cli"},
         {"tuning", "warmup"},
         {"ops", "support"},
-        {"reference", "triton"},
+        {"pytorch", "triton"},
+        {"reference"},
         {"settings"},
         {"counts", "dispatch", "hashing", "layout"},
         {"checks", "op"},
@@ -148,7 +149,12 @@ def test_no_module_is_in_a_circle() -> None:
 
 
 def test_the_reference_and_the_kernels_are_strangers() -> None:
-    for one, other in (("reference", "triton"), ("triton", "reference")):
+    for one, other in (
+        ("reference", "triton"),
+        ("reference", "pytorch"),
+        ("triton", "reference"),
+        ("triton", "pytorch"),
+    ):
         assert not [
             f"{name} imports {module}"
             for name, found in IMPORTS.items()

@@ -76,7 +76,7 @@ def test_the_matrix_is_what_is_supported() -> None:
             found[op] = (gpu, cpu)
             limit = OPS[op].largest_head_dim
             assert limit is None or "sparse_query_attention_paged" in op or f"to {limit}" in besides
-    assert found == {op: (names(it.kernel), names(it.reference)) for op, it in OPS.items()}
+    assert found == {op: (names(it.kernel), names(it.pytorch)) for op, it in OPS.items()}
 
 
 def names(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -39,7 +39,7 @@ import torch
 import orthorank_kernels as ok
 from tests.orthorank_kernels.every_op import Numbers, calls, flat
 
-for backend in ("auto", "reference"):
+for backend in ("auto", "torch", "reference"):
     for name, call in calls(Numbers()).items():
         for tensor in flat(call(backend=backend)):
             assert not tensor.is_floating_point() or tensor.isfinite().all(), name
@@ -105,7 +105,10 @@ def belongs_to(name: str, package: str) -> bool:
 
 
 ARROWS = [
-    ("reference", "triton", "a reference is what a machine without Triton runs"),
+    ("pytorch", "triton", "it is what a machine without Triton runs"),
+    ("pytorch", "orthorank_kernels.triton", "it is what a kernel's gradient is taken from"),
+    ("reference", "orthorank_kernels.pytorch", "it defines what is correct"),
+    ("reference", "triton", "it can be run without Triton"),
     ("reference", "orthorank_kernels.triton", "a reference defines what a kernel is compared with"),
     ("triton", "orthorank_kernels.reference", "a kernel that calls its reference hides its own faults"),
     ("", "orthorank", "the kernels know tensors, not models"),

@@ -12,7 +12,7 @@ MOST_PROBES = 12
 class Cpu:
     """Calls run at once, and a captured call runs again into the memory of its first result."""
 
-    device, dtype, backend, target = torch.device("cpu"), torch.float32, "reference", "sm_90a"
+    device, dtype, backend, target = torch.device("cpu"), torch.float32, "torch", "sm_90a"
 
     def facts(self) -> dict[str, Any]:
         return {"gpu": "none (dry run on a CPU)", "torch": torch.__version__}

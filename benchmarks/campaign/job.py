@@ -13,7 +13,7 @@ class Job:
     outputs: files that get every line, the first one the campaign's results.
     files: folder for what is returned as it is; work: folder for everything else.
     seconds: after so many the process should have ended by itself.
-    cuts: what is left out because time is short. dry: on a CPU, tiny, with the reference backend.
+    cuts: what is left out because time is short. dry: on a CPU, tiny, in PyTorch.
     common: fields of every line.
     """
 

@@ -1,1 +1,1 @@
-"""Microbenchmarks of every op beside its reference, its compiled reference and the kernels of others."""
+"""Microbenchmarks of every op beside PyTorch, compiled PyTorch and the kernels of others."""

@@ -98,7 +98,7 @@ def silu_and_mul(device: torch.device, batch: int, tokens: int, hidden: int) -> 
     def call(backend: str) -> torch.Tensor:
         return ops.silu_and_mul(merged, backend=backend)
 
-    check = close(lambda merged: ops.silu_and_mul(merged, backend="reference"), merged, dtype=merged.dtype)
+    check = close(lambda merged: ops.silu_and_mul(merged, backend="torch"), merged, dtype=merged.dtype)
     shape = f"{batch} x {tokens // 3} x {3 * hidden}"
     return Workload("silu_and_mul", shape, "GB/s", 1.5 * bytes_of(merged), check, ours(device, call))
 
@@ -114,7 +114,7 @@ def add_low_rank(device: torch.device, batch: int, tokens: int, hidden: int) -> 
         return ops.add_low_rank(x, low, up, bias, backend=backend)
 
     def reference(*tensors: torch.Tensor) -> Any:
-        return ops.add_low_rank(*tensors, backend="reference")
+        return ops.add_low_rank(*tensors, backend="torch")
 
     check = close(reference, x, low, up, bias, dtype=x.dtype)
     shape = f"{batch} x {tokens} x {hidden}, rank {rank}"
@@ -131,7 +131,7 @@ def gather_add_rms_norm(device: torch.device, batch: int, tokens: int, hidden: i
         return ops.gather_add_rms_norm(x, positions, rows, weight, EPS, backend=backend)
 
     def reference(x: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor) -> Any:
-        return ops.gather_add_rms_norm(x, positions, rows, weight, EPS, backend="reference")
+        return ops.gather_add_rms_norm(x, positions, rows, weight, EPS, backend="torch")
 
     check = close(reference, x, positions, rows, weight, dtype=x.dtype)
     shape = f"{batch} x {tokens} x {hidden}"
@@ -150,7 +150,7 @@ def apply_rotary_at(device: torch.device, batch: int, tokens: int, hidden: int) 
         return ops.apply_rotary_at(x, cos, sin, positions, backend=backend)
 
     def reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> Any:
-        return ops.apply_rotary_at(x, cos, sin, positions, backend="reference")
+        return ops.apply_rotary_at(x, cos, sin, positions, backend="torch")
 
     check = close(reference, x, cos, sin, positions, dtype=x.dtype)
     shape = f"{batch} x {selected} x {hidden // 64} x 64"
@@ -184,7 +184,7 @@ def check_norm_score(
     x: torch.Tensor, weight: torch.Tensor, normed: torch.Tensor, scores: torch.Tensor | None = None
 ) -> None:
     """The norm, and the scores if there are any, are as near to float64 as the reference."""
-    eager = ops.rms_norm_score(x, weight, EPS, backend="reference")
+    eager = ops.rms_norm_score(x, weight, EPS, backend="torch")
     exact = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + EPS) * weight.double()
     assert_within_budget(normed, eager.normed, exact, x.dtype)
     if scores is not None:
@@ -203,7 +203,7 @@ def rms_norm_select(device: torch.device, batch: int, tokens: int, hidden: int) 
     def check(result: tuple[torch.Tensor, ...]) -> None:
         normed, scores, positions = result
         check_norm_score(x, weight, normed, scores)
-        chosen = ops.select_tokens(scores, k, backend="reference").positions
+        chosen = ops.select_tokens(scores, k, backend="torch").positions
         assert torch.equal(positions, chosen), "other tokens than the smallest scores"
 
     shape = f"{batch} x {tokens} x {hidden}"

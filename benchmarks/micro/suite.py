@@ -24,7 +24,7 @@ ROWS = (
 # What takes a CPU milliseconds. A GPU gets prompts of a model with 8 billion parameters: see `benchmarks/campaign`.
 ROW_SIZES = [(1, 1024, 576)]  # batch, tokens, hidden
 ATTENTION_SIZES = [(1, 1024, 9, 3, 64)]  # batch, tokens, heads, kv_heads, head_dim
-OURS = ("triton", "reference", "torch.compile")
+OURS = ("triton", "torch", "torch.compile")
 PEERS = {
     "rms_norm_score": ("Liger-Kernel, no score",),
     "select_tokens": ("torch.topk + sort", "FlagGems topk + sort"),

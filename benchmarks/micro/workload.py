@@ -42,7 +42,7 @@ class Workload:
 
 
 def ours(device: torch.device, call: Callable[[str], Any]) -> dict[str, Callable[[], Callable[[], Any]]]:
-    """Our own providers of ``call(backend)``: the kernel, the reference, and the reference compiled."""
+    """Our own providers of ``call(backend)``: the kernel, PyTorch, and PyTorch compiled."""
 
     def kernel() -> Callable[[], Any]:
         if device.type == "cpu":
@@ -50,10 +50,10 @@ def ours(device: torch.device, call: Callable[[str], Any]) -> dict[str, Callable
         return lambda: call("triton")
 
     def compiled() -> Callable[[], Any]:
-        made = compiled_function(lambda: call("reference"))
+        made = compiled_function(lambda: call("torch"))
         return lambda: made()
 
-    return {"triton": kernel, "reference": lambda: lambda: call("reference"), "torch.compile": compiled}
+    return {"triton": kernel, "torch": lambda: lambda: call("torch"), "torch.compile": compiled}
 
 
 def compiled_function(function: Callable[..., Any]) -> Callable[..., Any]:

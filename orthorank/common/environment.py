@@ -58,7 +58,7 @@ def op_backends(device: str) -> list[OpBackend]:
     """For each public op of `orthorank_kernels`, the backend that ``"auto"`` takes on ``device`` and why.
 
     >>> {choice.backend for choice in op_backends("cpu")}
-    {'reference'}
+    {'torch'}
     """
     import inspect
 

@@ -6,7 +6,8 @@ from torch import Tensor
 from orthorank_kernels import checks as _checks
 from orthorank_kernels import dispatch
 from orthorank_kernels import op as _library
-from orthorank_kernels.reference import activation as reference
+from orthorank_kernels.pytorch import activation as pytorch
+from orthorank_kernels.reference import rows as reference
 
 
 def silu_and_mul(
@@ -29,7 +30,7 @@ def silu_and_mul(
             None: all rows count.
         out: where to write the result: its shape and dtype, contiguous; it may be ``gate`` or ``up`` itself. None: new
             memory.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         ``[batch, selected, width]`` or ``[selected, width]``, contiguous; ``out`` if it is given. Differentiable in
@@ -79,7 +80,8 @@ def silu_and_mul(
 
 _SILU_AND_MUL = _library.define(
     "silu_and_mul(Tensor gate, Tensor up, Tensor? positions=None) -> Tensor",
-    cpu=reference.silu_and_mul,
+    reference=reference.silu_and_mul,
+    pytorch=pytorch.silu_and_mul,
     triton="activation.silu_and_mul",
     fake=lambda gate, up, positions=None: torch.empty_like(gate, memory_format=torch.contiguous_format),
     outputs=("out",),

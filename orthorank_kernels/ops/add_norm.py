@@ -9,7 +9,8 @@ from orthorank_kernels import checks as _checks
 from orthorank_kernels import dispatch
 from orthorank_kernels import op as _library
 from orthorank_kernels.ops.rows import batch_of_one, check_rows
-from orthorank_kernels.reference import add_norm as reference
+from orthorank_kernels.pytorch import add_norm as pytorch
+from orthorank_kernels.reference import rows as reference
 
 NORMS = ("rms", "layer", "identity")
 
@@ -62,7 +63,7 @@ def gather_add_rms_norm(
             before it is scaled and added (Gemma's sandwich, OLMo-2). None: it does not.
         out: where to write ``(residual, normed)``: contiguous, apart from ``hidden_states``; either may be ``addend``
             itself. None: new memory. With ``norm="identity"``, the second is None.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         `AddNorm`: residual and normed, both ``[batch, selected, hidden]`` or ``[selected, hidden]``, contiguous, dtype
@@ -160,7 +161,8 @@ _GATHER_ADD_RMS_NORM = _library.define(
     "gather_add_rms_norm(Tensor hidden_states, Tensor positions, Tensor addend, Tensor? weight, float eps,"
     " str norm='rms', Tensor? bias=None, float weight_offset=0.0, float scale=1.0, Tensor? addend_weight=None)"
     " -> (Tensor, Tensor)",
-    cpu=reference.gather_add_rms_norm,
+    reference=reference.gather_add_rms_norm,
+    pytorch=pytorch.gather_add_rms_norm,
     triton="add_norm.gather_add_rms_norm",
     fake=_fake,
     outputs=("residual", "normed?"),

@@ -7,6 +7,7 @@ import torch
 from orthorank_kernels import checks as _checks
 from orthorank_kernels import op as _library
 from orthorank_kernels.ops import attention_arguments as _attention
+from orthorank_kernels.pytorch import attention as pytorch
 from orthorank_kernels.reference import attention as reference
 
 MAX_OFFSET = 2**30  # a position and an offset together must fit 32 bits
@@ -36,13 +37,13 @@ def sparse_query_attention(
     tokens, keys and values of every token (OrthoRank, section 3.3 and Algorithm 1).
 
     No [selected, keys] mask is built, and keys outside a batch row's range (before its start or first window, after its
-    last position) never reach the result, whatever they hold; the reference on a GPU or inside `torch.compile`, which
-    is what inputs that require grad take, asks that they be finite. Where a key or value inside that range is not
-    finite, as in dense attention the row's other queries are right or NaN (0 times NaN is NaN), and nothing is said of
-    queries that see it; the other rows are right.
+    last position) never reach the result, whatever they hold; with ``backend="torch"`` on a GPU or inside
+    `torch.compile`, which is what inputs that require grad take, they must be finite. Where a key or value inside that
+    range is not finite, as in dense attention the row's other queries are right or NaN (0 times NaN is NaN), and
+    nothing is said of queries that see it; the other rows are right.
 
     Args:
-        q: queries, float32, float16 or bfloat16 ``[batch, heads, selected, head_dim]``. Float64 runs on the reference.
+        q: queries, float32, float16 or bfloat16 ``[batch, heads, selected, head_dim]``. Float64 runs in PyTorch.
         k, v: keys and values ``[batch, kv_heads, keys, head_dim]`` of the dtype of q; kv_heads divides heads, and
             consecutive query heads share a key/value head. q, k and v may have any strides whose last one is 1.
         positions: int32 ``[batch, selected]``, ascending in each row; -1 marks the unused tail.
@@ -57,7 +58,7 @@ def sparse_query_attention(
         return_lse: also return the natural logarithm of the softmax's denominator, sink included; a query that sees no
             key has -inf.
         out: where to write, laid out as what is returned: a tensor, or with ``return_lse`` a pair. None allocates.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``. Inputs that require grad take the reference.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``. Inputs that require grad take ``"torch"``.
 
     Returns:
         ``[batch, heads, selected, head_dim]``, a view of contiguous ``[batch, selected, heads, head_dim]`` memory, so
@@ -147,7 +148,8 @@ _LAUNCHER = "attention.sparse_query_attention"
 _OP = _library.define(
     "sparse_query_attention(Tensor q, Tensor k, Tensor v, Tensor positions, float scale, SymInt? window, "
     "Tensor? starts, SymInt query_offset, float? softcap, Tensor? sinks, bool return_lse) -> (Tensor, Tensor)",
-    cpu=reference.sparse_query_attention,
+    reference=reference.sparse_query_attention,
+    pytorch=pytorch.sparse_query_attention,
     triton=_LAUNCHER,
     fake=_fake,
     outputs=_attention.OUTPUTS,

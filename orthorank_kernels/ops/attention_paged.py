@@ -7,7 +7,8 @@ import torch
 from orthorank_kernels import checks as _checks
 from orthorank_kernels import op as _library
 from orthorank_kernels.ops import attention_arguments as _attention
-from orthorank_kernels.reference import attention_paged as reference
+from orthorank_kernels.pytorch import attention_paged as pytorch
+from orthorank_kernels.reference import attention as reference
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -52,7 +53,7 @@ def sparse_query_attention_paged(
     - heads before tokens, ``[blocks, kv_heads, block_size, head_dim]``: ``.transpose(1, 2)``.
 
     Args:
-        q: queries, float32, float16 or bfloat16 ``[n, heads, head_dim]``, last stride 1. Float64 runs on the reference.
+        q: queries, float32, float16 or bfloat16 ``[n, heads, head_dim]``, last stride 1. Float64 runs in PyTorch.
         k_cache, v_cache: ``[blocks, block_size, kv_heads, head_dim]``, of the dtype of q, float8_e4m3fn or
             float8_e5m2; kv_heads divides heads, and consecutive query heads share a key/value head. Any strides whose
             last one is 1.
@@ -74,7 +75,7 @@ def sparse_query_attention_paged(
         return_lse: also return the natural logarithm of the softmax's denominator, sink included; a query that sees no
             key has -inf.
         out: where to write, contiguous: a tensor, or with ``return_lse`` a pair. None allocates.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``. Inputs that require grad take the reference.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``. Inputs that require grad take ``"torch"``.
 
     Returns:
         ``[n, heads, head_dim]``, contiguous, dtype of q. With ``return_lse`` a pair of it and the lse, float32
@@ -251,7 +252,8 @@ _OP = _library.define(
     "sparse_query_attention_paged(Tensor q, Tensor k_cache, Tensor v_cache, Tensor positions, Tensor cu_selected, "
     "Tensor block_table, Tensor seq_lens, Tensor? table_rows, SymInt? max_seqlen_k, float scale, SymInt? window, "
     "float? softcap, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, bool return_lse) -> (Tensor, Tensor)",
-    cpu=reference.sparse_query_attention_paged,
+    reference=reference.sparse_query_attention_paged,
+    pytorch=pytorch.sparse_query_attention_paged,
     triton=_LAUNCHER,
     fake=_fake,
     outputs=_attention.OUTPUTS,

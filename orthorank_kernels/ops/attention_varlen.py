@@ -7,7 +7,8 @@ import torch
 from orthorank_kernels import checks as _checks
 from orthorank_kernels import op as _library
 from orthorank_kernels.ops import attention_arguments as _attention
-from orthorank_kernels.reference import attention_varlen as reference
+from orthorank_kernels.pytorch import attention_varlen as pytorch
+from orthorank_kernels.reference import attention as reference
 
 
 def sparse_query_attention_varlen(
@@ -39,7 +40,7 @@ def sparse_query_attention_varlen(
     never reach another's result.
 
     Args:
-        q: queries, float32, float16 or bfloat16 ``[n, heads, head_dim]``. Float64 runs on the reference.
+        q: queries, float32, float16 or bfloat16 ``[n, heads, head_dim]``. Float64 runs in PyTorch.
         k, v: keys and values ``[total_k, kv_heads, head_dim]`` of the dtype of q; kv_heads divides heads, and
             consecutive query heads share a key/value head. q, k and v may have any strides whose last one is 1.
         positions: int32 ``[n]``, ascending in each sequence, counted from the sequence's first key.
@@ -56,7 +57,7 @@ def sparse_query_attention_varlen(
         return_lse: also return the natural logarithm of the softmax's denominator, sink included; a query that sees no
             key has -inf.
         out: where to write, contiguous: a tensor, or with ``return_lse`` a pair. None allocates.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``. Inputs that require grad take the reference.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``. Inputs that require grad take ``"torch"``.
 
     Returns:
         ``[n, heads, head_dim]``, contiguous. With ``return_lse`` a pair of it and the lse, float32 ``[n, heads]``.
@@ -128,7 +129,8 @@ _OP = _library.define(
     "sparse_query_attention_varlen(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor cu_selected, "
     "Tensor cu_seqlens_k, SymInt? max_seqlen_k, float scale, SymInt? window, float? softcap, Tensor? sinks, "
     "bool return_lse) -> (Tensor, Tensor)",
-    cpu=reference.sparse_query_attention_varlen,
+    reference=reference.sparse_query_attention_varlen,
+    pytorch=pytorch.sparse_query_attention_varlen,
     triton=_LAUNCHER,
     fake=_fake,
     outputs=_attention.OUTPUTS,

@@ -9,7 +9,8 @@ from orthorank_kernels import checks as _checks
 from orthorank_kernels import dispatch
 from orthorank_kernels import op as _library
 from orthorank_kernels.ops.selection import check_sequences
-from orthorank_kernels.reference import low_rank as reference
+from orthorank_kernels.pytorch import low_rank as pytorch
+from orthorank_kernels.reference import rows as reference
 
 
 def add_low_rank(
@@ -46,7 +47,7 @@ def add_low_rank(
             belong to no sequence. Selects the packed layout.
         out: where to write the result: its shape and dtype, contiguous; it may be ``hidden_states`` itself. None: new
             memory.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         Shape and dtype of ``hidden_states``, contiguous; ``out`` if it is given. Differentiable in all floating inputs.
@@ -105,7 +106,8 @@ def _fake(hidden_states: Tensor, *rest: Any) -> Tensor:
 _ADD_LOW_RANK = _library.define(
     "add_low_rank(Tensor hidden_states, Tensor low, Tensor up, Tensor? bias=None, Tensor? starts=None,"
     " Tensor? lengths=None, Tensor? sink_positions=None, Tensor? cu_seqlens=None) -> Tensor",
-    cpu=reference.add_low_rank,
+    reference=reference.add_low_rank,
+    pytorch=pytorch.add_low_rank,
     triton="low_rank.add_low_rank",
     fake=_fake,
     outputs=("out",),

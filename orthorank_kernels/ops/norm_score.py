@@ -10,7 +10,8 @@ from orthorank_kernels import checks as _checks
 from orthorank_kernels import dispatch
 from orthorank_kernels import op as _library
 from orthorank_kernels.layout import norm_outputs
-from orthorank_kernels.reference import scoring as reference
+from orthorank_kernels.pytorch import scoring as pytorch
+from orthorank_kernels.reference import selection as reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NORMS = ("rms", "layer", "identity")
@@ -83,7 +84,7 @@ def rms_norm_score(
         copy_input: return a plain copy of ``hidden_states`` as ``residual`` when no ``residual`` is given.
         out: ``(normed, scores, residual)`` to write to, contiguous, None where nothing is written. It may not overlap
             the inputs.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         `NormScore`: ``normed``, like ``hidden_states`` (contiguous; for ``"identity"`` it is the sum, or
@@ -305,7 +306,8 @@ _OP: Any = _library.define(
     "rms_norm_score(Tensor hidden_states, Tensor? weight, float eps, Tensor? residual, str norm, Tensor? bias,"
     " float weight_offset, str score, Tensor? sink, Tensor? starts, Tensor? cu_seqlens, bool write_norm,"
     " bool copy_input) -> (Tensor, Tensor, Tensor)",
-    cpu=reference.rms_norm_score,
+    reference=reference.rms_norm_score,
+    pytorch=pytorch.rms_norm_score,
     triton="scoring.rms_norm_score",
     fake=_fake,
     outputs=("normed?", "scores", "summed?"),  # an operator has no two arguments of one name

@@ -12,7 +12,8 @@ from orthorank_kernels import op as _library
 from orthorank_kernels.layout import norm_outputs, selection_outputs
 from orthorank_kernels.ops.norm_score import check_norm, check_norm_out, check_numbers, norm_result
 from orthorank_kernels.ops.selection import OUTPUTS, REQUEST, select_request, select_result
-from orthorank_kernels.reference import norm_selection as reference
+from orthorank_kernels.pytorch import norm_selection as pytorch
+from orthorank_kernels.reference import selection as reference
 
 
 class NormSelection(NamedTuple):
@@ -197,7 +198,8 @@ _NORM_SELECT: Any = _library.define(
     "rms_norm_select(Tensor hidden_states, Tensor? weight, float eps, Tensor? residual, str norm, Tensor? bias, "
     "float weight_offset, str score, Tensor? sink, bool write_norm, bool copy_input, "
     f"{REQUEST}, Tensor? workspace) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    cpu=reference.rms_norm_select,
+    reference=reference.rms_norm_select,
+    pytorch=pytorch.rms_norm_select,
     triton="norm_selection.rms_norm_select",
     fake=_fake,
     outputs=("normed?", "scores", "summed?", *OUTPUTS),

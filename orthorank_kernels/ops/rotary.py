@@ -6,7 +6,8 @@ from orthorank_kernels import checks as _checks
 from orthorank_kernels import dispatch
 from orthorank_kernels import op as _library
 from orthorank_kernels.layout import empty_ordered_like
-from orthorank_kernels.reference import rotary as reference
+from orthorank_kernels.pytorch import rotary as pytorch
+from orthorank_kernels.reference import rows as reference
 
 CLOSE = 1e-3  # a table's columns may differ by that and still be one: tables may be trained
 
@@ -46,7 +47,7 @@ def apply_rotary_at(
             through. None: the whole head, and ``cos`` must be as wide. It has to be said where the tables are narrower,
             since they may be of a part of the head or without the repetition, and nothing in them tells which.
         out: where to write the result: its shape, dtype and strides; it may be ``x`` itself. None: new memory.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         Shape and dtype of ``x``; dense, with the dimensions in the same order in memory as in ``x``; ``out`` if it is
@@ -174,7 +175,8 @@ def _check_out(out: Tensor, x: Tensor) -> None:
 _APPLY_ROTARY_AT = _library.define(
     "apply_rotary_at(Tensor x, Tensor cos, Tensor sin, Tensor? positions=None, bool interleaved=False,"
     " SymInt? rotary_dim=None) -> Tensor",
-    cpu=reference.apply_rotary_at,
+    reference=reference.apply_rotary_at,
+    pytorch=pytorch.apply_rotary_at,
     triton="rotary.apply_rotary_at",
     fake=lambda x, cos, sin, positions=None, interleaved=False, rotary_dim=None: empty_ordered_like(x),
     outputs=("out",),

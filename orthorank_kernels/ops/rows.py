@@ -21,6 +21,7 @@ import torch
 from orthorank_kernels import checks as _checks
 from orthorank_kernels import dispatch
 from orthorank_kernels import op as _library
+from orthorank_kernels.pytorch import rows as pytorch
 from orthorank_kernels.reference import rows as reference
 
 
@@ -33,7 +34,7 @@ def gather_rows(
         x: ``[batch, tokens, hidden]`` or ``[total, hidden]``, floating point. Any strides, the last one 1.
         positions: int32 ``[batch, selected]`` or ``[selected]``; -1 gives a row of zeros.
         out: where to write the result: its shape and dtype, contiguous, apart from ``x``. None: new memory.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         ``[batch, selected, hidden]`` or ``[selected, hidden]``, contiguous, dtype of ``x``; ``out`` if it is given.
@@ -78,7 +79,7 @@ def scatter_rows_(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
             row leaves either of the two rows there, or a mixture: it is undefined.
         rows: ``[batch, selected, hidden]`` or ``[selected, hidden]``, dtype of ``out``, apart from ``out`` in memory.
             Any strides, the last one 1.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, stride or device.
@@ -118,7 +119,7 @@ def scatter_add_rows_(
             Any strides, the last one 1.
         residual: like ``rows``.
         scale: factor on ``rows`` (Granite's residual multiplier).
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, stride or device.
@@ -179,20 +180,23 @@ def _check_scatter(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tenso
 
 _GATHER_ROWS = _library.define(
     "gather_rows(Tensor x, Tensor positions) -> Tensor",
-    cpu=reference.gather_rows,
+    reference=reference.gather_rows,
+    pytorch=pytorch.gather_rows,
     triton="rows.gather_rows",
     fake=lambda x, positions: x.new_empty(*positions.shape, x.shape[2]),
     outputs=("out",),
 )
 _SCATTER_ROWS = _library.define(
     "scatter_rows_(Tensor(a!) out, Tensor positions, Tensor rows) -> ()",
-    cpu=reference.scatter_rows_,
+    reference=reference.scatter_rows_,
+    pytorch=pytorch.scatter_rows_,
     triton="rows.scatter_rows_",
     fake=lambda out, positions, rows: None,
 )
 _SCATTER_ADD_ROWS = _library.define(
     "scatter_add_rows_(Tensor(a!) out, Tensor positions, Tensor rows, Tensor residual, float scale=1.0) -> ()",
-    cpu=reference.scatter_add_rows_,
+    reference=reference.scatter_add_rows_,
+    pytorch=pytorch.scatter_add_rows_,
     triton="rows.scatter_add_rows_",
     fake=lambda out, positions, rows, residual, scale=1.0: None,
 )

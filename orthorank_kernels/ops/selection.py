@@ -11,6 +11,7 @@ from orthorank_kernels import dispatch
 from orthorank_kernels import op as _library
 from orthorank_kernels.counts import check_keep_last
 from orthorank_kernels.layout import selection_outputs
+from orthorank_kernels.pytorch import selection as pytorch
 from orthorank_kernels.reference import selection as reference
 
 MAX_TOKENS = 2**30
@@ -84,7 +85,7 @@ def select_tokens(
             ``out``, or else k if that is an int and the layout is batch, or else the number of tokens.
         out: `Selection` or a tuple like it, of int32 tensors to write to, contiguous, None for the fields that the
             layout has not. They may not overlap the inputs.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         `Selection`, all int32. Batch: ``positions [batch, max_selected]``, ascending in each row and -1 past its count,
@@ -293,7 +294,8 @@ OUTPUTS = ("positions", "counts", "rows?", "cu_selected?")
 
 _SELECT: Any = _library.define(
     f"select_tokens(Tensor scores, {REQUEST}) -> (Tensor, Tensor, Tensor, Tensor)",
-    cpu=reference.select_tokens,
+    reference=reference.select_tokens,
+    pytorch=pytorch.select_tokens,
     triton="selection.select_tokens",
     fake=_fake,
     outputs=OUTPUTS,

@@ -1,7 +1,4 @@
-"""Norms over the last dimension, in PyTorch, rounded where the models round.
-
-rms:    y = x / sqrt(mean(x^2) + eps) * weight            layer:    y = (x - mean) / sqrt(var + eps) * weight + bias
-"""
+"""Norms over the last dimension, in float32 (float64 stays float64), rounded where the models round."""
 
 import torch
 from torch import Tensor
@@ -15,10 +12,10 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float = 0.0) -> Tensor:
-    """RMSNorm as Llama rounds it, or with ``weight_offset`` as Gemma does.
+    """``x / sqrt(mean(x^2) + eps) * weight``: as Llama rounds it, or with ``weight_offset`` as Gemma does.
 
-    float32 inside. Llama rounds the normalised value to the input's dtype before the weight multiplies it in that
-    dtype; Gemma multiplies by ``weight_offset + weight`` in float32 and rounds once.
+    Llama rounds the normalised value to the input's dtype before the weight multiplies it in that dtype; Gemma
+    multiplies by ``weight_offset + weight`` in float32 and rounds once.
     """
     exact = x.to(wide(x.dtype))
     normed = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
@@ -29,20 +26,13 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float 
     return weight * normed.to(x.dtype)
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, eps: float, bias: Tensor | None, weight_offset: float = 0.0) -> Tensor:
-    """LayerNorm: float32 inside, rounded once."""
-    exact = x.to(wide(x.dtype))
-    if weight is not None:
-        weight = weight.to(exact.dtype) + weight_offset
-    if bias is not None:
-        bias = bias.to(exact.dtype)
-    return torch.nn.functional.layer_norm(exact, x.shape[-1:], weight, bias, eps).to(x.dtype)
-
-
 def normalise(
     x: Tensor, weight: Tensor | None, eps: float, norm: str, bias: Tensor | None = None, weight_offset: float = 0.0
 ) -> Tensor:
-    """The norm called ``norm``, one of `NORMS`."""
-    if norm == "layer":
-        return layer_norm(x, weight, eps, bias, weight_offset)
-    return rms_norm(x, weight, eps, weight_offset)
+    """The norm called ``norm``, one of `NORMS`; ``"layer"`` is ``(x - mean) / sqrt(var + eps) * weight + bias``."""
+    if norm == "rms":
+        return rms_norm(x, weight, eps, weight_offset)
+    exact = x.to(wide(x.dtype))
+    weight = None if weight is None else weight.to(exact.dtype) + weight_offset
+    bias = None if bias is None else bias.to(exact.dtype)
+    return torch.nn.functional.layer_norm(exact, x.shape[-1:], weight, bias, eps).to(x.dtype)

@@ -1,146 +1,120 @@
-"""The selected tokens of each row or packed sequence, in PyTorch.
+"""Norm, sink score, and the k tokens that score least, or all below a threshold, in the order of their positions.
 
-For the k most orthogonal, every token gets one integer that says when its turn comes; the k smallest are taken. By a
-threshold, every token is looked at alone. Either way the taken ones are then written one after the other.
+h_i      = x_i + residual_i
+normed_i = norm(h_i) * weight + bias
+score_i  = |<sink, normed_i>|, or |cos(sink, normed_i)|
 """
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-# 32-bit preferences, smallest first. The last `keep_last` tokens take 0, 1, 2, ... from the end; a score takes the
-# place of its float32 value, from -inf at 0x00800000 to +inf at 0xFF800000; the rest stand above +inf.
-NAN, SINK, PADDING = 0xFFFFFFFD, 0xFFFFFFFE, 0xFFFFFFFF
-POSITION_BITS = 31
+from orthorank_kernels.reference.norms import normalise, wide
+from orthorank_kernels.reference.sequences import listed, valid_ranges
 
-
-def valid_range(scores: Tensor, starts: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """First valid token of each row and one past the last, int64 ``[batch, 1]``, inside the row whatever the input."""
-    batch, tokens = scores.shape
-    zero = torch.zeros(batch, 1, dtype=torch.int64, device=scores.device)
-    begin = zero if starts is None else starts.long().unsqueeze(1).clamp(0, tokens)
-    if lengths is None:
-        return begin, zero + tokens
-    return begin, begin + torch.minimum(lengths.long().unsqueeze(1).clamp(min=0), tokens - begin)
+SHORTEST = 1e-8  # what lengths are clamped to in a cosine, as in torch.nn.functional.cosine_similarity
 
 
-def sequences(tokens: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each token of the packed axis, int64 ``[tokens]``: its sequence, where that begins, and one past its end.
-
-    Tokens that belong to no sequence get an empty one.
-    """
-    bounds = cu_seqlens.long()
-    token = torch.arange(tokens, device=cu_seqlens.device)
-    after = torch.searchsorted(bounds, token, right=True)  # the first bound past the token
-    bounds = pad(bounds, (0, 1), value=0)
-    return (after - 1).clamp(max=max(cu_seqlens.shape[0] - 2, 0)), bounds[after - 1], bounds[after]
-
-
-def preference(scores: Tensor, begin: Tensor, end: Tensor, sink: Tensor, keep_last: int) -> Tensor:
-    """When each token's turn comes, int64 like ``scores``: a total order, positions included."""
-    position = torch.arange(scores.shape[-1], device=scores.device)
-    bits = scores.detach().float().resolve_neg().view(torch.int32).long()
-    key = torch.where(bits < 0, -bits, bits + 2**31)  # ascends with the score; -0.0 and 0.0 meet at 2**31
-    key = torch.where(scores.isnan(), NAN, key)
-    if keep_last > 0:
-        key = torch.where(position >= end - keep_last, end - 1 - position, key)
-    key = torch.where(position == sink, SINK, key)
-    key = torch.where((position < begin) | (position >= end), PADDING, key)
-    return (key << POSITION_BITS) | position
-
-
-def below(scores: Tensor, threshold: Tensor, begin: Tensor, end: Tensor, sink: Tensor, keep_last: int) -> Tensor:
-    """Which tokens a threshold selects: the valid ones that score less, and the last ``keep_last``; never the sink."""
-    position = torch.arange(scores.shape[-1], device=scores.device)
-    wanted = (scores.detach().float() < threshold) | (position >= end - keep_last)
-    return wanted & (position != sink) & (position >= begin) & (position < end)
-
-
-def written(taken: Tensor, width: int) -> Tensor:
-    """Indices of the first ``width`` tokens that are ``taken [..., tokens]``, ascending: ``[..., width]``, -1 past."""
-    tokens = taken.shape[-1]
-    index = torch.arange(tokens, device=taken.device)
-    index = torch.where(taken, index, tokens).sort(dim=-1).values[..., :width]  # those not taken move to the end
-    return pad(torch.where(index == tokens, -1, index), (0, width - min(width, tokens)), value=-1)
+def rms_norm_score(
+    hidden_states: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, norm: str, bias: Tensor | None,
+    weight_offset: float, score: str, sink: Tensor | None, starts: Tensor | None, cu_seqlens: Tensor | None,
+    write_norm: bool, copy_input: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``normed``, ``scores`` and the summed (or copied) states; an empty tensor for what is not asked for."""
+    h = hidden_states if residual is None else hidden_states + residual
+    normed = h if norm == "identity" else normalise(h, weight, eps, norm, bias, weight_offset)
+    values = normed.to(wide(h.dtype))  # of the rounded norm, which is what projections and a stored sink see
+    scores = values.new_zeros(h.shape[:-1])
+    for number, (begin, end) in enumerate(valid_ranges(h.shape[:2], starts, None, cu_seqlens)):
+        of = slice(begin, end) if cu_seqlens is not None else number
+        if values[of].numel() == 0:
+            continue
+        vector = values[of][0 if cu_seqlens is not None else min(begin, h.shape[1] - 1)]
+        if sink is not None:
+            vector = (sink if sink.dim() == 1 else sink[number]).to(values.dtype)
+        products = (values[of] @ vector).abs()
+        if score == "cosine":
+            length = vector.norm().clamp(min=SHORTEST)
+            products = products / (length * values[of].norm(dim=-1).clamp(min=SHORTEST))
+        scores[of] = products
+    normed = normed.contiguous() if write_norm and norm != "identity" else h.new_empty(0)
+    wanted = residual is not None or copy_input
+    return normed, scores, h.clone(memory_format=torch.contiguous_format) if wanted else h.new_empty(0)
 
 
 def select_tokens(
-    scores: Tensor,
-    k: int | None,
-    row_k: Tensor | None,
-    threshold: float | None,
-    row_threshold: Tensor | None,
-    width: int,
-    starts: Tensor | None,
-    lengths: Tensor | None,
-    sink_positions: Tensor | None,
-    cu_seqlens: Tensor | None,
-    position_offsets: Tensor | None,
-    keep_last: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``positions``, ``counts``, ``rows`` and ``cu_selected``; `orthorank_kernels.select_tokens`.
+    scores: Tensor, k: int | None, row_k: Tensor | None, threshold: float | None, row_threshold: Tensor | None,
+    width: int, starts: Tensor | None, lengths: Tensor | None, sink_positions: Tensor | None,
+    cu_seqlens: Tensor | None, position_offsets: Tensor | None, keep_last: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """``positions``, ``counts``, ``rows`` and ``cu_selected``; the last two are empty in the batch layout.
 
-    ``k`` None selects by ``threshold``, or by ``row_threshold``, one for each row. Otherwise a row selects so many: the
-    smallest of ``k``, ``row_k`` (one per row), the room left in ``width`` and its number of valid tokens.
+    ``width`` bounds a row's tokens, or those of all sequences together.
     """
+    packed, values = cu_seqlens is not None, scores.detach().float()
+    ranges = valid_ranges(scores.shape, starts, lengths, cu_seqlens)
+    count = len(ranges)
     if threshold is not None:
-        rows = scores.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        row_threshold = torch.full((rows,), threshold, dtype=torch.float64, device=scores.device).float()
-    if cu_seqlens is not None:
-        return _select_packed(
-            scores, k, row_k, row_threshold, width, sink_positions, cu_seqlens, position_offsets, keep_last
-        )
-    begin, end = valid_range(scores, starts, lengths)
-    sink = begin if sink_positions is None else sink_positions.long().unsqueeze(1)
-    if row_threshold is not None:
-        taken = below(scores, row_threshold.unsqueeze(1), begin, end, sink, keep_last)
-        counts = taken.sum(1).clamp(max=width)
-    else:
-        counts = _counts((end - begin).squeeze(1), k, row_k).clamp(max=width)
-        order = preference(scores, begin, end, sink, keep_last).argsort(dim=1)
-        rank = torch.arange(scores.shape[1], device=scores.device)
-        taken = torch.zeros_like(order, dtype=torch.bool).scatter(1, order, rank < counts.unsqueeze(1))
-    none = torch.zeros(2, 0, dtype=torch.int32, device=scores.device)
-    return written(taken, width).int(), counts.int(), none[0], none[1].clone()
+        row_threshold = torch.full((count,), threshold, dtype=torch.float64).float()
+    bounds, wanted = listed(row_threshold, count, None), listed(row_k, count, k)
+    sinks, offsets = listed(sink_positions, count, None), listed(position_offsets, count, 0)
+    room, picked = width, []
+    for number, (begin, end) in enumerate(ranges):
+        row = values.tolist() if packed else values[number].tolist()
+        sink = sinks[number]
+        if packed:  # counted from the sequence's first token; a later chunk holds no sink of its own
+            sink = begin + sink if sink is not None else begin if offsets[number] == 0 else -1
+        elif sink is None:
+            sink = begin
+        if bounds[number] is not None:
+            tokens = below(row, begin, end, sink, keep_last, bounds[number])[:room]
+        else:
+            most = max(0, min(wanted[number], room, math.inf if k is None else k))
+            tokens = smallest(row, begin, end, sink, keep_last, int(most))
+        picked.append(tokens)
+        room -= len(tokens) if packed else 0
+
+    def integers(values: list[Any]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=scores.device)
+
+    counts = integers([len(tokens) for tokens in picked])
+    if not packed:
+        positions = [tokens + [-1] * (width - len(tokens)) for tokens in picked]
+        return integers(positions).view(count, width), counts, integers([]), integers([])
+    rows = [t for tokens in picked for t in tokens]
+    places = [
+        t - begin + offset for tokens, (begin, _), offset in zip(picked, ranges, offsets, strict=True) for t in tokens
+    ]
+    missing = [-1] * (width - len(rows))
+    ends = [sum(map(len, picked[:number])) for number in range(count + 1)]
+    return integers(places + missing), counts, integers(rows + missing), integers(ends)
 
 
-def _counts(n_valid: Tensor, k: int | None, row_k: Tensor | None) -> Tensor:
-    counts = n_valid.clamp(max=k)
-    return counts if row_k is None else torch.minimum(counts, row_k.long().clamp(min=0))
+def smallest(row: list[float], begin: int, end: int, sink: int, keep_last: int, count: int) -> list[int]:
+    """The tokens whose turn comes first: the last ``keep_last`` from the end, others by score, NaN, the sink."""
+
+    def turn(t: int) -> tuple[int, float, int]:
+        if t == sink:
+            return 3, 0.0, t
+        if t >= end - keep_last:
+            return 0, -t, t
+        return (2, 0.0, t) if math.isnan(row[t]) else (1, row[t], t)
+
+    return sorted(sorted(range(begin, end), key=turn)[:count])
 
 
-def _select_packed(
-    scores: Tensor,
-    k: int | None,
-    row_k: Tensor | None,
-    row_threshold: Tensor | None,
-    width: int,
-    sink_positions: Tensor | None,
-    cu_seqlens: Tensor,
-    position_offsets: Tensor | None,
-    keep_last: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tokens, bounds = scores.shape[0], cu_seqlens.long()
-    if bounds.shape[0] == 1 or tokens == 0:
-        rows = torch.full((width,), -1, dtype=torch.int32, device=scores.device)
-        return rows, torch.zeros_like(cu_seqlens[1:]), rows.clone(), torch.zeros_like(cu_seqlens)
-    seq, begin, end = sequences(tokens, cu_seqlens)
-    token, starts = torch.arange(tokens, device=scores.device), bounds[:-1]
-    offsets = torch.zeros_like(starts) if position_offsets is None else position_offsets.long()
-    if sink_positions is None:
-        sink = torch.where(offsets == 0, starts, -1)
-    else:
-        sink = torch.where(sink_positions < 0, -1, starts + sink_positions)
-    if row_threshold is not None:
-        taken = below(scores, row_threshold[seq], begin, end, sink[seq], keep_last)
-    else:
-        ends = _counts(bounds.diff(), k, row_k).cumsum(0).clamp(max=width)
-        counts = ends.diff(prepend=ends.new_zeros(1))
-        order = preference(scores, begin, end, sink[seq], keep_last).argsort()
-        order = order[seq[order].argsort(stable=True)]  # by sequence, and inside each by preference
-        rank = token - starts[seq[order]]
-        taken = torch.zeros_like(order, dtype=torch.bool).scatter(0, order, rank < counts[seq[order]])
-    rows = written(taken, width)
-    positions = torch.where(rows < 0, -1, (token - begin + offsets[seq])[rows.clamp(min=0)])
-    cu_selected = pad(taken.cumsum(0), (1, 0))[bounds].clamp(max=width)
-    return positions.int(), cu_selected.diff().int(), rows.int(), cu_selected.int()
+def below(row: list[float], begin: int, end: int, sink: int, keep_last: int, threshold: float) -> list[int]:
+    """The tokens that score less than a threshold, and the last ``keep_last``; never the sink."""
+    return [t for t in range(begin, end) if t != sink and (row[t] < threshold or t >= end - keep_last)]
+
+
+def rms_norm_select(hidden_states: Tensor, weight: Tensor | None, eps: float, *rest: Any) -> tuple[Tensor, ...]:
+    """The two, one after the other."""
+    *norm_and_score, write_norm, copy_input = rest[:8]
+    *choice, _ = rest[8:]  # the workspace is the kernel's
+    starts, cu_seqlens = choice[5], choice[8]
+    states = (*norm_and_score, starts, cu_seqlens, write_norm, copy_input)
+    normed, scores, summed = rms_norm_score(hidden_states, weight, eps, *states)
+    return normed, scores, summed, *select_tokens(scores, *choice)

@@ -153,12 +153,12 @@ def _check_supported(head_dim: int, dtype: torch.dtype) -> None:
     if head_dim > LARGEST_HEAD_DIM:
         raise ValueError(
             f"q has head_dim {head_dim}; the Triton kernel takes at most {LARGEST_HEAD_DIM}: "
-            'pass backend="reference" for larger ones'
+            'pass backend="torch" for larger ones'
         )
     if dtype == torch.float64:
         raise TypeError(
             "q has dtype float64; the Triton kernel takes float32, float16 and bfloat16: "
-            'convert q, k and v, or pass backend="reference"'
+            'convert q, k and v, or pass backend="torch"'
         )
 
 

@@ -69,5 +69,5 @@ def refuse_float64(name: str, x: torch.Tensor) -> None:
     if x.dtype == torch.float64:
         raise TypeError(
             f"{name} has dtype float64; the Triton kernel takes float32, float16 and bfloat16: "
-            'convert it with .float(), or use backend="reference"'
+            'convert it with .float(), or use backend="torch"'
         )

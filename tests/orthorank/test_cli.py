@@ -200,7 +200,7 @@ def test_env_says_which_backend_every_public_op_takes(orthorank):
     cpu = {op["op"]: op for op in here["ops"] if op["device"] == "cpu"}
     assert {"sparse_query_attention", "rms_norm_select", "gather_rows"} <= set(cpu)
     assert set(cpu) <= set(orthorank_kernels.__all__)
-    assert {op["backend"] for op in cpu.values()} == {"reference"}
+    assert {op["backend"] for op in cpu.values()} == {"torch"}
     assert all(op["reason"] for op in cpu.values())
     code, out, _ = orthorank("env")
     assert code == 0

@@ -126,11 +126,11 @@ def assert_right(
     assert out.dtype == dtype
     seen = torch.where(blind, 0.0, lse)
     exact_seen = exact[1].masked_fill(blind, 0.0)
-    if backend == "reference":
+    if backend == "torch":
         torch.testing.assert_close(out.double(), exact[0], **TOLERANCE[dtype])
         torch.testing.assert_close(seen.double(), exact_seen, **TOLERANCE[lse_dtype])
     else:
-        eager, eager_lse = run("reference")
+        eager, eager_lse = run("torch")
         assert_within_budget(out, eager, exact[0], dtype, "out", steps=8 if dtype == torch.float32 else 0)
         eager_seen = torch.where(blind, 0.0, eager_lse)
         assert_within_budget(seen, eager_seen, exact_seen, lse_dtype, "lse")

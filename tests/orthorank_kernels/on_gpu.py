@@ -1,6 +1,6 @@
 """Which kernel tests a GPU can judge: those that run kernels on it.
 
-The others compile for absent GPUs, read sources, or test the reference and the checks of arguments, which are the same
+The others compile for absent GPUs, read sources, or test PyTorch code and the checks of arguments, which are the same
 on every machine: `make test` runs them. In the interpreter each test is held to what stands here (`conftest.py`).
 """
 
@@ -16,6 +16,7 @@ ELSEWHERE = {
     "test_hashing",
     "test_library",
     "test_offsets",
+    "test_reference",
     "test_refused_values",
     "test_rotary_errors",
     "test_settings",
@@ -205,7 +206,7 @@ def uses_gpu(item: pytest.Item) -> bool:
     module = item.path.stem
     if name is None or module in ELSEWHERE or name in NOT.get(module, ()):  # an example in a docstring has no name
         return False
-    return name in BOTH or "reference" not in _texts(item)
+    return name in BOTH or "torch" not in _texts(item)
 
 
 def must_launch(item: pytest.Item) -> bool:

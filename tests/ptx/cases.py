@@ -1,7 +1,7 @@
 """What the test suite runs: calls of public ops, by group. One row of a table is one call; add rows freely.
 
 A case names an op of `orthorank_kernels` and makes its arguments from a dtype. It is run with ``backend="triton"``,
-which here is the compiled PTX, and compared with ``backend="reference"`` by the error budget of
+which here is the compiled PTX, and compared with ``backend="torch"`` by the error budget of
 `tests.orthorank_kernels.tools`. Shapes are odd and small: the kernels are as they are, so a program costs the same
 whatever it leaves idle.
 """

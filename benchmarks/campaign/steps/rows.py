@@ -18,7 +18,7 @@ def run(context: Context) -> None:
             continue
         for make in ROWS:
             compiled = ("torch.compile",) if make.__name__ in COMPILED else ()
-            wanted += [(make, size, name) for name in (OURS, "reference", *compiled, *PEERS.get(make.__name__, ()))]
+            wanted += [(make, size, name) for name in (OURS, "torch", *compiled, *PEERS.get(make.__name__, ()))]
     context.planned = len(wanted)
     for make, size, name in wanted:
         timed(context, make, size, name)

@@ -7,7 +7,7 @@ import torch
 
 from orthorank_kernels import gather_add_rms_norm, gather_rows
 from orthorank_kernels.dispatch import BackendError
-from orthorank_kernels.reference import add_norm as reference
+from orthorank_kernels.pytorch import add_norm as pytorch
 from tests.orthorank_kernels.rows_tools import BACKENDS, LAYOUTS, random, some_positions, strided_views
 from tests.orthorank_kernels.tools import DEVICE, DTYPES, assert_within_budget, set_settings
 
@@ -30,11 +30,9 @@ def test_gather_add_rms_norm_is_as_exact_as_eager(backend, tokens, selected, hid
     addend, weight = random(2, selected, hidden, dtype=dtype, seed=1), random(hidden, dtype=dtype, seed=2)
     residual, normed = gather_add_rms_norm(x, positions, addend, weight, EPS, backend=backend)
 
-    eager = reference.gather_add_rms_norm(x, positions, addend, weight, EPS)
+    eager = pytorch.gather_add_rms_norm(x, positions, addend, weight, EPS)
     assert torch.equal(residual, eager[0]), "one addition and one rounding leave no choice"
-    exact = reference.gather_add_rms_norm(
-        eager[0].double(), entries(eager[0]), 0 * addend.double(), weight.double(), EPS
-    )
+    exact = pytorch.gather_add_rms_norm(eager[0].double(), entries(eager[0]), 0 * addend.double(), weight.double(), EPS)
     assert_within_budget(normed, eager[1], exact[1], dtype)
 
 
@@ -116,7 +114,7 @@ def test_variants_are_as_exact_as_eager(backend, name, hidden, dtype, poisoned):
     args = (x, positions, addend)
     chosen = options(name, hidden, dtype)
     residual, normed = gather_add_rms_norm(*args, eps=EPS, backend=backend, **chosen)
-    eager = gather_add_rms_norm(*args, eps=EPS, backend="reference", **chosen)
+    eager = gather_add_rms_norm(*args, eps=EPS, backend="torch", **chosen)
 
     present = (positions >= 0)[..., None]
     weight = chosen.get("addend_weight")
@@ -125,7 +123,7 @@ def test_variants_are_as_exact_as_eager(backend, name, hidden, dtype, poisoned):
     total = gather_rows(x, positions).double() + turned.double() * chosen.get("scale", 1.0)
     assert_within_budget(residual, eager.residual, total * present, dtype, "residual")
     # The norm of the residual that the backend itself rounded.
-    own = reference.normalise(residual, chosen["weight"], EPS, *(chosen.get(n, d) for n, d in DEFAULTS)) * present
+    own = pytorch.normalise(residual, chosen["weight"], EPS, *(chosen.get(n, d) for n, d in DEFAULTS)) * present
     if chosen.get("norm") == "identity":
         assert normed is residual
     else:

@@ -12,7 +12,7 @@ from orthorank_kernels import sparse_query_attention
 from orthorank_kernels.dispatch import interpreting
 from tests.orthorank_kernels.tools import DEVICE, DTYPES, assert_within_budget, poisoned_outputs
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("torch", "triton")
 OPS = torch.ops.orthorank_kernels
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # of the interpreter: a NaN was computed
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -80,10 +80,10 @@ def check(tensors: Inputs, backend: str, **options: Any) -> torch.Tensor:
     exact = written_out(q, k, v, positions, **options)
     assert out.dtype == q.dtype
     assert out.transpose(1, 2).is_contiguous()
-    if backend == "reference":
+    if backend == "torch":
         torch.testing.assert_close(out.double(), exact, **TOLERANCE[q.dtype])
     else:
-        eager = sparse_query_attention(q, k, v, positions, backend="reference", **options)
+        eager = sparse_query_attention(q, k, v, positions, backend="torch", **options)
         assert_within_budget(out, eager, exact, q.dtype)
     assert (out[exact == 0] == 0).all(), "a query without keys must give exactly 0"
     return out
@@ -109,8 +109,8 @@ def test_any_number_of_keys_and_selected_queries(keys: int, selected: int, backe
 
 def test_long_prompts_on_the_reference() -> None:
     tensors = inputs(1000, 700, (6, 2), batch=2, fewer=500)
-    check(tensors, "reference")
-    check(tensors, "reference", window=90, starts=torch.tensor([3, 400], dtype=torch.int32, device=DEVICE))
+    check(tensors, "torch")
+    check(tensors, "torch", window=90, starts=torch.tensor([3, 400], dtype=torch.int32, device=DEVICE))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

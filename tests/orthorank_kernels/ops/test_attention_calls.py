@@ -9,11 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from orthorank_kernels import sparse_query_attention
 from orthorank_kernels.dispatch import BackendError
-from orthorank_kernels.reference import attention as reference
+from orthorank_kernels.pytorch import attention as pytorch
 from tests.orthorank_kernels.ops.test_attention import Inputs, inputs, masks, random, written_out
 from tests.orthorank_kernels.tools import DEVICE
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("torch", "triton")
 OPS = torch.ops.orthorank_kernels
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # of the interpreter: a NaN was computed
 
@@ -35,11 +35,11 @@ class Largest(TorchDispatchMode):
 def test_the_reference_never_holds_selected_by_keys(needs_grad: bool) -> None:
     q, k, v, positions = (x.cpu() for x in inputs(3000, 1500, (2, 1), 16))
     with Largest() as largest:
-        sparse_query_attention(q.requires_grad_(needs_grad), k, v, positions, backend="reference")
-    assert largest.elements <= reference.BLOCK * 3000
+        sparse_query_attention(q.requires_grad_(needs_grad), k, v, positions, backend="torch")
+    assert largest.elements <= pytorch.BLOCK * 3000
     with Largest() as largest:
-        sparse_query_attention(q, k, v, positions, window=64, backend="reference")
-    assert largest.elements <= reference.BLOCK * 1200  # a block's positions span about 400 keys
+        sparse_query_attention(q, k, v, positions, window=64, backend="torch")
+    assert largest.elements <= pytorch.BLOCK * 1200  # a block's positions span about 400 keys
 
 
 @pytest.mark.parametrize(("_", "options"), list(masks()), ids=[name for name, _ in masks()])
@@ -123,7 +123,7 @@ def test_bad_inputs(_: str, changes: dict[str, Any], error: type[Exception], wor
 def test_what_the_kernel_does_not_take() -> None:
     with pytest.raises(ValueError, match="head_dim 257; the Triton kernel takes at most 256"):
         sparse_query_attention(*inputs(4, 2, dim=257), backend="triton")
-    with pytest.raises(TypeError, match=r"float64; .* pass backend=\"reference\""):
+    with pytest.raises(TypeError, match=r"float64; .* pass backend=\"torch\""):
         sparse_query_attention(*inputs(4, 2, dtype=torch.float64), backend="triton")
     q, k, v, positions = inputs(4, 2)
     with pytest.raises(BackendError, match="requires grad"):

@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from orthorank_kernels import sparse_query_attention
 from orthorank_kernels.dispatch import BackendError
-from orthorank_kernels.reference import attention as reference
+from orthorank_kernels.pytorch import attention as pytorch
 from tests.orthorank_kernels.attention_cases import assert_right, integers, random, stated
 from tests.orthorank_kernels.tools import DEVICE, DTYPES, poisoned_outputs
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("torch", "triton")
 OPS = torch.ops.orthorank_kernels
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -93,7 +93,7 @@ def test_options(options: dict[str, Any], backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_dtypes(dtype: torch.dtype, backend: str) -> None:
-    if dtype == torch.float64 and backend != "reference":
+    if dtype == torch.float64 and backend != "torch":
         pytest.skip("float64 runs on the reference")
     check(inputs(dtype=dtype), backend, softcap=2.0, sinks=sinks(4))
 
@@ -257,8 +257,8 @@ class Largest(TorchDispatchMode):
 def test_the_reference_holds_a_block_of_scores() -> None:
     tensors = tuple(x.cpu() for x in inputs((8, 2), 16, keys=2000, most=1500))
     with Largest() as largest:
-        sparse_query_attention(*tensors, softcap=2.0, return_lse=True, backend="reference")
-    assert largest.elements <= reference.ROWS * 2000
+        sparse_query_attention(*tensors, softcap=2.0, return_lse=True, backend="torch")
+    assert largest.elements <= pytorch.ROWS * 2000
 
 
 def arguments(**options: Any) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from tests.orthorank_kernels.cache_layouts import LAYOUTS, Paged, paged
 from tests.orthorank_kernels.ops.test_attention_options import Largest
 from tests.orthorank_kernels.tools import DEVICE, DTYPES, poisoned_outputs
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("torch", "triton")
 OPS = torch.ops.orthorank_kernels
 LENGTHS, COUNTS = (37, 1, 0, 70, 9, 20), (12, 1, 0, 33, 0, 20)  # an empty sequence, one without queries, one dense
 
@@ -81,7 +81,7 @@ def test_options(options: dict[str, Any], backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_dtypes(dtype: torch.dtype, backend: str) -> None:
-    if dtype == torch.float64 and backend != "reference":
+    if dtype == torch.float64 and backend != "torch":
         pytest.skip("float64 runs on the reference")
     case = packed(LENGTHS, COUNTS, dtype=dtype)
     check(case, paged(case, 16), backend)
@@ -264,5 +264,5 @@ def test_the_reference_reads_what_is_needed_alone() -> None:
     case.positions[:] = integers([2000, 2001, 2040, 3, 9])
     cache = Paged(*(x.cpu() for x in paged(case, 16)))
     with Largest() as largest:
-        sparse_query_attention_paged(*cache, window=64, backend="reference")
+        sparse_query_attention_paged(*cache, window=64, backend="torch")
     assert largest.elements <= (41 + 64 + 32) * 16  # keys in sight, in whole pages

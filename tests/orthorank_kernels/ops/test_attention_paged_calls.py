@@ -14,7 +14,7 @@ from tests.orthorank_kernels.cache_layouts import LAYOUTS, Paged, bits, paged
 from tests.orthorank_kernels.ops.test_attention_paged import check, sinks
 from tests.orthorank_kernels.tools import DEVICE
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("torch", "triton")
 OPS = torch.ops.orthorank_kernels
 LENGTHS, COUNTS = (37, 1, 0, 70, 9, 20), (12, 1, 0, 33, 0, 20)  # an empty sequence, one without queries, one dense
 

@@ -12,7 +12,7 @@ from orthorank_kernels.ops.attention_varlen import sparse_query_attention_varlen
 from tests.orthorank_kernels.attention_cases import Packed, assert_right, integers, packed, random, stated_packed
 from tests.orthorank_kernels.tools import DEVICE, DTYPES, poisoned_outputs
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("torch", "triton")
 OPS = torch.ops.orthorank_kernels
 LENGTHS, COUNTS = (37, 1, 0, 70, 9, 20), (12, 1, 0, 33, 0, 20)  # an empty sequence, one without queries, one dense
 
@@ -55,7 +55,7 @@ def test_options(options: dict[str, Any], backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_dtypes(dtype: torch.dtype, backend: str) -> None:
-    if dtype == torch.float64 and backend != "reference":
+    if dtype == torch.float64 and backend != "torch":
         pytest.skip("float64 runs on the reference")
     check(packed(LENGTHS, COUNTS, dtype=dtype), backend)
 

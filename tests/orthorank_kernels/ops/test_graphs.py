@@ -104,7 +104,7 @@ def test_with_memory_of_the_caller_nothing_is_allocated(name):
         assert {memory(x) for x in flat(out)} <= {memory(x) for x in pointers}, "not every output is written"
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
 @pytest.mark.parametrize("name", WITH_OUT)
 def test_memory_of_the_caller_gets_what_would_be_returned(name, backend):
     call = calls(Numbers(DEVICE))[name]

@@ -40,9 +40,13 @@ EDITED = """
 import torch
 from orthorank_kernels import op as _library
 
-def define(reference):
+def define(compute):
     return _library.define(
-        "edited(Tensor x) -> Tensor", cpu=reference, triton="rows.gather_rows", fake=lambda x: torch.empty_like(x)
+        "edited(Tensor x) -> Tensor",
+        reference=compute,
+        pytorch=compute,
+        triton="rows.gather_rows",
+        fake=lambda x: torch.empty_like(x),
     )
 
 x = torch.ones(2)
@@ -51,7 +55,7 @@ assert first.functional(x).tolist() == [2, 2]
 second = define(lambda x: x + 2)
 assert first.functional(x).tolist() == second.functional(x).tolist() == [3, 3], "what was edited counts"
 try:
-    _library.define("edited(Tensor x, int n) -> Tensor", cpu=None, triton="", fake=None)
+    _library.define("edited(Tensor x, int n) -> Tensor", reference=None, pytorch=None, triton="", fake=None)
 except RuntimeError as error:
     assert "edited is registered with another schema" in str(error) and "restart Python" in str(error), error
 else:

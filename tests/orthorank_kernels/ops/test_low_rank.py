@@ -8,7 +8,7 @@ from torch import Tensor
 
 from orthorank_kernels import add_low_rank
 from orthorank_kernels.dispatch import BackendError
-from orthorank_kernels.reference import low_rank as reference
+from orthorank_kernels.pytorch import low_rank as pytorch
 from tests.orthorank_kernels import statements
 from tests.orthorank_kernels.rows_tools import BACKENDS, LAYOUTS, random, strided_views
 from tests.orthorank_kernels.tools import DEVICE, DTYPES, assert_within_budget, set_settings
@@ -46,9 +46,9 @@ def test_it_is_as_exact_as_eager(backend, tokens, hidden, rank, dtype, poisoned)
     actual = add_low_rank(*args, backend=backend)
     assert actual.is_contiguous()
     exact = stated(*args)
-    assert_within_budget(actual, reference.add_low_rank(*args), exact, dtype, steps=2)
+    assert_within_budget(actual, pytorch.add_low_rank(*args), exact, dtype, steps=2)
     bare = add_low_rank(*args[:3], backend=backend)
-    assert_within_budget(bare, reference.add_low_rank(*args[:3]), stated(*args[:3]), dtype, steps=2)
+    assert_within_budget(bare, pytorch.add_low_rank(*args[:3]), stated(*args[:3]), dtype, steps=2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -79,7 +79,7 @@ PADDED = {
 def test_sinks_and_padding_stay_whatever_they_hold(backend, name, poisoned):
     h, low, up, bias = some(3, 70, 136, 20)
     how = PADDED[name]
-    changes = reference.changing(low, how.get("starts"), how.get("lengths"), how.get("sink_positions"), None)
+    changes = pytorch.changing(low, how.get("starts"), how.get("lengths"), how.get("sink_positions"), None)
     assert name == "no sink" or not changes.all()
     low[~changes.expand(3, 70)] = torch.nan
     actual = add_low_rank(h, low, up, bias, **how, backend=backend)

@@ -207,7 +207,7 @@ def test_it_is_refused_by_name_and_nothing_is_written(kind: str, name: str) -> N
     make, error, sentence = VARIANTS[kind][name]
     call = make()
     before = {at: x.clone() for at, x in call.tensors().items()}
-    for backend in ("auto", "reference", *(["triton"] if interpreting() else [])):
+    for backend in ("auto", "torch", *(["triton"] if interpreting() else [])):
         with pytest.raises(error) as caught:
             call(backend=backend)
         assert str(caught.value).startswith(sentence)
@@ -264,7 +264,7 @@ def test_views_with_the_negative_bit_are_read_right_or_refused_by_name(name: str
     for at, x in made()[name].tensors().items():
         if not x.is_floating_point() or x.element_size() == 1:  # PyTorch negates no float8
             continue
-        for backend in ("auto", "reference", "triton") if interpreting() else ("auto", "reference"):
+        for backend in ("auto", "torch", "triton") if interpreting() else ("auto", "torch"):
             plain, call = made()[name], made()[name].where(negated, at)
             assert call.tensors()[at].is_neg()
             if backend == "triton" or (call.op in IN_PLACE and at == 0):
@@ -317,7 +317,7 @@ def test_what_autograd_does_not_let_be_written_is_refused_by_name(name: str, wha
     tokens = torch.cat([call.args[0][..., :1, :], call.args[0]], -2)  # one more: a view may leave it out
     out = make(tokens)
     before = out.detach().clone()
-    for backend in ("auto", "reference"):
+    for backend in ("auto", "torch"):
         with pytest.raises(BackendError) as caught:
             call.where(lambda _: out, 0)(backend=backend)
         assert str(caught.value).startswith(sentence)

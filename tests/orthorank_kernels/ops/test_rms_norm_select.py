@@ -51,7 +51,7 @@ def test_equals_the_two_ops(backend, tokens, dtype, poisoned):
 @pytest.mark.parametrize("k", [0, 1, 11, 12])
 def test_every_k_through_the_operator(k, poisoned):
     x, weight = random(1, 12, 8), random(8, seed=1)
-    assert_same_bits(rms_norm_select(x, weight, EPS, k), one_after_the_other(x, weight, k, backend="reference"))
+    assert_same_bits(rms_norm_select(x, weight, EPS, k), one_after_the_other(x, weight, k, backend="torch"))
     actual = rms_norm_select(x, weight, EPS, k, backend="triton")
     assert_same_bits(actual, one_after_the_other(x, weight, k, backend="triton"))
 
@@ -182,7 +182,7 @@ def test_one_workspace_serves_all_calls(rows, request_, poisoned):
 def test_out_is_written_and_returned(backend, rows):
     x, weight = random(26, 8) if rows else random(2, 13, 8), random(8, seed=1)
     for options in ({"k": 3}, {"threshold": 0.5, "copy_input": True, "write_norm": False}):
-        expected = one_after_the_other(x, weight, **options, **rows, max_selected=9, backend="reference")
+        expected = one_after_the_other(x, weight, **options, **rows, max_selected=9, backend="torch")
         out = NormSelection(*(None if t is None else torch.full_like(t, 77) for t in expected))
         actual = rms_norm_select(x, weight, EPS, **options, **rows, out=out, backend=backend)
         assert all(one is other for one, other in zip(actual, out, strict=True))

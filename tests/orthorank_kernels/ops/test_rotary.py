@@ -8,10 +8,10 @@ import torch
 
 from orthorank_kernels import apply_rotary_at
 from orthorank_kernels.layout import empty_ordered_like
-from orthorank_kernels.reference import rotary as reference
+from orthorank_kernels.pytorch import rotary as pytorch
 from tests.orthorank_kernels.tools import DEVICE, DTYPES, assert_within_budget
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("torch", "triton")
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -79,7 +79,7 @@ def test_rotation_is_as_exact_as_eager(backend, tokens, heads, head_dim, rotary_
     positions = positions_with_gaps(2, tokens, selected)
     actual = apply_rotary_at(x, cos, sin, positions, rotary_dim=rotary_dim, backend=backend)
     exact = rotated_by_loop(x, cos, sin, positions)
-    assert_within_budget(actual, reference.apply_rotary_at(x, cos, sin, positions), exact, dtype)
+    assert_within_budget(actual, pytorch.apply_rotary_at(x, cos, sin, positions), exact, dtype)
     kept = x[..., rotary_dim:].masked_fill((positions < 0)[:, None, :, None], 0)
     assert torch.equal(actual[..., rotary_dim:], kept)
     assert actual.transpose(1, 2).is_contiguous(), "as x: a transposed view"
@@ -98,7 +98,7 @@ def test_interleaved_pairs(backend, tokens, heads, head_dim, rotary_dim, dtype, 
     positions = positions_with_gaps(2, tokens, selected)
     actual = apply_rotary_at(x, cos, sin, positions, interleaved=True, rotary_dim=rotary_dim, backend=backend)
     exact = rotated_by_loop(x, cos, sin, positions, interleaved=True)
-    assert_within_budget(actual, reference.apply_rotary_at(x, cos, sin, positions, True), exact, dtype)
+    assert_within_budget(actual, pytorch.apply_rotary_at(x, cos, sin, positions, True), exact, dtype)
     kept = x[..., rotary_dim:].masked_fill((positions < 0)[:, None, :, None], 0)
     assert torch.equal(actual[..., rotary_dim:], kept)
 
@@ -163,7 +163,7 @@ def test_all_tokens_without_positions(backend, table_batch, tokens, poisoned):
     x = random(2, 3, tokens, 8, dtype=torch.bfloat16)
     cos, sin = tables(table_batch, tokens, 8, torch.float32)
     actual = apply_rotary_at(x, cos, sin, backend=backend)
-    expected = reference.apply_rotary_at(x, cos, sin)
+    expected = pytorch.apply_rotary_at(x, cos, sin)
     assert_within_budget(actual, expected, rotated_by_loop(x, cos, sin, None), torch.bfloat16)
     everyone = torch.arange(tokens, dtype=torch.int32, device=DEVICE).repeat(2, 1)
     assert torch.equal(actual, apply_rotary_at(x, cos, sin, everyone, backend=backend))
@@ -289,8 +289,8 @@ def test_rotation_keeps_lengths():
 def test_expanded_heads():
     x = torch.randn(1, 1, 3, 8, device=DEVICE).expand(1, 4, 3, 8)
     angles = torch.randn(1, 3, 4, device=DEVICE).repeat(1, 1, 2)
-    expected = apply_rotary_at(x.contiguous(), angles.cos(), angles.sin(), backend="reference")
-    for backend in ("reference", "triton"):
+    expected = apply_rotary_at(x.contiguous(), angles.cos(), angles.sin(), backend="torch")
+    for backend in ("torch", "triton"):
         out = apply_rotary_at(x, angles.cos(), angles.sin(), backend=backend)
         assert out.stride(-1) == 1
         torch.testing.assert_close(out, expected)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from orthorank_kernels import gather_rows, scatter_add_rows_, scatter_rows_
 from orthorank_kernels.dispatch import BackendError
-from orthorank_kernels.reference import rows as reference
+from orthorank_kernels.pytorch import rows as pytorch
 from tests.orthorank_kernels.rows_tools import (
     BACKENDS,
     LAYOUTS,
@@ -45,7 +45,7 @@ def test_strides_are_honoured(backend, layout, poisoned):
     storage = x._base if x._base is not None else x
     before = storage.clone()
     expected_rows = x.clone()
-    reference.scatter_rows_(expected_rows, positions, rows)
+    pytorch.scatter_rows_(expected_rows, positions, rows)
     scatter_rows_(x, positions, rows, backend=backend)
     assert torch.equal(x, expected_rows)
     x.copy_(before.as_strided(x.shape, x.stride(), x.storage_offset()))
@@ -107,7 +107,7 @@ def test_packed_is_a_batch_of_one(backend, poisoned):
     for op, args in ((scatter_rows_, (rows,)), (scatter_add_rows_, (rows, residual))):
         out, expected = x.clone(), x.clone()[None]
         op(out, positions, *args, backend=backend)
-        op(expected, positions[None], *(a[None] for a in args), backend="reference")
+        op(expected, positions[None], *(a[None] for a in args), backend="torch")
         assert torch.equal(out, expected[0])
         assert not torch.equal(out, x)
 
@@ -120,7 +120,7 @@ def test_out_is_written_and_returned(backend):
     ):
         out = torch.full((*positions.shape, 24), float("nan"), device=DEVICE)
         assert gather_rows(x, positions, out=out, backend=backend) is out
-        assert torch.equal(out, gather_rows(x, positions, backend="reference"))
+        assert torch.equal(out, gather_rows(x, positions, backend="torch"))
     with pytest.raises(ValueError, match="out has strides"):
         gather_rows(x, positions, out=out.new_empty(24, 5).T)
     with pytest.raises(BackendError, match="out= got an input that requires grad"):
@@ -323,7 +323,7 @@ def test_errors_name_the_argument_and_the_fix(name):
 
 
 def test_an_explicit_backend_never_falls_back(monkeypatch):
-    with pytest.raises(ValueError, match="backend is 'cuda'; it may be one of 'auto', 'triton', 'reference'"):
+    with pytest.raises(ValueError, match="backend is 'cuda'; it may be one of 'auto', 'triton', 'torch', 'reference'"):
         gather_rows(X, POSITIONS, backend="cuda")
     with pytest.raises(BackendError, match="requires grad, and the kernels have no backward"):
         gather_rows(random(2, 5, 4).requires_grad_(), POSITIONS.to(DEVICE), backend="triton")

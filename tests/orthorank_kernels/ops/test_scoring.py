@@ -5,10 +5,10 @@ import torch
 
 from orthorank_kernels import rms_norm_score
 from orthorank_kernels.dispatch import BackendError
-from orthorank_kernels.reference import scoring as reference
+from orthorank_kernels.pytorch import scoring as pytorch
 from tests.orthorank_kernels.tools import DEVICE, DTYPES, assert_within_budget, set_settings
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("torch", "triton")
 EPS = 1e-5
 
 
@@ -31,8 +31,8 @@ def test_kernel_is_as_accurate_as_the_reference(batch, tokens, hidden, dtype, po
     normed, scores, _ = rms_norm_score(x, weight, EPS, sink=sink, backend="triton")
     assert normed.dtype == dtype
     assert scores.dtype == torch.float32
-    eager, eager_scores, _ = rms_norm_score(x, weight, EPS, sink=sink, backend="reference")
-    exact, *_ = reference.rms_norm_score(x.double(), weight.double(), EPS, sink=sink.double())
+    eager, eager_scores, _ = rms_norm_score(x, weight, EPS, sink=sink, backend="torch")
+    exact, *_ = pytorch.rms_norm_score(x.double(), weight.double(), EPS, sink=sink.double())
     assert_within_budget(normed, eager, exact, dtype, "normed")
     # Scores are sums of the rounded values, so they are compared for the values that the kernel itself rounded.
     exact_scores = torch.einsum("bth,bh->bt", normed.double(), sink.double()).abs()
@@ -54,7 +54,7 @@ def test_many_tokens_share_a_program(batch, tokens, enough, monkeypatch, poisone
     set_settings(monkeypatch, "rms_norm_score", enough_programs=enough)
     x, weight = random(batch, tokens, 8), random(8, seed=1)
     normed, scores, _ = rms_norm_score(x, weight, EPS, backend="triton")
-    expected, expected_scores, _ = rms_norm_score(x, weight, EPS, backend="reference")
+    expected, expected_scores, _ = rms_norm_score(x, weight, EPS, backend="torch")
     torch.testing.assert_close(normed, expected)
     torch.testing.assert_close(scores, expected_scores)
 
@@ -66,7 +66,7 @@ def test_norm_is_that_of_hugging_face_bit_for_bit(dtype):
     norm.weight.data = random(576, dtype=dtype)
     x = random(2, 65, 576, dtype=dtype, seed=1) * 10
     with torch.no_grad():
-        assert torch.equal(rms_norm_score(x, norm.weight, EPS, backend="reference")[0], norm(x))
+        assert torch.equal(rms_norm_score(x, norm.weight, EPS, backend="torch")[0], norm(x))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -119,7 +119,7 @@ def test_strides_are_honoured(backend, poisoned):
     sink = random(2, 40, seed=2)[:, 1:17]
     for name, x in views.items():
         normed, scores, _ = rms_norm_score(x, weight, EPS, sink=sink, backend=backend)
-        expected = rms_norm_score(x.contiguous(), weight.clone(), EPS, sink=sink.contiguous(), backend="reference")
+        expected = rms_norm_score(x.contiguous(), weight.clone(), EPS, sink=sink.contiguous(), backend="torch")
         assert normed.is_contiguous(), name
         torch.testing.assert_close(normed, expected[0], msg=name)
         torch.testing.assert_close(scores, expected[1], msg=name)
@@ -148,10 +148,8 @@ def test_bad_values_stay_in_their_token(backend):
 
 def test_gradients_flow_through_norm_and_score():
     x, weight, sink = (random(*s).double().requires_grad_() for s in ((2, 3, 5), (5,), (2, 5)))
-    assert torch.autograd.gradcheck(lambda x, w, s: reference.rms_norm_score(x, w, EPS, sink=s)[:2], (x, weight, sink))
-    assert torch.autograd.gradcheck(
-        lambda x, w: reference.rms_norm_score(x, w, EPS, starts=int32(1, 0))[:2], (x, weight)
-    )
+    assert torch.autograd.gradcheck(lambda x, w, s: pytorch.rms_norm_score(x, w, EPS, sink=s)[:2], (x, weight, sink))
+    assert torch.autograd.gradcheck(lambda x, w: pytorch.rms_norm_score(x, w, EPS, starts=int32(1, 0))[:2], (x, weight))
 
 
 def test_an_input_that_requires_grad_takes_the_reference():

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from orthorank_kernels import rms_norm_score
-from orthorank_kernels.reference import scoring as reference
+from orthorank_kernels.pytorch import scoring as pytorch
 from tests.orthorank_kernels.tools import DEVICE, DTYPES, assert_within_budget, set_settings
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("torch", "triton")
 EPS = 1e-5
 HIDDEN = 72
 FLAGS: dict[str, dict[str, Any]] = {
@@ -88,7 +88,7 @@ def test_options_in_every_layout(norm, where, whose, dtype, monkeypatch, poisone
     for residual, score in ((None, "inner"), (added, "cosine")):
         call = {**options, "residual": residual, "score": score, "sink": sink, "bias": bias}
         normed, scores, summed = rms_norm_score(x, weight, EPS, **call, backend="triton")
-        eager = rms_norm_score(x, weight, EPS, **call, backend="reference")
+        eager = rms_norm_score(x, weight, EPS, **call, backend="torch")
         h = x if residual is None else x + residual
         assert (summed is None) == (residual is None)
         assert summed is None or torch.equal(summed, h)
@@ -132,7 +132,7 @@ def gemma_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 def test_gemma_rounds_once(dtype, poisoned):
     x, weight = 5 * random(4, 33, 256, dtype=dtype), random(256, dtype=dtype, seed=1)
     expected = gemma_rms_norm(x, weight)
-    assert torch.equal(rms_norm_score(x, weight, EPS, weight_offset=1.0, backend="reference").normed, expected)
+    assert torch.equal(rms_norm_score(x, weight, EPS, weight_offset=1.0, backend="torch").normed, expected)
     normed = rms_norm_score(x, weight, EPS, weight_offset=1.0, backend="triton").normed
     # Sums in another order change the last bit of a value in some thousand, and no value by more.
     ulps = (normed.double() - expected.double()).abs() / (expected.double().abs() * torch.finfo(dtype).eps)
@@ -154,7 +154,7 @@ def test_gemma_is_that_of_hugging_face(dtype):
     with torch.no_grad():
         expected = norm(x)
         assert torch.equal(gemma_rms_norm(x, norm.weight), expected), "transformers has another formula now"
-        actual = rms_norm_score(x, norm.weight, EPS, weight_offset=1.0, backend="reference").normed
+        actual = rms_norm_score(x, norm.weight, EPS, weight_offset=1.0, backend="torch").normed
     assert torch.equal(actual, expected)
 
 
@@ -240,7 +240,7 @@ def test_the_sum_is_rounded_before_it_is_normed(backend, poisoned):
 def test_strides_of_the_residual_are_honoured(backend, poisoned):
     x, added = random(2, 6, 16), random(6, 2, 48, seed=1)[..., 8:24].transpose(0, 1)
     result = rms_norm_score(x, None, EPS, residual=added, starts=int32(0, 3), backend=backend)
-    expected = rms_norm_score(x, None, EPS, residual=added.contiguous(), starts=int32(0, 3), backend="reference")
+    expected = rms_norm_score(x, None, EPS, residual=added.contiguous(), starts=int32(0, 3), backend="torch")
     for actual, one in zip(result, expected, strict=True):
         torch.testing.assert_close(actual, one)
 
@@ -251,13 +251,13 @@ def test_gradients_flow_through_every_option():
     packed = {"score": "cosine", "cu_seqlens": int32(0, 4, 4, 6)}
 
     def layer(x, added, weight, bias, sink):
-        return reference.rms_norm_score(x, weight, EPS, added, "layer", bias, 1.0, sink=sink, **packed)
+        return pytorch.rms_norm_score(x, weight, EPS, added, "layer", bias, 1.0, sink=sink, **packed)
 
     def gemma(x, weight):
-        return reference.rms_norm_score(x, weight, EPS, weight_offset=1.0, copy_input=True, **packed)
+        return pytorch.rms_norm_score(x, weight, EPS, weight_offset=1.0, copy_input=True, **packed)
 
     def identity(x, added):
-        return reference.rms_norm_score(x, None, EPS, added, "identity", **packed)[1:]
+        return pytorch.rms_norm_score(x, None, EPS, added, "identity", **packed)[1:]
 
     assert torch.autograd.gradcheck(layer, (x, added, weight, bias, sink))
     assert torch.autograd.gradcheck(gemma, (x, weight))

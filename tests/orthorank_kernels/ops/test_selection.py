@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orthorank_kernels import keep_count, select_tokens
 from orthorank_kernels.dispatch import interpreting
-from orthorank_kernels.reference import selection as reference
+from orthorank_kernels.pytorch import selection as pytorch
 from orthorank_kernels.triton import radix
 from tests.orthorank_kernels.selections import BACKENDS, INF, NAN, assert_selects, by_sort, int32, random
 from tests.orthorank_kernels.tools import DEVICE, set_settings
@@ -204,7 +204,7 @@ def test_scores_that_require_grad_are_selected_from():
 def test_the_reference_reads_no_value_on_the_host():
     with FakeTensorMode():
         scores, one = torch.empty(3, 50), torch.empty(3, dtype=torch.int32)
-        positions, counts, _, _ = reference.select_tokens(scores, 50, one, None, None, 50, one, one, one, None, None, 2)
+        positions, counts, _, _ = pytorch.select_tokens(scores, 50, one, None, None, 50, one, one, one, None, None, 2)
         assert list(positions.shape) == [3, 50]
         assert list(counts.shape) == [3]
 

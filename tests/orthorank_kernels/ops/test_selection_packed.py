@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orthorank_kernels import keep_count, select_tokens
 from orthorank_kernels.dispatch import interpreting
-from orthorank_kernels.reference import selection as reference
+from orthorank_kernels.pytorch import selection as pytorch
 from orthorank_kernels.triton import packing
 from tests.orthorank_kernels.selections import (
     BACKENDS,
@@ -224,7 +224,7 @@ def test_the_reference_reads_no_value_on_the_host():
         scores, each = torch.empty(50), torch.empty(3, dtype=torch.int32)
         cu_seqlens = torch.empty(4, dtype=torch.int32)
         for which in ((50, each, None, None), (None, None, 0.5, None)):
-            positions, counts, rows, cu_selected = reference.select_tokens(
+            positions, counts, rows, cu_selected = pytorch.select_tokens(
                 scores, *which, 40, None, None, each, cu_seqlens, each, 2
             )
             assert [list(t.shape) for t in (positions, counts, rows, cu_selected)] == [[40], [3], [40], [4]]

@@ -1,4 +1,4 @@
-"""Gather, add and norm, in PyTorch: the definition of correct, and the CPU path.
+"""Gather, add and norm, in PyTorch.
 
     residual[b, i] = hidden_states[b, positions[b, i]] + scale * addend[b, i];        normed = norm(residual)
 
@@ -7,8 +7,8 @@ Zeros in both where positions is -1.
 
 import torch
 
+from orthorank_kernels.pytorch.rows import scaled, take
 from orthorank_kernels.reference.norms import normalise, rms_norm
-from orthorank_kernels.reference.rows import scaled, take
 
 
 def gather_add_rms_norm(

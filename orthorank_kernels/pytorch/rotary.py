@@ -1,4 +1,4 @@
-"""Rotary position embedding at given positions, in PyTorch: the definition of correct, and the CPU path.
+"""Rotary position embedding at given positions, in PyTorch.
 
     out1 = x1 * cos - x2 * sin;   out2 = x2 * cos + x1 * sin
 

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from orthorank_kernels.reference.scoring import rms_norm_score
-from orthorank_kernels.reference.selection import select_tokens
+from orthorank_kernels.pytorch.scoring import rms_norm_score
+from orthorank_kernels.pytorch.selection import select_tokens
 
 
 def rms_norm_select(

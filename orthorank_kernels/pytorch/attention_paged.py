@@ -1,9 +1,9 @@
-"""Attention of selected queries over a paged cache in PyTorch: the definition of correct, and the CPU path.
+"""Attention of selected queries over a paged cache in PyTorch.
 
 Key j of sequence s is ``k_cache[block_table[t, j // block_size], j % block_size]`` with ``t = table_rows[s]``, or s.
 Entries of the block table past a sequence's last key, and the cache's slots past it, are never read. Values of a scaled
 cache are multiplied by ``k_scale`` or ``v_scale`` and rounded to the dtype of q. Scores, options and results are those
-of `orthorank_kernels.reference.attention`.
+of `orthorank_kernels.pytorch.attention`.
 
 Where values may not be read (see there), every query meets all keys of every sequence's row of the block table.
 """
@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-from orthorank_kernels.reference.attention import Options, Pair, attend, joined, may_read, nothing, visible
-from orthorank_kernels.reference.attention_varlen import owners, parts, unbatched
+from orthorank_kernels.pytorch.attention import Options, Pair, attend, joined, may_read, nothing, visible
+from orthorank_kernels.pytorch.attention_varlen import owners, parts, unbatched
 
 Read = Callable[[torch.Tensor], Pair]
 

@@ -1,4 +1,4 @@
-"""A low-rank map added to hidden states, in PyTorch: the definition of correct, and the CPU path.
+"""A low-rank map added to hidden states, in PyTorch.
 
     out[b, t] = hidden_states[b, t] + up low[b, t] + bias
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from orthorank_kernels.reference.selection import sequences, valid_range
+from orthorank_kernels.pytorch.selection import sequences, valid_range
 
 
 def add_low_rank(

@@ -1,15 +1,15 @@
-"""Attention of selected queries over packed keys in PyTorch: the definition of correct, and the CPU path.
+"""Attention of selected queries over packed keys in PyTorch.
 
 Sequence s owns the queries ``cu_selected[s] .. cu_selected[s + 1]`` and the keys ``cu_seqlens_k[s] ..
 cu_seqlens_k[s + 1]``; its positions count from its first key. Scores, options and results are those of
-`orthorank_kernels.reference.attention`.
+`orthorank_kernels.pytorch.attention`.
 """
 
 from itertools import pairwise
 
 import torch
 
-from orthorank_kernels.reference.attention import Options, Pair, attend, joined, may_read, nothing, visible
+from orthorank_kernels.pytorch.attention import Options, Pair, attend, joined, may_read, nothing, visible
 
 
 def sparse_query_attention_varlen(
