@@ -11,6 +11,7 @@ from orthorank.common.exports import exports
 
 if TYPE_CHECKING:
     from orthorank.calibration.corrections import fit_correction
+    from orthorank.calibration.distilling import distill_correction
     from orthorank.common.criteria import register_criterion
     from orthorank.common.errors import OrthoRankError
     from orthorank.config import OrthoRankConfig
@@ -31,6 +32,7 @@ __all__ = [
     "apply",
     "check_family",
     "context",
+    "distill_correction",
     "fit_correction",
     "handle_of",
     "load_model",
@@ -43,6 +45,7 @@ __getattr__, __dir__ = exports(
     __name__,
     {
         "orthorank.calibration.corrections": ("fit_correction",),
+        "orthorank.calibration.distilling": ("distill_correction",),
         "orthorank.common.criteria": ("register_criterion",),
         "orthorank.common.errors": ("OrthoRankError",),
         "orthorank.config": ("OrthoRankConfig",),

@@ -127,15 +127,16 @@ def fit_layers(
     batch_size: int | None = None,
     save_to: Path | None = None,
     spill: Path | None = None,
+    fit_windows: type[FitWindows] = FitWindows,
 ) -> Iterator[tuple[int, int, Fitted | None]]:
     """Walk up to the last layer that leaves tokens out: each layer, how many there are, and its fit, None if dense.
 
-    Arguments as for `fit_correction`; thresholds: whether each layer's is found before its map.
+    Arguments as for `fit_correction`; thresholds: whether each layer's is found before its map; fit_windows: what fits.
     """
     identity = identity_of(model, input_ids, plan, rank=rank, target=target, thresholds=thresholds)
     progress = FitProgress(identity) if save_to is None else FitProgress.of(save_to, identity, batch_size)
     size = progress.batch_size if batch_size is None else batch_size
-    windows = FitWindows(LayerStack(model), input_ids, plan, thresholds=thresholds, batch_size=size)
+    windows = fit_windows(LayerStack(model), input_ids, plan, thresholds=thresholds, batch_size=size)
     progress.batch_size = windows.batch_size
     total = 1 + max(layer for layer, ratio in plan.ratios.items() if ratio < 1)
     with spilled(spill) as keep:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from orthorank.calibration.regression import Moments, fit_map
+from orthorank.calibration.regression import RIDGES, Moments, fit_map
 from orthorank.calibration.threshold import RANKED_BY, choose_threshold
 from orthorank.correction import LayerMap
 from orthorank.hf.correction import corrected, may_be_left_out, on
@@ -49,6 +49,8 @@ class FitWindows:
             else tokens are selected as the plan has it.
         batch_size: windows in one forward; None: by the free memory.
     """
+
+    ridges: Sequence[float] = RIDGES  # of which each layer gets the one that held-out windows choose
 
     def __init__(
         self,
@@ -98,7 +100,7 @@ class FitWindows:
             for x, short, where in zip(normed, missing, left_out, strict=True):
                 sums = held if next(is_held) else fitted
                 sums.add(x[where.to(x.device)], short[where].to(x.device))
-        layer_map, explained, ridge = fit_map(fitted, held, rank)
+        layer_map, explained, ridge = fit_map(fitted, held, rank, self.ridges)
         for i, h in enumerate(states):
             self._correct(layer, layer_map, i, h, chosen[i])
         return Fitted(layer_map, explained, ridge, threshold, achieved)

@@ -1,5 +1,6 @@
 """Reduced-rank ridge regression from sums over tokens, in float64."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,11 +85,13 @@ class _Spectrum:
         return (slope @ up).T, up, self.bias(slope @ up @ up.T)
 
 
-def fit_map(fitted: Moments, held_out: Moments, rank: int) -> tuple[LayerMap, float, float]:
+def fit_map(
+    fitted: Moments, held_out: Moments, rank: int, ridges: Sequence[float] = RIDGES
+) -> tuple[LayerMap, float, float]:
     """The map of a layer, the share of held-out y that it explains, and its ridge.
 
-    The ridge with the smallest error on ``held_out`` is taken, and the share is that of a map fitted without these;
-    the map that is returned is fitted on all.
+    That of ``ridges`` with the smallest error on ``held_out`` is taken, and the share is that of a map fitted without
+    these; the map that is returned is fitted on all.
 
     Raises:
         OrthoRankError: there are no tokens to fit, or none to hold out.
@@ -110,7 +113,7 @@ def fit_map(fitted: Moments, held_out: Moments, rank: int) -> tuple[LayerMap, fl
                 "longer windows, or take the layer out of the plan"
             )
     spectrum = _Spectrum.of(fitted)
-    slopes = {ridge: spectrum.slope(ridge) for ridge in RIDGES}
+    slopes = {ridge: spectrum.slope(ridge) for ridge in ridges}
     errors = {ridge: held_out.squared_error(slope, spectrum.bias(slope)) for ridge, slope in slopes.items()}
     ridge = min(errors, key=lambda each: errors[each])
     down, up, bias = spectrum.reduced(ridge, rank)

@@ -26,10 +26,12 @@ RANK = "Of the maps. More explains more, and costs more: 4 * rank * hidden size 
 TARGET = "dense: the dense model's state after the layer; layer: what the layer itself would have added."
 WINDOWS = "Windows to fit on, from the first halves of the texts; as many of their second halves to measure on."
 SHARES = "How the texts share the windows, such as 2,1: in the order of --text, then --dataset. Default: equally."
+DISTILL = "Steps that then train the maps toward the dense model's next tokens: each about three forwards of 2 windows."
 SPILL = "Folder for the states of the windows, which are deleted at the end. Default: they are kept in memory."
 RESUME = "Go on with the fit whose state is in the output folder; begin one if there is none."
 DEVICE_MAP = "auto: spread a model that one device cannot hold, by accelerate."
 STATE = "correct-state.safetensors"
+DISTILLING = "distill-state.safetensors"
 
 
 def command(
@@ -39,6 +41,7 @@ def command(
     dataset: Annotated[list[str] | None, typer.Option(help=DATASET)] = None,
     rank: Annotated[int, typer.Option(help=RANK)] = 64,
     target: Annotated[str, typer.Option(help=TARGET)] = "dense",
+    distill: Annotated[int, typer.Option(help=DISTILL)] = 0,
     windows: Annotated[int, typer.Option(help=WINDOWS)] = 16,
     shares: Annotated[str | None, typer.Option(help=SHARES)] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
@@ -55,8 +58,8 @@ def command(
     """Fit a small linear map to each layer of a plan, which puts back part of what the layer leaves out.
 
     In closed form, without training: one pass over windows of the first half of each text. Every fourth window is held
-    out to say what the maps explain; windows of the second halves say what they are worth. Writes orthorank.json and
-    correction.safetensors.
+    out to say what the maps explain; windows of the second halves say what they are worth. With --distill the maps are
+    then trained on the same windows, the model's weights are not. Writes orthorank.json and correction.safetensors.
 
     What is fitted is kept in the output folder, layer by layer: after an interruption, the same command with --resume
     goes on where it stopped.
@@ -67,19 +70,22 @@ def command(
     register(criterion)
     check_choice("target", target, ("dense", "layer"))
     check_integer("rank", rank, 1)
+    check_integer("distill", distill, 0)
     followed = None if plan == "default" else OrthoRankConfig.from_pretrained(plan)
     sources = _sources(text or [], dataset or [])
     counts = windows_of(windows, shares, len(sources))
     folder = writable_folder(output)
-    state = folder / STATE
-    if state.exists() and not resume:
+    states = [folder / STATE, folder / DISTILLING]
+    unfinished = [file.name for file in states if file.exists()]
+    if unfinished and not resume:
         raise OrthoRankError(
-            f"output folder {str(output)!r} has an unfinished fit ({STATE}); go on with it by adding --resume, delete "
-            "the file, or name another folder with --output"
+            f"output folder {str(output)!r} has an unfinished fit ({', '.join(unfinished)}); go on with it by adding "
+            "--resume, delete it, or name another folder with --output"
         )
     screen = RichScreen(console())
 
     from orthorank.calibration.corrections import fit_correction
+    from orthorank.calibration.distilling import distill_correction
     from orthorank.models import load_model, locate
     from orthorank.plans import default_plan
 
@@ -103,19 +109,30 @@ def command(
     screen.say(f"States kept {place}: {(2 if target == 'dense' else 1) * size / 2**20:,.0f} MiB")
     import torch
 
+    ids = torch.cat([each.calibration for each in samples])
     last = max((layer for layer, ratio in followed.ratios.items() if ratio < 1), default=0)
     with screen.progress("maps", last + 1) as advance:
         found = fit_correction(
             loaded,
-            torch.cat([each.calibration for each in samples]),
+            ids,
             followed,
             rank=rank,
             target=target,
             batch_size=batch_size,
-            save_to=state,
+            save_to=states[0],
             spill=spill,
             on_layer=lambda done, _, explained: advance(done, "" if explained is None else f"explains {explained:.0%}"),
         )
+    if distill:
+        with screen.progress("distilling", distill) as advance:
+            found = distill_correction(
+                loaded,
+                ids,
+                found,
+                steps=distill,
+                save_to=states[1],
+                on_step=lambda done, _, loss: advance(done, f"KL {loss:.3f}"),
+            )
     found.calibration["correction"] |= {
         "texts": [
             {"text": each.name, "text_sha256": each.sha256, "windows": count}
@@ -126,7 +143,8 @@ def command(
     losses = _measure(screen, loaded, followed, found, [each.held_out for each in samples])
     found.measured = {"held_out": [{"text": each.name} | loss for each, loss in zip(sources, losses, strict=True)]}
     path = found.save_pretrained(folder)
-    state.unlink(missing_ok=True)
+    for state in states:
+        state.unlink(missing_ok=True)
     screen.table(table(found))
     screen.table(loss_table([each.name for each in sources], losses))
     screen.say(f"Plan: {path}, maps beside it; use it with orthorank eval ppl --plan {output}")

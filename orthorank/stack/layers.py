@@ -48,7 +48,8 @@ class Pass:
 class LayerStack:
     """The decoder layers of ``model`` one at a time, without a cache.
 
-    The model is left as it is: nothing is patched between two calls. Gradients are not recorded.
+    The model is left as it is: nothing is patched between two calls. Gradients are recorded by `run` alone, and only
+    where ``records_gradients`` is set.
 
     Raises:
         OrthoRankError: the family is unknown, or a plan is applied to the model.
@@ -63,6 +64,8 @@ class LayerStack:
         >>> torch.allclose(stack.logits(h), model(ids).logits, atol=1e-5)
         True
     """
+
+    records_gradients = False
 
     def __init__(self, model: "PreTrainedModel") -> None:
         self.model = model
@@ -97,7 +100,6 @@ class LayerStack:
             self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return Pass(seen[0].hidden_states, [idle.kwargs for idle in seen], call)
 
-    @torch.no_grad()
     def run(
         self,
         layer: int,
@@ -122,6 +124,19 @@ class LayerStack:
             OrthoRankError: criterion or an option is one that a plan may not have, or the layer cannot be taken apart
                 (see `orthorank.hf.intact`).
         """
+        with torch.set_grad_enabled(self.records_gradients and torch.is_grad_enabled()):
+            return self._run(layer, hidden_states, inputs, keep_ratio, criterion, layer_map, options)
+
+    def _run(
+        self,
+        layer: int,
+        hidden_states: Tensor,
+        inputs: Pass,
+        keep_ratio: float,
+        criterion: str,
+        layer_map: "LayerMap | None",
+        options: dict[str, Any],
+    ) -> Tensor:
         device = device_of(self.layers[layer])
         if layer_map is not None:
             from orthorank.hf.correction import corrected, on  # corrected plans alone need it
@@ -129,7 +144,7 @@ class LayerStack:
             layer_map = on(layer_map, device)
             if keep_ratio == 0:
                 given = hidden_states.to(device)
-                return corrected(given, self.normed(layer, given), inputs.call.on(device), layer_map)
+                return corrected(given, self.parts[layer].norm_in(given), inputs.call.on(device), layer_map)
         if keep_ratio == 0:
             return hidden_states
         hidden_states, kwargs = hidden_states.to(device), _on(device, inputs.layer_kwargs[layer])
@@ -177,6 +192,10 @@ class LayerStack:
 
         The model's own path, with the factors and caps that some models have behind the head.
         """
+        return self.logits_with_gradient(hidden_states)
+
+    def logits_with_gradient(self, hidden_states: Tensor) -> Tensor:
+        """As `logits`, with a gradient where grad mode is on."""
         return self._head(self.decoder.norm(hidden_states))
 
     @torch.no_grad()

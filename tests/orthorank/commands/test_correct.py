@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from orthorank import OrthoRankConfig, apply, fit_correction, load_model
+from orthorank import OrthoRankConfig, apply, distill_correction, fit_correction, load_model
 from orthorank.cli import main
 from orthorank.common.texts import find_text, take_samples, tokenize
 from orthorank.evaluation import perplexity
@@ -95,6 +95,7 @@ def test_a_dataset_beside_a_text(folder: Path, tmp_path: Path, capsys: pytest.Ca
     [
         (("--target", "next"), "target is 'next'; it may be dense or layer"),
         (("--rank", "0"), "rank is 0"),
+        (("--distill", "-1"), "distill is -1"),
         (("--rank", "65"), "rank is 65; it must be an integer from 1 to 64"),
         (("--windows", "1"), "--windows is 1, for 1 texts"),
         (("--shares", "1,2"), "--shares is '1,2', 2 numbers for 1 texts"),
@@ -153,3 +154,43 @@ def test_an_interrupted_fit_goes_on(folder: Path, tmp_path: Path, capsys: pytest
     assert whole == again
     assert not state.exists()
     assert not list((tmp_path / "spill").iterdir())
+
+
+def test_maps_are_distilled(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also when the process is killed in between; the fit is not made again."""
+    from orthorank.calibration.distilling_progress import DistillProgress
+
+    command = (folder / "plan", folder, *SMALL, "--text", folder / "code.txt", "--distill", 9)
+    run(capsys, *command, "--output", tmp_path / "whole")
+    whole = OrthoRankConfig.from_pretrained(tmp_path / "whole")
+    model, tokenizer, _ = load_model(str(folder), device="cpu")
+    sample = take_samples(
+        tokenize(find_text(folder / "code.txt"), tokenizer),
+        windows=10,
+        seq_len=32,
+        held_out_windows=10,
+        held_out_len=32,
+    )
+    fitted = fit_correction(model, sample.calibration, PLAN, rank=8)
+    assert whole.correction == distill_correction(model, sample.calibration, fitted, steps=9).correction
+    assert whole.correction != fitted.correction
+
+    def killed(progress: DistillProgress, *given: Any) -> None:
+        save(progress, *given)
+        raise KeyboardInterrupt
+
+    save = DistillProgress.save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DistillProgress, "save", killed)
+        assert main(["correct", *map(str, command), "--output", str(tmp_path / "out")]) != 0
+    states = [tmp_path / "out" / f"{name}-state.safetensors" for name in ("correct", "distill")]
+    assert all(state.exists() for state in states)
+    capsys.readouterr()
+    assert main(["correct", *map(str, command), "--output", str(tmp_path / "out")]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "has an unfinished fit (correct-state.safetensors, distill-state.safetensors)" in said
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("orthorank.calibration.fitting.fit_map", None)
+        run(capsys, *command, "--output", tmp_path / "out", "--resume")
+    assert OrthoRankConfig.from_pretrained(tmp_path / "out") == whole
+    assert not any(state.exists() for state in states)
