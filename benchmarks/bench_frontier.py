@@ -1,10 +1,12 @@
 """The frontier: what quality a plan keeps at each share of the dense model's FLOPs, and whose plans are on it.
 
-Three methods, each plain and corrected: layers removed (SLEB), layers that select (OrthoRank), and both mixed. A method
-lays one path: from the dense model on, each round changes the layer that costs least loss for a FLOP, on windows that
-the maps are not fitted to, so every prefix of its order is a plan. Corrected paths are searched with the maps on. Plans
-along a path then get maps fitted to all calibration windows, and are measured on two texts of the kinds that these are
-of and on one of another. FLOPs are those of a prompt of 1,024 tokens with the logits of the last one, maps counted.
+Three methods, each plain, corrected and distilled: layers removed (SLEB), layers that select (OrthoRank), and both
+mixed. A method lays one path: from the dense model on, each round changes the layer that costs least loss for a FLOP,
+on windows that the maps are not fitted to, so every prefix of its order is a plan. Corrected paths are searched with
+the maps on; distilled plans are those of the corrected path. Plans along a path then get maps that are fitted to 128
+windows, those of the search among them; distilled ones have theirs fitted to the search's windows and trained on the
+128, each seen once. All are measured on two texts of the kinds that these are of and on one of another. FLOPs are those
+of a prompt of 1,024 tokens with the logits of the last one, maps counted.
 
     python benchmarks/bench_frontier.py                          # all there is, kept in --state, goes on after a stop
     python benchmarks/bench_frontier.py --method removed,corrected --only search
@@ -29,12 +31,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.bench_budget import compare
-from benchmarks.frontier.path import Path_, lay
+from benchmarks.frontier.losses import TextLosses
+from benchmarks.frontier.path import Path_, at_level, lay
 from benchmarks.frontier.texts import Sizes, Windows, read_windows
-from orthorank import OrthoRankConfig, OrthoRankError, apply, fit_correction
+from orthorank import OrthoRankConfig, OrthoRankError, distill_correction, fit_correction
 from orthorank.calibration.corrected_evaluator import CorrectedEvaluator
 from orthorank.common.files import read_json, write_json
-from orthorank.evaluation import perplexity, prefill_flops
+from orthorank.evaluation import prefill_flops
 from orthorank.models import load_model
 from orthorank.search import Evaluator, candidate_layers
 from orthorank.stack.layers import LayerStack
@@ -43,13 +46,15 @@ from orthorank.stack.sink import detect_sink
 DATA = Path(__file__).parents[2] / "shared" / "data"
 STATE = Path(__file__).parent / "results" / "frontier"
 METHODS = {"removed": (0.0,), "selected": (1 / 3,), "mixed": (1 / 3, 0.0)}
-LEVELS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6)
+LEVELS = (0.96, 0.92, 0.87, 0.82, 0.72, 0.62)
 TOKENS = 1024  # of the prompt whose FLOPs are counted
+KINDS = ("", ",corrected", ",distilled")
+STEPS, MORE = 64, 128  # of a distillation, and the windows of the last fit or of the distillation
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [f"{method}{kind}" for method in METHODS for kind in ("", ",corrected")]
+    names = [f"{method}{kind}" for method in METHODS for kind in KINDS]
     parser.add_argument("--method", action="append", choices=names, help="may be given several times (default: all)")
     parser.add_argument("--only", choices=("search", "measure"), help="one half of the work")
     parser.add_argument("--levels", type=float, nargs="+", default=LEVELS, help="shares of FLOPs that are measured")
@@ -73,6 +78,8 @@ class Bench:
     select: list[int]
     rank: int
     state: Path
+    steps: int
+    losses: TextLosses | None = None
 
     def flops(self, plan: dict[int, float], corrected: bool) -> float:
         """Of a prompt, as a share of the dense model's."""
@@ -91,9 +98,9 @@ class Bench:
         )
         layers = self.select if method == "selected" else range(1, stack.num_layers - 1)
         ratios = {layer: [ratio for ratio in METHODS[method] if ratio == 0 or layer in self.select] for layer in layers}
-        file = self.state / f"path-{name.replace(',', '-')}.json"
+        file = self.state / f"path-{method}{'-corrected' if kind else ''}.json"
         path = Path_.load(file, f"{evaluator.fingerprint} {method} {sizes}")
-        if search:
+        if search and kind != "distilled":
             began = time.process_time()
 
             def say(words: str) -> None:
@@ -111,40 +118,45 @@ class Bench:
             )
         return path
 
-    def measure(self, name: str, plan: dict[int, float], corrected: bool) -> dict[str, Any]:
-        """The losses of a plan on each text, window by window; measured once."""
+    def measure(self, name: str, plan: dict[int, float], first: int = 0) -> dict[str, Any]:
+        """The losses of a plan on each text, window by window; measured once.
+
+        Args:
+            first: the lowest layer that a plan of this method changes.
+        """
         file = self.state / "cells" / f"{name.replace(',', '-')}-{key(plan)}.json"
         if file.exists():
             return read_json(file)
         given = OrthoRankConfig.for_model(self.model, layers=sorted(plan), keep_ratios=plan) if plan else None
-        if given is not None and corrected:
-            ids = torch.cat([self.windows.judge, self.windows.fit])
+        kind = name.partition(",")[2]
+        if given is not None and kind:
+            of_search = torch.cat([self.windows.judge, self.windows.fit])
+            ids = of_search if kind == "distilled" else self.windows.more
             given = fit_correction(self.model, ids, given, rank=self.rank)
+        if given is not None and kind == "distilled":
+            kept = self.state / f"distilling-{key(plan)}.safetensors"
+            how: dict[str, Any] = {"steps": self.steps, "save_to": kept, "on_step": say}
+            given = distill_correction(self.model, self.windows.more, given, **how)
+            kept.unlink(missing_ok=True)
         cell: dict[str, Any] = {"method": name, "plan": {str(layer): ratio for layer, ratio in sorted(plan.items())}}
-        cell["flops"] = self.flops(plan, corrected)
-        handle = apply(self.model, given) if given is not None else None
-        try:
-            cell["losses"] = {text: list(perplexity(self.model, ids).window_losses) for text, ids in self.tests()}
-        finally:
-            if handle is not None:
-                handle.remove()
+        cell["flops"] = self.flops(plan, bool(kind))
+        if self.losses is None or self.losses.first != first:
+            self.losses = TextLosses(LayerStack(self.model), self.windows.test, first)
+        cell["losses"] = self.losses.of(given)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, cell)
         return cell
 
-    def tests(self) -> list[tuple[str, Any]]:
-        """The texts that are measured."""
-        return list(self.windows.test.items())
+
+def say(done: int, steps: int, loss: float) -> None:
+    """Now and then, how far a distillation is."""
+    if done % 8 == 0:
+        print(f"  distilling: step {done} of {steps}, KL {loss:.3f}", flush=True)
 
 
 def key(plan: dict[int, float]) -> str:
     """A short name for a plan: its hash."""
     return hashlib.sha256(json.dumps(sorted(plan.items())).encode()).hexdigest()[:12] if plan else "dense"
-
-
-def at_level(path: Path_, level: float) -> int | None:
-    """After how many changes a path comes to ``level`` of the FLOPs or less; None: it does not."""
-    return next((rounds for rounds, share in enumerate(path.flops) if share <= level), None)
 
 
 def row_of(cell: dict[str, Any], dense: dict[str, Any], level: float | None) -> dict[str, Any]:
@@ -168,25 +180,26 @@ def main() -> int:
     options.state.mkdir(parents=True, exist_ok=True)
     if options.quick and options.state == STATE:
         raise OrthoRankError("--quick wants a folder of its own: name one with --state")
-    bench = Bench(model, read_windows(tokenizer, options.data, sizes), select, options.rank, options.state)
+    windows = read_windows(tokenizer, options.data, sizes, 8 if options.quick else MORE)
+    bench = Bench(model, windows, select, options.rank, options.state, 4 if options.quick else STEPS)
     rows = []
     for name in options.method:
         path = bench.path(name, sizes, min(options.levels), options.only != "measure")
         if options.only == "search":
             continue
-        dense = bench.measure("dense", {}, False)
+        dense = bench.measure("dense", {})
         for level in options.levels:
             rounds = at_level(path, level)
             if rounds is None:
                 print(f"{name}: its path does not come to {level} yet")
                 continue
-            cell = bench.measure(name, path.plan(rounds), name.endswith("corrected"))
+            cell = bench.measure(name, path.plan(rounds), min(path.plan()))
             rows.append(row_of(cell, dense, level))
             figures = "  ".join(f"{text} {value:.2f}" for text, value in rows[-1]["perplexity"].items())
             print(f"{name:20} {rows[-1]['flops']:.3f}  {figures}", flush=True)
     if options.json is not None and rows:
         dense_row = row_of(dense, dense, None)
-        about = {"model": info.name, "dtype": options.dtype, "rank": options.rank, "tokens": TOKENS}
+        about = {"model": info.name, "dtype": options.dtype, "rank": options.rank, "tokens": TOKENS, "steps": STEPS}
         write_json(options.json, about | {"sizes": sizes._asdict(), "rows": [dense_row, *rows]})
         print(f"wrote {options.json}")
     return 0

@@ -70,15 +70,15 @@ def budget_section() -> str:
 
 
 def correction_section() -> str:
-    """Corrected plans beside the same plans as they are."""
+    """Ways to correct a plan, each against the package's fit."""
     found = load("correction_smollm2.json")
     names = list(found["rows"][0]["perplexity"])
     lines = []
     for row in found["rows"]:
         cells = []
         for name in names:
-            apart = row["against_plain"].get(name)
-            said = "" if apart is None else f" ({apart['difference']:+.3f} ± {apart['standard_error']:.3f})"
+            apart = row["against_usual"].get(name)
+            said = "" if apart is None else f" ({apart['at_equal_flops']:+.3f} ± {apart['standard_error']:.3f})"
             cells.append(f"{row['perplexity'][name]:.1f}{said}")
         lines.append([row["name"], f"{row['flops']:.3f}", *cells])
     return table(["plan", "FLOPs of dense", *names], lines)

@@ -110,5 +110,10 @@ def lay(
         say(f"{len(path.changes):3} {_name(best):>10}: loss {path.losses[-1]:.4f}, FLOPs {path.flops[-1]:.3f}")
 
 
+def at_level(path: Path_, level: float) -> int | None:
+    """After how many changes a path comes to ``level`` of the FLOPs or less; None: it does not."""
+    return next((rounds for rounds, share in enumerate(path.flops) if share <= level), None)
+
+
 def _name(change: Change) -> str:
     return f"{change[0]} {change[1]:.4g}"

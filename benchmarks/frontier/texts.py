@@ -19,11 +19,13 @@ class Windows(NamedTuple):
     """Token ids, int64 ``[windows, tokens]``.
 
     Args:
-        fit: for the maps. judge: for the choice of layers. Both alternate between WikiText-2 and C4. test: by text.
+        fit: for the maps. judge: for the choice of layers. more: both, and further ones of the same kinds. All of these
+            alternate between WikiText-2 and C4. test: by text.
     """
 
     fit: Tensor
     judge: Tensor
+    more: Tensor
     test: dict[str, Tensor]
 
 
@@ -56,11 +58,12 @@ def read_texts(folder: Path) -> tuple[str, dict[str, str], list[str]]:
     return read_text(files["validation"])[0], test, documents
 
 
-def read_windows(tokenizer: Any, folder: Path, sizes: Sizes) -> Windows:
+def read_windows(tokenizer: Any, folder: Path, sizes: Sizes, more: int = 0) -> Windows:
     """The windows of the frontier.
 
     Args:
-        folder: with ``wikitext2/``, ``c4/`` and ``text/``.
+        folder: with ``wikitext2/``, ``c4/`` and ``text/``. more: windows in ``Windows.more``, if they are not fewer
+            than those that are fitted to and judged on.
 
     Raises:
         OrthoRankError: a file is missing or too short, or what is fitted to occurs in what is measured.
@@ -76,13 +79,14 @@ def read_windows(tokenizer: Any, folder: Path, sizes: Sizes) -> Windows:
         "C4": " ".join(documents[FIRST_TO_FIT:]),
     }
     test["C4"] = " ".join(documents[:FIRST_TO_FIT])
-    half = -(-(sizes.fit + sizes.judge) // 2)
+    count = max(more, sizes.fit + sizes.judge)
+    half = -(-count // 2)
     kinds = [windows(text, half, sizes.tokens, f"{name} to fit to") for name, text in calibration.items()]
-    mixed = torch.stack(kinds, 1).flatten(0, 1)[: sizes.fit + sizes.judge]
+    mixed = torch.stack(kinds, 1).flatten(0, 1)[:count]
     measured = {name: windows(text, sizes.test, sizes.test_tokens, f"{name} to measure") for name, text in test.items()}
     for name, ids in measured.items():
         check_apart(mixed, ids, name)
-    return Windows(mixed[sizes.judge :], mixed[: sizes.judge], measured)
+    return Windows(mixed[sizes.judge : sizes.judge + sizes.fit], mixed[: sizes.judge], mixed, measured)
 
 
 def check_apart(calibration: Tensor, test: Tensor, name: str) -> None:

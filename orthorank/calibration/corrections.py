@@ -47,7 +47,8 @@ def fit_correction(
     """``plan`` with a map for each of its layers that leaves tokens out, fitted to ``input_ids``.
 
     What a map has learnt is the text it was fitted on: give windows of every kind of text that is to come, in equal
-    shares. A few thousand tokens are enough for a model of 576 channels; more channels want more.
+    shares. For a model of 576 channels 16,384 tokens were worth 0.06 to 0.09 nats more than 4,096
+    (docs/correction.md); more channels want more.
 
     Args:
         model: without a plan applied, in eval mode.

@@ -1,0 +1,1 @@
+"""Ways to correct a plan, each a row of the benchmark."""

@@ -1,0 +1,99 @@
+"""Fits that the package does not have: maps of keys and values, and maps for the tokens that a layer selects, too."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orthorank.calibration.fitting import Fitted, FitWindows
+from orthorank.calibration.regression import Moments, fit_map
+from orthorank.correction import LayerMap
+from orthorank.hf.correction import may_be_left_out
+from orthorank.stack.layers import LayerStack, Pass
+
+ROUNDING = 1e-8  # of the squares of states: what two ways to compute the same may differ by
+
+
+class KeyValueWindows(FitWindows):
+    """The regressors are the token's keys and values before the rotary embedding, which its layer computes anyway.
+
+    Both are products of the normed state, so what comes of it is a map like any other, of fewer freedoms.
+    """
+
+    def _weight(self, layer: int) -> Tensor:
+        attention = self.stack.layers[layer].self_attn
+        return torch.cat([attention.k_proj.weight, attention.v_proj.weight]).detach()
+
+    def _normed(self, layer: int, state: Tensor) -> Tensor:
+        return super()._normed(layer, state) @ self._weight(layer).T
+
+    def fit(self, layer: int, ratio: float, rank: int, states: Sequence[Tensor], wanted: Iterable[Tensor]) -> Fitted:
+        found = super().fit(layer, ratio, rank, states, wanted)
+        down, up, bias = found.layer_map
+        return found._replace(layer_map=LayerMap(down @ self._weight(layer).to(down), up, bias))
+
+
+class BothWindows(FitWindows):
+    """Selected tokens get a map of their own: what the dense model's state has more than what their layer made of them.
+
+    Args:
+        also: the maps of selected tokens, by layer.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.also: dict[int, LayerMap] = {}
+        self._chosen: dict[int, Tensor] = {}
+
+    def _update_selected(self, layer: int, ratio: float, i: int, state: Tensor, threshold: float | None) -> Tensor:
+        self._chosen[i] = super()._update_selected(layer, ratio, i, state, threshold)
+        return self._chosen[i]
+
+    @torch.no_grad()
+    def fit(self, layer: int, ratio: float, rank: int, states: Sequence[Tensor], wanted: Iterable[Tensor]) -> Fitted:
+        wanted = list(wanted)
+        before = [self._normed(layer, h) for h in states]
+        found = super().fit(layer, ratio, rank, states, wanted)
+        if ratio == 0:
+            return found
+        fitted, held = Moments(), Moments()
+        is_held = iter(self.held_out.tolist())
+        which = [self._chosen[i] & self._may_be_left_out(i, h) for i, h in enumerate(states)]  # without the sink
+        for h, y, normed, where in zip(states, wanted, before, which, strict=True):
+            for x, short, at in zip(normed, y - h, where, strict=True):
+                (held if next(is_held) else fitted).add(x[at], short[at])
+        if fitted.yy <= ROUNDING * sum(float(h[at].square().sum()) for h, at in zip(states, which, strict=True)):
+            return found  # all layers below are dense: nothing is missing
+        self.also[layer] = fit_map(fitted, held, rank, self.ridges)[0]
+        for h, normed, where in zip(states, before, which, strict=True):
+            h[where] += mapped(self.also[layer], normed[where])
+        return found
+
+
+def mapped(layer_map: LayerMap, normed: Tensor) -> Tensor:
+    """``up (down x) + bias`` of some tokens ``[tokens, hidden]``."""
+    return (normed @ layer_map.down.T) @ layer_map.up.T + layer_map.bias
+
+
+def run_both(
+    stack: LayerStack, layer: int, hidden: Tensor, inputs: Pass, ratio: float, also: LayerMap | None, **options: Any
+) -> Tensor:
+    """As `LayerStack.run`, with a map ``also`` for the tokens that the layer selects."""
+    if also is None:
+        return stack.run(layer, hidden, inputs, ratio, **options)
+    windows, tokens, _ = hidden.shape
+    chosen = torch.zeros(windows, tokens + 1, dtype=torch.bool)
+
+    def note(_: int, positions: Tensor, __: Any) -> None:
+        at = positions.long()
+        chosen.scatter_(1, torch.where(at < 0, tokens, at), True)
+
+    watched = Pass(inputs.hidden_states, inputs.layer_kwargs, replace(inputs.call, watcher=note))
+    after = stack.run(layer, hidden, watched, ratio, **options).clone()
+    may = may_be_left_out(inputs.call, torch.device("cpu"))
+    assert may is not None  # a window begins with its sink
+    rows = chosen[:, :tokens] & may
+    after[rows] += mapped(also, stack.normed(layer, hidden)[rows])
+    return after
