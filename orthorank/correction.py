@@ -42,6 +42,9 @@ class Correction:
     Args:
         maps: by layer number; all of one rank and one hidden size.
 
+    Attributes:
+        file: what `load` read it from; None: it was made here.
+
     Raises:
         OrthoRankError: a map has another shape or dtype, or holds a number that is not finite.
 
@@ -55,6 +58,7 @@ class Correction:
     maps: dict[int, LayerMap]
     rank: int
     hidden_size: int
+    file: Path | None = None
 
     def __init__(self, maps: Mapping[int, LayerMap]) -> None:
         if not maps:
@@ -173,9 +177,10 @@ maps as bfloat16, which has float32's range, or as float32
         found = cls({i: LayerMap(*(parts[name_of(i, part)] for part in LayerMap._fields)) for i in layers})
         if found.sha256 != record.sha256:
             raise OrthoRankError(
-                f"{file} holds maps with the hash {found.sha256[:16]}..., and the plan beside it was saved with "
+                f"{file} holds maps with the hash {found.sha256[:16]}..., and the plan was saved with "
                 f"{record.sha256[:16]}...: they are of different plans; save the plan again, or copy both files"
             )
+        found.file = file
         return found
 
     def _tensors(self) -> dict[str, "Tensor"]:

@@ -148,6 +148,28 @@ def answer_of(output: Any) -> Answer:
     return Answer(list(written.token_ids), scores, prompt)
 
 
+def corrected(folder: Path, plan: dict[str, Any], layers: list[int], hidden: int = 128, **saved: Any) -> Path:
+    """``folder`` with the plan and random maps for ``layers``; `served` and `expect` take it."""
+    import torch
+
+    from orthorank import OrthoRankConfig
+    from orthorank.correction import Correction, LayerMap
+
+    rank, draw = 8, torch.Generator().manual_seed(0)
+    shapes = ((rank, hidden), 0.1), ((hidden, rank), 0.2), ((hidden,), 0.2)
+    maps = {i: LayerMap(*(scale * torch.randn(shape, generator=draw) for shape, scale in shapes)) for i in layers}
+    OrthoRankConfig(**plan, correction=Correction(maps)).save_pretrained(folder, **saved)
+    return folder
+
+
+def served(plan: Path, **options: Any) -> dict[str, Any]:
+    """What ``orthorank vllm-args`` prints of the plan in that folder."""
+    from orthorank import OrthoRankConfig
+    from orthorank.serving.vllm.serving import Serving
+
+    return Serving(OrthoRankConfig.from_pretrained(plan), **options).to_dict()
+
+
 def expect(folder: Path, plan: Any, asked: list[list[int]], tokens: int = 6) -> list[Answer]:
     """The same from transformers with this package's `apply`, one prompt after another."""
     import torch
@@ -156,7 +178,7 @@ def expect(folder: Path, plan: Any, asked: list[list[int]], tokens: int = 6) -> 
     from orthorank import OrthoRankConfig, apply
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    handle = apply(model, OrthoRankConfig(**plan))
+    handle = apply(model, plan if isinstance(plan, Path) else OrthoRankConfig(**plan))
     answers = []
     for prompt in asked:
         ids = torch.tensor([prompt])

@@ -27,52 +27,24 @@ from tests.vllm.engines import (
     prompts,
     settings,
 )
+from tests.vllm.jobs import ROOT, SECOND, TWO_RANKS, answers, compiled_by, run_job
 
 pytestmark = pytest.mark.vllm
 LENGTHS = [7, 30, 64, 200]
-ROOT = Path(__file__).parents[2]
-TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-
-
-def _answers(
-    tmp_path: Path, chosen: dict[str, Any], asked: list[list[int]], environment: dict[str, str]
-) -> list[Answer]:
-    return [Answer(*answer) for answer in _run(tmp_path, {"settings": chosen, "prompts": asked}, environment)]
-
-
-def _run(tmp_path: Path, asked: dict[str, Any], environment: dict[str, str]) -> list[Any]:
-    job = tmp_path / "job.json"
-    job.write_text(json.dumps(asked))
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.vllm.run", str(job)],
-        cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert process.returncode == 0, (process.stdout + process.stderr)[-4000:]
-    answered: list[Any] = json.loads(Path(f"{job}.out").read_text())
-    return answered
 
 
 @pytest.mark.parametrize("compiler", ["dynamo", "inductor"])
 def test_compiled(tmp_path: Path, llama: Path, compiler: str) -> None:
     """The selecting layers are operators at which the compiled graph is split."""
     chosen = settings(llama, PLAN, **WHOLE_PROMPTS, enforce_eager=False)
-    environment = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
-    if compiler == "dynamo":
-        environment["VLLM_CPU_CI_ENV"] = "1"
-    check(_answers(tmp_path, chosen, prompts(LENGTHS), environment), expect(llama, PLAN, prompts(LENGTHS)))
-
-
-SECOND = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+    found = answers(tmp_path, chosen, prompts(LENGTHS), compiled_by(compiler, tmp_path))
+    check(found, expect(llama, PLAN, prompts(LENGTHS)))
 
 
 def test_second_model_runner(tmp_path: Path, llama: Path) -> None:
     """The one that GPUs run: its kernels in Triton's interpreter."""
     asked = prompts([7, 30, 64, 110])
-    check(_answers(tmp_path, settings(llama, PLAN, **WHOLE_PROMPTS), asked, SECOND), expect(llama, PLAN, asked))
+    check(answers(tmp_path, settings(llama, PLAN, **WHOLE_PROMPTS), asked, SECOND), expect(llama, PLAN, asked))
 
 
 def test_second_model_runner_with_a_prefix_cache(tmp_path: Path, untied: dict[str, Path]) -> None:
@@ -89,7 +61,7 @@ def test_second_model_runner_with_a_prefix_cache(tmp_path: Path, untied: dict[st
         {"one by one": [long]},
     ]
     chosen = settings(first, WINDOW, num_gpu_blocks_override=11, max_num_batched_tokens=100, max_model_len=256)
-    found = _run(tmp_path, {"settings": chosen, "steps": steps}, SECOND)
+    found = run_job(tmp_path, {"settings": chosen, "steps": steps}, SECOND)
     answers = [[Answer(*answer) for answer in step["answers"]] for step in found]
     assert all(step["runner"] for step in found)
     assert found[0]["thrown out"] > 0
@@ -105,7 +77,7 @@ def test_second_model_runner_with_a_prefix_cache(tmp_path: Path, untied: dict[st
 def test_tensor_parallel(tmp_path: Path, llama: Path, scores: str) -> None:
     """Two ranks under vLLM's own executor."""
     chosen = settings(llama, {"plan": PLAN, "scores": scores}, **WHOLE_PROMPTS, tensor_parallel_size=2)
-    check(_answers(tmp_path, chosen, prompts(LENGTHS), TWO_RANKS), expect(llama, PLAN, prompts(LENGTHS)))
+    check(answers(tmp_path, chosen, prompts(LENGTHS), TWO_RANKS), expect(llama, PLAN, prompts(LENGTHS)))
 
 
 # vLLM's own condition for an fp8 cache on a CPU.
@@ -117,7 +89,7 @@ FP8 = pytest.param("fp8", marks=pytest.mark.skipif(not WIDE, reason="vLLM's fp8 
 def test_bfloat16_runs(tmp_path: Path, llama: Path, cache: str) -> None:
     """Rounding flips tokens at the border of a selection, so results are near, not the same."""
     chosen = settings(llama, PLAN, **WHOLE_PROMPTS) | {"dtype": "bfloat16", "kv_cache_dtype": cache}
-    found = _answers(tmp_path, chosen, prompts(LENGTHS), {})
+    found = answers(tmp_path, chosen, prompts(LENGTHS), {})
     wanted = expect(llama, PLAN, prompts(LENGTHS))
     pairs = [(a, b) for f, w in zip(found, wanted, strict=True) for a, b in zip(f.prompt, w.prompt, strict=True)]
     assert sum(abs(a - b) for a, b in pairs) / len(pairs) < (0.1 if cache == "auto" else 0.3)

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from orthorank.common.errors import OrthoRankError
 from orthorank.serving.vllm import interface
 from orthorank.serving.vllm.attention import backend_obstacle
-from tests.vllm.engines import PLAN, WHOLE_PROMPTS, WINDOW, settings
+from orthorank.serving.vllm.serving import Serving
+from tests.vllm.engines import PLAN, WHOLE_PROMPTS, WINDOW, corrected, served, settings
 
 pytestmark = pytest.mark.vllm
 OTHER_CLASS = {"architectures": ["OrthoRankQwen2ForCausalLM"], "orthorank": PLAN}
@@ -50,6 +52,26 @@ def test_what_is_served_is_not_refused(llama: Path) -> None:
     assert _configure(llama, PLAN, **WHOLE_PROMPTS).scheduler_config.scheduler_cls is None
     found = _configure(llama, WINDOW).scheduler_config.scheduler_cls
     assert found == "orthorank.serving.vllm.scheduler.make_scheduler"
+
+
+def test_maps_that_every_worker_would_refuse(llama: Path, tmp_path: Path) -> None:
+    """What the front end read is what each worker must find, by its hash; also where it was told a path."""
+    folder = corrected(tmp_path / "plan", PLAN, [1, 2])
+    told = served(folder)
+    read = [_configure(llama, plan, **WHOLE_PROMPTS).model_config.hf_config.orthorank for plan in (told, str(folder))]
+    corrected(folder, PLAN, [1, 2], maps_dtype="bfloat16")  # another plan, whole in itself
+    for plan in read:
+        assert plan == told
+        with pytest.raises(OrthoRankError, match=r"correction\.safetensors holds maps with the hash .*each node needs"):
+            Serving.of(plan)
+    with pytest.raises(Exception, match="holds maps with the hash"):
+        _configure(llama, told, **WHOLE_PROMPTS)
+    folder.rename(tmp_path / "gone")
+    with pytest.raises(Exception, match=r"plan/correction\.safetensors, which is not there"):
+        _configure(llama, told, **WHOLE_PROMPTS)
+    small = corrected(tmp_path / "small", PLAN, [1, 2], hidden=64)
+    with pytest.raises(Exception, match="the plan's maps have hidden size 64, and this model has 128"):
+        _configure(llama, served(small), **WHOLE_PROMPTS)
 
 
 GROUPS = {

@@ -28,6 +28,7 @@ class Shared:
     Args:
         serving: how to serve; layers: the selecting ones, in order; bank: the sinks' states of each of these.
         requests: prompt lengths and first tokens; removed: layers that are not there.
+        normed: those of them that are corrected, whose input norm is there.
     """
 
     serving: Serving
@@ -35,6 +36,7 @@ class Shared:
     bank: SinkBank
     requests: RequestTable
     removed: tuple[int, ...] = ()
+    normed: tuple[int, ...] = ()
 
     def step(self, common: Any, device: "torch.device") -> Step | None:
         """The step that ``common`` (vLLM's metadata) describes; None when no prompt is in it: all layers are dense.

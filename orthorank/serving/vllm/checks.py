@@ -26,6 +26,8 @@ def verifier() -> Any:
             interface.require(interface.FRONT)
             serving = Serving.of(getattr(vllm_config.model_config.hf_config, "orthorank", None))
             check(serving, vllm_config)
+            # A path becomes what it leads to now: all workers serve one plan, and compiled graphs are kept by it.
+            vllm_config.model_config.hf_config.orthorank = serving.to_dict()
             scheduler = vllm_config.scheduler_config
             if needs_scheduler(serving, bool(vllm_config.cache_config.enable_prefix_caching)):
                 if scheduler.scheduler_cls not in (None, SCHEDULER):
@@ -68,11 +70,6 @@ def plan_obstacles(serving: Serving) -> Iterator[str]:
     if not plan.selecting and not plan.layers:
         yield "the plan has no layers; serve the model without it"
     yield from plans.obstacles(plan)
-    if plan.correction is not None:
-        yield (
-            f"the plan is corrected (rank {plan.correction.rank}, layers {plan.correction.layers}), and served layers "
-            "run no maps: apply it to a Hugging Face model, or serve it uncorrected, with its correction set to None"
-        )
     if plan.selecting and plan.selecting[0] == 0:
         yield "layer 0 selects, and no sink has formed there; take it out of the plan"
     before = [layer for layer in plan.selecting if plan.sink_layer is not None and layer <= plan.sink_layer]
@@ -92,6 +89,11 @@ def model_obstacles(serving: Serving, config: Any) -> Iterator[str]:
         wanted, found = getattr(plan, name), getattr(config, name)
         if wanted is not None and wanted != found:
             yield f"the plan is for a model with {name} {wanted}, and this one has {found}; find a plan for it"
+    if plan.correction is not None and plan.correction.hidden_size != config.hidden_size:
+        yield (
+            f"the plan's maps have hidden size {plan.correction.hidden_size}, and this model has {config.hidden_size}: "
+            "they are another model's; find a plan for it"
+        )
     if plan.layers and plan.layers[-1] >= config.num_hidden_layers:
         yield f"the plan names layer {plan.layers[-1]}; the model has layers 0 to {config.num_hidden_layers - 1}"
     if getattr(config, "ada_rms_norm_t_cond", False):

@@ -162,7 +162,7 @@ def _of_its_layers(worker: Any, original: Any, args: Any, kwargs: Any) -> tuple[
     weights = given.get("weights_iterator")
     if weights is None:
         return args, kwargs
-    kept = without_layers(weights, shared.removed)
+    kept = without_layers(weights, shared.removed, shared.normed)
     if "weights_iterator" in kwargs:
         return args, kwargs | {"weights_iterator": kept}
     place = names.index("weights_iterator")

@@ -191,7 +191,7 @@ _MODULE, _TENSOR = kind("Module"), kind("Tensor")
 OBJECTS: Mapping[str, Mapping[str, Expected]] = {
     "model": {"layers": kind("ModuleList"), "embed_input_ids": called_as(1)},
     "layer": dict.fromkeys(("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"), _MODULE),
-    "norm": {"weight": _TENSOR, "variance_epsilon": float},
+    "norm": {"weight": _TENSOR, "variance_epsilon": float, "forward_native": called_as(2)},
     "self_attn": {
         **dict.fromkeys(("attn", "qkv_proj", "o_proj"), _MODULE),
         "rotary_emb": may_lack("forward_native", 2),

@@ -11,10 +11,11 @@ from orthorank.packed.layer import PackedParts, RMSNorm, packed_forward
 from orthorank.packed.selection import PackedRows
 from orthorank.packed.steps import Step
 from orthorank.serving.vllm import attention as attending
-from orthorank.serving.vllm import hooks
+from orthorank.serving.vllm import hooks, maps
 from orthorank.serving.vllm.backend import Shared, StepMetadata, selecting_backend, step_metadata
 from orthorank.serving.vllm.interface import OBJECTS, expect
 from orthorank.serving.vllm.projections import Projections
+from orthorank.serving.vllm.removed import mixed
 from orthorank_kernels import gather_rows
 
 
@@ -51,6 +52,7 @@ class SelectingLayer(nn.Module):
             residual,
             out_hidden,
             out_residual,
+            layer_map=maps.held(self),
             read_count=serving.threshold_count == "read",
         )
 
@@ -131,14 +133,6 @@ class LayerParts(PackedParts):
         return self.layer.orthorank.serving.scores != "own" and hooks.parallel_group().world_size > 1
 
 
-class RemovedLayer(nn.Module):
-    """What the class of a layer with keep ratio 0 is mixed with: nothing is computed, nothing is cached."""
-
-    def forward(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None, **kwargs: Any) -> Any:
-        """Both as they came."""
-        return hidden_states, residual
-
-
 def make_selecting(layer: Any, index: int, shared: Shared, contexts: dict[str, Any]) -> None:
     """Turn ``layer`` into a selecting layer, known as such in ``contexts``, vLLM's layers by name."""
     _expect_parts(layer)
@@ -150,7 +144,7 @@ def make_selecting(layer: Any, index: int, shared: Shared, contexts: dict[str, A
     layer.orthorank, layer.orthorank_index = shared, index
     layer.orthorank_name = f"{attention.layer_name}.orthorank"
     contexts[layer.orthorank_name] = layer
-    layer.__class__ = _mixed(SelectingLayer, type(layer))
+    layer.__class__ = mixed(SelectingLayer, type(layer))
 
 
 def _expect_parts(layer: Any) -> None:
@@ -164,20 +158,3 @@ def _expect_parts(layer: Any) -> None:
     expect(attention, **OBJECTS["attention"])
     expect(attention.attn_backend, **OBJECTS["backend"])
     expect(attention.impl, **OBJECTS["impl"])
-
-
-def make_removed(layer: Any, contexts: dict[str, Any]) -> None:
-    """Turn ``layer`` into one that is not there: it gets no place in the cache."""
-    del contexts[layer.self_attn.attn.layer_name]
-    layer.__class__ = _mixed(RemovedLayer, type(layer))
-
-
-def _mixed(mixin: type, layer_class: type) -> type:
-    """The class of both; one for all layers, so that compilers see one class."""
-    name = mixin.__name__.replace("Layer", layer_class.__name__)
-    if (mixin, layer_class) not in _MIXED:
-        _MIXED[mixin, layer_class] = type(name, (mixin, layer_class), {})
-    return _MIXED[mixin, layer_class]
-
-
-_MIXED: dict[tuple[type, type], type] = {}

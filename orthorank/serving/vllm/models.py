@@ -10,13 +10,14 @@ from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
-from orthorank.packed import operator
+from orthorank.packed import map_of, operator
 from orthorank.packed.sinks import SinkBank
-from orthorank.serving.vllm import hooks, interface
+from orthorank.serving.vllm import hooks, interface, maps
 from orthorank.serving.vllm.backend import Shared
 from orthorank.serving.vllm.checks import check
 from orthorank.serving.vllm.first_token import first_token_states
-from orthorank.serving.vllm.layer import make_removed, make_selecting
+from orthorank.serving.vllm.layer import make_selecting
+from orthorank.serving.vllm.removed import make_removed
 from orthorank.serving.vllm.requests import RequestTable
 from orthorank.serving.vllm.rules import without_layers
 from orthorank.serving.vllm.serving import Serving
@@ -42,27 +43,34 @@ class _WithPlan(nn.Module):
         plan, most = serving.plan, vllm_config.scheduler_config.max_num_seqs
         bank = SinkBank(lambda token: first_token_states(self.model, plan, token), max(BANK, most))
         removed = tuple(index for index in plan.layers if plan.ratio(index) == 0)
-        self.orthorank = Shared(serving, plan.selecting, bank, RequestTable(most), removed)
+        normed = tuple(index for index in removed if index in plan.ranks)
+        self.orthorank = Shared(serving, plan.selecting, bank, RequestTable(most), removed, normed)
         interface.expect(self.model, **interface.OBJECTS["model"])
         contexts = vllm_config.compilation_config.static_forward_context
         for index in plan.layers:
+            layer = self.model.layers[index]
             if index in plan.selecting:
-                make_selecting(self.model.layers[index], index, self.orthorank, contexts)
+                make_selecting(layer, index, self.orthorank, contexts)
             elif index in removed:
-                make_removed(self.model.layers[index], contexts)
+                make_removed(layer, contexts, corrected=index in normed)
+            weight = layer.input_layernorm.weight
+            if (layer_map := map_of(plan, index, weight.device, weight.dtype)) is not None:
+                maps.hold(layer, layer_map)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """vLLM's, after which removed layers give back their memory; later, weights for these are passed over.
 
-        The sinks' states are computed anew: they belong to the weights that were there before.
+        Of a corrected one the input norm stays. The sinks' states are computed anew: they belong to the weights that
+        were there before.
         """
-        removed = self.orthorank.removed
-        gone = [index for index in removed if not list(self.model.layers[index].parameters())]
-        loaded: set[str] = super().load_weights(without_layers(weights, gone))  # type: ignore[misc]
+        removed, normed = self.orthorank.removed, self.orthorank.normed
+        gone = [index for index in removed if isinstance(self.model.layers[index].mlp, nn.Identity)]
+        loaded: set[str] = super().load_weights(without_layers(weights, gone, normed))  # type: ignore[misc]
         for index in removed:
             layer = self.model.layers[index]
             for name, _ in list(layer.named_children()):
-                setattr(layer, name, nn.Identity())
+                if index not in normed or name != "input_layernorm":
+                    setattr(layer, name, nn.Identity())
         self.orthorank.bank.forget()
         return loaded
 

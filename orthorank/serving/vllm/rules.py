@@ -10,6 +10,7 @@ from orthorank.common.errors import OrthoRankError
 
 # In a request's ``extra_args``: how many of its tokens are the prompt; those behind were generated, and sent again.
 PROMPT_TOKENS = "orthorank_prompt_tokens"
+INPUT_NORM = ("input_layernorm", "attention_norm")  # in checkpoints of Hugging Face's format and of Mistral's
 Weight = TypeVar("Weight")
 
 
@@ -67,8 +68,10 @@ own tokens, at least 1: those behind it were generated
         )
 
 
-def without_layers(weights: Iterable[tuple[str, Weight]], removed: Collection[int]) -> Iterator[tuple[str, Weight]]:
-    """Weights by name, without those of these decoder layers.
+def without_layers(
+    weights: Iterable[tuple[str, Weight]], removed: Collection[int], normed: Collection[int] = ()
+) -> Iterator[tuple[str, Weight]]:
+    """Weights by name, without those of the decoder layers ``removed``, but with the input norms of ``normed``.
 
     Example:
         >>> names = ["model.layers.1.mlp.up_proj.weight", "model.layers.10.mlp.up_proj.weight", "model.norm.weight"]
@@ -76,6 +79,6 @@ def without_layers(weights: Iterable[tuple[str, Weight]], removed: Collection[in
         ['model.layers.10.mlp.up_proj.weight', 'model.norm.weight']
     """
     for name, weight in weights:
-        layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
-        if layer is None or int(layer[1]) not in removed:
+        layer = re.search(r"(?:^|\.)layers\.(\d+)\.(\w+)", name)
+        if layer is None or (index := int(layer[1])) not in removed or (index in normed and layer[2] in INPUT_NORM):
             yield name, weight

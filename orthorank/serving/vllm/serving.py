@@ -6,6 +6,7 @@ from typing import Any
 
 from orthorank.common.errors import OrthoRankError, UnknownKeysWarning
 from orthorank.config import OrthoRankConfig
+from orthorank.serving.vllm import maps
 
 OPTIONS: dict[str, tuple[str, ...]] = {
     "threshold_count": ("read", "capacity"),
@@ -71,9 +72,15 @@ class Serving:
         return cls(_plan(value))
 
     def to_dict(self) -> dict[str, Any]:
-        """What `of` takes: the plan without what it says of where it came from."""
+        """What `of` takes: the plan without what it says of where it came from, but with where its maps are.
+
+        Raises:
+            OrthoRankError: it has maps that are in no file.
+        """
         about = ("calibration", "measured")
         plan = {name: value for name, value in self.plan.to_dict().items() if name not in about}
+        if self.plan.correction is not None:
+            plan["correction"] |= {maps.WHERE: maps.where_of(self.plan)}
         defaults = {name: legal[0] for name, legal in OPTIONS.items()}
         return {"plan": plan} | {name: getattr(self, name) for name in OPTIONS if getattr(self, name) != defaults[name]}
 
@@ -90,7 +97,8 @@ def _plan(value: object) -> OrthoRankConfig:
             if isinstance(value, str):
                 return OrthoRankConfig.from_pretrained(value)
             if isinstance(value, dict):
-                return OrthoRankConfig.from_dict(value)
+                corrected = value.get("correction") is not None
+                return maps.with_maps(value) if corrected else OrthoRankConfig.from_dict(value)
         except UnknownKeysWarning as warning:
             known = ", ".join(field.name for field in fields(OrthoRankConfig))
             raise OrthoRankError(

@@ -1,4 +1,4 @@
-"""Corrected plans over packed requests: what the Hugging Face path gives; what runs no maps refuses them by name."""
+"""Corrected plans over packed requests: what the Hugging Face path gives; what runs no maps refuses them."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +11,6 @@ from torch import Tensor
 from contrib.budget.job import read_starts
 from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank.correction import Correction, LayerMap
-from orthorank.serving.vllm.checks import plan_obstacles
-from orthorank.serving.vllm.serving import Serving
 from orthorank_kernels import dispatch
 from tests.orthorank.hf.test_corrected import maps
 from tests.orthorank.models import tiny
@@ -125,14 +123,6 @@ def test_a_layer_without_its_map_is_refused(models: dict[str, Any]) -> None:
     engine.maps = [maps([1]).maps[1]] * 4
     with pytest.raises(OrthoRankError, match="a map was given for layer 1, which the plan does not correct"):
         engine.run((Request(tokens_of(9, 1), 9), 9))
-
-
-def test_vllm_and_its_arguments(tmp_path: Path) -> None:
-    assert "apply it to a Hugging Face model, or serve it uncorrected" in next(plan_obstacles(Serving(PLAN)))
-    PLAN.save_pretrained(tmp_path)
-    assert next(plan_obstacles(Serving.of(str(tmp_path)))).startswith("the plan is corrected")
-    with pytest.raises(OrthoRankError, match=r"correction\.safetensors beside it, without the maps"):
-        Serving.of(Serving(PLAN).to_dict())
 
 
 def test_a_search_that_would_start_from_it(tmp_path: Path) -> None:

@@ -96,4 +96,8 @@ def test_weights_of_removed_layers_are_passed_over() -> None:
     ]
     kept = [name for name, _ in without_layers(zip(names, names, strict=True), (1, 2))]
     assert kept == [names[0], names[3], names[5]]
+    norms = ["model.layers.1.input_layernorm.weight", "layers.1.attention_norm.weight"]
+    others = ["model.layers.2.input_layernorm.weight", "model.layers.1.post_attention_layernorm.weight"]
+    given = [(name, name) for name in [*names, *norms, *others]]
+    assert [name for name, _ in without_layers(given, (1, 2), (1,))] == kept + norms
     assert list(without_layers(zip(names, names, strict=True), ())) == list(zip(names, names, strict=True))

@@ -38,9 +38,9 @@ class Bank:
 class Worker:
     """As vLLM's: it hands on whatever it is given."""
 
-    def __init__(self, removed: tuple[int, ...] = (1,)) -> None:
+    def __init__(self, removed: tuple[int, ...] = (1,), normed: tuple[int, ...] = ()) -> None:
         self.model_runner = Runner()
-        self.model = SimpleNamespace(orthorank=SimpleNamespace(removed=removed, bank=Bank()))
+        self.model = SimpleNamespace(orthorank=SimpleNamespace(removed=removed, normed=normed, bank=Bank()))
 
     def get_model(self) -> Any:
         return self.model
@@ -71,6 +71,12 @@ def test_weights_of_removed_layers_are_passed_over(args: Any, kwargs: Any, rest:
     reload(worker, *args, **kwargs)
     assert worker.model_runner.loaded == [KEPT, *rest]
     assert worker.model.orthorank.bank.forgot == 1
+
+
+def test_the_norm_of_a_corrected_removed_layer_is_not_passed_over() -> None:
+    norm, worker = ("model.layers.1.input_layernorm.weight", 4), Worker(normed=(1,))
+    reload(worker, iter([*GIVEN, norm]))
+    assert worker.model_runner.loaded[0] == [*KEPT, norm]
 
 
 def test_weights_from_a_path_and_without_removed_layers_are_as_given() -> None:
