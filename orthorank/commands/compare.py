@@ -9,12 +9,15 @@ import typer
 
 from orthorank.commands.eval_ppl import check_window, measure, read_plans, settings_of
 from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, console, number, register, table_of
+from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError, check_integers, check_max_loss
 from orthorank.common.files import finite, writable_folder, write_json, write_text
 from orthorank.common.paired import is_within, rise_of
 from orthorank.common.texts import Bos, check_bos
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from orthorank.config import OrthoRankConfig
 
 OUTPUT = Path("orthorank-compare")
@@ -154,8 +157,17 @@ def _window_losses(
     return losses
 
 
+def compared_table(results: dict[str, Any]) -> "Table":
+    """How far each plan is from the dense model, as a rich table."""
+    heads, rows = words.compared(results)
+    drawn = table_of("", *heads)
+    for name, cells in rows:
+        drawn.add_row(name, *cells)
+    return drawn
+
+
 def _verdict(name: str, rise: dict[str, Any], most: float) -> str:
-    said = f"its loss rises by {_spread(rise)} nats a token"
+    said = f"its loss rises by {words.spread(rise)} nats a token"
     if is_within(rise, most):
         return f"{name} is within {most:g}: {said}."
     if rise["most"] != rise["most"]:
@@ -163,38 +175,16 @@ def _verdict(name: str, rise: dict[str, Any], most: float) -> str:
     return f"{name} is not within {most:g}: {said}, and with two standard errors that is {rise['most']:.4f}."
 
 
-def _spread(figure: dict[str, Any], form: str = ".4f") -> str:
-    error = figure["standard_error"]
-    return f"{figure['mean']:{form}}" + (f" ± {error:{form.lstrip('+')}}" if error == error else "")
-
-
-def _rows(results: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Heads and rows of the table of plans, for the terminal and the page."""
-    heads = ["next token KL", "answer KL", "rise of loss", "same answer"]
-    rows = []
-    for name, found in results["plans"].items():
-        same = f"{found['same']} of {len(results['prompts'])}"
-        kl = [_spread(found["next_kl"], ".3f"), _spread(found["answer_kl"], ".3f")]
-        rows.append((name, [*kl, _spread(found["rise"], "+.4f"), same]))
-    return heads, rows
-
-
 def _write(folder: Path, results: dict[str, Any]) -> None:
     from orthorank.report.page import render
 
-    heads, rows = _rows(results)
     write_json(folder / "compare.json", results)
-    page = render("compare.html.j2", results=results, heads=heads, rows=rows, verdicts=results["verdicts"])
-    write_text(folder / "compare.html", page)
+    write_text(folder / "compare.html", render("compare.html.j2", results=results))
 
 
 def _show(screen: RichScreen, results: dict[str, Any], folder: Path) -> None:
     screen.heading(f"{results['model']['name']}: {results['model']['dtype']} on {results['model']['device']}")
-    heads, rows = _rows(results)
-    drawn = table_of("", *heads)
-    for name, cells in rows:
-        drawn.add_row(name, *cells)
-    screen.table(drawn)
+    screen.table(compared_table(results))
     losses = "the dense model's answers" if results["text"] is None else results["text"]
     screen.say(f"Means with standard errors, in nats a token; KL(dense || plan). Losses are of {losses}.")
     for row in results["prompts"][:SHOWN]:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orthorank.commands.compare import compared_table
 from orthorank.commands.screen import BOS, MODEL, RichScreen, console, number, numbers, table_of
 from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
@@ -25,6 +26,7 @@ WINDOWS = "Calibration windows, on which layers are searched and maps fitted, of
 RANK = "Of the maps of the corrected rows; 0 leaves these rows out, unless a plan comes with maps."
 KEEP_RATIO = "Share of the tokens that a chosen layer still updates, in a search or with --layers. Default: 1/3."
 LAYERS = "Select in these layers instead of searching, such as 12,14 or 12-16,20."
+PROMPTS = "File of prompts, as orthorank compare reads it: the report has the answers side by side, and KL divergences."
 SINK_LAYER = "Search after this layer, instead of the one in which the sink was found to form."
 
 
@@ -45,6 +47,7 @@ def command(
     sink_layer: Annotated[int | None, typer.Option(help=SINK_LAYER)] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt whose prefill is timed.")] = 2048,
     repeats: Annotated[int, typer.Option(help="Timed runs of each variant.")] = 3,
+    prompts: Annotated[Path | None, typer.Option(help=PROMPTS)] = None,
 ) -> int:
     """Take or find a plan, measure it against layer pruning, and write a report.
 
@@ -73,6 +76,7 @@ def command(
         sink_layer=sink_layer,
         prompt_tokens=prompt_tokens,
         repeats=repeats,
+        prompts=prompts,
     )
     from orthorank.demo import run_demo  # after the checks above, which are quick
 
@@ -85,6 +89,8 @@ def command(
 
     results = run_demo(settings, screen, show)
     screen.table(speed_table(results))
+    if "compare" in results:
+        screen.table(compared_table(results["compare"]))
     screen.say(words.verdict(results))
     files = [output / name for name in ("report.html", "results.json", "orthorank.json")]
     files += [output / "corrected"] if "corrected_plan_file" in results else []

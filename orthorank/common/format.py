@@ -144,6 +144,27 @@ def nats(mean: float | None, error: float | None) -> str:
     return f"{mean:+.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
+def spread(figure: dict[str, Any], form: str = ".4f") -> str:
+    """A mean with its standard error, where there is one.
+
+    >>> spread({"mean": 0.25, "standard_error": 0.01}, "+.2f"), spread({"mean": 0.25, "standard_error": math.nan})
+    ('+0.25 ± 0.01', '0.2500')
+    """
+    error = figure["standard_error"]
+    return f"{figure['mean']:{form}}" + (f" ± {error:{form.lstrip('+')}}" if error == error else "")
+
+
+def compared(results: Results) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Heads and rows of the table of how far plans are from the dense model, as `compare_plans` found it."""
+    heads = ["next token KL", "answer KL", "rise of loss", "same answer"]
+    rows = []
+    for name, found in results["plans"].items():
+        same = f"{found['same']} of {len(results['prompts'])}"
+        kl = [spread(found["next_kl"], ".3f"), spread(found["answer_kl"], ".3f")]
+        rows.append((name, [*kl, spread(found["rise"], "+.4f"), same]))
+    return heads, rows
+
+
 def figure(value: float | None, digits: int = 4) -> str:
     """A number with ``digits`` significant digits, at least to the unit; a dash when there is none.
 

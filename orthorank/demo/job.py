@@ -19,6 +19,7 @@ from orthorank.demo import choose, measure
 from orthorank.demo.correct import with_corrected
 from orthorank.demo.run import PLAN_FILES, REPORT, RESULTS, Run
 from orthorank.demo.settings import Settings
+from orthorank.evaluation.compare import inputs_of, read_prompts
 from orthorank.models import load_model, locate, pick_device
 from orthorank.search.calibration import cut_windows, find_source
 from orthorank_kernels._version import __version__
@@ -58,6 +59,9 @@ def run_demo(
             on_quality(run.results)
         run.screen.heading("4  Speed")
         measure.speed(run, plans)
+        if run.prompts:
+            run.screen.heading("5  Answers")
+            measure.answers(run, plans)
         run.results["complete"] = True
         run.save()
     except KeyboardInterrupt:
@@ -73,12 +77,15 @@ def _prepare(settings: Settings, screen: Screen) -> Run:
     source, where = find_source(settings.search()), locate(settings.model)
     pick_device(settings.device)
     choose.check_plan_file(settings)
+    prompts = [] if settings.prompts is None else read_prompts(settings.prompts)
     folder = writable_folder(settings.output)
     screen.heading(f"OrthoRank on {where.name}")
     with screen.progress("loading the model", 1) as advance:
         model, tokenizer, info = load_model(settings.model, settings.device)
         advance(1, "")
     settings.check_layers(info.num_hidden_layers)
+    if prompts:
+        inputs_of(model, tokenizer, prompts, measure.ANSWER_TOKENS, settings.bos)
     calibration = cut_windows(
         settings.search(),
         source,
@@ -87,7 +94,7 @@ def _prepare(settings: Settings, screen: Screen) -> Run:
         info.max_tokens,
         held_out=(settings.held_out_windows, settings.held_out_len),
     )
-    run = Run(settings, screen, folder, model, tokenizer, info, calibration, began)
+    run = Run(settings, screen, folder, model, tokenizer, info, calibration, began, prompts)
     run.results |= _preamble(run)
     shape = f"{info.num_hidden_layers} layers, {info.parameters / 1e6:,.0f} M weights, {info.dtype} on {info.device}"
     screen.say(f"{shape}; text: {source.text.name}, {calibration.text_tokens:,} tokens; {calibration.bos}")

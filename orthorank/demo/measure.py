@@ -1,4 +1,4 @@
-"""Perplexity and prefill speed of the dense model and of the plans."""
+"""Perplexity, prefill speed and answers of the dense model and of the plans."""
 
 import math
 import statistics
@@ -11,6 +11,7 @@ from orthorank.config import OrthoRankConfig
 from orthorank.demo.correct import Plans
 from orthorank.demo.run import Run
 
+ANSWER_TOKENS = 64  # at most, of the answer to a prompt
 MAP_TOKENS = 200  # of the token map: as much as one looks at
 
 Variants = dict[str, OrthoRankConfig | None]
@@ -39,6 +40,25 @@ def speed(run: Run, plans: Plans) -> None:
     for name, plan in plans.items():
         plan.measured = _measured(run, name)
         run.save_plan(name, plan)
+    run.save()
+
+
+def answers(run: Run, plans: Plans) -> None:
+    """The answers of the dense model and of the plans to the prompts, and how far apart they are."""
+    from orthorank.evaluation.compare import compare_plans
+
+    named = {words.TITLES[name]: plan for name, plan in _variants(plans).items() if plan is not None}
+    with run.timed("answers"), run.screen.progress("answers", len(run.prompts)) as advance:
+        found = compare_plans(
+            run.model,
+            run.tokenizer,
+            named,
+            run.prompts,
+            max_new_tokens=ANSWER_TOKENS,
+            bos=run.settings.bos,
+            on_prompt=lambda done, _: advance(done, ""),
+        )
+    run.results["compare"] = {"max_new_tokens": ANSWER_TOKENS, "text": None} | found
     run.save()
 
 

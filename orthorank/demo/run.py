@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from orthorank.evaluation.compare import Prompt
+
 RESULTS, REPORT = "results.json", "report.html"
 PLAN_FILES = {  # by the row that they are of; maps lie beside their plan, so a corrected one has a folder of its own
     "orthorank": FILE_NAME,
@@ -36,7 +38,7 @@ class Run:
     Args:
         folder: where the files go; model, tokenizer, info: what it works on.
         calibration: the windows that layers are searched on and maps fitted, and those held out from both.
-        results: what `results.json` holds. began: on the clock of `time.perf_counter`.
+        began: on the clock of `time.perf_counter`. prompts: that are answered. results: what `results.json` holds.
     """
 
     settings: Settings
@@ -47,6 +49,7 @@ class Run:
     info: ModelInfo
     calibration: Calibration
     began: float
+    prompts: "list[Prompt]" = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)
 
     @property

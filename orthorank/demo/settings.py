@@ -30,6 +30,8 @@ class Settings:
         held_out_windows, held_out_len: windows that perplexity is measured on, and their length in tokens.
         prompt_tokens, repeats: length of the timed prompt, and timed runs of each variant.
         bos: where the tokenizer's BOS stands: one of `orthorank.common.texts.BOS`.
+        prompts: a file of prompts that the dense model and the plans answer, as `orthorank.evaluation.compare` reads
+            it; None: they answer none.
 
     Raises:
         OrthoRankError: a value is out of range, or two of them exclude each other.
@@ -57,6 +59,7 @@ class Settings:
     prompt_tokens: int = 2048
     repeats: int = 3
     bos: str = "auto"
+    prompts: Path | None = None
 
     def __post_init__(self) -> None:
         if self.sparsity is not None:

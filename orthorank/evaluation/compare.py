@@ -155,7 +155,7 @@ def compare_plans(
         raise OrthoRankError("model is in training mode; call model.eval() first")
     for plan in plans.values():
         check_plan(model, plan)
-    inputs = _inputs(model, tokenizer, prompts, max_new_tokens, bos)
+    inputs = inputs_of(model, tokenizer, prompts, max_new_tokens, bos)
     settings = {"max_new_tokens": max_new_tokens, "pads": tokenizer.pad_token_id}
     owner = [[name, owner_of(model, plan, False, settings)] for name, plan in plans.items()]
     known = {} if kept is None else kept_rows(kept, row=dict)
@@ -173,13 +173,14 @@ def compare_plans(
     return {"prompts": rows, "plans": {name: _summary(name, rows) for name in plans}}
 
 
-def _inputs(
+def inputs_of(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     bos: str,
 ) -> list[list[int]]:
+    """The prompts in tokens; raises as `compare_plans` does, before anything is computed."""
     if not prompts:
         raise OrthoRankError("prompts is empty; there is nothing to answer")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
