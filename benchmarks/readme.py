@@ -238,7 +238,10 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "gpu": gpu_section,
     },
     "docs/limits.md": {"gpu": gpu_limits},
-    "docs/correction.md": {"correction": readme_docs.correction_section},
+    "docs/correction.md": {
+        "correction": readme_docs.correction_section,
+        "retrieval": readme_docs.retrieval_section,
+    },
     "docs/criteria.md": {"criteria": readme_docs.criteria_section},
     "docs/modes.md": {"modes": readme_docs.modes_section},
     "docs/vllm.md": {"chat": readme_docs.chat_section},

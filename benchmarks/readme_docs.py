@@ -84,6 +84,27 @@ def correction_section() -> str:
     return table(["plan", "FLOPs of dense", *names], lines)
 
 
+def retrieval_section() -> str:
+    """What plans find again in long prompts, of what the dense model does."""
+    found = load("retrieval_smollm2.json")["prompts"]
+    head = ["plan", "FLOPs of dense"]
+    for kind, each in found.items():
+        head += [f"{kind}, n = {each['answered']}", "against the same plan"]
+    lines = []
+    for rows in zip(*(each["rows"] for each in found.values()), strict=True):
+        line = [rows[0]["name"], f"{rows[0]['flops']:.3f}"]
+        for row in rows:
+            apart = row.get("against_plain")
+            said = "" if apart is None else f"{apart['difference']:+.1f} ± {apart['standard_error']:.1f}"
+            line += [f"{row['score']:.1f} ± {row['standard_error']:.1f}", said]
+        lines.append(line)
+    of = [
+        f"{kind}: {each['tried']} tried, on which the dense model scores {each['dense_score']:.1f}"
+        for kind, each in found.items()
+    ]
+    return f"{table(head, lines)}\n\n{'; '.join(of)}."
+
+
 def chat_section() -> str:
     """The second turn of a chat inside vLLM, with and without blocks of generated tokens."""
     found = load("vllm_chat_smollm2.json")
