@@ -2,11 +2,14 @@
 
 The plain loop runs the whole model for every candidate, as it is written down. The exact search must choose the same
 layers, and give the same loss bit for bit wherever it gives one; where it gives none, the plain loss must be above the
-best. The fast search chooses for itself, and the loss of its plan on all windows stands beside the exact one.
+best. The fast search chooses for itself, and the loss of its plan on all windows stands beside the exact one. With
+``--correct`` both search with maps, too, fitted to windows of their own, each in its turn.
 Text: WikiText-2 validation beside the checkout when it is there, else the standard library's prose.
 
     python benchmarks/bench_search.py --quick
     python benchmarks/bench_search.py --json benchmarks/results/search_smollm2.json
+    python benchmarks/bench_search.py --correct 64 --rounds 2 --windows 2 --fit-windows 4 --seq-len 128 \\
+        --json benchmarks/results/search_corrected_smollm2.json
 """
 
 import argparse
@@ -22,6 +25,7 @@ from typing import Any
 import torch
 
 from orthorank import OrthoRankError
+from orthorank.calibration.corrected_evaluator import CorrectedEvaluator
 from orthorank.common.texts import find_text, take_samples, tokenize
 from orthorank.models import load_model
 from orthorank.search import Evaluator, SearchState, begin_search, candidate_layers, greedy_round
@@ -33,6 +37,7 @@ from orthorank_kernels import keep_count
 TEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext2" / "wiki.valid.tokens"
 JOINED = {" @-@ ": "-", " @,@ ": ",", " @.@ ": "."}
 METHODS = ("plain", "exact", "fast")
+CORRECTED = ("corrected", "corrected, fast")
 
 
 def arguments() -> argparse.Namespace:
@@ -43,6 +48,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=512, help="tokens of a window (default: 512)")
     parser.add_argument("--keep-ratio", type=float, default=1 / 3, help="share of tokens updated (default: 1/3)")
     parser.add_argument("--batch-size", type=int, default=1, help="windows that run together, in every method")
+    parser.add_argument("--correct", type=int, metavar="RANK", help="also search with maps of this rank")
+    parser.add_argument(
+        "--fit-windows", type=int, default=8, help="further windows that maps are fitted to (default: 8)"
+    )
     parser.add_argument("--memory", type=int, help="bytes for stored states (default: a quarter of the free memory)")
     parser.add_argument("--quick", action="store_true", help="two rounds on windows of 128 tokens")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
@@ -70,9 +79,9 @@ def calibration(tokenizer: Any, windows: int, seq_len: int) -> tuple[torch.Tenso
 class Clock:
     """Wall and processor seconds of each method, round by round."""
 
-    def __init__(self) -> None:
-        self.wall: dict[str, list[float]] = {method: [] for method in METHODS}
-        self.cpu: dict[str, list[float]] = {method: [] for method in METHODS}
+    def __init__(self, methods: Iterable[str] = METHODS) -> None:
+        self.wall: dict[str, list[float]] = {method: [] for method in methods}
+        self.cpu: dict[str, list[float]] = {method: [] for method in self.wall}
 
     def time(self, method: str, run: Callable[..., Any], *of: Any) -> Any:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -169,14 +178,20 @@ def search_bound(config: Any, tokens: int, candidates: list[int], order: list[in
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer, info = load_model(options.model, device="cpu", dtype="float32")
-    ids, name, sha256 = calibration(tokenizer, options.windows, options.seq_len)
+    windows = options.windows + (options.fit_windows if options.correct else 0)
+    every, name, sha256 = calibration(tokenizer, windows, options.seq_len)
+    ids, fit_ids = every[: options.windows], every[options.windows :]
     candidates = candidate_layers(detect_sink(model, tokenizer))
     stack, config = LayerStack(model), model.config
     settings = {"keep_ratio": options.keep_ratio, "batch_size": options.batch_size, "memory": options.memory}
     evaluators = {method: Evaluator(stack, ids, **settings) for method in METHODS[1:]}
+    for method in CORRECTED if options.correct else ():
+        refit = method == "corrected"  # as `orthorank search --correct` has it without and with --fast
+        settings |= {"rank": options.correct, "refit": refit}
+        evaluators[method] = CorrectedEvaluator(stack, ids, fit_ids, **settings)
     states = {
-        method: begin_search(evaluators[method], candidates, options.rounds, fast=method == "fast")
-        for method in METHODS[1:]
+        method: begin_search(evaluator, candidates, options.rounds, fast=method.endswith("fast"))
+        for method, evaluator in evaluators.items()
     }
     print(f"{info.name}, {options.windows} windows of {options.seq_len} tokens, keep ratio {options.keep_ratio:.4g}")
     print(f"text: {name}")
@@ -184,14 +199,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         f"candidates {candidates[0]} to {candidates[-1]}, {options.rounds} rounds, {torch.get_num_threads()} threads\n"
     )
     print("round  layer    loss   given up |  plain   exact    fast  (seconds)  | fast: layer, loss")
-    clock, given_up = Clock(), 0
+    clock, given_up = Clock(["plain", *evaluators]), 0
     for number in range(options.rounds):
         exact, fast = states["exact"], states["fast"]
         plain = clock.time("plain", plain_round, stack, ids, exact, options.keep_ratio, options.batch_size)
         seen: dict[int, float] = {}
         clock.time("exact", _round, evaluators["exact"], exact, seen)
         compare(plain, seen, exact.chosen[-1], exact.losses[-1])
-        clock.time("fast", _round, evaluators["fast"], fast, {})
+        for method in list(evaluators)[1:]:
+            clock.time(method, _round, evaluators[method], states[method], {})
         count = sum(loss == math.inf for loss in seen.values())
         given_up += count
         print(
@@ -217,17 +233,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "candidates": candidates,
         "evaluations": exact.total,
         "given_up": given_up,
-        "order": {"exact": exact.chosen, "fast": fast.chosen},
-        "losses": {"exact": exact.losses, "fast": fast.losses},
+        "rank": options.correct,
+        "fit_tokens": fit_ids.numel(),
+        "order": {method: state.chosen for method, state in states.items()},
+        "losses": {method: state.losses for method, state in states.items()},
         "fast_loss_above_exact": fast.losses[-1] - exact.losses[-1],
         "stages_of_fast": fast.stages(len(candidates)),
         "bound": bound(config, options.seq_len, candidates),
         "bound_without_sink_floor": bound(config, options.seq_len, without_floor),
         "bound_of_this_search": search_bound(config, options.seq_len, candidates, exact.chosen, options.keep_ratio),
-        "wall_seconds": {method: sum(clock.wall[method]) for method in METHODS},
-        "cpu_seconds": {method: sum(clock.cpu[method]) for method in METHODS},
-        "wall_ratio": {method: clock.ratio(method) for method in METHODS[1:]},
-        "cpu_ratio": {method: clock.ratio(method, "cpu") for method in METHODS[1:]},
+        "wall_seconds": {method: sum(seconds) for method, seconds in clock.wall.items()},
+        "cpu_seconds": {method: sum(seconds) for method, seconds in clock.cpu.items()},
+        "wall_ratio": {method: clock.ratio(method) for method in evaluators},
+        "cpu_ratio": {method: clock.ratio(method, "cpu") for method in evaluators},
     }
 
 
@@ -257,12 +275,14 @@ def report(result: dict[str, Any]) -> None:
         f"for the layers chosen here: {result['bound_of_this_search']:.2f}x"
     )
     wall, cpu = result["wall_seconds"], result["cpu_seconds"]
-    for method in METHODS:
-        print(f"{method:5}  {wall[method]:7.1f} s wall  {cpu[method]:7.1f} s processor", end="")
+    for method in wall:
+        print(f"{method:15}  {wall[method]:7.1f} s wall  {cpu[method]:7.1f} s processor", end="")
         print("" if method == "plain" else f"  {wall['plain'] / wall[method]:.2f}x  {cpu['plain'] / cpu[method]:.2f}x")
     exact, fast = result["losses"]["exact"][-1], result["losses"]["fast"][-1]
     print(f"loss on all windows: exact {exact:.4f} {sorted(result['order']['exact'])}")
     print(f"                      fast {fast:.4f} {sorted(result['order']['fast'])}, {fast - exact:+.4f}")
+    for method in CORRECTED if result["rank"] else ():
+        print(f"{method:>26} {result['losses'][method][-1]:.4f} {sorted(result['order'][method])}")
     print(f"exact {result['wall_ratio']['exact']:.2f} fast {result['wall_ratio']['fast']:.2f}")
 
 

@@ -1,14 +1,17 @@
 """The benchmark of the search: its bounds are those of the layers that run, and it believes nothing unseen."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from torch import Tensor
 
+from benchmarks import bench_search
 from benchmarks.bench_search import bound, compare, plain_round, search_bound
+from orthorank.calibration.corrected_evaluator import CorrectedEvaluator
 from orthorank.common.errors import OrthoRankError
-from orthorank.search import Evaluator, begin_search, greedy_round, greedy_search
+from orthorank.search import Evaluator, begin_search, candidate_layers, greedy_round, greedy_search
 from orthorank.stack.flops import Dimensions
 from orthorank.stack.layers import LayerStack
 from orthorank_kernels import keep_count
@@ -94,3 +97,34 @@ def test_the_rounds_must_agree() -> None:
         compare(plain, plain | {3: math.inf}, 2, 2.5)
     with pytest.raises(OrthoRankError, match="evaluated layers"):
         compare(plain, {2: 2.5}, 2, 2.5)
+
+
+def test_the_corrected_searches_fit_to_windows_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each loss is that of the plan with its own maps; --fast chooses among maps that it keeps."""
+    stack, every = small_stack(), random_windows(7)
+    info = SimpleNamespace(name="tiny", to_dict=dict)
+    monkeypatch.setattr(bench_search, "load_model", lambda *_, **__: (stack.model, None, info))
+    monkeypatch.setattr(bench_search, "calibration", lambda _, windows, __: (every[:windows], "a text", ""))
+    monkeypatch.setattr(bench_search, "detect_sink", lambda *_: None)
+    monkeypatch.setattr(bench_search, "candidate_layers", lambda *_: candidate_layers(0, LAYERS))
+    monkeypatch.setattr("sys.argv", ["", "--rounds", "2", "--windows", "3", "--correct", "4", "--fit-windows", "4"])
+    found = bench_search.measure(bench_search.arguments())
+    mine = CorrectedEvaluator(LayerStack(stack.model), every[:3], every[3:], rank=4, keep_ratio=1 / 3, batch_size=1)
+    assert found["losses"]["corrected"][-1] == mine.loss(found["order"]["corrected"])
+    first = greedy_search(mine, candidate_layers(0, LAYERS), 1)
+    assert found["order"]["corrected"][0] == first.chosen[0]
+    assert (
+        found["order"]["exact"]
+        == greedy_search(
+            Evaluator(LayerStack(stack.model), every[:3], keep_ratio=1 / 3, batch_size=1),
+            candidate_layers(0, LAYERS),
+            2,
+        ).chosen
+    )
+    kept = CorrectedEvaluator(
+        LayerStack(stack.model), every[:3], every[3:], rank=4, refit=False, keep_ratio=1 / 3, batch_size=1
+    )
+    fast = greedy_search(kept, candidate_layers(0, LAYERS), 2, fast=True)
+    assert (found["order"]["corrected, fast"], found["losses"]["corrected, fast"]) == (fast.chosen, fast.losses)
+    assert set(found["cpu_seconds"]) == {"plain", "exact", "fast", "corrected", "corrected, fast"}
+    assert (found["rank"], found["fit_tokens"]) == (4, 4 * 24)
