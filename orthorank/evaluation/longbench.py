@@ -87,7 +87,8 @@ class Question:
 def local_questions(path: str | Path) -> list[Question]:
     """Questions of a JSONL file: ``task``, ``idx``, ``prompt``, ``gold`` (or ``answers``), perhaps ``all_classes``.
 
-    Where trec's rows do not say what classes there are, they are those that the examples in its prompts name.
+    ``gold`` may be an object that holds both. Where trec's rows do not say what classes there are, they are those that
+    the examples in its prompts name.
 
     Raises:
         OrthoRankError: the file cannot be read, a line is no question or of no known task; the line is named.
@@ -272,11 +273,12 @@ def _parsed(path: str | Path, number: int, line: str) -> Question:
     where = f"line {number} of {str(path)!r}"
     try:
         row = from_json(line)
-        name, prompt = row["task"], row["prompt"]
+        name, prompt, index = row["task"], row["prompt"], int(row.get("idx", number))
         answers = row.get("gold", row.get("answers"))
+        if isinstance(answers, dict):  # as some copies have it for tasks with labels
+            row, answers = answers, answers["answers"]
         answers = (answers,) if isinstance(answers, str) else tuple(answers)
         classes = tuple(row.get("all_classes") or ())
-        index = int(row.get("idx", number))
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise OrthoRankError(
             f"{where} is no question ({type(error).__name__}: {error}); it must be a JSON object with task, prompt and "

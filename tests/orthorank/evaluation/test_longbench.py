@@ -182,6 +182,18 @@ def test_trecs_classes_are_those_of_its_examples(tmp_path: Path) -> None:
     assert question.index == 4
 
 
+def test_labels_beside_the_answers(tmp_path: Path) -> None:
+    """As MiniLongBench has trec: the labels are no answers."""
+    gold = {"answers": ["Food"], "all_classes": ["Food", "City"]}
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"task": "trec", "idx": 1, "prompt": "Type:", "gold": gold}))
+    (question,) = local_questions(file)
+    assert (question.answers, question.classes) == (("Food",), ("Food", "City"))
+    file.write_text(json.dumps({"task": "trec", "prompt": "Type:", "gold": {"labels": ["Food"]}}))
+    with pytest.raises(orthorank.OrthoRankError, match=r"line 1 .* is no question"):
+        local_questions(file)
+
+
 def test_the_command(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data.jsonl"
     rows = [{"task": task, "idx": n, "prompt": "some text " * 3, "gold": ["x"]} for n, task in enumerate(["lcc"] * 3)]
