@@ -1,6 +1,7 @@
 """What a call of an op costs the host, in microseconds of CPU time of its thread, without a GPU.
 
     python benchmarks/bench_host.py [--only REGEX] [--json benchmarks/results/host.json [--before]] [--profile OP]
+    python benchmarks/bench_host.py --check     # what a launch by plan hands to the driver is what any launch does
 
 Everything runs that runs before a launch on an H100, Triton's own Python and its wrapper of descriptors among it; in
 place of the C functions that talk to the driver stand some that do nothing. Tensors lie on the CPU and go the way of
@@ -42,12 +43,20 @@ with contextlib.suppress(ImportError):  # in an earlier checkout
     PLANS = importlib.import_module("orthorank_kernels.launch_plan")
 
 
+LAUNCHED: list[Any] = []  # what was handed to the driver, with --check
+
+
+def noted(*args: Any) -> None:
+    """In place of the launch."""
+    LAUNCHED.append(args)
+
+
 def nothing(*args: Any, **kwargs: Any) -> None:
     """In place of what talks to the driver."""
 
 
-def stand_in_gpu() -> None:
-    """From now on Triton compiles for an H100, and its launcher for NVIDIA's GPUs launches nothing."""
+def stand_in_gpu(launch: Any = nothing) -> None:
+    """From now on Triton compiles for an H100, and its launcher for NVIDIA's GPUs calls ``launch``."""
     from triton.backends.nvidia import driver as nvidia
     from triton.runtime.driver import driver
 
@@ -56,17 +65,17 @@ def stand_in_gpu() -> None:
     module: Any = nvidia
     for name in ("PyKernelArg", "ARG_CONSTEXPR", "ARG_KERNEL", "ARG_TUPLE"):  # of driver.c, from Triton 3.7 on
         setattr(module, name, nothing)
-    module.compile_module_from_src = lambda *args, **kwargs: SimpleNamespace(launch=nothing)  # until 3.6
+    module.compile_module_from_src = lambda *args, **kwargs: SimpleNamespace(launch=launch)  # until 3.6
     module.library_dirs = list
     gpu: Any = AbsentGpu(TARGET.split(" ")[0])
     gpu.launcher_cls = module.CudaLauncher
     gpu.utils = SimpleNamespace(
-        launch=nothing,
+        launch=launch,
         build_signature_metadata=nothing,
-        fill_tma_descriptor=nothing,
-        fill_tma_descriptor_tiled=nothing,
+        fill_tma_descriptor=lambda *args: args,
+        fill_tma_descriptor_tiled=lambda *args: args,
         get_device_properties=lambda device: {"max_shared_mem": 232448},
-        load_binary=lambda name, *rest: (name, 0, 0, 0, 1024),
+        load_binary=lambda name, code, *rest: (name, hash(code), 0, 0, 1024),
         unload_module=nothing,
     )
     driver.set_active(gpu)
@@ -173,6 +182,44 @@ def measured(op: str, prompts: list[dict[str, Call]], rounds: int) -> dict[str, 
     return {name: round(statistics.median(values), 2) for name, values in found.items()}
 
 
+def handed_over(call: Call) -> Any:
+    """What the launches of a call hand to the driver, with other names for memory that is not the call's."""
+    cells: list[Any] = [cell.cell_contents for cell in getattr(call, "__closure__", ())]
+    given = {x.data_ptr() for cell in cells for x in (cell if isinstance(cell, list) else [cell]) if torch.is_tensor(x)}
+    LAUNCHED.clear()
+    call()
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple | list):
+            return [plain(part) for part in value]
+        if isinstance(value, torch.Tensor):
+            value = value.data_ptr()
+        if type(value).__name__ == "LazyDict":  # for hooks of launches
+            return value.data
+        address = type(value) is int and 2**40 < value < 2**48
+        return "new memory" if address and value not in given else value
+
+    return plain(LAUNCHED)
+
+
+def differing(only: str) -> list[str]:
+    """Ops of which a launch by plan is another than one without."""
+    found = []
+    for op, call in calls(LENGTHS[0]).items():
+        if not re.search(only, op):
+            continue
+        PLANS.forget()
+        without = handed_over(call)
+        call()
+        by_plan = handed_over(call)
+        planned = [plan for plan in PLANS._PLANS.values() if plan]
+        print(f"{op:<30}{len(without)} launches, {len(planned)} plans")
+        if by_plan != without or not planned or not without:
+            found.append(op)
+            print(f"    without: {without}\n    by plan: {by_plan}")
+    return found
+
+
 def profile(call: Call) -> None:
     import cProfile
     import pstats
@@ -198,15 +245,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="also write the medians to this file")
     parser.add_argument("--before", action="store_true", help="in it they are those of the code before")
+    parser.add_argument("--check", action="store_true", help="compare launches by plan with others; no times")
     parser.add_argument("--profile", metavar="OP", help="where the time of a hit goes, and nothing else")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     import triton
 
-    stand_in_gpu()
+    stand_in_gpu(noted if options.check else nothing)
     cpu_is_the_gpu()
     with torch.no_grad():
+        if options.check:
+            sys.exit(bool(differing(options.only)))
         if options.profile:
             profile(calls(LENGTHS[0])[options.profile])
             return
