@@ -18,6 +18,7 @@ negated when read, dispatch modes and profilers, which want to see operators. So
 such as results that no kernel has written to.
 
 Plans are for Triton from 3.6 on and for NVIDIA: on AMD, what is compiled depends on the size of a tensor's storage.
+What Triton is told of how to compile (`TRITON_DEBUG`, `triton.knobs`) counts until a plan is made, and after `forget`.
 """
 
 import functools

@@ -58,6 +58,7 @@ LEGAL = {
     "shared_part": (1, 1024, False),
 }
 _OVERRIDES: dict[tuple[str, str], Settings] = {}
+_FOUND: dict[tuple[str, str, str, bool], Settings] = {}
 generation = 0  # counts what changes what `look_up` gives, but for the environment
 
 
@@ -87,13 +88,21 @@ def look_up(op: str, kind: str, target: str) -> Settings:
     """
     if _OVERRIDES and (op, kind) in _OVERRIDES:
         return _OVERRIDES[op, kind]
+    asked = (op, kind, target, os.environ.get("ORTHORANK_AUTOTUNE") == "1")
+    found = _FOUND.get(asked)
+    if found is None:
+        found = _FOUND[asked] = _found(*asked)
+    return found
+
+
+def _found(op: str, kind: str, target: str, autotune: bool) -> Settings:
     name = gpu_name(target)
     if not name:
         return default(op, kind, target)
     measured = _measured(op, name)
     if kind in measured:
         return measured[kind]
-    if os.environ.get("ORTHORANK_AUTOTUNE") == "1":
+    if autotune:
         measured[kind] = _measure(op, kind, target)  # by launching, so it comes back here
         _changed()
         return measured[kind]
@@ -224,6 +233,7 @@ def forget() -> None:
 def _changed() -> None:
     global generation
     generation += 1
+    _FOUND.clear()
 
 
 @lru_cache
