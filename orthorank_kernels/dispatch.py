@@ -71,12 +71,14 @@ def run(
     Returns:
         What the op returns; with ``out``, the tuple of these tensors.
     """
-    if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False):  # the ops say themselves where they round
+    kind = device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):  # the ops say themselves where they round
             return run(op, args, backend=backend, device=device, out=out)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it may be one of {', '.join(map(repr, BACKENDS))}")
-    needs_grad = any(map(_is_differentiated, _tensors(args)))
+    wanted = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    needs_grad = wanted and any(map(_is_differentiated, _tensors(args)))
     if needs_grad and out is not None:
         raise BackendError(
             "out= got an input that requires grad, and what is written to given memory has no gradient; call under "

@@ -10,6 +10,7 @@ PyTorch takes an operator once in a process. So that importing these modules aga
 reloads what was edited) is harmless, an operator calls what is in a table, which a second import only refills.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -126,9 +127,13 @@ def copy_results(results: Any, out: Sequence[torch.Tensor | None]) -> None:
 
 def launcher(path: str) -> Callable[..., Any]:
     """The Triton launcher named ``"module.function"`` inside ``orthorank_kernels.triton``."""
-    module, function = path.rsplit(".", 1)
+    name, function = path.rsplit(".", 1)
+    name = f"orthorank_kernels.triton.{name}"
+    module = sys.modules.get(name)
     try:
-        return getattr(import_module(f"orthorank_kernels.triton.{module}"), function)
+        if module is None or getattr(module.__spec__, "_initializing", False):
+            module = import_module(name)  # which asks that as well, and takes as long as a launch
+        return getattr(module, function)
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise

@@ -6,10 +6,12 @@ from torch import Tensor
 from orthorank_kernels import checks as _checks
 from orthorank_kernels import dispatch
 from orthorank_kernels import op as _library
+from orthorank_kernels.launch_plan import planned
 from orthorank_kernels.pytorch import activation as pytorch
 from orthorank_kernels.reference import rows as reference
 
 
+@planned
 def silu_and_mul(
     gate: Tensor,
     up: Tensor | None = None,

@@ -8,6 +8,7 @@ from torch import Tensor
 from orthorank_kernels import checks as _checks
 from orthorank_kernels import dispatch
 from orthorank_kernels import op as _library
+from orthorank_kernels.launch_plan import planned
 from orthorank_kernels.ops.rows import batch_of_one, check_rows
 from orthorank_kernels.pytorch import add_norm as pytorch
 from orthorank_kernels.reference import rows as reference
@@ -22,6 +23,7 @@ class AddNorm(NamedTuple):
     normed: Tensor
 
 
+@planned
 def gather_add_rms_norm(
     hidden_states: Tensor,
     positions: Tensor,

@@ -6,6 +6,7 @@ import torch
 
 from orthorank_kernels import checks as _checks
 from orthorank_kernels import op as _library
+from orthorank_kernels.launch_plan import planned
 from orthorank_kernels.ops import attention_arguments as _attention
 from orthorank_kernels.pytorch import attention as pytorch
 from orthorank_kernels.reference import attention as reference
@@ -13,6 +14,7 @@ from orthorank_kernels.reference import attention as reference
 MAX_OFFSET = 2**30  # a position and an offset together must fit 32 bits
 
 
+@planned
 def sparse_query_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -6,6 +6,7 @@ import torch
 
 from orthorank_kernels import checks as _checks
 from orthorank_kernels import op as _library
+from orthorank_kernels.launch_plan import planned
 from orthorank_kernels.ops import attention_arguments as _attention
 from orthorank_kernels.pytorch import attention_paged as pytorch
 from orthorank_kernels.reference import attention as reference
@@ -13,6 +14,7 @@ from orthorank_kernels.reference import attention as reference
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
+@planned
 def sparse_query_attention_paged(
     q: torch.Tensor,
     k_cache: torch.Tensor,

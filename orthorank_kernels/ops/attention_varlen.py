@@ -6,11 +6,13 @@ import torch
 
 from orthorank_kernels import checks as _checks
 from orthorank_kernels import op as _library
+from orthorank_kernels.launch_plan import planned
 from orthorank_kernels.ops import attention_arguments as _attention
 from orthorank_kernels.pytorch import attention_varlen as pytorch
 from orthorank_kernels.reference import attention as reference
 
 
+@planned
 def sparse_query_attention_varlen(
     q: torch.Tensor,
     k: torch.Tensor,

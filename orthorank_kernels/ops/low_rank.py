@@ -8,11 +8,13 @@ from torch import Tensor
 from orthorank_kernels import checks as _checks
 from orthorank_kernels import dispatch
 from orthorank_kernels import op as _library
+from orthorank_kernels.launch_plan import planned
 from orthorank_kernels.ops.selection import check_sequences
 from orthorank_kernels.pytorch import low_rank as pytorch
 from orthorank_kernels.reference import rows as reference
 
 
+@planned
 def add_low_rank(
     hidden_states: Tensor,
     low: Tensor,

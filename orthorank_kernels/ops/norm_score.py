@@ -9,6 +9,7 @@ from torch import Tensor
 from orthorank_kernels import checks as _checks
 from orthorank_kernels import dispatch
 from orthorank_kernels import op as _library
+from orthorank_kernels.launch_plan import planned
 from orthorank_kernels.layout import norm_outputs
 from orthorank_kernels.pytorch import scoring as pytorch
 from orthorank_kernels.reference import selection as reference
@@ -26,6 +27,7 @@ class NormScore(NamedTuple):
     residual: Tensor | None
 
 
+@planned
 def rms_norm_score(
     hidden_states: Tensor,
     weight: Tensor | None,

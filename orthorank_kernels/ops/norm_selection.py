@@ -9,6 +9,7 @@ from torch import Tensor
 from orthorank_kernels import checks as _checks
 from orthorank_kernels import dispatch
 from orthorank_kernels import op as _library
+from orthorank_kernels.launch_plan import planned
 from orthorank_kernels.layout import norm_outputs, selection_outputs
 from orthorank_kernels.ops.norm_score import check_norm, check_norm_out, check_numbers, norm_result
 from orthorank_kernels.ops.selection import OUTPUTS, REQUEST, select_request, select_result
@@ -28,6 +29,7 @@ class NormSelection(NamedTuple):
     cu_selected: Tensor | None
 
 
+@planned
 def rms_norm_select(
     hidden_states: Tensor,
     weight: Tensor | None,

@@ -5,6 +5,7 @@ from torch import Tensor
 from orthorank_kernels import checks as _checks
 from orthorank_kernels import dispatch
 from orthorank_kernels import op as _library
+from orthorank_kernels.launch_plan import planned
 from orthorank_kernels.layout import empty_ordered_like
 from orthorank_kernels.pytorch import rotary as pytorch
 from orthorank_kernels.reference import rows as reference
@@ -12,6 +13,7 @@ from orthorank_kernels.reference import rows as reference
 CLOSE = 1e-3  # a table's columns may differ by that and still be one: tables may be trained
 
 
+@planned
 def apply_rotary_at(
     x: Tensor,
     cos: Tensor,

@@ -21,10 +21,12 @@ import torch
 from orthorank_kernels import checks as _checks
 from orthorank_kernels import dispatch
 from orthorank_kernels import op as _library
+from orthorank_kernels.launch_plan import planned
 from orthorank_kernels.pytorch import rows as pytorch
 from orthorank_kernels.reference import rows as reference
 
 
+@planned
 def gather_rows(
     x: torch.Tensor, positions: torch.Tensor, *, out: torch.Tensor | None = None, backend: str = "auto"
 ) -> torch.Tensor:
@@ -69,6 +71,7 @@ def gather_rows(
     return result.squeeze(0) if packed else result
 
 
+@planned
 def scatter_rows_(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, *, backend: str = "auto") -> None:
     """Write rows back in place: ``out[b, positions[b, i]] = rows[b, i]``. Rows that no position names stay as they are.
 
@@ -98,6 +101,7 @@ def scatter_rows_(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
     dispatch.run(_SCATTER_ROWS, batch_of_one(*args) if packed else args, backend=backend, device=out.device)
 
 
+@planned
 def scatter_add_rows_(
     out: torch.Tensor,
     positions: torch.Tensor,

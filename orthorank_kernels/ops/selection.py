@@ -10,6 +10,7 @@ from orthorank_kernels import checks as _checks
 from orthorank_kernels import dispatch
 from orthorank_kernels import op as _library
 from orthorank_kernels.counts import check_keep_last
+from orthorank_kernels.launch_plan import planned
 from orthorank_kernels.layout import selection_outputs
 from orthorank_kernels.pytorch import selection as pytorch
 from orthorank_kernels.reference import selection as reference
@@ -28,6 +29,7 @@ class Selection(NamedTuple):
     cu_selected: Tensor | None
 
 
+@planned
 def select_tokens(
     scores: Tensor,
     k: int | Tensor | None = None,

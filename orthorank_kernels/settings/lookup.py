@@ -58,6 +58,8 @@ LEGAL = {
     "shared_part": (1, 1024, False),
 }
 _OVERRIDES: dict[tuple[str, str], Settings] = {}
+_FOUND: dict[tuple[str, str, str, bool], Settings] = {}
+generation = 0  # counts what changes what `look_up` gives, but for the environment
 
 
 class SettingsError(ValueError):
@@ -75,6 +77,7 @@ def measure_by(measure: Callable[[str, str, str], Settings]) -> None:
     """From now on ``measure`` gives the settings that ``ORTHORANK_AUTOTUNE=1`` wants, from op, kind and target."""
     global _measure
     _measure = measure
+    _changed()
 
 
 def look_up(op: str, kind: str, target: str) -> Settings:
@@ -85,14 +88,23 @@ def look_up(op: str, kind: str, target: str) -> Settings:
     """
     if _OVERRIDES and (op, kind) in _OVERRIDES:
         return _OVERRIDES[op, kind]
+    asked = (op, kind, target, os.environ.get("ORTHORANK_AUTOTUNE") == "1")
+    found = _FOUND.get(asked)
+    if found is None:
+        found = _FOUND[asked] = _found(*asked)
+    return found
+
+
+def _found(op: str, kind: str, target: str, autotune: bool) -> Settings:
     name = gpu_name(target)
     if not name:
         return default(op, kind, target)
     measured = _measured(op, name)
     if kind in measured:
         return measured[kind]
-    if os.environ.get("ORTHORANK_AUTOTUNE") == "1":
+    if autotune:
         measured[kind] = _measure(op, kind, target)  # by launching, so it comes back here
+        _changed()
         return measured[kind]
     _warn_untuned(name)
     return default(op, kind, target)
@@ -203,16 +215,25 @@ def _check(op: str, kind: str, values: dict[str, int]) -> None:
 def overridden(op: str, kind: str, settings: Settings) -> Iterator[None]:
     """Inside, `look_up` gives these settings for one kind of problem."""
     _OVERRIDES[op, kind] = settings
+    _changed()
     try:
         yield
     finally:
         del _OVERRIDES[op, kind]
+        _changed()
 
 
 def forget() -> None:
     """Read the files again at the next look-up."""
     for cached in (default, _defaults, _measured, _warn_untuned):
         cached.cache_clear()
+    _changed()
+
+
+def _changed() -> None:
+    global generation
+    generation += 1
+    _FOUND.clear()
 
 
 @lru_cache

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from orthorank_kernels.settings import lookup as _settings
-from orthorank_kernels.triton.configs import target_of
+from orthorank_kernels.triton.configs import cdiv, launch, next_power_of_2, target_of
 from orthorank_kernels.triton.primitives import refuse_float64
 
 
@@ -67,7 +67,7 @@ def silu_and_mul_kernel(
 
 def launch_settings(width: int, itemsize: int, target: str) -> dict[str, int]:
     """Bytes of each input that a program reads, and its warps."""
-    whole = triton.next_power_of_2(width)
+    whole = next_power_of_2(width)
     chosen = _settings.look_up("silu_and_mul", f"rows of {2048 if whole * itemsize <= 2048 else 4096} bytes", target)
     return {"BLOCK": min(whole, chosen["bytes"] // itemsize), "num_warps": chosen["num_warps"], "num_stages": 1}
 
@@ -85,20 +85,22 @@ def silu_and_mul(
     if target.numel() == 0:
         return target
     settings = launch_settings(width, gate.element_size(), target_of(gate.device))
-    with torch.cuda.device_of(gate):
-        silu_and_mul_kernel[(selected, batch, triton.cdiv(width, settings["BLOCK"]))](
-            gate_ptr=gate,
-            stride_gate_batch=gate.stride(0),
-            stride_gate_entry=gate.stride(1),
-            up_ptr=up,
-            stride_up_batch=up.stride(0),
-            stride_up_entry=up.stride(1),
-            positions_ptr=positions,
-            stride_positions_batch=0 if positions is None else positions.stride(0),
-            out_ptr=target,
-            selected=selected,
-            WIDTH=width,
-            enable_fp_fusion=True,
-            **settings,
-        )
+    launch(
+        silu_and_mul_kernel,
+        (selected, batch, cdiv(width, settings["BLOCK"])),
+        gate,
+        gate_ptr=gate,
+        stride_gate_batch=gate.stride(0),
+        stride_gate_entry=gate.stride(1),
+        up_ptr=up,
+        stride_up_batch=up.stride(0),
+        stride_up_entry=up.stride(1),
+        positions_ptr=positions,
+        stride_positions_batch=0 if positions is None else positions.stride(0),
+        out_ptr=target,
+        selected=selected,
+        WIDTH=width,
+        enable_fp_fusion=True,
+        **settings,
+    )
     return target

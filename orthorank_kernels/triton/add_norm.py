@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from orthorank_kernels.settings import lookup as _settings
-from orthorank_kernels.triton.configs import target_of
+from orthorank_kernels.triton.configs import cdiv, launch, next_power_of_2, target_of
 from orthorank_kernels.triton.primitives import add_scaled, norm_row, refuse_float64
 
 
@@ -93,7 +93,7 @@ def norm_settings(hidden: int, n_rows: int, target: str) -> dict[str, int]:
     One while rows are few (``few_rows``: about what fills a large GPU with one row each); more when they are many, to
     read the weight once for ``rows`` of them.
     """
-    block = triton.next_power_of_2(hidden)
+    block = next_power_of_2(hidden)
     chosen = _settings.look_up("gather_add_rms_norm", f"hidden {min(LARGEST, max(SMALLEST, block))}", target)
     return {
         "rows_per_program": min(chosen["rows"], max(1, n_rows // chosen["few_rows"])),
@@ -125,28 +125,30 @@ def gather_add_rms_norm(
     if residual.numel() == 0:
         return residual, normed
     settings = norm_settings(hidden, batch * selected, target_of(hidden_states.device))
-    with torch.cuda.device_of(hidden_states):
-        gather_add_rms_norm_kernel[(triton.cdiv(selected, settings["rows_per_program"]), batch)](
-            hidden_ptr=hidden_states,
-            stride_hidden_batch=hidden_states.stride(0),
-            stride_hidden_token=hidden_states.stride(1),
-            positions_ptr=positions,
-            stride_positions_batch=positions.stride(0),
-            addend_ptr=addend,
-            stride_addend_batch=addend.stride(0),
-            stride_addend_entry=addend.stride(1),
-            addend_weight_ptr=addend_weight,
-            weight_ptr=weight,
-            bias_ptr=bias,
-            residual_ptr=residual,
-            normed_ptr=None if norm == "identity" else normed,
-            selected=selected,
-            eps=eps,
-            scale=scale,
-            NORM=norm,
-            OFFSET=weight_offset,
-            HIDDEN=hidden,
-            enable_fp_fusion=False,  # sums must not depend on the lane: see `scoring.py`
-            **settings,
-        )
+    launch(
+        gather_add_rms_norm_kernel,
+        (cdiv(selected, settings["rows_per_program"]), batch),
+        hidden_states,
+        hidden_ptr=hidden_states,
+        stride_hidden_batch=hidden_states.stride(0),
+        stride_hidden_token=hidden_states.stride(1),
+        positions_ptr=positions,
+        stride_positions_batch=positions.stride(0),
+        addend_ptr=addend,
+        stride_addend_batch=addend.stride(0),
+        stride_addend_entry=addend.stride(1),
+        addend_weight_ptr=addend_weight,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        residual_ptr=residual,
+        normed_ptr=None if norm == "identity" else normed,
+        selected=selected,
+        eps=eps,
+        scale=scale,
+        NORM=norm,
+        OFFSET=weight_offset,
+        HIDDEN=hidden,
+        enable_fp_fusion=False,  # sums must not depend on the lane: see `scoring.py`
+        **settings,
+    )
     return residual, normed

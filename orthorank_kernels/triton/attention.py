@@ -67,9 +67,9 @@ Tried, and lost:
 """
 
 import torch
-import triton
 
 from orthorank_kernels.triton.attention_launch import Outputs, launch
+from orthorank_kernels.triton.configs import cdiv
 
 
 def sparse_query_attention(
@@ -175,4 +175,4 @@ def _returned(out: Outputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _rows_of_a_sequence(q: torch.Tensor, cu_selected: torch.Tensor) -> int:
-    return triton.cdiv(q.shape[0], max(1, cu_selected.shape[0] - 1))
+    return cdiv(q.shape[0], max(1, cu_selected.shape[0] - 1))

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from orthorank_kernels.settings import lookup as _settings
-from orthorank_kernels.triton.configs import target_of
+from orthorank_kernels.triton.configs import cdiv, launch, next_power_of_2, scratch, target_of
 
 NOTHING = tl.constexpr(float("-inf"))
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -44,11 +44,11 @@ class Workspace(NamedTuple):
     totals: torch.Tensor
 
 
-def workspace(splits: int, batch: int, selected: int, heads: int, head_dim: int, device: torch.device) -> Workspace:
+def workspace(splits: int, batch: int, selected: int, heads: int, head_dim: int, on: torch.Tensor) -> Workspace:
     shape = (splits, batch, selected, heads)
-    sums = torch.empty(*shape, head_dim, dtype=torch.float32, device=device)
+    sums = scratch(on, (*shape, head_dim), torch.float32)
     # Each on its own, so that all are aligned alike: else alignment, and so compilation, would depend on lengths.
-    peaks, totals = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
+    peaks, totals = (scratch(on, shape, torch.float32) for _ in range(2))
     return Workspace(sums, peaks, totals)
 
 
@@ -114,9 +114,12 @@ def combine(parts: Workspace, out: torch.Tensor, lse: torch.Tensor | None) -> No
     """Join ``parts`` into ``out`` [batch, heads, selected, head_dim] and ``lse`` [batch, heads, selected]."""
     splits, batch, selected, heads, head_dim = parts.sums.shape
     rows = batch * selected * heads
-    kind = f"head_dim {max(64, triton.next_power_of_2(head_dim))}"
+    kind = f"head_dim {max(64, next_power_of_2(head_dim))}"
     settings = _settings.look_up("combine_splits", kind, target_of(out.device))
-    combine_kernel[(triton.cdiv(rows, settings["rows"]),)](
+    launch(
+        combine_kernel,
+        (cdiv(rows, settings["rows"]),),
+        out,
         sums_ptr=parts.sums,
         peaks_ptr=parts.peaks,
         totals_ptr=parts.totals,
@@ -133,7 +136,7 @@ def combine(parts: Workspace, out: torch.Tensor, lse: torch.Tensor | None) -> No
         stride_lse_token=0 if lse is None else lse.stride(2),
         HEADS=heads,
         HEAD_DIM=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_D=next_power_of_2(head_dim),
         BLOCK_ROWS=settings["rows"],
         HAS_LSE=lse is not None,
         num_warps=settings["num_warps"],

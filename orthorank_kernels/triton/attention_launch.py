@@ -3,7 +3,6 @@
 import math
 
 import torch
-import triton
 
 from orthorank_kernels.triton import configs
 from orthorank_kernels.triton.attention_combine import combine, workspace
@@ -61,83 +60,85 @@ def launch(
     block = [1, 1, constexprs["BLOCK_N"], constexprs["BLOCK_D"]]
     n_seqs = 0 if cu_selected is None else cu_selected.shape[0] - 1
     tiles = configs.tiles(selected, constexprs["BLOCK_M"] // constexprs["PACK"], n_seqs, packed=cu_selected is not None)
-    columns = kv_heads * triton.cdiv(constexprs["GROUP"], constexprs["PACK"])
+    columns = kv_heads * configs.cdiv(constexprs["GROUP"], constexprs["PACK"])
     splits = configs.splits(tiles * columns * batch, longest, constexprs["BLOCK_M"], constexprs["BLOCK_N"], q.device)
     strides = _output_strides(*outputs)
     out, lse, totals = (*outputs, None)
-    parts = workspace(splits, batch, selected, heads, head_dim, q.device) if splits > 1 else None
+    parts = workspace(splits, batch, selected, heads, head_dim, q) if splits > 1 else None
     if parts is not None:
         out, lse, totals = parts
         strides = _output_strides(out.transpose(2, 3), lse.transpose(2, 3), split=True)
-    with torch.cuda.device_of(q):
-        sparse_query_attention_kernel[(tiles * splits, columns, batch)](
-            q_ptr=q,
-            k_ptr=k,
-            v_ptr=v,
-            k_desc=_descriptor(k, block) if tma else None,
-            v_desc=_descriptor(v, block) if tma else None,
-            positions_ptr=positions,
-            starts_ptr=starts,
-            cu_selected_ptr=cu_selected,
-            cu_keys_ptr=cu_keys,
-            seq_lens_ptr=seq_lens,
-            table_ptr=block_table,
-            table_rows_ptr=table_rows,
-            sinks_ptr=sinks,
-            k_scale_ptr=k_scale,
-            v_scale_ptr=v_scale,
-            out_ptr=out,
-            lse_ptr=lse,
-            totals_ptr=totals,
-            selected=selected,
-            keys=keys,
-            n_pages=min(k.shape[0], INT32_MAX),
-            n_table_rows=block_table.shape[0] if paged else 0,
-            most_keys=min(block_table.shape[1] * keys, INT32_MAX) if paged and k.shape[0] else 0,
-            n_seqs=n_seqs,
-            splits=splits,
-            window=None if window is None else min(window, INT32_MAX),
-            query_offset=query_offset,
-            to_bits=scale * math.log2(math.e) * (1 if softcap is None else 2 / softcap),
-            cap=0.0 if softcap is None else softcap * math.log2(math.e),
-            stride_q_batch=q.stride(0),
-            stride_q_head=q.stride(1),
-            stride_q_token=q.stride(2),
-            stride_k_batch=k.stride(0),
-            stride_k_head=k.stride(1),
-            stride_v_batch=v.stride(0),
-            stride_v_head=v.stride(1),
-            stride_positions_batch=positions.stride(0),
-            stride_table_row=block_table.stride(0) if paged else 0,
-            stride_k_scale=_scale_stride(k_scale),
-            stride_v_scale=_scale_stride(v_scale),
-            **strides,
-            STRIDE_K=_token_stride(k),
-            STRIDE_V=_token_stride(v),
-            PACKED=cu_selected is not None,
-            PAGE_SIZE=keys if paged else 0,
-            LIKE_K=paged and k.stride(0) == v.stride(0),
-            HAS_STARTS=starts is not None,
-            HAS_WINDOW=window is not None,
-            HAS_SINKS=sinks is not None,
-            HAS_LSE=lse is not None,
-            HAS_TABLE_ROWS=table_rows is not None,
-            HAS_K_SCALE=k_scale is not None,
-            HAS_V_SCALE=v_scale is not None,
-            SOFTCAP=softcap is not None,
-            FP8=fp8,
-            SPLIT=parts is not None,
-            TMA=tma,
-            VENDOR=configs.vendor(target),
-            WIDE=keys * max(_token_stride(k), _token_stride(v)) > INT32_MAX,
-            VECTOR=16 // k.element_size() if _is_aligned(k) and _is_aligned(v) else 1,
-            num_warps=num_warps,
-            num_stages=num_stages,
-            enable_fp_fusion=True,
-            **constexprs,
-        )
-        if parts is not None:
-            combine(parts, *outputs)
+    configs.launch(
+        sparse_query_attention_kernel,
+        (tiles * splits, columns, batch),
+        q,
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        k_desc=_descriptor(k, block) if tma else None,
+        v_desc=_descriptor(v, block) if tma else None,
+        positions_ptr=positions,
+        starts_ptr=starts,
+        cu_selected_ptr=cu_selected,
+        cu_keys_ptr=cu_keys,
+        seq_lens_ptr=seq_lens,
+        table_ptr=block_table,
+        table_rows_ptr=table_rows,
+        sinks_ptr=sinks,
+        k_scale_ptr=k_scale,
+        v_scale_ptr=v_scale,
+        out_ptr=out,
+        lse_ptr=lse,
+        totals_ptr=totals,
+        selected=selected,
+        keys=keys,
+        n_pages=min(k.shape[0], INT32_MAX),
+        n_table_rows=block_table.shape[0] if paged else 0,
+        most_keys=min(block_table.shape[1] * keys, INT32_MAX) if paged and k.shape[0] else 0,
+        n_seqs=n_seqs,
+        splits=splits,
+        window=None if window is None else min(window, INT32_MAX),
+        query_offset=query_offset,
+        to_bits=scale * math.log2(math.e) * (1 if softcap is None else 2 / softcap),
+        cap=0.0 if softcap is None else softcap * math.log2(math.e),
+        stride_q_batch=q.stride(0),
+        stride_q_head=q.stride(1),
+        stride_q_token=q.stride(2),
+        stride_k_batch=k.stride(0),
+        stride_k_head=k.stride(1),
+        stride_v_batch=v.stride(0),
+        stride_v_head=v.stride(1),
+        stride_positions_batch=positions.stride(0),
+        stride_table_row=block_table.stride(0) if paged else 0,
+        stride_k_scale=_scale_stride(k_scale),
+        stride_v_scale=_scale_stride(v_scale),
+        **strides,
+        STRIDE_K=_token_stride(k),
+        STRIDE_V=_token_stride(v),
+        PACKED=cu_selected is not None,
+        PAGE_SIZE=keys if paged else 0,
+        LIKE_K=paged and k.stride(0) == v.stride(0),
+        HAS_STARTS=starts is not None,
+        HAS_WINDOW=window is not None,
+        HAS_SINKS=sinks is not None,
+        HAS_LSE=lse is not None,
+        HAS_TABLE_ROWS=table_rows is not None,
+        HAS_K_SCALE=k_scale is not None,
+        HAS_V_SCALE=v_scale is not None,
+        SOFTCAP=softcap is not None,
+        FP8=fp8,
+        SPLIT=parts is not None,
+        TMA=tma,
+        VENDOR=configs.vendor(target),
+        WIDE=keys * max(_token_stride(k), _token_stride(v)) > INT32_MAX,
+        VECTOR=16 // k.element_size() if _is_aligned(k) and _is_aligned(v) else 1,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        enable_fp_fusion=True,
+        **constexprs,
+    )
+    if parts is not None:
+        combine(parts, *outputs)
 
 
 def _output_strides(out: torch.Tensor, lse: torch.Tensor | None, *, split: bool = False) -> dict[str, int]:

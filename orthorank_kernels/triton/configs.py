@@ -11,10 +11,11 @@ Functions of shapes, dtype and target, so that a test can compile exactly what w
 import os
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
-import triton
 
+from orthorank_kernels import launch_notes
 from orthorank_kernels.settings import lookup as _settings
 from orthorank_kernels.settings.lookup import family
 
@@ -34,12 +35,12 @@ def launch_settings(
         queries: of a batch row or sequence, on average; None: many.
     """
     tile = _settings.look_up("sparse_query_attention", attention_kind(head_dim, group, dtype, queries), target)
-    head_tiles = triton.cdiv(group, min(_LARGEST_PACK, tile["block_m"]))
+    head_tiles = cdiv(group, min(_LARGEST_PACK, tile["block_m"]))
     constexprs = {
         "GROUP": group,
-        "PACK": triton.cdiv(group, head_tiles),
+        "PACK": cdiv(group, head_tiles),
         "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_D": max(16, next_power_of_2(head_dim)),
         "BLOCK_M": tile["block_m"],
         "BLOCK_N": tile["block_n"],
         "TMA": family(target) in ("hopper", "blackwell") and dtype.itemsize == 2,
@@ -53,7 +54,7 @@ def attention_kind(head_dim: int, group: int, dtype: torch.dtype, queries: int |
     >>> attention_kind(80, 4, torch.bfloat16), attention_kind(80, 4, torch.bfloat16, queries=3)
     ('16-bit, head_dim 128', '16-bit, head_dim 128, 16 rows')
     """
-    kind = f"{8 * dtype.itemsize}-bit, head_dim {max(64, triton.next_power_of_2(head_dim))}"
+    kind = f"{8 * dtype.itemsize}-bit, head_dim {max(64, next_power_of_2(head_dim))}"
     if queries is not None:
         rows = queries * min(group, _LARGEST_PACK)
         for few in FEW_ROWS:
@@ -62,13 +63,45 @@ def attention_kind(head_dim: int, group: int, dtype: torch.dtype, queries: int |
     return kind
 
 
+def launch(kernel: Any, grid: tuple[int, ...], on: torch.Tensor, **arguments: Any) -> None:
+    """``kernel[grid](**arguments)`` on the device of ``on``, which the call's launch plan takes note of."""
+    with torch.cuda.device_of(on):
+        compiled = kernel[grid](**arguments)
+    launch_notes.note(kernel, grid, arguments, compiled)
+
+
+def scratch(on: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, zeros: bool = False) -> torch.Tensor:
+    """New memory that a launch needs beside its results, which the call's launch plan takes note of."""
+    made = on.new_zeros(shape, dtype=dtype) if zeros else on.new_empty(shape, dtype=dtype)
+    launch_notes.note_scratch(made, zeros)
+    return made
+
+
+def cdiv(a: int, b: int) -> int:
+    """The quotient rounded up. Triton's own costs the host two microseconds, and so does its next power of two.
+
+    >>> cdiv(7, 2)
+    4
+    """
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n``, which is above 0.
+
+    >>> next_power_of_2(5), next_power_of_2(8)
+    (8, 8)
+    """
+    return 1 << (n - 1).bit_length()
+
+
 def tiles(queries: int, queries_per_tile: int, n_seqs: int, *, packed: bool) -> int:
     """Tiles of one batch row, or at most so many of all packed sequences and what lies past the last of them.
 
     >>> tiles(100, 32, 0, packed=False), tiles(100, 32, 5, packed=True)
     (4, 9)
     """
-    return queries // queries_per_tile + n_seqs + 1 if packed else triton.cdiv(queries, queries_per_tile)
+    return queries // queries_per_tile + n_seqs + 1 if packed else cdiv(queries, queries_per_tile)
 
 
 def splits(programs: int, keys: int, block_m: int, block_n: int, device: torch.device) -> int:

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from orthorank_kernels.settings import lookup as _settings
-from orthorank_kernels.triton.configs import target_of
+from orthorank_kernels.triton.configs import cdiv, launch, next_power_of_2, target_of
 from orthorank_kernels.triton.primitives import refuse_float64
 
 BLOCK_RANK = 128  # bytes of a row of low-rank states, in one product
@@ -133,7 +133,7 @@ def launch_settings(hidden: int, rank: int, itemsize: int, target: str) -> dict[
     return {
         "BLOCK_M": chosen["block_m"],
         "BLOCK_N": chosen["block_n"] if hidden * itemsize % 16 == 0 else max(16, chosen["block_n"] // 2),
-        "BLOCK_R": min(BLOCK_RANK // itemsize, max(16, triton.next_power_of_2(rank))),
+        "BLOCK_R": min(BLOCK_RANK // itemsize, max(16, next_power_of_2(rank))),
         "num_warps": chosen["num_warps"],
         "num_stages": 1,
     }
@@ -157,28 +157,30 @@ def add_low_rank(
     if target.numel() == 0:
         return target
     settings = launch_settings(hidden, low.shape[2], hidden_states.element_size(), target_of(hidden_states.device))
-    grid = (triton.cdiv(tokens, settings["BLOCK_M"]), batch, triton.cdiv(hidden, settings["BLOCK_N"]))
-    with torch.cuda.device_of(hidden_states):
-        add_low_rank_kernel[grid](
-            hidden_ptr=hidden_states,
-            stride_hidden_batch=hidden_states.stride(0),
-            stride_hidden_token=hidden_states.stride(1),
-            low_ptr=low,
-            stride_low_batch=low.stride(0),
-            stride_low_token=low.stride(1),
-            up_ptr=up,
-            stride_up_row=up.stride(0),
-            bias_ptr=bias,
-            starts_ptr=starts,
-            lengths_ptr=lengths,
-            sinks_ptr=sink_positions,
-            cu_seqlens_ptr=cu_seqlens,
-            out_ptr=target,
-            n_tokens=tokens,
-            n_seqs=0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-            HIDDEN=hidden,
-            RANK=low.shape[2],
-            enable_fp_fusion=True,
-            **settings,
-        )
+    grid = (cdiv(tokens, settings["BLOCK_M"]), batch, cdiv(hidden, settings["BLOCK_N"]))
+    launch(
+        add_low_rank_kernel,
+        grid,
+        hidden_states,
+        hidden_ptr=hidden_states,
+        stride_hidden_batch=hidden_states.stride(0),
+        stride_hidden_token=hidden_states.stride(1),
+        low_ptr=low,
+        stride_low_batch=low.stride(0),
+        stride_low_token=low.stride(1),
+        up_ptr=up,
+        stride_up_row=up.stride(0),
+        bias_ptr=bias,
+        starts_ptr=starts,
+        lengths_ptr=lengths,
+        sinks_ptr=sink_positions,
+        cu_seqlens_ptr=cu_seqlens,
+        out_ptr=target,
+        n_tokens=tokens,
+        n_seqs=0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        HIDDEN=hidden,
+        RANK=low.shape[2],
+        enable_fp_fusion=True,
+        **settings,
+    )
     return target

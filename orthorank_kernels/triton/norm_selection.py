@@ -25,7 +25,7 @@ import triton.language as tl
 
 from orthorank_kernels.layout import norm_outputs, selection_outputs
 from orthorank_kernels.settings import lookup as _settings
-from orthorank_kernels.triton.configs import target_of
+from orthorank_kernels.triton.configs import launch, scratch, target_of
 from orthorank_kernels.triton.norm_score import bounds, first_piece, norm_and_score
 from orthorank_kernels.triton.packing import write_quotas
 from orthorank_kernels.triton.scoring import norm_arguments
@@ -283,7 +283,7 @@ def rms_norm_select(
     tokens = scores.shape[-1]
     rows = cu_seqlens.shape[0] - 1 if packed else scores.shape[0]
     if workspace is None:
-        workspace = hidden_states.new_zeros(max(rows, 1), dtype=torch.int32)
+        workspace = scratch(hidden_states, (max(rows, 1),), torch.int32, zeros=True)
     programs, arguments = norm_arguments(
         hidden_states,
         weight,
@@ -303,23 +303,25 @@ def rms_norm_select(
     settings = select_settings(
         occupied(rows, tokens, tokens), packed, by_threshold, arguments["num_warps"], target_of(scores.device)
     )
-    with torch.cuda.device_of(hidden_states):
-        rms_norm_select_kernel[(programs,)](
-            **arguments,
-            **settings,
-            positions_ptr=positions,
-            counts_ptr=counts,
-            rows_ptr=row_indices if packed else None,
-            cu_selected_ptr=cu_selected if packed else None,
-            lengths_ptr=lengths,
-            sinks_ptr=sink_positions,
-            row_k_ptr=row_k,
-            row_threshold_ptr=row_threshold,
-            offsets_ptr=position_offsets,
-            done_ptr=workspace,
-            k=k or 0,
-            threshold=threshold or 0.0,
-            width=width,
-            keep_last=keep_last,
-        )
+    launch(
+        rms_norm_select_kernel,
+        (programs,),
+        hidden_states,
+        **arguments,
+        **settings,
+        positions_ptr=positions,
+        counts_ptr=counts,
+        rows_ptr=row_indices if packed else None,
+        cu_selected_ptr=cu_selected if packed else None,
+        lengths_ptr=lengths,
+        sinks_ptr=sink_positions,
+        row_k_ptr=row_k,
+        row_threshold_ptr=row_threshold,
+        offsets_ptr=position_offsets,
+        done_ptr=workspace,
+        k=k or 0,
+        threshold=threshold or 0.0,
+        width=width,
+        keep_last=keep_last,
+    )
     return out

@@ -31,7 +31,7 @@ import triton.language as tl
 
 from orthorank_kernels.layout import empty_ordered_like
 from orthorank_kernels.settings import lookup as _settings
-from orthorank_kernels.triton.configs import target_of
+from orthorank_kernels.triton.configs import launch, next_power_of_2, target_of
 from orthorank_kernels.triton.primitives import refuse_float64
 
 
@@ -112,12 +112,12 @@ LARGEST_TOKEN = 8192  # bytes, of the kinds of problems
 
 def launch_settings(heads: int, head_dim: int, rotary_dim: int, itemsize: int, target: str) -> dict[str, int]:
     """How many heads of a token are in the registers of a program at a time, and its warps."""
-    half = triton.next_power_of_2(rotary_dim // 2)
-    rest = triton.next_power_of_2(max(1, head_dim - rotary_dim))
-    row_bytes = triton.next_power_of_2(head_dim) * itemsize
-    token_bytes = min(LARGEST_TOKEN, max(LARGEST_TOKEN // 4, triton.next_power_of_2(heads) * row_bytes))
+    half = next_power_of_2(rotary_dim // 2)
+    rest = next_power_of_2(max(1, head_dim - rotary_dim))
+    row_bytes = next_power_of_2(head_dim) * itemsize
+    token_bytes = min(LARGEST_TOKEN, max(LARGEST_TOKEN // 4, next_power_of_2(heads) * row_bytes))
     chosen = _settings.look_up("apply_rotary_at", f"tokens of {token_bytes} bytes", target)
-    block_heads = min(triton.next_power_of_2(heads), max(1, chosen["bytes"] // row_bytes))
+    block_heads = min(next_power_of_2(heads), max(1, chosen["bytes"] // row_bytes))
     most_warps = max(1, block_heads * half * itemsize // 512)  # 16 bytes of each half for a thread
     return {
         "BLOCK_HEADS": block_heads,
@@ -145,30 +145,32 @@ def apply_rotary_at(
     if target.numel() == 0:
         return target
     one_table = cos.shape[0] == 1
-    with torch.cuda.device_of(x):
-        apply_rotary_at_kernel[(selected, batch)](
-            x_ptr=x,
-            stride_x_batch=x.stride(0),
-            stride_x_head=x.stride(1),
-            stride_x_entry=x.stride(2),
-            cos_ptr=cos,
-            stride_cos_batch=0 if one_table else cos.stride(0),
-            stride_cos_token=cos.stride(1),
-            sin_ptr=sin,
-            stride_sin_batch=0 if one_table else sin.stride(0),
-            stride_sin_token=sin.stride(1),
-            positions_ptr=positions,
-            stride_positions_batch=0 if positions is None else positions.stride(0),
-            out_ptr=target,
-            stride_out_batch=target.stride(0),
-            stride_out_head=target.stride(1),
-            stride_out_entry=target.stride(2),
-            HEADS=heads,
-            HEAD_DIM=head_dim,
-            ROTARY_DIM=rotary_dim,
-            HAS_POSITIONS=positions is not None,
-            INTERLEAVED=interleaved,
-            enable_fp_fusion=True,
-            **launch_settings(heads, head_dim, rotary_dim, x.element_size(), target_of(x.device)),
-        )
+    launch(
+        apply_rotary_at_kernel,
+        (selected, batch),
+        x,
+        x_ptr=x,
+        stride_x_batch=x.stride(0),
+        stride_x_head=x.stride(1),
+        stride_x_entry=x.stride(2),
+        cos_ptr=cos,
+        stride_cos_batch=0 if one_table else cos.stride(0),
+        stride_cos_token=cos.stride(1),
+        sin_ptr=sin,
+        stride_sin_batch=0 if one_table else sin.stride(0),
+        stride_sin_token=sin.stride(1),
+        positions_ptr=positions,
+        stride_positions_batch=0 if positions is None else positions.stride(0),
+        out_ptr=target,
+        stride_out_batch=target.stride(0),
+        stride_out_head=target.stride(1),
+        stride_out_entry=target.stride(2),
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        ROTARY_DIM=rotary_dim,
+        HAS_POSITIONS=positions is not None,
+        INTERLEAVED=interleaved,
+        enable_fp_fusion=True,
+        **launch_settings(heads, head_dim, rotary_dim, x.element_size(), target_of(x.device)),
+    )
     return target

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from orthorank_kernels.settings import lookup as _settings
-from orthorank_kernels.triton.configs import target_of
+from orthorank_kernels.triton.configs import cdiv, launch, next_power_of_2, target_of
 from orthorank_kernels.triton.primitives import add_scaled, refuse_float64
 
 
@@ -93,7 +93,7 @@ def scatter_rows_kernel(
 
 def copy_settings(op: str, hidden: int, itemsize: int, target: str) -> dict[str, int]:
     """Launch settings of the gather and the scatters: bytes of a row that a program moves, and its warps."""
-    width = triton.next_power_of_2(hidden)
+    width = next_power_of_2(hidden)
     chosen = _settings.look_up(op, f"rows of {4096 if width * itemsize <= 4096 else 8192} bytes", target)
     block = min(width, chosen["bytes"] // itemsize)
     return {"BLOCK": block, "num_warps": chosen["num_warps"], "num_stages": 1}
@@ -107,19 +107,21 @@ def gather_rows(
     if target.numel() == 0:
         return target
     settings = copy_settings("gather_rows", hidden, x.element_size(), target_of(x.device))
-    with torch.cuda.device_of(x):
-        gather_rows_kernel[(selected, batch, triton.cdiv(hidden, settings["BLOCK"]))](
-            x_ptr=x,
-            stride_x_batch=x.stride(0),
-            stride_x_token=x.stride(1),
-            positions_ptr=positions,
-            stride_positions_batch=positions.stride(0),
-            out_ptr=target,
-            selected=selected,
-            HIDDEN=hidden,
-            enable_fp_fusion=True,
-            **settings,
-        )
+    launch(
+        gather_rows_kernel,
+        (selected, batch, cdiv(hidden, settings["BLOCK"])),
+        x,
+        x_ptr=x,
+        stride_x_batch=x.stride(0),
+        stride_x_token=x.stride(1),
+        positions_ptr=positions,
+        stride_positions_batch=positions.stride(0),
+        out_ptr=target,
+        selected=selected,
+        HIDDEN=hidden,
+        enable_fp_fusion=True,
+        **settings,
+    )
     return target
 
 
@@ -141,21 +143,23 @@ def _scatter(
     if rows.numel() == 0:
         return
     settings = copy_settings("scatter_rows_", hidden, out.element_size(), target_of(out.device))
-    with torch.cuda.device_of(out):
-        scatter_rows_kernel[(selected, batch, triton.cdiv(hidden, settings["BLOCK"]))](
-            out_ptr=out,
-            stride_out_batch=out.stride(0),
-            stride_out_token=out.stride(1),
-            positions_ptr=positions,
-            stride_positions_batch=positions.stride(0),
-            rows_ptr=rows,
-            stride_rows_batch=rows.stride(0),
-            stride_rows_entry=rows.stride(1),
-            residual_ptr=residual,
-            stride_residual_batch=0 if residual is None else residual.stride(0),
-            stride_residual_entry=0 if residual is None else residual.stride(1),
-            scale=scale,
-            HIDDEN=hidden,
-            enable_fp_fusion=True,
-            **settings,
-        )
+    launch(
+        scatter_rows_kernel,
+        (selected, batch, cdiv(hidden, settings["BLOCK"])),
+        out,
+        out_ptr=out,
+        stride_out_batch=out.stride(0),
+        stride_out_token=out.stride(1),
+        positions_ptr=positions,
+        stride_positions_batch=positions.stride(0),
+        rows_ptr=rows,
+        stride_rows_batch=rows.stride(0),
+        stride_rows_entry=rows.stride(1),
+        residual_ptr=residual,
+        stride_residual_batch=0 if residual is None else residual.stride(0),
+        stride_residual_entry=0 if residual is None else residual.stride(1),
+        scale=scale,
+        HIDDEN=hidden,
+        enable_fp_fusion=True,
+        **settings,
+    )

@@ -54,7 +54,7 @@ import triton.language as tl
 
 from orthorank_kernels.layout import norm_outputs
 from orthorank_kernels.settings import lookup as _settings
-from orthorank_kernels.triton.configs import target_of
+from orthorank_kernels.triton.configs import cdiv, launch, next_power_of_2, target_of
 from orthorank_kernels.triton.norm_score import bounds, first_piece, norm_and_score
 
 
@@ -145,11 +145,11 @@ def launch_settings(
         row_bytes: what a token reads and writes; shared_bytes: what a program reads once.
         target: ``target_of(device)``.
     """
-    block = triton.next_power_of_2(hidden)
+    block = next_power_of_2(hidden)
     chosen = _settings.look_up("rms_norm_score", f"hidden {min(LARGEST, max(SMALLEST, block))}", target)
-    most = triton.cdiv(chosen["shared_part"] * shared_bytes, row_bytes)
+    most = cdiv(chosen["shared_part"] * shared_bytes, row_bytes)
     rows = max(1, min(most, n_rows * tokens // chosen["enough_programs"]))
-    return {"rows": rows, "n_blocks": triton.cdiv(tokens, rows), "BLOCK": block, "num_warps": chosen["num_warps"]}
+    return {"rows": rows, "n_blocks": cdiv(tokens, rows), "BLOCK": block, "num_warps": chosen["num_warps"]}
 
 
 def norm_arguments(
@@ -262,6 +262,5 @@ def rms_norm_score(
         scores=scores,
         summed=summed if residual is not None or copy_input else None,
     )
-    with torch.cuda.device_of(hidden_states):
-        rms_norm_score_kernel[(programs,)](**arguments)
+    launch(rms_norm_score_kernel, (programs,), hidden_states, **arguments)
     return results

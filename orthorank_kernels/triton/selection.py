@@ -42,7 +42,7 @@ import triton.language as tl
 
 from orthorank_kernels.layout import selection_outputs
 from orthorank_kernels.settings import lookup as _settings
-from orthorank_kernels.triton.configs import target_of
+from orthorank_kernels.triton.configs import launch, target_of
 from orthorank_kernels.triton.packing import fill_missing, quotas_around, sink_of, write_quotas
 from orthorank_kernels.triton.radix import select_smallest
 from orthorank_kernels.triton.threshold import select_below, select_below_packed
@@ -283,28 +283,30 @@ def select_tokens(
     if programs == 0:
         return out
     settings = select_settings(occupied(rows, tokens, stride), packed, by_threshold, target_of(scores.device))
-    with torch.cuda.device_of(scores):
-        select_tokens_kernel[(programs,)](
-            scores_ptr=scores,
-            positions_ptr=positions,
-            counts_ptr=counts,
-            rows_ptr=row_indices if packed else None,
-            cu_selected_ptr=cu_selected if packed else None,
-            starts_ptr=starts,
-            lengths_ptr=lengths,
-            sinks_ptr=sink_positions,
-            row_k_ptr=row_k,
-            row_threshold_ptr=row_threshold,
-            cu_seqlens_ptr=cu_seqlens,
-            offsets_ptr=position_offsets,
-            n_seqs=rows,
-            n_tokens=tokens,
-            k=k or 0,
-            threshold=threshold or 0.0,
-            width=width,
-            keep_last=keep_last,
-            stride_scores_row=stride,
-            enable_fp_fusion=True,
-            **settings,
-        )
+    launch(
+        select_tokens_kernel,
+        (programs,),
+        scores,
+        scores_ptr=scores,
+        positions_ptr=positions,
+        counts_ptr=counts,
+        rows_ptr=row_indices if packed else None,
+        cu_selected_ptr=cu_selected if packed else None,
+        starts_ptr=starts,
+        lengths_ptr=lengths,
+        sinks_ptr=sink_positions,
+        row_k_ptr=row_k,
+        row_threshold_ptr=row_threshold,
+        cu_seqlens_ptr=cu_seqlens,
+        offsets_ptr=position_offsets,
+        n_seqs=rows,
+        n_tokens=tokens,
+        k=k or 0,
+        threshold=threshold or 0.0,
+        width=width,
+        keep_last=keep_last,
+        stride_scores_row=stride,
+        enable_fp_fusion=True,
+        **settings,
+    )
     return out

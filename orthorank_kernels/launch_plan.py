@@ -1,0 +1,155 @@
+"""What a call of an op on a GPU needs of the host, made once for each kind of call: its launch plan.
+
+Without a plan a call goes the long way: arguments are checked, a backend is chosen, settings are looked up, memory is
+made, Triton finds the kernel. When a call of one kind comes a second time its launches are noted, and a plan is what
+they leave: what memory to make, which compiled kernel with which grid and numbers, and which tensor each pointer
+belongs to. From then on a call like it, of which the key is the same, only does that.
+
+The key holds all that the long way looks at:
+
+- of each tensor: shape, strides, dtype, device, whether its memory is aligned to 16 bytes, which tensors are one;
+- each other argument, by type and value; which are given by name;
+- launch settings (`settings.lookup.generation`) and the environment variables that are read at each call;
+- of what is written to: whether PyTorch lets it be, here and now.
+
+What a key cannot hold, the call is asked: whether memory that is written to shares bytes with the rest. A call of any
+other kind has no plan and goes the long way: tensors that are no plain ones on a GPU, gradients, tracing, tensors
+negated when read, dispatch modes and profilers, which want to see operators. So does all that no plan can be made of,
+such as results that no kernel has written to.
+
+Plans are for Triton from 3.6 on and for NVIDIA: on AMD, what is compiled depends on the size of a tensor's storage.
+What Triton is told of how to compile (`TRITON_DEBUG`, `triton.knobs`) counts until a plan is made, and after `forget`.
+"""
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from orthorank_kernels.launch_notes import ALIGNED, PLAIN, TENSORS, THREAD, Notes, Plan, plan_of
+from orthorank_kernels.settings import lookup
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+DEVICES = set() if torch.version.hip else {"cuda"}  # kinds of devices that calls are planned for
+MOST = 512  # plans, of all ops together
+VARIABLES = ("TRITON_INTERPRET", "ORTHORANK_AUTOTUNE")  # read at each call
+# What stands behind os.environ, where it can be seen: asking that for a name that is not there takes a microsecond.
+_ENVIRON: Any = getattr(os.environ, "_data", os.environ)
+_NAMES: list[Any] = [n if _ENVIRON is os.environ else os.environ.encodekey(n) for n in VARIABLES]
+# None: seen once, and a plan is worth making when such a call comes again. False: none can be made.
+_PLANS: dict[tuple[Any, ...], Plan | bool | None] = {}
+
+
+def forget() -> None:
+    """Make all plans anew, as after a kernel's module was reloaded."""
+    _PLANS.clear()
+
+
+def planned(op: Callable[P, R]) -> Callable[P, R]:
+    """A public op with launch plans. Whatever it writes to is its argument ``out``, a tensor or a tuple of them."""
+    names = list(inspect.signature(op).parameters)
+    first = names[0] == "out"
+
+    @functools.wraps(op)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        seen = None if torch.compiler.is_compiling() else _look(op, args, kwargs, first)
+        if seen is None:
+            return op(*args, **kwargs)
+        key, tensors, pointers, written = seen
+        plan = _PLANS.get(key, True)
+        if plan is None:
+            return _the_long_way(op, args, kwargs, key, tensors, pointers, written)
+        if plan.__class__ is Plan and plan.fits(pointers):
+            return plan.run(tensors, pointers)
+        if plan is True:
+            _remember(key, None)
+        return op(*args, **kwargs)
+
+    return call
+
+
+_Seen = tuple[tuple[Any, ...], list[Tensor], list[int], list[int]]
+
+
+def _look(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], first: bool) -> _Seen | None:
+    """Key of a call, its tensors, where their memory is, and the places of those written to; None: it has no plan."""
+    if THREAD.notes is not None or torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled():
+        return None
+    if forward_ad._current_level >= 0:
+        return None
+    graph = torch.is_grad_enabled()
+    key: list[Any] = [op, lookup.generation, len(args), tuple(kwargs), *map(_ENVIRON.get, _NAMES)]
+    tensors: list[Tensor] = []
+    pointers: list[int] = []
+    written: list[int] = []
+    out = args[0] if first and args else kwargs.get("out")
+    for value in (*args, *kwargs.values()):
+        kind = value.__class__
+        if kind in TENSORS:
+            group: Any = (value,)
+        elif kind in PLAIN:
+            key.append(kind)  # 1, 1.0 and True are one key
+            key.append(value or str(value))  # and so are 0.0 and -0.0
+            continue
+        elif value is out and kind is tuple:
+            group = value
+            key.append(len(group))
+        else:
+            return None
+        for x in group:
+            if x is None and kind is tuple:
+                key.append(None)
+                continue
+            if x.__class__ not in TENSORS:
+                return None
+            device = x.device
+            if not tensors and device.type not in DEVICES:  # the others are on the same, or there is an error
+                return None
+            if x.is_neg() or (graph and x.requires_grad):
+                return None
+            if value is out:
+                written.append(len(tensors))
+                key.append((x.is_inference(), torch.is_inference_mode_enabled()))
+            try:
+                pointer = x.data_ptr()
+                key += (x.shape, x.stride(), x.dtype, device, pointer % ALIGNED == 0)
+            except RuntimeError:  # of another layout, or within torch.func
+                return None
+            tensors.append(x)
+            pointers.append(pointer)
+    if len(set(pointers)) < len(pointers):
+        key += map(pointers.index, pointers)
+    return tuple(key), tensors, pointers, written
+
+
+def _the_long_way(
+    op: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    key: tuple[Any, ...],
+    tensors: list[Tensor],
+    pointers: list[int],
+    written: list[int],
+) -> Any:
+    """Call ``op`` itself, and keep the plan that its launches make."""
+    notes = THREAD.notes = Notes()
+    try:
+        result = op(*args, **kwargs)
+    finally:
+        THREAD.notes = None
+    if key[1] == lookup.generation:  # else settings were measured meanwhile
+        _remember(key, plan_of(notes, result, tensors, pointers, written) or False)
+    return result
+
+
+def _remember(key: tuple[Any, ...], plan: Plan | bool | None) -> None:
+    if len(_PLANS) >= MOST:
+        forget()
+    _PLANS[key] = plan

@@ -1,0 +1,188 @@
+"""Launch plans: a call by plan does what the call does, and a call of another kind is none of its."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import orthorank_kernels as ok
+from orthorank_kernels import launch_plan
+from orthorank_kernels.settings import lookup
+from orthorank_kernels.triton import configs
+from tests.orthorank_kernels.every_op import IN_PLACE, Call, Numbers, Shapes, Sizes, calls, flat
+from tests.orthorank_kernels.planning import by_plan_alone, planning
+from tests.orthorank_kernels.tools import DEVICE
+
+pytest.importorskip("triton")
+
+SMALL = Sizes(batch=2, tokens=16, selected=5, hidden=32, heads=4, kv_heads=2, head_dim=16)
+NAMES = list(calls(Shapes("meta")))
+FEW = (
+    "gather_add_rms_norm",
+    "gather_rows",
+    "scatter_add_rows_",
+    "silu_and_mul, merged, packed",
+    "sparse_query_attention",
+)
+
+
+@pytest.fixture
+def plans() -> Iterator[pytest.MonkeyPatch]:
+    with planning() as patch:
+        yield patch
+
+
+def results(call: Call, **more: Any) -> list[torch.Tensor]:
+    """What a call returns, or what it wrote to."""
+    returned = call(backend="triton", **more)
+    return flat(returned) if call.op not in IN_PLACE else [call.args[0]]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FEW else [pytest.mark.slow]) for n in NAMES])
+def test_a_call_by_plan_is_the_call(plans, name):
+    sizes = SMALL.with_(tokens=48, selected=16) if "attention" in name else SMALL
+    first, second, third, expected = (calls(Numbers(DEVICE, seed=i), sizes)[name] for i in (0, 1, 2, 2))
+    wanted = results(expected)
+    launch_plan.forget()
+    results(first)
+    results(second)
+    with by_plan_alone(plans):
+        found = results(third)
+    assert [(x.shape, x.stride(), x.dtype) for x in found] == [(x.shape, x.stride(), x.dtype) for x in wanted]
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+    for x in flat(third.tensors()) if name not in IN_PLACE else []:
+        assert x.data_ptr() != found[0].data_ptr(), "new memory"
+
+
+@pytest.mark.slow
+def test_memory_that_is_needed_beside_the_results(plans):
+    """Zeros to count in, and parts of what was split."""
+    plans.setattr(configs, "splits", lambda *args: 2)
+    for op, sizes in (("rms_norm_select", SMALL), ("sparse_query_attention", SMALL.with_(tokens=48, selected=16))):
+        launch_plan.forget()
+        first, second, third = (calls(Numbers(DEVICE, seed=i), sizes)[op] for i in range(3))
+        bare = [Call(call.op, call.args, {}) for call in (first, second, third)]
+        results(bare[0])
+        results(bare[1])
+        with by_plan_alone(plans):
+            found = results(bare[2])
+        (plan,) = launch_plan._PLANS.values()
+        launch_plan.forget()
+        for x, y in zip(found, results(bare[2]), strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0)
+        assert len(plan.made) > len(found), "there is such memory"
+
+
+def test_memory_of_the_caller_by_plan(plans):
+    first, second, third = (calls(Numbers(DEVICE, seed=i), SMALL)["gather_add_rms_norm"] for i in range(3))
+    expected = third()
+    for call in (first, second):
+        call(backend="triton", out=tuple(map(torch.empty_like, expected)))
+    out = tuple(map(torch.empty_like, expected))
+    version = out[0]._version
+    with by_plan_alone(plans):
+        found = third(backend="triton", out=out)
+    assert type(found) is type(expected)
+    assert all(x is y for x, y in zip(found, out, strict=True))
+    assert out[0]._version > version, "who saved it for a gradient must see that it changed"
+    torch.testing.assert_close(tuple(found), tuple(expected))
+
+
+def gather(x: torch.Tensor, positions: torch.Tensor, **more: Any) -> torch.Tensor:
+    return ok.gather_rows(x, positions, backend="triton", **more)
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.arange(float(torch.Size(shape).numel()), device=DEVICE).reshape(shape).to(dtype)
+
+
+def places(*values: int) -> torch.Tensor:
+    return torch.tensor([values], dtype=torch.int32, device=DEVICE)
+
+
+def test_a_call_like_it_has_the_same_plan(plans):
+    for _ in range(3):
+        gather(numbers(1, 8, 16), places(3, 1))
+    assert len(launch_plan._PLANS) == 1
+    with by_plan_alone(plans):
+        assert gather(numbers(1, 8, 16), places(2, 7)).equal(numbers(1, 8, 16)[:, [2, 7]])
+
+
+OTHER = {
+    "an odd offset": lambda: (numbers(129)[1:].view(1, 8, 16), places(3, 1)),
+    "another stride": lambda: (numbers(1, 8, 32)[..., :16], places(3, 1)),
+    "more tokens": lambda: (numbers(1, 9, 16), places(3, 1)),
+    "more selected": lambda: (numbers(1, 8, 16), places(3, 1, 2)),
+    "another width": lambda: (numbers(1, 8, 12), places(3, 1)),
+    "another dtype": lambda: (numbers(1, 8, 16, dtype=torch.float16), places(3, 1)),
+    "packed": lambda: (numbers(8, 16), places(3, 1)[0]),
+    "expanded": lambda: (numbers(1, 1, 16).expand(1, 8, 16), places(3, 1)),
+}
+
+
+@pytest.mark.parametrize("change", OTHER)
+def test_other_tensors_are_planned_anew(plans, change):
+    for _ in range(3):
+        gather(numbers(1, 8, 16), places(3, 1))
+    x, positions = OTHER[change]()
+    with by_plan_alone(plans), pytest.raises(AssertionError, match="the long way"):
+        gather(x, positions)
+    for _ in range(3):
+        assert gather(x, positions).equal(x[..., positions.flatten().tolist(), :])
+    assert len(launch_plan._PLANS) == 2
+
+
+@contextlib.contextmanager
+def variable(name: str, value: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, value)
+        yield
+
+
+KIND = "rows of 4096 bytes"
+AROUND = {
+    "TRITON_INTERPRET": lambda: variable("TRITON_INTERPRET", "true"),
+    "ORTHORANK_AUTOTUNE": lambda: variable("ORTHORANK_AUTOTUNE", "1"),
+    "other settings": lambda: lookup.overridden("gather_rows", KIND, {"bytes": 64, "num_warps": 1}),
+}
+
+
+@pytest.mark.parametrize("change", AROUND)
+def test_other_surroundings_are_planned_anew(plans, change):
+    for _ in range(3):
+        gather(numbers(1, 8, 16), places(3, 1))
+    before = list(launch_plan._PLANS)
+    with AROUND[change](), by_plan_alone(plans), pytest.raises(AssertionError, match="the long way"):
+        gather(numbers(1, 8, 16), places(3, 1))
+    lookup.forget()
+    gather(numbers(1, 8, 16), places(3, 1))
+    assert len(launch_plan._PLANS) == len(before) + 2
+
+
+def test_what_is_written_over_what_is_read_is_refused_by_name(plans):
+    out, rows, positions = numbers(8, 16), numbers(2, 16), places(3, 1)[0]
+    for _ in range(3):
+        ok.scatter_rows_(out, positions, rows, backend="triton")
+    with pytest.raises(ValueError, match="out shares memory with rows"):
+        ok.scatter_rows_(out, positions, out[4:6], backend="triton")
+    with by_plan_alone(plans):
+        ok.scatter_rows_(out, positions, numbers(2, 16), backend="triton")
+
+
+def test_memory_made_in_inference_mode_is_not_written_outside(plans):
+    with torch.inference_mode():
+        kept = numbers(1, 8, 16)
+        for _ in range(3):
+            ok.scatter_rows_(kept, places(3, 1), numbers(1, 2, 16), backend="triton")
+    with pytest.raises(Exception, match="inference_mode"):
+        ok.scatter_rows_(kept, places(3, 1), numbers(1, 2, 16), backend="triton")
+
+
+def test_plans_are_bounded(plans):
+    plans.setattr(launch_plan, "MOST", 3)
+    for tokens in range(4, 12):
+        gather(numbers(1, tokens, 4), places(3, 1))
+        assert len(launch_plan._PLANS) <= 3
