@@ -93,6 +93,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--path", type=Path, default=PATH, help="of removed layers, from bench_frontier.py")
     parser.add_argument("--plan", action="append", choices=list(PLANS), help="may be given twice (default: both)")
     parser.add_argument("--variant", action="append", choices=list(VARIANTS), help="may be repeated (default: all)")
+    parser.add_argument("--kept", action="store_true", help="measure nothing: the rows that are in --state")
     parser.add_argument("--windows", type=int, default=16, help="windows of each text that is measured (default: 16)")
     parser.add_argument("--state", type=Path, default=RESULTS / "correction", help="folder for rows (default: results)")
     parser.add_argument("--dtype", default="float32", help="of the model (default: float32)")
@@ -124,9 +125,13 @@ class Bench:
         }
         self.losses = TextLosses(self.stack, self.windows.test, min(min(plan.layers) for plan in self.plans.values()))
 
+    def file(self, name: str) -> Path:
+        """Where a row is kept."""
+        return self.state / f"{re.sub(r'[^0-9a-z]+', '-', name)}.json"
+
     def row(self, name: str, variant: Variant | None, plan: OrthoRankConfig | None) -> dict[str, Any]:
         """Measure one row, unless it is there; without a plan the dense model, without a variant the plan as it is."""
-        file = self.state / f"{re.sub(r'[^0-9a-z]+', '-', name)}.json"
+        file = self.file(name)
         if file.exists():
             return read_json(file)
         began = time.process_time()
@@ -196,6 +201,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         usual = bench.row(f"{title}, {USUAL}", VARIANTS[USUAL], plan)
         rows += [said(bench.row(title, None, plan), usual, 0.0), said(usual, usual, 0.0)]
         for name in options.variant:
+            if options.kept and not bench.file(f"{title}, {name}").exists():
+                continue
             of_selected = VARIANTS[name].windows is BothWindows
             if name != USUAL and not (of_selected and title == "removed"):  # a removed layer selects no token
                 rows.append(said(bench.row(f"{title}, {name}", VARIANTS[name], plan), usual, worth))
