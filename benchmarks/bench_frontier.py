@@ -62,6 +62,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=DATA, help="folder with wikitext2/, c4/ and text/")
     parser.add_argument("--state", type=Path, default=STATE, help="folder for paths and cells (default: the results)")
     parser.add_argument("--dtype", default="float32", help="of the model (default: float32)")
+    parser.add_argument("--kept", action="store_true", help="compute nothing: what is in --state")
     parser.add_argument("--quick", action="store_true", help="few and short windows: minutes, and no figure to quote")
     parser.add_argument("--json", type=Path, help="also write what is measured so far to this file")
     options = parser.parse_args()
@@ -118,13 +119,17 @@ class Bench:
             )
         return path
 
+    def file(self, name: str, plan: dict[int, float]) -> Path:
+        """Where the losses of a plan are kept."""
+        return self.state / "cells" / f"{name.replace(',', '-')}-{key(plan)}.json"
+
     def measure(self, name: str, plan: dict[int, float], first: int = 0) -> dict[str, Any]:
         """The losses of a plan on each text, window by window; measured once.
 
         Args:
             first: the lowest layer that a plan of this method changes.
         """
-        file = self.state / "cells" / f"{name.replace(',', '-')}-{key(plan)}.json"
+        file = self.file(name, plan)
         if file.exists():
             return read_json(file)
         given = OrthoRankConfig.for_model(self.model, layers=sorted(plan), keep_ratios=plan) if plan else None
@@ -184,7 +189,7 @@ def main() -> int:
     bench = Bench(model, windows, select, options.rank, options.state, 4 if options.quick else STEPS)
     rows = []
     for name in options.method:
-        path = bench.path(name, sizes, min(options.levels), options.only != "measure")
+        path = bench.path(name, sizes, min(options.levels), options.only != "measure" and not options.kept)
         if options.only == "search":
             continue
         dense = bench.measure("dense", {})
@@ -192,6 +197,8 @@ def main() -> int:
             rounds = at_level(path, level)
             if rounds is None:
                 print(f"{name}: its path does not come to {level} yet")
+                continue
+            if options.kept and not bench.file(name, path.plan(rounds)).exists():
                 continue
             cell = bench.measure(name, path.plan(rounds), min(path.plan()))
             rows.append(row_of(cell, dense, level))

@@ -19,6 +19,7 @@ such as results that no kernel has written to.
 
 Plans are for Triton from 3.6 on and for NVIDIA: on AMD, what is compiled depends on the size of a tensor's storage.
 What Triton is told of how to compile (`TRITON_DEBUG`, `triton.knobs`) counts until a plan is made, and after `forget`.
+With `ORTHORANK_LAUNCH_PLANS=0` in the environment every call goes the long way.
 """
 
 import functools
@@ -40,9 +41,11 @@ R = TypeVar("R")
 DEVICES = set() if torch.version.hip else {"cuda"}  # kinds of devices that calls are planned for
 MOST = 512  # plans, of all ops together
 VARIABLES = ("TRITON_INTERPRET", "ORTHORANK_AUTOTUNE")  # read at each call
+SWITCH = "ORTHORANK_LAUNCH_PLANS"
 # What stands behind os.environ, where it can be seen: asking that for a name that is not there takes a microsecond.
 _ENVIRON: Any = getattr(os.environ, "_data", os.environ)
-_NAMES: list[Any] = [n if _ENVIRON is os.environ else os.environ.encodekey(n) for n in VARIABLES]
+_NAMES: list[Any] = [n if _ENVIRON is os.environ else os.environ.encodekey(n) for n in (*VARIABLES, SWITCH)]
+_SWITCH = _NAMES.pop()
 # None: seen once, and a plan is worth making when such a call comes again. False: none can be made.
 _PLANS: dict[tuple[Any, ...], Plan | bool | None] = {}
 
@@ -82,7 +85,7 @@ def _look(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], first: bool) -
     """Key of a call, its tensors, where their memory is, and the places of those written to; None: it has no plan."""
     if THREAD.notes is not None or torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled():
         return None
-    if forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0 or _ENVIRON.get(_SWITCH) in ("0", b"0"):
         return None
     graph = torch.is_grad_enabled()
     key: list[Any] = [op, lookup.generation, len(args), tuple(kwargs), *map(_ENVIRON.get, _NAMES)]

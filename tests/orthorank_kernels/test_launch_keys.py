@@ -148,3 +148,11 @@ def test_environment_variables_are_seen_where_they_stand():
             patch.setenv(name, "x")
             assert os.fsdecode(launch_plan._ENVIRON.get(stored)) == "x"
         assert (launch_plan._ENVIRON.get(stored) is None) == (os.environ.get(name) is None)
+
+
+def test_plans_can_be_switched_off(plans):
+    assert launch_plan._look(ok.gather_rows, (numbers(4),), {}, False) is not None
+    plans.setenv(launch_plan.SWITCH, "0")
+    assert launch_plan._look(ok.gather_rows, (numbers(4),), {}, False) is None
+    plans.setenv(launch_plan.SWITCH, "1")
+    assert launch_plan._look(ok.gather_rows, (numbers(4),), {}, False) is not None
