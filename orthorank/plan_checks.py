@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from orthorank.common.criteria import check_criterion, check_pointwise
@@ -159,6 +159,24 @@ def check_maps(plan: Any, layers: list[int], hidden_size: int) -> None:
             f"correction has maps of hidden size {hidden_size}, and hidden_size is {plan.hidden_size}; they "
             "are another model's"
         )
+
+
+def misfits(plan: Any, config: Any) -> Iterator[str]:
+    """Why ``plan`` is not of the model with that ``config`` (of its text part), as far as the plan says."""
+    for name in ("num_hidden_layers", "hidden_size", "model_type"):
+        wanted, found = getattr(plan, name), getattr(config, name)
+        if wanted is not None and wanted != found:
+            yield (
+                f"the plan was made for a model with {name} {wanted!r} and this one has {found!r}; find a plan for "
+                "this model with a search"
+            )
+    if plan.correction is not None and plan.correction.hidden_size != config.hidden_size:
+        yield (
+            f"the plan's correction has maps of hidden size {plan.correction.hidden_size}, and the model's is "
+            f"{config.hidden_size}: it was fitted on another model; fit one on this model with orthorank.fit_correction"
+        )
+    if plan.layers and plan.layers[-1] >= config.num_hidden_layers:
+        yield f"layers holds {plan.layers[-1]}; the model has layers 0 to {config.num_hidden_layers - 1}"
 
 
 def _ratio(name: str, value: object) -> float:

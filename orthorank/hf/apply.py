@@ -28,7 +28,7 @@ from orthorank.hf.intact import TakenApart, check_classes, implementation_of
 from orthorank.hf.parts import Parts
 from orthorank.hf.refusals import refused_methods
 from orthorank.hf.status import LayerCounts, Status, status_of
-from orthorank.plan_checks import MOST
+from orthorank.plan_checks import MOST, misfits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -174,28 +174,13 @@ def check_plan(model: Any, config: OrthoRankConfig) -> None:
     """
     if not isinstance(config, OrthoRankConfig):
         raise OrthoRankError(f"config is a {type(config).__name__}; it must be an OrthoRankConfig or where one is")
-    text = model.config.get_text_config()
-    for name in ("num_hidden_layers", "hidden_size", "model_type"):
-        wanted = getattr(config, name)
-        if wanted is not None and wanted != getattr(text, name):
-            raise OrthoRankError(
-                f"the plan was made for a model with {name} {wanted!r} and this one has {getattr(text, name)!r}; "
-                "find a plan for this model with a search"
-            )
-    if config.correction is not None and config.correction.hidden_size != text.hidden_size:
-        raise OrthoRankError(
-            f"the plan's correction has maps of hidden size {config.correction.hidden_size}, and the model's is "
-            f"{text.hidden_size}: it was fitted on another model; fit one on this model with orthorank.fit_correction"
-        )
+    for misfit in misfits(config, model.config.get_text_config()):
+        raise OrthoRankError(misfit)
     here = hub_id(model)
     if config.model_id is not None and here is not None and config.model_id.lower() != here.lower():
         raise OrthoRankError(
             f"the plan was made for model_id {config.model_id!r} and this model is {here!r}; find a plan for this "
             "model with a search, or set the plan's model_id to None if the weights are meant to be alike"
-        )
-    if config.layers and config.layers[-1] >= text.num_hidden_layers:
-        raise OrthoRankError(
-            f"layers holds {config.layers[-1]}; the model has layers 0 to {text.num_hidden_layers - 1}"
         )
 
 

@@ -70,7 +70,7 @@ def test_maps_that_every_worker_would_refuse(llama: Path, tmp_path: Path) -> Non
     with pytest.raises(Exception, match=r"plan/correction\.safetensors, which is not there"):
         _configure(llama, told, **WHOLE_PROMPTS)
     small = corrected(tmp_path / "small", PLAN, [1, 2], hidden=64)
-    with pytest.raises(Exception, match="the plan's maps have hidden size 64, and this model has 128"):
+    with pytest.raises(Exception, match="maps of hidden size 64, and the model's is 128"):
         _configure(llama, served(small), **WHOLE_PROMPTS)
 
 

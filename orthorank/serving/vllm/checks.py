@@ -6,6 +6,7 @@ from typing import Any
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.packed import plans
+from orthorank.plan_checks import misfits
 from orthorank.serving.vllm import hooks, interface
 from orthorank.serving.vllm.hooks import ARCHITECTURES
 from orthorank.serving.vllm.serving import HOW, Serving
@@ -85,17 +86,7 @@ def model_obstacles(serving: Serving, config: Any) -> Iterator[str]:
     plan = serving.plan
     if config.model_type not in ARCHITECTURES:
         yield f"the model's type is {config.model_type!r}; OrthoRank serves {', '.join(ARCHITECTURES)}"
-    for name in ("num_hidden_layers", "hidden_size", "model_type"):
-        wanted, found = getattr(plan, name), getattr(config, name)
-        if wanted is not None and wanted != found:
-            yield f"the plan is for a model with {name} {wanted}, and this one has {found}; find a plan for it"
-    if plan.correction is not None and plan.correction.hidden_size != config.hidden_size:
-        yield (
-            f"the plan's maps have hidden size {plan.correction.hidden_size}, and this model has {config.hidden_size}: "
-            "they are another model's; find a plan for it"
-        )
-    if plan.layers and plan.layers[-1] >= config.num_hidden_layers:
-        yield f"the plan names layer {plan.layers[-1]}; the model has layers 0 to {config.num_hidden_layers - 1}"
+    yield from misfits(plan, config)
     if getattr(config, "ada_rms_norm_t_cond", False):
         yield "the model's norms depend on a second input (ada_rms_norm_t_cond), which selecting layers do not know"
     if not getattr(config, "is_causal", True):

@@ -130,7 +130,7 @@ def test_what_is_set_for_each_variant_is_not_an_argument() -> None:
 
 def test_plans_are_checked_before_an_engine_starts() -> None:
     config: Any = SimpleNamespace(model_type="llama", num_hidden_layers=2, hidden_size=64)
-    with pytest.raises(OrthoRankError, match="the plan names layer 2; the model has layers 0 to 1"):
+    with pytest.raises(OrthoRankError, match="layers holds 2; the model has layers 0 to 1"):
         bench_vllm._plan_arguments(PLAN, config)
 
 

@@ -125,7 +125,7 @@ def test_plans_that_no_server_serves(
     [
         ({"model_type": None}, [], "name the model's folder with --model"),
         ({"model_type": "phi3"}, [], "the model's type is 'phi3'; OrthoRank serves llama, mistral, qwen2, qwen3"),
-        ({"num_hidden_layers": 7}, ["--model", "FOLDER"], "num_hidden_layers 7, and this one has 6"),
+        ({"num_hidden_layers": 7}, ["--model", "FOLDER"], "num_hidden_layers 7 and this one has 6"),
         ({}, ["--model", "nowhere"], "name the folder of a checkpoint"),
         ({}, ["--reuse", "none"], "reuse is 'none'; it may be 'prompt' or 'all'"),
         ({}, ["--block-size", "0"], "block_size is 0"),

@@ -105,7 +105,8 @@ def test_maps_in_memory_alone() -> None:
 def test_maps_of_another_hidden_size() -> None:
     config = SimpleNamespace(model_type="llama", num_hidden_layers=4, hidden_size=128)
     assert list(model_obstacles(Serving(PLAN), config)) == [
-        "the plan's maps have hidden size 64, and this model has 128: they are another model's; find a plan for it"
+        "the plan's correction has maps of hidden size 64, and the model's is 128: it was fitted on another model; fit "
+        "one on this model with orthorank.fit_correction"
     ]
 
 
