@@ -20,7 +20,7 @@ PLAIN = frozenset({int, float, bool, str, type(None)})
 TENSORS = (Tensor, torch.nn.Parameter)
 
 
-class Launched(NamedTuple):
+class Noted(NamedTuple):
     """One launch, with what Triton returned: the compiled kernel."""
 
     kernel: Any
@@ -33,7 +33,7 @@ class Launched(NamedTuple):
 class Notes:
     """What happens in one call."""
 
-    launches: list[Launched] = field(default_factory=list)
+    launches: list[Noted] = field(default_factory=list)
     scratch: list[tuple[Tensor, bool]] = field(default_factory=list)  # each with whether it begins with zeros
 
 
@@ -47,7 +47,7 @@ THREAD = Thread()
 def note(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], compiled: Any) -> None:
     """A kernel was launched."""
     if THREAD.notes is not None:
-        THREAD.notes.launches.append(Launched(kernel, grid, arguments, compiled))
+        THREAD.notes.launches.append(Noted(kernel, grid, arguments, compiled))
 
 
 def note_scratch(memory: Tensor, zeros: bool) -> None:
@@ -173,7 +173,7 @@ def _apart(
     return pairs
 
 
-def _launch(launched: Launched, every: list[Tensor], where: list[int], spans: list[int], given: int) -> Launch | None:
+def _launch(launched: Noted, every: list[Tensor], where: list[int], spans: list[int], given: int) -> Launch | None:
     kernel, grid, arguments, compiled = launched
     if getattr(compiled, "packed_metadata", None) is None or not _supported():
         return None  # interpreted, or only noted
