@@ -1,19 +1,21 @@
 """The operator library: the torch operators of the public ops.
 
 Each public op has one functional `torch.library` operator in the namespace `orthorank_kernels`, and one more that
-writes into tensors of the caller (``out=``), so that a captured graph or a serving stack's pool owns the memory. The
-CPU implementation is written in PyTorch, the CUDA implementation is the Triton launcher (imported when it first
-runs), and the fake implementation states shapes, dtypes and strides, so that `torch.compile(fullgraph=True)` and
-`opcheck` work.
+writes into tensors of the caller (``out=``), so that a captured graph or a serving stack's pool owns the memory. An
+op's parameters are written once: the annotated function in `orthorank_kernels.pytorch` is the CPU implementation, and
+its signature is the schema. The CUDA implementation is the Triton launcher (imported when it first runs), and the fake
+implementation states shapes, dtypes and strides, so that `torch.compile(fullgraph=True)` and `opcheck` work.
 
 PyTorch takes an operator once in a process. So that importing these modules again (`importlib.reload`, a notebook that
 reloads what was edited) is harmless, an operator calls what is in a table, which a second import only refills.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -74,31 +76,39 @@ class Operator:
 
 
 def define(
-    schema: str,
+    pytorch: Callable[..., Any],
     *,
     reference: Callable[..., Any],
-    pytorch: Callable[..., Any],
     triton: str,
-    fake: Callable[..., Any],
+    fake: Callable[[SimpleNamespace], Any] | None = None,
     outputs: Sequence[str] = (),
     aliases: tuple[str, ...] = (),
+    changes: tuple[str, ...] = (),
 ) -> Operator:
-    """Define the operators of one public op.
+    """Define the operators of one public op. Its name, its parameters and their defaults are those of ``pytorch``.
 
     Args:
-        schema: name and signature in torch's schema language. Ops that write to an argument mark it ``(a!)`` and
-            return ``()``.
-        reference, pytorch, triton, outputs, aliases: see `Operator`. An output whose name ends in ``?`` may be left out
-            by the caller of the variant with ``out=``; the functional operator returns an empty tensor where it is not
-            asked for.
-        fake: what the outputs look like, from the inputs alone.
+        pytorch: annotated with what `torch.library.infer_schema` knows. An op that writes to an argument returns None.
+        reference, triton, outputs, aliases: see `Operator`. An output whose name ends in ``?`` may be left out by the
+            caller of the variant with ``out=``; the functional operator returns an empty tensor where it is not asked
+            for.
+        fake: what the outputs look like, from the arguments by name: ``fake(call)``, with ``call.hidden_states`` and so
+            on; None: there are none.
+        changes: names of the arguments that are written to.
     """
-    name, arguments = schema.split("(", 1)
-    _implement(name, schema, pytorch, _lazy_launcher(triton), fake)
+    name, signature = pytorch.__name__, inspect.signature(pytorch)
+    schema = torch.library.infer_schema(pytorch, mutates_args=changes)
+
+    def look_like(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        return None if fake is None else fake(SimpleNamespace(**call.arguments))
+
+    _implement(name, f"{name}{schema}", pytorch, _lazy_launcher(triton), look_like)
     functional = getattr(torch.ops.orthorank_kernels, name).default
     if not outputs:
         return Operator(functional, reference, pytorch, triton)
-    arguments = arguments[: arguments.rindex(") ->")]
+    arguments = schema[1 : schema.rindex(") ->")]
     names = tuple(o.removesuffix("?") for o in outputs)
     writes = [f"Tensor({chr(97 + i)}!){'?' * o.endswith('?')} {names[i]}" for i, o in enumerate(outputs)]
 

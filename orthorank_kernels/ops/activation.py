@@ -81,11 +81,10 @@ def silu_and_mul(
 
 
 _SILU_AND_MUL = _library.define(
-    "silu_and_mul(Tensor gate, Tensor up, Tensor? positions=None) -> Tensor",
+    pytorch.silu_and_mul,
     reference=reference.silu_and_mul,
-    pytorch=pytorch.silu_and_mul,
     triton="activation.silu_and_mul",
-    fake=lambda gate, up, positions=None: torch.empty_like(gate, memory_format=torch.contiguous_format),
+    fake=lambda call: torch.empty_like(call.gate, memory_format=torch.contiguous_format),
     outputs=("out",),
     aliases=("gate", "up"),
 )

@@ -1,6 +1,6 @@
 """Gather, add and norm: what stands between attention and MLP in a selected layer, in one pass."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -146,25 +146,14 @@ def _check_out(out: tuple[Tensor, Tensor | None], addend: Tensor, norm: str) -> 
         raise ValueError("out[1] is given and norm is 'identity', which writes no normed rows; pass None")
 
 
-def _fake(
-    hidden_states: Tensor,
-    positions: Tensor,
-    addend: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    norm: str = "rms",
-    *rest: object,
-) -> tuple[Tensor, Tensor]:
-    residual = hidden_states.new_empty(*positions.shape, hidden_states.shape[2])
-    return residual, hidden_states.new_empty(0) if norm == "identity" else torch.empty_like(residual)
+def _fake(call: Any) -> tuple[Tensor, Tensor]:
+    residual = call.hidden_states.new_empty(*call.positions.shape, call.hidden_states.shape[2])
+    return residual, residual.new_empty(0) if call.norm == "identity" else torch.empty_like(residual)
 
 
 _GATHER_ADD_RMS_NORM = _library.define(
-    "gather_add_rms_norm(Tensor hidden_states, Tensor positions, Tensor addend, Tensor? weight, float eps,"
-    " str norm='rms', Tensor? bias=None, float weight_offset=0.0, float scale=1.0, Tensor? addend_weight=None)"
-    " -> (Tensor, Tensor)",
+    pytorch.gather_add_rms_norm,
     reference=reference.gather_add_rms_norm,
-    pytorch=pytorch.gather_add_rms_norm,
     triton="add_norm.gather_add_rms_norm",
     fake=_fake,
     outputs=("residual", "normed?"),

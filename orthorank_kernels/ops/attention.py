@@ -128,30 +128,16 @@ def _check_out(
     return pair
 
 
-def _fake(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    positions: torch.Tensor,
-    scale: float,
-    window: int | None,
-    starts: torch.Tensor | None,
-    query_offset: int,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    return_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, heads, selected, head_dim = q.shape
-    lse = q.new_empty((batch, heads, selected) if return_lse else (0,), dtype=torch.float32)
-    return q.new_empty(batch, selected, heads, head_dim).transpose(1, 2), lse
+def _fake(call: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, heads, selected, head_dim = call.q.shape
+    lse = call.q.new_empty((batch, heads, selected) if call.return_lse else (0,), dtype=torch.float32)
+    return call.q.new_empty(batch, selected, heads, head_dim).transpose(1, 2), lse
 
 
 _LAUNCHER = "attention.sparse_query_attention"
 _OP = _library.define(
-    "sparse_query_attention(Tensor q, Tensor k, Tensor v, Tensor positions, float scale, SymInt? window, "
-    "Tensor? starts, SymInt query_offset, float? softcap, Tensor? sinks, bool return_lse) -> (Tensor, Tensor)",
+    pytorch.sparse_query_attention,
     reference=reference.sparse_query_attention,
-    pytorch=pytorch.sparse_query_attention,
     triton=_LAUNCHER,
     fake=_fake,
     outputs=_attention.OUTPUTS,

@@ -228,35 +228,11 @@ def _scale(name: str, value: object, k_cache: torch.Tensor, q: torch.Tensor) -> 
     return value
 
 
-def _fake(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    positions: torch.Tensor,
-    cu_selected: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    table_rows: torch.Tensor | None,
-    max_seqlen_k: int | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    return_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _attention.packed_results(q, return_lse)
-
-
 _LAUNCHER = "attention.sparse_query_attention_paged"
 _OP = _library.define(
-    "sparse_query_attention_paged(Tensor q, Tensor k_cache, Tensor v_cache, Tensor positions, Tensor cu_selected, "
-    "Tensor block_table, Tensor seq_lens, Tensor? table_rows, SymInt? max_seqlen_k, float scale, SymInt? window, "
-    "float? softcap, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, bool return_lse) -> (Tensor, Tensor)",
+    pytorch.sparse_query_attention_paged,
     reference=reference.sparse_query_attention_paged,
-    pytorch=pytorch.sparse_query_attention_paged,
     triton=_LAUNCHER,
-    fake=_fake,
+    fake=lambda call: _attention.packed_results(call.q, call.return_lse),
     outputs=_attention.OUTPUTS,
 )

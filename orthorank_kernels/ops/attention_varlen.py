@@ -109,31 +109,11 @@ def _check(
     _checks.boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0], "k")
 
 
-def _fake(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    positions: torch.Tensor,
-    cu_selected: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_k: int | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    return_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _attention.packed_results(q, return_lse)
-
-
 _LAUNCHER = "attention.sparse_query_attention_varlen"
 _OP = _library.define(
-    "sparse_query_attention_varlen(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor cu_selected, "
-    "Tensor cu_seqlens_k, SymInt? max_seqlen_k, float scale, SymInt? window, float? softcap, Tensor? sinks, "
-    "bool return_lse) -> (Tensor, Tensor)",
+    pytorch.sparse_query_attention_varlen,
     reference=reference.sparse_query_attention_varlen,
-    pytorch=pytorch.sparse_query_attention_varlen,
     triton=_LAUNCHER,
-    fake=_fake,
+    fake=lambda call: _attention.packed_results(call.q, call.return_lse),
     outputs=_attention.OUTPUTS,
 )

@@ -1,7 +1,5 @@
 """A low-rank map added to hidden states: what a corrected layer puts back into the tokens that it leaves out."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -101,17 +99,11 @@ def add_low_rank(
     return result.squeeze(0) if packed else result
 
 
-def _fake(hidden_states: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-
-
 _ADD_LOW_RANK = _library.define(
-    "add_low_rank(Tensor hidden_states, Tensor low, Tensor up, Tensor? bias=None, Tensor? starts=None,"
-    " Tensor? lengths=None, Tensor? sink_positions=None, Tensor? cu_seqlens=None) -> Tensor",
+    pytorch.add_low_rank,
     reference=reference.add_low_rank,
-    pytorch=pytorch.add_low_rank,
     triton="low_rank.add_low_rank",
-    fake=_fake,
+    fake=lambda call: torch.empty_like(call.hidden_states, memory_format=torch.contiguous_format),
     outputs=("out",),
     aliases=("hidden_states",),
 )

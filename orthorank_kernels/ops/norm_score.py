@@ -286,30 +286,13 @@ def check_norm_out(
     return tuple(out)
 
 
-def _fake(
-    hidden_states: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    norm: str,
-    bias: Tensor | None,
-    weight_offset: float,
-    score: str,
-    sink: Tensor | None,
-    starts: Tensor | None,
-    cu_seqlens: Tensor | None,
-    write_norm: bool,
-    copy_input: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return norm_outputs(hidden_states, residual, norm, write_norm, copy_input)
+def _fake(call: Any) -> tuple[Tensor, ...]:
+    return norm_outputs(call.hidden_states, call.residual, call.norm, call.write_norm, call.copy_input)
 
 
 _OP: Any = _library.define(
-    "rms_norm_score(Tensor hidden_states, Tensor? weight, float eps, Tensor? residual, str norm, Tensor? bias,"
-    " float weight_offset, str score, Tensor? sink, Tensor? starts, Tensor? cu_seqlens, bool write_norm,"
-    " bool copy_input) -> (Tensor, Tensor, Tensor)",
+    pytorch.rms_norm_score,
     reference=reference.rms_norm_score,
-    pytorch=pytorch.rms_norm_score,
     triton="scoring.rms_norm_score",
     fake=_fake,
     outputs=("normed?", "scores", "summed?"),  # an operator has no two arguments of one name

@@ -12,7 +12,7 @@ from orthorank_kernels import op as _library
 from orthorank_kernels.launch_plan import planned
 from orthorank_kernels.layout import norm_outputs, selection_outputs
 from orthorank_kernels.ops.norm_score import check_norm, check_norm_out, check_numbers, norm_result
-from orthorank_kernels.ops.selection import OUTPUTS, REQUEST, select_request, select_result
+from orthorank_kernels.ops.selection import OUTPUTS, select_request, select_result
 from orthorank_kernels.pytorch import norm_selection as pytorch
 from orthorank_kernels.reference import selection as reference
 
@@ -164,44 +164,17 @@ def _check_workspace(workspace: Tensor, hidden_states: Tensor, cu_seqlens: Tenso
         raise ValueError("workspace holds numbers other than 0, which the kernel would count on from: pass zeros")
 
 
-def _fake(
-    hidden_states: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    norm: str,
-    bias: Tensor | None,
-    weight_offset: float,
-    score: str,
-    sink: Tensor | None,
-    write_norm: bool,
-    copy_input: bool,
-    k: int | None,
-    row_k: Tensor | None,
-    threshold: float | None,
-    row_threshold: Tensor | None,
-    width: int,
-    starts: Tensor | None,
-    lengths: Tensor | None,
-    sink_positions: Tensor | None,
-    cu_seqlens: Tensor | None,
-    position_offsets: Tensor | None,
-    keep_last: int,
-    workspace: Tensor | None,
-) -> tuple[Tensor, ...]:
+def _fake(call: Any) -> tuple[Tensor, ...]:
     return (
-        *norm_outputs(hidden_states, residual, norm, write_norm, copy_input),
-        *selection_outputs(hidden_states, width, cu_seqlens),
+        *norm_outputs(call.hidden_states, call.residual, call.norm, call.write_norm, call.copy_input),
+        *selection_outputs(call.hidden_states, call.width, call.cu_seqlens),
     )
 
 
 # The workspace is as it was after the call, so for a compiler nothing is written to it.
 _NORM_SELECT: Any = _library.define(
-    "rms_norm_select(Tensor hidden_states, Tensor? weight, float eps, Tensor? residual, str norm, Tensor? bias, "
-    "float weight_offset, str score, Tensor? sink, bool write_norm, bool copy_input, "
-    f"{REQUEST}, Tensor? workspace) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    pytorch.rms_norm_select,
     reference=reference.rms_norm_select,
-    pytorch=pytorch.rms_norm_select,
     triton="norm_selection.rms_norm_select",
     fake=_fake,
     outputs=("normed?", "scores", "summed?", *OUTPUTS),

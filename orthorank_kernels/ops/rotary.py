@@ -175,12 +175,10 @@ def _check_out(out: Tensor, x: Tensor) -> None:
 
 
 _APPLY_ROTARY_AT = _library.define(
-    "apply_rotary_at(Tensor x, Tensor cos, Tensor sin, Tensor? positions=None, bool interleaved=False,"
-    " SymInt? rotary_dim=None) -> Tensor",
+    pytorch.apply_rotary_at,
     reference=reference.apply_rotary_at,
-    pytorch=pytorch.apply_rotary_at,
     triton="rotary.apply_rotary_at",
-    fake=lambda x, cos, sin, positions=None, interleaved=False, rotary_dim=None: empty_ordered_like(x),
+    fake=lambda call: empty_ordered_like(call.x),
     outputs=("out",),
     aliases=("x",),
 )

@@ -183,24 +183,21 @@ def _check_scatter(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tenso
 
 
 _GATHER_ROWS = _library.define(
-    "gather_rows(Tensor x, Tensor positions) -> Tensor",
+    pytorch.gather_rows,
     reference=reference.gather_rows,
-    pytorch=pytorch.gather_rows,
     triton="rows.gather_rows",
-    fake=lambda x, positions: x.new_empty(*positions.shape, x.shape[2]),
+    fake=lambda call: call.x.new_empty(*call.positions.shape, call.x.shape[2]),
     outputs=("out",),
 )
 _SCATTER_ROWS = _library.define(
-    "scatter_rows_(Tensor(a!) out, Tensor positions, Tensor rows) -> ()",
+    pytorch.scatter_rows_,
     reference=reference.scatter_rows_,
-    pytorch=pytorch.scatter_rows_,
     triton="rows.scatter_rows_",
-    fake=lambda out, positions, rows: None,
+    changes=("out",),
 )
 _SCATTER_ADD_ROWS = _library.define(
-    "scatter_add_rows_(Tensor(a!) out, Tensor positions, Tensor rows, Tensor residual, float scale=1.0) -> ()",
+    pytorch.scatter_add_rows_,
     reference=reference.scatter_add_rows_,
-    pytorch=pytorch.scatter_add_rows_,
     triton="rows.scatter_add_rows_",
-    fake=lambda out, positions, rows, residual, scale=1.0: None,
+    changes=("out",),
 )

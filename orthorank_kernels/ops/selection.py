@@ -271,34 +271,12 @@ def _check_out(out: Any, width: int, rows: int, packed: bool, like: Tensor) -> N
             raise ValueError(f"out.{name} was given without cu_seqlens; the batch layout has no {name}: pass None")
 
 
-def _fake(
-    scores: Tensor,
-    k: int | None,
-    row_k: Tensor | None,
-    threshold: float | None,
-    row_threshold: Tensor | None,
-    width: int,
-    starts: Tensor | None,
-    lengths: Tensor | None,
-    sink_positions: Tensor | None,
-    cu_seqlens: Tensor | None,
-    position_offsets: Tensor | None,
-    keep_last: int,
-) -> tuple[Tensor, ...]:
-    return selection_outputs(scores, width, cu_seqlens)
-
-
-REQUEST = (
-    "SymInt? k, Tensor? row_k, float? threshold, Tensor? row_threshold, SymInt width, Tensor? starts, Tensor? lengths, "
-    "Tensor? sink_positions, Tensor? cu_seqlens, Tensor? position_offsets, SymInt keep_last"
-)
 OUTPUTS = ("positions", "counts", "rows?", "cu_selected?")
 
 _SELECT: Any = _library.define(
-    f"select_tokens(Tensor scores, {REQUEST}) -> (Tensor, Tensor, Tensor, Tensor)",
+    pytorch.select_tokens,
     reference=reference.select_tokens,
-    pytorch=pytorch.select_tokens,
     triton="selection.select_tokens",
-    fake=_fake,
+    fake=lambda call: selection_outputs(call.scores, call.width, call.cu_seqlens),
     outputs=OUTPUTS,
 )

@@ -30,7 +30,7 @@ def rms_norm_select(
     position_offsets: Tensor | None,
     keep_last: int,
     workspace: Tensor | None,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``normed``, ``scores``, the summed states, ``positions``, ``counts``, ``rows`` and ``cu_selected``.
 
     `orthorank_kernels.rms_norm_select`; the ``workspace`` is the kernel's.

@@ -1,8 +1,15 @@
 """The operators: registered once in a process, however often the modules are imported."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
+
+import orthorank_kernels
+from orthorank_kernels.support import OPS
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -40,22 +47,23 @@ EDITED = """
 import torch
 from orthorank_kernels import op as _library
 
-def define(compute):
-    return _library.define(
-        "edited(Tensor x) -> Tensor",
-        reference=compute,
-        pytorch=compute,
-        triton="rows.gather_rows",
-        fake=lambda x: torch.empty_like(x),
-    )
+def define(added):
+    def edited(x: torch.Tensor) -> torch.Tensor:
+        return x + added
+
+    fake = lambda call: torch.empty_like(call.x)
+    return _library.define(edited, reference=edited, triton="rows.gather_rows", fake=fake)
 
 x = torch.ones(2)
-first = define(lambda x: x + 1)
+first = define(1)
 assert first.functional(x).tolist() == [2, 2]
-second = define(lambda x: x + 2)
+second = define(2)
 assert first.functional(x).tolist() == second.functional(x).tolist() == [3, 3], "what was edited counts"
+def edited(x: torch.Tensor, n: int) -> torch.Tensor:
+    return x + n
+
 try:
-    _library.define("edited(Tensor x, int n) -> Tensor", reference=None, pytorch=None, triton="", fake=None)
+    _library.define(edited, reference=edited, triton="")
 except RuntimeError as error:
     assert "edited is registered with another schema" in str(error) and "restart Python" in str(error), error
 else:
@@ -89,3 +97,25 @@ def test_an_operator_knows_its_arguments_without_asking_its_schema() -> None:
         assert op.written == tuple(i for i, argument in enumerate(schema) if argument.is_write)
         assert {"arguments", "written"} <= set(vars(op))
     assert sum(bool(op.written) for op in operators.values()) == 2
+
+
+# What a public function resolves before the operator sees it: its own parameters, and those it makes of them.
+RESOLVED = {
+    "rms_norm_score": ({"lengths"}, set()),  # scores of padding mean nothing
+    "select_tokens": ({"max_selected"}, {"row_k", "row_threshold", "width"}),
+    "rms_norm_select": ({"max_selected"}, {"row_k", "row_threshold", "width"}),
+}
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_the_public_signature_is_the_schema(name: str) -> None:
+    public = inspect.signature(getattr(orthorank_kernels, name)).parameters
+    schema = {a.name: a for a in getattr(torch.ops.orthorank_kernels, name).default._schema.arguments}
+    own, made = RESOLVED.get(name, (set(), set()))
+    written = {argument for argument in schema if schema[argument].is_write}
+    assert set(public) - {"backend", "out"} - own == set(schema) - made - written
+    for argument in set(public) & set(schema):
+        default = public[argument].default
+        if schema[argument].has_default_value():
+            assert schema[argument].default_value == default
+            assert type(schema[argument].default_value) is type(default)
