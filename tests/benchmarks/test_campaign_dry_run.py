@@ -1,5 +1,6 @@
 """Both campaigns dry, from beginning to end: on a CPU, tiny, the same parent and the same steps."""
 
+import json
 import os
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def test_both_campaigns(tmp_path):
     variants = {line["variant"] for line in a if line.get("kind") == "forward"}
     assert variants == {"dense", *(f"{kind} {n} %" for kind in ("layer pruning", "orthorank") for n in (10, 20))}
     b = dry("B", tmp_path / "B", tmp_path / "machine")
-    assert b[: len(a)] == a
+    # Two processes may write to the file and to its copy in another order.
+    assert sorted(map(json.dumps, b[: len(a)])) == sorted(map(json.dumps, a))
     assert {line["step"] for line in b[len(a) :]} == {step.name for step in plan.B}
     assert "A dry run on a CPU" in (tmp_path / "B" / "table.md").read_text()
