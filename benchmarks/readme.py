@@ -240,6 +240,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/limits.md": {"gpu": gpu_limits},
     "docs/correction.md": {
         "correction": readme_docs.correction_section,
+        "frontier": readme_docs.frontier_section,
         "retrieval": readme_docs.retrieval_section,
     },
     "docs/criteria.md": {"criteria": readme_docs.criteria_section},

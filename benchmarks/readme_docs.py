@@ -105,6 +105,24 @@ def retrieval_section() -> str:
     return f"{table(head, lines)}\n\n{'; '.join(of)}."
 
 
+def frontier_section() -> str:
+    """Plans at their share of the dense model's FLOPs, on three texts."""
+    found = load("frontier_smollm2.json")
+    names = list(found["rows"][0]["perplexity"])
+    lines = []
+    for row in found["rows"]:
+        ratios = list(row["plan"].values())
+        removed, selecting = ratios.count(0.0), sum(0 < ratio < 1 for ratio in ratios)
+        counts = [f"{removed} removed"] * bool(removed) + [f"{selecting} selecting"] * bool(selecting)
+        cells = []
+        for name in names:
+            apart = row["against_dense"][name]
+            said = f" (+{apart['difference']:.3f} ± {apart['standard_error']:.3f})" if row["plan"] else ""
+            cells.append(f"{row['perplexity'][name]:.1f}{said}")
+        lines.append([row["method"].replace(",", ", "), ", ".join(counts) or "none", f"{row['flops']:.3f}", *cells])
+    return table(["plan", "layers changed", "FLOPs of dense", *names], lines)
+
+
 def chat_section() -> str:
     """The second turn of a chat inside vLLM, with and without blocks of generated tokens."""
     found = load("vllm_chat_smollm2.json")
