@@ -104,7 +104,12 @@ def define(
         call.apply_defaults()
         return None if fake is None else fake(SimpleNamespace(**call.arguments))
 
-    _implement(name, f"{name}{schema}", pytorch, _lazy_launcher(triton), look_like)
+    defaults = tuple(parameter.default for parameter in signature.parameters.values())
+
+    def launch(*args: Any, **out: Any) -> Any:
+        return launcher(triton)(*args, *defaults[len(args) :], **out)  # PyTorch leaves out what is the default
+
+    _implement(name, f"{name}{schema}", pytorch, launch, look_like)
     functional = getattr(torch.ops.orthorank_kernels, name).default
     if not outputs:
         return Operator(functional, reference, pytorch, triton)
@@ -116,7 +121,7 @@ def define(
         copy_results(pytorch(*args), tuple(out.values()))
 
     def write_kernel(*args: Any, **out: torch.Tensor | None) -> None:
-        launcher(triton)(*args, out=tuple(out.values()))
+        launch(*args, out=tuple(out.values()))
 
     into = f"{name}_out"
     _implement(
@@ -172,10 +177,3 @@ def _implement(
         f"{NAMESPACE}::{name}", lambda *args, **kwargs: current[name]["fake"](*args, **kwargs), lib=library
     )
     registered.schemas[name] = schema
-
-
-def _lazy_launcher(path: str) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        return launcher(path)(*args)
-
-    return call

@@ -92,7 +92,12 @@ def _operators() -> Iterator[_library.Operator]:
 
 
 def _launcher(operator: _library.Operator) -> Callable[..., Any]:
-    return lambda *args, **kwargs: _library.launcher(operator.launcher)(*args, **kwargs)
+    defaults = [a.default_value if a.has_default_value() else None for a in operator.functional._schema.arguments]
+
+    def launch(*args: Any, **kwargs: Any) -> Any:
+        return _library.launcher(operator.launcher)(*args, *defaults[len(args) :], **kwargs)  # PyTorch leaves them out
+
+    return launch
 
 
 LAUNCHERS = {op.functional._schema.name.split("::")[1]: _launcher(op) for op in _operators()}

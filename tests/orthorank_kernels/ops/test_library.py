@@ -119,3 +119,14 @@ def test_the_public_signature_is_the_schema(name: str) -> None:
         if schema[argument].has_default_value():
             assert schema[argument].default_value == default
             assert type(schema[argument].default_value) is type(default)
+
+
+@pytest.mark.parametrize("name", ["rms_norm_score", "rms_norm_score_out"])
+def test_a_launcher_gets_the_defaults_that_pytorch_leaves_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from orthorank_kernels import op as _library
+
+    seen = []
+    monkeypatch.setattr(_library, "launcher", lambda path: lambda *args, **out: seen.append((path, args)))
+    _library._registered().implementations[name]["cuda"](1, 2, 1e-5, None, "layer")
+    rest = (None, 0.0, "inner", None, None, None, True, False)
+    assert seen == [("scoring.rms_norm_score", (1, 2, 1e-5, None, "layer", *rest))]
