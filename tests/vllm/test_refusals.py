@@ -24,7 +24,7 @@ OTHER_CLASS = {"architectures": ["OrthoRankQwen2ForCausalLM"], "orthorank": PLAN
         (PLAN | {"layers": [0, 2]}, WHOLE_PROMPTS, "layer 0 selects"),
         (PLAN | {"sink_layer": 1}, WHOLE_PROMPTS, "the sink forms in layer 1"),
         (PLAN | {"layers": [1, 9]}, WHOLE_PROMPTS, "the model has layers 0 to 3"),
-        (PLAN | {"hidden_size": 64}, WHOLE_PROMPTS, "hidden_size 64, and this one has 128"),
+        (PLAN | {"hidden_size": 64}, WHOLE_PROMPTS, "hidden_size 64 and this one has 128"),
         (PLAN | {"criterion": "random"}, WHOLE_PROMPTS, "criterion is 'random'"),
         (PLAN | {"kv": "selected"}, WHOLE_PROMPTS, "kv is 'selected'"),
         (PLAN | {"update_sink": True}, WHOLE_PROMPTS, "update_sink is True"),
