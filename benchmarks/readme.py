@@ -246,7 +246,11 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/criteria.md": {"criteria": readme_docs.criteria_section},
     "docs/modes.md": {"modes": readme_docs.modes_section},
     "docs/vllm.md": {"chat": readme_docs.chat_section},
-    "docs/search.md": {"search": readme_docs.search_section, "budget": readme_docs.budget_section},
+    "docs/search.md": {
+        "search": readme_docs.search_section,
+        "search-corrected": readme_docs.search_corrected_section,
+        "budget": readme_docs.budget_section,
+    },
 }
 
 

@@ -69,6 +69,27 @@ def budget_section() -> str:
     return table(["plan", "FLOPs of the layers", "calibration loss", "held-out loss", "held-out perplexity"], lines)
 
 
+def search_corrected_section() -> str:
+    """What maps cost a search, by processor time against the same search without them."""
+    found = load("search_corrected_smollm2.json")
+    seconds = found["cpu_seconds"]
+    option = f"`--correct {found['rank']}`"
+    against = {"corrected": "exact", "corrected, fast": "fast"}
+    titles = {"exact": "exact", "fast": "`--fast`", "corrected": option, "corrected, fast": f"{option} `--fast`"}
+    lines = [
+        [
+            title,
+            f"{seconds[name]:.0f} s",
+            f"{seconds[name] / seconds[against[name]]:.1f}x {titles[against[name]]}" if name in against else "",
+            f"{found['losses'][name][-1]:.4f}",
+        ]
+        for name, title in titles.items()
+    ]
+    return table(
+        ["search", "processor time", "against the same without maps", "loss of the plan, with its maps"], lines
+    )
+
+
 def correction_section() -> str:
     """Ways to correct a plan, each against the package's fit."""
     found = load("correction_smollm2.json")
