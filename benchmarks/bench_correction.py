@@ -108,7 +108,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.model, tokenizer, self.info = load_model(device="cpu", dtype=options.dtype)
-        self.state, self.stack = options.state, LayerStack(self.model)
+        self.state, self.kept, self.stack = options.state, options.kept, LayerStack(self.model)
         most = max(variant.fit for variant in VARIANTS.values())
         sizes = Sizes(fit=most, judge=0, tokens=FIT_TOKENS, test=options.windows, test_tokens=TOKENS)
         self.windows = read_windows(tokenizer, options.data, sizes)
@@ -134,6 +134,8 @@ class Bench:
         file = self.file(name)
         if file.exists():
             return read_json(file)
+        if self.kept:
+            raise OrthoRankError(f"--kept measures nothing, and {file} is not there; leave it out, or name a --plan")
         began = time.process_time()
         also: dict[int, LayerMap] = {}
         if plan is not None and variant is not None:
@@ -160,8 +162,7 @@ class Bench:
         fits = {layer: fitted for layer, _, fitted in walk if fitted is not None}
         found = corrected_plan(self.model, ids, plan, fits, **how)
         if variant.distil:
-            with torch.enable_grad():
-                found = distill_correction(self.model, self.windows.fit, found, steps=variant.distil)
+            found = distill_correction(self.model, self.windows.fit, found, steps=variant.distil)
         return found, getattr(made[0], "also", {})
 
     def flops(self, plan: OrthoRankConfig | None, also: dict[int, LayerMap]) -> float:

@@ -80,6 +80,7 @@ class Bench:
     rank: int
     state: Path
     steps: int
+    kept: bool
     losses: TextLosses | None = None
 
     def flops(self, plan: dict[int, float], corrected: bool) -> float:
@@ -132,6 +133,8 @@ class Bench:
         file = self.file(name, plan)
         if file.exists():
             return read_json(file)
+        if self.kept:
+            raise OrthoRankError(f"--kept computes nothing, and {file} is not there; leave it out")
         given = OrthoRankConfig.for_model(self.model, layers=sorted(plan), keep_ratios=plan) if plan else None
         kind = name.partition(",")[2]
         if given is not None and kind:
@@ -186,7 +189,7 @@ def main() -> int:
     if options.quick and options.state == STATE:
         raise OrthoRankError("--quick wants a folder of its own: name one with --state")
     windows = read_windows(tokenizer, options.data, sizes, 8 if options.quick else MORE)
-    bench = Bench(model, windows, select, options.rank, options.state, 4 if options.quick else STEPS)
+    bench = Bench(model, windows, select, options.rank, options.state, 4 if options.quick else STEPS, options.kept)
     rows = []
     for name in options.method:
         path = bench.path(name, sizes, min(options.levels), options.only != "measure" and not options.kept)

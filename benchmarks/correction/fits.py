@@ -1,13 +1,12 @@
 """Fits that the package does not have: maps of keys and values, and maps for the tokens that a layer selects, too."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from orthorank.calibration.fitting import Fitted, FitWindows
+from orthorank.calibration.fitting import Fitted, FitWindows, run_noting
 from orthorank.calibration.regression import Moments, fit_map
 from orthorank.correction import LayerMap
 from orthorank.hf.correction import may_be_left_out
@@ -83,17 +82,10 @@ def run_both(
     """As `LayerStack.run`, with a map ``also`` for the tokens that the layer selects."""
     if also is None:
         return stack.run(layer, hidden, inputs, ratio, **options)
-    windows, tokens, _ = hidden.shape
-    chosen = torch.zeros(windows, tokens + 1, dtype=torch.bool)
-
-    def note(_: int, positions: Tensor, __: Any) -> None:
-        at = positions.long()
-        chosen.scatter_(1, torch.where(at < 0, tokens, at), True)
-
-    watched = Pass(inputs.hidden_states, inputs.layer_kwargs, replace(inputs.call, watcher=note))
-    after = stack.run(layer, hidden, watched, ratio, **options).clone()
+    after, chosen = run_noting(stack, layer, hidden, inputs, ratio, **options)
     may = may_be_left_out(inputs.call, torch.device("cpu"))
     assert may is not None  # a window begins with its sink
-    rows = chosen[:, :tokens] & may
+    rows = chosen & may
+    after = after.clone()
     after[rows] += mapped(also, stack.normed(layer, hidden)[rows])
     return after

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from benchmarks.correction.fits import run_both
 from orthorank import OrthoRankConfig
+from orthorank.calibration.fitting import SELECTED_BY
 from orthorank.calibration.threshold import RANKED_BY
 from orthorank.correction import LayerMap
 from orthorank.stack.evaluator import Evaluator
@@ -55,7 +56,7 @@ class TextLosses:
         for name, evaluator in self.evaluators.items():
             evaluator.maps = dict(plan.correction.maps) if plan and plan.correction else {}
             evaluator.also = dict(also or {})
-            evaluator.options = {field: getattr(plan, field) for field in RANKED_BY} if plan else {}
+            evaluator.options = {field: getattr(plan, field) for field in (*RANKED_BY, *SELECTED_BY)} if plan else {}
             evaluator.criterion = str(evaluator.options.pop("criterion", "orthogonal"))
             sums = evaluator.window_losses(ratios, range(evaluator.windows))
             assert sums is not None  # no limit was given

@@ -125,12 +125,21 @@ def _check(model: "PreTrainedModel", input_ids: Tensor, plan: "OrthoRankConfig",
         raise OrthoRankError(f"rate is {rate!r}; it must be a number above 0, and 1 at most")
     if plan.correction is None:
         raise OrthoRankError("the plan has no maps to distil; fit some with orthorank.fit_correction")
+    check_distillable(plan)
+    check_integer("windows of a step (batch_size)", settings["batch_size"], 1, len(input_ids))
+
+
+def check_distillable(plan: "OrthoRankConfig") -> None:
+    """Maps of the plan, fitted or not yet, may be distilled.
+
+    Raises:
+        OrthoRankError: it selects by thresholds.
+    """
     if plan.select == "threshold":
         raise OrthoRankError(
             "the plan selects by thresholds, which are of the states that the fitted maps leave; distil a plan with "
             "select='topk' or 'window'"
         )
-    check_integer("windows of a step (batch_size)", settings["batch_size"], 1, len(input_ids))
 
 
 def _maps(plan: "OrthoRankConfig") -> Correction:

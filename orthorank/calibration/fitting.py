@@ -131,20 +131,11 @@ class FitWindows:
 
     def _update_selected(self, layer: int, ratio: float, i: int, state: Tensor, threshold: float | None) -> Tensor:
         """Write the states of the tokens that ``layer`` selects into ``state``; which they are, bool, comes back."""
-        windows, tokens, _ = state.shape
-        chosen = torch.zeros(windows, tokens + 1, dtype=torch.bool)
-        if ratio > 0:
-
-            def note(_: int, positions: Tensor, __: Any) -> None:
-                at = positions.long().cpu()
-                chosen.scatter_(1, torch.where(at < 0, tokens, at), True)
-
-            inputs = self.passes[i]
-            watched = Pass(inputs.hidden_states, inputs.layer_kwargs, replace(inputs.call, watcher=note))
-            after = self.stack.run(layer, state, watched, ratio, **self._how(layer, threshold)).cpu()
-            rows = chosen[:, :tokens]
-            state[rows] = after[rows]
-        return chosen[:, :tokens]
+        if ratio == 0:
+            return torch.zeros(state.shape[:2], dtype=torch.bool)
+        after, chosen = run_noting(self.stack, layer, state, self.passes[i], ratio, **self._how(layer, threshold))
+        state[chosen] = after.cpu()[chosen]
+        return chosen
 
     def _how(self, layer: int, threshold: float | None) -> dict[str, Any]:
         """By what a layer selects."""
@@ -157,6 +148,21 @@ class FitWindows:
         ranks = [self.stack.ranks(layer, h, inputs, **ranked)[:, 1:].flatten().cpu() for h, inputs in pairs]
         threshold, updated = choose_threshold(torch.cat(ranks), self.plan, layer, self.input_ids)
         return threshold, updated / self.input_ids.numel()
+
+
+def run_noting(
+    stack: "LayerStack", layer: int, state: Tensor, inputs: Pass, ratio: float, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """What a layer that selects leaves, as `LayerStack.run`, and which tokens it selected, bool ``[windows, tokens]``."""
+    windows, tokens, _ = state.shape
+    chosen = torch.zeros(windows, tokens + 1, dtype=torch.bool)
+
+    def note(_: int, positions: Tensor, __: Any) -> None:
+        at = positions.long().cpu()
+        chosen.scatter_(1, torch.where(at < 0, tokens, at), True)
+
+    watched = Pass(inputs.hidden_states, inputs.layer_kwargs, replace(inputs.call, watcher=note))
+    return stack.run(layer, state, watched, ratio, **options), chosen[:, :tokens]
 
 
 def _without_states(inputs: Pass) -> Pass:

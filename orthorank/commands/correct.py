@@ -72,6 +72,10 @@ def command(
     check_integer("rank", rank, 1)
     check_integer("distill", distill, 0)
     followed = None if plan == "default" else OrthoRankConfig.from_pretrained(plan)
+    if distill and followed is not None:
+        from orthorank.calibration.distilling import check_distillable
+
+        check_distillable(followed)  # before the fit, which takes long
     sources = _sources(text or [], dataset or [])
     counts = windows_of(windows, shares, len(sources))
     folder = writable_folder(output)

@@ -39,7 +39,15 @@ def test_losses_are_those_of_the_applied_plan() -> None:
     losses = TextLosses(stack, texts, 2)
     corrected = fit_correction(stack.model, random_windows(8, 40), PLAN, rank=4)
     scored = dataclasses.replace(PLAN, criterion="inverse", layers=[2, 5], keep_ratios={})
-    for plan in (None, corrected, PLAN, scored, corrected):  # each once more after another: nothing is kept of it
+    windows = dataclasses.replace(PLAN, select="window", select_window=8)
+    for plan in (
+        None,
+        corrected,
+        PLAN,
+        scored,
+        windows,
+        corrected,
+    ):  # each once more after another: nothing is kept of it
         found = losses.of(plan)
         with apply(stack.model, plan or OrthoRankConfig(layers=[])):
             for name, ids in texts.items():

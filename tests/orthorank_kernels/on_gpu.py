@@ -45,23 +45,23 @@ NOT = {
     },
     "test_attention": {
         "test_every_group_fills_its_tiles",
-        "test_long_prompts_on_the_reference",
+        "test_long_prompts_in_pytorch",
         "test_products_of_float32_are_exact",
     },
     "test_attention_calls": {
         "test_bad_inputs",
         "test_gradients",
-        "test_the_reference_never_holds_selected_by_keys",
+        "test_pytorch_never_holds_selected_by_keys",
         "test_what_the_kernel_does_not_take",
     },
     "test_attention_options": {
         "test_bad_options",
         "test_gradients",
-        "test_the_reference_holds_a_block_of_scores",
+        "test_pytorch_holds_a_block_of_scores",
     },
     "test_attention_paged": {
         "test_the_layouts_differ_in_memory",
-        "test_the_reference_reads_what_is_needed_alone",
+        "test_pytorch_reads_what_is_needed_alone",
     },
     "test_attention_paged_calls": {
         "test_a_launcher_gets_the_views_as_they_are",
@@ -103,7 +103,7 @@ NOT = {
         "test_with_memory_of_the_caller_nothing_is_allocated",
     },
     "test_rms_norm_select": {
-        "test_an_input_that_requires_grad_takes_the_reference",
+        "test_an_input_that_requires_grad_takes_pytorch",
         "test_errors_name_the_argument",
     },
     "test_rotary": {
@@ -132,11 +132,11 @@ NOT = {
     "test_selection": {
         "test_errors_name_the_argument",
         "test_scores_that_require_grad_are_selected_from",
-        "test_the_reference_reads_no_value_on_the_host",
+        "test_pytorch_reads_no_value_on_the_host",
     },
     "test_selection_packed": {
         "test_errors_name_the_argument",
-        "test_the_reference_reads_no_value_on_the_host",
+        "test_pytorch_reads_no_value_on_the_host",
     },
     "test_selection_threshold": {
         "test_errors_name_the_argument",
@@ -174,7 +174,7 @@ NOT = {
 BY_DEVICE = {
     "test_a_compiled_function_is_one_graph",
     "test_a_real_measurement",
-    "test_an_input_that_requires_grad_takes_the_reference",
+    "test_an_input_that_requires_grad_takes_pytorch",
     "test_both_modes_give_the_slope",
     "test_compiles_as_one_graph",
     "test_compiles_into_one_graph",

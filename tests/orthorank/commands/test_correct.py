@@ -156,6 +156,17 @@ def test_an_interrupted_fit_goes_on(folder: Path, tmp_path: Path, capsys: pytest
     assert not list((tmp_path / "spill").iterdir())
 
 
+def test_thresholds_are_refused_before_the_fit(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = OrthoRankConfig(layers=[1], keep_ratio=0.4, select="threshold", thresholds={1: 0.5})
+    plan.save_pretrained(tmp_path / "thresholds")
+    monkeypatch.setattr("orthorank.calibration.corrections.fit_correction", None)
+    given = ["correct", str(tmp_path / "thresholds"), str(folder), *SMALL, "--distill", "3"]
+    assert main([*given, "--text", str(folder / "code.txt"), "--output", str(tmp_path / "out")]) == 2
+    assert "the plan selects by thresholds" in capsys.readouterr().err
+
+
 def test_maps_are_distilled(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also when the process is killed in between; the fit is not made again."""
     from orthorank.calibration.distilling_progress import DistillProgress

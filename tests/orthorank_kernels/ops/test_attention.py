@@ -107,7 +107,7 @@ def test_any_number_of_keys_and_selected_queries(keys: int, selected: int, backe
     check(inputs(keys, selected), backend)
 
 
-def test_long_prompts_on_the_reference() -> None:
+def test_long_prompts_in_pytorch() -> None:
     tensors = inputs(1000, 700, (6, 2), batch=2, fewer=500)
     check(tensors, "torch")
     check(tensors, "torch", window=90, starts=torch.tensor([3, 400], dtype=torch.int32, device=DEVICE))

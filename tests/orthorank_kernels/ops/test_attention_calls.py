@@ -32,7 +32,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
-def test_the_reference_never_holds_selected_by_keys(needs_grad: bool) -> None:
+def test_pytorch_never_holds_selected_by_keys(needs_grad: bool) -> None:
     q, k, v, positions = (x.cpu() for x in inputs(3000, 1500, (2, 1), 16))
     with Largest() as largest:
         sparse_query_attention(q.requires_grad_(needs_grad), k, v, positions, backend="torch")

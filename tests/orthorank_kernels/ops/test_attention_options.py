@@ -94,7 +94,7 @@ def test_options(options: dict[str, Any], backend: str) -> None:
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_dtypes(dtype: torch.dtype, backend: str) -> None:
     if dtype == torch.float64 and backend != "torch":
-        pytest.skip("float64 runs on the reference")
+        pytest.skip("float64 runs in PyTorch")
     check(inputs(dtype=dtype), backend, softcap=2.0, sinks=sinks(4))
 
 
@@ -254,7 +254,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_the_reference_holds_a_block_of_scores() -> None:
+def test_pytorch_holds_a_block_of_scores() -> None:
     tensors = tuple(x.cpu() for x in inputs((8, 2), 16, keys=2000, most=1500))
     with Largest() as largest:
         sparse_query_attention(*tensors, softcap=2.0, return_lse=True, backend="torch")

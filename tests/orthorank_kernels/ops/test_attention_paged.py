@@ -82,7 +82,7 @@ def test_options(options: dict[str, Any], backend: str) -> None:
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_dtypes(dtype: torch.dtype, backend: str) -> None:
     if dtype == torch.float64 and backend != "torch":
-        pytest.skip("float64 runs on the reference")
+        pytest.skip("float64 runs in PyTorch")
     case = packed(LENGTHS, COUNTS, dtype=dtype)
     check(case, paged(case, 16), backend)
 
@@ -259,7 +259,7 @@ def test_pages_that_no_query_sees_are_not_read(backend: str) -> None:
     assert torch.equal(sparse_query_attention_paged(*cache, window=20, backend=backend), clean)
 
 
-def test_the_reference_reads_what_is_needed_alone() -> None:
+def test_pytorch_reads_what_is_needed_alone() -> None:
     case = packed((4000, 16), (3, 2), (2, 1), 16)
     case.positions[:] = integers([2000, 2001, 2040, 3, 9])
     cache = Paged(*(x.cpu() for x in paged(case, 16)))

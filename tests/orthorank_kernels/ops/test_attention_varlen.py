@@ -56,7 +56,7 @@ def test_options(options: dict[str, Any], backend: str) -> None:
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_dtypes(dtype: torch.dtype, backend: str) -> None:
     if dtype == torch.float64 and backend != "torch":
-        pytest.skip("float64 runs on the reference")
+        pytest.skip("float64 runs in PyTorch")
     check(packed(LENGTHS, COUNTS, dtype=dtype), backend)
 
 

@@ -227,7 +227,7 @@ def test_empty_inputs(batch, tokens, backend, poisoned):
         assert packed.counts.tolist() == [0] * batch
 
 
-def test_an_input_that_requires_grad_takes_the_reference():
+def test_an_input_that_requires_grad_takes_pytorch():
     x, weight = random(1, 6, 8).requires_grad_(), random(8, seed=1)
     result = rms_norm_select(x, weight, EPS, 2)
     (result.normed[0, result.positions[0].long()].sum() + result.scores.sum()).backward()

@@ -152,7 +152,7 @@ def test_gradients_flow_through_norm_and_score():
     assert torch.autograd.gradcheck(lambda x, w: pytorch.rms_norm_score(x, w, EPS, starts=int32(1, 0))[:2], (x, weight))
 
 
-def test_an_input_that_requires_grad_takes_the_reference():
+def test_an_input_that_requires_grad_takes_pytorch():
     x, weight = random(1, 4, 8).requires_grad_(), random(8, seed=1)
     rms_norm_score(x, weight, EPS)[1].sum().backward()
     assert x.grad is not None

@@ -201,7 +201,7 @@ def test_scores_that_require_grad_are_selected_from():
     assert positions.tolist() == [by_sort(scores[0].tolist(), 2)]
 
 
-def test_the_reference_reads_no_value_on_the_host():
+def test_pytorch_reads_no_value_on_the_host():
     with FakeTensorMode():
         scores, one = torch.empty(3, 50), torch.empty(3, dtype=torch.int32)
         positions, counts, _, _ = pytorch.select_tokens(scores, 50, one, None, None, 50, one, one, one, None, None, 2)

@@ -219,7 +219,7 @@ def test_any_scores_any_split(backend, case):
     assert_selects_packed(actual, below, lengths, width, offsets)
 
 
-def test_the_reference_reads_no_value_on_the_host():
+def test_pytorch_reads_no_value_on_the_host():
     with FakeTensorMode():
         scores, each = torch.empty(50), torch.empty(3, dtype=torch.int32)
         cu_seqlens = torch.empty(4, dtype=torch.int32)
