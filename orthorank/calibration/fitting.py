@@ -153,7 +153,7 @@ class FitWindows:
 def run_noting(
     stack: "LayerStack", layer: int, state: Tensor, inputs: Pass, ratio: float, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """What a layer that selects leaves, as `LayerStack.run`, and which tokens it selected, bool ``[windows, tokens]``."""
+    """What a layer that selects leaves, as `LayerStack.run`; which tokens it selected, bool ``[windows, tokens]``."""
     windows, tokens, _ = state.shape
     chosen = torch.zeros(windows, tokens + 1, dtype=torch.bool)
 
