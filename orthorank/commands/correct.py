@@ -150,6 +150,12 @@ def command(
     for state in states:
         state.unlink(missing_ok=True)
     screen.table(table(found))
+    if distill:
+        first, last = found.calibration["correction"]["distilled"]["kl"]
+        screen.say(
+            f"Distilled for {distill} steps, after which the maps explain something else than the table says: KL from "
+            f"the dense model {first:.3f} nats a token in the first steps, {last:.3f} in the last"
+        )
     screen.table(loss_table([each.name for each in sources], losses))
     screen.say(f"Plan: {path}, maps beside it; use it with orthorank eval ppl --plan {output}")
     return 0
