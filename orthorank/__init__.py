@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from orthorank.hf.family import Family
     from orthorank.hf.family_check import check_family
     from orthorank.models import load_model
+    from orthorank.stack.causal_attention import register_causal_attention
     from orthorank_kernels._version import __version__
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "fit_correction",
     "handle_of",
     "load_model",
+    "register_causal_attention",
     "register_criterion",
     "register_family",
     "status",
@@ -54,6 +56,7 @@ __getattr__, __dir__ = exports(
         "orthorank.hf.family": ("Family",),
         "orthorank.hf.family_check": ("check_family",),
         "orthorank.models": ("load_model",),
+        "orthorank.stack.causal_attention": ("register_causal_attention",),
         "orthorank_kernels._version": ("__version__",),
     },
 )

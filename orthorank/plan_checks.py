@@ -17,6 +17,7 @@ LEGAL: dict[str, tuple[str, ...]] = {
 }
 MOST = {
     "keep_last": 2**23,  # as many as the kernels can force
+    "keep_multiple": 2**20,
     "select_window": 2**30,  # as many tokens as a selection takes
     "seed": 2**63 - 1,
     "num_hidden_layers": 10**6,
@@ -37,6 +38,7 @@ def check_fields(plan: Any) -> None:
     """
     plan.keep_ratio = _ratio("keep_ratio", plan.keep_ratio)
     check_integer("keep_last", plan.keep_last, 0, MOST["keep_last"])
+    check_integer("keep_multiple", plan.keep_multiple, 1, MOST["keep_multiple"])
     check_integer("seed", plan.seed, 0, MOST["seed"])
     for name in ("num_hidden_layers", "hidden_size", "select_window"):
         if getattr(plan, name) is not None:
@@ -109,6 +111,11 @@ def _check_modes(plan: Any) -> None:
         raise OrthoRankError(
             f"select_window is {plan.select_window} and select is {plan.select!r}; it is for select='window': set "
             "that, or select_window to None"
+        )
+    if plan.select != "topk" and plan.keep_multiple != 1:
+        raise OrthoRankError(
+            f"keep_multiple is {plan.keep_multiple} and select is {plan.select!r}; it is for select='topk': set that, "
+            "or keep_multiple to 1"
         )
     if plan.select == "threshold":
         check_pointwise(plan.criterion, "select='threshold'; use 'topk' or 'window'")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from orthorank.config import OrthoRankConfig
     from orthorank.stack.layers import LayerStack
 
-SELECTED_BY = ("select", "select_window")
+SELECTED_BY = ("select", "select_window", "keep_multiple")
 HELD_OUT = 4  # every fourth window is held out: it chooses the ridge, and says what the map explains
 
 

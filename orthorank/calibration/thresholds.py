@@ -74,7 +74,7 @@ def calibrate(
     check_plan(model, plan)
     check_windows(model, input_ids)
     check_pointwise(plan.criterion, "thresholds; use select 'topk' or 'window'")
-    changes: dict[str, Any] = {"keep_ratio": keep_ratio, "decode": "dense", "keep_last": keep_last}
+    changes: dict[str, Any] = {"keep_multiple": 1, "keep_ratio": keep_ratio, "decode": "dense", "keep_last": keep_last}
     wanted = _with(plan, **{name: value for name, value in changes.items() if value is not None})
     if not wanted.selecting:
         raise OrthoRankError(

@@ -50,10 +50,11 @@ class Call:
         tails: how many decoded tokens each row ends with, where that differs; None: ``decode_tokens`` in all rows.
         shortest: with ``tails``: no row without padding has fewer prompt tokens in the call.
         keeps: with ``tails``: ``keep_last`` of each row, 0 where its prompt ends in another call; None: of all rows.
-        valid: the sum of lengths, counted: `counts` with padding and their sum, by keep ratio; once for all layers.
+        valid: the sum of lengths; counted: `counts` and the sum over rows, by keep ratio; once for all layers.
         workspace: zeros for `rms_norm_select`, which leaves them zero, so that one serves all layers.
         watcher: is told what each layer selects; see `Handle.watching`.
         update_sink: whether the sinks are always updated, counted among the others.
+        multiple: what the number of updated prompt tokens is rounded up to a multiple of.
     """
 
     batch: int
@@ -70,11 +71,12 @@ class Call:
     tails: Tensor | None = None
     shortest: int = 0
     keeps: Tensor | None = None
-    counted: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    counted: dict[float, tuple[int | Tensor, int, int | Tensor]] = field(default_factory=dict)
     windows: dict[float, Windows] = field(default_factory=dict)
     workspace: Tensor | None = None
     watcher: "Watcher | None" = None
     update_sink: bool = False
+    multiple: int = 1
 
     @property
     def decodes_only(self) -> bool:
@@ -126,17 +128,17 @@ class Call:
 
     def counts(self, ratio: float) -> tuple[int | Tensor, int]:
         """How many tokens of each row a layer updates (an int without padding), and the most that any row can have."""
+        if ratio in self.counted:
+            return self.counted[ratio][:2]
         keep, extra = self.keep_last, self.decode_tokens
         with_sink = keep + int(self.update_sink)  # tokens that are updated where the sink is among them
         never = not self.update_sink  # whether the sink is the one token that stays as it is
         if self.lengths is None:
             forced = with_sink if self.first else keep
-            most = extra + keep_count(self.prompt_tokens, ratio, forced, sink_inside=never and self.first)
+            most = extra + self._keep(self.prompt_tokens, ratio, forced, sink_inside=never and self.first)
             return most, most
         prompt_tokens = self.prompt_tokens if self.tails is None else self.shortest  # the row with most to update
-        most = self.tokens - prompt_tokens + keep_count(prompt_tokens, ratio, with_sink, sink_inside=False)
-        if ratio in self.counted:
-            return self.counted[ratio][0], most
+        most = self.tokens - prompt_tokens + self._keep(prompt_tokens, ratio, with_sink, sink_inside=False)
         tails = extra if self.tails is None else self.tails
         prompt = (self.lengths - tails).clamp(min=0)
         inside = torch.ones_like(prompt, dtype=torch.bool) if self.sink_positions is None else self.sink_positions >= 0
@@ -147,10 +149,13 @@ class Call:
 
     def _each(self, prompt: Tensor, ratio: float, keep: int, inside: Tensor) -> Tensor:
         """How many of the ``prompt`` tokens of each row a layer updates; ``inside``: whether the sink is among them."""
-        each = keep_count(prompt, ratio, keep, sink_inside=inside & (not self.update_sink))
+        each = self._keep(prompt, ratio, keep, sink_inside=inside & (not self.update_sink))
         if not self.update_sink:
             return each
-        return torch.where(inside, keep_count(prompt, ratio, keep + 1, sink_inside=False), each)
+        return torch.where(inside, self._keep(prompt, ratio, keep + 1, sink_inside=False), each)
+
+    def _keep(self, prompt: Any, ratio: float, keep: int, sink_inside: Any) -> Any:
+        return keep_count(prompt, ratio, keep, sink_inside=sink_inside, multiple=self.multiple)
 
     def row_positions(self, device: torch.device) -> Tensor:
         """Each token's place in its row, the first valid token at 0: int64 ``[batch or 1, tokens]``, below 0 before it.
@@ -168,10 +173,14 @@ class Call:
 
     def tokens_updated(self, ratio: float) -> int | Tensor:
         """Tokens that a selected layer updates in this call."""
+        return self.counted_for(ratio)[2]
+
+    def counted_for(self, ratio: float) -> tuple[int | Tensor, int, int | Tensor]:
+        """`counts`, and how many tokens a layer updates in all rows."""
         if ratio in self.counted:
-            return self.counted[ratio][1]
-        each, _ = self.counts(ratio)
-        return each.sum() if isinstance(each, Tensor) else self.batch * each
+            return self.counted[ratio]
+        each, most = self.counts(ratio)
+        return each, most, each.sum() if isinstance(each, Tensor) else self.batch * each
 
     def tokens_unranked(self) -> int | Tensor:
         """Generated tokens among them that are all updated."""
@@ -181,6 +190,8 @@ class Call:
 
     def on(self, device: torch.device) -> "Call":
         """The same with its tensors on ``device``, where another part of the model may lie."""
+        if self.workspace is not None and self.workspace.device == device:  # and the other tensors are where it is
+            return self
         moved: dict[str, Any] = {
             each.name: value.to(device)
             for each in dataclasses.fields(self)
@@ -188,7 +199,11 @@ class Call:
         }
         if not moved:
             return self
-        counted = {ratio: (k.to(device), total.to(device)) for ratio, (k, total) in self.counted.items()}
+
+        def there(count: int | Tensor) -> int | Tensor:
+            return count.to(device) if isinstance(count, Tensor) else count
+
+        counted = {r: (there(each), most, there(total)) for r, (each, most, total) in self.counted.items()}
         windows = {ratio: windows.on(device) for ratio, windows in self.windows.items()}
         return dataclasses.replace(self, counted=counted, windows=windows, **moved)
 

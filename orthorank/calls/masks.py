@@ -89,8 +89,10 @@ def _full_attention(mask: Any) -> Any:
 
 
 def _answers(values: Tensor) -> bool:
-    """Whether there are values to ask, as there are none in a compiled graph, under FakeTensorMode and on "meta"."""
+    """Whether there are values to ask, as there are none in a graph, under FakeTensorMode and on "meta"."""
     if torch.compiler.is_compiling() or values.is_meta:
+        return False
+    if values.is_cuda and torch.cuda.is_current_stream_capturing():  # the host may not wait there
         return False
     return type(values) is Tensor or not isinstance(values, torch._subclasses.FakeTensor)
 
@@ -99,7 +101,7 @@ def _any(wrong: Tensor) -> bool:
     """Whether any is True. A compiled graph asks no questions: it stops there at run time, with fewer words."""
     if _answers(wrong):
         return bool(wrong.any())
-    if not torch.compiler.is_compiling():  # a fake or a meta tensor: there is no wrong mask among those
+    if not torch.compiler.is_compiling():  # a fake or a meta tensor has no wrong mask, and a capture cannot see one
         return False
     torch._assert_async(~wrong.any(), "attention_mask or position_ids are not those of padded rows, one sequence each")
     return False

@@ -149,7 +149,14 @@ def _flop_speedup(run: Run, plan: OrthoRankConfig | None) -> float:
 
     if plan is None:
         return 1.0
-    return flop_speedup(run.model.config, _prompt_tokens(run), plan.layers, plan.ratios, ranks=plan.ranks)
+    return flop_speedup(
+        run.model.config,
+        _prompt_tokens(run),
+        plan.layers,
+        plan.ratios,
+        ranks=plan.ranks,
+        keep_multiple=plan.keep_multiple,
+    )
 
 
 def _measured(run: Run, name: str) -> dict[str, Any]:

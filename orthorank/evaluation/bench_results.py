@@ -88,6 +88,8 @@ def flop_speedup_of(config: Any, plan: OrthoRankConfig | None, tokens: int) -> f
     if plan is None:
         return 1.0
     try:
-        return flop_speedup(config, tokens, plan.layers, plan.ratios, ranks=plan.ranks)
+        return flop_speedup(
+            config, tokens, plan.layers, plan.ratios, ranks=plan.ranks, keep_multiple=plan.keep_multiple
+        )
     except OrthoRankError:  # a kind of model whose FLOPs are not counted
         return None

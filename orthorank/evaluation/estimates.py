@@ -212,11 +212,13 @@ def _row(
     config: Any, sizes: Dimensions, plan: OrthoRankConfig, ranks: dict[int, int], tokens: int, item_size: int
 ) -> dict[str, Any]:
     dense = prefill_flops(config, tokens)
-    bound = flop_speedup(config, tokens, plan.layers, plan.ratios, ranks=ranks)
+    bound = flop_speedup(config, tokens, plan.layers, plan.ratios, ranks=ranks, keep_multiple=plan.keep_multiple)
     return {
         "prompt": tokens,
         "dense_flops": dense,
-        "plan_flops": prefill_flops(config, tokens, plan.layers, plan.ratios, ranks=ranks),
+        "plan_flops": prefill_flops(
+            config, tokens, plan.layers, plan.ratios, ranks=ranks, keep_multiple=plan.keep_multiple
+        ),
         "flop_bound": bound,
         "map_flops": sum(4 * tokens * rank * sizes.hidden for rank in ranks.values()),
         "dense_cache_bytes": item_size * _cached(sizes, tokens, set()),

@@ -66,12 +66,12 @@ def random_model(
     from transformers import AutoModelForCausalLM
 
     from orthorank.models import pick_device, pick_dtype
-    from orthorank.stack.causal_attention import NAME, register
+    from orthorank.stack.causal_attention import NAME, register_causal_attention
 
     place = pick_device(str(device))
     read = read_config(config, layers)
     if attention == NAME:
-        register()
+        register_causal_attention()
     options = {"dtype": pick_dtype(dtype, place), "attn_implementation": attention}
     with torch.random.fork_rng([place] if place.type == "cuda" else []), torch.device(place):
         torch.manual_seed(seed)

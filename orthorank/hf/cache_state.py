@@ -22,7 +22,18 @@ ATTRIBUTE = "orthorank_sinks"
 PLAN = "orthorank_plan"
 # The fields that matter only under the value of another one.
 UNDER = {"seed": ("criterion", "random"), "select_window": ("select", "window"), "thresholds": ("select", "threshold")}
-SETTINGS = ("criterion", "seed", "select", "select_window", "thresholds", "kv", "update_sink", "sinks", "decode")
+SETTINGS = (
+    "criterion",
+    "seed",
+    "keep_multiple",
+    "select",
+    "select_window",
+    "thresholds",
+    "kv",
+    "update_sink",
+    "sinks",
+    "decode",
+)
 
 
 def identity(plan: "OrthoRankConfig") -> str:

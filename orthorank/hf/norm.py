@@ -77,32 +77,38 @@ class Norm:
         return (kind in (nn.Parameter, Tensor) or kind.__name__ == "FakeTensor") and weight.dtype == x.dtype
 
     @contextmanager
-    def applied(self, x: Tensor) -> Iterator[tuple[Tensor | None, dict[str, Any]]]:
+    def weights(self, x: Tensor) -> Iterator[dict[str, Any] | None]:
         """What the kernels norm ``x`` by, on the device where the norm runs: weight, eps, norm, bias, weight_offset.
 
-        Before that, None; or where the module has to be called, the norm of ``x``, of which the kernels then take the
-        identity. ``accelerate`` keeps offloaded weights elsewhere until the module is called.
+        None where the module has to be called. ``accelerate`` keeps offloaded weights elsewhere until that.
         """
-        if self.module is None:
-            yield None, IDENTITY
+        module = self.module
+        if module is None:
+            yield IDENTITY
             return
         if not self.is_weights(x):
-            yield self.module(x), IDENTITY
+            yield None
             return
-        hook = getattr(self.module, "_hf_hook", None)
+        hook = getattr(module, "_hf_hook", None)
         if hook is not None:
-            hook.pre_forward(self.module)
+            hook.pre_forward(module)
         try:
-            yield (
-                None,
-                {
-                    "weight": self.module.weight,
-                    "eps": self.eps,
-                    "norm": self.kind,
-                    "bias": getattr(self.module, "bias", None),
-                    "weight_offset": self.weight_offset,
-                },
-            )
+            yield {
+                "weight": module.weight,
+                "eps": self.eps,
+                "norm": self.kind,
+                "bias": getattr(module, "bias", None),
+                "weight_offset": self.weight_offset,
+            }
         finally:
             if hook is not None:
-                hook.post_forward(self.module, None)
+                hook.post_forward(module, None)
+
+    @contextmanager
+    def applied(self, x: Tensor) -> Iterator[tuple[Tensor | None, dict[str, Any]]]:
+        """`weights`, and None before them; where the module has to be called, the norm of ``x`` and the identity."""
+        with self.weights(x) as how:
+            if how is None:
+                yield self.module(x), IDENTITY
+            else:
+                yield None, how

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.patching import is_changed, is_code_of_class, not_compiled
 from orthorank.hf.family import Family, split_heads
-from orthorank.hf.norm import Norm
+from orthorank.hf.norm import IDENTITY, Norm
 from orthorank_kernels import apply_rotary_at, gather_add_rms_norm, silu_and_mul
 
 Tables = tuple[Tensor, Tensor]  # cos and sin
@@ -164,27 +164,24 @@ class Parts:
             addend: attention's output; selected: what attention read, of the same tokens.
         """
         inner, post = self.norm_attended, self.norm_post
-        if not inner.is_weights(addend) or (
-            inner.module is not None and (post.module is not None and inner.eps != post.eps)  # one pass has one eps
-        ):
+        # One pass has one eps.
+        apart = inner.module is not None and post.module is not None and inner.eps != post.eps
+        if inner.module is not None and (apart or not inner.is_weights(addend)):
             addend, inner = inner(addend).to(hidden_states.dtype), Norm(None)
-        by_weights = post.is_weights(hidden_states)
-        with (
-            inner.applied(addend) as (_, attended),
-            (post if by_weights else Norm(None)).applied(hidden_states) as (_, behind),
-        ):
-            eps = attended["eps"] if behind["norm"] == "identity" else behind["eps"]
-            offset = max(attended.get("weight_offset", 0.0), behind.get("weight_offset", 0.0))
-            options = behind | {"eps": eps, "weight_offset": offset}
+        with inner.weights(addend) as attended, post.weights(hidden_states) as behind:
+            assert attended is not None  # else its module was called
+            options = IDENTITY if behind is None else behind
+            eps = attended["eps"] if options["norm"] == "identity" else options["eps"]
+            offset = max(attended.get("weight_offset", 0.0), options.get("weight_offset", 0.0))
             residual, normed = gather_add_rms_norm(
                 hidden_states,
                 positions,
                 addend,
                 scale=self.residual_scale,
                 addend_weight=attended["weight"],
-                **options,
+                **options | {"eps": eps, "weight_offset": offset},
             )
-        if not by_weights:
+        if behind is None:
             normed = post(residual)
         return residual, selected if self.parallel else normed
 

@@ -73,16 +73,15 @@ class Picked(NamedTuple):
 def prepared(call: Call, plan: OrthoRankConfig, device: torch.device) -> Call:
     """``call`` with what every selecting layer of ``plan`` would compute anew, on ``device``."""
     workspace = torch.zeros(call.batch, dtype=torch.int32, device=device)
-    call = dataclasses.replace(call, workspace=workspace, update_sink=plan.update_sink)
+    call = dataclasses.replace(call, workspace=workspace, update_sink=plan.update_sink, multiple=plan.keep_multiple)
     if call.lengths is not None:
         call = dataclasses.replace(call, valid=call.lengths.sum())
     if plan.select == "window":
         return dataclasses.replace(call, windows=windows_by_ratio(plan, call, device))
-    if plan.select == "threshold" or call.lengths is None:
+    if plan.select == "threshold":
         return call
     ratios = {plan.ratio(layer) for layer in plan.selecting}
-    counted = {ratio: (each, each.sum()) for ratio in ratios if isinstance(each := call.counts(ratio)[0], Tensor)}
-    return dataclasses.replace(call, counted=counted)
+    return dataclasses.replace(call, counted={ratio: call.counted_for(ratio) for ratio in ratios})
 
 
 def is_plain(plan: OrthoRankConfig, call: Call) -> bool:
@@ -232,7 +231,7 @@ def _unpacked(rows: Tensor, counts: Tensor, tokens: int, most: int) -> Tensor:
     batch = counts.shape[0]
     before = counts.cumsum(0) - counts  # selected tokens of the rows above
     row = rows.clamp(min=0).long() // tokens
-    place = row * most + torch.arange(len(rows), device=rows.device) - before[row]
+    place = row * most + torch.arange(len(rows), device=rows.device) - before.index_select(0, row)
     place = torch.where(rows < 0, batch * most, place)  # one place more, for what is not there
     positions = torch.full((batch * most + 1,), -1, dtype=torch.int32, device=rows.device)
     return positions.scatter(0, place, torch.where(rows < 0, -1, rows % tokens))[:-1].view(batch, most)

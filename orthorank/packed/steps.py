@@ -39,6 +39,7 @@ class Segment:
         position: of the first of them in its request.
         forced: so many at its end are updated in any case; all: all of them are.
         apart: so many forced tokens behind it, counted with it, are a segment of their own.
+        multiple: the plan's ``keep_multiple``.
     """
 
     row: int
@@ -47,6 +48,7 @@ class Segment:
     forced: int = 0
     all: bool = False
     apart: int = 0
+    multiple: int = 1
 
     @property
     def has_sink(self) -> bool:
@@ -57,7 +59,8 @@ class Segment:
         """How many a layer of that keep ratio updates."""
         if self.all:
             return self.tokens
-        together = keep_count(self.tokens + self.apart, ratio, self.forced + self.apart, sink_inside=self.has_sink)
+        tokens, forced = self.tokens + self.apart, self.forced + self.apart
+        together = keep_count(tokens, ratio, forced, sink_inside=self.has_sink, multiple=self.multiple)
         return together - self.apart
 
     def divided(self) -> "list[Segment]":
@@ -78,7 +81,7 @@ class Segment:
 
 
 def segments_of(
-    row: int, tokens: int, cached: int, prompt: int, *, keep_last: int = 0, window: int | None = None
+    row: int, tokens: int, cached: int, prompt: int, *, keep_last: int = 0, window: int | None = None, multiple: int = 1
 ) -> list[Segment]:
     """The segments of one request.
 
@@ -87,6 +90,7 @@ def segments_of(
         cached: its tokens that were computed before; prompt: length of its prompt.
         keep_last: how many tokens at the prompt's end are always updated, counted inside the keep ratio.
         window: tokens of a window of ``select="window"``; None: the chunk is one segment.
+        multiple: the plan's ``keep_multiple``.
 
     Example:
         A chunk of 100 tokens that starts at position 64, with 150 tokens in the prompt: two windows of 64, of which the
@@ -102,7 +106,7 @@ def segments_of(
     if window is not None and inside > cached:
         edges[1:1] = range(cached - cached % window + window, inside, window)
     pieces = [
-        Segment(row + a - cached, b - a, a, forced=min(b - a, max(0, b - (prompt - keep_last))))
+        Segment(row + a - cached, b - a, a, forced=min(b - a, max(0, b - (prompt - keep_last))), multiple=multiple)
         for a, b in pairwise(edges)
         if b > a
     ]
@@ -175,7 +179,15 @@ def make_step(
     below = plan.select == "threshold"
     for (begin, end), before, prompt, slot in zip(pairwise(starts), cached, prompts, sink_slots, strict=True):
         if end > begin:
-            own = segments_of(begin, end - begin, before, prompt, keep_last=plan.keep_last, window=plan.select_window)
+            own = segments_of(
+                begin,
+                end - begin,
+                before,
+                prompt,
+                keep_last=plan.keep_last,
+                window=plan.select_window,
+                multiple=plan.keep_multiple,
+            )
             segments += own if below else [part for segment in own for part in segment.divided()]
         slots += [slot] * (len(segments) - first_segment[-1])
         first_segment.append(len(segments))

@@ -229,7 +229,10 @@ def plan_key(plan: OrthoRankConfig | None) -> dict[str, Any] | None:
     if plan is None:
         return None
     about = ("calibration", "measured", "version", "model_id", "model_revision", "sink_layer")
-    return {name: value for name, value in plan.to_dict().items() if name not in about}
+    key = {name: value for name, value in plan.to_dict().items() if name not in about}
+    if key["keep_multiple"] == 1:  # what there was not when the first figures were kept
+        del key["keep_multiple"]
+    return key
 
 
 def measured_of(plan: OrthoRankConfig | None) -> dict[str, Any] | None:

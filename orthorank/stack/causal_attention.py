@@ -4,6 +4,9 @@ Transformers' own ``"sdpa"`` gives PyTorch ``is_causal=True`` and grouped heads 
 or captured it builds a mask ``[batch, 1, tokens, tokens]`` and repeats keys and values for every query head: another,
 slower model, beside which a plan would look better than it is. The attention registered here does the same in every
 mode, for prompts that need no mask; what would need one is refused.
+
+Padding on the right needs no mask either: no token of a row sees what stands behind it. So a second name,
+``"sdpa_causal_right_padded"``, lets it pass, for prompts that are padded to the length of a captured graph.
 """
 
 from typing import Any
@@ -15,10 +18,16 @@ from orthorank.calls.masks import PACKED
 from orthorank.common.errors import OrthoRankError
 
 NAME = "sdpa_causal"
+RIGHT_PADDED = "sdpa_causal_right_padded"
 
 
-def register() -> str:
+def register_causal_attention(*, right_padded: bool = False) -> str:
     """Make ``"sdpa_causal"`` known to transformers as an attention implementation; again does no harm.
+
+    Args:
+        right_padded: whether prompts may be padded on the right: ``"sdpa_causal_right_padded"``. What layers make of
+            the padding means nothing; the mask says to a plan what is padding. A mask with padding elsewhere is
+            refused, except while a graph is made, where it cannot be looked at.
 
     Returns:
         The name, for ``attn_implementation`` or ``model.set_attn_implementation``.
@@ -30,15 +39,20 @@ def register() -> str:
         ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)).eval()
         >>> ids = torch.arange(12)[None]
         >>> plain = model(ids).logits
-        >>> model.set_attn_implementation(register())
+        >>> model.set_attn_implementation(register_causal_attention())
         >>> torch.allclose(model(ids).logits, plain, atol=1e-5)
+        True
+        >>> model.set_attn_implementation(register_causal_attention(right_padded=True))
+        >>> padded, mask = torch.nn.functional.pad(ids, (0, 4)), torch.arange(16)[None] < 12
+        >>> torch.allclose(model(padded, attention_mask=mask).logits[:, :12], plain, atol=1e-5)
         True
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(NAME, causal_attention)
-    AttentionMaskInterface.register(NAME, no_mask)
-    return NAME
+    name, mask = (RIGHT_PADDED, no_mask_but_right_padding) if right_padded else (NAME, no_mask)
+    AttentionInterface.register(name, causal_attention)
+    AttentionMaskInterface.register(name, mask)
+    return name
 
 
 def causal_attention(
@@ -108,6 +122,31 @@ def no_mask(
             raise _refusal("attention_mask has padding", "takes prompts of one length")
     if isinstance(q_offset, Tensor) or q_offset + q_length != kv_length:
         raise _refusal("the call has a cache that is allocated ahead of time", "would see its empty places")
+
+
+def no_mask_but_right_padding(
+    *, attention_mask: Tensor | None = None, q_length: Any = 1, kv_length: Any = 1, q_offset: Any = 0, **kwargs: Any
+) -> None:
+    """`no_mask` where rows may be padded on the right, over their prompts.
+
+    Raises:
+        OrthoRankError: padding elsewhere, as far as it can be seen; padding and keys from before the call; a static
+            cache.
+    """
+    no_mask(q_length=q_length, kv_length=kv_length, q_offset=q_offset)
+    if attention_mask is None or torch.compiler.is_compiling() or _capturing(attention_mask):
+        return
+    mask = attention_mask != 0
+    if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        raise OrthoRankError(
+            f"attention_mask has padding before tokens, and the attention {RIGHT_PADDED!r} lets every token see all "
+            "before it: pad on the right, or call model.set_attn_implementation('sdpa')"
+        )
+    if q_offset and not bool(mask.all()):
+        raise OrthoRankError(
+            f"attention_mask has padding in the cache of the call, and the attention {RIGHT_PADDED!r} would see it: "
+            "crop the cache to the prompt's length (cache.crop), or call model.set_attn_implementation('sdpa')"
+        )
 
 
 def _capturing(tensor: Tensor) -> bool:

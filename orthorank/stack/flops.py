@@ -96,6 +96,7 @@ def prefill_flops(
     keep_ratio: float | Mapping[int, float] = 1.0,
     logits: str = "last",
     ranks: Mapping[int, int] | None = None,
+    keep_multiple: int = 1,
 ) -> float:
     """FLOPs of processing one prompt; a batch takes as many times more.
 
@@ -107,6 +108,7 @@ def prefill_flops(
             mapping gives each of them its own, as `OrthoRankConfig.ratios` does.
         logits: ``"last"``: the head runs on one token (``logits_to_keep=1``); ``"all"``: on every token.
         ranks: of the maps of corrected layers, by layer, as `OrthoRankConfig.ranks` has them.
+        keep_multiple: as in `OrthoRankConfig`.
 
     Returns:
         Floating-point operations, a multiply-add counted as 2.
@@ -139,7 +141,7 @@ def prefill_flops(
     total = 2.0 * sizes.hidden * sizes.vocabulary * (1 if logits == "last" else tokens)
     for index in range(sizes.layers):
         if (ratio := ratios.get(index, 1.0)) > 0:
-            total += sizes.layer(index, tokens, keep_count(tokens, ratio))
+            total += sizes.layer(index, tokens, keep_count(tokens, ratio, multiple=keep_multiple))
     return total + sum(sizes.map(tokens, rank) for rank in (ranks or {}).values())
 
 
@@ -158,6 +160,7 @@ def flop_speedup(
     keep_ratio: float | Mapping[int, float],
     logits: str = "last",
     ranks: Mapping[int, int] | None = None,
+    keep_multiple: int = 1,
 ) -> float:
     """Dense FLOPs divided by the plan's: the speed-up if time were proportional to FLOPs. Arguments as above.
 
@@ -170,7 +173,7 @@ def flop_speedup(
         1.183
     """
     dense = prefill_flops(config, tokens, logits=logits)
-    return dense / prefill_flops(config, tokens, layers, keep_ratio, logits, ranks)
+    return dense / prefill_flops(config, tokens, layers, keep_ratio, logits, ranks, keep_multiple)
 
 
 def layer_cost(config: Any, tokens: int, keep_ratio: float) -> float:

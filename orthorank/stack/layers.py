@@ -152,7 +152,7 @@ class LayerStack:
             output = self.layers[layer](hidden_states, **kwargs)
             return output[0] if isinstance(output, tuple) else output
         plan = OrthoRankConfig(layers=[layer], keep_ratio=keep_ratio, criterion=criterion, **options)
-        call = replace(inputs.call, update_sink=plan.update_sink).on(device)
+        call = replace(inputs.call, update_sink=plan.update_sink, multiple=plan.keep_multiple).on(device)
         of_layer, found = self.layers[layer], self._taken_apart.get(layer)
         if found is None or found.beneath is not forward_of(of_layer):
             found = self._taken_apart[layer] = TakenApart(self.family, of_layer, layer, forward_of(of_layer))

@@ -35,12 +35,38 @@ def test_keep_count(n, ratio, keep_last, expected):
         assert counts.tolist() == [expected, expected]
 
 
-@given(n=st.integers(0, 10**6), ratio=st.floats(0, 1), keep_last=st.integers(0, 10))
+@given(
+    n=st.integers(0, 10**6),
+    ratio=st.floats(0, 1),
+    keep_last=st.integers(0, 10),
+    multiple=st.sampled_from([1, 2, 64, 128]),
+    sink=st.booleans(),
+)
 @settings(max_examples=200, deadline=None, derandomize=True)
-def test_keep_count_is_one_function_for_ints_and_tensors(n, ratio, keep_last):
-    count = keep_count(n, ratio, keep_last)
+def test_keep_count_is_one_function_for_ints_and_tensors(n, ratio, keep_last, multiple, sink):
+    count = keep_count(n, ratio, keep_last, sink_inside=sink, multiple=multiple)
     assert 0 <= count <= n
-    assert keep_count(torch.tensor(n), ratio, keep_last).item() == count
+    assert keep_count(torch.tensor(n), ratio, keep_last, sink_inside=sink, multiple=multiple).item() == count
+
+
+@given(n=st.integers(1, 10**4), ratio=st.floats(0.01, 0.99), keep_last=st.integers(0, 10), sink=st.booleans())
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_a_multiple_is_reached_as_far_as_there_are_tokens_but_the_sink(n, ratio, keep_last, sink):
+    at_least = keep_count(n, ratio, keep_last, sink_inside=sink)
+    plain = keep_count(n, ratio, sink_inside=sink)
+    rounded = -(-plain // 64) * 64
+    assert keep_count(n, ratio, keep_last, sink_inside=sink, multiple=64) == min(n - sink, max(at_least, rounded))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_a_multiple_changes_neither_removed_nor_dense_layers(ratio):
+    assert keep_count(100, ratio, multiple=64) == keep_count(100, ratio)
+
+
+@pytest.mark.parametrize("multiple", [0, -1, 1.0, True, "64"])
+def test_an_illegal_multiple_is_refused(multiple):
+    with pytest.raises((TypeError, ValueError), match="multiple"):
+        keep_count(100, 0.5, multiple=multiple)
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_it_computes_what_sdpa_computes(tiny_config: Path) -> None:
         model.set_attn_implementation("sdpa")
         handle = None if plan is None else apply(model, plan)
         expected = model(IDS).logits
-        model.set_attn_implementation(causal_attention.register())
+        model.set_attn_implementation(causal_attention.register_causal_attention())
         torch.testing.assert_close(model(IDS).logits, expected)
         torch.testing.assert_close(model(IDS, attention_mask=ones).logits, expected)
         if handle is not None:

@@ -24,6 +24,7 @@ OTHERS = {
     "removed": ({"keep_ratio": 0}, "its keep ratio by layer is"),
     "criterion": ({"criterion": "inverse"}, "its criterion is inverse, and that of the one applied now orthogonal"),
     "window": ({"select": "window", "select_window": 4}, "its select is window"),
+    "keep_multiple": ({"keep_multiple": 3}, "its keep_multiple is 3, and that of the one applied now 1"),
     "update_sink": ({"update_sink": True}, "its update_sink is True, and that of the one applied now False"),
     "sinks": ({"sinks": "auto"}, "its sinks is auto"),
     "threshold": ({"select": "threshold", "thresholds": {1: 0.1, 2: 0.2}}, "its select is threshold"),

@@ -46,6 +46,23 @@ def test_a_padded_row_of_a_mixed_plan_is_the_row_alone(tiny_model: Any) -> None:
     assert rows == [(0, 33, 5 + 3), (1, 33, 0), (2, 33, 15 + 9), (3, 33, 33)]
 
 
+def test_each_row_updates_a_multiple_as_far_as_it_has_tokens(tiny_model: Any) -> None:
+    """Of 20, 13 and 5 tokens a quarter is 5, 3 and 1; in eights 8, 8 and 4, since the sink is never updated."""
+    model = tiny_model("llama")
+    ids = torch.randint(3, 128, (3, TOKENS), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1, :7] = mask[2, :15] = 0
+    plan = OrthoRankConfig(layers=[1], keep_ratio=0.25, keep_multiple=8)
+    with torch.no_grad(), apply(model, plan) as handle:
+        together = model(ids, attention_mask=mask).logits
+        assert handle.stats[1].tokens_updated == 8 + 8 + 4
+        for row, padding in enumerate((0, 7, 15)):
+            statement.assert_close(together[row : row + 1, padding:], model(ids[row : row + 1, padding:]).logits)
+        assert handle.stats[1].tokens_updated == 2 * (8 + 8 + 4)
+    expected = statement.logits_by_rule(model, ids[:1], {1: partial(statement.selected_mask, k=8)})
+    statement.assert_close(together[:1], expected)
+
+
 def test_decoding_passes_all_but_the_removed_layer(tiny_model: Any) -> None:
     model, ids = tiny_model("llama"), torch.arange(3, 3 + TOKENS)[None]
     pruned = without_layers(model, [1])

@@ -26,11 +26,12 @@ def ids_of(rows: int, tokens: int, seed: int = 0) -> Tensor:
 
 def test_the_code_of_the_page_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict[str, Any] = {}
     with pytest.warns(UserWarning, match=f"{WORDS} 0 ends in 14 equal tokens"):
         exec(compile(blocks[0], "docs/padding.md, block 0", "exec"), names)
-    exec(compile(blocks[1], "docs/padding.md, block 1", "exec"), names)
+    for number in (1, 2):
+        exec(compile(blocks[number], f"docs/padding.md, block {number}", "exec"), names)
 
 
 def test_right_padding_with_a_mask_is_the_row_alone_and_without_it_is_said() -> None:

@@ -139,6 +139,13 @@ def test_aligned_chunks_have_the_segments_of_the_whole(
     assert chunked == [(s.position, s.tokens, s.forced, s.count(ratio)) for s in whole]
 
 
+def test_a_prompt_updates_a_multiple_its_last_tokens_among_them() -> None:
+    plan = plan_of(keep_ratio=0.25, keep_last=2, keep_multiple=16)
+    step = step_of(plan, [Row(0, 100, 100), Row(0, 9, 9)])  # 25 and 2 without it
+    assert step.counts[0.25].tolist() == [30, 2, 6, 2], "those before the last two, then these"
+    assert step.selected[0.25] == 32 + 8
+
+
 @pytest.mark.parametrize("window", [None, 16])
 def test_tokens_behind_the_prompt_are_all_updated(window: int | None) -> None:
     """A single generated token, several, a prompt's end with some behind it, and all of it again after a preemption."""

@@ -50,6 +50,11 @@ def test_ideals_at_20_percent(model: Any, layers: int, with_all_logits: float, w
     assert round(flop_speedup(model, 2048, selected, 1 / 3), 3) == with_last_logits
 
 
+def test_a_multiple_costs_what_it_updates() -> None:
+    of_multiple = prefill_flops(LLAMA2_7B, 2048, [5], 1 / 3, keep_multiple=128)
+    assert of_multiple == prefill_flops(LLAMA2_7B, 2048, [5], 768 / 2048) > prefill_flops(LLAMA2_7B, 2048, [5], 1 / 3)
+
+
 def test_cost_of_a_selected_layer() -> None:
     assert round(layer_cost(LLAMA2_7B, 2048, 1 / 3), 2) == 0.44
     assert round(layer_cost(LLAMA3_8B, 2048, 1 / 3), 2) == 0.36
