@@ -137,9 +137,11 @@ def natural_loops(code: list[Instruction]) -> list[set[int]]:
 
 def _successors(code: list[Instruction]) -> list[list[int]]:
     index = {instruction.address: i for i, instruction in enumerate(code)}
-    meeting_points = {i.operands.split(",")[0]: i.target for i in code if i.base == "BSSY"}
+    meeting_points: dict[str, int | None] = {}  # by barrier register; a register serves one part of the code after another
     successors: list[list[int]] = []
     for i, instruction in enumerate(code):
+        if instruction.base == "BSSY":
+            meeting_points[instruction.operands.split(",")[0]] = instruction.target
         target, goes_on = None, True
         if instruction.base in ("EXIT", "RET", "KILL", "BRX"):
             goes_on = bool(instruction.predicate)

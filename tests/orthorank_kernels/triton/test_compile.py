@@ -166,3 +166,28 @@ def test_loops_are_found_with_what_lies_elsewhere_and_without_waiting():
     assert sass.count(ampere, sass.SPILLS) == 1
     assert ampere[1].flops == 2 * 16 * 8 * 16
     assert hopper[0].flops == 2 * 64 * 128 * 16 / 4
+
+
+DIVERGING = """
+        /*0000*/                   BSSY B0, `(.L_x_1) ;
+        /*0010*/               @P2 BRA `(.L_x_0) ;
+        /*0020*/                   STG.E desc[UR4][R2.64], R8 ;
+.L_x_0:
+        /*0030*/                   BSYNC B0 ;
+.L_x_1:
+        /*0040*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0050*/              @!P0 BRA `(.L_x_1) ;
+        /*0060*/                   BSSY B0, `(.L_x_3) ;
+        /*0070*/               @P2 BRA `(.L_x_2) ;
+        /*0080*/                   STG.E desc[UR4][R2.64], R8 ;
+.L_x_2:
+        /*0090*/                   BSYNC B0 ;
+.L_x_3:
+        /*00a0*/                   EXIT ;
+"""
+
+
+def test_threads_that_parted_meet_where_they_parted_last():
+    """One barrier register serves two places; with a single meeting point the loop between them is reached by none."""
+    (loop,) = sass.matrix_loops(sass.parse(DIVERGING))
+    assert [i.base for i in loop] == ["HGMMA", "BRA"]
