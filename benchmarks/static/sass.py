@@ -137,9 +137,7 @@ def natural_loops(code: list[Instruction]) -> list[set[int]]:
 
 def _successors(code: list[Instruction]) -> list[list[int]]:
     index = {instruction.address: i for i, instruction in enumerate(code)}
-    meeting_points: dict[
-        str, int | None
-    ] = {}  # by barrier register; a register serves one part of the code after another
+    meeting_points: dict[str, int | None] = {}  # by barrier register, which serves one part of the code after another
     successors: list[list[int]] = []
     for i, instruction in enumerate(code):
         if instruction.base == "BSSY":
