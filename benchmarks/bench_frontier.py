@@ -31,6 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.bench_budget import compare
+from benchmarks.frontier.curve import SHARES, compared
 from benchmarks.frontier.losses import TextLosses
 from benchmarks.frontier.path import Path_, at_level, lay
 from benchmarks.frontier.texts import Sizes, Windows, read_windows
@@ -191,6 +192,7 @@ def main() -> int:
     windows = read_windows(tokenizer, options.data, sizes, 8 if options.quick else MORE)
     bench = Bench(model, windows, select, options.rank, options.state, 4 if options.quick else STEPS, options.kept)
     rows = []
+    cells: dict[str, list[dict[str, Any]]] = {}
     for name in options.method:
         path = bench.path(name, sizes, min(options.levels), options.only != "measure" and not options.kept)
         if options.only == "search":
@@ -205,12 +207,16 @@ def main() -> int:
                 continue
             cell = bench.measure(name, path.plan(rounds), min(path.plan()))
             rows.append(row_of(cell, dense, level))
+            cells.setdefault(name, [dense]).append(cell)
             figures = "  ".join(f"{text} {value:.2f}" for text, value in rows[-1]["perplexity"].items())
             print(f"{name:20} {rows[-1]['flops']:.3f}  {figures}", flush=True)
     if options.json is not None and rows:
         dense_row = row_of(dense, dense, None)
         about = {"model": info.name, "dtype": options.dtype, "rank": options.rank, "tokens": TOKENS, "steps": STEPS}
-        write_json(options.json, about | {"sizes": sizes._asdict(), "rows": [dense_row, *rows]})
+        equal = {str(share): compared(cells, share) for share in SHARES}
+        write_json(
+            options.json, about | {"sizes": sizes._asdict(), "rows": [dense_row, *rows], "at_equal_flops": equal}
+        )
         print(f"wrote {options.json}")
     return 0
 

@@ -1,11 +1,13 @@
 """The frontier's texts have nothing in common, and its paths are what a plain loop lays."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.frontier.curve import at_share, compared
 from benchmarks.frontier.path import Path_, lay
 from benchmarks.frontier.texts import FIRST_TO_FIT, SHARED, Sizes, check_apart, read_windows
 from orthorank import OrthoRankError
@@ -47,6 +49,21 @@ def test_the_windows_of_the_frontier() -> None:
     assert json.loads(lines[0])["text"].startswith(tokenizer.decode(windows.test["C4"][0, :20]))
     with pytest.raises(OrthoRankError, match="what is measured must not be what was fitted to"):
         check_apart(windows.test["C4"][:2, :512], windows.test["C4"], "C4")
+
+
+def test_methods_are_compared_where_their_flops_are_equal() -> None:
+    dense = {"flops": 1.0, "losses": {"a text": [1.0, 2.0]}}
+    removed = [dense, {"flops": 0.8, "losses": {"a text": [2.0, 4.0]}}]
+    selected = [dense, {"flops": 0.9, "losses": {"a text": [1.2, 2.4]}}, {"flops": 0.7, "losses": {"a text": [2, 3]}}]
+    assert at_share(removed, 0.9) == {"a text": pytest.approx([1.5, 3.0])}
+    assert at_share(removed, 0.8) == {"a text": [2.0, 4.0]}
+    assert at_share(removed, 0.79) is None
+    first, second = compared({"removed": removed, "selected": selected, "mixed": [dense]}, 0.85)
+    assert "against_removed" not in first
+    assert second["method"] == "selected"
+    # 1.4 and 2.55 against 1.75 and 3.5
+    assert second["against_removed"]["a text"]["difference"] == pytest.approx(-0.65)
+    assert second["perplexity"]["a text"] == pytest.approx(math.exp(1.975), abs=1e-3)
 
 
 def costs(plan: dict[int, float]) -> float:

@@ -1,0 +1,53 @@
+"""Methods compared at equal FLOPs: each method's loss between two of its plans, window by window."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.bench_budget import compare
+
+Losses = dict[str, list[float]]  # of each text, window by window
+SHARES = (0.92, 0.82)
+
+
+def at_share(cells: Sequence[Mapping[str, Any]], share: float) -> Losses | None:
+    """The losses of a method at ``share`` of the dense model's FLOPs; None where its plans do not come to that.
+
+    On a straight line between the losses of its two plans next to it. Losses rise faster and faster as FLOPs fall, so
+    the line is a little above what a plan of just these FLOPs would have.
+
+    Args:
+        cells: plans with their ``flops`` and ``losses``, the dense model among them.
+    """
+    above = min((c for c in cells if c["flops"] >= share), key=lambda c: c["flops"], default=None)
+    below = max((c for c in cells if c["flops"] <= share), key=lambda c: c["flops"], default=None)
+    if above is None or below is None:
+        return None
+    apart = above["flops"] - below["flops"]
+    weight = (above["flops"] - share) / apart if apart else 0.0
+    return {
+        text: [(1 - weight) * a + weight * b for a, b in zip(values, below["losses"][text], strict=True)]
+        for text, values in above["losses"].items()
+    }
+
+
+def compared(cells: Mapping[str, Sequence[Mapping[str, Any]]], share: float) -> list[dict[str, Any]]:
+    """A row for each method that comes to ``share``, with its losses against those of removed layers of its kind.
+
+    Args:
+        cells: of each method, such as ``"selected,corrected"``, its plans and the dense model.
+    """
+    found = {name: losses for name, each in cells.items() if (losses := at_share(each, share)) is not None}
+    rows = []
+    for name, losses in found.items():
+        method, _, kind = name.partition(",")
+        removed = found.get(f"removed,{kind}" if kind else "removed")
+        row: dict[str, Any] = {
+            "method": name,
+            "perplexity": {text: round(math.exp(statistics.fmean(values)), 3) for text, values in losses.items()},
+        }
+        if method != "removed" and removed is not None:
+            row["against_removed"] = {text: compare(values, removed[text]) for text, values in losses.items()}
+        rows.append(row)
+    return rows
