@@ -11,7 +11,7 @@ DEMO_ARGS ?= --output orthorank-demo
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: help install demo lint format test test-slow test-order test-gpu test-browser test-vllm check report bench bench-install bench-model
-.PHONY: bench-search bench-gpu gpu rehearse-gpu docs clean
+.PHONY: bench-search bench-gpu gpu rehearse-gpu package docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -109,6 +109,15 @@ $(REHEARSE_VENV)/.installed:
 	$(REHEARSE_VENV)/bin/python -m pip install --quiet torch==2.11.0 triton==3.6.0 transformers==5.17.0 numpy==2.5.2 accelerate==1.15.0 \
 	  peft safetensors==0.8.0 pytest pytest-benchmark pytest-xdist pytest-timeout hypothesis typer rich matplotlib jinja2 pandas scipy coverage
 	$(REHEARSE_VENV)/bin/python -m pip install --quiet --no-deps --target $(REHEARSE_VENV)/NP22 numpy==2.2.6
+	@touch $@
+
+package: $(VENV)/.package-installed ## the source archive and the wheel in dist/, checked as an index checks them
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+
+$(VENV)/.package-installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt build twine
 	@touch $@
 
 docs: $(VENV)/.docs-installed ## the documentation as a site in build/site; a warning is an error
