@@ -15,6 +15,7 @@ from orthorank.calls.call import Call, Watcher
 from orthorank.calls.generating import generating
 from orthorank.calls.reading import Phase, context_lengths, phase_of
 from orthorank.calls.unmasked import Watch
+from orthorank.common import format as words
 from orthorank.common.call_lock import CallLock
 from orthorank.common.errors import OrthoRankError, check_integer, shown
 from orthorank.common.patching import Patch, forward_of
@@ -216,6 +217,18 @@ class Handle(AbstractContextManager["Handle"]):
         self._patches += self.layers
         for module in {model, decoder}:
             module.__dict__[ATTRIBUTE] = self
+
+    def __repr__(self) -> str:
+        """One line: what the plan does to which layers."""
+        kinds = {"select": self.selecting, "removed": [i for i in self.config.layers if self.config.ratio(i) == 0]}
+        said = [f"layers {words.layers(layers)} {kind}" for kind, layers in kinds.items() if layers]
+        applied = "applied to" if self._patches else "was removed from"
+        return f"<Handle: {'; '.join(said) or 'all layers dense'}; {applied} a {type(self.model).__name__}>"
+
+    def __str__(self) -> str:
+        """The table of `status`."""
+        number = len(decoder_of(self.model).layers)
+        return str(status_of(self.config, number, self.stats, family_of(self.model).note))
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the plan; what is said or under way around the original's calls is not of the copy."""

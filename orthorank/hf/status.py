@@ -91,9 +91,14 @@ class LayerCounts:
     @property
     def achieved_ratio(self) -> float | None:
         """Share of the tokens that were ranked which the layer updated, over all calls; None before the first."""
-        unranked = self._unranked.value() + int(self._compiled[3])
+        unranked = self.tokens_generated
         ranked = self.tokens_in - unranked
         return (self.tokens_updated - unranked) / ranked if ranked else None
+
+    @property
+    def tokens_generated(self) -> int:
+        """Generated tokens among them, which are all updated instead of being ranked."""
+        return self._unranked.value() + int(self._compiled[3])
 
     def __repr__(self) -> str:
         return f"LayerCounts(calls={self.calls}, tokens_in={self.tokens_in}, tokens_updated={self.tokens_updated})"
@@ -116,7 +121,8 @@ class LayerStatus:
     """One row of `status`: a layer's mode ("selected", "removed" or "dense") and counts. Dense layers count nothing.
 
     ``keep_ratio`` is what the plan asks for, ``achieved_ratio`` what became of it: the share of the prompt's tokens
-    (and of generated ones that are ranked, too) that were updated. None before there were any.
+    (and of generated ones that are ranked, too) that were updated. None before there were any. ``tokens_generated`` of
+    ``tokens_in`` were generated and all updated, without being ranked.
     """
 
     layer: int
@@ -126,11 +132,12 @@ class LayerStatus:
     tokens_in: int | None = None
     tokens_updated: int | None = None
     achieved_ratio: float | None = None
+    tokens_generated: int | None = None
 
 
 @dataclass(frozen=True)
 class Status:
-    """All layers of a model with a plan applied; ``str()`` gives a table.
+    """All layers of a model with a plan applied; ``str()`` gives a table of those that the plan names.
 
     ``note``: what is particular about the model's family, or nothing. ``correction``: which layers of a corrected plan
     have a map, and its rank; nothing without one. ``source``: repository and commit of a plan from the Hugging Face
@@ -143,11 +150,13 @@ class Status:
     source: str = ""
 
     def __str__(self) -> str:
-        head = f"{'layer':>5}  {'mode':<8}  {'keep':>5}  {'calls':>6}  {'tokens in':>10}  {'updated':>10}  achieved"
+        head = f"layer  mode       keep   calls  {'ranked':>10}  {'updated':>10}  share  {'generated':>10}"
+        lines = [_line(row) for row in self.rows if row.calls is not None]
+        others = [row.layer for row in self.rows if row.calls is None]
+        dense = f"dense: {words.layers(others)}" if others else ""
+        meaning = "ranked: tokens of prompts, of which a layer updates its share; generated ones are all updated"
         source = self.source and f"plan {self.source}"
-        return "\n".join(
-            [head, *(_line(row) for row in self.rows), *filter(None, (source, self.correction, self.note))]
-        )
+        return "\n".join([head, *lines, *filter(None, (dense, meaning, source, self.correction, self.note))])
 
 
 def status_of(config: OrthoRankConfig, num_layers: int, counts: dict[int, LayerCounts], note: str = "") -> Status:
@@ -158,7 +167,16 @@ def status_of(config: OrthoRankConfig, num_layers: int, counts: dict[int, LayerC
             seen = counts[layer]
             ratio = config.ratio(layer)
             mode = {0.0: "removed", 1.0: "dense"}.get(ratio, "selected")
-            row = LayerStatus(layer, mode, ratio, seen.calls, seen.tokens_in, seen.tokens_updated, seen.achieved_ratio)
+            row = LayerStatus(
+                layer,
+                mode,
+                ratio,
+                seen.calls,
+                seen.tokens_in,
+                seen.tokens_updated,
+                seen.achieved_ratio,
+                seen.tokens_generated,
+            )
         else:
             row = LayerStatus(layer, "dense", 1.0)
         rows.append(row)
@@ -168,9 +186,10 @@ def status_of(config: OrthoRankConfig, num_layers: int, counts: dict[int, LayerC
 
 
 def _line(row: LayerStatus) -> str:
-    if row.calls is None:
-        return f"{row.layer:>5}  {row.mode:<8}  {row.keep_ratio:>5.3g}"
+    generated = row.tokens_generated or 0
+    ranked, updated = (row.tokens_in or 0) - generated, (row.tokens_updated or 0) - generated
+    share = "-" if row.achieved_ratio is None else f"{row.achieved_ratio:.3f}"
     return (
-        f"{row.layer:>5}  {row.mode:<8}  {row.keep_ratio:>5.3g}  {row.calls:>6}  {row.tokens_in:>10}  "
-        f"{row.tokens_updated:>10}  {'-' if row.achieved_ratio is None else f'{row.achieved_ratio:.3f}':>8}"
+        f"{row.layer:>5}  {row.mode:<8}  {row.keep_ratio:>5.3f}  {row.calls:>6}  {ranked:>10,}  {updated:>10,}  "
+        f"{share:>5}  {generated:>10,}"
     )

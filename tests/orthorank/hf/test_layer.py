@@ -114,6 +114,21 @@ def test_status_counts_tokens(tiny_model: Any) -> None:
         status(model)
 
 
+def test_a_handle_says_what_it_does(tiny_model: Any) -> None:
+    """Of 12 tokens a quarter and then three generated ones; the generated ones stand apart."""
+    model = tiny_model("llama")
+    plan = OrthoRankConfig(layers=[0, 1, 3], keep_ratio=0.25, keep_ratios={3: 0})
+    handle = apply(model, plan)
+    model.generate(ids_of(1, 12), max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    lines = str(handle).splitlines()
+    assert lines[1].split() == ["0", "selected", "0.250", "4", "12", "3", "0.250", "3"]
+    assert lines[4] == "dense: 2"
+    assert str(handle) == str(status(model))
+    assert repr(handle) == "<Handle: layers 0, 1 select; layers 3 removed; applied to a LlamaForCausalLM>"
+    handle.remove()
+    assert repr(handle).endswith("was removed from a LlamaForCausalLM>")
+
+
 def test_gradients_flow_through_the_reference(tiny_model: Any) -> None:
     """A training step works: the selected layer's weights get the gradients of the naive statement."""
     model = tiny_model("llama")

@@ -18,7 +18,8 @@ def test_the_code_runs(tiny_model: Any, capsys: pytest.CaptureFixture[str]) -> N
         for number, block in enumerate(blocks):
             exec(compile(block, f"docs/modes.md, block {number}", "exec"), names)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[-1] == "achieved"
-    assert [line.split()[1] for line in lines[1:]] == ["dense", "selected", "removed", "selected"]
-    assert lines[2].split()[-1] == f"{(2 + 2) / 16:.3f}", "of two windows of 8"
+    assert lines[0].split() == ["layer", "mode", "keep", "calls", "ranked", "updated", "share", "generated"]
+    assert [line.split()[1] for line in lines[1:4]] == ["selected", "removed", "selected"]
+    assert lines[1].split()[4:] == ["32", "8", f"{(2 + 2) / 16:.3f}", "0"], "of two windows of 8 a row"
+    assert lines[4] == "dense: 0"
     assert names["logits"].shape == (2, 16, 128)
