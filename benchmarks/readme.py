@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import readme_reproduce
 
-from benchmarks import readme_docs, readme_gpu
+from benchmarks import readme_docs, readme_front, readme_gpu
 from benchmarks.readme_docs import RESULTS, load, table
 from orthorank.common import format as words
 
@@ -141,23 +141,20 @@ def byte_rows() -> list[list[str]]:
 
 
 def prefill_rows() -> list[list[str]]:
-    r = load("prefill_smollm2.json")
-    what = (
-        f"prefill of {r['speed']['prompt']:,} tokens, SmolLM2-135M, {len(r['layers'])} layers at ratio 1/3, "
-        f"{r['speed']['threads']} CPU thread(s)"
-    )
-    figure = (
-        f"{r['measured_speedup']:.3f}x of an ideal {r['flop_speedup']:.3f}x by FLOPs: "
-        f"{r['measured_over_ideal']:.2f} of what is possible"
-    )
-    return [
-        [
-            what,
-            figure,
-            f"`python benchmarks/bench_prefill.py --threads {r['speed']['threads']} --json "
-            "benchmarks/results/prefill_smollm2.json`",
-        ]
-    ]
+    command = "`python benchmarks/bench_prefill.py --threads 1 2 --json benchmarks/results/prefill_smollm2.json`"
+    lines = []
+    for r in load("prefill_smollm2.json")["rows"]:
+        speed = r["speed"]
+        what = (
+            f"prefill of {speed['prompt']:,} tokens, SmolLM2-135M, {len(r['layers'])} layers at ratio 1/3, "
+            f"{speed['dtype']}, {speed['threads']} CPU thread(s)"
+        )
+        figure = (
+            f"{r['measured_speedup']:.3f}x of an ideal {r['flop_speedup']:.3f}x by FLOPs: "
+            f"{r['measured_over_ideal']:.2f} of what is possible"
+        )
+        lines.append([what, figure, command])
+    return lines
 
 
 def criteria_rows() -> list[list[str]]:
@@ -224,6 +221,12 @@ def gpu_section() -> str:
     return readme_gpu.section(RESULTS)
 
 
+def in_docs(text: str) -> str:
+    """``text`` with links as a page of the documentation has them; result files are not among its pages."""
+    text = re.sub(r"\]\(docs/", "](", text)
+    return re.sub(r"\[[^\]]+\]\((benchmarks/[^)]+)\)", r"`\1`", text)
+
+
 def gpu_limits() -> str:
     """The same on a page of the documentation, whose links begin elsewhere."""
     return readme_gpu.section(RESULTS, docs="")
@@ -232,10 +235,14 @@ def gpu_limits() -> str:
 # By page: its marked sections, and what makes them.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
-        "demo": demo_section,
-        "reproduce": reproduce_section,
-        "results": results_section,
+        "frontier-front": readme_front.front_section,
+        "paper": readme_front.paper_section,
         "gpu": gpu_section,
+    },
+    "docs/results.md": {
+        "demo": demo_section,
+        "reproduce": lambda: in_docs(reproduce_section()),
+        "results": lambda: in_docs(results_section()),
     },
     "docs/limits.md": {"gpu": gpu_limits},
     "docs/correction.md": {

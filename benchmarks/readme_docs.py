@@ -37,6 +37,19 @@ def modes_section() -> str:
     return table(["mode", "perplexity", "loss above topk", "tokens updated: mean, least and most in a layer"], lines)
 
 
+def multiple_section() -> str:
+    """What rounding keep counts up is worth."""
+    lines = []
+    for row in load("multiple_smollm2.json")["rows"]:
+        against = row["against_1"]
+        change = f"{against['difference']:+.4f} ± {against['standard_error']:.4f}" if row["multiple"] > 1 else ""
+        updated = f"{row['updated']:,}"
+        flops = f"{row['flops']:.3f}"
+        lines.append([f"{row['tokens']:,}", str(row["multiple"]), updated, flops, f"{row['perplexity']:.2f}", change])
+    head = ["tokens", "`keep_multiple`", "updated", "FLOPs of the dense model's", "perplexity", "loss against 1"]
+    return table(head, lines)
+
+
 def search_section() -> str:
     """Plain, exact and fast search."""
     r = load("search_smollm2.json")

@@ -1,11 +1,15 @@
 """The README is true: its figures are those of the committed results, its code runs."""
 
+import doctest
+import importlib.util
 import json
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,7 +25,7 @@ def test_what_it_says_of_the_shipped_plans_is_in_a_committed_file() -> None:
     found = json.loads((ROOT / "benchmarks" / "results" / "shipped_smollm2.json").read_text())
     values = {row["name"]: row["perplexity"] for row in found["rows"]}
     ratio = found["log_ratio"]
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = " ".join((ROOT / "docs" / "results.md").read_text().split())
     assert (
         f"layer pruning has a perplexity of {values['layer pruning']:.1f} there and OrthoRank "
         f"{values['orthorank']:.1f}: level with pruning"
@@ -46,9 +50,31 @@ def test_the_install_lines_work_before_the_package_is_on_an_index() -> None:
     assert {"demo", "eval", "plot", "vllm", "triton", "hf"} <= named <= set(extras)
 
 
+def blocks() -> list[tuple[str, str]]:
+    """Language and text of every code block."""
+    return re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_first_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    at = next(number for number, (_, text) in enumerate(blocks()) if "load_model" in text)
+    exec(blocks()[at][1], {})
+    assert capsys.readouterr().out == blocks()[at + 1][1]
+
+
+def test_it_is_short_enough_to_be_read() -> None:
+    """About a thousand words beside tables and code."""
+    text = re.sub(
+        r"```.*?```|^\|.*?$|<!--.*?-->|\]\([^)]*\)",
+        "",
+        (ROOT / "README.md").read_text(),
+        flags=re.DOTALL | re.MULTILINE,
+    )
+    assert 600 < len(text.split()) < 1200
+
+
 def test_the_kernels_example_runs() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    example = next(block for block in blocks if "from orthorank_kernels import" in block)
+    example = next(text for _, text in blocks() if "from orthorank_kernels import" in text)
     names: dict[str, object] = {}
     exec(example, names)
     assert names["out"].shape == (1, 4, 85, 16)  # type: ignore[attr-defined]
@@ -59,6 +85,19 @@ def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if "://" not in target:
             assert (ROOT / target).exists(), target
+
+
+def test_what_an_index_shows_has_no_relative_link() -> None:
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert doctest.testmod(module).failed == 0
+    shown = module.with_absolute_links((ROOT / "README.md").read_text(), "https://host/me/it")
+    links = re.findall(r"\]\(([^)]+)\)", shown)
+    assert len(links) > 20
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
 
 
 def test_the_test_command_is_the_one_ci_calls() -> None:
