@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from orthorank.common.errors import OrthoRankError
     from orthorank.config import OrthoRankConfig
     from orthorank.hf.apply import Handle, apply, context, handle_of, status
+    from orthorank.hf.export import export_pruned
     from orthorank.hf.families import FAMILIES, register_family
     from orthorank.hf.family import Family
     from orthorank.hf.family_check import check_family
@@ -34,6 +35,7 @@ __all__ = [
     "check_family",
     "context",
     "distill_correction",
+    "export_pruned",
     "fit_correction",
     "handle_of",
     "load_model",
@@ -52,6 +54,7 @@ __getattr__, __dir__ = exports(
         "orthorank.common.errors": ("OrthoRankError",),
         "orthorank.config": ("OrthoRankConfig",),
         "orthorank.hf.apply": ("Handle", "apply", "context", "handle_of", "status"),
+        "orthorank.hf.export": ("export_pruned",),
         "orthorank.hf.families": ("FAMILIES", "register_family"),
         "orthorank.hf.family": ("Family",),
         "orthorank.hf.family_check": ("check_family",),

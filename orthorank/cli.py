@@ -79,6 +79,7 @@ COMMANDS = {
     "calibrate": "calibrate",
     "correct": "correct",
     "compare": "compare",
+    "export": "export",
     "vllm-args": "vllm_args",
     "lm-eval": "lm_eval",
 }

@@ -43,7 +43,8 @@ class OrthoRankConfig:
             before the norm (Table 3); or the name of one of your own (`orthorank.register_criterion`).
         seed: of ``criterion="random"``.
         keep_last: tokens at the end of a prompt that `generate()` always updates, counted inside ``keep_ratio``; their
-            logits start the answer. Calls of the model outside `generate()` use 0, as the paper does.
+            logits start the answer. Other calls of a model that generates use 0, as the paper does; those of an encoder
+            or a classifier, whose last token is pooled, use this number.
         decode: ``"dense"``: generated tokens pass every layer (except removed ones); ``"threshold"``: they are selected
             by the layer's threshold like all others (with ``select="threshold"``).
         select: ``"topk"``: exactly the ``floor(keep_ratio * tokens)`` best tokens of a sequence (or prefill chunk);

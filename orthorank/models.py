@@ -169,6 +169,21 @@ def pick_dtype(dtype: "str | torch.dtype | None", device: "torch.device") -> "to
     return dtype
 
 
+def stored_dtype(where: Location) -> "torch.dtype":
+    """The dtype that the configuration of a model says its weights are in; float32 where it says none, and of GGUF."""
+    import torch
+
+    if where.gguf_file:
+        return torch.float32
+    from transformers import AutoConfig
+
+    try:
+        stored = AutoConfig.from_pretrained(where.path).dtype
+    except Exception as error:
+        raise _unreadable(where, error) from error
+    return torch.float32 if stored is None else pick_dtype(stored, pick_device("cpu"))
+
+
 def _packaged() -> Location:
     spec = find_spec(PACKAGE)
     folders = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
@@ -205,8 +220,12 @@ def _load(
     except OrthoRankError:
         raise
     except Exception as error:  # transformers, safetensors and the tokenizers each have errors of their own
-        raise OrthoRankError(f"model {where.name!r} ({where.source}) cannot be loaded: {_sentence(error)}") from error
+        raise _unreadable(where, error) from error
     return model, tokenizer
+
+
+def _unreadable(where: Location, error: Exception) -> OrthoRankError:
+    return OrthoRankError(f"model {where.name!r} ({where.source}) cannot be loaded: {_sentence(error)}")
 
 
 def _check_family(where: Location, config: Any) -> None:

@@ -93,7 +93,7 @@ def keep_count(
     _checks.integer("n_valid", n_valid, at_least=0, at_most=MAX_COUNT)
     if isinstance(sink_inside, Tensor):
         raise TypeError("sink_inside is a tensor and n_valid an int; both must be tensors, or sink_inside a bool")
-    count = math.floor(keep_ratio * n_valid + 1e-6)
+    count = math.trunc(keep_ratio * n_valid + 1e-6)  # the floor, which an exported program cannot be saved with
     if not bounded:
         return max(0, count)
     count = (count + multiple - 1) // multiple * multiple

@@ -50,6 +50,10 @@ def apply(
     is on the right; with a plan the pads would be counted and ranked. A call without a mask that seems to end in
     padding warns, once.
 
+    A model without `generate()`, an encoder as `AutoModel` loads it or a classifier, is asked for the state of each
+    row's last token: there every call updates the plan's ``keep_last`` tokens at the end of each row, as `generate()`
+    does. ``with handle.prefilling(keep_last=0):`` forces none.
+
     Args:
         model: a causal LM of a known family (see `orthorank.FAMILIES` and `orthorank.register_family`), not patched
             yet; of a `PeftModel` or a compiled model the one inside is patched.
@@ -204,7 +208,7 @@ class Handle(AbstractContextManager["Handle"]):
         maps = {} if config.correction is None else config.correction.maps
         self.corrects_removed = any(config.ratio(layer) == 0 for layer in maps)
         self.identity = sink_state.identity(config)
-        self.phase = Phase()
+        self.phase = self._plain()
         self.lock = CallLock()
         self.call: Call | None = None
         self.watcher: Watcher | None = None
@@ -232,7 +236,15 @@ class Handle(AbstractContextManager["Handle"]):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the plan; what is said or under way around the original's calls is not of the copy."""
-        return vars(self) | {"phase": Phase(), "call": None, "watcher": None}
+        return vars(self) | {"phase": self._plain(), "call": None, "watcher": None}
+
+    def _plain(self) -> Phase:
+        """What holds of a call of which nobody said anything.
+
+        A model that generates is scored, as the paper does it, with no token forced. Of one that does not, an encoder
+        or a classifier, the last token's state is what is asked for.
+        """
+        return Phase(keep_last=0 if hasattr(self.model, "generate") else self.config.keep_last)
 
     def remove(self) -> None:
         """Undo the plan: the model gets back the identical objects it had.

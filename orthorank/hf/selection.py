@@ -231,7 +231,7 @@ def _unpacked(rows: Tensor, counts: Tensor, tokens: int, most: int) -> Tensor:
     batch = counts.shape[0]
     before = counts.cumsum(0) - counts  # selected tokens of the rows above
     row = rows.clamp(min=0).long() // tokens
-    place = row * most + torch.arange(len(rows), device=rows.device) - before.index_select(0, row)
+    place = row * most + torch.arange(rows.shape[0], device=rows.device) - before.index_select(0, row)
     place = torch.where(rows < 0, batch * most, place)  # one place more, for what is not there
     positions = torch.full((batch * most + 1,), -1, dtype=torch.int32, device=rows.device)
     return positions.scatter(0, place, torch.where(rows < 0, -1, rows % tokens))[:-1].view(batch, most)
@@ -264,7 +264,7 @@ def _most(call: Call, window: int, ratio: float) -> int:
     """The most tokens that a row can select; exactly that where `is_exact`."""
     decoded = call.decode_tokens if call.tails is None else 0
     if not is_exact(call):
-        selected = math.floor((ratio + 1e-6) * call.tokens + 2e-6)  # no window is empty, so there are no more of them
+        selected = math.trunc((ratio + 1e-6) * call.tokens + 2e-6)  # no window is empty, so there are no more of them
         forced = call.keep_last + int(call.update_sink)
         return call.tokens if call.tails is not None else min(call.tokens, selected + forced + decoded)
     total, prompt = decoded, call.prompt_tokens

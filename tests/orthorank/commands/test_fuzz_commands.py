@@ -56,6 +56,7 @@ class Given(NamedTuple):
 
     model: Path
     plan: Path
+    pruned: Path
     text: Path
     tasks: Path
     questions: Path
@@ -78,6 +79,7 @@ def usual(command: str, given: Given) -> list[str]:
         "calibrate": [*text, *plan, *windows],
         "correct": [*text, "--windows", "2", "--seq-len", "24", "--rank", "2"],
         "compare": [*plan, "--prompts", str(given.prompts), "--max-new-tokens", "2"],
+        "export": ["--plan", str(given.pruned), "--output", "exported"],
         "eval ppl": [*text, *plan, "--window", "24", "--windows", "1"],
         "eval tasks": ["--tasks", "rivers", "--include-path", str(given.tasks), "--limit", "1"],
         "eval longbench": ["--data", str(given.questions), "--limit", "1", "--max-tokens", "96"],
@@ -114,9 +116,13 @@ def value_of(option: str, rng: random.Random, paths: list[str]) -> str:
     return rng.choice(rng.choice([pool for pool in (ours, ours, NUMBERS, WORDS, paths) if pool]))
 
 
+def on_cpu(name: str) -> list[str]:
+    return [] if name == "export" else ["--device", "cpu"]  # where it always is
+
+
 def right_line(name: str, given: Given) -> list[str]:
     """The command ``name`` with what it needs, all of it right."""
-    model = [str(given.model), "--device", "cpu"]
+    model = [str(given.model), *on_cpu(name)]
     needed = {
         "env": [],
         "lm-eval": [],
@@ -142,7 +148,7 @@ def line_of(rng: random.Random, given: Given, wrong: list[str], kinds: dict[str,
     else:
         model = rng.choice([str(given.model), str(given.model), *wrong])
         first = {"demo": ["--model"], "correct": [rng.choice([str(given.plan), *paths])]}.get(name, [])
-        words += [*first, model, "--device", "cpu", *usual(name, given)]
+        words += [*first, model, *on_cpu(name), *usual(name, given)]
     own = [p for p in command.params if p.param_type_name == "option"] if command is not None else []
     for _ in range(rng.choice([0, 0, 1, 1, 2, 4])):
         option = rng.choice(own) if own and rng.random() < (0.95 if len(own) > 2 else 0.5) else None
@@ -242,8 +248,15 @@ def lines(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Lines:
     (tasks / "rivers.yaml").write_text(TASK.format(rows=tasks / "rows.jsonl"), encoding="utf-8")
     (folder / "questions.jsonl").write_text(json.dumps({"task": "lcc", "idx": 0, "prompt": "x = 1", "gold": ["y"]}))
     (folder / "prompts.txt").write_text("the river\nthe old bridge\n")
+    pruned = orthorank.OrthoRankConfig(layers=[3, 4], keep_ratio=0).save_pretrained(folder / "pruned")
     given = Given(
-        folder / "model", Path(plan), folder / "text.txt", tasks, folder / "questions.jsonl", folder / "prompts.txt"
+        folder / "model",
+        Path(plan),
+        Path(pruned),
+        folder / "text.txt",
+        tasks,
+        folder / "questions.jsonl",
+        folder / "prompts.txt",
     )
     return Lines(given, commands(), Counter())
 
@@ -307,5 +320,5 @@ def test_five_hundred_lines_at_random(
 
 
 def test_every_command_is_among_them() -> None:
-    assert len(commands()) == 16
+    assert len(commands()) == 17
     assert {"eval tasks", "eval longbench", "reproduce", "env", "lm-eval", "search"} <= set(commands())

@@ -1,5 +1,8 @@
 """Layers that are compiled one by one, windows of any length in a graph, and exported programs."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from tests.orthorank.statement import assert_close
 
 __all__ = ["fresh_compiler"]  # a fixture
 
+ROOT = Path(__file__).parents[3]
 LAYERS = list(range(1, 11))
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
 
@@ -77,25 +81,58 @@ def test_windows_of_any_length_are_one_graph(tiny_model: Any, corrected: Correct
     assert len(graphs.graphs) == 1
 
 
+EXPORTED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "corrected": {"correction": maps([1], hidden=32)},
+    "window": {"select": "window", "select_window": 8},
+}
+
+
+class Logits(torch.nn.Module):
+    """What is exported."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        return self.model(ids, use_cache=False).logits
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("corrected", [None, maps([1], hidden=32)], ids=["plain", "corrected"])
-def test_an_exported_program(tiny_model: Any, corrected: Correction | None) -> None:
+@pytest.mark.parametrize("way", [pytest.param("plain", marks=pytest.mark.slow), "corrected", "window"])
+def test_an_exported_program(tiny_model: Any, way: str) -> None:
     """Of any length, and without counting, so that it decomposes."""
     model = tiny_model("llama", num_hidden_layers=2, **SMALL)
-
-    class Logits(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return self.model(ids, use_cache=False).logits
-
     length = {"ids": {1: torch.export.Dim.AUTO}}
-    with apply(model, OrthoRankConfig(layers=[1], correction=corrected)) as handle:
-        program = torch.export.export(Logits(), (ids_of(1, 24),), dynamic_shapes=length).run_decompositions()
+    with apply(model, OrthoRankConfig(layers=[1], **EXPORTED[way])) as handle:
+        program = torch.export.export(Logits(model), (ids_of(1, 24),), dynamic_shapes=length).run_decompositions()
         assert handle.stats[1].calls == 0
         assert not program.graph_signature.buffers_to_mutate
         for tokens in (24, 17, 40):
             ids = ids_of(1, tokens)
             assert_close(program.module()(ids), model(ids, use_cache=False).logits)
+
+
+FRESH = """
+import sys
+import orthorank_kernels, torch
+program = torch.export.load(sys.argv[1]).module()
+torch.save([program(ids) for ids in torch.load(sys.argv[2])], sys.argv[3])
+assert not {"orthorank", "transformers"} & set(sys.modules)
+"""
+
+
+@torch.no_grad()
+def test_an_exported_program_in_a_fresh_process(tiny_model: Any, tmp_path: Path) -> None:
+    """Saved, and run where neither the model's code nor the method is: the operators alone are."""
+    model, asked = tiny_model("llama", num_hidden_layers=2, **SMALL), [ids_of(1, n) for n in (24, 7, 300)]
+    program, ids, found = (str(tmp_path / name) for name in ("program.pt2", "ids.pt", "found.pt"))
+    with apply(model, OrthoRankConfig(layers=[1])):
+        length = {"ids": {1: torch.export.Dim.AUTO}}
+        torch.export.save(torch.export.export(Logits(model), (asked[0],), dynamic_shapes=length), program)
+        expected = [model(each, use_cache=False).logits for each in asked]
+    torch.save(asked, ids)
+    subprocess.run([sys.executable, "-c", FRESH, program, ids, found], check=True, cwd=ROOT)
+    for got, wanted in zip(torch.load(found), expected, strict=True):
+        assert_close(got, wanted)

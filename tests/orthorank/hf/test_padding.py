@@ -24,14 +24,15 @@ def ids_of(rows: int, tokens: int, seed: int = 0) -> Tensor:
     return torch.randint(3, 120, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_code_of_the_page_runs() -> None:
+def test_the_code_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict[str, Any] = {}
     with pytest.warns(UserWarning, match=f"{WORDS} 0 ends in 14 equal tokens"):
         exec(compile(blocks[0], "docs/padding.md, block 0", "exec"), names)
-    for number in (1, 2):
-        exec(compile(blocks[number], f"docs/padding.md, block {number}", "exec"), names)
+    for number, block in enumerate(blocks[1:], 1):
+        exec(compile(block, f"docs/padding.md, block {number}", "exec"), names)
+    assert capsys.readouterr().out == "True\n", "of embeddings: nearer to the dense model's"
 
 
 def test_right_padding_with_a_mask_is_the_row_alone_and_without_it_is_said() -> None:

@@ -1,0 +1,97 @@
+"""``orthorank export``: a plan that only removes layers, as a smaller checkpoint that needs none of this package."""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orthorank.commands.screen import MODEL, RichScreen, console
+from orthorank.common.errors import OrthoRankError
+from orthorank.common.files import writable_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PLAN = "A plan file, its folder, or org/name@revision on the Hub. Every layer of it is removed, or dense."
+DTYPE = "float32, bfloat16 or float16. Default: as the checkpoint says; float32 of a .gguf file."
+NO_LLAMA_CPP = (
+    "Not for llama.cpp: it tells this model's kinds of layers apart by their number, so those behind a removed one "
+    "would be taken for another kind."
+)
+TOKENS = 64  # on which the checkpoint is compared with the plan
+
+
+def command(
+    plan: Annotated[str, typer.Option(help=PLAN, show_default=False)],
+    output: Annotated[Path, typer.Option(help="Folder for the checkpoint; none may be in it.", show_default=False)],
+    model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
+    dtype: Annotated[str | None, typer.Option(help=DTYPE, show_default=False)] = None,
+) -> int:
+    """Write a model without the layers that a plan removes, as an ordinary smaller checkpoint.
+
+    It loads in AutoModel, in vLLM without the plugin and wherever else such models do. Plans that select tokens or are
+    corrected are refused: no ordinary checkpoint holds that. Runs on the CPU; the checkpoint is loaded again, and its
+    logits must be those of the model with the plan. Prints the command with which llama.cpp prunes a .gguf file the
+    same way.
+    """
+    from orthorank.config import OrthoRankConfig
+    from orthorank.hf.export import check_empty, export_pruned, layers_alike, removed_layers
+
+    followed = OrthoRankConfig.from_pretrained(plan)
+    removed = removed_layers(followed)
+    folder = writable_folder(output)
+    check_empty(folder, "output")
+
+    from orthorank.common.loading import quiet
+    from orthorank.hf.apply import apply
+    from orthorank.models import load_model, locate, stored_dtype
+
+    where, screen = locate(model), RichScreen(console())
+    with screen.progress(f"loading {where.name}", 1):
+        loaded, tokenizer, info = load_model(model, "cpu", dtype or stored_dtype(where))
+    with apply(loaded, followed):
+        expected = _logits(loaded)
+    alike, before = layers_alike(loaded.config), info.parameters
+    with screen.progress(f"writing {folder}", 1), quiet():
+        export_pruned(loaded, followed, folder)
+        tokenizer.save_pretrained(folder)
+    del loaded
+    with screen.progress(f"loading {folder}", 1):
+        written, _, info = load_model(str(folder), "cpu", info.dtype)
+    difference = float((_logits(written) - expected).abs().max())
+    if difference != 0:
+        raise OrthoRankError(
+            f"the checkpoint in {folder} was written, and its logits are not those of the model with the plan: they "
+            f"differ by {difference:.3g}. Something in {where.name}'s configuration goes by a layer's number; do not "
+            "use it"
+        )
+    screen.heading(f"{info.name}: {where.name} without layer {', '.join(map(str, removed))}")
+    screen.say(
+        f"{info.num_hidden_layers} layers, {info.parameters / 1e6:,.1f} of {before / 1e6:,.1f} million weights, "
+        f"{info.dtype}; loaded again, logits of {TOKENS} tokens equal to those of the plan"
+    )
+    screen.say("The same in llama.cpp:" if alike else NO_LLAMA_CPP)
+    if alike:  # a line to be copied, so it is not broken
+        screen.console.print(llama_cpp(removed, where.gguf_file), soft_wrap=True)
+    return 0
+
+
+def llama_cpp(removed: list[int], gguf_file: str | None) -> str:
+    """The command with which llama.cpp removes these layers from a file.
+
+    >>> llama_cpp([3, 12], None)
+    'llama-quantize --prune-layers 3,12 MODEL.gguf PRUNED.gguf COPY'
+    """
+    pruned = ",".join(map(str, removed))
+    return f"llama-quantize --prune-layers {pruned} {shlex.quote(gguf_file or 'MODEL.gguf')} PRUNED.gguf COPY"
+
+
+def _logits(model: Any) -> "Tensor":
+    """Of the same random tokens each time."""
+    import torch
+
+    ids = torch.randint(model.config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits: Tensor = model(ids, use_cache=False).logits.float()
+    return logits
