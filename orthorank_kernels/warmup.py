@@ -66,7 +66,8 @@ def warmup(
         ops: names of the ops to prepare; None: all of the layout.
         options: keyword arguments that the model's calls will have, by op, such as
             ``{"rms_norm_score": {"weight_offset": 1.0}, "sparse_query_attention": {"window": 4096}}``. Without them,
-            k is an int in the batch layout and a tensor in the others, and no optional tensor is given.
+            k is an int in the batch layout and a tensor in the others, and no optional tensor is given, but that the
+            batch layout's attention is launched with queries to rotate, too.
         tokens: prompt lengths, one for each size that has a kernel of its own; fewer need less memory.
         device: the GPU. On a CPU nothing is compiled.
 
@@ -173,13 +174,15 @@ def _calls(m: _Model, layout: str, tokens: int, selected: int) -> dict[str, Call
         calls["add_low_rank"] = partial(add_low_rank, x, low, up, weight, **packed)
     if m.intermediate is not None:
         calls["silu_and_mul"] = partial(silu_and_mul, rows(selected, 2 * m.intermediate))
-    return calls | _attention(m, layout, tokens, q, positions)
+    return calls | _attention(m, layout, tokens, q, positions, table)
 
 
-def _attention(m: _Model, layout: str, tokens: int, q: Tensor, positions: Tensor) -> dict[str, Callable[..., Any]]:
+def _attention(
+    m: _Model, layout: str, tokens: int, q: Tensor, positions: Tensor, table: Tensor
+) -> dict[str, Callable[..., Any]]:
     if layout == "batch":
         k = m.zeros(1, m.kv_heads, tokens, m.head_dim)
-        return {"sparse_query_attention": partial(sparse_query_attention, q, k, k, positions)}
+        return {"sparse_query_attention": partial(_rotated_or_not, table, q, k, k, positions)}
     cu_selected, cu_keys = m.indices(0, positions.shape[0]), m.indices(0, tokens)
     if layout == "packed":
         k = m.zeros(tokens, m.kv_heads, m.head_dim)
@@ -189,6 +192,13 @@ def _attention(m: _Model, layout: str, tokens: int, q: Tensor, positions: Tensor
     table = torch.zeros(1, -(-tokens // k_cache.shape[1]), dtype=torch.int32, device=m.device)
     where = (positions, cu_selected, table, m.indices(tokens))
     return {"sparse_query_attention_paged": partial(sparse_query_attention_paged, q, k_cache, v_cache, *where)}
+
+
+def _rotated_or_not(table: Tensor, *args: Any, **options: Any) -> None:
+    """Attention of queries that are rotated, as in this package's own layers, and of others, unless options say."""
+    sparse_query_attention(*args, **options)
+    if "rotary_cos" not in options and table.shape[-1] % 2 == 0:
+        sparse_query_attention(*args, **options, rotary_cos=table, rotary_sin=table)
 
 
 def _with_k(op: Callable[..., Any], k: int | Tensor, *args: Any, **options: Any) -> Any:

@@ -45,7 +45,16 @@ def attention(
         layout.get("softcap"),
         empty(kv_heads * group) if layout.get("sinks") else None,
         bool(layout.get("lse")),
+        *rotary(keys, dim, layout.get("rotary", 0), bool(layout.get("interleaved"))),
     )
+
+
+def rotary(tokens: int, dim: int, part: int, interleaved: bool) -> tuple[Any, ...]:
+    """Tables of the first ``1 / part`` of a head's elements, and which of them are a pair; part 0: none."""
+    if part == 0:
+        return ()
+    table = empty(1, tokens, dim // part)
+    return table, table, interleaved, dim // part
 
 
 class Pages(NamedTuple):
@@ -176,6 +185,9 @@ def attention_cases() -> Iterator[Case]:
             "sinks": {"sinks": 1},
             "log-sum-exp": {"lse": 1},
             "soft-capping": {"softcap": 50},
+            "rotary": {"rotary": 1},
+            "rotary, a quarter": {"rotary": 4},
+            "rotary, interleaved": {"rotary": 1, "interleaved": 1},
         }.items():
             # The hyperbolic tangent is an exponential and a reciprocal more for each score.
             at = at_most(1.65 if "softcap" in options else 1.15, dim)

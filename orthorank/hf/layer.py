@@ -2,8 +2,8 @@
 
 h [tokens, hidden] --rms_norm_select--> x [tokens, hidden], positions [k]
 x --k_proj, v_proj--> K, V of all tokens --rotary--> cache
-x --gather_rows--> x_sel --q_proj, apply_rotary_at--> Q of the selected
-Q, K, V, positions --sparse_query_attention--> o --o_proj--> a
+x --gather_rows--> x_sel --q_proj--> Q of the selected
+Q, K, V, positions --sparse_query_attention, which rotates Q--> o --o_proj--> a
 h, positions, a --gather_add_rms_norm--> r = h[positions] + a, y = norm(r)
 y --mlp--> m;   h' --scatter_add_rows_--> r + m at positions (h' began as a copy of h, or as what a map made of it)
 
@@ -80,7 +80,7 @@ def selected_forward(
         return written
 
     selected = gather_rows(normed, positions)
-    queries = parts.rotate(parts.queries(selected), tables, positions)
+    queries = parts.queries(selected)
     options: dict[str, Any] = {"scale": parts.attention.scaling, "softcap": parts.softcap, "window": parts.window}
     options["sinks"] = parts.sinks
     if config.kv == "all":
@@ -91,11 +91,12 @@ def selected_forward(
             positions,
             starts=call.key_starts if call.key_starts is None or first_key == 0 else call.key_starts - first_key,
             query_offset=call.past - first_key,
+            **parts.rotation(tables),
             **options,
         )
     else:
         keys, values = parts.keys_and_values(selected)
-        keys = parts.rotate(keys, tables, positions)
+        queries, keys = (parts.rotate(heads, tables, positions) for heads in (queries, keys))
         attended = attention_among_selected(queries, keys, values, positions, tokens=call.tokens, **options)
     addend = parts.output(attended).to(hidden_states.dtype)  # autocast may have made it another
     residual, fed = parts.add_and_norm(hidden_states, positions, addend, selected)

@@ -127,9 +127,18 @@ class Parts:
         """``heads`` ``[batch, heads, selected, head_dim]`` rotated; positions: rows of the tables, None for all."""
         if tables is None:
             return heads
+        of = self.rotation(tables)
+        how = {"interleaved": of["rotary_interleaved"], "rotary_dim": of["rotary_dim"]}
+        return apply_rotary_at(heads, of["rotary_cos"], of["rotary_sin"], positions, **how)
+
+    def rotation(self, tables: Tables | None) -> dict[str, Any]:
+        """What `sparse_query_attention` takes to rotate its queries by ``tables``."""
+        if tables is None:
+            return {}
         cos, sin = tables
         width = cos.shape[-1] if self.family.angles == "halves" else cos.shape[-1] * 2
-        return apply_rotary_at(heads, cos, sin, positions, interleaved=self.family.interleaved, rotary_dim=width)
+        of = {"rotary_cos": cos, "rotary_sin": sin}
+        return {**of, "rotary_interleaved": self.family.interleaved, "rotary_dim": width}
 
     def keys_and_values(self, normed: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (not yet rotated) and values ``[batch, kv_heads, tokens, head_dim]`` of ``[batch, tokens, hidden]``."""

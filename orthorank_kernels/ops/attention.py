@@ -28,6 +28,10 @@ def sparse_query_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     return_lse: bool = False,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    rotary_interleaved: bool = False,
+    rotary_dim: int | None = None,
     out: _attention.Out = None,
     backend: str = "auto",
 ) -> Any:
@@ -59,6 +63,10 @@ def sparse_query_attention(
             (gpt-oss).
         return_lse: also return the natural logarithm of the softmax's denominator, sink included; a query that sees no
             key has -inf.
+        rotary_cos, rotary_sin: tables ``[batch or 1, tokens, width]`` to rotate q by as it is read, each query by the
+            row of its entry of ``positions``, as `apply_rotary_at` would before; None: q is not rotated. Floating
+            point, any strides whose last one is 1.
+        rotary_interleaved, rotary_dim: ``interleaved`` and ``rotary_dim`` of `apply_rotary_at`.
         out: where to write, laid out as what is returned: a tensor, or with ``return_lse`` a pair. None allocates.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``. Inputs that require grad take ``"torch"``.
 
@@ -82,9 +90,10 @@ def sparse_query_attention(
     _check(q, k, v, positions, starts)
     _checks.integer("query_offset", query_offset, at_least=-MAX_OFFSET, at_most=MAX_OFFSET)
     _attention.check_options(q, scale, window, softcap, sinks, return_lse)
+    rotary = _attention.check_rotary(q, positions, rotary_cos, rotary_sin, rotary_interleaved, rotary_dim)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    args = (q, k, v, positions, scale, window, starts, query_offset, softcap, sinks, return_lse)
+    args = (q, k, v, positions, scale, window, starts, query_offset, softcap, sinks, return_lse, *rotary)
     return _attention.run(_OP, args, q, backend, return_lse, _check_out(q, out, return_lse))
 
 

@@ -7,6 +7,7 @@ import torch
 from orthorank_kernels import checks as _checks
 from orthorank_kernels import dispatch
 from orthorank_kernels.op import Operator
+from orthorank_kernels.ops.rotary import check_tables
 
 Out = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
 SMALLEST_SCALE = 1e-10
@@ -52,6 +53,33 @@ def check_options(
                 "the softmax, and a head without a sink has a large negative one, such as -1e4"
             )
     _checks.flag("return_lse", return_lse)
+
+
+def check_rotary(
+    q: torch.Tensor,
+    positions: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    interleaved: bool,
+    rotary_dim: int | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, bool, int | None]:
+    """The four arguments as the operators take them, ``rotary_dim`` resolved; q and positions are checked already."""
+    _checks.flag("rotary_interleaved", interleaved)
+    if cos is None and sin is None:
+        if rotary_dim is not None:
+            raise ValueError(
+                f"rotary_dim is {rotary_dim} without tables; pass rotary_cos and rotary_sin, or leave it out"
+            )
+        return None, None, interleaved, None
+    for name, table, other in (("rotary_cos", cos, "rotary_sin"), ("rotary_sin", sin, "rotary_cos")):
+        if table is None:
+            raise ValueError(f"{name} is None and {other} is not; pass both tables, or neither")
+    assert cos is not None
+    assert sin is not None
+    batch = q.shape[0] if q.dim() == 4 else None
+    width = check_tables(("rotary_cos", "rotary_sin"), cos, sin, "q", q, batch, rotary_dim)
+    _checks.positions_inside(positions, cos.shape[-2], "rotary_cos")
+    return cos, sin, interleaved, width
 
 
 def run(

@@ -33,6 +33,10 @@ def sparse_query_attention_paged(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     return_lse: bool = False,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    rotary_interleaved: bool = False,
+    rotary_dim: int | None = None,
     out: _attention.Out = None,
     backend: str = "auto",
 ) -> Any:
@@ -76,6 +80,10 @@ def sparse_query_attention_paged(
             without dimensions for all heads, or ``[kv_heads]``; 1 if None.
         return_lse: also return the natural logarithm of the softmax's denominator, sink included; a query that sees no
             key has -inf.
+        rotary_cos, rotary_sin: tables ``[tokens, width]`` to rotate q by as it is read, each query by the
+            row of its entry of ``positions``, as `apply_rotary_at` would before; None: q is not rotated. Floating
+            point, any strides whose last one is 1.
+        rotary_interleaved, rotary_dim: ``interleaved`` and ``rotary_dim`` of `apply_rotary_at`.
         out: where to write, contiguous: a tensor, or with ``return_lse`` a pair. None allocates.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``. Inputs that require grad take ``"torch"``.
 
@@ -104,10 +112,11 @@ def sparse_query_attention_paged(
     _checks.integer("max_seqlen_k", max_seqlen_k, at_least=0, none="no bound")
     _attention.check_options(q, scale, window, softcap, sinks, return_lse)
     _check_pages(k_cache, positions, cu_selected, block_table, seq_lens, table_rows, window)
+    rotary = _attention.check_rotary(q, positions, rotary_cos, rotary_sin, rotary_interleaved, rotary_dim)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     indices = (positions, cu_selected, block_table, seq_lens, table_rows, max_seqlen_k)
-    args = (q, k_cache, v_cache, *indices, scale, window, softcap, sinks, k_scale, v_scale, return_lse)
+    args = (q, k_cache, v_cache, *indices, scale, window, softcap, sinks, k_scale, v_scale, return_lse, *rotary)
     return _attention.run(_OP, args, q, backend, return_lse, _attention.packed_out(q, out, return_lse))
 
 

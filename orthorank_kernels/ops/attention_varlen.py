@@ -27,6 +27,10 @@ def sparse_query_attention_varlen(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     return_lse: bool = False,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    rotary_interleaved: bool = False,
+    rotary_dim: int | None = None,
     out: _attention.Out = None,
     backend: str = "auto",
 ) -> Any:
@@ -58,6 +62,10 @@ def sparse_query_attention_varlen(
             (gpt-oss).
         return_lse: also return the natural logarithm of the softmax's denominator, sink included; a query that sees no
             key has -inf.
+        rotary_cos, rotary_sin: tables ``[tokens, width]`` to rotate q by as it is read, each query by the
+            row of its entry of ``positions``, as `apply_rotary_at` would before; None: q is not rotated. Floating
+            point, any strides whose last one is 1.
+        rotary_interleaved, rotary_dim: ``interleaved`` and ``rotary_dim`` of `apply_rotary_at`.
         out: where to write, contiguous: a tensor, or with ``return_lse`` a pair. None allocates.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``. Inputs that require grad take ``"torch"``.
 
@@ -80,10 +88,11 @@ def sparse_query_attention_varlen(
     _check(q, k, v, positions, cu_selected, cu_seqlens_k)
     _checks.integer("max_seqlen_k", max_seqlen_k, at_least=0, none="no bound")
     _attention.check_options(q, scale, window, softcap, sinks, return_lse)
+    rotary = _attention.check_rotary(q, positions, rotary_cos, rotary_sin, rotary_interleaved, rotary_dim)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     indices = (positions, cu_selected, cu_seqlens_k, max_seqlen_k)
-    args = (q, k, v, *indices, scale, window, softcap, sinks, return_lse)
+    args = (q, k, v, *indices, scale, window, softcap, sinks, return_lse, *rotary)
     return _attention.run(_OP, args, q, backend, return_lse, _attention.packed_out(q, out, return_lse))
 
 

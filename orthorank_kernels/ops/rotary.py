@@ -102,49 +102,70 @@ def _check(
     """Check everything but ``out``; returns how many elements of a head are rotated."""
     _checks.tensor("x", x, "[selected, heads, head_dim]" if packed else "[batch, heads, selected, head_dim]")
     _checks.flag("interleaved", interleaved)
-    batch, selected, head_dim = 1 if packed else x.shape[0], x.shape[0 if packed else 2], x.shape[-1]
-    table = "[tokens, width]" if packed else "[batch or 1, tokens, width]"
-    _checks.tensor("cos", cos, table)
-    _checks.tensor("sin", sin, table)
-    _checks.shape("sin", sin, cos.shape, "the shape of cos")
-    _checks.same_dtype("cos", cos, sin=sin)
-    _checks.same_device("x", x, cos=cos, sin=sin)
-    _checks.unit_last_stride(x=x, cos=cos, sin=sin)
-    if not packed and cos.shape[0] not in (1, batch):
-        raise ValueError(f"cos has shape {list(cos.shape)}; its first dimension must be the batch of x, {batch}, or 1")
-    width = _rotated(cos, sin, rotary_dim, head_dim)
+    batch, selected = None if packed else x.shape[0], x.shape[0 if packed else 2]
+    width = check_tables(("cos", "sin"), cos, sin, "x", x, batch, rotary_dim)
+    _checks.unit_last_stride(x=x)
     if positions is None:
         if cos.shape[-2] != selected:
             raise ValueError(
                 f"cos has {cos.shape[-2]} tokens and x {selected}; pass positions to say which tokens x holds"
             )
         return width
-    _checks.positions(positions, None if packed else batch, x)
-    _checks.shape("positions", positions, (selected,) if packed else (batch, selected), "the shape of x")
+    _checks.positions(positions, batch, x)
+    _checks.shape("positions", positions, (selected,) if batch is None else (batch, selected), "the shape of x")
     _checks.positions_inside(positions, cos.shape[-2], "cos")
     return width
 
 
-def _rotated(cos: Tensor, sin: Tensor, rotary_dim: int | None, head_dim: int) -> int:
+def check_tables(
+    names: tuple[str, str],
+    cos: Tensor,
+    sin: Tensor,
+    name: str,
+    x: Tensor,
+    batch: int | None,
+    rotary_dim: int | None,
+) -> int:
+    """Check tables that rotate ``x``, by the names that the op's caller knows; returns how many elements they rotate.
+
+    Args:
+        batch: rows of x, or None where it is packed.
+    """
+    table = "[tokens, width]" if batch is None else "[batch or 1, tokens, width]"
+    for each, value in zip(names, (cos, sin), strict=True):
+        _checks.tensor(each, value, table)
+    _checks.shape(names[1], sin, cos.shape, f"the shape of {names[0]}")
+    _checks.same_dtype(names[0], cos, **{names[1]: sin})
+    _checks.same_device(name, x, **{names[0]: cos, names[1]: sin})
+    _checks.unit_last_stride(**{names[0]: cos, names[1]: sin})
+    if batch is not None and cos.shape[0] not in (1, batch):
+        raise ValueError(
+            f"{names[0]} has shape {list(cos.shape)}; its first dimension must be the batch of {name}, {batch}, or 1"
+        )
+    return _rotated(names, cos, sin, name, rotary_dim, x.shape[-1])
+
+
+def _rotated(names: tuple[str, str], cos: Tensor, sin: Tensor, name: str, rotary_dim: int | None, head_dim: int) -> int:
     """How many elements of a head are rotated, of which the tables must be as wide or half as wide."""
     width = cos.shape[-1]
     if rotary_dim is None:
         if width != head_dim or width % 2 or width == 0:
             raise ValueError(
-                f"cos has shape {list(cos.shape)} and x a head_dim of {head_dim}; without rotary_dim the last "
-                "dimension of cos must be the head_dim, above 0 and even: pass rotary_dim, how many elements of a head "
-                f"are rotated ({width} if that dimension's second half repeats the first, {2 * width} if nothing does)"
+                f"{names[0]} has shape {list(cos.shape)} and {name} a head_dim of {head_dim}; without rotary_dim the "
+                f"last dimension of {names[0]} must be the head_dim, above 0 and even: pass rotary_dim, how many "
+                f"elements of a head are rotated ({width} if that dimension's second half repeats the first, "
+                f"{2 * width} if nothing does)"
             )
         rotary_dim = width
     _checks.integer("rotary_dim", rotary_dim, at_least=2, at_most=head_dim, none="the head_dim")
     if rotary_dim % 2 or width not in (rotary_dim, rotary_dim // 2):
         raise ValueError(
-            f"rotary_dim is {rotary_dim} and cos has shape {list(cos.shape)}; rotary_dim must be even, and the last "
-            "dimension of cos as large, or half of it where nothing is repeated"
+            f"rotary_dim is {rotary_dim} and {names[0]} has shape {list(cos.shape)}; rotary_dim must be even, and the "
+            f"last dimension of {names[0]} as large, or half of it where nothing is repeated"
         )
     if width == rotary_dim:
-        _check_repetition("cos", cos, rotary_dim // 2)
-        _check_repetition("sin", sin, rotary_dim // 2)
+        for each, table in zip(names, (cos, sin), strict=True):
+            _check_repetition(each, table, rotary_dim // 2)
     return rotary_dim
 
 

@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from orthorank_kernels.pytorch.rotary import apply_rotary_at
+
 BLOCK = 128  # queries; fewer read the keys more often, more meet keys that only the last of them sees
 ROWS = 1024  # queries times heads where the scores themselves are held
 
@@ -56,8 +58,13 @@ def sparse_query_attention(
     softcap: float | None,
     sinks: torch.Tensor | None,
     return_lse: bool,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    rotary_interleaved: bool = False,
+    rotary_dim: int | None = None,
 ) -> Pair:
     """See `orthorank_kernels.sparse_query_attention`; arguments are taken as checked."""
+    q = rotated(q, positions, rotary_cos, rotary_sin, rotary_interleaved, rotary_dim)
     batch, keys = q.shape[0], k.shape[2]
     options = Options(scale, softcap, sinks, return_lse)
     if q.numel() == 0 or keys == 0:
@@ -77,6 +84,23 @@ def sparse_query_attention(
         results.append(attend(q[at], first, end, keys, fetch, options, below=window is not None, reads=reads))
     out, lse = joined(results, 0)
     return out.transpose(1, 2), batch_lse(lse)
+
+
+def rotated(
+    q: torch.Tensor,
+    positions: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    interleaved: bool,
+    rotary_dim: int | None,
+) -> torch.Tensor:
+    """Queries ``[batch, heads, selected, head_dim]`` or ``[n, heads, head_dim]``, rotated if there are tables."""
+    if cos is None or sin is None:
+        return q
+    if q.dim() == 4:
+        return apply_rotary_at(q, cos, sin, positions, interleaved, rotary_dim)
+    turned = apply_rotary_at(q.transpose(0, 1)[None], cos[None], sin[None], positions[None], interleaved, rotary_dim)
+    return turned[0].transpose(0, 1)
 
 
 def batch_lse(lse: torch.Tensor) -> torch.Tensor:

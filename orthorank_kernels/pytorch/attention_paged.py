@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from orthorank_kernels.pytorch.attention import Options, Pair, attend, joined, may_read, nothing, visible
+from orthorank_kernels.pytorch.attention import Options, Pair, attend, joined, may_read, nothing, rotated, visible
 from orthorank_kernels.pytorch.attention_varlen import owners, parts, unbatched
 
 Read = Callable[[torch.Tensor], Pair]
@@ -35,8 +35,13 @@ def sparse_query_attention_paged(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
     return_lse: bool,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    rotary_interleaved: bool = False,
+    rotary_dim: int | None = None,
 ) -> Pair:
     """See `orthorank_kernels.sparse_query_attention_paged`; arguments are taken as checked."""
+    q = rotated(q, positions, rotary_cos, rotary_sin, rotary_interleaved, rotary_dim)
     options = Options(scale, softcap, sinks, return_lse)
     rows, block_size = q.transpose(0, 1)[None], k_cache.shape[1]
     if q.numel() == 0 or k_cache.numel() == 0 or block_table.numel() == 0 or seq_lens.shape[0] == 0:

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 
-from orthorank_kernels.pytorch.attention import Options, Pair, attend, joined, may_read, nothing, visible
+from orthorank_kernels.pytorch.attention import Options, Pair, attend, joined, may_read, nothing, rotated, visible
 
 
 def sparse_query_attention_varlen(
@@ -25,8 +25,13 @@ def sparse_query_attention_varlen(
     softcap: float | None,
     sinks: torch.Tensor | None,
     return_lse: bool,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    rotary_interleaved: bool = False,
+    rotary_dim: int | None = None,
 ) -> Pair:
     """See `orthorank_kernels.sparse_query_attention_varlen`; arguments are taken as checked."""
+    q = rotated(q, positions, rotary_cos, rotary_sin, rotary_interleaved, rotary_dim)
     options = Options(scale, softcap, sinks, return_lse)
     rows, keys, values = q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None]
     if q.numel() == 0 or k.shape[0] == 0 or cu_selected.shape[0] == 1:

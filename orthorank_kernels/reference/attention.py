@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from orthorank_kernels.reference.norms import wide
+from orthorank_kernels.reference.rows import apply_rotary_at
 from orthorank_kernels.reference.sequences import listed
 
 Pair = tuple[Tensor, Tensor]
@@ -49,6 +50,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, places: Tensor, options: tuple[Any, 
     return out, lse.float()
 
 
+def rotated(q: Tensor, positions: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, *how: Any) -> Tensor:
+    """Queries as `apply_rotary_at` leaves them, if there are tables; how: its two other options."""
+    if cos is None or sin is None:
+        return q
+    if q.dim() == 4:
+        return apply_rotary_at(q, cos, sin, positions, *how)
+    return apply_rotary_at(q.transpose(0, 1)[None], cos[None], sin[None], positions[None], *how)[0].transpose(0, 1)
+
+
 def joined(parts: list[Pair], q: Tensor, return_lse: bool) -> Pair:
     """The results of sequences one after the other, as many as q ``[n, heads, head_dim]``; zeros for what is left."""
     left = len(q) - sum(len(out) for out, _ in parts)
@@ -59,7 +69,8 @@ def joined(parts: list[Pair], q: Tensor, return_lse: bool) -> Pair:
 
 def sparse_query_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *options: Any) -> Pair:
     """Batches: q ``[batch, heads, selected, head_dim]``, k and v ``[batch, kv_heads, keys, head_dim]``."""
-    scale, window, starts, query_offset, softcap, sinks, return_lse = options
+    scale, window, starts, query_offset, softcap, sinks, return_lse, *rotary = options
+    q = rotated(q, positions, *rotary)
     places = torch.where(positions < 0, -1, positions.long() + query_offset)
     firsts, rows = listed(starts, q.shape[0], 0), (x.transpose(1, 2) for x in (q, k, v))
     how = (scale, window, softcap, sinks)
@@ -74,10 +85,10 @@ def sparse_query_attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cu_selected: Tensor, cu_seqlens_k: Tensor, *options: Any
 ) -> Pair:
     """Packed sequences: q ``[n, heads, head_dim]``, k and v ``[total, kv_heads, head_dim]``."""
-    _, *how, return_lse = options
-    parts = []
+    _, scale, window, softcap, sinks, return_lse, *rotary = options
+    q, parts, how = rotated(q, positions, *rotary), [], (scale, window, softcap, sinks)
     for (a, b), (begin, end) in zip(pairwise(cu_selected.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True):
-        parts.append(attend(q[a:b], k[begin:end], v[begin:end], positions[a:b], tuple(how)))
+        parts.append(attend(q[a:b], k[begin:end], v[begin:end], positions[a:b], how))
     return joined(parts, q, return_lse)
 
 
@@ -88,8 +99,8 @@ def sparse_query_attention_paged(
 
     t is ``table_rows[s]``, or s. Values of a scaled cache are multiplied by ``k_scale`` or ``v_scale``, and rounded.
     """
-    seq_lens, table_rows, _, scale, window, softcap, sinks, k_scale, v_scale, return_lse = rest
-    parts, size = [], k_cache.shape[1]
+    seq_lens, table_rows, _, scale, window, softcap, sinks, k_scale, v_scale, return_lse, *rotary = rest
+    q, parts, size = rotated(q, positions, *rotary), [], k_cache.shape[1]
     tables = listed(table_rows, len(seq_lens), None)
     for s, ((begin, end), length) in enumerate(zip(pairwise(cu_selected.tolist()), seq_lens.tolist(), strict=True)):
         if begin < end:  # else the table may hold anything

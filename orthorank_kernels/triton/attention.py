@@ -30,6 +30,8 @@ first; the tile that is not full is the one with the fewest keys (filled from th
     head_dim 128, pages of 16                  206, 0,  734,  950     230, 0,  554,  764
     head_dim 128, pages of 128                 203, 0,  719,  881     234, 0,  513,  698
     head_dim 128, soft-capping                 207, 0,  912, 1108     254, 0,  736,  919
+    head_dim 128, rotary                       207, 0,  648,  807     224, 0,  503,  644
+    head_dim 128, rotary, interleaved          244, 0,  633,  790     245, 0,  486,  627
     head_dim 128, e4m3 in pages of 16          200, 0, 3687, 3996     223, 0,  745,  897
     head_dim 128, e5m2 in pages of 16          206, 0, 2209, 2502     224, 0,  564,  714
 
@@ -43,6 +45,10 @@ head_dim 128. `tanh.approx` would save one, with errors of 2^-11: of softcap 50 
 weight, six times what rounding weights to bfloat16 does, so it is not taken for any dtype. fp8 numbers become float16
 by shifting bits, four in a register: on sm_80 each warp converts the whole block, and it is the reads of a long decode
 that fp8 halves. Keys' scales go into the softmax's scale, values' into the output.
+
+Rotary. Queries are rotated where they are read: on sm_90 957 instructions of a warp before the first key, as many as
+1.9 blocks of keys take. The product with keys then has them from registers there, which is its 21 instructions more:
+the compiler leaves in shared memory only what comes from a load as it is.
 
 Few queries. Where less than a third of the GPU would be busy, the keys of a tile are split over programs, as many as
 make one wave (`configs.splits`, from shapes alone), and tiles of 16 or 64 rows take 4 warps: the bound is then the
@@ -68,7 +74,7 @@ Tried, and lost:
 
 import torch
 
-from orthorank_kernels.triton.attention_launch import Outputs, launch
+from orthorank_kernels.triton.attention_launch import Outputs, Rotary, launch
 from orthorank_kernels.triton.configs import cdiv
 
 
@@ -84,6 +90,10 @@ def sparse_query_attention(
     softcap: float | None,
     sinks: torch.Tensor | None,
     return_lse: bool,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    rotary_interleaved: bool = False,
+    rotary_dim: int | None = None,
     *,
     out: Outputs | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,6 +106,7 @@ def sparse_query_attention(
     launch(
         q, k, v, positions, out, rows=selected, longest=k.shape[2], scale=scale, window=window, softcap=softcap,
         sinks=sinks, starts=starts, query_offset=query_offset,
+        rotary=(rotary_cos, rotary_sin, rotary_interleaved, rotary_dim),
     )  # fmt: skip
     return _returned(out)
 
@@ -113,6 +124,10 @@ def sparse_query_attention_varlen(
     softcap: float | None,
     sinks: torch.Tensor | None,
     return_lse: bool,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    rotary_interleaved: bool = False,
+    rotary_dim: int | None = None,
     *,
     out: Outputs | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,6 +138,7 @@ def sparse_query_attention_varlen(
         *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)), positions.unsqueeze(0), _batch_of_one(out),
         cu_selected=cu_selected, cu_keys=cu_seqlens_k, rows=_rows_of_a_sequence(q, cu_selected), longest=longest,
         scale=scale, window=window, softcap=softcap, sinks=sinks,
+        rotary=_one_table(rotary_cos, rotary_sin, rotary_interleaved, rotary_dim),
     )  # fmt: skip
     return _returned(out)
 
@@ -144,6 +160,10 @@ def sparse_query_attention_paged(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
     return_lse: bool,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    rotary_interleaved: bool = False,
+    rotary_dim: int | None = None,
     *,
     out: Outputs | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,6 +175,7 @@ def sparse_query_attention_paged(
         _batch_of_one(out), cu_selected=cu_selected, seq_lens=seq_lens, block_table=block_table, table_rows=table_rows,
         k_scale=k_scale, v_scale=v_scale, rows=_rows_of_a_sequence(q, cu_selected), scale=scale, window=window,
         longest=capacity if max_seqlen_k is None else min(capacity, max_seqlen_k), softcap=softcap, sinks=sinks,
+        rotary=_one_table(rotary_cos, rotary_sin, rotary_interleaved, rotary_dim),
     )  # fmt: skip
     return _returned(out)
 
@@ -162,6 +183,12 @@ def sparse_query_attention_paged(
 def _packed_outputs(q: torch.Tensor, return_lse: bool) -> Outputs:
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+
+
+def _one_table(cos: torch.Tensor | None, sin: torch.Tensor | None, interleaved: bool, rotary_dim: int | None) -> Rotary:
+    """Tables ``[tokens, width]`` as those of a batch of one."""
+    cos, sin = (None if table is None else table.unsqueeze(0) for table in (cos, sin))
+    return cos, sin, interleaved, rotary_dim
 
 
 def _batch_of_one(out: Outputs) -> Outputs:

@@ -3,59 +3,12 @@
 import triton
 import triton.language as tl
 
+from orthorank_kernels.triton.attention_queries import scale_queries, starting_point, turn_queries
 from orthorank_kernels.triton.attention_step import attend
 from orthorank_kernels.triton.attention_tiles import find_sequence, tile_rows, visible_keys
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 NOTHING = tl.constexpr(float("-inf"))
-SMALLEST_POWER = tl.constexpr(2.0**-40)  # a masked score, which is a multiple of it, must stay below all others
-
-
-@triton.jit
-def starting_point(
-    sinks_ptr, head, in_tile, split, BLOCK_M: tl.constexpr, HAS_SINKS: tl.constexpr, SPLIT: tl.constexpr
-):
-    """Sum of weights and largest score, in bits, before the first key: [BLOCK_M] each.
-
-    A sink is a key of which only the weight counts, so it is where the softmax starts; of several splits, the first's.
-    """
-    total = tl.zeros([BLOCK_M], tl.float32)
-    peak = tl.full([BLOCK_M], NOTHING, tl.float32)
-    if HAS_SINKS:
-        sink = tl.load(sinks_ptr + head, mask=in_tile, other=0.0).to(tl.float32) * LOG2_E
-        if SPLIT:
-            total = tl.where(split == 0, total + 1.0, total)
-            peak = tl.where(split == 0, sink, peak)
-        else:
-            total += 1.0
-            peak = sink
-    return total, peak
-
-
-@triton.jit
-def load_queries(
-    ptrs, mask, to_bits, k_scale_ptr, kv_head, stride_k_scale, HAS_K_SCALE: tl.constexpr, FP8: tl.constexpr
-):
-    """Rows of q, [BLOCK_M, BLOCK_D], and the factor from q k to bits: one number, with FP8 one for each row.
-
-    Float16 holds fp8 numbers exactly and bfloat16 would take twice the instructions to make. So rows of bfloat16 are
-    scaled into its range by a power of two, to less than 2: what is lost is less than 2^-24 of a row's largest number,
-    or of 2^-40, whose products are nothing beside the scores of other rows.
-    """
-    q = tl.load(ptrs, mask=mask, other=0.0)
-    if HAS_K_SCALE:
-        to_bits *= tl.load(k_scale_ptr + kv_head.to(tl.int64) * stride_k_scale).to(tl.float32)
-    if FP8 != "":
-        wide = q.to(tl.float32)
-        power = (tl.max(tl.abs(wide), 1).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        power = tl.maximum(power, SMALLEST_POWER)
-        to_bits = power * to_bits
-        wide = wide * (1.0 / power)[:, None]
-        q = wide if q.dtype == tl.float32 else wide.to(tl.float16)
-        if FP8 == "e4m3":
-            to_bits *= 256.0
-    return q, to_bits
 
 
 @triton.jit(
@@ -90,6 +43,8 @@ def sparse_query_attention_kernel(
     seq_lens_ptr,  # with pages: [n_seqs]
     table_ptr,  # with pages: [rows, pages]
     table_rows_ptr,  # [n_seqs]
+    cos_ptr,  # [batch or 1, tokens, at least ROTARY_DIM // 2]
+    sin_ptr,
     sinks_ptr,
     k_scale_ptr,
     v_scale_ptr,
@@ -115,6 +70,10 @@ def sparse_query_attention_kernel(
     stride_v_batch,
     stride_v_head,
     stride_positions_batch,
+    stride_cos_batch,
+    stride_cos_token,
+    stride_sin_batch,
+    stride_sin_token,
     stride_table_row,
     stride_k_scale,
     stride_v_scale,
@@ -145,6 +104,8 @@ def sparse_query_attention_kernel(
     HAS_K_SCALE: tl.constexpr,
     HAS_V_SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,  # elements of a query's head to rotate; 0: none
+    INTERLEAVED: tl.constexpr,
     FP8: tl.constexpr,  # "", "e4m3" or "e5m2": keys and values are bytes
     SPLIT: tl.constexpr,
     TMA: tl.constexpr,
@@ -193,10 +154,18 @@ def sparse_query_attention_kernel(
         position, query_offset, keys, start, window, BLOCK_N, HAS_WINDOW, ALIGNED
     )
 
-    q_ptrs = q_ptr + batch.to(tl.int64) * stride_q_batch
-    q_ptrs += (head.to(tl.int64) * stride_q_head + query.to(tl.int64) * stride_q_token)[:, None] + offs_d[None, :]
+    q_ptr += batch.to(tl.int64) * stride_q_batch
+    q_rows = head.to(tl.int64) * stride_q_head + query.to(tl.int64) * stride_q_token  # [BLOCK_M]
     q_mask = in_tile[:, None] & (offs_d < HEAD_DIM)[None, :]
-    q, to_bits = load_queries(q_ptrs, q_mask, to_bits, k_scale_ptr, kv_head, stride_k_scale, HAS_K_SCALE, FP8)
+    q = tl.load(q_ptr + (q_rows[:, None] + offs_d[None, :]), mask=q_mask, other=0.0)  # [BLOCK_M, BLOCK_D]
+    if ROTARY_DIM > 0:
+        cos_ptr += batch.to(tl.int64) * stride_cos_batch
+        sin_ptr += batch.to(tl.int64) * stride_sin_batch
+        q = turn_queries(
+            q, q_ptr, q_rows, cos_ptr, sin_ptr, position, sees, stride_cos_token, stride_sin_token, ROTARY_DIM,
+            INTERLEAVED, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+    q, to_bits = scale_queries(q, to_bits, k_scale_ptr, kv_head, stride_k_scale, HAS_K_SCALE, FP8)
     # 64 bits for the base, 32 inside: wide offsets kept across the key loop cost 40 registers.
     k_ptr += kv_head.to(tl.int64) * stride_k_head
     v_ptr += kv_head.to(tl.int64) * stride_v_head

@@ -11,6 +11,7 @@ from orthorank_kernels.triton.attention_kernel import sparse_query_attention_ker
 INT32_MAX = 2**31 - 1
 LARGEST_HEAD_DIM = 256
 FP8 = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+Rotary = tuple[torch.Tensor | None, torch.Tensor | None, bool, int | None]  # cos, sin, interleaved, rotary_dim
 Outputs = tuple[torch.Tensor, torch.Tensor | None]
 
 
@@ -29,6 +30,7 @@ def launch(
     sinks: torch.Tensor | None,
     starts: torch.Tensor | None = None,
     query_offset: int = 0,
+    rotary: Rotary = (None, None, False, None),
     cu_selected: torch.Tensor | None = None,
     cu_keys: torch.Tensor | None = None,
     seq_lens: torch.Tensor | None = None,
@@ -43,10 +45,12 @@ def launch(
         q: ``[batch, heads, selected, head_dim]``; packed queries are a batch of one.
         k, v: ``[batch, kv_heads, keys, head_dim]``; packed keys are a batch of one, pages a batch of pages.
         outputs: like q, and ``[batch, heads, selected]``.
+        rotary: tables ``[batch or 1, tokens, width]`` to rotate q by, or none.
         rows: queries of a sequence, on average; longest: keys of a sequence, at most. Both only choose settings.
     """
     batch, heads, selected, head_dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
+    cos, sin, interleaved, rotary_dim = rotary
     _check_supported(head_dim, q.dtype)
     if outputs[0].numel() == 0:
         return
@@ -84,6 +88,8 @@ def launch(
         seq_lens_ptr=seq_lens,
         table_ptr=block_table,
         table_rows_ptr=table_rows,
+        cos_ptr=cos,
+        sin_ptr=sin,
         sinks_ptr=sinks,
         k_scale_ptr=k_scale,
         v_scale_ptr=v_scale,
@@ -109,6 +115,10 @@ def launch(
         stride_v_batch=v.stride(0),
         stride_v_head=v.stride(1),
         stride_positions_batch=positions.stride(0),
+        stride_cos_batch=_table_stride(cos),
+        stride_cos_token=0 if cos is None else cos.stride(1),
+        stride_sin_batch=_table_stride(sin),
+        stride_sin_token=0 if sin is None else sin.stride(1),
         stride_table_row=block_table.stride(0) if paged else 0,
         stride_k_scale=_scale_stride(k_scale),
         stride_v_scale=_scale_stride(v_scale),
@@ -126,6 +136,8 @@ def launch(
         HAS_K_SCALE=k_scale is not None,
         HAS_V_SCALE=v_scale is not None,
         SOFTCAP=softcap is not None,
+        ROTARY_DIM=0 if cos is None else rotary_dim,
+        INTERLEAVED=interleaved,
         FP8=fp8,
         SPLIT=parts is not None,
         TMA=tma,
@@ -161,6 +173,11 @@ def _check_supported(head_dim: int, dtype: torch.dtype) -> None:
             "q has dtype float64; the Triton kernel takes float32, float16 and bfloat16: "
             'convert q, k and v, or pass backend="torch"'
         )
+
+
+def _table_stride(table: torch.Tensor | None) -> int:
+    """One table for all batch rows has stride 0."""
+    return 0 if table is None or table.shape[0] == 1 else table.stride(0)
 
 
 def _scale_stride(scale: torch.Tensor | None) -> int:

@@ -13,6 +13,15 @@ def add_scaled(row, addend, scale):
 
 
 @triton.jit
+def turn(x1, x2, cos, sin):
+    """Pairs of elements, float32, turned by an angle.
+
+    Which product is fused with the sum is said here, else a compiler would choose, for each kernel anew.
+    """
+    return tl.fma(x1, cos, -(x2 * sin)), tl.fma(x2, cos, x1 * sin)
+
+
+@triton.jit
 def norm_row(
     x,  # [BLOCK] float32, zero past HIDDEN
     weight,  # [BLOCK] or None, zero past HIDDEN

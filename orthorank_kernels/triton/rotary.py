@@ -32,7 +32,7 @@ import triton.language as tl
 from orthorank_kernels.layout import empty_ordered_like
 from orthorank_kernels.settings import lookup as _settings
 from orthorank_kernels.triton.configs import launch, next_power_of_2, target_of
-from orthorank_kernels.triton.primitives import refuse_float64
+from orthorank_kernels.triton.primitives import refuse_float64, turn
 
 
 @triton.jit(do_not_specialize=["stride_positions_batch"])
@@ -89,8 +89,8 @@ def apply_rotary_at_kernel(
             mask = (heads < HEADS) & (pair < ROTARY_DIM)  # [BLOCK_HEADS, 2 * BLOCK_HALF]
             both = tl.load(x + pair, mask=(heads < heads_read) & (pair < ROTARY_DIM), other=0.0).to(tl.float32)
             x1, x2 = tl.split(tl.reshape(both, [BLOCK_HEADS, BLOCK_HALF, 2]))  # [BLOCK_HEADS, BLOCK_HALF]
-            turned = tl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin)  # [BLOCK_HEADS, BLOCK_HALF, 2]
-            turned = tl.reshape(turned, [BLOCK_HEADS, 2 * BLOCK_HALF])
+            x1, x2 = turn(x1, x2, cos, sin)
+            turned = tl.reshape(tl.join(x1, x2), [BLOCK_HEADS, 2 * BLOCK_HALF])
             tl.store(out + pair, turned.to(out_ptr.dtype.element_ty), mask=mask)
         else:
             in_half = columns[None, :] < HALF  # [1, BLOCK_HALF]
@@ -98,8 +98,9 @@ def apply_rotary_at_kernel(
             mask = (heads < HEADS) & in_half
             x1 = tl.load(x + columns[None, :], mask=read, other=0.0).to(tl.float32)
             x2 = tl.load(x + HALF + columns[None, :], mask=read, other=0.0).to(tl.float32)
-            tl.store(out + columns[None, :], (x1 * cos - x2 * sin).to(out_ptr.dtype.element_ty), mask=mask)
-            tl.store(out + HALF + columns[None, :], (x2 * cos + x1 * sin).to(out_ptr.dtype.element_ty), mask=mask)
+            x1, x2 = turn(x1, x2, cos, sin)
+            tl.store(out + columns[None, :], x1.to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(out + HALF + columns[None, :], x2.to(out_ptr.dtype.element_ty), mask=mask)
         if ROTARY_DIM < HEAD_DIM:
             rest = ROTARY_DIM + tl.arange(0, BLOCK_REST)[None, :]  # [1, BLOCK_REST]
             in_rest = rest < HEAD_DIM

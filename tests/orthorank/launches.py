@@ -60,6 +60,7 @@ class Launches(TorchDispatchMode):
             with self:
                 result = LAUNCHERS[name](*args, **how)
             self.inside -= 1
+            assert len(self.gpus.launches) > before, f"no launch of {name} was seen"
             for number in range(before, len(self.gpus.launches)):
                 first = number == before
                 self._note(name, _bytes_of_op(name, func, args, kwargs, result) if first else 0)

@@ -210,12 +210,19 @@ def _attention(new: Shapes, s: Sizes) -> dict[str, Call]:
         "sparse_query_attention, cap, sinks, lse": Call(
             "sparse_query_attention", (q, k, v, positions), _of_scores(new, s)
         ),
+        "sparse_query_attention, rotary": Call("sparse_query_attention", (q, k, v, positions), _rotary(new, s, 1)),
         **_packed_attention(new, s),
     }
 
 
 def _of_scores(new: Shapes, s: Sizes) -> dict[str, Any]:
     return {"softcap": 5.0, "sinks": new.floats(s.heads), "return_lse": True}
+
+
+def _rotary(new: Shapes, s: Sizes, *batch: int) -> dict[str, Any]:
+    """Tables of half of each head, without the repetition."""
+    cos, sin = (new.floats(*batch, s.tokens, s.head_dim // 4, dtype=s.dtype) for _ in range(2))
+    return {"rotary_cos": cos, "rotary_sin": sin, "rotary_dim": s.head_dim // 4 * 2}
 
 
 def _packed_attention(new: Shapes, s: Sizes) -> dict[str, Call]:
@@ -238,8 +245,12 @@ def _packed_attention(new: Shapes, s: Sizes) -> dict[str, Call]:
     return {
         "sparse_query_attention_varlen": Call("sparse_query_attention_varlen", packed, {}),
         "sparse_query_attention_varlen, everything": Call("sparse_query_attention_varlen", packed, options),
+        "sparse_query_attention_varlen, rotary": Call(
+            "sparse_query_attention_varlen", packed, _rotary(new, s) | {"rotary_interleaved": True}
+        ),
         "sparse_query_attention_paged": Call("sparse_query_attention_paged", paged, {}),
         "sparse_query_attention_paged, everything": Call("sparse_query_attention_paged", paged, {**options, **rows}),
+        "sparse_query_attention_paged, rotary": Call("sparse_query_attention_paged", paged, _rotary(new, s)),
         "sparse_query_attention_paged, float8": Call("sparse_query_attention_paged", small, scales),
     }
 

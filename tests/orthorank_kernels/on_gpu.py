@@ -71,6 +71,10 @@ NOT = {
     "test_attention_pairs": {
         "test_little_is_computed_in_vain",
     },
+    "test_attention_rotary": {
+        "test_the_reference_rotates_too",
+        "test_errors_name_the_argument",
+    },
     "test_attention_varlen": {
         "test_bad_inputs",
         "test_gradients",

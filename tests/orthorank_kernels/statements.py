@@ -244,10 +244,18 @@ def attention_options(options: dict[str, Any]) -> dict[str, Any]:
     return {n: v for n, v in options.items() if n in ("scale", "window", "softcap", "sinks")}
 
 
+def turned(q: Tensor, positions: Tensor, options: dict[str, Any]) -> Tensor:
+    """The queries by the angles of their positions, if there are tables."""
+    if options.get("rotary_cos") is None:
+        return q
+    how = {"interleaved": options.get("rotary_interleaved", False), "rotary_dim": options.get("rotary_dim")}
+    return apply_rotary_at(q, options["rotary_cos"], options["rotary_sin"], positions, **how)
+
+
 def sparse_query_attention(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *, starts: Tensor | None = None, query_offset: int = 0, **o: Any
 ) -> Tensor:
-    out = torch.zeros(q.shape, dtype=torch.float64)
+    q, out = turned(q, positions, o), torch.zeros(q.shape, dtype=torch.float64)
     for b, start in enumerate(listed(starts, q.shape[0], 0)):
         for i, p in enumerate(positions[b].tolist()):
             if p >= 0:
@@ -260,7 +268,7 @@ def sparse_query_attention(
 def sparse_query_attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cu_selected: Tensor, cu_seqlens_k: Tensor, **o: Any
 ) -> Tensor:
-    out = torch.zeros(q.shape, dtype=torch.float64)
+    q, out = turned(q, positions, o), torch.zeros(q.shape, dtype=torch.float64)
     queries, keys = cu_selected.tolist(), cu_seqlens_k.tolist()
     for s in range(len(queries) - 1):
         own = slice(keys[s], keys[s + 1])
@@ -283,12 +291,12 @@ def sparse_query_attention_paged(
     v_scale: Tensor | None = None,
     **o: Any,
 ) -> Tensor:
-    out = torch.zeros(q.shape, dtype=torch.float64)
+    dtype, q, out = q.dtype, turned(q, positions, o), torch.zeros(q.shape, dtype=torch.float64)
     size, queries = k_cache.shape[1], cu_selected.tolist()
 
     def key(cache: Tensor, factor: Tensor | None, row: int, j: int) -> Tensor:
         x = cache[int(block_table[row, j // size]), j % size].float()
-        return (x if factor is None else x * factor.reshape(-1, 1)).to(q.dtype)
+        return (x if factor is None else x * factor.reshape(-1, 1)).to(dtype)
 
     for s, (length, row) in enumerate(zip(seq_lens.tolist(), listed(table_rows, len(queries) - 1, None), strict=True)):
         row = s if row is None else row

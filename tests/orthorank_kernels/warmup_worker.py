@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from orthorank_kernels import warmup
-from tests.orthorank_kernels.every_op import RANK, Shapes, calls
+from tests.orthorank_kernels.every_op import RANK, Call, Shapes, calls
 from tests.orthorank_kernels.fake_gpu import fake_gpus, noted_keys
 from tests.orthorank_kernels.specialisation_worker import EXTREME, MODEL, ORDINARY
 
@@ -33,6 +33,11 @@ OPTIONS = {"window": 77, "scale": 0.3, "softcap": 30.0}
 OTHERS = {"window": 4096, "scale": 0.25, "softcap": 50.0}
 
 
+def rotary(call: Call) -> dict[str, Any]:
+    """What rotates attention's queries as a call of `apply_rotary_at` would."""
+    return {"rotary_cos": call.args[1], "rotary_sin": call.args[2]}
+
+
 def main() -> None:
     target = sys.argv[1]
     sizes = {"hidden": MODEL.hidden, "heads": MODEL.heads, "kv_heads": MODEL.kv_heads, "head_dim": MODEL.head_dim}
@@ -46,7 +51,8 @@ def main() -> None:
             warm = set(keys)
             for at, changes in {**ORDINARY, **EXTREME}.items():
                 found = calls(Shapes("cuda:0"), MODEL.with_(**changes))
-                for name, options in (*((name, {}) for name in names), (names[-1], OTHERS)):
+                turned = [(names[-1], rotary(found["apply_rotary_at"]))] if layout == "batch" else []
+                for name, options in (*((name, {}) for name in names), (names[-1], OTHERS), *turned):
                     keys.clear()
                     found[name](**options, backend="triton")
                     for kernel, key in keys:

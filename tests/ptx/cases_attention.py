@@ -182,6 +182,17 @@ def page_cases() -> Iterator[Case]:
         yield case("_paged", "values further apart", dtype, paged, slack=1)
 
 
+def rotary_cases() -> Iterator[Case]:
+    """Queries that are rotated as they are read: whole heads and a part, halves and pairs."""
+    for dtype in (HALF, HALF16, FLOAT):
+        for part, interleaved in ((64, False), (40, True)):
+            angles = random(150, part // 2, seed=6)
+            cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+            more = {"rotary_cos": cos, "rotary_sin": sin, "rotary_interleaved": interleaved, "rotary_dim": part}
+            name = f"rotary, {part} turned" + (", interleaved" if interleaved else "")
+            yield case("_varlen", name, dtype, packed, dtype != HALF, selected=(2, 5), keys=(33, 70), **more)
+
+
 def attention_cases() -> Iterator[Case]:
-    for made in (default_cases, tile_cases, address_cases, split_cases, page_cases):
+    for made in (rotary_cases, default_cases, tile_cases, address_cases, split_cases, page_cases):
         yield from made()

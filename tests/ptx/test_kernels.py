@@ -67,6 +67,15 @@ def test_everything_a_launcher_can_choose(group, target, slow):
     check(target, group, slow, *SEEDS.values())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_rotating_queries_on_the_way_changes_no_bit(target):
+    command = [sys.executable, "-m", "tests.ptx.rotation", target]
+    child = subprocess.run(command, cwd=ROOT, env=compiler_environment(), capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr[-4000:]
+    assert int(child.stdout) > 2
+
+
 def test_titles_are_unique():
     titles = [(case.group, case.title) for case in CASES]
     assert len(titles) == len(set(titles))

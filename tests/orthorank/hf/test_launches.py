@@ -86,7 +86,7 @@ def hugging_face_layer(
 
 OURS = {
     "rms_norm_select": 1,
-    "apply_rotary_at": 2,
+    "apply_rotary_at": 1,
     "gather_rows": 1,
     "sparse_query_attention": 1,
     "gather_add_rms_norm": 1,
@@ -95,12 +95,12 @@ OURS = {
 }
 
 
-def test_the_hugging_face_layer_launches_15_kernels() -> None:
+def test_the_hugging_face_layer_launches_14_kernels() -> None:
     traced = hugging_face_layer()
     assert Counter(traced.names) == {"mm": 7, **OURS}
-    assert len(traced.names) == 15
-    # 5.2 as in the merged layer below, and 0.5 to write a copy of the hidden states: whoever captured them keeps them.
-    assert traced.bytes_outside_matmuls / 1e9 == pytest.approx(5.73, abs=0.02)
+    assert len(traced.names) == 14
+    # 4.8 as in the merged layer below, and 0.5 to write a copy of the hidden states: whoever captured them keeps them.
+    assert traced.bytes_outside_matmuls / 1e9 == pytest.approx(5.37, abs=0.02)
 
 
 def test_padding_costs_no_launch() -> None:
@@ -144,8 +144,8 @@ def merged_layer(x: Tensor, w: dict[str, Tensor], sink: Tensor, workspace: Tenso
     keys, values, *low = linear(chosen.normed, w["kv"]).split(sizes, dim=-1)
     keys = apply_rotary_at(heads(keys, KV_HEADS), table, table)
     at = chosen.positions
-    queries = apply_rotary_at(heads(linear(gather_rows(chosen.normed, at), w["q"]), HEADS), table, table, at)
-    attended = sparse_query_attention(queries, keys, heads(values, KV_HEADS), at)
+    queries = heads(linear(gather_rows(chosen.normed, at), w["q"]), HEADS)
+    attended = sparse_query_attention(queries, keys, heads(values, KV_HEADS), at, rotary_cos=table, rotary_sin=table)
     addend = linear(attended.transpose(1, 2).reshape(BATCH, SELECTED, HIDDEN), w["o"])
     residual, normed = gather_add_rms_norm(x, at, addend, w["norm_post"], 1e-5)
     if low:  # `down` is further rows of the merged weight; the selected rows are read by now
@@ -199,7 +199,7 @@ def weights(with_map: bool = False) -> dict[str, Tensor]:
     }
 
 
-def test_merged_projections_in_place_take_13_kernels_and_fewer_bytes() -> None:
+def test_merged_projections_in_place_take_12_kernels_and_fewer_bytes() -> None:
     with fake_gpus() as gpus:
         x, table, sink = empty(BATCH, TOKENS, HIDDEN), empty(1, TOKENS, HIDDEN // HEADS), empty(HIDDEN)
         w, workspace = weights(), empty(BATCH, dtype=torch.int32)
@@ -208,9 +208,9 @@ def test_merged_projections_in_place_take_13_kernels_and_fewer_bytes() -> None:
         with Launches(gpus) as eager:
             eager_layer(x, w, table)
     assert Counter(fused.names) == {"mm": 5, **OURS}
-    assert len(fused.names) == 13
-    assert fused.bytes_outside_matmuls / 1e9 <= 5.6
-    assert fused.bytes_outside_matmuls / 1e9 == pytest.approx(5.19, abs=0.02)
+    assert len(fused.names) == 12
+    assert fused.bytes_outside_matmuls / 1e9 <= 5.2
+    assert fused.bytes_outside_matmuls / 1e9 == pytest.approx(4.83, abs=0.02)
     # The launches of topk, sort and masked attention are more than the one that is counted for each.
     assert len(eager.names) >= 50
     assert eager.bytes_outside_matmuls > 4 * fused.bytes_outside_matmuls
@@ -235,3 +235,14 @@ def test_a_launcher_that_fills_memory_is_seen() -> None:
         with Launches(gpus) as traced:
             rms_norm_select(x, weight, 1e-5, SELECTED)
     assert sorted(traced.names) == ["new_zeros", "rms_norm_select"]
+
+
+def test_a_launch_that_goes_around_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a launch plan, which has the compiled kernel: what no one counts must not look like what is not there."""
+    from orthorank_kernels.triton import rows
+
+    monkeypatch.setattr(rows, "launch", lambda kernel, grid, on, **arguments: None)
+    with fake_gpus() as gpus:
+        x, positions = empty(BATCH, TOKENS, HIDDEN), empty(BATCH, SELECTED, dtype=torch.int32)
+        with Launches(gpus), pytest.raises(AssertionError, match="no launch of gather_rows was seen"):
+            gather_rows(x, positions)
