@@ -15,6 +15,7 @@ ELSEWHERE = {
     "test_fuzz_ops",
     "test_hashing",
     "test_hopper",
+    "test_hopper_compile",
     "test_launch_keys",
     "test_library",
     "test_offsets",
