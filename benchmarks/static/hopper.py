@@ -40,10 +40,21 @@ def attention(dim: int, group: int, more: bool) -> Callable[[], Any]:
     return launch("attention.sparse_query_attention", q, k, k, some_positions(2, 681), *options)
 
 
+def packed(dim: int) -> Callable[[], Any]:
+    q, k, ends = empty(681, 32, dim), empty(30_001, 8, dim), empty(6, dtype=torch.int32)
+    options = (None, dim**-0.5, None, None, None, False)
+    positions = empty(681, dtype=torch.int32)
+    return launch("attention.sparse_query_attention_varlen", q, k, k, positions, ends, ends, *options)
+
+
 CASES = {
-    f"dim {dim}, groups of {group}{', padding and log-sum-exp' if more else ''}": (dim, group, more)
+    f"dim {dim}, {name}": (dim, case)
     for dim in (64, 128)
-    for group, more in ((4, False), (7, True), (1, False))
+    for name, case in {
+        "groups of 4": attention(dim, 4, False),
+        "groups of 7, padding and log-sum-exp": attention(dim, 7, True),
+        "packed": packed(dim),
+    }.items()
 }
 
 
@@ -107,11 +118,11 @@ def main() -> int:
     os.environ["ORTHORANK_ATTENTION"] = "hopper"
     compiled = compile_instead_of_launch(TARGET)
     broken = 0
-    for name, (dim, group, more) in CASES.items():
+    for name, (dim, case) in CASES.items():
         if not re.search(options.only, name):
             continue
         compiled.clear()
-        attention(dim, group, more)()
+        case()
         found = measured(compiled[0])
         wrong = complaints(found, dim)
         broken += bool(wrong)

@@ -1,13 +1,13 @@
 """Calls that the attention kernel for sm_90 takes: see `cases`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tests.ptx.case import HALF, HALF16, Case, ints
-from tests.ptx.cases_attention import GROUP, batched
+from tests.ptx.cases_attention import GROUP, batched, packed
 
 # Of four heads a part of a tile has sixteen queries. The first part, with the later ones, sees two blocks whole; the
 # second lets one block go unread, and has a mask in the others.
@@ -26,17 +26,12 @@ def surrounded(dtype: torch.dtype, positions: Tensor, keys: int, starts: Tensor 
     return made
 
 
-def one(name: str, dtype: torch.dtype, slow: bool = True, **more: Any) -> Case:
-    environment = {"ORTHORANK_ATTENTION": "hopper"}
+def one(
+    name: str, dtype: torch.dtype, slow: bool = True, op: str = "", made: Callable[..., Any] = surrounded, **more: Any
+) -> Case:
+    full, asked = f"sparse_query_attention{op}", {"ORTHORANK_ATTENTION": "hopper"}
     return Case(
-        GROUP,
-        "sparse_query_attention",
-        f"hopper, {name}",
-        dtype,
-        lambda d: surrounded(d, **more),
-        slow,
-        environment=environment,
-        targets=("sm_90",),
+        GROUP, full, f"hopper, {name}", dtype, lambda d: made(d, **more), slow, environment=asked, targets=("sm_90",)
     )
 
 
@@ -53,3 +48,7 @@ def hopper_cases() -> Iterator[Case]:
     one_head = (*range(0, 390, 5), *(-1,) * 82)  # the last tile's queries stand nowhere, and half of the first's
     yield one("dim 128, one head", HALF, dim=128, positions=ints(one_head), keys=400, group=1)
     yield one("dim 64, groups of 71", HALF16, dim=64, positions=ints((5, 70, 130, 200, 300)), keys=301, group=71)
+    # One sequence has two tiles, and tiles between sequences have no query.
+    lengths = {"selected": (70, 1, 3, 60), "keys": (140, 2, 40, 200)}
+    for dtype in (HALF, HALF16):
+        yield one("dim 64, packed", dtype, op="_varlen", made=packed, **lengths, return_lse=True)

@@ -127,8 +127,8 @@ def mutate(title: str, settings: Settings) -> Iterator[dict[str, Any]]:
 def line_of(source: str) -> str:
     """The line of a kernel's source that "scoring.py:91" names; empty if it is not one of this package."""
     file, _, line = source.partition(":")
-    path = KERNELS / file
-    return linecache.getline(str(path), int(line)).strip() if path.exists() else ""
+    path = next(KERNELS.rglob(file), None) if file else None
+    return linecache.getline(str(path), int(line)).strip() if path else ""
 
 
 def break_kernel(

@@ -4,7 +4,7 @@ what its code computes, and this what the hardware does."""
 import pytest
 import torch
 
-from orthorank_kernels import sparse_query_attention
+from orthorank_kernels import sparse_query_attention, sparse_query_attention_varlen
 from tests.orthorank_kernels.ops.test_attention import random, some_positions, written_out
 from tests.orthorank_kernels.tools import DEVICE, assert_within_budget, poisoned_outputs
 
@@ -52,6 +52,21 @@ def test_it_is_within_the_budget(dim, heads, sizes, dtype, monkeypatch):
 @pytest.mark.parametrize("dim", [64, 128])
 def test_padding_and_rows_that_stand_nowhere(dim, monkeypatch):
     check(dim, (8, 2), (3, 1000, 333), torch.bfloat16, monkeypatch, starts=(0, 7, 600), fewer=150)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_packed_sequences(dim, monkeypatch):
+    lengths, counts = (2000, 1, 700, 0, 350), (666, 1, 300, 0, 200)
+    q = random(sum(counts), 8, dim, dtype=torch.bfloat16, seed=1)
+    k, v = (random(sum(lengths), 2, dim, dtype=torch.bfloat16, seed=seed) for seed in (2, 3))
+    positions = torch.cat([some_positions(1, n, c)[0] for n, c in zip(lengths, counts, strict=True)])
+    ends = [torch.tensor((0, *n), device=DEVICE).cumsum(0).int() for n in (counts, lengths)]
+    exact = sparse_query_attention_varlen(q.float(), k.float(), v.float(), positions, *ends, backend="torch")
+    eager = sparse_query_attention_varlen(q, k, v, positions, *ends, backend="torch")
+    monkeypatch.setenv("ORTHORANK_ATTENTION", "hopper")
+    with poisoned_outputs():
+        out = sparse_query_attention_varlen(q, k, v, positions, *ends, backend="triton")
+    assert_within_budget(out, eager, exact, torch.bfloat16)
 
 
 def test_the_same_again_and_again(monkeypatch):

@@ -11,7 +11,7 @@ import orthorank_kernels as ok
 from orthorank_kernels import launch_plan
 from orthorank_kernels.triton import attention as launchers
 from orthorank_kernels.triton import attention_launch
-from orthorank_kernels.triton.hopper import attention_launch as hopper
+from orthorank_kernels.triton.hopper import launch as hopper
 from tests.orthorank_kernels.fake_gpu import Gpus, fake_gpus
 
 pytest.importorskip("triton")
@@ -98,13 +98,13 @@ def test_what_it_does_not_take_is_named(options, reason):
     assert "leave ORTHORANK_ATTENTION out" in str(raised.value)
 
 
-def test_other_layouts_are_named():
-    with fake_gpus():
+def test_packed_keys_are_taken_and_pages_are_named():
+    with fake_gpus() as gpus:
         q, k, cache = empty(999, 8, 128), empty(5000, 2, 128), empty(99, 16, 2, 128)
         ends, positions, table = empty(3, dtype=INT), empty(999, dtype=INT), empty(2, 40, dtype=INT)
         rest = (None, 0.1, None, None, None)
-        with pytest.raises(ValueError, match="these are packed"):
-            launchers.sparse_query_attention_varlen(q, k, k, positions, ends, ends, *rest, False)
+        launchers.sparse_query_attention_varlen(q, k, k, positions, ends, ends, *rest, False)
+        assert launched(gpus) == [NEW]
         with pytest.raises(ValueError, match="these are in pages"):
             launchers.sparse_query_attention_paged(
                 q, cache, cache, positions, ends, table, empty(2, dtype=INT), None, *rest, None, None, False

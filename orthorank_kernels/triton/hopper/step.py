@@ -12,9 +12,9 @@ MASKED_SCORE = gl.constexpr(-(2.0**100))
 
 
 @gluon.jit
-def rows_of_part(part, row, tile, selected, column, GROUP: gl.constexpr, PACK: gl.constexpr):
-    """Query and head of each row of a part of a tile, and whether there is one: like `row` each."""
-    return tile_rows(row, tile * CONSUMERS + part, 0, selected, column, GROUP, PACK, ROWS)
+def rows_of_part(part, row, tile, begin, end, column, GROUP: gl.constexpr, PACK: gl.constexpr):
+    """Query and head of each row of a part of a tile, and whether there is one: like ``row`` each."""
+    return tile_rows(row, tile * CONSUMERS + part, begin, end, column, GROUP, PACK, ROWS)
 
 
 @gluon.jit

@@ -36,7 +36,7 @@ def check(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    layout: str,
+    paged: bool,
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
@@ -54,8 +54,8 @@ def check(
         reason = f"is for GPUs of compute capability 9.0, and this is {target}"
     elif not _has_gluon():
         reason = "needs Triton 3.6 or newer with triton.experimental.gluon"
-    elif layout != "batch":
-        reason = f"takes keys in a batch, and these are {layout}"
+    elif paged:
+        reason = "takes keys in a batch or packed, and these are in pages"
     elif given:
         reason = f"has no {given[0]}"
     elif q.dtype not in (torch.float16, torch.bfloat16):
@@ -84,21 +84,24 @@ def launch(
     scale: float,
     starts: torch.Tensor | None,
     query_offset: int,
+    cu_selected: torch.Tensor | None,
+    cu_keys: torch.Tensor | None,
 ) -> None:
     """Launch the kernel on what `check` has let pass; arguments as in `triton.attention_launch.launch`.
 
     Args:
         pack: heads of a group that share a tile.
     """
-    from orthorank_kernels.triton.hopper.attention_kernel import hopper_attention_kernel
+    from orthorank_kernels.triton.hopper.kernel import hopper_attention_kernel
 
     batch, heads, selected, head_dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     group = heads // kv_heads
     columns = kv_heads * configs.cdiv(group, pack)
+    packed, n_seqs = cu_selected is not None, 0 if cu_selected is None else cu_selected.shape[0] - 1
     configs.launch(
         hopper_attention_kernel,
-        (configs.cdiv(selected, 2 * (PART // pack)), columns, batch),
+        (configs.tiles(selected, 2 * (PART // pack), n_seqs, packed=packed), columns, batch),
         q,
         q_ptr=q,
         k_desc=_descriptor(k),
@@ -106,10 +109,13 @@ def launch(
         v_ptr=v,
         positions_ptr=positions,
         starts_ptr=starts,
+        cu_selected_ptr=cu_selected,
+        cu_keys_ptr=cu_keys,
         out_ptr=out,
         lse_ptr=lse,
         selected=selected,
         keys=keys,
+        n_seqs=n_seqs,
         query_offset=query_offset,
         to_bits=scale * math.log2(math.e),
         stride_q_batch=q.stride(0),
@@ -130,6 +136,7 @@ def launch(
         BLOCK_N=BLOCK_N,
         HEAD_DIM=head_dim,
         STAGES=STAGES,
+        PACKED=packed,
         HAS_STARTS=starts is not None,
         HAS_LSE=lse is not None,
         CONSUMER_REGISTERS=CONSUMER,

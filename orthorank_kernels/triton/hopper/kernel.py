@@ -17,7 +17,7 @@ Rows of V behind the tile's last key may hold anything, and 0 times NaN is NaN. 
 of V is not copied by it: the first consumer loads that one and puts zeros there. K needs nothing: its scores are
 replaced. What lies before the first key is never read.
 
-Not here: float32, windows, soft-capping, sinks, packed keys, pages, keys split over programs.
+Not here: float32, windows, soft-capping, sinks, pages, keys split over programs.
 """
 
 from triton.experimental import gluon
@@ -29,7 +29,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from orthorank_kernels.triton.hopper.attention_step import (
+from orthorank_kernels.triton.hopper.gluon import async_load, find_sequence
+from orthorank_kernels.triton.hopper.step import (
     CONSUMERS,
     ROWS,
     attend,
@@ -38,7 +39,6 @@ from orthorank_kernels.triton.hopper.attention_step import (
     scores,
     softmax_step,
 )
-from orthorank_kernels.triton.hopper.gluon import async_load
 
 WARPS = gl.constexpr(4)  # of a consumer
 LN_2 = gl.constexpr(0.6931471805599453)
@@ -85,7 +85,7 @@ def consume(
     """One part of a tile, from its queries to its output."""
     k_bufs, v_bufs, k_full, k_empty, v_full, v_empty = rings
     q_ptr, v_ptr, positions_ptr, out_ptr, lse_ptr = tensors
-    selected, keys, query_offset, to_bits, strides = numbers
+    begin, end, keys, query_offset, to_bits, strides = numbers
     stride_q_head, stride_q_token, stride_out_head, stride_out_token, stride_lse_head, stride_lse_token = strides
     tile, column, start, high, blocks = where
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
@@ -97,7 +97,7 @@ def consume(
     dtype: gl.constexpr = k_bufs.dtype
 
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, WIDE))
-    query, head, in_tile = rows_of_part(PART, row, tile, selected, column, GROUP, PACK)
+    query, head, in_tile = rows_of_part(PART, row, tile, begin, end, column, GROUP, PACK)
     q = q_bufs.index(PART)
     fill_queries(q, q_ptr, query, head, in_tile, stride_q_head, stride_q_token, offs_d)
     if PART == 0:
@@ -106,7 +106,7 @@ def consume(
         mbarrier.arrive(v_full.index(0), count=1)
 
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
-    query, head, in_tile = rows_of_part(PART, row, tile, selected, column, GROUP, PACK)
+    query, head, in_tile = rows_of_part(PART, row, tile, begin, end, column, GROUP, PACK)
     sees, last = last_keys(positions_ptr, query, in_tile, query_offset, keys, start)
     own_high = gl.max(gl.where(sees, last, start), 0)
     last = gl.where(sees, last, own_high)
@@ -152,19 +152,19 @@ def consume(
         lse_rows = head.to(gl.int64) * stride_lse_head + query.to(gl.int64) * stride_lse_token
         gl.store(lse_ptr + lse_rows, lse, mask=in_tile)
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, WIDE))
-    query, head, in_tile = rows_of_part(PART, row, tile, selected, column, GROUP, PACK)
+    query, head, in_tile = rows_of_part(PART, row, tile, begin, end, column, GROUP, PACK)
     out_rows = head.to(gl.int64) * stride_out_head + query.to(gl.int64) * stride_out_token
     gl.store(out_ptr + out_rows[:, None] + offs_d[None, :], out, mask=in_tile[:, None])
 
 
 @gluon.jit
-def produce(k_desc, v_desc, rings, batch, kv_head, start, blocks, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+def produce(k_desc, v_desc, rings, batch, kv_head, first_row, blocks, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
     """Copy blocks of keys and values as their places in the rings become free."""
     k_bufs, v_bufs, k_full, k_empty, v_full, v_empty = rings
     for i in range(blocks):
         at = i % STAGES
         free = (i // STAGES & 1) ^ 1
-        n = start + (blocks - 1 - i) * BLOCK_N
+        n = first_row + (blocks - 1 - i) * BLOCK_N
         mbarrier.wait(k_empty.index(at), free)
         mbarrier.expect(k_full.index(at), k_desc.block_type.nbytes)
         async_load(k_desc, [batch, kv_head, n, 0], k_full.index(at), k_bufs.index(at))
@@ -178,6 +178,7 @@ def produce(k_desc, v_desc, rings, batch, kv_head, start, blocks, BLOCK_N: gl.co
     do_not_specialize=[
         "selected",
         "keys",
+        "n_seqs",
         "query_offset",
         "stride_positions_batch",
         "stride_lse_batch",
@@ -192,10 +193,13 @@ def hopper_attention_kernel(
     v_ptr,
     positions_ptr,  # [batch, selected]
     starts_ptr,  # [batch]
+    cu_selected_ptr,  # with PACKED: [n_seqs + 1]
+    cu_keys_ptr,  # with PACKED: [n_seqs + 1]
     out_ptr,  # [batch, heads, selected, head_dim] by strides
     lse_ptr,  # [batch, heads, selected] by strides, float32
     selected,
     keys,
+    n_seqs,
     query_offset,
     to_bits,  # softmax scale * log2(e)
     stride_q_batch,
@@ -216,6 +220,7 @@ def hopper_attention_kernel(
     BLOCK_N: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
+    PACKED: gl.constexpr,
     HAS_STARTS: gl.constexpr,
     HAS_LSE: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
@@ -226,12 +231,21 @@ def hopper_attention_kernel(
     column = gl.program_id(1)
     kv_head = column // ((GROUP + PACK - 1) // PACK)
     batch = gl.program_id(2)
+    query_begin = 0
+    query_end = selected
+    key_base = 0
     start = 0
+    if PACKED:
+        QUERIES: gl.constexpr = CONSUMERS * (ROWS // PACK)
+        sequence, query_begin, query_end, tile = find_sequence(cu_selected_ptr, n_seqs, selected, tile, QUERIES)
+        owned = sequence < n_seqs  # else what lies past the last sequence, which sees no keys
+        key_base = gl.load(cu_keys_ptr + sequence, mask=owned, other=0)
+        keys = gl.load(cu_keys_ptr + sequence + 1, mask=owned, other=0) - key_base
     if HAS_STARTS:
         start = gl.maximum(gl.load(starts_ptr + batch), 0)
     positions_ptr += batch.to(gl.int64) * stride_positions_batch
     row = gl.arange(0, CONSUMERS * ROWS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-    query, _head, in_tile = rows_of_part(row // ROWS, row % ROWS, tile, selected, column, GROUP, PACK)
+    query, _head, in_tile = rows_of_part(row // ROWS, row % ROWS, tile, query_begin, query_end, column, GROUP, PACK)
     sees, last = last_keys(positions_ptr, query, in_tile, query_offset, keys, start)
     # Nobody sees anything: one block all the same, all of it masked, so that nothing below has to ask.
     high = gl.max(gl.where(sees, last, -1), 0)
@@ -254,12 +268,14 @@ def hopper_attention_kernel(
     rings = (k_bufs, v_bufs, k_full, k_empty, v_full, v_empty)
     q_ptr += batch.to(gl.int64) * stride_q_batch
     v_ptr += batch.to(gl.int64) * stride_v_batch + kv_head.to(gl.int64) * stride_v_head
+    if PACKED:
+        v_ptr += key_base.to(gl.int64) * STRIDE_V
     out_ptr += batch.to(gl.int64) * stride_out_batch
     if HAS_LSE:
         lse_ptr += batch.to(gl.int64) * stride_lse_batch
     tensors = (q_ptr, v_ptr, positions_ptr, out_ptr, lse_ptr)
     strides = (stride_q_head, stride_q_token, stride_out_head, stride_out_token, stride_lse_head, stride_lse_token)
-    numbers = (selected, keys, query_offset, to_bits, strides)
+    numbers = (query_begin, query_end, keys, query_offset, to_bits, strides)
     where = (tile, column, start, high, blocks)
     gl.warp_specialize(
         [
@@ -271,7 +287,7 @@ def hopper_attention_kernel(
                 consume,
                 (q_bufs, rings, tensors, numbers, where, 1, STRIDE_V, GROUP, PACK, BLOCK_N, HEAD_DIM, STAGES, HAS_LSE),
             ),
-            (produce, (k_desc, v_desc, rings, batch, kv_head, start, blocks, BLOCK_N, STAGES)),
+            (produce, (k_desc, v_desc, rings, batch, kv_head, key_base + start, blocks, BLOCK_N, STAGES)),
         ],
         [WARPS, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
