@@ -57,6 +57,7 @@ def parts(folder: Path) -> list[Part]:
              (*PYTEST, "tests/orthorank/hf/test_compiled_layers.py", "tests/orthorank/evaluation/test_bench_random.py"),
              interpreter=True),
         Part("settings", "all settings of every op compiled for sm_90", (*COMPILE, "--slow")),
+        Part("hopper", "the limits of the attention kernel for sm_90", ("-m", "benchmarks.static.hopper")),
         Part("kernels", "the kernel tests in the interpreter",
              (*PYTEST, "-n", str(os.cpu_count() or 1), "-m", PLAIN, "tests/orthorank_kernels",
               "tests/benchmarks/test_micro.py", "tests/benchmarks/test_traffic.py",

@@ -40,7 +40,7 @@ R = TypeVar("R")
 
 DEVICES = set() if torch.version.hip else {"cuda"}  # kinds of devices that calls are planned for
 MOST = 512  # plans, of all ops together
-VARIABLES = ("TRITON_INTERPRET", "ORTHORANK_AUTOTUNE")  # read at each call
+VARIABLES = ("TRITON_INTERPRET", "ORTHORANK_AUTOTUNE", "ORTHORANK_ATTENTION")  # read at each call
 SWITCH = "ORTHORANK_LAUNCH_PLANS"
 # What stands behind os.environ, where it can be seen: asking that for a name that is not there takes a microsecond.
 _ENVIRON: Any = getattr(os.environ, "_data", os.environ)

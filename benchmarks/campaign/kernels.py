@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-WITHOUT = "ORTHORANK_CAMPAIGN_WITHOUT"  # kernels that no step may use, for those that the package cannot switch off
+WITHOUT = "ORTHORANK_CAMPAIGN_WITHOUT"  # what no step may use, for kernels that the package cannot switch off
 
 
 @dataclass(frozen=True)
@@ -21,18 +21,24 @@ class Kernel:
         chosen: environment with which the package takes it.
         off: environment that switches it off for every later step.
         timed: whether its rate is a result of its own.
+        asked: the package takes it only where it is asked to, so layers and models do not run it.
     """
 
     name: str
     chosen: Mapping[str, str]
     off: Mapping[str, str]
     timed: bool = False
+    asked: bool = False
 
 
 KERNELS = (
     Kernel("TMA descriptors", {"ORTHORANK_TMA": "1"}, {"ORTHORANK_TMA": "0"}, timed=True),
     Kernel("pointers", {"ORTHORANK_TMA": "0"}, {WITHOUT: "pointers"}),
-)
+    Kernel(
+        "hopper", {"ORTHORANK_TMA": "1", "ORTHORANK_ATTENTION": "hopper"}, {f"{WITHOUT}_HOPPER": "1"}, timed=True,
+        asked=True,
+    ),
+)  # fmt: skip
 
 
 def working(environment: Mapping[str, str] = os.environ) -> list[Kernel]:
@@ -40,10 +46,16 @@ def working(environment: Mapping[str, str] = os.environ) -> list[Kernel]:
     return [k for k in KERNELS if any(environment.get(name) != value for name, value in k.off.items())]
 
 
+def usual() -> list[Kernel]:
+    """Those of `working` that the package takes by itself."""
+    return [kernel for kernel in working() if not kernel.asked]
+
+
 def timed() -> list[Kernel]:
     """Those whose rates are results: the ones marked so, or the only one that is left."""
-    left = working()
-    return [kernel for kernel in left if kernel.timed] or left[:1]
+    left = usual()
+    own = [kernel for kernel in left if kernel.timed] or left[:1]
+    return own + [kernel for kernel in working() if kernel.asked and kernel.timed]
 
 
 @contextlib.contextmanager

@@ -4,7 +4,8 @@
 
 One kernel (`attention_kernel.py`) for keys in a batch, packed keys and keys in pages; `attention_tiles.py` says which
 queries and keys a program has, `attention_step.py` is what it does with a block of keys, `attention_combine.py` joins
-keys that were split, `attention_launch.py` launches both. Not here: a backward pass, float64.
+keys that were split, `attention_launch.py` launches both. Not here: a backward pass, float64. `hopper/` has a kernel
+for sm_90 alone, which runs where ``ORTHORANK_ATTENTION=hopper`` asks for it.
 
 DESIGN. All figures are of compiled code (bfloat16, Triton 3.9); none is a time. "ntm" is instructions that are not
 matrix products, for each million operations of those: below 977 on an H100 and 1953 on an A100, issuing instructions is

@@ -7,6 +7,7 @@ import torch
 from orthorank_kernels.triton import configs
 from orthorank_kernels.triton.attention_combine import combine, workspace
 from orthorank_kernels.triton.attention_kernel import sparse_query_attention_kernel
+from orthorank_kernels.triton.hopper import launch as hopper
 
 INT32_MAX = 2**31 - 1
 LARGEST_HEAD_DIM = 256
@@ -55,6 +56,9 @@ def launch(
     if outputs[0].numel() == 0:
         return
     target = configs.target_of(q.device)
+    asked = hopper.is_asked_for()
+    if asked:
+        hopper.check(q, k, v, paged=block_table is not None, window=window, softcap=softcap, sinks=sinks, target=target)
     constexprs, num_warps, num_stages = configs.launch_settings(head_dim, heads // kv_heads, q.dtype, target, rows)
     fp8 = FP8.get(k.dtype, "")
     if fp8:
@@ -66,6 +70,12 @@ def launch(
     tiles = configs.tiles(selected, constexprs["BLOCK_M"] // constexprs["PACK"], n_seqs, packed=cu_selected is not None)
     columns = kv_heads * configs.cdiv(constexprs["GROUP"], constexprs["PACK"])
     splits = configs.splits(tiles * columns * batch, longest, constexprs["BLOCK_M"], constexprs["BLOCK_N"], q.device)
+    if asked and splits == 1 and constexprs["BLOCK_M"] > configs.FEW_ROWS[-1]:
+        hopper.launch(
+            q, k, v, positions, *outputs, pack=constexprs["PACK"], scale=scale, starts=starts,
+            query_offset=query_offset, cu_selected=cu_selected, cu_keys=cu_keys,
+        )  # fmt: skip
+        return
     strides = _output_strides(*outputs)
     out, lse, totals = (*outputs, None)
     parts = workspace(splits, batch, selected, heads, head_dim, q) if splits > 1 else None

@@ -225,7 +225,7 @@ def test_switches_of_kernels_reach_the_package(monkeypatch):
     pytest.importorskip("triton")
     from orthorank_kernels.triton import configs
 
-    descriptors, pointers = kernels.KERNELS
+    descriptors, pointers, hopper = kernels.KERNELS
     before = configs._has_descriptors()
     with kernels.choosing(pointers):
         assert not configs._has_descriptors()
@@ -236,9 +236,17 @@ def test_switches_of_kernels_reach_the_package(monkeypatch):
     with kernels.choosing(descriptors):
         assert configs._has_descriptors() == before
     assert os.environ["ORTHORANK_TMA"] == "0"
-    assert kernels.working() == [pointers]
-    assert kernels.timed() == [pointers], "the only one that is left is timed"
+    assert kernels.working() == [pointers, hopper]
+    assert kernels.timed() == [pointers, hopper], "the only one that is left of the usual ones is timed"
     monkeypatch.setenv(kernels.WITHOUT, "pointers")
+    assert kernels.working() == kernels.timed() == [hopper]
+    assert kernels.usual() == [], "layers and models have none that they run by themselves"
+    with kernels.choosing(hopper):
+        assert os.environ["ORTHORANK_ATTENTION"] == "hopper"
+        assert configs._has_descriptors() == before, "also where the usual kernel may not use them"
+    assert "ORTHORANK_ATTENTION" not in os.environ
+    for name, value in hopper.off.items():
+        monkeypatch.setenv(name, value)
     assert kernels.working() == []
     assert kernels.working({}) == list(kernels.KERNELS)
 

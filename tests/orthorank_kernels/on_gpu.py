@@ -14,6 +14,8 @@ ELSEWHERE = {
     "test_fullgraph",
     "test_fuzz_ops",
     "test_hashing",
+    "test_hopper",
+    "test_hopper_compile",
     "test_launch_keys",
     "test_library",
     "test_offsets",

@@ -52,7 +52,7 @@ class Block:
         never = np.full(self.threads, WHOLE)
         self.undefined: dict[int, np.ndarray] = dict.fromkeys(range(len(operands.types)), never)
         self.locked: dict[int, set[int]] = {}  # register -> warps whose wgmma in flight writes it
-        self.shared = SharedMemory(shared_bytes)
+        self.shared = SharedMemory(shared_bytes, readers=self.warps if program.warps_part else 1)
         self.clocks = Clocks(self.warps)
         self.pc = 0  # of the instruction that runs now
         self.state: dict[str, Any] = {}  # what kinds of instructions keep for themselves: see `keep`

@@ -18,6 +18,7 @@ class Case:
         writes: the argument that the op changes, if it returns nothing.
         forced: constants of the attention launcher that are other ones in this call, for what would take gigabytes.
         settings: by op, launch settings that are other ones in this call: what large inputs bring about in small ones.
+        environment: variables that are set during this call; targets: GPUs that the case is for, all if empty.
     """
 
     group: str
@@ -29,6 +30,8 @@ class Case:
     writes: str | None = None
     forced: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    targets: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:

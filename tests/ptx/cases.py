@@ -17,6 +17,7 @@ import orthorank_kernels
 from tests.orthorank_kernels.every_op import IN_PLACE, Numbers, Sizes, calls
 from tests.ptx.case import FLOAT, HALF, HALF16, Case, ints, random
 from tests.ptx.cases_attention import attention_cases
+from tests.ptx.cases_hopper import hopper_cases
 
 POSITIONS = ints([0, 3, 6, 8], [1, 5, -1, -1])
 
@@ -249,6 +250,13 @@ CASES: tuple[Case, ...] = (
     *norm_cases(),
     *selection_cases(),
     *attention_cases(),
+    *hopper_cases(),
     *every_op_cases(),
 )
+
+
+def cases_for(target: str) -> list[Case]:
+    return [case for case in CASES if not case.targets or target in case.targets]
+
+
 GROUPS = tuple(dict.fromkeys(case.group for case in CASES))

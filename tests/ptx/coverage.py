@@ -14,7 +14,7 @@ import torch
 
 from orthorank_kernels import dispatch
 from orthorank_kernels.settings import lookup as _settings
-from tests.ptx.cases import CASES
+from tests.ptx.cases import cases_for
 from tests.ptx.worker import call
 
 Choices = dict[str, dict[str, set[str]]]
@@ -52,7 +52,7 @@ def note_choices(target: str) -> tuple[dict[str, set[str]], Choices]:
 
     _settings.look_up = noted
     JITFunction.run = launch
-    for case in CASES:
+    for case in cases_for(target):
         call(case, "triton")
     return kinds, choices
 

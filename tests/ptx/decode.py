@@ -42,6 +42,7 @@ class Kernel:
     parameter_bytes: int = 0
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
+    tables: dict[str, list[str]] = field(default_factory=dict)  # of branches by number: the labels they choose among
     registers: dict[str, str] = field(default_factory=dict)  # name or prefix -> type, as declared
 
 
@@ -87,6 +88,7 @@ class _Body:
         self.scopes: list[int] = [0]
         self.opened = 0
         self.declared: dict[int, set[str]] = {0: set()}
+        self.label = ""  # the last one
         self.statements: list[tuple[str, str, tuple[int, ...]]] = []  # text, source, scopes it lies in
 
     def decode(self) -> None:
@@ -103,6 +105,8 @@ class _Body:
                 self._label(token["label"])
             elif token["statement"].startswith(".reg"):
                 self._declare(token["statement"])
+            elif token["statement"].startswith(".branchtargets"):
+                self._table(token["statement"])
             elif token["statement"] and not token["statement"].startswith("."):
                 text = " ".join(token["statement"].split())
                 self.statements.append((text, self.source, tuple(self.scopes)))
@@ -134,7 +138,14 @@ class _Body:
         return name if len(self.scopes) == 1 else f"{name}#{self.scopes[-1]}"
 
     def _label(self, name: str) -> None:
-        self.kernel.labels[self._own(name)] = len(self.statements)
+        self.label = self._own(name)
+        self.kernel.labels[self.label] = len(self.statements)
+
+    def _table(self, text: str) -> None:
+        """The labels of a `.branchtargets`, which has a label of its own. Only outside of inner scopes."""
+        if len(self.scopes) > 1:
+            raise PtxError("a .branchtargets inside of braces is not known here")
+        self.kernel.tables[self.label] = text.removeprefix(".branchtargets").replace(",", " ").split()
 
     def _declare(self, text: str) -> None:
         kind, names = re.fullmatch(r"\.reg\s+\.(\w+)\s+(.*)", text, re.DOTALL).groups()

@@ -24,12 +24,12 @@ def read() -> dict[str, set[str]]:
 
 def forms_for(target: str) -> set[str]:
     """Compile every case for one target. Only in a process of its own: see `launchers`."""
-    from tests.ptx.cases import CASES
+    from tests.ptx.cases import cases_for
     from tests.ptx.worker import call, forms, prepare
 
     settings = prepare(target)
     settings.only_compile = True
-    for case in CASES:
+    for case in cases_for(target):
         call(case, "triton")
     return {form for launch in settings.launches for form in forms(launch.ptx)}
 

@@ -81,9 +81,9 @@ class Product:
         memory.writes[self.result] = mark
         for operand in (self.left, self.right):
             if isinstance(operand, Operand):
-                block.shared.reads[operand.bytes] = mark
+                block.shared.reads[0, operand.bytes] = mark
             else:
-                memory.reads[operand] = mark
+                memory.reads[0, operand] = mark
         if not any((p.result == self.result[0, 0]).any() for p in memory.products if not p.done):
             memory.in_flight[self.result] = False
 

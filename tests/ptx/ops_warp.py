@@ -130,3 +130,19 @@ def _elect(instruction: Instruction, operands: Operands) -> Run:
         elected.put(block, (first == LANE).reshape(-1), active)
 
     return run
+
+
+@entry("setmaxnreg")
+def _register_count(instruction: Instruction, operands: Operands) -> Run:
+    """9.7.19.5: how many registers a thread has from now on. Here each has all that it names, and nobody waits."""
+    words = modifiers(instruction, "inc", "dec", "sync", "aligned", "u32")
+    number = int(instruction.operands[0], 0)
+    if len(words) != 4 or not 24 <= number <= 256 or number % 8:
+        raise unknown(instruction)
+
+    def run(block: "Block", active: np.ndarray | None) -> None:
+        lanes = warps_of(block, active)
+        if (lanes.any(1) & ~lanes.all(1)).any():
+            raise Misuse("some lanes of a warp alone change how many registers it has")
+
+    return run

@@ -97,7 +97,7 @@ def bit_probes() -> Iterator[Probe]:
         yield of(f"selp.{kind}", bits, columns_of(cases, bits, bits, 1))
     for kind in ("b16", "u16", "b32", "u32", "b64"):
         yield of(f"mov.{kind}", width(kind), [(width(kind), EDGES[width(kind)])])
-    for form in ("s64.s32", "u64.u32", "u32.u64", "u32.u16", "s32.s16", "u16.u32", "s32.s64", "s64.s16"):
+    for form in ("s64.s32", "u64.u32", "u32.u64", "u32.u16", "s32.s16", "u16.u32", "s32.s64", "s64.s16", "u64.u16"):
         result, kind = form.split(".")
         yield of(f"cvt.{form}", width(result), [(width(kind), EDGES[width(kind)])])
 

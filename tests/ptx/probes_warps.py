@@ -55,6 +55,11 @@ def warp_probes() -> Iterator[Probe]:
     yield Probe("elect.sync", one, {"%r10": VALUES}, ["%r1"], FROM_90, block=64)
     meet = "bar.warp.sync -1; bar.sync 0; barrier.sync 0; add.s32 %r1, %r10, 1;"
     yield Probe("barrier.sync", meet, {"%r10": VALUES}, ["%r1"], block=64)
+    apart = (
+        "$table: .branchtargets $one, $other; and.b32 %r2, %r10, 1; brx.idx %r2, $table;"
+        "$one: add.s32 %r1, %r10, 7; bra.uni $end; $other: xor.b32 %r1, %r10, 255; $end: bar.warp.sync -1;"
+    )
+    yield Probe("brx.idx", apart, {"%r10": VALUES}, ["%r1"], block=64)
 
 
 def mma_places(count: int, rows: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from tests.ptx.bits import WARP
 from tests.ptx.block import Block
-from tests.ptx.errors import PtxError, Stuck
+from tests.ptx.errors import Misuse, PtxError, Stuck
 from tests.ptx.mbarriers import Mbarriers
 from tests.ptx.table import Step
 
@@ -29,7 +29,7 @@ class Warp:
     def __init__(self, number: int):
         self.number = number
         self.parts: dict[int, np.ndarray] = {0: np.ones(WARP, bool)}
-        self.at_barrier: str | None = None
+        self.at_barrier: tuple[str, int] | None = None  # its name, and how many warps it counts
 
     @property
     def done(self) -> bool:
@@ -57,6 +57,7 @@ class BlockRun:
         """Let some of the warps run for a while."""
         stalled = self.block.keep(Mbarriers).stalled
         live = [w for w in self.warps if not w.done]
+        self._let_through(live)
         ready = [w for w in live if w.at_barrier is None]
         awake = [w for w in ready if w.number not in stalled]
         if awake:
@@ -66,17 +67,24 @@ class BlockRun:
                 warp = ready[0]
                 raise self._located(Stuck("every warp waits for an mbarrier that nobody will complete"), warp)
         else:
-            self._release(live)
+            different = len({w.at_barrier for w in live}) > 1
+            fault = "warps wait at different barriers" if different else "a barrier waits for warps that have exited"
+            raise self._located(Stuck(fault), live[0])
 
-    def _release(self, live: list[Warp]) -> None:
-        """All that live wait at a barrier: let them through, if it is the same one and nobody is missing."""
-        if len({w.at_barrier for w in live}) > 1:
-            raise self._located(Stuck("warps wait at different barriers"), live[0])
-        if len(live) < len(self.warps):
-            raise self._located(Stuck("a barrier waits for warps that have exited"), live[0])
+    def _let_through(self, live: list[Warp]) -> None:
+        """Those at barriers that as many have reached as they count."""
+        waiting: dict[tuple[str, int], list[Warp]] = {}
         for warp in live:
-            warp.at_barrier = None
-        self.block.clocks.barrier([w.number for w in live])
+            if warp.at_barrier is not None:
+                waiting.setdefault(warp.at_barrier, []).append(warp)
+        names = [name for name, _ in waiting]
+        for (name, count), group in waiting.items():
+            if names.count(name) > 1 or len(group) > count:
+                raise self._located(Misuse(f"the warps at barrier {name} do not count alike"), group[0])
+            if len(group) == count:
+                for warp in group:
+                    warp.at_barrier = None
+                self.block.clocks.barrier([w.number for w in group])
 
     def _run(self, awake: list[Warp]) -> None:
         chance = self.random
@@ -126,7 +134,14 @@ class BlockRun:
                     if (taken == before).all():
                         pc = step.target
                         continue
-                    self._part(group, before, taken, pc + 1, step.target)
+                    self._part(group, (before & ~taken, pc + 1), (before & taken, step.target))
+                    return
+                if step.kind == "branch by number":
+                    ways = self._numbered(step, before, active)
+                    if len(ways) == 1:
+                        pc = ways[0][1]
+                        continue
+                    self._part(group, *ways)
                     return
                 if step.kind == "warp barrier":
                     for warp in group:
@@ -135,11 +150,11 @@ class BlockRun:
                     continue
                 if step.kind == "barrier":
                     for warp in group:
-                        warp.at_barrier = step.barrier
+                        warp.at_barrier = (step.barrier, step.count or block.warps)
                     pc += 1
                     break
                 taken = self._taken(step, active)  # exit
-                self._part(group, before, taken, pc + 1, None)
+                self._part(group, (before & ~taken, pc + 1))
                 return
             for warp in group:
                 lanes = np.ones(WARP, bool) if active is None else active.reshape(-1, WARP)[warp.number]
@@ -155,13 +170,21 @@ class BlockRun:
             return every
         return self.block.value(step.predicate, active, "a branch") & every
 
-    def _part(self, group: list[Warp], before: np.ndarray, taken: np.ndarray, stay: int, target: int | None) -> None:
-        """Lanes go two ways; with no target the taken ones exit."""
+    def _numbered(self, step: Step, before: np.ndarray, active: np.ndarray | None) -> list[tuple[np.ndarray, int]]:
+        """The ways of a branch by number that some thread takes."""
+        assert step.number is not None
+        number = self.block.value(step.number, active, "a branch")
+        highest = int(number[before].max())
+        if highest >= len(step.targets):
+            raise Misuse(f"a branch to target {highest} of a list of {len(step.targets)}")
+        ways = [(before & (number == n), target) for n, target in enumerate(step.targets)]
+        return [(lanes, target) for lanes, target in ways if lanes.any()]
+
+    def _part(self, group: list[Warp], *ways: tuple[np.ndarray, int]) -> None:
+        """Lanes go to instructions of their own; those that no way has exit."""
         for warp in group:
-            lanes, gone = before.reshape(-1, WARP)[warp.number], taken.reshape(-1, WARP)[warp.number]
-            warp.move(lanes & ~gone, stay)
-            if target is not None:
-                warp.move(lanes & gone, target)
+            for lanes, pc in ways:
+                warp.move(lanes.reshape(-1, WARP)[warp.number], pc)
 
     def _run_apart(self, warp: Warp) -> None:
         """One step of some lanes of a warp whose lanes are at different instructions."""

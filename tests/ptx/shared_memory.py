@@ -14,14 +14,16 @@ if TYPE_CHECKING:
 class SharedMemory:
     name = "shared memory"
 
-    def __init__(self, size: int, dtype: type = np.uint8):
+    def __init__(self, size: int, dtype: type = np.uint8, readers: int = 1):
+        """``readers``: 1, or the number of warps: each byte then remembers the readers of each warp apart. That takes
+        time, and is needed where barriers order some warps alone: of several readers in one only the last counts."""
         self.size = size
         self.data = np.full(size, 0xCD, dtype)
         self.written = np.zeros(size, bool)
         self.undefined = np.zeros(size, bool)  # written, but from a register that never was
         self.in_flight = np.zeros(size, bool)
         self.writes = np.zeros(size, np.int64)  # stamps, see `shadow`
-        self.reads = np.zeros(size, np.int64)
+        self.reads = np.zeros((readers, size), np.int64)
 
     def index(self, address: np.ndarray, size: int, alignment: int | None = None) -> np.ndarray:
         """[lanes, size] indices of the bytes of an access."""
@@ -57,7 +59,8 @@ class SharedMemory:
             raise Race(block.race("reads", "written", writes[bad][0], index[bad][0], self.name))
         if not atomic:
             own = shadow.stamp(warps, inside, False, block.pc, block.clocks.seen[warps, warps])
-            shadow.merge_readers(self.reads, index, np.broadcast_to(own, index.shape), block.clocks, warps)
+            flat = index + warps * self.size if len(self.reads) > 1 else index
+            shadow.merge_readers(self.reads.reshape(-1), flat, np.broadcast_to(own, index.shape), block.clocks, warps)
 
     def check_write(
         self, block: "Block", index: np.ndarray, lanes: np.ndarray, data: np.ndarray | None = None, atomic: bool = False
@@ -66,10 +69,11 @@ class SharedMemory:
         warps, inside = (lanes // 32)[:, None], (lanes % 32)[:, None]
         if self.in_flight[index].any():
             raise Race(f"writes {self.name} that an operation in flight is going to write")
-        reads = self.reads[index]
-        bad = shadow.unordered(reads, warps, inside, block.clocks)
-        if bad.any():
-            raise Race(block.race("writes", "read", reads[bad][0], index[bad][0], self.name))
+        for readers in self.reads:
+            reads = readers[index]
+            bad = shadow.unordered(reads, warps, inside, block.clocks)
+            if bad.any():
+                raise Race(block.race("writes", "read", reads[bad][0], index[bad][0], self.name))
         writes = self.writes[index]
         bad = shadow.unordered(writes, warps, inside, block.clocks)
         if atomic:

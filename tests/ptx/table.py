@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tests.ptx.bits import WARP
 from tests.ptx.decode import Instruction, Kernel, decode
 from tests.ptx.errors import PtxError, UnknownInstruction
 from tests.ptx.operands import Operands, Source
@@ -24,8 +25,10 @@ Builder = Callable[[Instruction, Operands], Run]
 
 TABLE: dict[str, Builder] = {}
 # Instructions that all lanes of a warp, which have not exited, execute together.
-TOGETHER = {"shfl", "redux", "vote", "ldmatrix", "stmatrix", "mma", "wgmma", "elect", "tcgen05"}
-CONTROL = {"bra": "branch", "ret": "exit", "exit": "exit", "bar": "barrier", "barrier": "barrier"}
+TOGETHER = {"shfl", "redux", "vote", "ldmatrix", "stmatrix", "mma", "wgmma", "elect", "tcgen05", "setmaxnreg"}
+CONTROL = {
+    "bra": "branch", "brx": "branch by number", "ret": "exit", "exit": "exit", "bar": "barrier", "barrier": "barrier",
+}  # fmt: skip
 
 
 def entry(*opcodes: str) -> Callable[[Builder], Builder]:
@@ -63,6 +66,9 @@ class Step:
     predicate: Source | None = None  # looked at for control flow; other instructions look at theirs themselves
     target: int = -1  # of a branch
     barrier: str = "0"
+    count: int = 0  # warps that a barrier counts; 0: all
+    number: Source | None = None  # which of the targets a branch by number takes
+    targets: tuple[int, ...] = ()
 
 
 class Program:
@@ -75,6 +81,7 @@ class Program:
             self.kernel.instructions[at] = instruction or NOTHING
         self.operands = Operands(self.kernel)
         self.steps = [self._step(instruction) for instruction in self.kernel.instructions]
+        self.warps_part = any(step.count for step in self.steps)  # some barriers are of some warps alone
         # By instruction: 1 for what some block has run; whose predicate let some thread do it; kept some from it.
         self.executed, self.acted, self.masked = (bytearray(len(self.steps) + 1) for _ in range(3))
 
@@ -104,13 +111,24 @@ class Program:
             modifiers(instruction, "uni")
             return Step(nothing, kind, False, predicate, self.kernel.labels[instruction.operands[0]])
         if kind == "barrier":
-            modifiers(instruction, "sync", "warp", "aligned")
-            warp = "warp" in instruction.opcode
-            if predicate is not None or "sync" not in instruction.opcode or len(instruction.operands) != 1:
+            return self._barrier(instruction, predicate)
+        if kind == "branch by number":
+            if modifiers(instruction, "idx", "uni") == set() or predicate is not None:
                 raise unknown(instruction)
-            return Step(nothing, "warp barrier" if warp else kind, True, barrier=instruction.operands[0])
+            number = self.operands.read(instruction.operands[0], "u32")
+            targets = tuple(self.kernel.labels[label] for label in self.kernel.tables[instruction.operands[1]])
+            return Step(nothing, kind, False, number=number, targets=targets)
         modifiers(instruction)
         return Step(nothing, kind, False, predicate)
+
+    def _barrier(self, instruction: Instruction, predicate: Source | None) -> Step:
+        """``bar.sync number``, for all, or ``bar.sync number, threads``, for so many; ``bar.warp.sync mask``."""
+        warp = "warp" in modifiers(instruction, "sync", "warp", "aligned")
+        texts = instruction.operands
+        count = int(texts[1], 0) if len(texts) > 1 else 0
+        if predicate is not None or "sync" not in instruction.opcode or len(texts) > 2 - warp or count % WARP:
+            raise unknown(instruction)
+        return Step(nothing, "warp barrier" if warp else "barrier", True, barrier=texts[0], count=count // WARP)
 
 
 def nothing(block: "Block", active: np.ndarray | None) -> None:

@@ -21,6 +21,8 @@ NOT_PROBED = {
     "cvta.param.u64": "the address of a tensor map among the parameters: see above",
     "ld.param.b32": "the harness passes pointers, which are 64 bits wide",
     "ld.param.s32": "the harness passes pointers, which are 64 bits wide",
+    "setmaxnreg.dec.sync.aligned.u32": "changes how many registers a thread has, and no result",
+    "setmaxnreg.inc.sync.aligned.u32": "the same",
 }
 PROBE_TARGETS = {80: "sm_80", 90: "sm_90", 100: "sm_100"}
 

@@ -206,7 +206,17 @@ def test_selection(kind):
     assert apply(f"selp.{kind}", [(bits, x), (bits, y), (1, [int(c) for c in p])], bits) == want
 
 
-INTEGER_CONVERSIONS = ("s64.s32", "u64.u32", "u32.u64", "u32.u16", "s32.s16", "u16.u32", "s32.s64", "s64.s16")
+INTEGER_CONVERSIONS = (
+    "s64.s32",
+    "u64.u32",
+    "u32.u64",
+    "u32.u16",
+    "s32.s16",
+    "u16.u32",
+    "s32.s64",
+    "s64.s16",
+    "u64.u16",
+)
 
 
 @pytest.mark.parametrize("form", INTEGER_CONVERSIONS)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.ptx import emitted
-from tests.ptx.cases import CASES, GROUPS
+from tests.ptx.cases import CASES, GROUPS, cases_for
 from tests.ptx.emitted import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +40,7 @@ def run_group(target: str, group: str, *more: str) -> list[dict]:
 
 def check(target: str, group: str, slow: bool, *seeds: int) -> None:
     results = run_group(target, group, *(["--slow"] if slow else []), "--seeds", *map(str, seeds))
-    titles = [case.title for case in CASES if case.group == group and case.slow == slow]
+    titles = [case.title for case in cases_for(target) if case.group == group and case.slow == slow]
     assert titles
     assert [result["case"] for result in results] == titles
     failed = [f"{r['case']}, seed {r['seed']}: {r['error']}" for r in results if "error" in r]

@@ -46,6 +46,23 @@ def test_a_byte_that_many_read_remembers_them():
         snippet.run(f"{start} {write}", threads=96, shared=384)
 
 
+ONE_BY_ONE = (
+    "mov.u32 %r30, %tid.x; mov.b32 %r3, 0; setp.ge.u32 %p1, %r30, 64; @%p1 bra $LAST; ld.shared.b32 %r1, [%r3];"
+    "setp.ge.u32 %p2, %r30, 32; @%p2 bra $SECOND; bar.sync 1, 64; ret; $SECOND: {second} ret;"
+    "$LAST: bar.sync 1, 64; bar.sync 2, 64; setp.eq.u32 %p3, %r30, 64; @%p3 st.shared.b32 [%r3], 9;"
+)
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2])
+def test_readers_that_barriers_order_one_by_one(seed):
+    """9.7.13.1 bar.sync a, b: a writer who met each reader alone; of a reader whom it did not meet nothing is known."""
+    data = np.zeros(4, np.uint32)
+    snippet.run(ONE_BY_ONE.replace("{second}", "bar.sync 2, 64;"), threads=96, shared=data, seed=seed)
+    alone = ONE_BY_ONE.replace("{second}", "").replace("bar.sync 2, 64; setp", "setp")
+    with pytest.raises(Race, match="byte 0 of shared memory"):
+        snippet.run(alone, threads=96, shared=data, seed=seed)
+
+
 def test_two_warps_that_write_the_same_byte():
     body = "mov.u32 %r30, %tid.x; shr.u32 %r2, %r30, 5; mov.b32 %r3, 0; st.shared.b32 [%r3], {value};"
     snippet.run(body.replace("{value}", "7"), threads=64, shared=16)  # the same value: which one stays does not matter

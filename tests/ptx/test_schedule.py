@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.ptx import snippet
-from tests.ptx.errors import PtxError, Stuck
+from tests.ptx.errors import Misuse, PtxError, Stuck, Uninitialised, UnknownInstruction
 from tests.ptx.memories import in_global
 
 
@@ -30,6 +30,54 @@ def test_who_comes_first_waits(barrier, seed):
     )
     out = snippet.run(body, threads=64, shared=256, seed=seed)
     assert out["%r5"].tolist() == [*range(37, 69), *range(32)]
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2, 3])
+def test_a_barrier_of_some_warps_waits_for_those_alone(seed):
+    """9.7.13.1 bar.sync a, b: two pairs of warps meet, each at a barrier of its own, and then all."""
+    body = (
+        "mov.u32 %r1, %tid.x; shl.b32 %r3, %r1, 2; xor.b32 %r4, %r3, 128; setp.lt.u32 %p1, %r1, 64; @%p1 bra $FIRST;"
+        "st.shared.b32 [%r3], %r1; bar.sync 2, 64; ld.shared.b32 %r5, [%r4]; bra.uni $MEET;"
+        "$FIRST: st.shared.b32 [%r3], %r1; bar.sync 1, 64; ld.shared.b32 %r5, [%r4]; bar.sync 1, 64;"
+        "st.shared.b32 [%r4], 7; $MEET: bar.sync 0; ld.shared.b32 %r6, [%r31];"
+    )
+    out = snippet.run(body, {"%r31": 0}, threads=128, shared=512, seed=seed)
+    assert out["%r5"].tolist() == [i ^ 32 for i in range(128)]
+    assert (out["%r6"] == 7).all()
+
+
+def test_barriers_that_count_wrongly():
+    """9.7.13.1: all who meet there count alike, and no more come than they count."""
+    part = "mov.u32 %r1, %tid.x; setp.lt.u32 %p1, %r1, 64; @%p1 bra $OTHER; {first} ret; $OTHER: {second}"
+    run = part.replace("{second}", "bar.sync 1, 64;")
+    snippet.run(run.replace("{first}", "bar.sync 2, 64;"), threads=128)
+    with pytest.raises(Misuse, match="do not count alike"):
+        snippet.run(part.replace("{first}", "bar.sync 1;").replace("{second}", "bar.sync 1, 96;"), threads=128)
+    with pytest.raises(Misuse, match="do not count alike"):
+        snippet.run("bar.sync 1, 64;", threads=128)
+    with pytest.raises(Stuck, match="exited"):
+        snippet.run(run.replace("{first}", "bar.sync 2, 96;"), threads=128)
+    with pytest.raises(UnknownInstruction, match=r"bar\.sync 1, 40"):
+        snippet.run("bar.sync 1, 40;", threads=128)
+
+
+TABLE = "$TABLE: .branchtargets $A, $B, $C; {index} brx.idx %r2, $TABLE; $A: mov.b32 %r3, 5; bra.uni $END;"
+TABLE += "$B: mov.b32 %r3, 6; bra.uni $END; $C: mov.b32 %r3, 7; $END: redux.sync.add.s32 %r4, %r3, -1;"
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_a_branch_by_number(seed):
+    """9.7.12.4 brx.idx: warps go ways of their own, and so may lanes, who meet again."""
+    apart = TABLE.replace("{index}", "mov.u32 %r1, %tid.x; shr.u32 %r2, %r1, {bits};")
+    out = snippet.run(apart.replace("{bits}", "5"), threads=96, seed=seed)
+    assert out["%r3"].tolist() == [5] * 32 + [6] * 32 + [7] * 32
+    out = snippet.run(apart.replace("{bits}", "4"), threads=32, seed=seed)
+    assert out["%r3"].tolist() == [5] * 16 + [6] * 16
+    assert (out["%r4"] == 16 * 11).all()
+    with pytest.raises(Misuse, match="target 3 of a list of 3"):
+        snippet.run(apart.replace("{bits}", "5"), threads=128, seed=seed)
+    with pytest.raises(Uninitialised, match="a branch"):
+        snippet.run(TABLE.replace("{index}", ""), seed=seed)
 
 
 def test_lanes_that_branch_apart_meet_again():

@@ -7,7 +7,7 @@ import pytest
 
 from tests.ptx import snippet
 from tests.ptx.bits import round_to_bfloat16, widen_bfloat16
-from tests.ptx.errors import Misuse, Stuck, Uninitialised
+from tests.ptx.errors import Misuse, Stuck, Uninitialised, UnknownInstruction
 
 VALUES = (np.arange(64, dtype=np.uint32) * 2654435761) & 0xFFFFFFFF
 
@@ -176,3 +176,13 @@ def test_matrices_from_shared_memory_and_back(count, trans):
 
 def test_bfloat16_widens_exactly():
     assert (widen_bfloat16(np.array([0x3F80, 0xC000], np.uint16)) == [1, -2]).all()
+
+
+def test_how_many_registers_a_thread_has_changes_nothing():
+    """9.7.19.5 setmaxnreg: whole warps, and a number that there is."""
+    snippet.run("setmaxnreg.dec.sync.aligned.u32 24; setmaxnreg.inc.sync.aligned.u32 240;", threads=128)
+    with pytest.raises(Misuse, match="some lanes"):
+        snippet.run("setp.lt.u32 %p1, %r2, 16; @%p1 setmaxnreg.dec.sync.aligned.u32 24;", {"%r2": np.arange(32)})
+    for number in (16, 28, 264):
+        with pytest.raises(UnknownInstruction, match="setmaxnreg"):
+            snippet.run(f"setmaxnreg.dec.sync.aligned.u32 {number};")

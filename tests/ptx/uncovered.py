@@ -46,7 +46,6 @@ UNCOVERED = (
     Uncovered("vote.sync.ballot.b32 %r1, %p1, -1;", "sm_80", "votes: reductions are by redux and shfl"),
     Uncovered("barrier.cluster.arrive.aligned;", "sm_90a", "clusters of blocks: the kernels run without"),
     Uncovered("mapa.u64 %rd1, %rd2, %r1;", "sm_90a", "the same"),
-    Uncovered("setmaxnreg.inc.sync.aligned.u32 240;", "sm_90a", "warp specialisation: no kernel asks for it"),
     Uncovered(
         "tcgen05.mma.cta_group::1.kind::tf32 [%r1], %rd1, %rd2, %r2, %p1;",
         "sm_100a", "tf32 products on tensor memory: see above",

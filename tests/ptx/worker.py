@@ -10,6 +10,7 @@ order. Cases of which FILE has such an object without an error are not run again
 import argparse
 import contextlib
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from orthorank_kernels import dispatch
 from orthorank_kernels.settings import lookup as _settings
 from tests.orthorank_kernels.tools import assert_within_budget, poisoned_outputs
 from tests.ptx.case import Case
-from tests.ptx.cases import CASES
+from tests.ptx.cases import cases_for
 from tests.ptx.launchers import Settings, program_of, run_instead_of_launch
 
 RESIDENT = 3
@@ -65,9 +66,13 @@ def forced(case: Case) -> Iterator[None]:
     for op, changes in case.settings.items():
         for kind in _settings.kinds(op):
             _settings._OVERRIDES[op, kind] = {**_settings.default(op, kind, "sm_90"), **changes}
+    outside = {name: os.environ.get(name) for name in case.environment}
+    os.environ.update(case.environment)
     try:
         yield
     finally:
+        for name, value in outside.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
         vars(attention_launch).update(before)
         _settings._OVERRIDES.clear()
 
@@ -133,7 +138,7 @@ def main() -> None:
         results = map(json.loads, options.done.read_text().splitlines())
         done = {result["case"] for result in results if "error" not in result}
     settings = prepare(options.target)
-    for case in CASES:
+    for case in cases_for(options.target):
         chosen = case.group == options.group and case.slow == options.slow and case.title not in done
         if chosen and re.search(options.only, case.title):
             print(json.dumps(run_case(case, settings, options.seeds)), flush=True)

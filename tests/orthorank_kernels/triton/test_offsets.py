@@ -6,6 +6,7 @@ within one row or one tile is 32 bits wide everywhere, and `test_extents_past_32
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,10 +19,15 @@ _ATTENTION = (
     "64-bit indices across the key loop cost 40 registers on sm_80; the numbers of a tile and of a head are small, and "
     "whatever meets a stride is widened there"
 )
-NARROW_PROGRAM_IDS = {"sparse_query_attention_kernel": _ATTENTION}
+NARROW_PROGRAM_IDS = {"sparse_query_attention_kernel": _ATTENTION, "hopper_attention_kernel": _ATTENTION}
 # Functions that multiply 32 bits.
 _KEYS = "64-bit offsets of keys cost 40 registers; the launcher sets WIDE where keys * stride exceeds 32 bits"
-NARROW_PRODUCTS = {"load_rows": _KEYS, "load_paged_rows": _KEYS.replace("keys * stride", "a page")}
+_BLOCK = "rows of one block; where the block begins is 64 bits wide"
+NARROW_PRODUCTS = {
+    "load_rows": _KEYS,
+    "load_paged_rows": _KEYS.replace("keys * stride", "a page"),
+    "fill_last_values": _BLOCK,
+}
 # Besides strides, what an index is multiplied by: the sizes of tensors, and the tokens that a program takes.
 SIZES = {"n_tokens", "selected", "keys", "width", "rows", "rows_per_program", "HIDDEN", "HEAD_DIM", "STRIDE"}
 # Parameters that are int64 by contract; the test checks what callers pass.
@@ -36,11 +42,14 @@ WIDE_RESULTS = {"first_piece", "bounds", "sequence_of"}
 
 
 def is_jit(node: ast.AST) -> bool:
-    return isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
+    decorators = node.decorator_list if isinstance(node, ast.FunctionDef) else []
+    return any(word in ast.unparse(d) for d in decorators for word in ("triton.jit", "gluon.jit"))
 
 
 def jit_functions() -> list[ast.FunctionDef]:
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(KERNELS.glob("*.py"))]
+    """Those of Gluon with ``tl`` for its ``gl``, which are alike here."""
+    texts = (path.read_text(encoding="utf-8") for path in sorted(KERNELS.rglob("*.py")))
+    trees = [ast.parse(re.sub(r"\bgl\.", "tl.", text)) for text in texts]
     return [node for tree in trees for node in ast.walk(tree) if is_jit(node)]
 
 

@@ -1,0 +1,137 @@
+"""What the attention kernel for sm_90 compiles to, and the limits it must keep.
+
+    python -m benchmarks.static.hopper [--only REGEX] [--json]     # exits with 1 where a limit is broken
+
+The other kernels' figures come from `worker`; here are those that only a kernel has whose warps have tasks of their
+own. Of each loop over keys: ``ntm`` (see `measure`), and how many exponentials stand between the wait for the scores
+and the wait for the sums of values, which run meanwhile. A compiler that moves the second wait before them undoes what
+the kernel is for, and no result shows it. ``threads_registers`` is what the program begins with, ``exchanged`` what its
+warps have once they have given up and taken over registers: beyond 65,536 it compiles, and can never run.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.static import sass
+from benchmarks.static.case import broken_limits, empty, launch, some_positions
+from benchmarks.static.measure import issued_per_mflop
+from benchmarks.static.worker import compile_instead_of_launch
+
+TARGET, REGISTERS, BLOCK_N = "sm_90", 65_536, 128
+# The prototype's figures with Triton 3.6, and a twentieth: unmasked and masked loops.
+NTM = {64: (918 * 1.05, 1158 * 1.05), 128: (494 * 1.05, 608 * 1.05)}
+EXPONENTIALS = 64 * BLOCK_N // 128  # of a thread in each loop: one for each score
+LOOPS = 4  # of two consumers: with a mask and without
+
+
+def attention(dim: int, group: int, more: bool) -> Callable[[], Any]:
+    """``more``: with left padding and the log-sum-exp."""
+    q = empty(2, 681, 8 * group, dim).transpose(1, 2)
+    k = empty(2, 8, 2047, dim)
+    starts = empty(2, dtype=torch.int32) if more else None
+    options = (dim**-0.5, None, starts, 2047 - 681, None, None, more)
+    return launch("attention.sparse_query_attention", q, k, k, some_positions(2, 681), *options)
+
+
+def packed(dim: int) -> Callable[[], Any]:
+    q, k, ends = empty(681, 32, dim), empty(30_001, 8, dim), empty(6, dtype=torch.int32)
+    options = (None, dim**-0.5, None, None, None, False)
+    positions = empty(681, dtype=torch.int32)
+    return launch("attention.sparse_query_attention_varlen", q, k, k, positions, ends, ends, *options)
+
+
+CASES = {
+    f"dim {dim}, {name}": (dim, case)
+    for dim in (64, 128)
+    for name, case in {
+        "groups of 4": attention(dim, 4, False),
+        "groups of 7, padding and log-sum-exp": attention(dim, 7, True),
+        "packed": packed(dim),
+    }.items()
+}
+
+
+def loops_of_all_warps(code: list[sass.Instruction]) -> Iterator[list[sass.Instruction]]:
+    """Loops with products. Where a kernel branches by number nothing says where to: the parts that nothing else reaches
+    are read from their first instruction."""
+    left = code
+    while any("MMA" in instruction.base for instruction in left):
+        yield from sass.matrix_loops(left)
+        reached = set(sass._reverse_postorder(sass._successors(left)))
+        left = left[next((i for i in range(len(left)) if i not in reached), len(left)) :]
+
+
+def waits(loop: list[sass.Instruction]) -> tuple[int, int]:
+    """Exponentials of a loop between the wait for all but one group of products and that for all, and elsewhere."""
+    meanwhile = elsewhere = 0
+    between = False
+    for instruction in loop:
+        if instruction.op.startswith("WARPGROUP.DEPBAR"):
+            between = instruction.operands.split(",")[-1].strip() == "0x1"
+        elif instruction.op.startswith("MUFU.EX2"):
+            meanwhile += between
+            elsewhere += not between
+    return meanwhile, elsewhere
+
+
+def measured(kernel: Any) -> dict[str, Any]:
+    """A measurement of what ``triton.compile`` returned."""
+    code = sass.disassemble(kernel.asm["cubin"])
+    loops = list(loops_of_all_warps(code))
+    between, elsewhere = zip(*map(waits, loops), strict=True)
+    ntm = sorted(issued_per_mflop(loop) or 0.0 for loop in loops)
+    warps = kernel.metadata.num_warps
+    numbers = [int(n) for n in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", kernel.asm["ptx"])]
+    return {
+        "warps": warps,
+        "shared": kernel.metadata.shared,
+        "spills": sass.count(code, sass.SPILLS),
+        "threads_registers": sass.registers(kernel.asm["cubin"]) * warps * 32,
+        "exchanged": 128 * (2 * sorted({n for n in numbers if n != 256})[-1] + min(numbers)),
+        "loops": len(loops),
+        "ntm": ntm[len(ntm) // 2 - 1],
+        "ntm_masked": ntm[-1],
+        "between": min(between),
+        "elsewhere": max(elsewhere),
+    }
+
+
+def complaints(found: dict[str, Any], dim: int) -> list[str]:
+    """Broken limits, in words."""
+    limits = {"spills": 0, "threads_registers": REGISTERS, "exchanged": REGISTERS, "loops": LOOPS, "min_loops": LOOPS,
+              "ntm": NTM[dim][0], "ntm_masked": NTM[dim][1], "min_between": EXPONENTIALS, "elsewhere": 0}  # fmt: skip
+    return broken_limits({"launches": 1, **found}, limits, TARGET)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name matches")
+    parser.add_argument("--json", action="store_true", help="one object for each case")
+    options = parser.parse_args()
+    os.environ["ORTHORANK_ATTENTION"] = "hopper"
+    compiled = compile_instead_of_launch(TARGET)
+    broken = 0
+    for name, (dim, case) in CASES.items():
+        if not re.search(options.only, name):
+            continue
+        compiled.clear()
+        case()
+        found = measured(compiled[0])
+        wrong = complaints(found, dim)
+        broken += bool(wrong)
+        if options.json:
+            print(json.dumps({"case": name, **found, "complaints": wrong}), flush=True)
+        else:
+            print(f"{name:<44}", "  ".join(f"{key} {value:.5g}" for key, value in found.items()), *wrong, flush=True)
+    return int(broken > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

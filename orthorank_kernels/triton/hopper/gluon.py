@@ -1,0 +1,26 @@
+"""What Gluon calls differently in different versions of Triton, in one place; and what it takes from our own code."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+from orthorank_kernels.triton import attention_tiles
+
+# The newer name first: where it is there, the older one raises when it is compiled.
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+# The same source as in the other attention kernel: it only computes with what it is given.
+tile_rows = gluon.jit(attention_tiles.tile_rows.fn)
+SEARCH = gl.constexpr(256)  # sequences that one step of the search reads
+
+
+@gluon.jit
+def find_sequence(cu_selected_ptr, n_seqs, n_queries, tile, QUERIES: gl.constexpr):
+    """`attention_tiles.find_sequence`, which says how tiles belong to sequences; here four warps have a layout."""
+    sequence = -1
+    for first in range(0, n_seqs + 1, SEARCH):
+        number = first + gl.arange(0, SEARCH, layout=gl.BlockedLayout([2], [32], [4], [0]))
+        begins = gl.load(cu_selected_ptr + number, mask=number <= n_seqs, other=0)  # [SEARCH]
+        sequence += gl.sum(((number <= n_seqs) & (begins // QUERIES + number <= tile)).to(gl.int32), 0)
+    begin = gl.load(cu_selected_ptr + sequence)
+    end = gl.load(cu_selected_ptr + sequence + 1, mask=sequence < n_seqs, other=n_queries)
+    return sequence, begin, end, tile - (begin // QUERIES + sequence)

@@ -1,0 +1,162 @@
+"""When the attention kernel for sm_90 runs, and its launch."""
+
+import math
+import os
+from importlib.metadata import version
+from importlib.util import find_spec
+
+import torch
+
+from orthorank_kernels.triton import configs
+
+VARIABLE = "ORTHORANK_ATTENTION"
+NAME = "hopper"
+HEAD_DIMS = (64, 128)
+BLOCK_N, STAGES = 128, 2
+PART = 64  # rows of a tile that one group of four warps has; a tile has two parts
+# Threads begin with ENTRY registers each, and give up or take over what the copying warp does not need. Twelve warps,
+# of which three idle beside the one that copies: 168 * 384 is what an SM has, less than 1,024.
+ENTRY, CONSUMER, PRODUCER = 168, 240, 24
+
+
+def is_asked_for() -> bool:
+    """Whether ``ORTHORANK_ATTENTION=hopper`` asks for this kernel.
+
+    Raises:
+        ValueError: it has another value.
+    """
+    value = os.environ.get(VARIABLE, "")
+    if value not in ("", NAME):
+        raise ValueError(f"{VARIABLE} is {value!r}; it must be {NAME!r}, or not be set: then the usual kernel runs")
+    return value == NAME
+
+
+def check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    paged: bool,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    target: str,
+) -> None:
+    """Raise unless the kernel takes a call with these arguments on this target.
+
+    Raises:
+        ValueError: names what it does not take, and says what to do.
+    """
+    head_dim, found = q.shape[3], configs.family(target)
+    options = {"window": window, "softcap": softcap, "sinks": sinks}
+    given = [name for name, value in options.items() if value is not None]
+    if found != "hopper":
+        reason = f"is for GPUs of compute capability 9.0, and this is {target}"
+    elif not _has_gluon():
+        reason = "needs Triton 3.6 or newer with triton.experimental.gluon"
+    elif paged:
+        reason = "takes keys in a batch or packed, and these are in pages"
+    elif given:
+        reason = f"has no {given[0]}"
+    elif q.dtype not in (torch.float16, torch.bfloat16):
+        reason = f"takes float16 and bfloat16, and q has {str(q.dtype).removeprefix('torch.')}"
+    elif head_dim not in HEAD_DIMS:
+        reason = f"takes head_dim {' and '.join(map(str, HEAD_DIMS))}, and q has {head_dim}"
+    elif not (configs.fits_tma(k) and configs.fits_tma(v)):
+        reason = (
+            "reads k and v by tensor descriptors: their memory and all strides must be multiples of 16 bytes, no "
+            "dimension may be empty or expanded, and ORTHORANK_TMA must not be 0"
+        )
+    else:
+        return
+    raise ValueError(f"{VARIABLE}={NAME} asks for a kernel that {reason}; leave {VARIABLE} out to run the usual one")
+
+
+def launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    *,
+    pack: int,
+    scale: float,
+    starts: torch.Tensor | None,
+    query_offset: int,
+    cu_selected: torch.Tensor | None,
+    cu_keys: torch.Tensor | None,
+) -> None:
+    """Launch the kernel on what `check` has let pass; arguments as in `triton.attention_launch.launch`.
+
+    Args:
+        pack: heads of a group that share a tile.
+    """
+    from orthorank_kernels.triton.hopper.kernel import hopper_attention_kernel
+
+    batch, heads, selected, head_dim = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    group = heads // kv_heads
+    columns = kv_heads * configs.cdiv(group, pack)
+    packed, n_seqs = cu_selected is not None, 0 if cu_selected is None else cu_selected.shape[0] - 1
+    configs.launch(
+        hopper_attention_kernel,
+        (configs.tiles(selected, 2 * (PART // pack), n_seqs, packed=packed), columns, batch),
+        q,
+        q_ptr=q,
+        k_desc=_descriptor(k),
+        v_desc=_descriptor(v),
+        v_ptr=v,
+        positions_ptr=positions,
+        starts_ptr=starts,
+        cu_selected_ptr=cu_selected,
+        cu_keys_ptr=cu_keys,
+        out_ptr=out,
+        lse_ptr=lse,
+        selected=selected,
+        keys=keys,
+        n_seqs=n_seqs,
+        query_offset=query_offset,
+        to_bits=scale * math.log2(math.e),
+        stride_q_batch=q.stride(0),
+        stride_q_head=q.stride(1),
+        stride_q_token=q.stride(2),
+        stride_v_batch=v.stride(0),
+        stride_v_head=v.stride(1),
+        stride_positions_batch=positions.stride(0),
+        stride_out_batch=out.stride(0),
+        stride_out_head=out.stride(1),
+        stride_out_token=out.stride(2),
+        stride_lse_batch=0 if lse is None else lse.stride(0),
+        stride_lse_head=0 if lse is None else lse.stride(1),
+        stride_lse_token=0 if lse is None else lse.stride(2),
+        STRIDE_V=v.stride(2),
+        GROUP=group,
+        PACK=pack,
+        BLOCK_N=BLOCK_N,
+        HEAD_DIM=head_dim,
+        STAGES=STAGES,
+        PACKED=packed,
+        HAS_STARTS=starts is not None,
+        HAS_LSE=lse is not None,
+        CONSUMER_REGISTERS=CONSUMER,
+        PRODUCER_REGISTERS=PRODUCER,
+        num_warps=4,
+        maxnreg=ENTRY,
+        enable_fp_fusion=True,
+    )
+
+
+def _has_gluon() -> bool:
+    found = tuple(map(int, version("triton").split(".")[:2]))
+    return found >= (3, 6) and find_spec("triton.experimental.gluon") is not None
+
+
+def _descriptor(x: torch.Tensor) -> object:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    block = [1, 1, BLOCK_N, x.shape[3]]
+    kind = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[x.dtype]
+    layout = gl.NVMMASharedLayout.get_default_for(block, kind)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)

@@ -1,0 +1,81 @@
+"""sparse_query_attention by the kernel for sm_90, on such a GPU: no interpreter of Triton runs it, so `tests/ptx` has
+what its code computes, and this what the hardware does."""
+
+import pytest
+import torch
+
+from orthorank_kernels import sparse_query_attention, sparse_query_attention_varlen
+from tests.orthorank_kernels.ops.test_attention import random, some_positions, written_out
+from tests.orthorank_kernels.tools import DEVICE, assert_within_budget, poisoned_outputs
+
+if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+    pytest.skip("the kernel is for GPUs of compute capability 9.0", allow_module_level=True)
+
+
+def check(
+    dim: int,
+    heads: tuple[int, int],
+    sizes: tuple[int, int, int],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    starts: tuple[int, ...] | None = None,
+    fewer: int = 0,
+) -> None:
+    """``sizes``: batch, keys and selected tokens. What no query sees is NaN; with ``fewer`` some positions are -1."""
+    batch, keys, selected = sizes
+    q = random(batch, heads[0], selected, dim, dtype=dtype, seed=1)
+    k, v = (random(batch, heads[1], keys, dim, dtype=dtype, seed=seed) for seed in (2, 3))
+    positions = some_positions(batch, keys - 9, selected, fewer)
+    first = None if starts is None else torch.tensor(starts, dtype=torch.int32, device=DEVICE)
+    exact = written_out(q, k, v, positions, starts=first)
+    eager, eager_lse = sparse_query_attention(q, k, v, positions, starts=first, return_lse=True, backend="torch")
+    for row, x in enumerate(zip(k, v, strict=True)):
+        for keys_or_values in x:
+            keys_or_values[:, int(positions[row].max()) + 1 :] = float("nan")
+            keys_or_values[:, : 0 if starts is None else starts[row]] = float("nan")
+    monkeypatch.setenv("ORTHORANK_ATTENTION", "hopper")
+    with poisoned_outputs():
+        out, lse = sparse_query_attention(q, k, v, positions, starts=first, return_lse=True, backend="triton")
+    assert_within_budget(out, eager, exact, dtype)
+    assert torch.equal(lse.isinf(), eager_lse.isinf())
+    torch.testing.assert_close(lse, eager_lse, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("heads", [(8, 2), (4, 4), (14, 2), (9, 3)])
+@pytest.mark.parametrize("sizes", [(2, 2047, 681), (1, 513, 99), (3, 130, 70)])
+def test_it_is_within_the_budget(dim, heads, sizes, dtype, monkeypatch):
+    check(dim, heads, sizes, dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_padding_and_rows_that_stand_nowhere(dim, monkeypatch):
+    check(dim, (8, 2), (3, 1000, 333), torch.bfloat16, monkeypatch, starts=(0, 7, 600), fewer=150)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_packed_sequences(dim, monkeypatch):
+    lengths, counts = (2000, 1, 700, 0, 350), (666, 1, 300, 0, 200)
+    q = random(sum(counts), 8, dim, dtype=torch.bfloat16, seed=1)
+    k, v = (random(sum(lengths), 2, dim, dtype=torch.bfloat16, seed=seed) for seed in (2, 3))
+    positions = torch.cat([some_positions(1, n, c)[0] for n, c in zip(lengths, counts, strict=True)])
+    ends = [torch.tensor((0, *n), device=DEVICE).cumsum(0).int() for n in (counts, lengths)]
+    exact = sparse_query_attention_varlen(q.float(), k.float(), v.float(), positions, *ends, backend="torch")
+    eager = sparse_query_attention_varlen(q, k, v, positions, *ends, backend="torch")
+    monkeypatch.setenv("ORTHORANK_ATTENTION", "hopper")
+    with poisoned_outputs():
+        out = sparse_query_attention_varlen(q, k, v, positions, *ends, backend="triton")
+    assert_within_budget(out, eager, exact, torch.bfloat16)
+
+
+def test_the_same_again_and_again(monkeypatch):
+    """Without a race the result does not change: neither the order of programs nor that of warps is in it."""
+    q, k, v = (
+        random(2, heads, n, 128, dtype=torch.bfloat16, seed=n) for heads, n in ((32, 1365), (8, 4096), (8, 4096))
+    )
+    positions = some_positions(2, 4096, 1365)
+    monkeypatch.setenv("ORTHORANK_ATTENTION", "hopper")
+    first = sparse_query_attention(q, k, v, positions, backend="triton")
+    for _ in range(50):
+        assert torch.equal(sparse_query_attention(q, k, v, positions, backend="triton"), first)

@@ -1,0 +1,150 @@
+"""Which calls the attention kernel for sm_90 takes, and what is said of the others. What it computes: `tests/ptx`."""
+
+import importlib.util
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+import orthorank_kernels as ok
+from orthorank_kernels import launch_plan
+from orthorank_kernels.triton import attention as launchers
+from orthorank_kernels.triton import attention_launch
+from orthorank_kernels.triton.hopper import launch as hopper
+from tests.orthorank_kernels.fake_gpu import Gpus, fake_gpus
+
+pytest.importorskip("triton")
+HALF, FLOAT, INT = torch.bfloat16, torch.float32, torch.int32
+USUAL, NEW = "sparse_query_attention_kernel", "hopper_attention_kernel"
+
+
+@pytest.fixture(autouse=True)
+def _asked_for(monkeypatch):
+    monkeypatch.setenv("ORTHORANK_ATTENTION", "hopper")
+
+
+def empty(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="cuda")
+
+
+def call(
+    selected: int = 999, keys: int = 3000, dim: int = 128, dtype: torch.dtype = HALF, slack: int = 0, **options: Any
+) -> None:
+    """Two groups of four heads, or of as many as ``group`` says."""
+    group, window, softcap = options.get("group", 4), options.get("window"), options.get("softcap")
+    q, k = empty(2, 2 * group, selected, dim, dtype=dtype), empty(2, 2, keys, dim + slack, dtype=dtype)[..., :dim]
+    starts = empty(2, dtype=INT) if options.get("starts") else None
+    sinks = empty(2 * group) if options.get("sinks") else None
+    lse = bool(options.get("lse"))
+    positions = empty(2, selected, dtype=INT)
+    launchers.sparse_query_attention(q, k, k, positions, 0.1, window, starts, 0, softcap, sinks, lse)
+
+
+def launched(gpus: Gpus) -> list[str]:
+    return [name for name, _, _ in gpus.launches]
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, HALF])
+def test_it_runs_where_it_is_asked_for(dim, dtype, monkeypatch):
+    with fake_gpus() as gpus:
+        call(dim=dim, dtype=dtype, starts=True, lse=True)
+        assert launched(gpus) == [NEW]
+        monkeypatch.delenv("ORTHORANK_ATTENTION")
+        call(dim=dim, dtype=dtype)
+        assert launched(gpus) == [NEW, USUAL]
+
+
+def test_tiles_hold_whole_queries_of_a_group():
+    """Seven heads: a part of 64 rows has nine queries, and a tile has two parts."""
+    with fake_gpus() as gpus:
+        call(group=7)
+    ((name, _, options),) = gpus.launches
+    assert (name, options["GROUP"], options["PACK"]) == (NEW, 7, 7)
+
+
+@pytest.mark.parametrize(
+    ("what", "kernels"),
+    [
+        ({"selected": 3, "keys": 600}, [USUAL]),
+        ({"selected": 16, "keys": 600}, [USUAL]),
+        ({"selected": 40, "keys": 90_000}, [USUAL, "combine_kernel"]),
+    ],
+)
+def test_few_queries_stay_with_the_usual_kernel(what, kernels):
+    with fake_gpus() as gpus:
+        call(**what)
+    assert launched(gpus) == kernels
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dtype": FLOAT}, "takes float16 and bfloat16, and q has float32"),
+        ({"dim": 96}, "takes head_dim 64 and 128, and q has 96"),
+        ({"window": 100}, "has no window"),
+        ({"softcap": 30.0}, "has no softcap"),
+        ({"sinks": True}, "has no sinks"),
+        ({"keys": 0}, "no dimension may be empty"),
+        ({"slack": 1}, "multiples of 16 bytes"),
+        ({"dim": 96, "selected": 3}, "takes head_dim 64 and 128, and q has 96"),
+    ],
+)
+def test_what_it_does_not_take_is_named(options, reason):
+    with fake_gpus() as gpus, pytest.raises(ValueError, match=reason) as raised:
+        call(**options)
+    assert launched(gpus) == []
+    assert "leave ORTHORANK_ATTENTION out" in str(raised.value)
+
+
+def test_packed_keys_are_taken_and_pages_are_named():
+    with fake_gpus() as gpus:
+        q, k, cache = empty(999, 8, 128), empty(5000, 2, 128), empty(99, 16, 2, 128)
+        ends, positions, table = empty(3, dtype=INT), empty(999, dtype=INT), empty(2, 40, dtype=INT)
+        rest = (None, 0.1, None, None, None)
+        launchers.sparse_query_attention_varlen(q, k, k, positions, ends, ends, *rest, False)
+        assert launched(gpus) == [NEW]
+        with pytest.raises(ValueError, match="these are in pages"):
+            launchers.sparse_query_attention_paged(
+                q, cache, cache, positions, ends, table, empty(2, dtype=INT), None, *rest, None, None, False
+            )
+
+
+def test_other_gpus_are_named():
+    with fake_gpus("sm_80"), pytest.raises(ValueError, match=r"compute capability 9\.0, and this is sm_80"):
+        call()
+
+
+def test_other_values_of_the_variable_are_an_error(monkeypatch):
+    monkeypatch.setenv("ORTHORANK_ATTENTION", "fast")
+    with fake_gpus(), pytest.raises(ValueError, match=r"'fast'; it must be 'hopper'"):
+        call()
+
+
+def test_without_gluon_the_request_is_an_error_and_everything_else_works(monkeypatch):
+    """The launchers do not import it; an older Triton has one that is not enough."""
+    monkeypatch.setitem(sys.modules, "triton.experimental", None)
+    for module in (hopper, attention_launch):
+        found = importlib.util.spec_from_file_location("again", module.__file__)
+        found.loader.exec_module(importlib.util.module_from_spec(found))
+    monkeypatch.setattr(hopper, "version", lambda name: "3.5.1")
+    with fake_gpus() as gpus:
+        with pytest.raises(ValueError, match=r"needs Triton 3\.6 or newer"):
+            call()
+        monkeypatch.delenv("ORTHORANK_ATTENTION")
+        call()
+    assert launched(gpus) == [USUAL]
+
+
+def test_a_launch_plan_belongs_to_one_value_of_the_variable(monkeypatch):
+    monkeypatch.setattr(launch_plan, "DEVICES", {"cpu"})
+    x = torch.ones(4)
+
+    def key() -> Any:
+        return launch_plan._look(ok.gather_rows, (x,), {}, False)[0]
+
+    with_it = key()
+    assert key() == with_it
+    monkeypatch.delenv("ORTHORANK_ATTENTION")
+    assert key() != with_it

@@ -1,0 +1,54 @@
+"""Calls that the attention kernel for sm_90 takes: see `cases`."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.ptx.case import HALF, HALF16, Case, ints
+from tests.ptx.cases_attention import GROUP, batched, packed
+
+# Of four heads a part of a tile has sixteen queries. The first part, with the later ones, sees two blocks whole; the
+# second lets one block go unread, and has a mask in the others.
+APART = (*range(100, 250, 40), *range(270, 382, 8))
+
+
+def surrounded(dtype: torch.dtype, positions: Tensor, keys: int, starts: Tensor | None = None, **more: Any) -> Any:
+    """Keys and values that no query sees are NaN, and so are the queries that stand nowhere."""
+    made = batched(dtype, selected=positions.shape[1], keys=keys, positions=positions, starts=starts, **more)
+    last = int(positions.max()) + more.get("query_offset", 0)
+    for x in (made["k"], made["v"]):
+        x[:, :, last + 1 :] = float("nan")
+        if starts is not None:
+            x[:, :, : int(starts)] = float("nan")
+    made["q"].transpose(1, 2)[positions < 0] = float("nan")
+    return made
+
+
+def one(
+    name: str, dtype: torch.dtype, slow: bool = True, op: str = "", made: Callable[..., Any] = surrounded, **more: Any
+) -> Case:
+    full, asked = f"sparse_query_attention{op}", {"ORTHORANK_ATTENTION": "hopper"}
+    return Case(
+        GROUP, full, f"hopper, {name}", dtype, lambda d: made(d, **more), slow, environment=asked, targets=("sm_90",)
+    )
+
+
+def hopper_cases() -> Iterator[Case]:
+    padded = {"positions": ints((*APART, -1, -1)), "keys": 400, "starts": ints(9)}
+    yield one("dim 64, padding", HALF, False, dim=64, **padded)
+    for dtype in (HALF, HALF16):
+        yield one("dim 128", dtype, dim=128, positions=ints(APART), keys=399, return_lse=True)
+        # Seven heads: a row of each part is idle, and of two tiles the second is not full.
+        sevens = ints(tuple(range(3, 377, 17)))
+        yield one("dim 64, groups of 7", dtype, dim=64, positions=sevens, keys=390, group=7, kv=2, fused=True)
+    later = ints(tuple(range(1100, 1244, 8)))
+    yield one("dim 64, many keys", HALF, dim=64, positions=later, keys=1300, query_offset=50)
+    one_head = (*range(0, 390, 5), *(-1,) * 82)  # the last tile's queries stand nowhere, and half of the first's
+    yield one("dim 128, one head", HALF, dim=128, positions=ints(one_head), keys=400, group=1)
+    yield one("dim 64, groups of 71", HALF16, dim=64, positions=ints((5, 70, 130, 200, 300)), keys=301, group=71)
+    # One sequence has two tiles, and tiles between sequences have no query.
+    lengths = {"selected": (70, 1, 3, 60), "keys": (140, 2, 40, 200)}
+    for dtype in (HALF, HALF16):
+        yield one("dim 64, packed", dtype, op="_varlen", made=packed, **lengths, return_lse=True)
