@@ -4,11 +4,12 @@ They read shapes, dtypes, devices and strides, and values only where they lie on
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
 
+PACKED_NEEDS = "packed sequences come with cu_seqlens, where each begins"
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _INTEGERS = (torch.int64, torch.int16, torch.int8, torch.uint8)
 _INFINITY = float("inf")
@@ -105,8 +106,14 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
 
 
-def tensor(name: str, value: object, layout: str, dtypes: Sequence[torch.dtype] = FLOATING) -> None:
-    """``value`` is a tensor with the dimensions of ``layout`` (such as ``"[batch, hidden]"``) and one of ``dtypes``."""
+def tensor(
+    name: str, value: object, layout: str, dtypes: Sequence[torch.dtype] = FLOATING, *, hints: Mapping[int, str] = {}
+) -> None:
+    """``value`` is a tensor with the dimensions of ``layout`` (such as ``"[batch, hidden]"``) and one of ``dtypes``.
+
+    Args:
+        hints: what to do, by a wrong number of dimensions that is likely to mean something.
+    """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor {layout}")
     if value.layout is not torch.strided or value.is_nested:
@@ -116,16 +123,20 @@ def tensor(name: str, value: object, layout: str, dtypes: Sequence[torch.dtype] 
         )
     dims = layout.count(",") + 1
     if value.dim() != dims:
-        raise ValueError(f"{name} has shape {list(value.shape)}; it must be {layout}, {dims} dimensions")
+        hint = hints.get(value.dim(), "")
+        raise ValueError(
+            f"{name} has shape {list(value.shape)}; it must be {layout}, {dims} dimensions{hint and f': {hint}'}"
+        )
     if value.dtype not in dtypes:
         cure = f": pass {name}.int()" if dtypes == (torch.int32,) and value.dtype in _INTEGERS else ""
         raise TypeError(f"{name} has dtype {str(value.dtype).removeprefix('torch.')}; it may be {_names(dtypes)}{cure}")
 
 
-def shape(name: str, value: torch.Tensor, expected: Sequence[int], because: str) -> None:
+def shape(name: str, value: torch.Tensor, expected: Sequence[int], because: str, hint: str = "") -> None:
     """``value`` has exactly the shape ``expected``; ``because`` names the argument that asks for it."""
     if list(value.shape) != list(expected):
-        raise ValueError(f"{name} has shape {list(value.shape)}; {because} asks for {list(expected)}")
+        end = hint and f": {hint}"
+        raise ValueError(f"{name} has shape {list(value.shape)}; {because} asks for {list(expected)}{end}")
 
 
 def same_device(reference_name: str, reference: torch.Tensor, **others: torch.Tensor | None) -> None:

@@ -13,6 +13,8 @@ from orthorank_kernels.reference import attention as reference
 
 MAX_OFFSET = 2**30  # a position and an offset together must fit 32 bits
 
+TURNED = "if tensors are [batch, tokens, heads, head_dim], as in many libraries, pass x.transpose(1, 2) of q, k and v"
+
 
 @planned
 def sparse_query_attention(
@@ -109,10 +111,10 @@ def _check(
     _checks.same_device("q", q, k=k, v=v)
     _checks.shape("k", k, [batch, kv_heads, k.shape[2], head_dim], "q")
     _checks.shape("v", v, list(k.shape), "k")
-    _attention.check_heads("k", kv_heads, heads)
+    _attention.check_heads("k", kv_heads, heads, TURNED)
     _checks.unit_last_stride(q=q, k=k, v=v)
     _checks.positions(positions, batch, q)
-    _checks.shape("positions", positions, [batch, selected], "q")
+    _checks.shape("positions", positions, [batch, selected], "q", TURNED)
     if starts is not None:
         _checks.row_index("starts", starts, batch, q)
 

@@ -15,10 +15,13 @@ LARGEST_SOFTCAP = 1e4
 OUTPUTS = ("attended", "lse?")  # none is called `out`: torch.compile takes that for an `out=` of its own kind
 
 
-def check_heads(name: str, kv_heads: int, heads: int) -> None:
+def check_heads(name: str, kv_heads: int, heads: int, hint: str = "") -> None:
     """The key/value heads of ``name`` divide the query heads."""
     if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"q has {heads} heads and {name} has {kv_heads}; the heads of {name} must divide those of q")
+        raise ValueError(
+            f"q has {heads} heads and {name} has {kv_heads}; the heads of {name} must divide those of "
+            f"q{hint and f': {hint}'}"
+        )
 
 
 def check_options(
@@ -65,10 +68,12 @@ def check_rotary(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, bool, int | None]:
     """The four arguments as the operators take them, ``rotary_dim`` resolved; q and positions are checked already."""
     _checks.flag("rotary_interleaved", interleaved)
+    _checks.integer("rotary_dim", rotary_dim, at_least=2, none="what the tables are wide")
     if cos is None and sin is None:
         if rotary_dim is not None:
             raise ValueError(
-                f"rotary_dim is {rotary_dim} without tables; pass rotary_cos and rotary_sin, or leave it out"
+                f"rotary_dim is {rotary_dim}; it must be None without tables: pass rotary_cos and rotary_sin, or leave "
+                "it out"
             )
         return None, None, interleaved, None
     for name, table, other in (("rotary_cos", cos, "rotary_sin"), ("rotary_sin", sin, "rotary_cos")):

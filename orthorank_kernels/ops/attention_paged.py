@@ -12,6 +12,9 @@ from orthorank_kernels.pytorch import attention_paged as pytorch
 from orthorank_kernels.reference import attention as reference
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# What to do with caches that hold keys and values together.
+UNBIND = "of one tensor for both pass cache.unbind(0), or cache.unbind(1) where blocks come first"
+SPLIT = "of a cache [blocks, kv_heads, block_size, 2 * head_dim] pass cache.transpose(1, 2).chunk(2, -1)"
 
 
 @planned
@@ -132,14 +135,15 @@ def _check(
 ) -> None:
     _checks.tensor("q", q, "[n, heads, head_dim]")
     for name, value in (("k_cache", k_cache), ("v_cache", v_cache)):
-        _checks.tensor(name, value, "[blocks, block_size, kv_heads, head_dim]", (*_checks.FLOATING, *FP8))
+        layout = "[blocks, block_size, kv_heads, head_dim]"
+        _checks.tensor(name, value, layout, (*_checks.FLOATING, *FP8), hints={5: UNBIND})
     if k_cache.dtype not in FP8:
         _checks.same_dtype("q", q, k_cache=k_cache)
     _checks.same_dtype("k_cache", k_cache, v_cache=v_cache)
     _checks.same_device("q", q, k_cache=k_cache, v_cache=v_cache)
     if k_cache.shape[1] == 0:
         raise ValueError(f"k_cache has shape {list(k_cache.shape)}; its block_size must be at least 1")
-    _checks.shape("k_cache", k_cache, [*k_cache.shape[:3], q.shape[2]], "q")
+    _checks.shape("k_cache", k_cache, [*k_cache.shape[:3], q.shape[2]], "q", SPLIT)
     _checks.shape("v_cache", v_cache, list(k_cache.shape), "k_cache")
     _attention.check_heads("k_cache", k_cache.shape[2], q.shape[1])
     _checks.unit_last_stride(q=q, k_cache=k_cache, v_cache=v_cache)

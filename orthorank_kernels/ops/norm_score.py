@@ -188,7 +188,8 @@ def check_norm(
 ) -> None:
     """Check the arguments of the norm and the score, in either layout."""
     layout = "[batch, tokens, hidden]" if cu_seqlens is None else "[total, hidden]"
-    _checks.tensor("hidden_states", hidden_states, layout, DTYPES)
+    hints = {2: _checks.PACKED_NEEDS} if cu_seqlens is None else {}
+    _checks.tensor("hidden_states", hidden_states, layout, DTYPES, hints=hints)
     hidden = hidden_states.shape[-1]
     if hidden == 0:
         raise ValueError("hidden_states has hidden size 0; it must be at least 1")

@@ -119,7 +119,8 @@ def select_tokens(
         >>> picked.cu_selected
         tensor([0, 1, 2], dtype=torch.int32)
     """
-    _checks.tensor("scores", scores, "[batch, tokens]" if cu_seqlens is None else "[total]", (torch.float32,))
+    layout, hints = ("[batch, tokens]", {1: _checks.PACKED_NEEDS}) if cu_seqlens is None else ("[total]", {})
+    _checks.tensor("scores", scores, layout, (torch.float32,), hints=hints)
     _checks.unit_last_stride(scores=scores)
     request = select_request(
         scores,
@@ -239,7 +240,8 @@ def _which(
         _per_row("k", k, (torch.int32, torch.int64), rows, like)
         return tokens, k, None, None
     if isinstance(k, bool) or not isinstance(k, int | torch.SymInt):
-        raise TypeError(f"k is a {type(k).__name__}; it must be an int or an int32 or int64 tensor [batch]")
+        share = f": a share of n tokens is keep_count(n, {k!r})" if isinstance(k, float) else ""
+        raise TypeError(f"k is a {type(k).__name__}; it must be an int or an int32 or int64 tensor [batch]{share}")
     if isinstance(k, int) and not 0 <= k <= tokens:  # of a length that is left open, no bound can be shown
         raise ValueError(f"k is {k}; it must be from 0 to the number of tokens, {tokens}")
     return k, None, None, None

@@ -99,7 +99,7 @@ def test_errors_name_the_argument(op):
     for wrong, kind, message in (
         ({"rotary_cos": cos}, ValueError, "rotary_sin is None and rotary_cos is not"),
         ({"rotary_sin": sin}, ValueError, "rotary_cos is None and rotary_sin is not"),
-        ({"rotary_dim": 4}, ValueError, "rotary_dim is 4 without tables"),
+        ({"rotary_dim": 4}, ValueError, "rotary_dim is 4; it must be None without tables"),
         ({"rotary_cos": cos, "rotary_sin": sin[..., :5]}, ValueError, "rotary_sin has shape"),
         ({"rotary_cos": cos[..., :8], "rotary_sin": sin[..., :8]}, ValueError, "rotary_cos has shape .* and q a head"),
         ({"rotary_cos": cos[..., :2, :], "rotary_sin": sin[..., :2, :]}, IndexError, "positions"),

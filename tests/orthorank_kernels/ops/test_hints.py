@@ -1,0 +1,53 @@
+"""What callers from other libraries get wrong first, and what the error says to do."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import orthorank_kernels as ok
+
+H, W, SCORES = torch.randn(1, 12, 16), torch.ones(16), torch.rand(1, 12)
+Q, K = torch.randn(1, 8, 4, 16), torch.randn(1, 2, 12, 16)  # heads, then tokens
+POSITIONS, PACKED = torch.arange(4)[None].int(), torch.arange(4).int()
+TABLE, LENGTHS, CU = torch.zeros(1, 3).int(), torch.tensor([12]).int(), torch.tensor([0, 4]).int()
+
+
+def paged(cache: Any) -> Any:
+    return ok.sparse_query_attention_paged(Q[0].transpose(0, 1), *cache, PACKED, CU, TABLE, LENGTHS)
+
+
+def turned(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2).contiguous()
+
+
+BOTH, SIDE_BY_SIDE = torch.randn(2, 3, 16, 2, 16), torch.randn(3, 2, 16, 32)
+CALLS: dict[str, tuple[Callable[[], Any], str]] = {
+    "a share for k": (lambda: ok.select_tokens(SCORES, 0.33), "a share of n tokens is keep_count(n, 0.33)"),
+    "a share for k, fused": (lambda: ok.rms_norm_select(H, W, 1e-5, 0.33), "is keep_count(n, 0.33)"),
+    "packed states": (lambda: ok.rms_norm_score(H[0], W, 1e-5), "packed sequences come with cu_seqlens"),
+    "packed scores": (lambda: ok.select_tokens(SCORES[0], 3), "packed sequences come with cu_seqlens"),
+    "heads behind tokens": (
+        lambda: ok.sparse_query_attention(turned(Q), turned(K), turned(K), POSITIONS),
+        "pass x.transpose(1, 2) of q, k and v",
+    ),
+    "queries alone": (lambda: ok.sparse_query_attention(turned(Q), K, K, POSITIONS), "pass x.transpose(1, 2) of q"),
+    "one cache for both": (lambda: paged((BOTH, BOTH)), "pass cache.unbind(0)"),
+    "side by side": (lambda: paged((turned(SIDE_BY_SIDE),) * 2), "pass cache.transpose(1, 2).chunk(2, -1)"),
+}
+
+
+@pytest.mark.parametrize(("call", "words"), CALLS.values(), ids=CALLS)
+def test_the_error_says_what_to_do(call: Callable[[], Any], words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=re.escape(words)):
+        call()
+
+
+def test_what_is_said_works() -> None:
+    assert ok.select_tokens(SCORES, ok.keep_count(12, 0.33)).positions.shape == (1, 3)
+    assert ok.rms_norm_score(H[0], W, 1e-5, cu_seqlens=torch.tensor([0, 12]).int()).scores.shape == (12,)
+    assert ok.sparse_query_attention(Q, K, K, POSITIONS).shape == Q.shape
+    assert paged(BOTH.unbind(0)).shape == (4, 8, 16)
+    assert paged(SIDE_BY_SIDE.transpose(1, 2).chunk(2, -1)).shape == (4, 8, 16)
