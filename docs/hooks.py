@@ -1,17 +1,47 @@
-"""For the documentation site: the command line's help as a page, and links that leave the site as plain names."""
+"""For the documentation site: the command line's help as a page, the paths that users import by as headings, and links
+that leave the site as plain names."""
 
+import functools
+import importlib
 import re
+from pathlib import Path
 from typing import Any
 
 COMMANDS = "<!-- commands -->"
+STABLE = Path(__file__).with_name("stable.md")
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Called by MkDocs for every page."""
     if COMMANDS in markdown:
         markdown = markdown.replace(COMMANDS, commands())
+    markdown = re.sub(r"^::: (\S+)$", _with_public_heading, markdown, flags=re.MULTILINE)
     # `[text](../examples/x.py)`: a file of the repository, which the site does not hold
     return re.sub(r"\[([^\]]+)\]\(\.\./([^)]+)\)", r"\1 (`\2`)", markdown)
+
+
+def _with_public_heading(shown: re.Match[str]) -> str:
+    """An entry of the reference, headed by the path that users import it by."""
+    path = public_paths().get(shown[1])
+    return f"{shown[0]}\n    options:\n      heading: {path}" if path else shown[0]
+
+
+@functools.cache
+def public_paths() -> dict[str, str]:
+    """By where a name is defined: the stable room that hands it on, the shortest first."""
+    rooms = re.findall(r"^\| `(\w[\w.]*)` \|", STABLE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    found: dict[str, str] = {}
+    for room in sorted(rooms, key=len):
+        try:
+            module = importlib.import_module(room)
+        except ImportError:  # a name by itself, which is its own heading
+            continue
+        for name in getattr(module, "__all__", ()):
+            value = getattr(module, name)
+            home = getattr(value, "__module__", None)
+            if home is not None:
+                found.setdefault(f"{home}.{name}", f"{room}.{name}")
+    return found
 
 
 def commands() -> str:

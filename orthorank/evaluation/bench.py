@@ -120,6 +120,7 @@ def run_bench(
     Args:
         model: a causal language model without a plan applied; left as it was.
         variants: names and plans; None is the dense model. The first one is the baseline.
+        settings: how many tokens, rounds and prompts of which lengths.
         on_step: called after each round as ``on_step(what, done, total)``.
 
     Returns:

@@ -125,7 +125,8 @@ def compare_plans(
     """Answers of the dense model and with each of ``plans`` to ``prompts``, and how far apart they are.
 
     Args:
-        model: without a plan applied, in eval mode; left as it was. plans: by a name for each.
+        model: without a plan applied, in eval mode; left as it was. tokenizer: the model's.
+        plans: by a name for each. prompts: at least one, see `read_prompts`.
         max_new_tokens: longest answer; decoding is greedy. bos: as for `orthorank.evaluation.answers.with_bos`.
         kept: a JSONL file that gets each prompt's row as soon as it is there. Rows that it holds of the same prompt,
             model, plans and settings are not computed again.

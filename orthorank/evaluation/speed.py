@@ -81,6 +81,7 @@ class SpeedReport:
         clock: what measured the time, in words.
         device, dtype, threads: where the model ran; threads of PyTorch's CPU operators.
         batch, prompt: shape of the input in tokens.
+        rounds: timed forwards of each variant; warmup: untimed ones before.
     """
 
     timings: dict[str, Timing]

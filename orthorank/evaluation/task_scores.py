@@ -37,7 +37,7 @@ def evaluate_tasks(
     """Accuracy of ``model`` on tasks of lm-evaluation-harness, without examples in the prompt (paper, section 4.1).
 
     Args:
-        model: a causal model without a plan applied; left as it was.
+        model: a causal model without a plan applied; left as it was. tokenizer: the model's.
         tasks: names that the harness knows, or that are defined by files in the folder ``include_path``.
         plan: applied for the time of the evaluation; None: the dense model.
         limit: first rows of each task; None: all.

@@ -109,7 +109,22 @@ def apply(
 
 
 def handle_of(model: Any) -> "Handle | None":
-    """The handle of the plan that is applied to ``model``, or None. A deep copy of a patched model has its own."""
+    """The handle of the plan that is applied to ``model``, or None. A deep copy of a patched model has its own.
+
+    Args:
+        model: whatever `apply` takes, or the decoder of such a model.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+        ...     num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1))
+        >>> handle = apply(model, OrthoRankConfig(layers=[2]))
+        >>> handle_of(model) is handle, repr(handle)
+        (True, '<Handle: layers 2 select; applied to a LlamaForCausalLM>')
+        >>> handle.remove()
+        >>> handle_of(model) is None
+        True
+    """
     model = unwrapped(model)
     for module in (model, getattr(model, "model", None)):  # the decoder carries the mark, too
         if (handle := getattr(module, "__dict__", {}).get(ATTRIBUTE)) is not None:
@@ -119,6 +134,9 @@ def handle_of(model: Any) -> "Handle | None":
 
 def status(model: Any) -> Status:
     """What the applied plan has done so far: per layer its mode, ratio, calls, tokens in and tokens updated.
+
+    Args:
+        model: with a plan applied.
 
     Raises:
         OrthoRankError: no plan is applied.

@@ -31,6 +31,7 @@ def map_of(plan: OrthoRankConfig, layer: int, device: torch.device, dtype: torch
     """The map of ``layer`` on ``device`` (the CPU for "meta", where offloaded weights wait), or None.
 
     Args:
+        plan: a corrected one or not. layer: its number. device: where the layer runs.
         dtype: of the hidden states.
 
     Raises:

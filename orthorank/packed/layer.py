@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RMSNorm:
-    """An RMSNorm's weight ``[hidden]`` and what is added to the mean square."""
+    """An RMSNorm.
+
+    Args:
+        weight: ``[hidden]``. eps: added to the mean square.
+    """
 
     weight: Tensor
     eps: float

@@ -78,7 +78,12 @@ def greedy_round(
     on_evaluation: OnEvaluation | None = None,
     save_to: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Go on with the running round of ``state`` until its layer is switched. Arguments as for `greedy_search`."""
+    """Go on with the running round of ``state`` until its layer is switched.
+
+    Args:
+        state: from `begin_search`; changed in place.
+        evaluator, on_evaluation, save_to: as for `greedy_search`.
+    """
     number, remaining = len(state.chosen), state.remaining
     evaluator.start(state.chosen, remaining)
     evaluations = fast_evaluations if state.fast else _evaluations
@@ -103,7 +108,11 @@ def begin_search(
     fast: bool = False,
     state: SearchState | None = None,
 ) -> SearchState:
-    """The state from which `greedy_round` goes on. Arguments and errors as for `greedy_search`."""
+    """The state from which `greedy_round` goes on. Errors as for `greedy_search`.
+
+    Args:
+        evaluator, candidates, rounds, fast, state: as for `greedy_search`.
+    """
     layers = sorted(candidates)
     if len(set(layers)) < len(layers):
         raise OrthoRankError(f"candidates is {layers}; a layer is listed twice")

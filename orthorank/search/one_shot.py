@@ -31,6 +31,9 @@ OnScore = Callable[[int, float, int, int], None]
 def rank_layers(scores: Mapping[int, float], count: int) -> list[int]:
     """The ``count`` layers with the lowest scores, lowest first; of equal scores the lower layer comes first.
 
+    Args:
+        scores: by layer. count: how many layers are wanted.
+
     Raises:
         OrthoRankError: there are fewer layers, or one of them has no finite score.
 
@@ -54,6 +57,9 @@ def one_shot_candidates(
     num_layers: int, protect_first: int = PROTECT_FIRST, protect_last: int = PROTECT_LAST
 ) -> list[int]:
     """The layers that may be taken: all but the first four and the last two (Shortened LLaMA's "+").
+
+    Args:
+        num_layers: of the model. protect_first, protect_last: so many at either end stay.
 
     Raises:
         OrthoRankError: no layer is left, or a negative number.
@@ -193,6 +199,9 @@ def loss_scores(
 
 def magnitude_scores(stack: "LayerStack") -> dict[int, float]:
     """Sum of the absolute weights of each layer, norms included (Shortened LLaMA, "Mag").
+
+    Args:
+        stack: of the model, `orthorank.stack.layers.LayerStack`.
 
     Returns:
         The scores by layer; the lowest is least important.

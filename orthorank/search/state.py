@@ -189,6 +189,9 @@ def evaluation_count(candidates: int, rounds: int) -> int:
 
     With SLEB's candidates, all layers but the first and the last, this is R(L - 2) - R(R - 1)/2.
 
+    Args:
+        candidates: how many layers may be switched. rounds: how many are.
+
     Raises:
         OrthoRankError: more rounds than candidates, or a negative number.
 

@@ -162,7 +162,10 @@ def flop_speedup(
     ranks: Mapping[int, int] | None = None,
     keep_multiple: int = 1,
 ) -> float:
-    """Dense FLOPs divided by the plan's: the speed-up if time were proportional to FLOPs. Arguments as above.
+    """Dense FLOPs divided by the plan's: the speed-up if time were proportional to FLOPs.
+
+    Args:
+        config, tokens, layers, keep_ratio, logits, ranks, keep_multiple: as for `prefill_flops`.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -180,6 +183,9 @@ def layer_cost(config: Any, tokens: int, keep_ratio: float) -> float:
     """FLOPs of a selected layer (layer 0 stands for all) as a share of those of a dense one.
 
     Keys and values of all tokens are paid in full, so the share is above ``keep_ratio``; less so with grouped queries.
+
+    Args:
+        config: as for `prefill_flops`. tokens: prompt length. keep_ratio: share of them that the layer updates.
 
     Example:
         >>> from transformers import LlamaConfig

@@ -58,9 +58,31 @@ def rms_norm_select(
 ) -> NormSelection:
     """`rms_norm_score` and `select_tokens` on its scores, in one kernel launch.
 
-    The results are those of the two calls, bit for bit; the arguments are theirs too.
+    The results are those of the two calls, bit for bit.
 
     Args:
+        hidden_states: ``[batch, tokens, hidden]``, or packed ``[total, hidden]`` with ``cu_seqlens``; float32, float16
+            or bfloat16, the last stride 1.
+        weight, bias: ``[hidden]``, of the norm; None: ones, zeros. ``bias`` is for ``norm="layer"``.
+        eps: added to the mean of squares, or to the variance.
+        k: tokens to select: an int, or int32 or int64 ``[batch]`` or ``[seqs]``; see `keep_count`.
+        threshold: instead of ``k``: select all that score below this number, or float32 ``[batch]`` or ``[seqs]``.
+        residual: added before the norm, like ``hidden_states``.
+        norm: ``"rms"``, ``"layer"`` or ``"identity"`` (none), rounded as `rms_norm_score` says.
+        weight_offset: added to the weight in float32: 1 for Gemma.
+        score: ``"inner"``: the absolute inner product with the sink's normed state; ``"cosine"``: that of their angle.
+        sink: the sink's stored normed state ``[batch, hidden]``, ``[seqs, hidden]`` or ``[hidden]``; None: that of each
+            sequence's first valid token.
+        starts, lengths: int32 ``[batch]``, each row's first valid token and how many there are; None: the whole row.
+        sink_positions: int32 ``[batch]`` or ``[seqs]``, where the sink is, which is selected last; -1: not among these
+            tokens; None: the first valid token.
+        cu_seqlens: int32 ``[seqs + 1]``, where each packed sequence begins, and ``total``.
+        position_offsets: int32 ``[seqs]``, tokens of each packed sequence that precede these. Needs ``sink``.
+        keep_last: so many tokens at each sequence's end are selected whatever they score, counted in ``k``.
+        max_selected: room in ``positions``; see `select_tokens`.
+        write_norm: False: ``normed`` is None and not written. copy_input: ``residual`` is a copy of ``hidden_states``
+            where none is given.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
         workspace: int32 ``[n]``, n at least 1 and the number of rows or sequences, all zero, for the kernel to count
             in. It is zero again afterwards, so one serves all calls that follow each other on a stream, and without it
             each call first fills one with zeros.

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,6 +99,29 @@ def test_what_the_reference_shows_is_handed_on_by_a_stable_room(path: str) -> No
     rooms = [importlib.import_module(room) for room in ROOMS]
     handed_on = [room.__name__ for room in rooms if name in room.__all__ and getattr(room, name) is found(path)]
     assert handed_on or path in ALONE
+
+
+MADE_BY_US = ("Handle",)
+
+
+def public() -> Iterator[tuple[str, Any]]:
+    """Functions, and classes that users make themselves, of all stable rooms."""
+    for room in ROOMS:
+        module = importlib.import_module(room)
+        for name in module.__all__:
+            value = getattr(module, name)
+            made = inspect.isclass(value) and not (issubclass(value, BaseException) or name in MADE_BY_US)
+            if inspect.isroutine(value) or made:
+                yield f"{room}.{name}", value
+
+
+@pytest.mark.parametrize(("path", "value"), list(public()), ids=[path for path, _ in public()])
+def test_every_parameter_is_explained(path: str, value: Any) -> None:
+    parameters = [name for name in inspect.signature(value).parameters if name not in ("args", "kwargs")]
+    doc = inspect.getdoc(value) or ""
+    explained = re.search(r"(?:Args|Attributes):\n(.*?)(?:\n\n *[A-Z]\w+:\n|\Z)", doc, re.DOTALL)
+    text = explained[1] if explained else ""
+    assert [name for name in parameters if not re.search(rf"\b{name}\b", text)] == [], path
 
 
 @pytest.mark.parametrize("name", ["OrthoRankConfig", "apply", "register_family", "check_family"])

@@ -102,6 +102,9 @@ def config_of(model: Path) -> SimpleNamespace:
 def command_line(arguments: dict[str, Any]) -> str:
     """Keyword arguments as ``vllm serve`` takes them, quoted for a shell.
 
+    Args:
+        arguments: of `vllm.LLM`, by name; those of `vllm_arguments`, and any others.
+
     Example:
         >>> print(command_line({"hf_overrides": {"orthorank": {"layers": [2]}}, "enable_prefix_caching": False}))
         --hf-overrides '{"orthorank":{"layers":[2]}}' --no-enable-prefix-caching
