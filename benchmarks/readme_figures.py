@@ -12,7 +12,7 @@ from orthorank.analysis import LayerComparison, figures
 from orthorank.analysis.similarity import Similarities
 from orthorank.common import format as words
 from orthorank.common.files import write_text
-from orthorank.common.plot import new_figure, svg
+from orthorank.common.plot import LIGHT, new_figure, svg
 from orthorank.report import pictures
 from orthorank.reproduce.shown import titled
 
@@ -43,6 +43,64 @@ def draw_demo(results: dict[str, Any]) -> str:
         return svg(figure, words.verdict(results), alone=True) + "\n"
 
 
+PROMPT = ("sink", "The", "cat", "sat", "on", "the", "mat", "because", "it", "was", "warm", ".")
+SELECTED = (2, 6, 7, 10)  # an example, not a measurement
+
+
+def draw_mechanism() -> str:
+    """A row of tokens through a selected layer: all give keys and values, a third pass attention and MLP."""
+    from matplotlib.patches import Rectangle
+
+    with new_figure(800, 300) as figure:
+        axes = figure.subplots()
+        axes.set_xlim(-0.2, len(PROMPT) + 0.2)
+        axes.set_ylim(-0.6, 5.6)
+        axes.axis("off")
+
+        def box(x: float, y: float, wide: float, colour: str, text: str, ink: str, weight: str = "normal") -> None:
+            axes.add_patch(
+                Rectangle((x, y), wide, 0.6, facecolor=LIGHT[colour], edgecolor=LIGHT["soft"], linewidth=0.5)
+            )
+            axes.text(x + wide / 2, y + 0.29, text, ha="center", va="center", color=LIGHT[ink], weight=weight)
+
+        for i, token in enumerate(PROMPT):
+            selected = i in SELECTED
+            colour, ink = (
+                ("kept", "paper") if selected else ("pruned" if i == 0 else "left-out", "paper" if i == 0 else "ink")
+            )
+            box(i + 0.06, 0, 0.88, colour, token, ink)
+            box(
+                i + 0.06,
+                4.4,
+                0.88,
+                "kept" if selected else "left-out",
+                "updated" if selected else "kept",
+                "paper" if selected else "ink",
+            )
+            axes.plot([i + 0.5] * 2, [0.6, 1.2], color=LIGHT["soft"], linewidth=1)
+            way = (
+                {"color": LIGHT["kept"], "linewidth": 2.5} if selected else {"color": LIGHT["dense"], "linestyle": ":"}
+            )
+            axes.plot([i + 0.5] * 2, [1.8, 4.4], zorder=0, **way)
+        box(
+            0,
+            1.2,
+            len(PROMPT),
+            "dense",
+            "keys and values: of all tokens, so that the selected ones can attend to them",
+            "ink",
+            "bold",
+        )
+        box(0, 2.8, len(PROMPT), "rule", "attention and MLP: the selected tokens alone", "ink", "bold")
+        middle = len(PROMPT) / 2
+        axes.text(
+            middle, -0.35, "tokens of the prompt; green: most orthogonal to the sink", ha="center", color=LIGHT["soft"]
+        )
+        axes.text(middle, 5.2, "the layer's output", ha="center", color=LIGHT["soft"])
+        said = "A selected layer: keys and values of all tokens, attention and MLP of a third of them"
+        return svg(figure, said, alone=True) + "\n"
+
+
 def draw_reproduction(summary: dict[str, Any], folder: Path) -> list[Path]:
     """The paper's figures, as `orthorank reproduce` draws them."""
     similar, sink_layer = Similarities(**summary["similarities"]), summary["sink"]["sink_layer"]
@@ -60,11 +118,12 @@ def draw_reproduction(summary: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def main() -> None:
+    write_text(IMAGES / "mechanism.svg", draw_mechanism())
     write_text(IMAGES / "demo.svg", draw_demo(json.loads(DEMO.read_text(encoding="utf-8"))))
     paths = draw_reproduction(json.loads(SUMMARY.read_text(encoding="utf-8")), SUMMARY.parent)
     for name, drawn in SHOWN.items():
         write_text(IMAGES / name, (SUMMARY.parent / drawn).read_text(encoding="utf-8"))
-    for path in (IMAGES / "demo.svg", *paths, *(IMAGES / name for name in SHOWN)):
+    for path in (IMAGES / "mechanism.svg", IMAGES / "demo.svg", *paths, *(IMAGES / name for name in SHOWN)):
         print(f"wrote {path.relative_to(ROOT)}, {path.stat().st_size / 1000:.0f} kB")
 
 

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing:
         return _fail(f"the command line needs {' and '.join(missing)}; run: {install('demo')}")
     given = sys.argv[1:] if arguments is None else arguments
-    return answer(lambda: _app(next(iter(given), "")), given, "orthorank")
+    return answer(lambda: _app(next(iter(given), ""), helping="--help" in given), given, "orthorank")
 
 
 def answer(app: Callable[[], "typer.Typer"], arguments: Sequence[str] | None, name: str) -> int:
@@ -86,8 +86,12 @@ COMMANDS = {
 EVALUATIONS = {"ppl": "eval_ppl", "tasks": "eval_tasks", "longbench": "eval_longbench"}
 
 
-def _app(wanted: str = "") -> "typer.Typer":
-    """The command line with the command ``wanted`` alone, whose module is imported; with all where there is no such."""
+def _app(wanted: str = "", helping: bool = True) -> "typer.Typer":
+    """The command line with the command ``wanted`` alone, whose module is imported; with all where there is no such.
+
+    Args:
+        helping: whether a command's help may be asked for, which ends in examples.
+    """
     import typer
 
     app = typer.Typer(
@@ -98,17 +102,27 @@ def _app(wanted: str = "") -> "typer.Typer":
         rich_markup_mode=None,
     )
     known = wanted in COMMANDS or wanted == "eval"
+
+    def said_of(name: str) -> dict[str, Any]:
+        if known and not helping:
+            return {}
+        from orthorank.commands.summaries import SHORT, epilog
+
+        return {"short_help": SHORT[name], "epilog": epilog(name)}
+
     for name, module in COMMANDS.items():
         if not known or name == wanted:
             command = import_module(f"orthorank.commands.{module}")
             settings = getattr(command, "SETTINGS", None)
             passed_on = {} if settings is None else {"add_help_option": False, "context_settings": settings}
-            app.command(name, **passed_on)(command.command if passed_on else bounded(command.command))
+            app.command(name, **passed_on, **said_of(name))(command.command if passed_on else bounded(command.command))
     if not known or wanted == "eval":
         measure = typer.Typer(help="Measure a model, dense and with plans: perplexity, tasks, LongBench.")
         for name, module in EVALUATIONS.items():
-            measure.command(name)(bounded(import_module(f"orthorank.commands.{module}").command))
-        app.add_typer(measure, name="eval")
+            measure.command(name, **said_of(f"eval {name}"))(
+                bounded(import_module(f"orthorank.commands.{module}").command)
+            )
+        app.add_typer(measure, name="eval", **said_of("eval"))
 
     @app.callback(invoke_without_command=True)
     def orthorank(

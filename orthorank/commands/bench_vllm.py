@@ -47,8 +47,9 @@ def run(
 
 
 def _arguments(words: str | None, dtype: str | None) -> dict[str, Any]:
-    from orthorank.models import DTYPES
+    from orthorank.models import DTYPES, SHORT
 
+    dtype = SHORT.get(dtype or "", dtype)
     if dtype is not None and dtype not in DTYPES:
         raise OrthoRankError(f"dtype is {dtype!r}; it may be {', '.join(DTYPES)}")
 

@@ -34,7 +34,7 @@ def command(
     decode: Annotated[str | None, typer.Option(help=DECODE)] = None,
     keep_last: Annotated[int | None, typer.Option(help=KEEP_LAST)] = None,
     windows: Annotated[int, typer.Option(help=WINDOWS)] = 8,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
     bos: Annotated[str, typer.Option(help=BOS)] = "auto",
     output: Annotated[Path, typer.Option(help="Folder for the plan (orthorank.json).")] = OUTPUT,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -68,10 +68,10 @@ def command(
     with screen.progress(f"loading {locate(model).name}", 1):
         loaded, tokenizer, info = load_model(model, device, dtype)
     where = Bos.of(bos, tokenizer)
-    sizes = {"windows": windows, "seq_len": seq_len, "longest": info.max_tokens}
+    sizes = {"windows": windows, "seq_len": window, "longest": info.max_tokens}
     samples = halves_of(source, tokenizer, loaded, where, **sizes)
     followed = default_plan(loaded) if followed is None else followed
-    screen.heading(f"{info.name}: thresholds on {windows} windows of {seq_len} tokens")
+    screen.heading(f"{info.name}: thresholds on {windows} windows of {window} tokens")
     screen.say(f"{source.name}; {where}")
     with screen.progress("calibration", followed.selecting[-1] + 1 if followed.selecting else 1) as advance:
         found = calibrate(

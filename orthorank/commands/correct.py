@@ -44,7 +44,7 @@ def command(
     distill: Annotated[int, typer.Option(help=DISTILL)] = 0,
     windows: Annotated[int, typer.Option(help=WINDOWS)] = 16,
     shares: Annotated[str | None, typer.Option(help=SHARES)] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
     criterion: Annotated[list[str] | None, typer.Option(help=OWN_CRITERION)] = None,
     bos: Annotated[str, typer.Option(help=BOS)] = "auto",
     output: Annotated[Path, typer.Option(help="Folder for the plan and its maps.")] = OUTPUT,
@@ -96,19 +96,19 @@ def command(
     with screen.progress(f"loading {locate(model).name}", 1):
         loaded, tokenizer, info = load_model(model, device, dtype, device_map=device_map)
     where = Bos.of(bos, tokenizer)
-    sizes = {"seq_len": seq_len, "longest": info.max_tokens}
+    sizes = {"seq_len": window, "longest": info.max_tokens}
     samples = [
         halves_of(source, tokenizer, loaded, where, windows=count, **sizes)
         for source, count in zip(sources, counts, strict=True)
     ]
     followed = default_plan(loaded) if followed is None else followed
-    screen.heading(f"{info.name}: maps of rank {rank} on {windows} windows of {seq_len} tokens")
+    screen.heading(f"{info.name}: maps of rank {rank} on {windows} windows of {window} tokens")
     screen.say(f"{'; '.join(source.name for source in sources)}; {where}")
     if (remark := remark_on(*sources)) is not None:
         screen.say(remark)
     if len(sources) == 1:
         screen.say("One kind of text: maps fit the text they learn from. Give one of every kind that is to come.")
-    size = windows * seq_len * loaded.config.get_text_config().hidden_size * loaded.dtype.itemsize
+    size = windows * window * loaded.config.get_text_config().hidden_size * loaded.dtype.itemsize
     place = "in memory" if spill is None else f"in {spill}"
     screen.say(f"States kept {place}: {(2 if target == 'dense' else 1) * size / 2**20:,.0f} MiB")
     import torch

@@ -45,6 +45,7 @@ def command(
     given = None if plan is None else _read(plan)
 
     from orthorank.evaluation.estimates import estimate, find_config
+    from orthorank.models import SHORT
 
     found = {"config": config} | estimate(
         find_config(config),
@@ -53,7 +54,7 @@ def command(
         sparsity=share,
         keep_ratio=ratio,
         rank=rank,
-        dtype=dtype,
+        dtype=SHORT.get(dtype, dtype),
     )
     if json:
         print(json_module.dumps(found, indent=2))

@@ -79,19 +79,21 @@ def table_of(*heads: str, left: int = 1, no_wrap: bool = False) -> Table:
 
 
 def number(option: str, words: str | None) -> float | None:
-    """A number as people write it: ``0.33`` or ``1/3``.
+    """A number as people write it: ``0.33``, ``1/3`` or ``20%``.
 
-    >>> number("--keep-ratio", "1/4")
-    0.25
+    >>> number("--keep-ratio", "1/4"), number("--sparsity", "20%")
+    (0.25, 0.2)
     """
     if words is None:
         return None
     try:
         if len(words) > 40 or "e" in words.lower():  # Fraction would write 1e99999999 out in full
             raise ValueError
-        return float(Fraction(words.strip()))
+        share = words.strip()
+        percent = share.endswith("%")
+        return float(Fraction(share.removesuffix("%").strip()) / (100 if percent else 1))
     except (ValueError, ZeroDivisionError, OverflowError):
-        raise OrthoRankError(f"{option} is {words!r}; it must be a number such as 0.25 or 1/3") from None
+        raise OrthoRankError(f"{option} is {words!r}; it must be a number such as 0.25, 1/3 or 25%") from None
 
 
 def numbers(option: str, words: str | None) -> list[int] | None:

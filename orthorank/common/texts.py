@@ -100,7 +100,7 @@ class Samples:
     """Windows of one text for choosing layers and, from another part of it, for measuring.
 
     Args:
-        calibration: int64 ``[windows, seq_len]``, from the first half of the text.
+        calibration: int64 ``[windows, tokens]``, from the first half of the text.
         held_out: int64 ``[held_out_windows, held_out_len]``, from the second half.
         text_tokens: how many tokens the whole text has.
     """
@@ -218,7 +218,7 @@ def take_samples(
     tokens: "Tensor",
     *,
     windows: int,
-    seq_len: int,
+    window: int,
     held_out_windows: int,
     held_out_len: int,
     name: str = "the text",
@@ -230,7 +230,7 @@ def take_samples(
 
     Args:
         tokens: int64 ``[tokens]``.
-        windows, seq_len: number and length of the calibration windows, 1 or more windows of 2 or more tokens.
+        windows, window: number and length of the calibration windows, 1 or more windows of 2 or more tokens.
         held_out_windows, held_out_len: the same for the held-out windows; fewer are taken where the text is short,
             but never less than one.
         name: what the error calls the text.
@@ -240,24 +240,24 @@ def take_samples(
         OrthoRankError: the text is too short, with the number of tokens it has and needs; a number is out of range.
 
     >>> import torch
-    >>> samples = take_samples(torch.arange(12), windows=1, seq_len=4, held_out_windows=2, held_out_len=3)
+    >>> samples = take_samples(torch.arange(12), windows=1, window=4, held_out_windows=2, held_out_len=3)
     >>> samples.calibration.tolist(), samples.held_out.tolist()
     ([[0, 1, 2, 3]], [[6, 7, 8], [9, 10, 11]])
     """
     check_integer("windows", windows, 1)
-    check_integer("seq_len", seq_len, 2)
+    check_integer("window", window, 2)
     check_integer("held_out_windows", held_out_windows, 1)
     check_integer("held_out_len", held_out_len, 2)
     half, room = len(tokens) // 2, 0 if leading is None else 1
-    needed = 2 * max(windows * (seq_len - room), held_out_len - room)
+    needed = 2 * max(windows * (window - room), held_out_len - room)
     if half < needed // 2:
         raise OrthoRankError(
             f"{name} is too short: it has {len(tokens):,} tokens and {needed:,} are needed "
-            f"({windows} windows of {seq_len} in its first half, and at least one of {held_out_len} in its second); "
-            "name a longer one with --text, or lower --windows or --seq-len"
+            f"({windows} windows of {window} in its first half, and at least one of {held_out_len} in its second); "
+            "name a longer one with --text, or lower --windows or --window"
         )
     return Samples(
-        calibration=spread(tokens[:half], windows, seq_len, leading),
+        calibration=spread(tokens[:half], windows, window, leading),
         held_out=spread(
             tokens[half:], min(held_out_windows, (len(tokens) - half) // (held_out_len - room)), held_out_len, leading
         ),
@@ -266,7 +266,7 @@ def take_samples(
 
 
 def halves_of(
-    source: Text, tokenizer: Any, model: Any, where: Bos, *, windows: int, seq_len: int, longest: int
+    source: Text, tokenizer: Any, model: Any, where: Bos, *, windows: int, window: int, longest: int
 ) -> Samples:
     """``windows`` windows of each half of a text, read by the model's tokenizer: to fit on, and to measure on.
 
@@ -274,16 +274,16 @@ def halves_of(
         where: where BOS stands; longest: tokens of the model's longest input.
 
     Raises:
-        OrthoRankError: ``seq_len`` is more than that, or the text is too short.
+        OrthoRankError: ``window`` is more than that, or the text is too short.
     """
-    if seq_len > longest:
-        raise OrthoRankError(f"seq_len is {seq_len}; the model's longest input has {longest} tokens")
+    if window > longest:
+        raise OrthoRankError(f"seq_len is {window}; the model's longest input has {longest} tokens")
     return take_samples(
         read_tokens(source, tokenizer, model, where),
         windows=windows,
-        seq_len=seq_len,
+        window=window,
         held_out_windows=windows,
-        held_out_len=seq_len,
+        held_out_len=window,
         name=f"the text ({source.name})",
         leading=where.leading,
     )

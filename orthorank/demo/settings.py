@@ -24,7 +24,7 @@ class Settings:
             nothing is said of the search, otherwise a search), or a plan's file or folder.
         sparsity: nominal share of token-layer updates that a search or a shipped plan leaves out; None: 0.1.
         keep_ratio: of a selected layer, in a search or with ``layers``; None: 1/3.
-        windows, seq_len: calibration windows and their length in tokens. Layers are searched on them and maps fitted.
+        windows, window: calibration windows and their length in tokens. Layers are searched on them and maps fitted.
         rank: of the maps of the corrected rows, or the hidden size where that is less; 0: no maps are fitted.
         layers: layers to select instead of a search. sink_layer: l_sink instead of the detected one.
         held_out_windows, held_out_len: windows that perplexity is measured on, and their length in tokens.
@@ -49,7 +49,7 @@ class Settings:
     sparsity: float | None = None
     keep_ratio: float | None = None
     windows: int = 8
-    seq_len: int = 512
+    window: int = 512
     rank: int = 64
     device: str = "auto"
     layers: list[int] | None = None
@@ -68,7 +68,7 @@ class Settings:
             check_share(
                 "keep_ratio", self.keep_ratio, "such as 1/3 (layer pruning, which is 0, is measured in any case)"
             )
-        check_integers(vars(self), windows=1, seq_len=16, rank=0, prompt_tokens=16, repeats=1)
+        check_integers(vars(self), windows=1, window=16, rank=0, prompt_tokens=16, repeats=1)
         if self.rank and self.windows < 2:
             raise OrthoRankError(
                 "windows is 1; maps are fitted on some windows and judged on others: give 2 or more, or rank 0, which "
@@ -109,9 +109,9 @@ class Settings:
                 "output": self.output,
                 "text": self.text,
                 "windows": self.windows,
-                "seq_len": self.seq_len,
+                "window": self.window,
                 "bos": self.bos,
-                "batch_size": max(1, TOKENS_AT_ONCE // self.seq_len),
+                "batch_size": max(1, TOKENS_AT_ONCE // self.window),
             }
             | changes
         )

@@ -86,7 +86,7 @@ def perplexity(
 
     Args:
         model: a causal language model in eval mode, dense or with a plan.
-        input_ids: int64 ``[tokens]``, a text to be cut into windows, or ``[windows, window]``, windows ready made.
+        input_ids: int64 ``[tokens]``, a text to be cut into windows, or ``[windows, tokens]``, windows ready made.
         text, tokenizer: instead of ``input_ids``: a text as it is, and what tokenises it, in one call.
         window: tokens of a window, at least 2. Ready-made windows have their own length.
         windows: how many to measure, from the beginning; None: all that the text fills.
@@ -154,7 +154,7 @@ def auto_batch_size(model: "PreTrainedModel", window: int) -> int:
 def _windows(
     input_ids: Tensor | None, text: str | None, tokenizer: Any, window: int, bos: str
 ) -> tuple[Tensor, str | None, str | None]:
-    """``[windows, window]`` tokens, the hash of the text, and the BOS policy."""
+    """``[windows, tokens]`` tokens, the hash of the text, and the BOS policy."""
     if window < 2:
         raise OrthoRankError(f"window is {window}; it must be at least 2, since the first token is not predicted")
     if input_ids is None:
@@ -167,7 +167,7 @@ def _windows(
     if input_ids.dim() not in (1, 2) or input_ids.is_floating_point():
         raise OrthoRankError(
             f"input_ids has shape {list(input_ids.shape)} and dtype {input_ids.dtype}; it must be integers, [tokens] "
-            "or [windows, window]"
+            "or [windows, tokens]"
         )
     if input_ids.dim() == 2:
         if input_ids.shape[0] < 1 or input_ids.shape[1] < 2:

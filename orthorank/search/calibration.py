@@ -33,11 +33,11 @@ class Calibration:
     """Windows of a search.
 
     Args:
-        windows: int64 ``[windows, seq_len]``. held_out: int64 ``[held-out windows, seq_len]``; None: there is no
+        windows: int64 ``[windows, tokens]``. held_out: int64 ``[held-out windows, tokens]``; None: there is no
             text left for it.
         text: what the windows are from; text_tokens: how many tokens it has.
         held_out_words: what the held-out windows are from. bos: where the tokenizer's BOS stands.
-        fit: int64 ``[fit windows, seq_len]``, other windows of the same half, to fit maps to; None: there are no maps.
+        fit: int64 ``[fit windows, tokens]``, other windows of the same half, to fit maps to; None: there are no maps.
     """
 
     windows: "Tensor"
@@ -50,14 +50,14 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """What a plan records of its calibration: the text's hash, the tokens' hash (little-endian int64), sizes."""
-        windows, seq_len = self.windows.shape
+        windows, window = self.windows.shape
         return {
             "text": self.text.name,
             "text_sha256": self.text.sha256,
             "ids_sha256": _hash(self.windows),
-            "tokens": windows * seq_len,
+            "tokens": windows * window,
             "windows": windows,
-            "seq_len": seq_len,
+            "seq_len": window,
         } | ({} if self.fit is None else {"fit_windows": len(self.fit), "fit_ids_sha256": _hash(self.fit)})
 
 
@@ -96,7 +96,7 @@ def cut_windows(
         OrthoRankError: the text is too short, a window is longer than the model's longest input, or the tokenizer is
             another model's.
     """
-    wanted = settings.seq_len or min(defaults.DATASET_SEQ_LEN if source.dataset else defaults.SEQ_LEN, max_tokens)
+    wanted = settings.window or min(defaults.DATASET_SEQ_LEN if source.dataset else defaults.SEQ_LEN, max_tokens)
     if wanted > max_tokens:
         raise OrthoRankError(f"seq_len is {wanted}; the model's longest input has {max_tokens} tokens")
     bos = Bos.of(settings.bos, tokenizer)
@@ -108,7 +108,7 @@ def cut_windows(
     samples = take_samples(
         tokens,
         windows=windows + _fit_windows(settings, windows),
-        seq_len=wanted,
+        window=wanted,
         held_out_windows=held_out_windows,
         held_out_len=min(held_out_len, max_tokens),
         name=f"the text ({source.text.name})",
@@ -151,22 +151,22 @@ def _consecutive(
     source: Source,
     tokens: "Tensor",
     tokenizer: "PreTrainedTokenizerBase",
-    seq_len: int,
+    window: int,
     bos: Bos,
 ) -> Calibration:
     """SLEB's windows: one after another from the beginning, the tail dropped."""
     from orthorank.common.datasets import RECIPES
 
     assert source.dataset is not None
-    body = seq_len - (bos.leading is not None)  # tokens of the text in a window
+    body = window - (bos.leading is not None)  # tokens of the text in a window
     recipe, available = RECIPES[source.dataset], len(tokens) // body
     count = settings.windows or _judged(settings, min(recipe.windows or available, available))
     total = count + _fit_windows(settings, count)
     if total > available or count < 1:
         wanted = "" if settings.correct is None else f", and {total} are wanted, for maps, too"
         raise OrthoRankError(
-            f"the text ({source.text.name}) has {len(tokens):,} tokens, which fill {available} windows of {seq_len}"
-            f"{wanted}; lower --windows or --seq-len"
+            f"the text ({source.text.name}) has {len(tokens):,} tokens, which fill {available} windows of {window}"
+            f"{wanted}; lower --windows or --window"
         )
     held_out, words = None, ""
     if source.held_out is not None:

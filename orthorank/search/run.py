@@ -290,8 +290,8 @@ def _held_out(job: Job, plan: OrthoRankConfig) -> dict[str, Any]:
     evaluator = Evaluator(job.stack, ids, criterion=plan.criterion, batch_size=1, memory=0)
     dense, loss = evaluator.loss([]), evaluator.loss(plan.ratios) if plan.correction is None else _loss(job, plan, ids)
     figures = {"dense_perplexity": _perplexity(dense), "perplexity": _perplexity(loss)}
-    windows, seq_len = ids.shape
-    return figures | {"text": job.calibration.held_out_words, "windows": windows, "seq_len": seq_len}
+    windows, window = ids.shape
+    return figures | {"text": job.calibration.held_out_words, "windows": windows, "seq_len": window}
 
 
 def _loss(job: Job, plan: OrthoRankConfig, ids: "Tensor") -> float:

@@ -46,7 +46,7 @@ class SearchSettings:
             ``max_loss`` as many as it takes.
         text: a UTF-8 file; dataset: ``"wikitext2"`` or ``"c4"``, with ``:FOLDER`` for a local copy; neither: the
             text of `orthorank.common.texts.find_text`.
-        windows, seq_len: calibration windows and their length in tokens; None: 4 of 512 from a text, and the
+        windows, window: calibration windows and their length in tokens; None: 4 of 512 from a text, and the
             dataset's own recipe.
         protect_first, protect_last: layers that are never chosen; None: the method's own (`protected`).
         sink_floor: choose only layers after the sink; None: for token selection yes, for layer pruning no.
@@ -85,7 +85,7 @@ class SearchSettings:
     text: Path | None = None
     dataset: str | None = None
     windows: int | None = None
-    seq_len: int | None = None
+    window: int | None = None
     protect_first: int | None = None
     protect_last: int | None = None
     sink_floor: bool | None = None
@@ -111,7 +111,7 @@ class SearchSettings:
             if self.method != "one-shot":
                 raise OrthoRankError(f"metric is for the method one-shot; the method is {self.method}, drop --metric")
         check_share("keep_ratio", self.keep_ratio, "such as 1/3 (0 removes the layers)", zero=True)
-        check_integers(vars(self), windows=1, seq_len=2, protect_first=0, protect_last=0)
+        check_integers(vars(self), windows=1, window=2, protect_first=0, protect_last=0)
         check_integers(vars(self), sink_layer=0, layers=1, batch_size=1, correct=1, fit_windows=2)
         if self.memory is not None and not (is_number(self.memory) and 0 <= self.memory <= MOST_MEMORY):
             given = f"{self.memory:g}" if isinstance(self.memory, float) else shown(self.memory)

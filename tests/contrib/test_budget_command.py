@@ -45,7 +45,7 @@ def settings(folder: Path, output: Path, **changes: Any) -> BudgetSettings:
         "sink_floor": False,  # the tiny model has no sink
         "budget": 2 / 3,
         "windows": 4,
-        "seq_len": 32,
+        "window": 32,
         "batch_size": 1,
         "exchanges": 6,
         "prompt_tokens": 64,
@@ -226,7 +226,7 @@ def test_killed_and_resumed(run: tuple[Path, dict[str, Any], Watcher], tiny_fold
         "--budget",
         "2/3",
     ]
-    words += ["--no-sink-floor", "--windows", "4", "--seq-len", "32", "--batch-size", "1", "--device", "cpu"]
+    words += ["--no-sink-floor", "--windows", "4", "--window", "32", "--batch-size", "1", "--device", "cpu"]
     words += ["--exchanges", "6", "--prompt-tokens", "64"]
     child = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     state, deadline = tmp_path / "search-state.json", time.monotonic() + 120
@@ -248,7 +248,7 @@ def test_killed_and_resumed(run: tuple[Path, dict[str, Any], Watcher], tiny_fold
 
 def test_from_the_command_line(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [str(tiny_folder), "--budget", "3/4", "--keep-ratios", "0,1/2", "--start", "none"]
-    words += ["--output", str(tmp_path / "out"), "--no-sink-floor", "--windows", "2", "--seq-len", "32"]
+    words += ["--output", str(tmp_path / "out"), "--no-sink-floor", "--windows", "2", "--window", "32"]
     words += ["--device", "cpu", "--exchanges", "0", "--batch-size", "1"]
     assert main(words) == 0
     shown = " ".join(capsys.readouterr().out.split())

@@ -29,7 +29,7 @@ def settings(folder: Path, output: Path, **changes: Any) -> SearchSettings:
         "protect_last": 1,
         "layers": 2,
         "windows": 3,
-        "seq_len": 32,
+        "window": 32,
         "batch_size": 1,
     }
     return SearchSettings(**(quick | changes))
@@ -60,7 +60,7 @@ class Watcher(SilentScreen):
 def calibration_ids(folder: Path, tokenizer: Any) -> Any:
     """The windows of `settings`, int64 ``[3, 32]``, cut without the search."""
     tokens = tokenize(find_text(short_text(folder)), tokenizer)
-    return take_samples(tokens, windows=3, seq_len=32, held_out_windows=1, held_out_len=32).calibration
+    return take_samples(tokens, windows=3, window=32, held_out_windows=1, held_out_len=32).calibration
 
 
 def plan_in(folder: Path) -> dict[str, Any]:

@@ -77,10 +77,10 @@ def test_a_doctor_in_a_process_says_no_with_exit_code_1(tiny_folder):
         (["demo", "--frobnicate"], "No such option: --frobnicate"),
         (["demo", "--windows", "two"], "Invalid value for '--windows'"),
         (["demo", "--windows", "0"], "windows is 0; it must be an integer, 1 or more"),
-        (["demo", "--seq-len", "4"], "seq_len is 4; it must be an integer, 16 or more"),
+        (["demo", "--window", "4"], "window is 4; it must be an integer, 16 or more"),
         (["demo", "--sparsity", "0"], "sparsity is 0; it must be above 0"),
         (["demo", "--sparsity", "nan"], "sparsity is 'nan'; it must be a number"),
-        (["demo", "--sparsity", "a fifth"], "sparsity is 'a fifth'; it must be a number such as 0.25 or 1/3"),
+        (["demo", "--sparsity", "a fifth"], "sparsity is 'a fifth'; it must be a number such as 0.25, 1/3 or 25%"),
         (["demo", "--keep-ratio", "1/0"], "keep_ratio is '1/0'; it must be a number"),
         (["demo", "--keep-ratio", "1"], "keep_ratio is 1; it must be above 0 and below 1"),
         (["demo", "--keep-ratio", "-0.1"], "keep_ratio is -0.1; it must be above 0"),
@@ -170,7 +170,7 @@ def test_a_bug_is_not_hidden(monkeypatch):
         cli.main(["env"])
 
 
-@pytest.mark.parametrize("arguments", [["doctor"], ["demo", "--windows", "2", "--seq-len", "16", "--model"]])
+@pytest.mark.parametrize("arguments", [["doctor"], ["demo", "--windows", "2", "--window", "16", "--model"]])
 def test_a_tokenizer_with_more_ids_than_the_vocabulary_is_named(orthorank, tiny_folder, tmp_path, arguments):
     from tests.orthorank.models import plain
 

@@ -296,7 +296,7 @@ def test_a_path_that_is_not_there_yet_is_a_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["search", "--seq-len", "9" * 30], "orthorank: --seq-len is 999"),
+        (["search", "--window", "9" * 30], "orthorank: --window is 999"),
         (["demo", "--prompt-tokens", str(2**31)], "--prompt-tokens is 2147483648; it must be at most 2,147,483,647"),
         (["bench", "--threads", str(2**70)], "--threads is"),
         (["eval", "ppl", "--batch-size", str(2**70)], "--batch-size is"),

@@ -90,7 +90,7 @@ def test_a_figure_is_a_png_and_an_svg_and_always_the_same(tmp_path: Path) -> Non
 
 def test_the_command(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = orthorank.OrthoRankConfig(layers=[2, 3], keep_ratio=0.5).save_pretrained(tmp_path / "plan")
-    sizes = ["--passages", "4", "--passage-tokens", "16", "--windows", "2", "--seq-len", "32", "--device", "cpu"]
+    sizes = ["--passages", "4", "--passage-tokens", "16", "--windows", "2", "--window", "32", "--device", "cpu"]
     out = tmp_path / "out"
     assert main(["analyze", str(tiny_folder), *sizes, "--plan", str(plan), "--output", str(out)]) == 0
     assert "better than the others in" in " ".join(capsys.readouterr().out.split())

@@ -144,7 +144,7 @@ def test_the_command(orthorank: Any, tiny_folder: Path, text: Path, tmp_path: Pa
     out = tmp_path / "out"
     code, words, err = orthorank(
         *("calibrate", str(tiny_folder), "--plan", str(plan), "--text", str(text), "--text", str(text)),
-        *("--keep-ratio", "1/4", "--windows", "3", "--seq-len", "64", "--device", "cpu", "--output", str(out)),
+        *("--keep-ratio", "1/4", "--windows", "3", "--window", "64", "--device", "cpu", "--output", str(out)),
     )
     assert (code, err) == (0, "")
     found = OrthoRankConfig.from_pretrained(out)
@@ -175,8 +175,8 @@ def apply_to(folder: Path, plan: OrthoRankConfig) -> Any:
         (["--keep-last", "-1"], "keep_last is -1; it must be an integer, 0 or more"),
         (["--plan", "no-such-plan"], "no plan can be read at no-such-plan"),
         (["--text", "no-such-file"], "text 'no-such-file' cannot be read"),
-        (["--seq-len", "5000"], "seq_len is 5000; the model's longest input has 512 tokens"),
-        (["--seq-len", "500", "--windows", "900"], "is too short: it has"),
+        (["--window", "5000"], "window is 5000; the model's longest input has 512 tokens"),
+        (["--window", "500", "--windows", "900"], "is too short: it has"),
         (["--plan", "default"], "no plan is shipped for"),
     ],
 )

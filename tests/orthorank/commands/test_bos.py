@@ -115,12 +115,12 @@ def test_the_sink_is_found_with_bos_and_not_without(needs_bos: Path) -> None:
 
 def test_windows_hold_a_token_less_of_the_text() -> None:
     tokens = torch.arange(40)
-    samples = take_samples(tokens, windows=2, seq_len=5, held_out_windows=9, held_out_len=6, leading=99)
+    samples = take_samples(tokens, windows=2, window=5, held_out_windows=9, held_out_len=6, leading=99)
     assert samples.calibration.tolist() == [[99, 0, 1, 2, 3], [99, 10, 11, 12, 13]]
     assert samples.held_out[:, 0].tolist() == [99] * 4
     assert samples.held_out[0].tolist() == [99, 20, 21, 22, 23, 24]
     with pytest.raises(OrthoRankError, match="has 40 tokens and 42 are needed"):
-        take_samples(tokens, windows=3, seq_len=8, held_out_windows=1, held_out_len=2, leading=99)
+        take_samples(tokens, windows=3, window=8, held_out_windows=1, held_out_len=2, leading=99)
 
 
 def test_perplexity_of_each_policy(needs_bos: Path) -> None:
@@ -166,11 +166,11 @@ def test_search_calibrate_and_analyze_cut_such_windows(
     from orthorank.search.settings import SearchSettings
 
     model, tokenizer, info = load_model(str(needs_bos), device="cpu")
-    settings = SearchSettings(output=tmp_path, text=text, windows=3, seq_len=32)
+    settings = SearchSettings(output=tmp_path, text=text, windows=3, window=32)
     cut = cut_windows(settings, find_source(settings), model, tokenizer, info.max_tokens)
     assert cut.windows.shape == (3, 32)
     assert cut.windows[:, 0].tolist() == cut.held_out[:, 0].tolist() == [BOS_ID] * 3
-    options = ("--text", str(text), "--windows", "2", "--seq-len", "32")
+    options = ("--text", str(text), "--windows", "2", "--window", "32")
     assert EVERY in run(capsys, "search", str(needs_bos), *options, "--layers", "1", "--output", str(tmp_path / "s"))
     plan = OrthoRankConfig.from_pretrained(tmp_path / "s")
     assert plan.calibration["bos"] == "every"
@@ -188,7 +188,7 @@ def test_search_calibrate_and_analyze_cut_such_windows(
 
 
 def test_the_demo_says_it(needs_bos: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = ("--windows", "2", "--seq-len", "16", "--prompt-tokens", "16", "--repeats", "1", "--layers", "3")
+    small = ("--windows", "2", "--window", "16", "--prompt-tokens", "16", "--repeats", "1", "--layers", "3")
     shown = run(
         capsys, "demo", "--model", str(needs_bos), "--text", str(text), *small, "--output", str(tmp_path / "demo")
     )
@@ -205,7 +205,7 @@ def test_a_dataset_is_cut_alike(needs_bos: Path, tmp_path: Path, monkeypatch: py
     rows = datasets.Dataset.from_dict({"text": TEXT.split(". ") * 2})
     datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "copy")
     model, tokenizer, info = load_model(str(needs_bos), device="cpu")
-    settings = SearchSettings(output=tmp_path, dataset=f"wikitext2:{tmp_path / 'copy'}", windows=2, seq_len=32)
+    settings = SearchSettings(output=tmp_path, dataset=f"wikitext2:{tmp_path / 'copy'}", windows=2, window=32)
     source = find_source(settings)
     cut = cut_windows(settings, source, model, tokenizer, info.max_tokens)
     raw = tokenizer(source.text.content, add_special_tokens=False)["input_ids"]

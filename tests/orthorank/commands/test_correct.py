@@ -14,7 +14,7 @@ from tests.orthorank.commands.test_bos import byte_tokenizer
 from tests.orthorank.models import tiny
 
 PLAN = OrthoRankConfig(layers=[1, 2], keep_ratio=0.4, keep_ratios={2: 0.0})
-SMALL = ("--windows", "10", "--seq-len", "32", "--rank", "8", "--device", "cpu")
+SMALL = ("--windows", "10", "--window", "32", "--rank", "8", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_it_is_what_the_function_fits(folder: Path, tmp_path: Path, capsys: pyte
     samples = []
     for text in texts:
         tokens = tokenize(find_text(text), tokenizer)
-        samples.append(take_samples(tokens, windows=5, seq_len=32, held_out_windows=5, held_out_len=32))
+        samples.append(take_samples(tokens, windows=5, window=32, held_out_windows=5, held_out_len=32))
     windows = torch.cat([each.calibration for each in samples])
     expected = fit_correction(model, windows, PLAN, rank=8)
     assert found.correction == expected.correction
@@ -102,7 +102,7 @@ def test_a_dataset_beside_a_text(folder: Path, tmp_path: Path, capsys: pytest.Ca
         (("--shares", "0"), "--shares is '0'; it must be numbers above 0"),
         (("--shares", "a"), "--shares is 'a'; it must be numbers above 0"),
         (("--device-map", "auto"), "give one of them"),
-        (("--seq-len", "9999"), "the model's longest input has 512 tokens"),
+        (("--window", "9999"), "the model's longest input has 512 tokens"),
     ],
 )
 def test_what_is_refused(
@@ -180,7 +180,7 @@ def test_maps_are_distilled(folder: Path, tmp_path: Path, capsys: pytest.Capture
     sample = take_samples(
         tokenize(find_text(folder / "code.txt"), tokenizer),
         windows=10,
-        seq_len=32,
+        window=32,
         held_out_windows=10,
         held_out_len=32,
     )

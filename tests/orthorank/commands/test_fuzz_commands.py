@@ -66,10 +66,10 @@ class Given(NamedTuple):
 def usual(command: str, given: Given) -> list[str]:
     """Options with which ``command`` takes a second on a tiny model."""
     text, plan = ["--text", str(given.text)], ["--plan", str(given.plan)]
-    windows = ["--windows", "1", "--seq-len", "24"]
+    windows = ["--windows", "1", "--window", "24"]
     small = {
         "demo": [
-            *(*text, *plan, "--windows", "2", "--seq-len", "24", "--rank", "2"),
+            *(*text, *plan, "--windows", "2", "--window", "24", "--rank", "2"),
             *("--prompt-tokens", "24", "--repeats", "1"),
         ],
         "estimate": ["--prompt", "24", "--sparsity", "0.3"],
@@ -77,7 +77,7 @@ def usual(command: str, given: Given) -> list[str]:
         "analyze": [*text, *windows, "--passages", "2", "--passage-tokens", "12"],
         "search": [*text, *windows, "--no-sink-floor", "--layers", "1"],
         "calibrate": [*text, *plan, *windows],
-        "correct": [*text, "--windows", "2", "--seq-len", "24", "--rank", "2"],
+        "correct": [*text, "--windows", "2", "--window", "24", "--rank", "2"],
         "compare": [*plan, "--prompts", str(given.prompts), "--max-new-tokens", "2"],
         "export": ["--plan", str(given.pruned), "--output", "exported"],
         "eval ppl": [*text, *plan, "--window", "24", "--windows", "1"],

@@ -38,7 +38,7 @@ def test_the_text_of_wikitext2_is_sleb_s(wikitext: Path) -> None:
 
 def test_a_search_on_wikitext2(wikitext: Path, tiny_folder: Path, tmp_path: Path) -> None:
     """One tokenisation, windows one after another, the tail dropped; which text it was is in the plan."""
-    options: dict[str, Any] = {"dataset": f"wikitext2:{wikitext}", "windows": None, "seq_len": None}
+    options: dict[str, Any] = {"dataset": f"wikitext2:{wikitext}", "windows": None, "window": None}
     run_search(settings(tiny_folder, tmp_path / "default", layers=1, **options))
     _, tokenizer, info = load_model(str(tiny_folder), device="cpu")
     text = dataset_texts(f"wikitext2:{wikitext}")[0]
@@ -54,7 +54,7 @@ def test_a_search_on_wikitext2(wikitext: Path, tiny_folder: Path, tmp_path: Path
     model, _, _ = load_model(str(tiny_folder), device="cpu")
     assert record["ids_sha256"] == perplexity(model, ids, window=512).ids_sha256
     assert "rows 128 to 255" in plan_in(tmp_path / "default")["measured"]["text"]
-    with pytest.raises(OrthoRankError, match=r"which fill \d+ windows of 32; lower --windows or --seq-len"):
+    with pytest.raises(OrthoRankError, match=r"which fill \d+ windows of 32; lower --windows or --window"):
         run_search(settings(tiny_folder, tmp_path / "b", dataset=options["dataset"], windows=100000))
 
 

@@ -81,6 +81,8 @@ def test_the_committed_pictures_are_those_of_the_committed_results(tmp_path: Pat
 
     demo = readme_figures.draw_demo(json.loads(readme_figures.DEMO.read_text(encoding="utf-8")))
     assert words((readme_figures.IMAGES / "demo.svg").read_text(encoding="utf-8")) == words(demo)
+    mechanism = (readme_figures.IMAGES / "mechanism.svg").read_text(encoding="utf-8")
+    assert words(mechanism) == words(readme_figures.draw_mechanism())
     drawn = readme_figures.draw_reproduction(json.loads(readme_figures.SUMMARY.read_text(encoding="utf-8")), tmp_path)
     for path in drawn:
         committed = readme_figures.SUMMARY.parent / path.name

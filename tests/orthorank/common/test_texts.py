@@ -9,7 +9,7 @@ from orthorank.common.texts import Text, find_text, take_samples, tokenize
 
 
 def take(tokens: int, **sizes: int) -> Any:
-    defaults = {"windows": 2, "seq_len": 10, "held_out_windows": 3, "held_out_len": 20}
+    defaults = {"windows": 2, "window": 10, "held_out_windows": 3, "held_out_len": 20}
     return take_samples(torch.arange(tokens), **(defaults | sizes))
 
 
@@ -67,7 +67,7 @@ def test_too_short_says_how_many_tokens_there_are_and_how_many_are_needed(tokens
     take(needed, windows=windows)  # and that many suffice
 
 
-@pytest.mark.parametrize("wrong", [{"windows": 0}, {"seq_len": 1}, {"held_out_windows": 0}, {"held_out_len": 1}])
+@pytest.mark.parametrize("wrong", [{"windows": 0}, {"window": 1}, {"held_out_windows": 0}, {"held_out_len": 1}])
 def test_sizes_out_of_range_are_named(wrong):
     (name,) = wrong
     with pytest.raises(OrthoRankError, match=f"^{name} is {wrong[name]}; it must be"):

@@ -42,7 +42,7 @@ def settings(folder: Path, output: Path, **changes: Any) -> Settings:
         "sink_layer": 0,  # the tiny model has no sink to detect
         "sparsity": 0.34,  # of 6 layers: 3 selected, 2 removed
         "windows": 2,
-        "seq_len": 32,
+        "window": 32,
         "rank": 4,
         "held_out_windows": 3,
         "held_out_len": 48,
@@ -114,7 +114,7 @@ def test_the_figures_are_those_of_the_plans_in_the_folder(finished, tiny_folder)
 
     output, _, results = finished
     model, tokenizer, _ = load_model(str(tiny_folder), device="cpu")
-    samples = take_samples(tokenize(find_text(), tokenizer), windows=2, seq_len=32, held_out_windows=3, held_out_len=48)
+    samples = take_samples(tokenize(find_text(), tokenizer), windows=2, window=32, held_out_windows=3, held_out_len=48)
     files = {"layer-pruning": "orthorank-pruning.json", "orthorank": "orthorank.json"}
     rows = {row["name"]: row for row in results["rows"]}
     assert perplexity(model, samples.held_out).perplexity == pytest.approx(rows["dense"]["perplexity"], rel=1e-5)
@@ -148,7 +148,7 @@ def test_the_search_minimised_what_it_says(finished, tiny_folder):
     _, _, results = finished
     model, tokenizer, _ = load_model(str(tiny_folder), device="cpu")
     ids = take_samples(
-        tokenize(find_text(), tokenizer), windows=2, seq_len=32, held_out_windows=1, held_out_len=48
+        tokenize(find_text(), tokenizer), windows=2, window=32, held_out_windows=1, held_out_len=48
     ).calibration
 
     def loss(layers: list[int]) -> float:
@@ -380,7 +380,7 @@ def test_the_model_is_left_dense(tiny_folder, tmp_path, monkeypatch):
 def test_sigint_in_a_real_process(tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     command = [sys.executable, "-m", "orthorank", "demo", "--model", str(folder), "--output", str(tmp_path / "out")]
-    options = ["--sink-layer", "0", "--sparsity", "0.34", "--seq-len", "512", "--windows", "200"]
+    options = ["--sink-layer", "0", "--sparsity", "0.34", "--window", "512", "--windows", "200"]
     process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
     begin = time.monotonic()
     while not (tmp_path / "out" / "results.json").is_file() and time.monotonic() - begin < 120:

@@ -43,7 +43,7 @@ def test_the_plan_in_the_demos_folder(tmp_path: Path) -> None:
 def test_maps_are_those_of_the_calibration_windows(finished: Any, tiny_folder: Path) -> None:
     output, results, _ = finished
     model, tokenizer, _ = load_model(str(tiny_folder), device="cpu")
-    samples = take_samples(tokenize(find_text(), tokenizer), windows=2, seq_len=32, held_out_windows=3, held_out_len=48)
+    samples = take_samples(tokenize(find_text(), tokenizer), windows=2, window=32, held_out_windows=3, held_out_len=48)
     rows = rows_of(results)
     for name, file, folder in (
         ("orthorank", "orthorank.json", "corrected"),

@@ -368,7 +368,7 @@ def test_search_and_eval_on_the_command_line(
     (in_folder / "text.txt").write_text("The harbour was quiet before sunrise. " * 60)
     model, own = str(tiny_folder), "of_this_test_cli:fn"
     common = ["--text", "text.txt", "--device", "cpu"]
-    search = ["search", model, "--layers", "1", "--windows", "1", "--seq-len", "32", "--no-sink-floor", *common]
+    search = ["search", model, "--layers", "1", "--windows", "1", "--window", "32", "--no-sink-floor", *common]
     assert main([*search, "--criterion", own, "--output", "found"]) == 0
     assert f'"criterion": "{own}"' in (in_folder / "found" / "orthorank.json").read_text()
     evaluate = ["eval", "ppl", model, "--plan", "found", "--window", "32", "--windows", "1", *common]
@@ -391,7 +391,7 @@ def test_kept_results_are_of_the_code_that_gave_them(
         return criteria.code_of(criteria.given("of_this_test_edited:fn"))
 
     (in_folder / "text.txt").write_text("The harbour was quiet before sunrise. " * 60)
-    search = ["search", str(tiny_folder), "--layers", "1", "--windows", "1", "--seq-len", "32", "--no-sink-floor"]
+    search = ["search", str(tiny_folder), "--layers", "1", "--windows", "1", "--window", "32", "--no-sink-floor"]
     search += ["--text", "text.txt", "--device", "cpu", "--criterion", "of_this_test_edited:fn", "--output", "found"]
     first, again, other = edited("a = 1"), edited("a = 1"), edited("a = 222")
     assert first == again != other

@@ -49,7 +49,7 @@ def test_the_plan_says_where_it_is_from(finished: Any, tiny_folder: Path) -> Non
     assert record["complete"] is True
     assert record["method"] == "greedy search (SLEB) among layers 1-4"
     model, tokenizer, _ = load_model(str(tiny_folder), device="cpu")
-    samples = take_samples(tokenize(text, tokenizer), windows=3, seq_len=32, held_out_windows=3, held_out_len=32)
+    samples = take_samples(tokenize(text, tokenizer), windows=3, window=32, held_out_windows=3, held_out_len=32)
     dense = perplexity(model, samples.calibration)
     assert record["ids_sha256"] == dense.ids_sha256
     assert record["dense_loss"] == pytest.approx(dense.loss, rel=1e-6)
@@ -116,7 +116,7 @@ def test_a_finished_search_resumed_repeats_nothing(finished: Any, tiny_folder: P
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"seq_len": 31}, "its ids_sha256 is "),
+        ({"window": 31}, "its ids_sha256 is "),
         ({"layers": 3}, "its layers is 2 and now it is 3"),
         ({"keep_ratio": 0.5}, "its keep_ratio is 0.333"),
         ({"protect_first": 2}, r"its candidates is \[1, 2, 3, 4\] and now it is \[2, 3, 4\]"),
@@ -172,7 +172,7 @@ def test_a_killed_search_goes_on_to_the_same_bits(tiny_folder: Path, tmp_path: P
     """kill -9 in the middle of the evaluations of a real process."""
     options = [
         *("search", str(tiny_folder), "--device", "cpu", "--no-sink-floor", "--protect-last", "1", "--layers", "2"),
-        *("--windows", "24", "--seq-len", "256", "--batch-size", "1"),
+        *("--windows", "24", "--window", "256", "--batch-size", "1"),
     ]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = subprocess.Popen(
@@ -207,7 +207,7 @@ def test_the_demo_takes_the_plan(finished: Any, tiny_folder: Path, tmp_path: Pat
             device="cpu",
             plan=str(output),
             windows=2,
-            seq_len=32,
+            window=32,
             held_out_windows=2,
             held_out_len=32,
             prompt_tokens=32,
@@ -230,7 +230,7 @@ def test_the_demo_takes_a_plan_that_removes_layers(tiny_folder: Path, tmp_path: 
             plan=str(tmp_path / "search"),
             sink_layer=0,
             windows=1,
-            seq_len=32,
+            window=32,
             rank=0,
             held_out_windows=1,
             held_out_len=32,
@@ -253,7 +253,7 @@ def test_the_demo_takes_a_plan_of_mixed_ratios(tiny_folder: Path, tmp_path: Path
             device="cpu",
             plan=str(tmp_path / "plan"),
             windows=1,
-            seq_len=32,
+            window=32,
             rank=0,
             held_out_windows=1,
             held_out_len=32,

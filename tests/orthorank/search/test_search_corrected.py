@@ -179,6 +179,6 @@ def test_an_interrupted_search_goes_on_to_the_same_plan(tiny_folder: Path, tmp_p
 def test_what_is_refused(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
-    small = ["--text", str(short_text(tiny_folder)), "--seq-len", "32", "--windows", "2", "--device", "cpu"]
+    small = ["--text", str(short_text(tiny_folder)), "--window", "32", "--windows", "2", "--device", "cpu"]
     assert main(["search", str(tiny_folder), *small, "--output", str(tmp_path / "out"), *options]) == 2
     assert message in " ".join(capsys.readouterr().err.split())

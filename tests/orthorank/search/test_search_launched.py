@@ -89,7 +89,7 @@ def test_accelerate_launch_shares_the_windows(tiny_folder: Path, tmp_path: Path)
     """The command itself: rank 0 alone writes and prints, and one process goes on with what two began."""
     options = [
         *("-m", "orthorank", "search", str(tiny_folder), "--device", "cpu", "--no-sink-floor", "--protect-last", "1"),
-        *("--layers", "2", "--windows", "3", "--seq-len", "32", "--batch-size", "1"),
+        *("--layers", "2", "--windows", "3", "--window", "32", "--batch-size", "1"),
         *("--text", str(short_text(tiny_folder)), "--output", str(tmp_path / "two")),
     ]
     # --multi_gpu is what makes accelerate start several processes itself; there need be no GPU

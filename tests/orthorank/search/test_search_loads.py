@@ -20,7 +20,7 @@ print(*sorted(name for name in sys.modules if name.startswith("orthorank.")), se
 def loaded_by(folder: Path, output: Path, *more: str) -> set[str]:
     """The modules that ``orthorank search`` on the tiny model loads, in a new process."""
     words = ["search", str(folder), "--text", str(short_text(folder)), "--output", str(output), "--device", "cpu"]
-    words += ["--layers", "2", "--windows", "2", "--seq-len", "32", "--batch-size", "1", *more]
+    words += ["--layers", "2", "--windows", "2", "--window", "32", "--batch-size", "1", *more]
     done = subprocess.run(
         [sys.executable, "-c", SEARCH, *words],
         capture_output=True,

@@ -159,7 +159,7 @@ def test_a_loss_that_is_not_finite_is_null_in_the_plan(
         (["--sparsity", "0.1", "--layers", "3"], "both sparsity and layers say how many"),
         (["--layers", "0"], "layers is 0; it must be an integer, 1 or more"),
         (["--windows", "0"], "windows is 0; it must be an integer, 1 or more"),
-        (["--seq-len", "1"], "seq_len is 1; it must be an integer, 2 or more"),
+        (["--window", "1"], "window is 1; it must be an integer, 2 or more"),
         (["--protect-last", "-1"], "protect_last is -1; it must be an integer, 0 or more"),
         (["--no-sink-floor", "--sink-layer", "3"], "sink_layer sets the floor that no_sink_floor takes away"),
         (["--method", "influence", "--fast"], "fast is for the method greedy"),
@@ -205,7 +205,7 @@ def test_settings_of_another_kind_are_a_sentence(tmp_path: Path, changes: Any, w
         ({"layers": None, "sparsity": 0.6}, "sparsity is 0.6, which needs 5 layers with keep ratio 1/3, and only 4"),
         ({"layers": None, "sparsity": 0.05}, "less than one layer of 6 with keep ratio 1/3; the smallest is 0.111"),
         ({"protect_first": 4, "protect_last": 2}, "no layer may be chosen: of 6 layers, 4 at the beginning and 2"),
-        ({"seq_len": 513}, "seq_len is 513; the model's longest input has 512 tokens"),
+        ({"window": 513}, "window is 513; the model's longest input has 512 tokens"),
         ({"windows": 10**6}, "is too short"),
     ],
 )
@@ -231,7 +231,7 @@ def test_a_model_spread_by_accelerate_is_searched_as_it_is(
 @pytest.mark.parametrize(("method", "metric"), [("one-shot", "taylor"), ("influence", None)])
 def test_smollm2_is_searched_after_its_sink(tmp_path: Path, method: str, metric: str | None) -> None:
     """Without any option that helps: the sink is found, and a fifth of the work is left out."""
-    options: dict[str, Any] = {"method": method, "metric": metric, "windows": 2, "seq_len": 256, "device": "cpu"}
+    options: dict[str, Any] = {"method": method, "metric": metric, "windows": 2, "window": 256, "device": "cpu"}
     for name, keep_ratio in (("select", 1 / 3), ("remove", 0.0)):
         run_search(SearchSettings(output=tmp_path / name, keep_ratio=keep_ratio, **options))
     select, remove = (plan_in(tmp_path / name) for name in ("select", "remove"))

@@ -43,7 +43,7 @@ def stated(folder: Path, kind: str, order: list[int]) -> list[tuple[float, float
     samples = take_samples(
         tokenize(find_text(short_text(folder)), tokenizer),
         windows=windows,
-        seq_len=32,
+        window=32,
         held_out_windows=4,
         held_out_len=32,
     )
@@ -147,7 +147,7 @@ def test_nothing_is_measured_twice(
 
 
 def test_the_command(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--text", str(short_text(tiny_folder)), "--seq-len", "32", "--windows", "4", "--device", "cpu"]
+    small = ["--text", str(short_text(tiny_folder)), "--window", "32", "--windows", "4", "--device", "cpu"]
     line = ["search", str(tiny_folder), *small, "--no-sink-floor", "--output", str(tmp_path / "out"), "--max-loss"]
     assert main([*line, "1e-3"]) == 2
     assert main([*line, "0.0001"]) == 1
