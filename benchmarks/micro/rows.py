@@ -235,3 +235,21 @@ def select_tokens(device: torch.device, batch: int, tokens: int, hidden: int) ->
     providers["FlagGems topk + sort"] = flag_gems
     moved = bytes_of(scores) + 4 * batch * (k + 1)
     return Workload("select_tokens", f"{batch} x {tokens}", "GB/s", moved, check, providers)
+
+
+def select_largest(device: torch.device, batch: int, tokens: int, hidden: int) -> Workload:
+    """Bytes: as `select_tokens`, of 64 rows with 16 scores for each token, of which an indexer takes up to 2,048."""
+    rows, columns = 64 * batch, 16 * tokens
+    scores, k = random(device, rows, columns, dtype=torch.float32), min(2048, columns // 4)
+    expected = scores.topk(k).indices.sort().values.to(torch.int32)
+
+    def call(backend: str) -> torch.Tensor:
+        return ops.select_tokens(scores, k, largest=True, backend=backend).positions
+
+    def check(result: torch.Tensor) -> None:
+        assert torch.equal(result.sort().values.int(), expected), "other columns than torch.topk"
+
+    providers = ours(device, call)
+    providers["torch.topk, unordered"] = lambda: lambda: scores.topk(k, sorted=False).indices
+    moved = bytes_of(scores) + 4 * rows * (k + 1)
+    return Workload("select_tokens", f"{k} largest of {rows} x {columns}", "GB/s", moved, check, providers)

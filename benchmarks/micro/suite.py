@@ -13,6 +13,7 @@ ROWS = (
     rows.rms_norm_score,
     rows.rms_norm_select,
     rows.select_tokens,
+    rows.select_largest,
     rows.gather_rows,
     rows.gather_add_rms_norm,
     rows.apply_rotary_at,
@@ -28,6 +29,7 @@ OURS = ("triton", "torch", "torch.compile")
 PEERS = {
     "rms_norm_score": ("Liger-Kernel, no score",),
     "select_tokens": ("torch.topk + sort", "FlagGems topk + sort"),
+    "select_largest": ("torch.topk, unordered",),
     "gather_rows": ("torch.gather",),
     "scatter_rows": ("torch.scatter_",),
     "scatter_add_rows": ("add, torch.scatter_",),

@@ -30,8 +30,9 @@ def packed() -> dict[str, torch.Tensor]:
     return {"cu_seqlens": index(MANY + 1), "sink_positions": index(), "position_offsets": index()}
 
 
-def select_launch(scores: torch.Tensor, **request: Any) -> Callable[[], Any]:
-    return launch("selection.select_tokens", scores, *requested(**request))
+def select_launch(scores: torch.Tensor, indexer: bool = False, **request: Any) -> Callable[[], Any]:
+    """``indexer``: the largest, counted from each row's start."""
+    return launch("selection.select_tokens", scores, *requested(**request), indexer, indexer)
 
 
 def fused_launch(x: torch.Tensor, weight: torch.Tensor, **request: Any) -> Callable[[], Any]:
@@ -50,6 +51,8 @@ def selection_cases() -> Iterator[Case]:
         yield Case("scores", name, plain, limits | few, slow=slow)
         ragged = select_launch(scores, k=k, row_k=index(), width=k, **of_a_batch())
         yield Case("scores", f"{name} ragged", ragged, limits | few, slow=True)
+        largest = select_launch(scores, k=k, width=k, indexer=True, **of_a_batch())
+        yield Case("scores", f"{name} largest", largest, limits | few, slow=True)
         below = select_launch(scores, row_threshold=thresholds, width=tokens, **of_a_batch())
         yield Case("scores", f"{name} threshold", below, limits | few, slow=slow)
     smallest = select_launch(scores[0], k=tokens, row_k=index(), width=tokens, **packed())

@@ -42,6 +42,8 @@ def select_tokens(
     position_offsets: Tensor | None = None,
     keep_last: int = 0,
     max_selected: int | None = None,
+    largest: bool = False,
+    relative: bool = False,
     out: "Selection | tuple[Tensor | None, ...] | None" = None,
     backend: str = "auto",
 ) -> Selection:
@@ -60,6 +62,9 @@ def select_tokens(
     With ``threshold``: the last ``keep_last`` valid tokens, and all with ``score < threshold``, which NaN never is; the
     sink never.
 
+    With ``largest``, the k of largest score, as an indexer of sparse attention wants them: descending score in step 2,
+    NaN still behind all numbers, and no sink unless ``sink_positions`` names one.
+
     Two layouts. Batch: ``scores [batch, tokens]``, with padding left out by ``starts`` and ``lengths``. Packed:
     ``scores [total]``, where sequence s owns the tokens ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``; the selected tokens
     of all sequences then follow each other without gaps. The values of ``cu_seqlens`` and ``counts`` stay on the
@@ -67,8 +72,8 @@ def select_tokens(
 
     Args:
         scores: float32, the last stride 1, at most 2^30 tokens.
-        k: an int, at most the number of tokens, or an int32 or int64 tensor ``[batch]`` or ``[seqs]``, clamped on the
-            device to the number of valid tokens. See `keep_count`.
+        k: an int, at most the number of tokens (with ``largest`` also more), or an int32 or int64 tensor ``[batch]`` or
+            ``[seqs]``, clamped on the device to the number of valid tokens. See `keep_count`.
         threshold: a number, or a float32 tensor ``[batch]`` or ``[seqs]``.
         starts: int32 ``[batch]``, each row's first valid token. None: 0. Batch layout.
         lengths: int32 ``[batch]``, number of valid tokens from there. None: the rest of the row. A range that leaves
@@ -85,6 +90,8 @@ def select_tokens(
             each row, and in the packed layout the room of all sequences, of which the first ones are served first. A
             smaller room takes fewer of smallest score, or with ``threshold`` the lowest positions. None: the size in
             ``out``, or else k if that is an int and the layout is batch, or else the number of tokens.
+        largest: whether the largest scores are selected. With ``k``, batch layout.
+        relative: whether positions count from each row's start, not from column 0. With ``k``, batch layout.
         out: `Selection` or a tuple like it, of int32 tensors to write to, contiguous, None for the fields that the
             layout has not. They may not overlap the inputs.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
@@ -110,6 +117,12 @@ def select_tokens(
         >>> select_tokens(scores, threshold=6.0, max_selected=4)[:2]
         (tensor([[ 1,  2,  4, -1]], dtype=torch.int32), tensor([3], dtype=torch.int32))
 
+        What an indexer selects from rows that begin elsewhere, with room for 3:
+
+        >>> starts, lengths = torch.tensor([1]).int(), torch.tensor([2]).int()
+        >>> select_tokens(scores, 3, starts=starts, lengths=lengths, largest=True, relative=True).positions
+        tensor([[ 0,  1, -1]], dtype=torch.int32)
+
         Two packed sequences of 3 and 2 tokens, the second of which continues a prompt of which 10 tokens are cached:
 
         >>> cu_seqlens, cached = torch.tensor([0, 3, 5]).int(), torch.tensor([0, 10]).int()
@@ -122,6 +135,7 @@ def select_tokens(
     layout, hints = ("[batch, tokens]", {1: _checks.PACKED_NEEDS}) if cu_seqlens is None else ("[total]", {})
     _checks.tensor("scores", scores, layout, (torch.float32,), hints=hints)
     _checks.unit_last_stride(scores=scores)
+    _check_indexer(largest, relative, k, cu_seqlens)
     request = select_request(
         scores,
         k,
@@ -134,9 +148,24 @@ def select_tokens(
         keep_last,
         max_selected,
         out,
+        beyond=largest,
     )
-    result = dispatch.run(_SELECT, (scores, *request), backend=backend, device=scores.device, out=out)
+    result = dispatch.run(
+        _SELECT, (scores, *request, largest, relative), backend=backend, device=scores.device, out=out
+    )
     return select_result(cu_seqlens, *result)
+
+
+def _check_indexer(largest: bool, relative: bool, k: int | Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """``largest`` and ``relative`` are for rows with k."""
+    for name, value in (("largest", largest), ("relative", relative)):
+        _checks.flag(name, value)
+        if value and k is None:
+            raise ValueError(f"{name} is True and threshold was given; it is for k")
+        if value and cu_seqlens is not None:
+            raise ValueError(
+                f"{name} is True and cu_seqlens was given; it is for rows of a batch: pass starts, lengths"
+            )
 
 
 def select_result(
@@ -160,8 +189,12 @@ def select_request(
     keep_last: int,
     max_selected: int | None,
     out: Any,
+    beyond: bool = False,
 ) -> tuple[Any, ...]:
     """Check what is asked of ``tokens_like``, ``[batch, tokens, ...]`` or ``[total, ...]``, and where it is written.
+
+    Args:
+        beyond: whether k may be more than there are tokens.
 
     Returns:
         The operator's arguments after ``scores``.
@@ -184,7 +217,7 @@ def select_request(
     _checks.integer(
         "max_selected", max_selected, at_least=0, at_most=MAX_TOKENS, none="the largest number that can be selected"
     )
-    which = _which(k, threshold, rows, tokens, tokens_like)
+    which = _which(k, threshold, rows, MAX_TOKENS if beyond else tokens, tokens_like)
     width = tokens if cu_seqlens is not None or not isinstance(k, int | torch.SymInt) else k
     if max_selected is not None:
         width = max_selected

@@ -77,6 +77,8 @@ def select_tokens(
     cu_seqlens: Tensor | None,
     position_offsets: Tensor | None,
     keep_last: int,
+    largest: bool = False,
+    relative: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``positions``, ``counts``, ``rows`` and ``cu_selected``; `orthorank_kernels.select_tokens`.
 
@@ -92,6 +94,8 @@ def select_tokens(
         )
     begin, end = valid_range(scores, starts, lengths)
     sink = begin if sink_positions is None else sink_positions.long().unsqueeze(1)
+    if largest:
+        scores, sink = -scores, sink if sink_positions is not None else torch.full_like(begin, -1)
     if row_threshold is not None:
         taken = below(scores, row_threshold.unsqueeze(1), begin, end, sink, keep_last)
         counts = taken.sum(1).clamp(max=width)
@@ -101,7 +105,10 @@ def select_tokens(
         rank = torch.arange(scores.shape[1], device=scores.device)
         taken = torch.zeros_like(order, dtype=torch.bool).scatter(1, order, rank < counts.unsqueeze(1))
     none = torch.zeros(2, 0, dtype=torch.int32, device=scores.device)
-    return written(taken, width).int(), counts.int(), none[0], none[1].clone()
+    positions = written(taken, width)
+    if relative:
+        positions = torch.where(positions < 0, -1, positions - begin)
+    return positions.int(), counts.int(), none[0], none[1].clone()
 
 
 def _counts(n_valid: Tensor, k: int | None, row_k: Tensor | None) -> Tensor:

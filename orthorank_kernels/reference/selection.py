@@ -47,13 +47,14 @@ def rms_norm_score(
 def select_tokens(
     scores: Tensor, k: int | None, row_k: Tensor | None, threshold: float | None, row_threshold: Tensor | None,
     width: int, starts: Tensor | None, lengths: Tensor | None, sink_positions: Tensor | None,
-    cu_seqlens: Tensor | None, position_offsets: Tensor | None, keep_last: int,
+    cu_seqlens: Tensor | None, position_offsets: Tensor | None, keep_last: int, largest: bool = False,
+    relative: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """``positions``, ``counts``, ``rows`` and ``cu_selected``; the last two are empty in the batch layout.
 
     ``width`` bounds a row's tokens, or those of all sequences together.
     """
-    packed, values = cu_seqlens is not None, scores.detach().float()
+    packed, values = cu_seqlens is not None, -scores.detach().float() if largest else scores.detach().float()
     ranges = valid_ranges(scores.shape, starts, lengths, cu_seqlens)
     count = len(ranges)
     if threshold is not None:
@@ -67,7 +68,7 @@ def select_tokens(
         if packed:  # counted from the sequence's first token; a later chunk holds no sink of its own
             sink = begin + sink if sink is not None else begin if offsets[number] == 0 else -1
         elif sink is None:
-            sink = begin
+            sink = -1 if largest else begin
         if bounds[number] is not None:
             tokens = below(row, begin, end, sink, keep_last, bounds[number])[:room]
         else:
@@ -81,7 +82,9 @@ def select_tokens(
 
     counts = integers([len(tokens) for tokens in picked])
     if not packed:
-        positions = [tokens + [-1] * (width - len(tokens)) for tokens in picked]
+        firsts = [begin if relative else 0 for begin, _ in ranges]
+        places = [[t - first for t in tokens] for tokens, first in zip(picked, firsts, strict=True)]
+        positions = [tokens + [-1] * (width - len(tokens)) for tokens in places]
         return integers(positions).view(count, width), counts, integers([]), integers([])
     rows = [t for tokens in picked for t in tokens]
     places = [

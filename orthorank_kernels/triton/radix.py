@@ -23,11 +23,13 @@ MASKED_HISTOGRAM = tl.constexpr("mask" in inspect.signature(tl.histogram).parame
 
 
 @triton.jit
-def load_keys(scores_ptr, index, lead, n_valid, sink, keep_last):
+def load_keys(scores_ptr, index, lead, n_valid, sink, keep_last, LARGEST: tl.constexpr):
     """Keys (uint32) of the tokens at ``index`` [BLOCK], which counts from ``lead`` before the first valid token."""
     token = index - lead  # [BLOCK]
     valid = token.to(tl.uint32) < n_valid.to(tl.uint32)  # false for negative tokens too
     score = tl.load(scores_ptr + index, mask=valid, other=0.0)
+    if LARGEST:
+        score = -score
     key = tl.where(score == score, ascending_key(score), NAN)
     key = tl.where(token >= n_valid - keep_last, (n_valid - 1 - token).to(tl.uint32), key)
     key = tl.where(token == sink, SINK, key)
@@ -77,11 +79,22 @@ def write_selected(positions_ptr, rows_ptr, position, row, index, below, equal, 
 
 @triton.jit
 def select_resident(
-    scores_ptr, positions_ptr, rows_ptr, position, row, lead, n_valid, sink, k, keep_last, BLOCK: tl.constexpr
+    scores_ptr,
+    positions_ptr,
+    rows_ptr,
+    position,
+    row,
+    lead,
+    n_valid,
+    sink,
+    k,
+    keep_last,
+    BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
     """Select from a row of at most BLOCK tokens, read once."""
     index = tl.arange(0, BLOCK)  # [BLOCK]
-    key = load_keys(scores_ptr, index, lead, n_valid, sink, keep_last)
+    key = load_keys(scores_ptr, index, lead, n_valid, sink, keep_last, LARGEST)
     need = k
     threshold = tl.zeros([], tl.uint32)
     known = tl.zeros([], tl.uint32)  # mask of the threshold's bits found so far
@@ -98,7 +111,18 @@ def select_resident(
 
 @triton.jit
 def select_streamed(
-    scores_ptr, positions_ptr, rows_ptr, position, row, lead, n_valid, sink, k, keep_last, BLOCK: tl.constexpr
+    scores_ptr,
+    positions_ptr,
+    rows_ptr,
+    position,
+    row,
+    lead,
+    n_valid,
+    sink,
+    k,
+    keep_last,
+    BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
     """Select from a row of any number of tokens, read once for each digit and once to write."""
     need = k
@@ -110,7 +134,7 @@ def select_streamed(
         histogram = tl.zeros([BINS], tl.int32)
         for tile in range(0, n_valid + lead, 2 * BLOCK):
             index = tile + tl.arange(0, 2 * BLOCK)  # [2 * BLOCK]: counting needs fewer registers than writing
-            key = load_keys(scores_ptr, index, lead, n_valid, sink, keep_last)
+            key = load_keys(scores_ptr, index, lead, n_valid, sink, keep_last, LARGEST)
             digits = ((key >> shift) & (BINS - 1)).to(tl.int32)
             histogram += count_digits(digits, (key & known) == threshold)
         digit, need = enter_bin(histogram, need, tl.uint64)
@@ -120,7 +144,7 @@ def select_streamed(
     n_equal = 0
     for tile in range(0, n_valid + lead, BLOCK):
         index = tile + tl.arange(0, BLOCK)  # [BLOCK]
-        key = load_keys(scores_ptr, index, lead, n_valid, sink, keep_last)
+        key = load_keys(scores_ptr, index, lead, n_valid, sink, keep_last, LARGEST)
         below, equal = key < threshold, key == threshold
         n_below, n_equal = write_selected(
             positions_ptr, rows_ptr, position, row, index, below, equal, need, n_below, n_equal
@@ -141,8 +165,9 @@ def select_smallest(
     keep_last,
     RESIDENT: tl.constexpr,
     TILE: tl.constexpr,
+    LARGEST: tl.constexpr = False,
 ):
-    """The k smallest of ``n_valid`` scores, which begin ``first`` (int64) elements from ``scores_ptr``.
+    """The k smallest (or largest) of ``n_valid`` scores, which begin ``first`` (int64) elements from ``scores_ptr``.
 
     Written are their positions, of which the first token has ``position``, and where ``rows_ptr`` is given also their
     rows, of which it has ``row``. ``sink`` and ``keep_last`` count from the first token too. Up to RESIDENT tokens
@@ -156,10 +181,18 @@ def select_smallest(
     position -= lead
     row -= lead
     if TILE == 0:
-        select_resident(scores_ptr, positions_ptr, rows_ptr, position, row, lead, n_valid, sink, k, keep_last, RESIDENT)
+        select_resident(
+            scores_ptr, positions_ptr, rows_ptr, position, row, lead, n_valid, sink, k, keep_last, RESIDENT, LARGEST
+        )
     elif RESIDENT == 0:
-        select_streamed(scores_ptr, positions_ptr, rows_ptr, position, row, lead, n_valid, sink, k, keep_last, TILE)
+        select_streamed(
+            scores_ptr, positions_ptr, rows_ptr, position, row, lead, n_valid, sink, k, keep_last, TILE, LARGEST
+        )
     elif n_valid + lead <= RESIDENT:
-        select_resident(scores_ptr, positions_ptr, rows_ptr, position, row, lead, n_valid, sink, k, keep_last, RESIDENT)
+        select_resident(
+            scores_ptr, positions_ptr, rows_ptr, position, row, lead, n_valid, sink, k, keep_last, RESIDENT, LARGEST
+        )
     else:
-        select_streamed(scores_ptr, positions_ptr, rows_ptr, position, row, lead, n_valid, sink, k, keep_last, TILE)
+        select_streamed(
+            scores_ptr, positions_ptr, rows_ptr, position, row, lead, n_valid, sink, k, keep_last, TILE, LARGEST
+        )

@@ -68,6 +68,8 @@ def select_row(
     THRESHOLD: tl.constexpr,
     RESIDENT: tl.constexpr,
     TILE: tl.constexpr,
+    LARGEST: tl.constexpr = False,
+    RELATIVE: tl.constexpr = False,
 ):
     """All of one row of the batch (int64): its bounds, its selection, its count, and -1 past that."""
     begin = tl.zeros([], tl.int32)
@@ -76,7 +78,7 @@ def select_row(
     n_valid = n_tokens - begin
     if lengths_ptr is not None:
         n_valid = tl.minimum(tl.maximum(tl.load(lengths_ptr + row), 0), n_valid)
-    sink = 0
+    sink = -1 if LARGEST else 0
     if sinks_ptr is not None:
         sink = tl.maximum(tl.load(sinks_ptr + row), -1) - begin
     first = row * stride_scores_row + begin
@@ -89,8 +91,21 @@ def select_row(
         count = tl.minimum(tl.minimum(k, width), n_valid)
         if row_k_ptr is not None:
             count = tl.minimum(tl.maximum(tl.load(row_k_ptr + row), 0), count).to(tl.int32)
+        position = 0 if RELATIVE else begin
         select_smallest(
-            scores_ptr, positions_ptr, None, first, begin, 0, n_valid, sink, count, keep_last, RESIDENT, TILE
+            scores_ptr,
+            positions_ptr,
+            None,
+            first,
+            position,
+            0,
+            n_valid,
+            sink,
+            count,
+            keep_last,
+            RESIDENT,
+            TILE,
+            LARGEST,
         )
     tl.store(counts_ptr + row, count)
     fill_missing(positions_ptr, None, count, width)
@@ -164,6 +179,8 @@ def select_tokens_kernel(
     THRESHOLD: tl.constexpr,
     RESIDENT: tl.constexpr,
     TILE: tl.constexpr,
+    LARGEST: tl.constexpr,
+    RELATIVE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     threshold = tl.cast(threshold, tl.float32)
@@ -187,6 +204,8 @@ def select_tokens_kernel(
             THRESHOLD=THRESHOLD,
             RESIDENT=RESIDENT,
             TILE=TILE,
+            LARGEST=LARGEST,
+            RELATIVE=RELATIVE,
         )
     elif THRESHOLD:
         select_below_packed(
@@ -270,6 +289,8 @@ def select_tokens(
     cu_seqlens: torch.Tensor | None,
     position_offsets: torch.Tensor | None,
     keep_last: int,
+    largest: bool = False,
+    relative: bool = False,
     out: tuple[torch.Tensor | None, ...] | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     """Launcher of the operator ``select_tokens``; arguments are checked in the public function."""
@@ -306,6 +327,8 @@ def select_tokens(
         width=width,
         keep_last=keep_last,
         stride_scores_row=stride,
+        LARGEST=largest,
+        RELATIVE=relative,
         enable_fp_fusion=True,
         **settings,
     )

@@ -139,6 +139,9 @@ def _selection(new: Shapes, s: Sizes) -> dict[str, Call]:
         "select_tokens": Call("select_tokens", (scores, s.selected), {}),
         "select_tokens, k on the device, padding": Call("select_tokens", (scores, k), choice),
         "select_tokens, threshold": Call("select_tokens", (scores,), {"threshold": 0.5, **choice}),
+        "select_tokens, largest": Call(
+            "select_tokens", (scores, s.selected), {**rows, "largest": True, "relative": True}
+        ),
         "select_tokens, packed": Call("select_tokens", (each, k), packed),
         "select_tokens, packed, threshold": Call("select_tokens", (each,), {"threshold": 0.5, **chosen}),
         "rms_norm_select": Call("rms_norm_select", (x, weight, 1e-6, s.selected), workspace),

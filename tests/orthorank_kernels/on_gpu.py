@@ -29,6 +29,7 @@ ELSEWHERE = {
 }
 # Tests of other modules that launch none.
 NOT = {
+    "test_selection_largest": {"test_the_reference_says_the_same", "test_what_excludes_each_other"},
     "test_activation": {
         "test_empty_dimensions",
         "test_errors_name_the_argument_and_the_fix",

@@ -206,9 +206,12 @@ def select_tokens(
     position_offsets: Tensor | None = None,
     keep_last: int = 0,
     max_selected: int | None = None,
+    largest: bool = False,
+    relative: bool = False,
     **_: Any,
 ) -> list[list[int]]:
     """The positions of each row or sequence, as many as there is room for."""
+    scores = -scores if largest else scores
     ends = None if cu_seqlens is None else cu_seqlens.tolist()
     packed = [scores[a:b].tolist() for a, b in pairwise(ends)] if ends else None
     rows = scores.tolist() if packed is None and ends is None else packed or []
@@ -228,14 +231,14 @@ def select_tokens(
     for row, wanted, bound, given, length, place, offset in of_rows:
         start = min(max(given, 0), len(row))
         length = len(row) if length is None else max(length, 0)
-        sink = place if place is not None else start if offset == 0 else -1
+        sink = place if place is not None else start if offset == 0 and not largest else -1
         if bound is not None:
             bound = float(torch.tensor(float(bound)).float())
             picked = by_filter(row, bound, start, length, sink, keep_last)[:room]
         else:
             most = min(max(wanted, 0), room, max(0, min(len(row), start + length) - start))
             picked = by_sort(row, most, start, length, sink, keep_last)
-        found.append([p + offset for p in picked])
+        found.append([p + offset - (start if relative else 0) for p in picked])
         room -= len(picked) if ends is not None else 0
     return found
 

@@ -174,6 +174,7 @@ def selection_cases() -> Iterator[Case]:
         ("ties", ties, {"k": 33}),
         ("NaN, zeros of both signs, infinities", special, {"k": 70, "keep_last": 2}),
         ("ragged", random(3, 101), {"k": 40, "starts": ints(0, 9, 50), "lengths": ints(101, 17, 60)}),
+        ("largest", special, {"k": 40, "starts": ints(9, 50), "largest": True, "relative": True}),
         ("k for each row", random(2, 63), {"k": ints(0, 63), "max_selected": 63}),
     ):
         arguments = lambda d, s=scores, m=more: {"scores": s, **m}  # noqa: E731
