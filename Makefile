@@ -11,7 +11,7 @@ DEMO_ARGS ?= --output orthorank-demo
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: help install demo lint format test test-slow test-order test-gpu test-browser test-vllm check report bench bench-install bench-model
-.PHONY: bench-search bench-gpu gpu rehearse-gpu package docs clean
+.PHONY: bench-search bench-gpu gpu rehearse-gpu hub-kernel package docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -119,6 +119,11 @@ package: $(VENV)/.package-installed ## the source archive and the wheel in dist/
 $(VENV)/.package-installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt build twine
 	@touch $@
+
+hub-kernel: install ## the kernels for Hugging Face kernels, in build/hub-kernel; loads them with it, offline
+	$(BIN)/python -m contrib.hub_kernel build/hub-kernel
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/kernels kernels==0.17.2
+	HF_HUB_OFFLINE=1 PYTHONPATH=build/kernels $(PYTEST) tests/contrib/test_hub_kernel.py
 
 docs: $(VENV)/.docs-installed ## the documentation as a site in build/site; a warning is an error
 	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -2,7 +2,7 @@
 
 import sys
 
-RUNNERS = ("orthorank_kernels", "orthorank", "transformers", "accelerate", "peft", "torch")
+RUNNERS = (__name__.partition(".")[0], "orthorank", "transformers", "accelerate", "peft", "torch")
 
 
 def levels_to_caller() -> int:

@@ -23,6 +23,7 @@ import torch
 from orthorank_kernels.remedies import install
 
 NAMESPACE = "orthorank_kernels"
+PACKAGE = __name__.rpartition(".")[0]  # another one in a copy for the Hub, which may be in the same process
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def define(
         return launcher(triton)(*args, *defaults[len(args) :], **out)  # PyTorch leaves out what is the default
 
     _implement(name, f"{name}{schema}", pytorch, launch, look_like)
-    functional = getattr(torch.ops.orthorank_kernels, name).default
+    functional = getattr(getattr(torch.ops, NAMESPACE), name).default
     if not outputs:
         return Operator(functional, reference, pytorch, triton)
     arguments = schema[1 : schema.rindex(") ->")]
@@ -128,7 +129,7 @@ def define(
         into, f"{into}({arguments}, *, {', '.join(writes)}) -> ()", write_results, write_kernel, lambda *a, **k: None
     )
     return Operator(
-        functional, reference, pytorch, triton, names, getattr(torch.ops.orthorank_kernels, into).default, aliases
+        functional, reference, pytorch, triton, names, getattr(getattr(torch.ops, NAMESPACE), into).default, aliases
     )
 
 
@@ -143,7 +144,7 @@ def copy_results(results: Any, out: Sequence[torch.Tensor | None]) -> None:
 def launcher(path: str) -> Callable[..., Any]:
     """The Triton launcher named ``"module.function"`` inside ``orthorank_kernels.triton``."""
     name, function = path.rsplit(".", 1)
-    name = f"orthorank_kernels.triton.{name}"
+    name = f"{PACKAGE}.triton.{name}"
     module = sys.modules.get(name)
     try:
         if module is None or getattr(module.__spec__, "_initializing", False):
