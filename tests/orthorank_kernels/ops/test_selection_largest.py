@@ -78,6 +78,16 @@ def test_a_hundred_winners_and_equal_zeros(backend):
     assert {i for i, score in enumerate(row) if score} <= set(positions[0].tolist())
 
 
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
+def test_two_thousand_of_a_million(backend):
+    """Against torch.topk, where no two scores are equal; the second row ends earlier."""
+    scores = torch.randperm(2**20, generator=torch.Generator().manual_seed(3)).float().expand(2, -1).to(DEVICE)
+    lengths = int32(2**20, 700_001)
+    chosen = select_tokens(scores, 2048, lengths=lengths, largest=True, backend=backend).positions
+    for row, length in enumerate(lengths.tolist()):
+        assert torch.equal(chosen[row], scores[row, :length].topk(2048).indices.sort().values.int())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ties_at_the_last_place_over_a_hundred_launches(backend):
     row = [2.0] * 20 + [1.0] * 200 + [0.5] * 36
