@@ -21,7 +21,11 @@ come from the L2 cache at 1 / BLOCK_M bytes for each operation: 3.5 TB/s on an H
 No mask but at the end. A tile's lowest and highest position split its keys into blocks that every query sees whole and
 the two or three blocks behind them. Those are masked by comparing, and clamped: rows past the highest position are
 never read, loads keep their 128 bits, and lengths are no part of what is compiled. The tile with the most keys runs
-first; the tile that is not full is the one with the fewest keys (filled from the front it was 1.172, not 1.098).
+first, of all heads and batch rows whose keys and values the L2 cache holds, then the next tile of each
+(`attention_tiles.find_work`); packed, a program counts the tiles of the sequences to find its own. By a simulation
+(`benchmarks/bench_work_order.py`) an H100 with 8 groups of 4 heads is busy 77 % of the time at 2048 tokens, where it
+was 60 head by head, 90 at 4096 (74), 98 at 8192 (88). The
+tile that is not full is the one with the fewest keys (filled from the front it was 1.172, not 1.098).
 
     registers, spills, ntm, ntm with mask      sm_80                  sm_90
     head_dim 64, batch                         234, 0,  854, 1131     170, 0,  879, 1114
@@ -51,8 +55,8 @@ Rotary. Queries are rotated where they are read: on sm_90 957 instructions of a 
 1.9 blocks of keys take. The product with keys then has them from registers there, which is its 21 instructions more:
 the compiler leaves in shared memory only what comes from a load as it is.
 
-Few queries. Where less than a third of the GPU would be busy, the keys of a tile are split over programs, as many as
-make one wave (`configs.splits`, from shapes alone), and tiles of 16 or 64 rows take 4 warps: the bound is then the
+Few queries. Where a third of the GPU would be idle, the keys of a tile are split over programs, as many as make one
+wave (`configs.splits`, from shapes alone), and tiles of 16 or 64 rows take 4 warps: the bound is then the
 reading of K and V. Results do not depend on the order of programs, but the number of splits, and so the rounding, does
 depend on the batch's size.
 
