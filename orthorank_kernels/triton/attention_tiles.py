@@ -67,8 +67,12 @@ def find_sequence(cu_selected_ptr, n_seqs, n_queries, tile, together, QUERIES: t
     end = tl.where(past, n_seqs + 1, tl.minimum(first + together, n_seqs))
     tile -= tl.load(cu_selected_ptr + first) // QUERIES + first
     # The tile's number in its sequence: the largest of which no more tiles have a smaller one.
+    longest = 0  # where all have one tile, as in decoding, that is all there is to find
+    for at in range(first, end, SEARCH):
+        some = tiles_of(cu_selected_ptr, at + tl.arange(0, SEARCH), end, n_seqs, n_queries, QUERIES)  # [SEARCH]
+        longest = tl.maximum(longest, tl.max(some))
     low = tile // (end - first)
-    high = tile
+    high = longest - 1
     while low < high:
         middle = low + (high - low + 1) // 2
         fits = tiles_above(cu_selected_ptr, middle, first, end, n_seqs, n_queries, QUERIES) <= tile
