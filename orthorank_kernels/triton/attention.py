@@ -21,19 +21,23 @@ come from the L2 cache at 1 / BLOCK_M bytes for each operation: 3.5 TB/s on an H
 No mask but at the end. A tile's lowest and highest position split its keys into blocks that every query sees whole and
 the two or three blocks behind them. Those are masked by comparing, and clamped: rows past the highest position are
 never read, loads keep their 128 bits, and lengths are no part of what is compiled. The tile with the most keys runs
-first; the tile that is not full is the one with the fewest keys (filled from the front it was 1.172, not 1.098).
+first, of all heads and batch rows whose keys and values the L2 cache holds, then the next tile of each
+(`attention_tiles.find_work`); packed, a program counts the tiles of the sequences to find its own. By a simulation
+(`benchmarks/bench_work_order.py`) an H100 with 8 groups of 4 heads is busy 77 % of the time at 2048 tokens, where it
+was 60 head by head, 90 at 4096 (74), 98 at 8192 (88). The
+tile that is not full is the one with the fewest keys (filled from the front it was 1.172, not 1.098).
 
     registers, spills, ntm, ntm with mask      sm_80                  sm_90
-    head_dim 64, batch                         234, 0,  854, 1131     170, 0,  879, 1114
-    head_dim 128, batch                        207, 0,  648,  807     210, 0,  482,  616
-    head_dim 128, packed                       206, 0,  652,  807     212, 0,  483,  617
-    head_dim 128, packed, window               205, 0,  650,  950     225, 0,  482,  753
-    head_dim 128, pages of 16                  206, 0,  734,  950     230, 0,  554,  764
-    head_dim 128, pages of 128                 203, 0,  719,  881     234, 0,  513,  698
-    head_dim 128, soft-capping                 207, 0,  912, 1108     254, 0,  736,  919
-    head_dim 128, rotary                       207, 0,  648,  807     224, 0,  503,  644
-    head_dim 128, rotary, interleaved          244, 0,  633,  790     245, 0,  486,  627
-    head_dim 128, e4m3 in pages of 16          200, 0, 3687, 3996     223, 0,  745,  897
+    head_dim 64, batch                         234, 0,  854, 1131     170, 0,  879, 1106
+    head_dim 128, batch                        207, 0,  648,  807     208, 0,  482,  617
+    head_dim 128, packed                       210, 0,  652,  807     212, 0,  483,  616
+    head_dim 128, packed, window               230, 0,  647,  948     222, 0,  482,  753
+    head_dim 128, pages of 16                  206, 0,  734,  950     238, 0,  560,  763
+    head_dim 128, pages of 128                 203, 0,  719,  881     229, 0,  521,  698
+    head_dim 128, soft-capping                 207, 0,  912, 1108     250, 0,  736,  920
+    head_dim 128, rotary                       207, 0,  648,  807     202, 0,  503,  649
+    head_dim 128, rotary, interleaved          244, 0,  633,  790     247, 0,  486,  627
+    head_dim 128, e4m3 in pages of 16          200, 0, 3687, 3986     223, 0,  745,  897
     head_dim 128, e5m2 in pages of 16          206, 0, 2209, 2502     224, 0,  564,  714
 
 Pages take a pointer for each row, where batch and packed keys on sm_90 have one descriptor for the block. A page that
@@ -51,8 +55,8 @@ Rotary. Queries are rotated where they are read: on sm_90 957 instructions of a 
 1.9 blocks of keys take. The product with keys then has them from registers there, which is its 21 instructions more:
 the compiler leaves in shared memory only what comes from a load as it is.
 
-Few queries. Where less than a third of the GPU would be busy, the keys of a tile are split over programs, as many as
-make one wave (`configs.splits`, from shapes alone), and tiles of 16 or 64 rows take 4 warps: the bound is then the
+Few queries. Where a third of the GPU would be idle, the keys of a tile are split over programs, as many as make one
+wave (`configs.splits`, from shapes alone), and tiles of 16 or 64 rows take 4 warps: the bound is then the
 reading of K and V. Results do not depend on the order of programs, but the number of splits, and so the rounding, does
 depend on the batch's size.
 

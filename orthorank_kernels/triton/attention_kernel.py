@@ -5,7 +5,7 @@ import triton.language as tl
 
 from orthorank_kernels.triton.attention_queries import scale_queries, starting_point, turn_queries
 from orthorank_kernels.triton.attention_step import attend
-from orthorank_kernels.triton.attention_tiles import find_sequence, tile_rows, visible_keys
+from orthorank_kernels.triton.attention_tiles import find_sequence, find_work, tile_rows, visible_keys
 
 LN_2 = tl.constexpr(0.6931471805599453)
 NOTHING = tl.constexpr(float("-inf"))
@@ -16,6 +16,11 @@ NOTHING = tl.constexpr(float("-inf"))
         "selected",
         "keys",
         "n_seqs",
+        "tiles",
+        "columns",
+        "lanes",
+        "lanes_together",
+        "seqs_together",
         "splits",
         "window",
         "query_offset",
@@ -57,6 +62,11 @@ def sparse_query_attention_kernel(
     n_table_rows,
     most_keys,  # that a row of the table has pages for
     n_seqs,
+    tiles,  # of a batch row, or of all packed sequences
+    columns,  # kv_heads * head tiles
+    lanes,  # columns * batch
+    lanes_together,
+    seqs_together,
     splits,
     window,
     query_offset,
@@ -113,17 +123,11 @@ def sparse_query_attention_kernel(
     WIDE: tl.constexpr,  # keys * stride exceeds 32 bits
     VECTOR: tl.constexpr,  # above 1: so many neighbours in a row of K or V are aligned to 16 bytes
 ):
-    """One program: one tile of queries and heads, grid (tiles * splits, kv_heads * head tiles, batch)."""
+    """One program: one tile of queries and heads, grid (tiles * splits * columns * batch)."""
     if LIKE_K:
         stride_v_batch = stride_k_batch
-    tile = tl.program_id(0)
-    column = tl.program_id(1)
+    batch, column, tile, split = find_work(tl.program_id(0), tiles, columns, lanes, lanes_together, splits, SPLIT)
     kv_head = column // ((GROUP + PACK - 1) // PACK)
-    batch = tl.program_id(2)
-    split = 0
-    if SPLIT:
-        split = tile % splits
-        tile = tile // splits
     to_bits = tl.cast(to_bits, tl.float32)
     cap = tl.cast(cap, tl.float32)
     offs_d = tl.arange(0, BLOCK_D)
@@ -132,7 +136,9 @@ def sparse_query_attention_kernel(
     start = 0
     key_base = 0
     if PACKED:
-        sequence, query_begin, query_end, tile = find_sequence(cu_selected_ptr, n_seqs, selected, tile, BLOCK_M // PACK)
+        sequence, query_begin, query_end, tile = find_sequence(
+            cu_selected_ptr, n_seqs, selected, tile, seqs_together, BLOCK_M // PACK
+        )
         owned = sequence < n_seqs  # else what lies past the last sequence, which sees no keys
         if PAGE_SIZE > 0:
             keys = tl.minimum(tl.load(seq_lens_ptr + sequence, mask=owned, other=0), most_keys)

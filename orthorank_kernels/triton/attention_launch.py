@@ -69,6 +69,9 @@ def launch(
     n_seqs = 0 if cu_selected is None else cu_selected.shape[0] - 1
     tiles = configs.tiles(selected, constexprs["BLOCK_M"] // constexprs["PACK"], n_seqs, packed=cu_selected is not None)
     columns = kv_heads * configs.cdiv(constexprs["GROUP"], constexprs["PACK"])
+    every_key = keys if not paged else min(n_seqs * longest, keys * k.shape[0])
+    head_bytes = 2 * every_key * head_dim * k.element_size()
+    lanes_together, seqs_together = configs.together(columns // kv_heads, columns * batch, n_seqs, head_bytes)
     splits = configs.splits(tiles * columns * batch, longest, constexprs["BLOCK_M"], constexprs["BLOCK_N"], q.device)
     if asked and splits == 1 and constexprs["BLOCK_M"] > configs.FEW_ROWS[-1]:
         hopper.launch(
@@ -84,7 +87,7 @@ def launch(
         strides = _output_strides(out.transpose(2, 3), lse.transpose(2, 3), split=True)
     configs.launch(
         sparse_query_attention_kernel,
-        (tiles * splits, columns, batch),
+        (tiles * splits * columns * batch,),
         q,
         q_ptr=q,
         k_ptr=k,
@@ -112,6 +115,11 @@ def launch(
         n_table_rows=block_table.shape[0] if paged else 0,
         most_keys=min(block_table.shape[1] * keys, INT32_MAX) if paged and k.shape[0] else 0,
         n_seqs=n_seqs,
+        tiles=tiles,
+        columns=columns,
+        lanes=columns * batch,
+        lanes_together=lanes_together,
+        seqs_together=seqs_together,
         splits=splits,
         window=None if window is None else min(window, INT32_MAX),
         query_offset=query_offset,

@@ -20,7 +20,7 @@ from orthorank_kernels.settings import lookup as _settings
 from orthorank_kernels.settings.lookup import family
 
 _LARGEST_PACK = 16  # heads in one tile; a group of 71 would leave 57 of 128 rows idle, in tiles of 15 it leaves 8
-LEAST_SPLITS = 3
+CACHED_BYTES = 32 << 20  # of keys and values: what the L2 of an A100 or H100 holds beside what passes through it
 FEW_ROWS = (16, 64)  # queries times heads for which there are settings of their own
 
 
@@ -104,18 +104,30 @@ def tiles(queries: int, queries_per_tile: int, n_seqs: int, *, packed: bool) -> 
     return queries // queries_per_tile + n_seqs + 1 if packed else cdiv(queries, queries_per_tile)
 
 
-def splits(programs: int, keys: int, block_m: int, block_n: int, device: torch.device) -> int:
-    """How many programs share the keys of a tile: as many as make one wave, each with at least four blocks of keys.
+def together(head_tiles: int, lanes: int, n_seqs: int, head_bytes: int) -> tuple[int, int]:
+    """How many lanes, and of each how many packed sequences, have their tiles in turns: those that the L2 cache holds.
 
-    Not two: that leaves more than a third of the GPU busy as it is, and saves less than the second launch, the
-    workspace and one more compilation are worth.
+    Args:
+        head_tiles: lanes of one key/value head; lanes: in all; head_bytes: keys and values of one such head.
+
+    >>> together(1, 64, 0, 2**20), together(1, 64, 0, 2**26), together(2, 64, 8, 2**26)
+    ((32, 1), (1, 1), (2, 4))
+    """
+    heads = CACHED_BYTES // max(1, head_bytes)
+    return min(lanes, max(1, heads) * head_tiles), max(1, min(n_seqs, n_seqs * CACHED_BYTES // max(1, head_bytes)))
+
+
+def splits(programs: int, keys: int, block_m: int, block_n: int, device: torch.device) -> int:
+    """How many programs share the keys of a tile: at least two where programs would leave a third of the GPU idle, and
+    as many as make one wave, each with at least four blocks of keys.
 
     Args:
         programs: without splits; keys: of the longest sequence.
     """
     wave = _multiprocessors(device) * (1 if block_m > FEW_ROWS[-1] else 2)
-    count = min(wave // programs, keys // (4 * block_n))
-    return count if count >= LEAST_SPLITS else 1
+    if 3 * programs > 2 * wave:
+        return 1
+    return max(1, min(max(2, wave // programs), keys // (4 * block_n)))
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -28,7 +28,7 @@ ORDINARY = {
     "another length": {"batch": 1, "tokens": 1999, "selected": 682},
     "another k": {"batch": 1, "tokens": 2048, "selected": 512},
     "an odd k": {"batch": 1, "tokens": 2048, "selected": 511},
-    "a batch": {"batch": 3, "tokens": 1777, "selected": 33},
+    "a batch": {"batch": 3, "tokens": 1777, "selected": 133},
     "a larger batch": {"batch": 16, "tokens": 1024, "selected": 48},
 }
 # Beyond them a launcher may choose another setting: for scores that no longer fit registers, for strides beyond 32
