@@ -68,7 +68,7 @@ def command(
     with screen.progress(f"loading {locate(model).name}", 1):
         loaded, tokenizer, info = load_model(model, device, dtype)
     where = Bos.of(bos, tokenizer)
-    sizes = {"windows": windows, "seq_len": window, "longest": info.max_tokens}
+    sizes = {"windows": windows, "window": window, "longest": info.max_tokens}
     samples = halves_of(source, tokenizer, loaded, where, **sizes)
     followed = default_plan(loaded) if followed is None else followed
     screen.heading(f"{info.name}: thresholds on {windows} windows of {window} tokens")

@@ -96,7 +96,7 @@ def command(
     with screen.progress(f"loading {locate(model).name}", 1):
         loaded, tokenizer, info = load_model(model, device, dtype, device_map=device_map)
     where = Bos.of(bos, tokenizer)
-    sizes = {"seq_len": window, "longest": info.max_tokens}
+    sizes = {"window": window, "longest": info.max_tokens}
     samples = [
         halves_of(source, tokenizer, loaded, where, windows=count, **sizes)
         for source, count in zip(sources, counts, strict=True)

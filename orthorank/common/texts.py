@@ -277,7 +277,7 @@ def halves_of(
         OrthoRankError: ``window`` is more than that, or the text is too short.
     """
     if window > longest:
-        raise OrthoRankError(f"seq_len is {window}; the model's longest input has {longest} tokens")
+        raise OrthoRankError(f"window is {window}; the model's longest input has {longest} tokens")
     return take_samples(
         read_tokens(source, tokenizer, model, where),
         windows=windows,

@@ -98,7 +98,7 @@ def cut_windows(
     """
     wanted = settings.window or min(defaults.DATASET_SEQ_LEN if source.dataset else defaults.SEQ_LEN, max_tokens)
     if wanted > max_tokens:
-        raise OrthoRankError(f"seq_len is {wanted}; the model's longest input has {max_tokens} tokens")
+        raise OrthoRankError(f"window is {wanted}; the model's longest input has {max_tokens} tokens")
     bos = Bos.of(settings.bos, tokenizer)
     tokens = read_tokens(source.text, tokenizer, model, bos)
     if source.dataset:
