@@ -18,21 +18,31 @@ if tuple(map(int, triton_version().split(".")[:2])) < (3, 6):
 hopper = pytest.importorskip("benchmarks.static.hopper")
 
 
-def compiled(only: str) -> list[dict]:
-    command = [sys.executable, "-m", "benchmarks.static.hopper", "--json", "--only", only]
+def output(*options: str) -> str:
+    command = [sys.executable, "-m", "benchmarks.static.hopper", *options]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert child.stdout, child.stderr[-4000:]
-    return list(map(json.loads, child.stdout.splitlines()))
+    return child.stdout
 
 
 @pytest.mark.parametrize(
     "only", ["dim 128, groups of 4", pytest.param("groups of 7|packed|dim 64", marks=pytest.mark.slow)]
 )
 def test_the_code_keeps_its_limits(only):
-    found = compiled(only)
+    found = list(map(json.loads, output("--json", "--only", only).splitlines()))
     assert found
     assert not [f"{case['case']}: {complaint}" for case in found for complaint in case["complaints"]]
+
+
+@pytest.mark.slow
+def test_the_documentation_has_these_figures():
+    if triton_version()[:3] != "3.9":
+        pytest.skip("the page has what Triton 3.9 compiles")
+    rows = output("--markdown").splitlines()
+    page = (ROOT / "docs" / "writing-kernels.md").read_text(encoding="utf-8")
+    assert len(rows) == len(hopper.CASES)
+    assert [row for row in rows if row not in page] == []
 
 
 LOOP = """
