@@ -62,10 +62,14 @@ CASES = {
 
 def loops_of_all_warps(code: list[sass.Instruction]) -> Iterator[list[sass.Instruction]]:
     """Loops with products. Where a kernel branches by number nothing says where to: the parts that nothing else reaches
-    are read from their first instruction."""
-    left = code
+    are read from their first instruction, and may come to loops that were there before."""
+    left, known = code, set()
     while any("MMA" in instruction.base for instruction in left):
-        yield from sass.matrix_loops(left)
+        for loop in sass.matrix_loops(left):
+            products = frozenset(i.address for i in loop if "MMA" in i.base)
+            if products not in known:
+                known.add(products)
+                yield loop
         reached = set(sass._reverse_postorder(sass._successors(left)))
         left = left[next((i for i in range(len(left)) if i not in reached), len(left)) :]
 

@@ -46,7 +46,8 @@ def test_the_documentation_has_these_figures():
 
 
 LOOP = """
-        /*0000*/                   BRX R2 -0x10 ;
+        /*0000*/               @P0 BRA `(.L_x_2) ;
+        /*0008*/                   BRX R2 -0x10 ;
 .L_x_0:
         /*0010*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
         /*0020*/                   MUFU.EX2 R1, R1 ;
@@ -60,15 +61,18 @@ LOOP = """
 .L_x_1:
         /*00a0*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
         /*00b0*/                   BRA P1, `(.L_x_1) ;
-        /*00c0*/                   EXIT ;
+.L_x_2:
+        /*00c0*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*00d0*/                   BRA P1, `(.L_x_2) ;
+        /*00e0*/                   EXIT ;
 """
 
 
 def test_loops_of_all_warps_and_what_stands_between_their_waits():
     loops = list(hopper.loops_of_all_warps(sass.parse(LOOP)))
-    assert [len(loop) for loop in loops] == [8, 2]
-    assert hopper.waits(loops[0]) == (2, 2)
-    assert hopper.waits(loops[1]) == (0, 0)
+    assert [(len(loop), loop[0].address) for loop in loops] == [(2, 0xC0), (8, 0x10), (2, 0xA0)]
+    assert hopper.waits(loops[1]) == (2, 2)
+    assert hopper.waits(loops[2]) == (0, 0)
 
 
 GOOD = {"warps": 12, "shared": 1000, "spills": 0, "threads_registers": 64512, "exchanged": 64512, "loops": 4,
