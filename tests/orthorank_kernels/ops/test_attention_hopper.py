@@ -5,11 +5,18 @@ import pytest
 import torch
 
 from orthorank_kernels import apply_rotary_at, sparse_query_attention, sparse_query_attention_varlen
+from orthorank_kernels.triton import configs
 from tests.orthorank_kernels.ops.test_attention import random, some_positions, written_out
 from tests.orthorank_kernels.tools import DEVICE, assert_within_budget, poisoned_outputs
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("the kernel is for GPUs of compute capability 9.0", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def _no_splits(monkeypatch):
+    """Few programs share their keys, which is the usual kernel's."""
+    monkeypatch.setattr(configs, "splits", lambda *given: 1)
 
 
 def check(

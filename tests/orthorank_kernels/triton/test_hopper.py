@@ -71,8 +71,8 @@ def test_tiles_hold_whole_queries_of_a_group():
 @pytest.mark.parametrize(
     ("what", "kernels"),
     [
-        ({"selected": 3, "keys": 600}, [USUAL]),
-        ({"selected": 16, "keys": 600}, [USUAL]),
+        ({"selected": 3, "keys": 500}, [USUAL]),
+        ({"selected": 16, "keys": 500}, [USUAL]),
         ({"selected": 40, "keys": 90_000}, [USUAL, "combine_kernel"]),
     ],
 )
@@ -105,8 +105,8 @@ def test_what_it_does_not_take_is_named(options, reason):
 
 def test_packed_keys_are_taken_and_pages_are_named():
     with fake_gpus() as gpus:
-        q, k, cache = empty(999, 8, 128), empty(5000, 2, 128), empty(99, 16, 2, 128)
-        ends, positions, table = empty(3, dtype=INT), empty(999, dtype=INT), empty(2, 40, dtype=INT)
+        q, k, cache = empty(3000, 8, 128), empty(5000, 2, 128), empty(99, 16, 2, 128)
+        ends, positions, table = empty(3, dtype=INT), empty(3000, dtype=INT), empty(2, 40, dtype=INT)
         rest = (None, 0.1, None, None, None)
         launchers.sparse_query_attention_varlen(q, k, k, positions, ends, ends, *rest, False)
         assert launched(gpus) == [NEW]
