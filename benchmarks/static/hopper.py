@@ -1,6 +1,7 @@
 """What the attention kernel for sm_90 compiles to, and the limits it must keep.
 
     python -m benchmarks.static.hopper [--only REGEX] [--json]     # exits with 1 where a limit is broken
+    python -m benchmarks.static.hopper --markdown                  # the table of docs/writing-kernels.md
 
 The other kernels' figures come from `worker`; here are those that only a kernel has whose warps have tasks of their
 own. Of each loop over keys: ``ntm`` (see `measure`), and how many exponentials stand between the wait for the scores
@@ -32,11 +33,12 @@ LOOPS = 4  # of two consumers: with a mask and without
 
 
 def attention(dim: int, group: int, more: bool) -> Callable[[], Any]:
-    """``more``: with left padding and the log-sum-exp."""
+    """``more``: with left padding, the log-sum-exp, and queries that are turned."""
     q = empty(2, 681, 8 * group, dim).transpose(1, 2)
     k = empty(2, 8, 2047, dim)
     starts = empty(2, dtype=torch.int32) if more else None
-    options = (dim**-0.5, None, starts, 2047 - 681, None, None, more)
+    tables = (empty(2, 2047, dim), empty(2, 2047, dim), False, dim) if more else (None, None, False, None)
+    options = (dim**-0.5, None, starts, 2047 - 681, None, None, more, *tables)
     return launch("attention.sparse_query_attention", q, k, k, some_positions(2, 681), *options)
 
 
@@ -52,7 +54,7 @@ CASES = {
     for dim in (64, 128)
     for name, case in {
         "groups of 4": attention(dim, 4, False),
-        "groups of 7, padding and log-sum-exp": attention(dim, 7, True),
+        "groups of 7, padding, rotary and log-sum-exp": attention(dim, 7, True),
         "packed": packed(dim),
     }.items()
 }
@@ -60,10 +62,14 @@ CASES = {
 
 def loops_of_all_warps(code: list[sass.Instruction]) -> Iterator[list[sass.Instruction]]:
     """Loops with products. Where a kernel branches by number nothing says where to: the parts that nothing else reaches
-    are read from their first instruction."""
-    left = code
+    are read from their first instruction, and may come to loops that were there before."""
+    left, known = code, set()
     while any("MMA" in instruction.base for instruction in left):
-        yield from sass.matrix_loops(left)
+        for loop in sass.matrix_loops(left):
+            products = frozenset(i.address for i in loop if "MMA" in i.base)
+            if products not in known:
+                known.add(products)
+                yield loop
         reached = set(sass._reverse_postorder(sass._successors(left)))
         left = left[next((i for i in range(len(left)) if i not in reached), len(left)) :]
 
@@ -110,10 +116,19 @@ def complaints(found: dict[str, Any], dim: int) -> list[str]:
     return broken_limits({"launches": 1, **found}, limits, TARGET)
 
 
+def row(name: str, found: dict[str, Any]) -> str:
+    """Of the documentation's table."""
+    begin = found["threads_registers"] // found["warps"] // 32
+    cells = (name, begin, found["spills"], f"{found['shared'] / 1024:.0f} KiB", f"{found['ntm']:.0f}",
+             f"{found['ntm_masked']:.0f}", found["between"], found["elsewhere"])  # fmt: skip
+    return f"| {' | '.join(map(str, cells))} |"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name matches")
     parser.add_argument("--json", action="store_true", help="one object for each case")
+    parser.add_argument("--markdown", action="store_true", help="rows of a table")
     options = parser.parse_args()
     os.environ["ORTHORANK_ATTENTION"] = "hopper"
     compiled = compile_instead_of_launch(TARGET)
@@ -126,7 +141,9 @@ def main() -> int:
         found = measured(compiled[0])
         wrong = complaints(found, dim)
         broken += bool(wrong)
-        if options.json:
+        if options.markdown:
+            print(row(name, found), flush=True)
+        elif options.json:
             print(json.dumps({"case": name, **found, "complaints": wrong}), flush=True)
         else:
             print(f"{name:<44}", "  ".join(f"{key} {value:.5g}" for key, value in found.items()), *wrong, flush=True)

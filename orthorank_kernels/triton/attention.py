@@ -60,21 +60,7 @@ wave (`configs.splits`, from shapes alone), and tiles of 16 or 64 rows take 4 wa
 reading of K and V. Results do not depend on the order of programs, but the number of splits, and so the rounding, does
 depend on the batch's size.
 
-Tried, and lost:
-- 64-bit offsets in the key loop: 40 registers, and on sm_80 28 spills. The base is 64-bit, offsets inside are 32-bit.
-- Rows and heads of the tile kept for the store: 40 registers. They are computed again, from an index that the compiler
-  cannot know to be the same.
-- On sm_90, masks that compare keys (ntm 642 with mask, 214 registers) or columns (614, but 254 registers): eighths of
-  columns are constants of the code. K of masked blocks by descriptor: ntm 657. On AMD eighths spill.
-- Where keys are split, packed or in pages, the compiler's analysis loses the alignment of K and V: it loads them by 16
-  bits (packed keys with a window, sm_80: ntm 1247) or keeps more pointers (254 registers). It is told (`VECTOR`).
-- Half as many keys in masked blocks (sm_90, head_dim 128, 2048 tokens): computed pairs are 1.075 times the needed ones
-  instead of 1.098, and 16.9 % of them masked instead of 18.7 %. But the accumulator is scaled twice as often there: ntm
-  776 with mask instead of 616, so 2.7 % more instructions are issued for a needed pair (572 against 556 per million
-  operations). Registers fall to 194.
-- fp8 by the compiler's own arithmetic on 16 bits: six instructions for an e4m3 number instead of two (ntm 1247 on sm_90
-  and 6319 on sm_80).
-- float32 products are exact (`input_precision="ieee"`; TF32 has errors of 1e-3), without tensor cores: small tiles.
+What was tried, and lost: `docs/writing-kernels.md`.
 """
 
 import torch

@@ -58,7 +58,10 @@ def launch(
     target = configs.target_of(q.device)
     asked = hopper.is_asked_for()
     if asked:
-        hopper.check(q, k, v, paged=block_table is not None, window=window, softcap=softcap, sinks=sinks, target=target)
+        hopper.check(
+            q, k, v, paged=block_table is not None, window=window, softcap=softcap, sinks=sinks,
+            rotary_interleaved=interleaved, target=target,
+        )  # fmt: skip
     constexprs, num_warps, num_stages = configs.launch_settings(head_dim, heads // kv_heads, q.dtype, target, rows)
     fp8 = FP8.get(k.dtype, "")
     if fp8:
@@ -76,7 +79,8 @@ def launch(
     if asked and splits == 1 and constexprs["BLOCK_M"] > configs.FEW_ROWS[-1]:
         hopper.launch(
             q, k, v, positions, *outputs, pack=constexprs["PACK"], scale=scale, starts=starts,
-            query_offset=query_offset, cu_selected=cu_selected, cu_keys=cu_keys,
+            query_offset=query_offset, cos=cos, sin=sin, rotary_dim=rotary_dim or 0, cu_selected=cu_selected,
+            cu_keys=cu_keys,
         )  # fmt: skip
         return
     strides = _output_strides(*outputs)

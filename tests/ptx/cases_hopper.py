@@ -43,8 +43,18 @@ def hopper_cases() -> Iterator[Case]:
         # Seven heads: a row of each part is idle, and of two tiles the second is not full.
         sevens = ints(tuple(range(3, 377, 17)))
         yield one("dim 64, groups of 7", dtype, dim=64, positions=sevens, keys=390, group=7, kv=2, fused=True)
-    later = ints(tuple(range(1100, 1244, 8)))
-    yield one("dim 64, many keys", HALF, dim=64, positions=later, keys=1300, query_offset=50)
+    for dtype in (HALF, HALF16):
+        # As a cache of them has them: each number twice. Rows that stand nowhere have no angle.
+        angles = torch.linspace(0, 99, 300 * 32).view(1, 300, 32).repeat(1, 1, 2)
+        tables = {"rotary_cos": angles.cos(), "rotary_sin": angles.sin()}
+        turned = {name: table.to(dtype) for name, table in tables.items()}
+        late = ints((*range(100, 290, 11), -1, -1))
+        yield one("dim 64, rotary", dtype, dim=64, positions=late, keys=300, **turned)
+        yield one("dim 128, rotary", dtype, dim=128, positions=late, keys=300, **tables, rotary_dim=64)
+    # The first kernel again with longer loops: both parts of a tile read the same blocks, or the second lets three go.
+    later, apart = ints(tuple(range(601, 637, 2))), ints((10, 13, 16, 400, *range(740, 836, 6)))
+    yield one("dim 64, many keys", HALF, dim=64, positions=later, keys=700, starts=ints(9), query_offset=50)
+    yield one("dim 64, far apart", HALF, dim=64, positions=apart, keys=900, starts=ints(9))
     one_head = (*range(0, 390, 5), *(-1,) * 82)  # the last tile's queries stand nowhere, and half of the first's
     yield one("dim 128, one head", HALF, dim=128, positions=ints(one_head), keys=400, group=1)
     yield one("dim 64, groups of 71", HALF16, dim=64, positions=ints((5, 70, 130, 200, 300)), keys=301, group=71)

@@ -24,6 +24,10 @@ REASONS = {
     "again": "the stores before it are waited for once more before the product reads them, or there are none: a "
     "product that reads what is in flight is noticed",
     "program": "ends the program: what follows gives back memory that nobody uses any more",
+    "order": "holds the order of two instructions in machine code; in PTX they have it already",
+    "unread": "nothing was read of a block that is let go",
+    "later": "the warp that copies waits for the values of the block before as well, and their barrier comes later",
+    "free": "at the start all places are free: the wait ends at once",
     "sum": "keeps apart two steps of the search among 256 sequences; here there is one step",
 }
 
@@ -57,6 +61,7 @@ TILE = "sparse_query_attention, dim 64, one tile, bfloat16"
 WINDOW = "sparse_query_attention, dim 128, window and padding, float16"
 SPLIT = "sparse_query_attention, split keys, float32"
 PAGED = "sparse_query_attention_paged, e5m2, bfloat16"
+HOPPER = "sparse_query_attention, hopper, dim 64, padding, bfloat16"
 HARMLESS = (
     Harmless(SCATTER, "bound", "row = tl.load(rows_ptr + columns, mask=mask)  # [B", (6, 6, 6), "row"),
     Harmless(ROTARY, "bound", "x1 = tl.load(x + columns[None, :], mask=read, othe", (1, 1, 1), "zeros"),
@@ -98,6 +103,17 @@ HARMLESS = (
     Harmless(SPLIT, "barrier", "for n in range(unmasked_end, end, BLOCK_N):", (1, 1, 1), "loop"),
     Harmless(PAGED, "barrier", "sequence += tl.sum(((number <= n_seqs) & (begins /", (1, 1, 1), "sum"),
     Harmless(PAGED, "barrier", "for n in range(middle, unmasked_end, BLOCK_N):", (1, 1, 1), "loop"),
+    Harmless(HOPPER, "barrier", "gl.inline_asm_elementwise(", (0, 4, 0), "order"),
+    Harmless(HOPPER, "barrier", "mbarrier.arrive(k_empty.index(i % STAGES)", (0, 1, 0), "unread"),
+    Harmless(HOPPER, "barrier", "mbarrier.arrive(v_empty.index(i % STAGES)", (0, 1, 0), "unread"),
+    Harmless(HOPPER, "barrier", "mbarrier.arrive(k_empty.index(at)", (0, 2, 0), "later"),
+    Harmless(HOPPER, "barrier", "mbarrier.expect(k_full.index(at)", (0, 2, 0), "one warp"),
+    Harmless(HOPPER, "barrier", "async_load(k_desc, ", (0, 2, 0), "one warp"),
+    Harmless(HOPPER, "barrier", "mbarrier.expect(v_full.index(at)", (0, 1, 0), "one warp"),
+    Harmless(HOPPER, "barrier", "async_load(v_desc, ", (0, 1, 0), "one warp"),
+    Harmless(HOPPER, "fence", "async_load(k_desc, ", (0, 1, 0), "stored"),
+    # The assembly of a wait counts its own lines: four lines on in the source.
+    Harmless(HOPPER, "wait for an mbarrier", "mbarrier.wait(v_empty.index(at)", (0, 1, 0), "free"),
 )  # fmt: skip
 
 

@@ -49,7 +49,10 @@ MUTATED = {
     ),
     "sparse_query_attention, split keys, float32": (),
     "sparse_query_attention_paged, e5m2, bfloat16": (),
-    "sparse_query_attention, hopper, dim 64, padding, bfloat16": (),
+    "sparse_query_attention, hopper, dim 64, padding, bfloat16": (
+        "sparse_query_attention, hopper, dim 64, many keys, bfloat16",
+        "sparse_query_attention, hopper, dim 64, far apart, bfloat16",
+    ),
 }
 ORDERED = "rms_norm_select, own sink, bfloat16"  # whose one atomic in global memory is weakened
 DROPPED = {

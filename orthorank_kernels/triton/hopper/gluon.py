@@ -15,7 +15,10 @@ SEARCH = gl.constexpr(256)  # sequences that one step of the search reads
 
 @gluon.jit
 def find_sequence(cu_selected_ptr, n_seqs, n_queries, tile, QUERIES: gl.constexpr):
-    """`attention_tiles.find_sequence`, which says how tiles belong to sequences; here four warps have a layout."""
+    """Sequence of a tile of packed queries, its first query and its end, and the tile's number in the sequence.
+
+    Tiles belong to sequences as `attention_tiles.find_sequence` says, and here are in their order.
+    """
     sequence = -1
     for first in range(0, n_seqs + 1, SEARCH):
         number = first + gl.arange(0, SEARCH, layout=gl.BlockedLayout([2], [32], [4], [0]))

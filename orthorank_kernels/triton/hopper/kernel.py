@@ -23,12 +23,12 @@ Not here: float32, windows, soft-capping, sinks, pages, keys split over programs
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from orthorank_kernels.triton.hopper.fill import fill_last_values, fill_queries
 from orthorank_kernels.triton.hopper.gluon import async_load, find_sequence
 from orthorank_kernels.triton.hopper.step import (
     CONSUMERS,
@@ -48,29 +48,11 @@ LOWEST_SCORE = gl.constexpr(-(2.0**99))
 
 
 @gluon.jit
-def fill_queries(q_buf, q_ptr, query, head, in_tile, stride_head, stride_token, offs_d):
-    """Put the rows of a part into shared memory, zeros where there is none."""
-    rows = head.to(gl.int64) * stride_head + query.to(gl.int64) * stride_token
-    q_buf.store(gl.load(q_ptr + rows[:, None] + offs_d[None, :], mask=in_tile[:, None], other=0.0))
-    fence_async_shared()
-
-
-@gluon.jit
-def fill_last_values(v_buf, v_ptr, n, high, STRIDE_V: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
-    """Put the values of the keys from n on into shared memory, zeros behind the key ``high``: block 0 of the ring."""
-    row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
-    offs_d = gl.arange(0, v_buf.shape[3], layout=gl.SliceLayout(0, LAYOUT))
-    ptrs = v_ptr + n.to(gl.int64) * STRIDE_V + (row * STRIDE_V)[:, None] + offs_d[None, :]
-    v = gl.load(ptrs, mask=(n + row <= high)[:, None], other=0.0)
-    v_buf.reshape([BLOCK_N, v_buf.shape[3]]).store(v)
-    fence_async_shared()
-
-
-@gluon.jit
 def consume(
     q_bufs,
     rings,
     tensors,
+    tables,
     numbers,
     where,
     PART: gl.constexpr,
@@ -81,6 +63,7 @@ def consume(
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
     HAS_LSE: gl.constexpr,
+    ROTARY_DIM: gl.constexpr,
 ):
     """One part of a tile, from its queries to its output."""
     k_bufs, v_bufs, k_full, k_empty, v_full, v_empty = rings
@@ -96,18 +79,21 @@ def consume(
     offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, WIDE))
     dtype: gl.constexpr = k_bufs.dtype
 
+    if PART == 0:  # before the queries: with both at hand, turned queries of head_dim 128 spill
+        n = start + (blocks - 1) * BLOCK_N
+        fill_last_values(v_bufs.index(0), v_ptr, n, high, offs_d, STRIDE_V, BLOCK_N, HEAD_DIM, WIDE)
+        mbarrier.arrive(v_full.index(0), count=1)
+
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, WIDE))
     query, head, in_tile = rows_of_part(PART, row, tile, begin, end, column, GROUP, PACK)
+    position, sees, _last = last_keys(positions_ptr, query, in_tile, query_offset, keys, start)
+    rows = head.to(gl.int64) * stride_q_head + query.to(gl.int64) * stride_q_token
     q = q_bufs.index(PART)
-    fill_queries(q, q_ptr, query, head, in_tile, stride_q_head, stride_q_token, offs_d)
-    if PART == 0:
-        n = start + (blocks - 1) * BLOCK_N
-        fill_last_values(v_bufs.index(0), v_ptr, n, high, STRIDE_V, BLOCK_N, WIDE)
-        mbarrier.arrive(v_full.index(0), count=1)
+    fill_queries(q, q_ptr, rows, in_tile, tables, position, sees, offs_d, HEAD_DIM, ROTARY_DIM)
 
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
     query, head, in_tile = rows_of_part(PART, row, tile, begin, end, column, GROUP, PACK)
-    sees, last = last_keys(positions_ptr, query, in_tile, query_offset, keys, start)
+    _position, sees, last = last_keys(positions_ptr, query, in_tile, query_offset, keys, start)
     own_high = gl.max(gl.where(sees, last, start), 0)
     last = gl.where(sees, last, own_high)
     own_blocks = (own_high - start) // BLOCK_N + 1
@@ -197,6 +183,8 @@ def hopper_attention_kernel(
     cu_keys_ptr,  # with PACKED: [n_seqs + 1]
     out_ptr,  # [batch, heads, selected, head_dim] by strides
     lse_ptr,  # [batch, heads, selected] by strides, float32
+    cos_ptr,  # [batch or 1, tokens, at least ROTARY_DIM // 2]
+    sin_ptr,
     selected,
     keys,
     n_seqs,
@@ -214,6 +202,10 @@ def hopper_attention_kernel(
     stride_lse_batch,
     stride_lse_head,
     stride_lse_token,
+    stride_cos_batch,
+    stride_cos_token,
+    stride_sin_batch,
+    stride_sin_token,
     STRIDE_V: gl.constexpr,  # between tokens
     GROUP: gl.constexpr,  # query heads that share a key/value head
     PACK: gl.constexpr,  # of these, how many share a tile
@@ -223,6 +215,7 @@ def hopper_attention_kernel(
     PACKED: gl.constexpr,
     HAS_STARTS: gl.constexpr,
     HAS_LSE: gl.constexpr,
+    ROTARY_DIM: gl.constexpr,  # elements of a query's head to turn, in halves; 0: none
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
@@ -246,7 +239,7 @@ def hopper_attention_kernel(
     positions_ptr += batch.to(gl.int64) * stride_positions_batch
     row = gl.arange(0, CONSUMERS * ROWS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
     query, _head, in_tile = rows_of_part(row // ROWS, row % ROWS, tile, query_begin, query_end, column, GROUP, PACK)
-    sees, last = last_keys(positions_ptr, query, in_tile, query_offset, keys, start)
+    _position, sees, last = last_keys(positions_ptr, query, in_tile, query_offset, keys, start)
     # Nobody sees anything: one block all the same, all of it masked, so that nothing below has to ask.
     high = gl.max(gl.where(sees, last, -1), 0)
     blocks = gl.maximum(high - start, 0) // BLOCK_N + 1
@@ -273,6 +266,10 @@ def hopper_attention_kernel(
     out_ptr += batch.to(gl.int64) * stride_out_batch
     if HAS_LSE:
         lse_ptr += batch.to(gl.int64) * stride_lse_batch
+    if ROTARY_DIM > 0:
+        cos_ptr += batch.to(gl.int64) * stride_cos_batch
+        sin_ptr += batch.to(gl.int64) * stride_sin_batch
+    tables = (cos_ptr, sin_ptr, stride_cos_token, stride_sin_token)
     tensors = (q_ptr, v_ptr, positions_ptr, out_ptr, lse_ptr)
     strides = (stride_q_head, stride_q_token, stride_out_head, stride_out_token, stride_lse_head, stride_lse_token)
     numbers = (query_begin, query_end, keys, query_offset, to_bits, strides)
@@ -281,14 +278,20 @@ def hopper_attention_kernel(
         [
             (
                 consume,
-                (q_bufs, rings, tensors, numbers, where, 0, STRIDE_V, GROUP, PACK, BLOCK_N, HEAD_DIM, STAGES, HAS_LSE),
+                (
+                    q_bufs, rings, tensors, tables, numbers, where, 0, STRIDE_V, GROUP, PACK, BLOCK_N, HEAD_DIM, STAGES,
+                    HAS_LSE, ROTARY_DIM,
+                ),
             ),
             (
                 consume,
-                (q_bufs, rings, tensors, numbers, where, 1, STRIDE_V, GROUP, PACK, BLOCK_N, HEAD_DIM, STAGES, HAS_LSE),
+                (
+                    q_bufs, rings, tensors, tables, numbers, where, 1, STRIDE_V, GROUP, PACK, BLOCK_N, HEAD_DIM, STAGES,
+                    HAS_LSE, ROTARY_DIM,
+                ),
             ),
             (produce, (k_desc, v_desc, rings, batch, kv_head, key_base + start, blocks, BLOCK_N, STAGES)),
         ],
         [WARPS, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )
+    )  # fmt: skip

@@ -40,6 +40,7 @@ def check(
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    rotary_interleaved: bool,
     target: str,
 ) -> None:
     """Raise unless the kernel takes a call with these arguments on this target.
@@ -48,7 +49,7 @@ def check(
         ValueError: names what it does not take, and says what to do.
     """
     head_dim, found = q.shape[3], configs.family(target)
-    options = {"window": window, "softcap": softcap, "sinks": sinks}
+    options = {"window": window, "softcap": softcap, "sinks": sinks, "rotary_interleaved": rotary_interleaved or None}
     given = [name for name, value in options.items() if value is not None]
     if found != "hopper":
         reason = f"is for GPUs of compute capability 9.0, and this is {target}"
@@ -84,6 +85,9 @@ def launch(
     scale: float,
     starts: torch.Tensor | None,
     query_offset: int,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    rotary_dim: int,
     cu_selected: torch.Tensor | None,
     cu_keys: torch.Tensor | None,
 ) -> None:
@@ -91,6 +95,7 @@ def launch(
 
     Args:
         pack: heads of a group that share a tile.
+        cos, sin: ``[batch or 1, tokens, width]``, to turn the first ``rotary_dim`` elements of q by, or none and 0.
     """
     from orthorank_kernels.triton.hopper.kernel import hopper_attention_kernel
 
@@ -113,6 +118,8 @@ def launch(
         cu_keys_ptr=cu_keys,
         out_ptr=out,
         lse_ptr=lse,
+        cos_ptr=cos,
+        sin_ptr=sin,
         selected=selected,
         keys=keys,
         n_seqs=n_seqs,
@@ -130,6 +137,8 @@ def launch(
         stride_lse_batch=0 if lse is None else lse.stride(0),
         stride_lse_head=0 if lse is None else lse.stride(1),
         stride_lse_token=0 if lse is None else lse.stride(2),
+        **_table_strides(cos, "cos"),
+        **_table_strides(sin, "sin"),
         STRIDE_V=v.stride(2),
         GROUP=group,
         PACK=pack,
@@ -139,12 +148,19 @@ def launch(
         PACKED=packed,
         HAS_STARTS=starts is not None,
         HAS_LSE=lse is not None,
+        ROTARY_DIM=rotary_dim,
         CONSUMER_REGISTERS=CONSUMER,
         PRODUCER_REGISTERS=PRODUCER,
         num_warps=4,
         maxnreg=ENTRY,
         enable_fp_fusion=True,
     )
+
+
+def _table_strides(table: torch.Tensor | None, name: str) -> dict[str, int]:
+    """Of a table; one for all rows of a batch has stride 0 between them."""
+    batch, token = (0, 0) if table is None else (table.stride(0) if table.shape[0] > 1 else 0, table.stride(1))
+    return {f"stride_{name}_batch": batch, f"stride_{name}_token": token}
 
 
 def _has_gluon() -> bool:

@@ -19,10 +19,10 @@ def rows_of_part(part, row, tile, begin, end, column, GROUP: gl.constexpr, PACK:
 
 @gluon.jit
 def last_keys(positions_ptr, query, in_tile, query_offset, keys, start):
-    """Whether a row sees any key, and the last one that it sees: like ``query`` each."""
+    """Position of a row, whether it sees any key, and the last one that it sees: like ``query`` each."""
     position = gl.load(positions_ptr + query, mask=in_tile, other=-1)
     last = gl.minimum(position + query_offset, keys - 1)
-    return (position >= 0) & (last >= start), last
+    return position, (position >= 0) & (last >= start), last
 
 
 @gluon.jit
@@ -31,7 +31,7 @@ def done_before(x):
 
     The assembler would put the wait for the sums of values before the exponentials that are to run meanwhile: it knows
     of nothing between the two. It moves nothing across a barrier of a warp, of which the lanes depend on ``x``. (All of
-    them: ``x`` is a sum of exponentials, and its sign bit is 0.)
+    them: ``x`` is a sum of exponentials, whose sign bit is 0; that of the NaN which arithmetic gives is 0, too.)
     """
     gl.inline_asm_elementwise(
         "{.reg .b32 lanes; shr.s32 lanes, $1, 31; not.b32 lanes, lanes; bar.warp.sync lanes; mov.b32 $0, lanes;}",

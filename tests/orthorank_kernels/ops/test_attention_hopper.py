@@ -4,12 +4,19 @@ what its code computes, and this what the hardware does."""
 import pytest
 import torch
 
-from orthorank_kernels import sparse_query_attention, sparse_query_attention_varlen
+from orthorank_kernels import apply_rotary_at, sparse_query_attention, sparse_query_attention_varlen
+from orthorank_kernels.triton import configs
 from tests.orthorank_kernels.ops.test_attention import random, some_positions, written_out
 from tests.orthorank_kernels.tools import DEVICE, assert_within_budget, poisoned_outputs
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("the kernel is for GPUs of compute capability 9.0", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def _no_splits(monkeypatch):
+    """Few programs share their keys, which is the usual kernel's."""
+    monkeypatch.setattr(configs, "splits", lambda *given: 1)
 
 
 def check(
@@ -67,6 +74,21 @@ def test_packed_sequences(dim, monkeypatch):
     with poisoned_outputs():
         out = sparse_query_attention_varlen(q, k, v, positions, *ends, backend="triton")
     assert_within_budget(out, eager, exact, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_queries_are_turned_as_by_an_op_of_their_own(dim, monkeypatch):
+    """To the bit."""
+    q = random(2, 300, 8, dim, dtype=torch.bfloat16, seed=1).transpose(1, 2)
+    k, v = (random(2, 2, 900, dim, dtype=torch.bfloat16, seed=seed) for seed in (2, 3))
+    positions = some_positions(2, 900, 300, fewer=40)
+    angles = torch.linspace(0, 99, 900 * dim // 2, device=DEVICE).view(1, 900, -1).repeat(2, 1, 2)
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    turned = apply_rotary_at(q, cos, sin, positions)
+    monkeypatch.setenv("ORTHORANK_ATTENTION", "hopper")
+    there = sparse_query_attention(turned, k, v, positions, backend="triton")
+    here = sparse_query_attention(q, k, v, positions, rotary_cos=cos, rotary_sin=sin, backend="triton")
+    assert torch.equal(here, there)
 
 
 def test_the_same_again_and_again(monkeypatch):

@@ -37,8 +37,12 @@ def call(
     starts = empty(2, dtype=INT) if options.get("starts") else None
     sinks = empty(2 * group) if options.get("sinks") else None
     lse = bool(options.get("lse"))
+    tables: dict[str, Any] = {}
+    if options.get("rotary"):
+        tables = {f"rotary_{n}": empty(1, keys, dim) for n in ("cos", "sin")} | {"rotary_dim": dim}
+        tables["rotary_interleaved"] = bool(options.get("interleaved"))
     positions = empty(2, selected, dtype=INT)
-    launchers.sparse_query_attention(q, k, k, positions, 0.1, window, starts, 0, softcap, sinks, lse)
+    launchers.sparse_query_attention(q, k, k, positions, 0.1, window, starts, 0, softcap, sinks, lse, **tables)
 
 
 def launched(gpus: Gpus) -> list[str]:
@@ -49,7 +53,7 @@ def launched(gpus: Gpus) -> list[str]:
 @pytest.mark.parametrize("dtype", [torch.float16, HALF])
 def test_it_runs_where_it_is_asked_for(dim, dtype, monkeypatch):
     with fake_gpus() as gpus:
-        call(dim=dim, dtype=dtype, starts=True, lse=True)
+        call(dim=dim, dtype=dtype, starts=True, lse=True, rotary=True)
         assert launched(gpus) == [NEW]
         monkeypatch.delenv("ORTHORANK_ATTENTION")
         call(dim=dim, dtype=dtype)
@@ -67,8 +71,8 @@ def test_tiles_hold_whole_queries_of_a_group():
 @pytest.mark.parametrize(
     ("what", "kernels"),
     [
-        ({"selected": 3, "keys": 600}, [USUAL]),
-        ({"selected": 16, "keys": 600}, [USUAL]),
+        ({"selected": 3, "keys": 500}, [USUAL]),
+        ({"selected": 16, "keys": 500}, [USUAL]),
         ({"selected": 40, "keys": 90_000}, [USUAL, "combine_kernel"]),
     ],
 )
@@ -86,6 +90,7 @@ def test_few_queries_stay_with_the_usual_kernel(what, kernels):
         ({"window": 100}, "has no window"),
         ({"softcap": 30.0}, "has no softcap"),
         ({"sinks": True}, "has no sinks"),
+        ({"rotary": True, "interleaved": True}, "has no rotary_interleaved"),
         ({"keys": 0}, "no dimension may be empty"),
         ({"slack": 1}, "multiples of 16 bytes"),
         ({"dim": 96, "selected": 3}, "takes head_dim 64 and 128, and q has 96"),
@@ -100,8 +105,8 @@ def test_what_it_does_not_take_is_named(options, reason):
 
 def test_packed_keys_are_taken_and_pages_are_named():
     with fake_gpus() as gpus:
-        q, k, cache = empty(999, 8, 128), empty(5000, 2, 128), empty(99, 16, 2, 128)
-        ends, positions, table = empty(3, dtype=INT), empty(999, dtype=INT), empty(2, 40, dtype=INT)
+        q, k, cache = empty(3000, 8, 128), empty(5000, 2, 128), empty(99, 16, 2, 128)
+        ends, positions, table = empty(3, dtype=INT), empty(3000, dtype=INT), empty(2, 40, dtype=INT)
         rest = (None, 0.1, None, None, None)
         launchers.sparse_query_attention_varlen(q, k, k, positions, ends, ends, *rest, False)
         assert launched(gpus) == [NEW]

@@ -1,0 +1,62 @@
+"""What threads of the attention kernel for sm_90 put into shared memory, where products read it. Device functions."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+
+
+@gluon.jit
+def fill_queries(
+    q_buf,  # [ROWS, HEAD_DIM]
+    q_ptr,
+    rows,  # [ROWS], in numbers from q_ptr
+    in_tile,
+    tables,
+    position,
+    sees,  # of the others the tables may have no row, and nobody uses the result
+    offs_d,
+    HEAD_DIM: gl.constexpr,
+    ROTARY_DIM: gl.constexpr,
+):
+    """The rows of a part, turned by the angles of their positions, and zeros where there is none."""
+    q = gl.load(q_ptr + rows[:, None] + offs_d[None, :], mask=in_tile[:, None], other=0.0)
+    if ROTARY_DIM > 0:  # each element's other one is read, too: see `attention_queries.turn_queries`
+        cos_ptr, sin_ptr, stride_cos_token, stride_sin_token = tables
+        HALF: gl.constexpr = ROTARY_DIM // 2
+        TOGETHER: gl.constexpr = 8 if HALF % 8 == 0 else HALF & -HALF
+        first = offs_d < HALF
+        partner = gl.where(first, offs_d + HALF, offs_d - HALF)
+        partner = gl.max_contiguous(gl.multiple_of(partner, TOGETHER), TOGETHER)[None, :]
+        angle = gl.where(first, offs_d, offs_d - HALF)
+        angle = gl.max_contiguous(gl.multiple_of(angle, TOGETHER), TOGETHER)[None, :]
+        some = sees[:, None] & (offs_d < ROTARY_DIM)[None, :]
+        at = position.to(gl.int64)[:, None]
+        # Fused as in `primitives.turn`, so that the result is that of `apply_rotary_at` to the bit. One product before
+        # the other is read: with all four at hand, head_dim 128 spills.
+        sin = gl.load(sin_ptr + at * stride_sin_token + angle, mask=some, other=0.0).to(gl.float32)
+        other = gl.load(q_ptr + rows[:, None] + partner, mask=some, other=0.0).to(gl.float32)
+        other = -(other * gl.where(first[None, :], sin, -sin))
+        cos = gl.load(cos_ptr + at * stride_cos_token + angle, mask=some, other=0.0).to(gl.float32)
+        turned = gl.fma(q.to(gl.float32), cos, other).to(q.dtype)
+        q = turned if ROTARY_DIM == HEAD_DIM else gl.where((offs_d < ROTARY_DIM)[None, :], turned, q)
+    q_buf.store(q)
+    fence_async_shared()
+
+
+@gluon.jit
+def fill_last_values(
+    v_buf,  # [1, 1, BLOCK_N, HEAD_DIM]
+    v_ptr,
+    n,
+    high,
+    offs_d,
+    STRIDE_V: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """The values of the keys from n on, and zeros behind the key ``high``."""
+    row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
+    ptrs = v_ptr + n.to(gl.int64) * STRIDE_V + (row * STRIDE_V)[:, None] + offs_d[None, :]
+    v_buf.reshape([BLOCK_N, HEAD_DIM]).store(gl.load(ptrs, mask=(n + row <= high)[:, None], other=0.0))
+    fence_async_shared()
