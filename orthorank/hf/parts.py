@@ -173,9 +173,9 @@ class Parts:
             addend: attention's output; selected: what attention read, of the same tokens.
         """
         inner, post = self.norm_attended, self.norm_post
-        # One pass has one eps.
-        apart = inner.module is not None and post.module is not None and inner.eps != post.eps
-        if inner.module is not None and (apart or not inner.is_weights(addend)):
+        if inner.module is not None and (
+            not inner.is_weights(addend) or (post.module is not None and inner.eps != post.eps)  # one pass has one eps
+        ):
             addend, inner = inner(addend).to(hidden_states.dtype), Norm(None)
         with inner.weights(addend) as attended, post.weights(hidden_states) as behind:
             assert attended is not None  # else its module was called
