@@ -37,7 +37,7 @@ from orthorank.calibration.corrections import corrected_plan, fit_layers
 from orthorank.calibration.fitting import FitWindows
 from orthorank.common.files import read_json, write_json
 from orthorank.correction import LayerMap
-from orthorank.evaluation import prefill_flops
+from orthorank.evaluation import plan_flops, prefill_flops
 from orthorank.models import load_model
 from orthorank.plans import default_plan
 from orthorank.stack.layers import LayerStack
@@ -171,7 +171,7 @@ class Bench:
             return 1.0
         config = self.model.config
         dense = prefill_flops(config, TOKENS)
-        share = prefill_flops(config, TOKENS, plan.layers, plan.ratios, ranks=plan.ranks) / dense
+        share = plan_flops(config, TOKENS, plan) / dense
         extra = sum(4 * of.down.numel() * plan.ratio(layer) * TOKENS for layer, of in also.items())
         return share + extra / dense
 

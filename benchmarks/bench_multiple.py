@@ -20,7 +20,7 @@ from benchmarks.bench_budget import compare
 from benchmarks.bench_modes import DATA, measured, read_ids
 from orthorank import OrthoRankError
 from orthorank.common.files import write_json
-from orthorank.evaluation import prefill_flops
+from orthorank.evaluation import plan_flops, prefill_flops
 from orthorank.models import load_model
 from orthorank.plans import default_plan
 from orthorank_kernels import keep_count
@@ -38,7 +38,7 @@ def rows_of(model: Any, plan: Any, ids: Any, tokens: int) -> list[dict[str, Any]
         followed = dataclasses.replace(plan, keep_multiple=multiple)
         found = measured(model, followed, ids, f"{tokens} tokens, multiples of {multiple}")
         losses[multiple] = found["window_losses"]
-        flops = prefill_flops(model.config, tokens, plan.layers, plan.ratios, keep_multiple=multiple)
+        flops = plan_flops(model.config, tokens, followed)
         rows.append(
             {
                 "tokens": tokens,

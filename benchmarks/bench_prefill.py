@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from orthorank import OrthoRankConfig, OrthoRankError
-from orthorank.evaluation import flop_speedup, layer_cost, time_prefill
+from orthorank.evaluation import layer_cost, plan_speedup, time_prefill
 from orthorank.models import load_model
 from orthorank.plans import default_plan
 
@@ -75,7 +75,7 @@ def measure(options: argparse.Namespace, model: Any, info: Any) -> dict[str, Any
     seeded = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, model.config.vocab_size, (options.batch, options.tokens), generator=seeded)
     report = time_prefill(model, {"dense": None, "plan": plan}, prompt, rounds=options.rounds, warmup=2)
-    ideal = flop_speedup(model.config, options.tokens, plan.layers, plan.ratios, ranks=plan.ranks)
+    ideal = plan_speedup(model.config, options.tokens, plan)
     measured = report.timings["plan"].speedup
     return {
         "model": info.to_dict(),
@@ -88,9 +88,7 @@ def measure(options: argparse.Namespace, model: Any, info: Any) -> dict[str, Any
         "measured_speedup": measured,
         "measured_speedup_spread": report.timings["plan"].speedup_spread,
         "flop_speedup": ideal,
-        "flop_speedup_all_logits": flop_speedup(
-            model.config, options.tokens, plan.layers, plan.ratios, logits="all", ranks=plan.ranks
-        ),
+        "flop_speedup_all_logits": plan_speedup(model.config, options.tokens, plan, logits="all"),
         "measured_over_ideal": measured / ideal,
     }
 

@@ -34,7 +34,7 @@ from benchmarks.frontier.texts import read_texts
 from benchmarks.retrieval.prompts import Context, make_context, paragraphs_of, to_fit
 from orthorank import OrthoRankConfig, OrthoRankError, apply, context, fit_correction, handle_of
 from orthorank.common.files import write_json
-from orthorank.evaluation import flop_speedup
+from orthorank.evaluation import plan_speedup
 from orthorank.evaluation.answer_cache import owner_of
 from orthorank.evaluation.answers import greedy, keep, kept_rows
 from orthorank.evaluation.longbench import Question, local_questions, prompt_ids, score, task_of
@@ -147,7 +147,7 @@ def variants(
 
         kept.get(fit, "fit", owner_of(model, plain, False, {}), fit_ids.tolist(), rank, str(folder))
         for name, plan in ((title, plain), (f"{title}, corrected", OrthoRankConfig.from_pretrained(folder))):
-            yield name, 1 / flop_speedup(model.config, tokens, plan.layers, plan.ratios, ranks=plan.ranks), plan
+            yield name, 1 / plan_speedup(model.config, tokens, plan), plan
 
 
 def mean_of_groups(groups: list[list[float]]) -> tuple[float, float]:

@@ -252,6 +252,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/criteria.md": {"criteria": readme_docs.criteria_section},
     "docs/modes.md": {"modes": readme_docs.modes_section, "multiple": readme_docs.multiple_section},
+    "docs/padding.md": {"pooled": readme_docs.pooled_section},
     "docs/vllm.md": {"chat": readme_docs.chat_section},
     "docs/search.md": {
         "search": readme_docs.search_section,

@@ -37,6 +37,21 @@ def modes_section() -> str:
     return table(["mode", "perplexity", "loss above topk", "tokens updated: mean, least and most in a layer"], lines)
 
 
+def pooled_section() -> str:
+    """Cosines of pooled states to the dense model's."""
+    found = load("pooled_smollm2.json")
+    lines = []
+    for row in found["rows"]:
+        cells = [f"{row[way]['mean']:.3f} ({row[way]['least']:.3f})" for way in ("kept", "not_forced")]
+        lines.append([f"{row['sparsity']:.0%}", *cells])
+    head = ["plan", "cosine with the token kept: mean (least)", "where it may be left out"]
+    note = (
+        f"{found['texts']} documents of C4, their first {found['tokens']} tokens; from `python "
+        "benchmarks/bench_pooled.py --json benchmarks/results/pooled_smollm2.json`."
+    )
+    return f"{table(head, lines)}\n\n{note}"
+
+
 def multiple_section() -> str:
     """What rounding keep counts up is worth."""
     lines = []

@@ -8,7 +8,7 @@ KINDS = {"": "", "corrected": ", corrected", "distilled": ", distilled"}
 METHODS = {"removed": "layers removed (SLEB)", "selected": "OrthoRank", "mixed": "some removed, some select"}
 LEVELS = (0.92, 0.82)
 TEXTS = ("WikiText-2", "C4", "speeches")
-PAPER = {"Llama-3-8B": "Llama-3-8B", "Mistral-7B": "Mistral-7B"}
+PAPER = ("Llama-3-8B", "Mistral-7B")
 PAPER_ROWS = {
     "dense": "dense",
     "sleb-10": "layers removed (SLEB), 10 %",
@@ -48,7 +48,7 @@ def _layers(plan: dict[str, float]) -> str:
 
 
 def _ahead(equal: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Who is ahead at equal FLOPs, where two plans of a method are joined by a line."""
+    """Who is ahead at equal FLOPs, of the methods that were measured near them."""
     sentences = []
     for share, rows in equal.items():
         texts = [text for text in TEXTS if text in rows[0]["perplexity"]]
@@ -61,7 +61,7 @@ def _ahead(equal: dict[str, list[dict[str, Any]]]) -> list[str]:
                 f"**{title(w)}** has the lowest perplexity on {' and '.join(t for t in texts if best[t] == w)}"
                 for w in winners
             )
-        sentences.append(f"At {share} of the FLOPs, {said}.")
+        sentences.append(f"At {share} of the FLOPs, of {len(rows)} methods measured there, {said}.")
     share, rows = list(equal.items())[-1]
     for row in rows:
         if apart := row.get("against_removed"):

@@ -36,6 +36,28 @@ def test_what_it_says_of_the_shipped_plans_is_in_a_committed_file() -> None:
     assert found["text_sha256"] == demo["text_info"]["sha256"], "of the table's text"
 
 
+def test_what_it_says_of_retrieval_is_in_a_committed_file() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "retrieval_smollm2.json").read_text())
+    scores = {row["name"]: row["score"] for row in found["prompts"]["key-value"]["rows"]}
+    text = " ".join((ROOT / "README.md").read_text().split())
+    four, nine = scores["four layers at a third"], scores["nine layers at a third"]
+    assert f"SmolLM2 found {four:.0f} % of what the dense model finds with four layers that select" in text
+    assert f"and {nine:.0f} % with nine" in text
+
+
+def test_the_bounds_on_the_speed_up_are_those_of_the_flops() -> None:
+    from transformers import LlamaConfig, MistralConfig
+
+    from orthorank.evaluation import flop_speedup
+
+    text = " ".join((ROOT / "README.md").read_text().split())
+    llama2, llama3 = (LlamaConfig(num_key_value_heads=n, intermediate_size=m) for n, m in ((32, 11008), (8, 14336)))
+    llama3.vocab_size = 128256
+    bounds = [f"{flop_speedup(c, 2048, range(20, 29), 1 / 3):.2f}" for c in (llama2, llama3, MistralConfig())]
+    assert bounds == ["1.19", "1.22", "1.22"]
+    assert f"{bounds[0]} times faster on a Llama-2-7B, and {bounds[1]} times on a Llama-3-8B or Mistral-7B" in text
+
+
 def test_the_install_lines_work_before_the_package_is_on_an_index() -> None:
     """On every page, and in every error: they name a checkout. The extras that they name are there."""
     sources = [*(ROOT / "orthorank").rglob("*.py"), *(ROOT / "orthorank_kernels").rglob("*.py")]

@@ -9,20 +9,22 @@ from benchmarks.bench_budget import compare
 
 Losses = dict[str, list[float]]  # of each text, window by window
 SHARES = (0.92, 0.82)
+NEAR = 0.025  # of the dense model's FLOPs: how far from a share a method's plan may be for it to be compared there
 
 
 def at_share(cells: Sequence[Mapping[str, Any]], share: float) -> Losses | None:
-    """The losses of a method at ``share`` of the dense model's FLOPs; None where its plans do not come to that.
+    """The losses of a method at ``share`` of the dense model's FLOPs; None where no plan of it is `NEAR` that.
 
     On a straight line between the losses of its two plans next to it. Losses rise faster and faster as FLOPs fall, so
-    the line is a little above what a plan of just these FLOPs would have.
+    the line is a little above what a plan of just these FLOPs would have, and far above it far from both.
 
     Args:
         cells: plans with their ``flops`` and ``losses``, the dense model among them.
     """
     above = min((c for c in cells if c["flops"] >= share), key=lambda c: c["flops"], default=None)
     below = max((c for c in cells if c["flops"] <= share), key=lambda c: c["flops"], default=None)
-    if above is None or below is None:
+    near = any(abs(c["flops"] - share) <= NEAR for c in cells if c["flops"] < 1)
+    if above is None or below is None or not near:
         return None
     apart = above["flops"] - below["flops"]
     weight = (above["flops"] - share) / apart if apart else 0.0

@@ -134,12 +134,12 @@ def _rows(search: "Search", state: BudgetState, mixed: OrthoRankConfig) -> list[
 
 
 def _row(search: "Search", name: str, point: Point, plan: OrthoRankConfig | None) -> dict[str, Any]:
-    from orthorank.evaluation import flop_speedup
+    from orthorank.evaluation import plan_speedup
 
     job, costs = search.job, search.space.costs
     speedup = 1.0
     if plan is not None:
-        speedup = flop_speedup(job.model.config, costs.tokens, plan.layers, plan.ratios, ranks=plan.ranks)
+        speedup = plan_speedup(job.model.config, costs.tokens, plan)
     return {
         "name": name,
         "layers": list(point.plan),

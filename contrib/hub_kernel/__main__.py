@@ -44,7 +44,17 @@ pyext = ["json", "py"]
 
 
 def build(folder: Path) -> Path:
-    """Write all of it into ``folder``, which is made anew, and return it."""
+    """Write all of it into ``folder``, which is made anew, and return it.
+
+    Raises:
+        ValueError: ``folder`` holds something that this command has not written; nothing is changed then.
+    """
+    ours = folder / "build.toml"
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or is_ours(ours))):
+        raise ValueError(
+            f"{folder} is there and is no kernel that this command wrote (no build.toml of {NAME} is in it); it would "
+            "be deleted: name an empty folder or a new one"
+        )
     files = sources()
     text = "".join(f"{name}\n{content}" for name, content in sorted(files.items()))
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -65,6 +75,11 @@ def build(folder: Path) -> Path:
         (variant / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
     (folder / "build.toml").write_text(BUILD, encoding="utf-8")
     return folder
+
+
+def is_ours(build_toml: Path) -> bool:
+    """Whether the file is what `build` writes, whatever repository was put into it."""
+    return build_toml.is_file() and f'name = "{NAME}"' in build_toml.read_text(encoding="utf-8")
 
 
 def sources() -> dict[str, str]:
@@ -101,4 +116,7 @@ def write(folder: Path, files: dict[str, str], namespace: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m contrib.hub_kernel FOLDER")
-    print(f"orthorank-kernels {__version__} as a kernel for the Hub: {build(Path(sys.argv[1]))}")
+    try:
+        print(f"orthorank-kernels {__version__} as a kernel for the Hub: {build(Path(sys.argv[1]))}")
+    except (OSError, ValueError) as error:
+        sys.exit(f"hub_kernel: {error}")

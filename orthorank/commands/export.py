@@ -66,7 +66,7 @@ def command(
             f"differ by {difference:.3g}. Something in {where.name}'s configuration goes by a layer's number; do not "
             "use it"
         )
-    screen.heading(f"{info.name}: {where.name} without layer {', '.join(map(str, removed))}")
+    screen.heading(f"{info.name}: {where.name} without layer{'s' * (len(removed) > 1)} {', '.join(map(str, removed))}")
     screen.say(
         f"{info.num_hidden_layers} layers, {info.parameters / 1e6:,.1f} of {before / 1e6:,.1f} million weights, "
         f"{info.dtype}; loaded again, logits of {TOKENS} tokens equal to those of the plan"

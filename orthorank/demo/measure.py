@@ -145,18 +145,9 @@ def _prompt_tokens(run: Run) -> int:
 
 
 def _flop_speedup(run: Run, plan: OrthoRankConfig | None) -> float:
-    from orthorank.evaluation import flop_speedup
+    from orthorank.evaluation import plan_speedup
 
-    if plan is None:
-        return 1.0
-    return flop_speedup(
-        run.model.config,
-        _prompt_tokens(run),
-        plan.layers,
-        plan.ratios,
-        ranks=plan.ranks,
-        keep_multiple=plan.keep_multiple,
-    )
+    return 1.0 if plan is None else plan_speedup(run.model.config, _prompt_tokens(run), plan)
 
 
 def _measured(run: Run, name: str) -> dict[str, Any]:

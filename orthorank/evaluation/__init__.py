@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from orthorank.common.exports import exports
 from orthorank.evaluation.perplexity import PerplexityResult, perplexity
 from orthorank.evaluation.speed import SpeedReport, Timing, time_prefill
-from orthorank.stack.flops import flop_speedup, layer_cost, prefill_flops
+from orthorank.stack.flops import flop_speedup, layer_cost, plan_flops, plan_speedup, prefill_flops
 
 if TYPE_CHECKING:
     from orthorank.evaluation.bench import run_bench
@@ -24,6 +24,8 @@ __all__ = [
     "flop_speedup",
     "layer_cost",
     "perplexity",
+    "plan_flops",
+    "plan_speedup",
     "prefill_flops",
     "read_prompts",
     "run_bench",

@@ -83,13 +83,11 @@ def prefill_fields(name: str, plan: OrthoRankConfig | None, config: Any, report:
 
 def flop_speedup_of(config: Any, plan: OrthoRankConfig | None, tokens: int) -> float | None:
     """What the FLOPs left out alone would give with prompts of ``tokens``; None where they cannot be counted."""
-    from orthorank.stack.flops import flop_speedup
+    from orthorank.stack.flops import plan_speedup
 
     if plan is None:
         return 1.0
     try:
-        return flop_speedup(
-            config, tokens, plan.layers, plan.ratios, ranks=plan.ranks, keep_multiple=plan.keep_multiple
-        )
+        return plan_speedup(config, tokens, plan)
     except OrthoRankError:  # a kind of model whose FLOPs are not counted
         return None

@@ -9,7 +9,7 @@ from orthorank.common.errors import OrthoRankError, check_choice, check_integer,
 from orthorank.common.files import user_path
 from orthorank.config import SPARSITY, OrthoRankConfig, layer_count
 from orthorank.evaluation.random_weights import KEEP_RATIO, read_config, shipped_configs
-from orthorank.stack.flops import Dimensions, flop_speedup, prefill_flops
+from orthorank.stack.flops import Dimensions, plan_flops, prefill_flops
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -211,15 +211,12 @@ def _maps(plan: OrthoRankConfig, ranks: dict[int, int], hidden: int) -> dict[str
 def _row(
     config: Any, sizes: Dimensions, plan: OrthoRankConfig, ranks: dict[int, int], tokens: int, item_size: int
 ) -> dict[str, Any]:
-    dense = prefill_flops(config, tokens)
-    bound = flop_speedup(config, tokens, plan.layers, plan.ratios, ranks=ranks, keep_multiple=plan.keep_multiple)
+    dense, planned = prefill_flops(config, tokens), plan_flops(config, tokens, plan, ranks=ranks)
     return {
         "prompt": tokens,
         "dense_flops": dense,
-        "plan_flops": prefill_flops(
-            config, tokens, plan.layers, plan.ratios, ranks=ranks, keep_multiple=plan.keep_multiple
-        ),
-        "flop_bound": bound,
+        "plan_flops": planned,
+        "flop_bound": dense / planned,
         "map_flops": sum(4 * tokens * rank * sizes.hidden for rank in ranks.values()),
         "dense_cache_bytes": item_size * _cached(sizes, tokens, set()),
         "plan_cache_bytes": item_size * _cached(sizes, tokens, {at for at, ratio in plan.ratios.items() if ratio == 0}),

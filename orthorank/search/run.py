@@ -14,7 +14,7 @@ from orthorank.search.job import Job, Outcome, aim, check_agreement, plan_of, pr
 from orthorank.search.settings import SearchSettings
 from orthorank.search.state import SearchInterrupted, SearchState
 from orthorank.stack.evaluator import Evaluator
-from orthorank.stack.flops import flop_speedup
+from orthorank.stack.flops import plan_speedup
 from orthorank.stack.resources import joined, together
 
 if TYPE_CHECKING:
@@ -246,9 +246,7 @@ def _write(job: Job, outcome: Outcome, dense_loss: float, loss: float) -> dict[s
     plan = with_maps(job, plan_of(job, outcome, loss=loss, dense_loss=dense_loss))
     held_out = _held_out(job, plan)
     tokens = job.flop_tokens
-    speedup = flop_speedup(
-        job.model.config, tokens, plan.layers, plan.ratios, ranks=plan.ranks, keep_multiple=plan.keep_multiple
-    )
+    speedup = plan_speedup(job.model.config, tokens, plan)
     plan.measured = held_out | {"flop_speedup": round(speedup, 4), "flop_speedup_tokens": tokens}
     plan.measured |= {} if outcome.rise is None else {"rise": outcome.rise}
     plan.save_pretrained(job.folder.path)

@@ -20,11 +20,14 @@ Norms, rotary embedding, softmax, token scores, gather and scatter are not count
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orthorank.common.errors import OrthoRankError, check_choice, check_integer
 from orthorank.hf.families import FAMILIES
 from orthorank_kernels import keep_count
+
+if TYPE_CHECKING:
+    from orthorank.config import OrthoRankConfig
 
 LOGITS = ("last", "all")
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
@@ -160,12 +163,11 @@ def flop_speedup(
     keep_ratio: float | Mapping[int, float],
     logits: str = "last",
     ranks: Mapping[int, int] | None = None,
-    keep_multiple: int = 1,
 ) -> float:
     """Dense FLOPs divided by the plan's: the speed-up if time were proportional to FLOPs.
 
     Args:
-        config, tokens, layers, keep_ratio, logits, ranks, keep_multiple: as for `prefill_flops`.
+        config, tokens, layers, keep_ratio, logits, ranks: as for `prefill_flops`.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -176,7 +178,46 @@ def flop_speedup(
         1.183
     """
     dense = prefill_flops(config, tokens, logits=logits)
-    return dense / prefill_flops(config, tokens, layers, keep_ratio, logits, ranks, keep_multiple)
+    return dense / prefill_flops(config, tokens, layers, keep_ratio, logits, ranks)
+
+
+def plan_flops(
+    config: Any,
+    tokens: int,
+    plan: "OrthoRankConfig",
+    logits: str = "last",
+    ranks: Mapping[int, int] | None = None,
+) -> float:
+    """`prefill_flops` of a plan, with all of it that counts: layers, ratios, maps, and keep counts in multiples.
+
+    Args:
+        config, tokens, logits: as for `prefill_flops`.
+        plan: for this model. ranks: of maps that it has not yet; None: its own.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> from orthorank import OrthoRankConfig
+        >>> plan = OrthoRankConfig(layers=[9], keep_ratio=1/3, keep_multiple=128)  # 768 of 2,048 tokens
+        >>> plan_flops(LlamaConfig(), 2048, plan) == prefill_flops(LlamaConfig(), 2048, [9], 768 / 2048)
+        True
+    """
+    ranks = plan.ranks if ranks is None else ranks
+    return prefill_flops(config, tokens, plan.layers, plan.ratios, logits, ranks, plan.keep_multiple)
+
+
+def plan_speedup(
+    config: Any,
+    tokens: int,
+    plan: "OrthoRankConfig",
+    logits: str = "last",
+    ranks: Mapping[int, int] | None = None,
+) -> float:
+    """`flop_speedup` of a plan.
+
+    Args:
+        config, tokens, plan, logits, ranks: as for `plan_flops`.
+    """
+    return prefill_flops(config, tokens, logits=logits) / plan_flops(config, tokens, plan, logits, ranks)
 
 
 def layer_cost(config: Any, tokens: int, keep_ratio: float) -> float:

@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 
 from orthorank_kernels.settings import lookup as _settings
+from orthorank_kernels.triton.attention_strides import output_strides
 from orthorank_kernels.triton.configs import cdiv, launch, next_power_of_2, scratch, target_of
 
 NOTHING = tl.constexpr(float("-inf"))
@@ -128,12 +129,7 @@ def combine(parts: Workspace, out: torch.Tensor, lse: torch.Tensor | None) -> No
         splits=splits,
         rows=rows,
         selected=selected,
-        stride_out_batch=out.stride(0),
-        stride_out_head=out.stride(1),
-        stride_out_token=out.stride(2),
-        stride_lse_batch=0 if lse is None else lse.stride(0),
-        stride_lse_head=0 if lse is None else lse.stride(1),
-        stride_lse_token=0 if lse is None else lse.stride(2),
+        **output_strides(out, lse),
         HEADS=heads,
         HEAD_DIM=head_dim,
         BLOCK_D=next_power_of_2(head_dim),

@@ -7,6 +7,7 @@ import torch
 from orthorank_kernels.triton import configs
 from orthorank_kernels.triton.attention_combine import combine, workspace
 from orthorank_kernels.triton.attention_kernel import sparse_query_attention_kernel
+from orthorank_kernels.triton.attention_strides import output_strides, table_strides
 from orthorank_kernels.triton.hopper import launch as hopper
 
 INT32_MAX = 2**31 - 1
@@ -83,15 +84,21 @@ def launch(
             cu_keys=cu_keys,
         )  # fmt: skip
         return
-    strides = _output_strides(*outputs)
+    strides = {"stride_out_split": 0, "stride_lse_split": 0} | output_strides(*outputs)
     out, lse, totals = (*outputs, None)
     parts = workspace(splits, batch, selected, heads, head_dim, q) if splits > 1 else None
     if parts is not None:
         out, lse, totals = parts
-        strides = _output_strides(out.transpose(2, 3), lse.transpose(2, 3), split=True)
+        strides = output_strides(out.transpose(2, 3), lse.transpose(2, 3), ("split", "batch", "head", "token"))
+    programs = tiles * splits * columns * batch
+    if programs > INT32_MAX:  # so that 32 bits number them, and all that `find_work` divides them into
+        raise ValueError(
+            f"{tiles:,} tiles of queries, {splits} splits, {columns} columns of heads and {batch} batch rows are "
+            f"{programs:,} programs; a launch has at most {INT32_MAX:,}: call the op for parts of the batch"
+        )
     configs.launch(
         sparse_query_attention_kernel,
-        (tiles * splits * columns * batch,),
+        (programs,),
         q,
         q_ptr=q,
         k_ptr=k,
@@ -137,10 +144,7 @@ def launch(
         stride_v_batch=v.stride(0),
         stride_v_head=v.stride(1),
         stride_positions_batch=positions.stride(0),
-        stride_cos_batch=_table_stride(cos),
-        stride_cos_token=0 if cos is None else cos.stride(1),
-        stride_sin_batch=_table_stride(sin),
-        stride_sin_token=0 if sin is None else sin.stride(1),
+        **table_strides(cos=cos, sin=sin),
         stride_table_row=block_table.stride(0) if paged else 0,
         stride_k_scale=_scale_stride(k_scale),
         stride_v_scale=_scale_stride(v_scale),
@@ -175,15 +179,6 @@ def launch(
         combine(parts, *outputs)
 
 
-def _output_strides(out: torch.Tensor, lse: torch.Tensor | None, *, split: bool = False) -> dict[str, int]:
-    """Of ``[batch, heads, selected, head_dim]`` and ``[batch, heads, selected]``, or those of ``[splits, ...]``."""
-    strides = {"stride_out_split": 0, "stride_lse_split": 0}
-    for i, name in enumerate(("split", "batch", "head", "token") if split else ("batch", "head", "token")):
-        strides[f"stride_out_{name}"] = out.stride(i)
-        strides[f"stride_lse_{name}"] = 0 if lse is None else lse.stride(i)
-    return strides
-
-
 def _check_supported(head_dim: int, dtype: torch.dtype) -> None:
     if head_dim > LARGEST_HEAD_DIM:
         raise ValueError(
@@ -195,11 +190,6 @@ def _check_supported(head_dim: int, dtype: torch.dtype) -> None:
             "q has dtype float64; the Triton kernel takes float32, float16 and bfloat16: "
             'convert q, k and v, or pass backend="torch"'
         )
-
-
-def _table_stride(table: torch.Tensor | None) -> int:
-    """One table for all batch rows has stride 0."""
-    return 0 if table is None or table.shape[0] == 1 else table.stride(0)
 
 
 def _scale_stride(scale: torch.Tensor | None) -> int:

@@ -21,6 +21,7 @@ from orthorank_kernels.settings.lookup import family
 
 _LARGEST_PACK = 16  # heads in one tile; a group of 71 would leave 57 of 128 rows idle, in tiles of 15 it leaves 8
 CACHED_BYTES = 32 << 20  # of keys and values: what the L2 of an A100 or H100 holds beside what passes through it
+MOST_TOGETHER = 2**20  # packed sequences
 FEW_ROWS = (16, 64)  # queries times heads for which there are settings of their own
 
 
@@ -107,14 +108,19 @@ def tiles(queries: int, queries_per_tile: int, n_seqs: int, *, packed: bool) -> 
 def together(head_tiles: int, lanes: int, n_seqs: int, head_bytes: int) -> tuple[int, int]:
     """How many lanes, and of each how many packed sequences, have their tiles in turns: those that the L2 cache holds.
 
+    No more sequences than `MOST_TOGETHER`: a program looks at 256 groups at a time, whose numbers must fit 32 bits.
+
     Args:
         head_tiles: lanes of one key/value head; lanes: in all; head_bytes: keys and values of one such head.
 
     >>> together(1, 64, 0, 2**20), together(1, 64, 0, 2**26), together(2, 64, 8, 2**26)
     ((32, 1), (1, 1), (2, 4))
+    >>> together(1, 64, 2**25, 1)[1] * 256 < 2**31
+    True
     """
     heads = CACHED_BYTES // max(1, head_bytes)
-    return min(lanes, max(1, heads) * head_tiles), max(1, min(n_seqs, n_seqs * CACHED_BYTES // max(1, head_bytes)))
+    seqs = min(n_seqs, n_seqs * CACHED_BYTES // max(1, head_bytes), MOST_TOGETHER)
+    return min(lanes, max(1, heads) * head_tiles), max(1, seqs)
 
 
 def splits(programs: int, keys: int, block_m: int, block_n: int, device: torch.device) -> int:

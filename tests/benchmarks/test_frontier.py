@@ -54,16 +54,17 @@ def test_the_windows_of_the_frontier() -> None:
 def test_methods_are_compared_where_their_flops_are_equal() -> None:
     dense = {"flops": 1.0, "losses": {"a text": [1.0, 2.0]}}
     removed = [dense, {"flops": 0.8, "losses": {"a text": [2.0, 4.0]}}]
-    selected = [dense, {"flops": 0.9, "losses": {"a text": [1.2, 2.4]}}, {"flops": 0.7, "losses": {"a text": [2, 3]}}]
-    assert at_share(removed, 0.9) == {"a text": pytest.approx([1.5, 3.0])}
+    selected = [dense, {"flops": 0.84, "losses": {"a text": [1.2, 2.4]}}, {"flops": 0.8, "losses": {"a text": [2, 3]}}]
+    assert at_share(removed, 0.82) == {"a text": pytest.approx([1.9, 3.8])}
+    assert at_share(removed, 0.9) is None, "no plan is near"
     assert at_share(removed, 0.8) == {"a text": [2.0, 4.0]}
     assert at_share(removed, 0.79) is None
-    first, second = compared({"removed": removed, "selected": selected, "mixed": [dense]}, 0.85)
+    first, second = compared({"removed": removed, "selected": selected, "mixed": [dense]}, 0.82)
     assert "against_removed" not in first
     assert second["method"] == "selected"
-    # 1.4 and 2.55 against 1.75 and 3.5
-    assert second["against_removed"]["a text"]["difference"] == pytest.approx(-0.65)
-    assert second["perplexity"]["a text"] == pytest.approx(math.exp(1.975), abs=1e-3)
+    # 1.6 and 2.7 against 1.9 and 3.8
+    assert second["against_removed"]["a text"]["difference"] == pytest.approx(-0.7)
+    assert second["perplexity"]["a text"] == pytest.approx(math.exp(2.15), abs=1e-3)
 
 
 def costs(plan: dict[int, float]) -> float:

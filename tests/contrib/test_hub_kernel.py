@@ -51,6 +51,17 @@ def test_it_needs_nothing_of_the_installed_package(folder: Path, tmp_path: Path)
     assert (run.returncode, run.stdout) == (0, "[] RMSNorm\n"), run.stderr
 
 
+def test_a_folder_of_other_things_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="is no kernel that this command wrote"):
+        build(tmp_path)
+    with pytest.raises(ValueError, match="is no kernel that this command wrote"):
+        build(tmp_path / "thesis.txt")
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    again = build(build(tmp_path / "kernel"))
+    assert (again / "build.toml").is_file()
+
+
 def test_what_is_written(folder: Path) -> None:
     """A variant of each backend, with names of their own; no import of the package by its name; the settings."""
     identities = set()

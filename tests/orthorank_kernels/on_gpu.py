@@ -176,6 +176,7 @@ NOT = {
         "test_wrong_input_is_exit_code_2",
     },
     "test_work_order": {
+        "test_more_programs_than_32_bits_number_are_refused",
         "test_splits_begin_where_a_third_would_be_idle",
     },
     "test_warmup": {

@@ -10,7 +10,7 @@ from benchmarks.campaign.steps.backends import one_backend
 from benchmarks.campaign.steps.layers import near
 from orthorank import OrthoRankConfig, apply
 from orthorank.evaluation.random_weights import random_model
-from orthorank.stack.flops import prefill_flops
+from orthorank.stack.flops import plan_flops
 
 LAYERS = 4
 
@@ -22,7 +22,7 @@ def run(context: Context) -> None:
     batch, tokens = sizes.smoke
     prompt = torch.arange(batch * tokens, device=machine.device).view(batch, tokens) % model.config.vocab_size
     plan = OrthoRankConfig(layers=[1, 2], keep_ratio=1 / 3)
-    amount = batch * prefill_flops(model.config, tokens, plan.layers, plan.ratios, ranks=plan.ranks)
+    amount = batch * plan_flops(model.config, tokens, plan)
     context.planned = len(sizes.modes) + 1
 
     def forward() -> torch.Tensor:

@@ -16,7 +16,7 @@ from benchmarks.campaign.measure import Context, warm
 from benchmarks.campaign.sizes import cut_of
 from benchmarks.campaign.steps.backends import one_backend
 from orthorank import OrthoRankConfig, apply
-from orthorank.evaluation import flop_speedup
+from orthorank.evaluation import plan_speedup
 from orthorank.evaluation.random_weights import random_model, unsearched_plans
 
 Variants = Mapping[str, OrthoRankConfig | None]
@@ -90,7 +90,7 @@ def turn(
     Without the untimed one the first time has compilations in it, and says so.
     """
     machine, (batch, tokens) = context.machine, shape
-    ideal = 1.0 if plan is None else flop_speedup(model.config, tokens, plan.layers, plan.ratios, ranks=plan.ranks)
+    ideal = 1.0 if plan is None else plan_speedup(model.config, tokens, plan)
     fields = {"model": name, "shape": f"{batch} x {tokens}", "variant": variant, "round": number,
               "backend": backend}  # fmt: skip
     generator = torch.Generator().manual_seed(number)

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import torch
 
 from orthorank_kernels.triton import configs
+from orthorank_kernels.triton.attention_strides import output_strides, table_strides
 
 VARIABLE = "ORTHORANK_ATTENTION"
 NAME = "hopper"
@@ -131,14 +132,8 @@ def launch(
         stride_v_batch=v.stride(0),
         stride_v_head=v.stride(1),
         stride_positions_batch=positions.stride(0),
-        stride_out_batch=out.stride(0),
-        stride_out_head=out.stride(1),
-        stride_out_token=out.stride(2),
-        stride_lse_batch=0 if lse is None else lse.stride(0),
-        stride_lse_head=0 if lse is None else lse.stride(1),
-        stride_lse_token=0 if lse is None else lse.stride(2),
-        **_table_strides(cos, "cos"),
-        **_table_strides(sin, "sin"),
+        **output_strides(out, lse),
+        **table_strides(cos=cos, sin=sin),
         STRIDE_V=v.stride(2),
         GROUP=group,
         PACK=pack,
@@ -155,12 +150,6 @@ def launch(
         maxnreg=ENTRY,
         enable_fp_fusion=True,
     )
-
-
-def _table_strides(table: torch.Tensor | None, name: str) -> dict[str, int]:
-    """Of a table; one for all rows of a batch has stride 0 between them."""
-    batch, token = (0, 0) if table is None else (table.stride(0) if table.shape[0] > 1 else 0, table.stride(1))
-    return {f"stride_{name}_batch": batch, f"stride_{name}_token": token}
 
 
 def _has_gluon() -> bool:

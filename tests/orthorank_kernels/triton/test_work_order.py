@@ -5,12 +5,13 @@ import torch
 
 from benchmarks.bench_work_order import longest_first
 from orthorank_kernels.triton import configs
+from tests.orthorank_kernels.fake_gpu import fake_gpus
 from tests.orthorank_kernels.tools import DEVICE
 
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-from orthorank_kernels.triton import attention_tiles  # noqa: E402
+from orthorank_kernels.triton import attention, attention_tiles  # noqa: E402
 from orthorank_kernels.triton.attention_tiles import find_sequence, find_work  # noqa: E402
 
 QUERIES = 4  # of a tile
@@ -71,3 +72,14 @@ def test_splits_begin_where_a_third_would_be_idle(monkeypatch):
     count = lambda programs, keys=8192: configs.splits(programs, keys, 128, 128, torch.device("cpu"))  # noqa: E731
     assert [count(n) for n in (89, 88, 67, 66, 44, 1)] == [1, 2, 2, 2, 3, 16]
     assert [count(88, keys) for keys in (512, 1023, 1024)] == [1, 1, 2], "four blocks of keys for each"
+
+
+def test_more_programs_than_32_bits_number_are_refused() -> None:
+    """Nothing is launched: the tensors have no memory."""
+    with fake_gpus() as gpus:
+        q = torch.empty(1, 1, 1, 128, device="cuda:0", dtype=torch.float16).expand(60_000, 64, 100_000, 128)
+        k = torch.empty(1, 1, 1, 128, device="cuda:0", dtype=torch.float16).expand(60_000, 64, 100_000, 128)
+        positions = torch.empty(1, 1, device="cuda:0", dtype=torch.int32).expand(60_000, 100_000)
+        with pytest.raises(ValueError, match=r"are 3,002,880,000 programs; a launch has at most 2,147,483,647"):
+            attention.sparse_query_attention(q, k, k, positions, 1.0, None, None, 0, None, None, False, out=(q, None))
+    assert not gpus.launches
