@@ -136,25 +136,32 @@ class Bench:
             return read_json(file)
         if self.kept:
             raise OrthoRankError(f"--kept computes nothing, and {file} is not there; leave it out")
-        given = OrthoRankConfig.for_model(self.model, layers=sorted(plan), keep_ratios=plan) if plan else None
-        kind = name.partition(",")[2]
-        if given is not None and kind:
-            of_search = torch.cat([self.windows.judge, self.windows.fit])
-            ids = of_search if kind == "distilled" else self.windows.more
-            given = fit_correction(self.model, ids, given, rank=self.rank)
-        if given is not None and kind == "distilled":
-            kept = self.state / f"distilling-{key(plan)}.safetensors"
-            how: dict[str, Any] = {"steps": self.steps, "save_to": kept, "on_step": say}
-            given = distill_correction(self.model, self.windows.more, given, **how)
-            kept.unlink(missing_ok=True)
+        given = self.config(name, plan)
         cell: dict[str, Any] = {"method": name, "plan": {str(layer): ratio for layer, ratio in sorted(plan.items())}}
-        cell["flops"] = self.flops(plan, bool(kind))
+        cell["flops"] = self.flops(plan, "," in name)
         if self.losses is None or self.losses.first != first:
             self.losses = TextLosses(LayerStack(self.model), self.windows.test, first)
         cell["losses"] = self.losses.of(given)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, cell)
         return cell
+
+    def config(self, name: str, plan: dict[int, float]) -> OrthoRankConfig | None:
+        """A plan with the maps of its method, if it has any; None: the dense model."""
+        if not plan:
+            return None
+        given = OrthoRankConfig.for_model(self.model, layers=sorted(plan), keep_ratios=plan)
+        kind = name.partition(",")[2]
+        if kind:
+            of_search = torch.cat([self.windows.judge, self.windows.fit])
+            ids = of_search if kind == "distilled" else self.windows.more
+            given = fit_correction(self.model, ids, given, rank=self.rank)
+        if kind == "distilled":
+            kept = self.state / f"distilling-{key(plan)}.safetensors"
+            how: dict[str, Any] = {"steps": self.steps, "save_to": kept, "on_step": say}
+            given = distill_correction(self.model, self.windows.more, given, **how)
+            kept.unlink(missing_ok=True)
+        return given
 
 
 def say(done: int, steps: int, loss: float) -> None:

@@ -141,19 +141,18 @@ def _window_losses(
     state: Path,
 ) -> dict[str, list[float]]:
     """Mean loss of each window of the text, dense and with each plan, the windows that are kept already among them."""
-    from orthorank.evaluation.answer_cache import owner_of
-    from orthorank.evaluation.answers import keep, kept_rows
+    from orthorank.commands.kept import KeptRows
     from orthorank.hf.apply import apply
 
-    known, losses = kept_rows(state, row=dict), {}
+    kept, losses = KeptRows(state), {}
     for name, plan in ({"dense": None} | plans).items():
-        key = json_module.dumps(owner_of(model, plan, False, {"text": text.sha256} | settings), sort_keys=True)
-        if key not in known:
+
+        def measured(name: str = name, plan: Any = plan) -> dict[str, Any]:
             with nullcontext() if plan is None else apply(model, plan):
                 found = measure(screen, name, model, tokenizer, text, settings)
-            known[key] = {"key": key, "row": {"losses": list(found["window_losses"])}}
-            keep(state, known[key])
-        losses[name] = known[key]["row"]["losses"]
+            return {"losses": list(found["window_losses"])}
+
+        losses[name] = kept.row(model, plan, {"text": text.sha256} | settings, measured)["losses"]
     return losses
 
 

@@ -8,8 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, console, register, table_of
+from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
-from orthorank.common.files import writable_folder, write_json
+from orthorank.common.files import finite, writable_folder, write_json
+from orthorank.common.paired import rise_of
 from orthorank.common.texts import Bos, check_bos, read_tokens
 
 PLAN = (
@@ -17,6 +19,7 @@ PLAN = (
     "as well."
 )
 TEXT = "UTF-8 text file, read as it is. Default: the documentation of Python inside its standard library."
+OUTPUT = "Folder for ppl.json and the rows; the same command goes on where it was stopped. Default: nothing is kept."
 DATASET = "wikitext2 (test split) or c4 (validation), with :FOLDER for a copy that is already here."
 
 
@@ -32,15 +35,16 @@ def command(
     batch_size: Annotated[int | None, typer.Option(help="Windows at a time. Default: as memory allows.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    output: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
+    output: Annotated[Path | None, typer.Option(help=OUTPUT)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> int:
     """Perplexity of the dense model and of plans, by the protocol of the pruning literature.
 
     The text is tokenised in one call and cut into windows without overlap, the tail is dropped, and the perplexity is
-    exp(mean over windows of the mean cross entropy).
+    exp(mean over windows of the mean cross entropy). A plan's loss is compared with the dense model's window by window.
     """
 
+    from orthorank.commands.kept import KeptRows
     from orthorank.common.datasets import evaluation_text
     from orthorank.hf.apply import apply, check_plan
     from orthorank.models import load_model, locate
@@ -49,7 +53,7 @@ def command(
     check_bos(bos)
     register(criterion)
     plans = read_plans(plan)
-    check_output(output)
+    folder = None if output is None else writable_folder(output)
     chosen = evaluation_text(text, dataset)
     screen = RichScreen(console(stderr=json))
     with screen.progress(f"loading {locate(model).name}", 1):
@@ -60,21 +64,23 @@ def command(
     settings = settings_of(loaded, tokenizer, chosen, dataset, window, windows, batch_size, where)
     rows: list[dict[str, Any]] = []
     results = {"model": info.to_dict(), "text": chosen.name, "window": window, "rows": rows}
+    kept = KeptRows(None if folder is None else folder / "ppl-rows.jsonl")
     for name, each in ({"dense": None} | plans).items():
-        try:
+
+        def measured(name: str = name, each: Any = each) -> dict[str, Any]:
             with nullcontext() if each is None else apply(loaded, each):
-                found = measure(screen, name, loaded, tokenizer, chosen, settings)
-        except KeyboardInterrupt:
-            if output is None or not rows:
-                raise
-            raise OrthoRankError(f"interrupted; {', '.join(row['name'] for row in rows)} finished: {output}") from None
+                return measure(screen, name, loaded, tokenizer, chosen, settings)
+
+        found = kept.row(loaded, each, {"text": chosen.sha256} | settings, measured)
         rows.append({"name": name, "plan": None if each is None else each.to_dict()} | found)
-        if output is not None:  # what is measured is kept, should the next plan fail or be interrupted
-            write_json(output, results)
+        if each is not None:
+            rows[-1]["rise"] = rise_of(rows[0]["window_losses"], found["window_losses"])
+    if folder is not None:
+        write_json(folder / "ppl.json", results)
     if json:
-        print(json_module.dumps(results, indent=2))
+        print(json_module.dumps(finite(results), indent=2))
         return 0
-    _show(screen, results, str(where), output)
+    _show(screen, results, str(where), folder)
     return 0
 
 
@@ -129,18 +135,7 @@ def read_plans(paths: list[str] | None) -> dict[str, Any]:
     return dict(zip(variant_names(plans), plans, strict=True))
 
 
-def check_output(output: Path | None) -> None:
-    """A result can be written to the file ``output``; raises when it cannot."""
-
-    if output is None:
-        return
-    if output.is_dir():
-        raise OrthoRankError(f"output is {str(output)!r}, which is a folder; name a file, such as ppl.json")
-    writable_folder(output.parent)
-
-
-def _show(screen: Any, results: dict[str, Any], bos: str, output: Path | None) -> None:
-
+def _show(screen: Any, results: dict[str, Any], bos: str, folder: Path | None) -> None:
     first = results["rows"][0]
     screen.heading(f"{results['model']['name']}: {results['model']['dtype']} on {results['model']['device']}")
     screen.say(f"{results['text']}; sha256 {first['text_sha256'][:16]}")
@@ -148,15 +143,18 @@ def _show(screen: Any, results: dict[str, Any], bos: str, output: Path | None) -
         f"{first['windows']} windows of {first['window']} tokens ({first['tokens']:,} tokens, "
         f"{first['predictions']:,} predicted); {bos}"
     )
-    drawn = table_of("", "perplexity", "loss", "standard error")
+    drawn = table_of("", "perplexity", "loss", "standard error", "rise of the loss")
     for row in results["rows"]:
         spread = row["standard_error"]
         drawn.add_row(
             row["name"],
             f"{row['perplexity']:.4g}" if row["perplexity"] >= 1000 else f"{row['perplexity']:.2f}",
             f"{row['loss']:.4f}",
-            f"{spread:.4f}" if spread == spread else "-",
+            "-" if spread is None else f"{spread:.4f}",
+            words.spread(row["rise"]) if "rise" in row else "",
         )
     screen.table(drawn)
-    if output is not None:
-        screen.say(f"Results: {output}")
+    if len(results["rows"]) > 1:
+        screen.say("Rise: the loss less the dense model's, paired window by window, with its standard error.")
+    if folder is not None:
+        screen.say(f"Results: {folder / 'ppl.json'}")

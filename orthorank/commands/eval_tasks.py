@@ -8,7 +8,7 @@ import typer
 
 from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, console, register, table_of
 from orthorank.common.errors import OrthoRankError, check_integers
-from orthorank.common.files import finite, write_json
+from orthorank.common.files import finite, writable_folder, write_json
 from orthorank.common.texts import check_bos
 
 TASKS = "Tasks of the harness, such as piqa,winogrande. Default: the paper's five."
@@ -18,6 +18,7 @@ PLAN = (
     "model."
 )
 DENSE = "Measure the dense model as well: plans are compared with it, else with the first. Default: with several plans."
+OUTPUT = "Folder for tasks.json and the rows; the same command goes on behind the plans that it has finished."
 CONTEXT = "Select among the tokens of the context alone; the answer's tokens are dense."
 
 
@@ -34,7 +35,7 @@ def command(
     bos: Annotated[str, typer.Option(help=BOS)] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    output: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
+    output: Annotated[Path | None, typer.Option(help=OUTPUT)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> int:
     """Accuracy of a model with a plan on tasks of lm-evaluation-harness, without examples, and the paper's mean.
@@ -43,7 +44,8 @@ def command(
     acc_norm where a task has it, else acc. Data come from the hub, or from --include-path's files.
     """
 
-    from orthorank.commands.eval_ppl import check_output, read_plans
+    from orthorank.commands.eval_ppl import read_plans
+    from orthorank.commands.kept import KeptRows
     from orthorank.evaluation.task_scores import evaluate_tasks, task_differences
     from orthorank.hf.apply import check_plan
     from orthorank.models import load_model, locate
@@ -54,7 +56,7 @@ def command(
         raise OrthoRankError(f"include_path is {str(include_path)!r}, and there is no such folder")
     check_bos(bos)
     register(criterion)
-    check_output(output)
+    folder = None if output is None else writable_folder(output)
     plans = read_plans(plan)
     dense = len(plans) > 1 if dense is None else dense
     screen = RichScreen(console(stderr=json))
@@ -66,41 +68,33 @@ def command(
     several = len(variants) > 1
     rows: list[dict[str, Any]] = []
     results: dict[str, Any] = {"model": info.to_dict()}
+    kept = KeptRows(None if folder is None else folder / "tasks-rows.jsonl")
+    how: dict[str, Any] = {"limit": limit, "context_only": context_only, "bos": bos, "samples": several}
+    about = how | {"tasks": names, "include_path": None if include_path is None else str(include_path.resolve())}
     for name, each in variants.items():
-        try:
-            found = evaluate_tasks(
-                loaded,
-                tokenizer,
-                names,
-                plan=each,
-                include_path=include_path,
-                limit=limit,
-                batch_size=batch_size,
-                context_only=context_only,
-                bos=bos,
-                samples=several,
-            )
-        except KeyboardInterrupt:
-            if output is None or not rows:
-                raise
-            finished = ", ".join(row["name"] for row in rows)
-            raise OrthoRankError(f"interrupted; {finished} finished: {output}") from None
+
+        def measured(each: Any = each) -> dict[str, Any]:
+            given = how | {"include_path": include_path, "batch_size": batch_size}
+            return evaluate_tasks(loaded, tokenizer, names, plan=each, **given)
+
+        found = kept.row(loaded, each, about, measured)
         if several:
             rows.append({"name": name} | found)
-            results |= {"rows": rows, "against": rows[0]["name"]}
-            results["differences"] = {row["name"]: task_differences(rows[0], row) for row in rows[1:]}
         else:
             results |= found
-        if output is not None:  # what is measured is kept, should the next plan fail or be interrupted
-            write_json(output, results)
+    if several:
+        results |= {"rows": rows, "against": rows[0]["name"]}
+        results["differences"] = {row["name"]: task_differences(rows[0], row) for row in rows[1:]}
+    if folder is not None:
+        write_json(folder / "tasks.json", results)
     if json:
         print(json_module.dumps(finite(results), indent=2))
         return 0
-    (_show_several if several else _show)(screen, results, output)
+    (_show_several if several else _show)(screen, results, folder)
     return 0
 
 
-def _show_several(screen: Any, results: dict[str, Any], output: Path | None) -> None:
+def _show_several(screen: Any, results: dict[str, Any], folder: Path | None) -> None:
     """Accuracies of all, and beneath each what it is more than the first, paired row by row."""
     rows, first = results["rows"], results["rows"][0]
     screen.heading(f"{results['model']['name']}: {', '.join(row['name'] for row in rows)}")
@@ -116,8 +110,8 @@ def _show_several(screen: Any, results: dict[str, Any], output: Path | None) -> 
     screen.say(f"Requests begin with {'BOS' if first['bos'] else 'no BOS'}.")
     for row in rows:
         _say_last_token(screen, row, f"{row['name']}: the")
-    if output is not None:
-        screen.say(f"Results: {output}")
+    if folder is not None:
+        screen.say(f"Results: {folder / 'tasks.json'}")
 
 
 def _difference(results: dict[str, Any], row: dict[str, Any], task: int | None = None) -> str:
@@ -129,8 +123,7 @@ def _difference(results: dict[str, Any], row: dict[str, Any], task: int | None =
     return f"{100 * found['mean']:+.2f}" + (f" ± {100 * error:.2f}" if error == error else "")
 
 
-def _show(screen: Any, results: dict[str, Any], output: Path | None) -> None:
-
+def _show(screen: Any, results: dict[str, Any], folder: Path | None) -> None:
     plan = results["plan"]
     screen.heading(f"{results['model']['name']}, {'dense' if plan is None else 'with a plan'}")
     drawn = table_of("task", "rows", "metric", "accuracy", "standard error")
@@ -147,8 +140,8 @@ def _show(screen: Any, results: dict[str, Any], output: Path | None) -> None:
     screen.table(drawn)
     screen.say(f"Requests begin with {'BOS' if results['bos'] else 'no BOS'}.")
     _say_last_token(screen, results, "The")
-    if output is not None:
-        screen.say(f"Results: {output}")
+    if folder is not None:
+        screen.say(f"Results: {folder / 'tasks.json'}")
 
 
 def _say_last_token(screen: Any, results: dict[str, Any], begin: str) -> None:

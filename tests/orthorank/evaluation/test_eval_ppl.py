@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +32,29 @@ def test_the_command(tiny_folder: Path, text_file: Path, tmp_path: Path, capsys:
     removed = orthorank.OrthoRankConfig(layers=[2], keep_ratio=0)
     files = [str(p.save_pretrained(tmp_path / name)) for name, p in (("a", plan), ("b", removed))]
     options = ["--text", str(text_file), "--window", "64", "--windows", "3", "--device", "cpu"]
-    output = tmp_path / "results" / "ppl.json"
+    output = tmp_path / "results" / "ppl"
     arguments = ["eval", "ppl", str(tiny_folder), *options, "--plan", files[0], "--plan", files[1]]
     assert main([*arguments, "--output", str(output)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "3 windows of 64 tokens (192 tokens, 189 predicted)" in shown
-    written = json.loads(output.read_text())
+    written = json.loads((output / "ppl.json").read_text())
     assert [row["name"] for row in written["rows"]] == ["dense", "orthorank", "layer pruning"]
     model, tokenizer, _ = load_model(str(tiny_folder), device="cpu")
+    losses = []
     for row, each in zip(written["rows"], (None, plan, removed), strict=True):
         handle = None if each is None else orthorank.apply(model, each)
         wanted = perplexity(model, text=text_file.read_text(), tokenizer=tokenizer, window=64, windows=3)
         assert row["perplexity"] == pytest.approx(wanted.perplexity, rel=1e-5)
         assert row["text_sha256"] == wanted.text_sha256
+        losses.append(wanted.window_losses)
         if handle is not None:
             handle.remove()
+    assert "rise" not in written["rows"][0]
+    for row, own in zip(written["rows"][1:], losses[1:], strict=True):
+        differences = [b - a for a, b in zip(losses[0], own, strict=True)]
+        assert row["rise"]["mean"] == pytest.approx(statistics.fmean(differences), abs=1e-5)
+        assert row["rise"]["standard_error"] == pytest.approx(statistics.stdev(differences) / 3**0.5, abs=1e-5)
+        assert f"{row['rise']['mean']:.4f} ± {row['rise']['standard_error']:.4f}" in shown
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][1]["plan"]["layers"] == [2, 3]
 
@@ -57,7 +66,7 @@ def test_the_command(tiny_folder: Path, text_file: Path, tmp_path: Path, capsys:
         (["--text", "a.txt", "--dataset", "c4"], "both text and dataset are given"),
         (["--dataset", "imdb"], "dataset is 'imdb'"),
         (["--plan", "nowhere"], "no plan can be read"),
-        (["--output", "."], "which is a folder"),
+        (["--output", __file__], "which is not a folder"),
         (["--window", "1"], "window is 1"),
         (["--window", "0", "--dataset", "c4:nowhere"], "window is 0"),
     ],
@@ -80,7 +89,7 @@ def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
     assert text.sha256 == hashlib.sha256(content).hexdigest()
 
 
-def test_finished_rows_are_kept_when_a_later_plan_is_interrupted(
+def test_an_interrupted_measurement_goes_on(
     tiny_folder: Path,
     text_file: Path,
     tmp_path: Path,
@@ -89,21 +98,25 @@ def test_finished_rows_are_kept_when_a_later_plan_is_interrupted(
 ) -> None:
     from orthorank.commands import eval_ppl
 
-    real = eval_ppl.measure
+    real, measured = eval_ppl.measure, []
 
     def interrupted(screen: Any, name: str, *rest: Any) -> dict[str, Any]:
-        if name != "dense":
+        measured.append(name)
+        if measured == ["dense", "orthorank"]:
             raise KeyboardInterrupt
         return real(screen, name, *rest)
 
     monkeypatch.setattr(eval_ppl, "measure", interrupted)
     plan = orthorank.OrthoRankConfig(layers=[2], keep_ratio=0.5).save_pretrained(tmp_path / "plan")
-    options = ["--text", str(text_file), "--window", "64", "--device", "cpu", "--plan", str(plan)]
-    assert main(["eval", "ppl", str(tiny_folder), *options, "--output", str(tmp_path / "ppl.json")]) == 2
-    assert "interrupted; dense finished: " in capsys.readouterr().err
-    (row,) = json.loads((tmp_path / "ppl.json").read_text())["rows"]
-    assert row["name"] == "dense"
-    assert row["windows"] > 1
+    options = ["--text", str(text_file), "--device", "cpu", "--plan", str(plan), "--output", str(tmp_path / "out")]
+    line = ["eval", "ppl", str(tiny_folder), *options]
+    assert main([*line, "--window", "64"]) == 2
+    assert "ppl-rows.jsonl: the same command goes on there" in capsys.readouterr().err
+    assert main([*line, "--window", "64"]) == 0
+    assert measured == ["dense", "orthorank", "orthorank"], "what was measured is not measured again"
+    assert main([*line, "--window", "32"]) == 0
+    assert measured[3:] == ["dense", "orthorank"], "other windows are measured anew"
+    assert json.loads((tmp_path / "out" / "ppl.json").read_text())["window"] == 32
 
 
 def test_wikitext_is_all_rows_of_the_test_split_joined_by_a_blank_line(tmp_path: Path) -> None:

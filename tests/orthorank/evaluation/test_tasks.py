@@ -13,6 +13,7 @@ import torch
 import orthorank
 from orthorank.cli import main
 from orthorank.common.errors import OrthoRankError
+from orthorank.evaluation import task_scores
 from orthorank.evaluation.task_scores import evaluate_tasks, paper_mean, task_differences
 
 pytestmark = pytest.mark.usefixtures("harness")
@@ -195,12 +196,12 @@ def test_mean_needs_accuracies() -> None:
 def test_the_command(folder: Path, task_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = PLAN.save_pretrained(tmp_path)
     options = ["--tasks", "rivers", "--include-path", str(task_folder), "--device", "cpu", "--limit", "4"]
-    file = tmp_path / "tasks.json"
-    assert main(["eval", "tasks", str(folder), "--plan", str(plan), *options, "--output", str(file)]) == 0
+    output = tmp_path / "out"
+    assert main(["eval", "tasks", str(folder), "--plan", str(plan), *options, "--output", str(output)]) == 0
     shown = capsys.readouterr().out
     assert "rivers" in shown
     assert "last token" in shown
-    assert json.loads(file.read_text())["tasks"][0]["rows"] == 4
+    assert json.loads((output / "tasks.json").read_text())["tasks"][0]["rows"] == 4
     assert main(["eval", "tasks", str(folder), "--tasks", "nothing", "--device", "cpu"]) == 2
     assert "tasks holds 'nothing'" in capsys.readouterr().err
 
@@ -214,7 +215,11 @@ def test_scores_of_rows_are_those_behind_the_accuracy(byte_model: tuple[Any, Any
 
 
 def test_several_plans_are_paired_with_the_dense_model(
-    folder: Path, task_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    task_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Each row's score of each plan from a run of its own, and the differences written down."""
     from orthorank.models import load_model
@@ -223,9 +228,21 @@ def test_several_plans_are_paired_with_the_dense_model(
     files = [str(plan.save_pretrained(tmp_path / name)) for name, plan in (("a", PLAN), ("b", removed))]
     options = ["--tasks", "rivers", "--include-path", str(task_folder), "--device", "cpu"]
     line = ["eval", "tasks", str(folder), *options, "--plan", files[0], "--plan", files[1]]
-    assert main([*line, "--output", str(tmp_path / "tasks.json")]) == 0
+    real, measured = task_scores.evaluate_tasks, []
+
+    def interrupted(*given: Any, **how: Any) -> dict[str, Any]:
+        measured.append(how["plan"])
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return real(*given, **how)
+
+    monkeypatch.setattr(task_scores, "evaluate_tasks", interrupted)
+    assert main([*line, "--output", str(tmp_path / "out")]) == 2
+    assert "the same command goes on there" in capsys.readouterr().err
+    assert main([*line, "--output", str(tmp_path / "out")]) == 0
+    assert len(measured) == 4, "the dense model and the first plan were kept"
     shown = " ".join(capsys.readouterr().out.split())
-    written = json.loads((tmp_path / "tasks.json").read_text())
+    written = json.loads((tmp_path / "out" / "tasks.json").read_text())
     assert [row["name"] for row in written["rows"]] == ["dense", "orthorank", "layer pruning"]
     model, tokenizer, _ = load_model(str(folder), device="cpu")
     scores = []
