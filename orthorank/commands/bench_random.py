@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from orthorank.commands.screen import table_of
 from orthorank.common.errors import OrthoRankError
+from orthorank.common.format import doubts
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -88,7 +89,12 @@ def _show(screen: Any, results: dict[str, Any], folder: Path | None) -> None:
         f"Attention of dense layers: {results['attention']}."
     )
     screen.table(_table(results))
-    screen.say("FLOPs: the speed-up that these alone would give; MiB: peak memory of an eager prefill.")
+    screen.say(
+        "FLOPs: the speed-up that these alone would give; prefill: median of the ratios within a round; ±: half of the "
+        "range between their quartiles; MiB: peak memory of an eager prefill."
+    )
+    for doubt in doubts(results["rows"], "prefill_speedup"):
+        screen.say(doubt)
     screen.say(results["rule"])
     screen.say(results["remark"])
     if folder is not None:
@@ -96,7 +102,7 @@ def _show(screen: Any, results: dict[str, Any], folder: Path | None) -> None:
 
 
 def _table(results: dict[str, Any]) -> "Table":
-    drawn = table_of("", "layers", "nominal", "FLOPs", "prefill", "ms", "tok/s", "MiB", no_wrap=True)
+    drawn = table_of("", "layers", "nominal", "FLOPs", "prefill", "±", "ms", "tok/s", "MiB", no_wrap=True)
     for row in results["rows"]:
         ideal, peak = row["flop_speedup"], row["peak_bytes"]
         drawn.add_row(
@@ -105,6 +111,7 @@ def _table(results: dict[str, Any]) -> "Table":
             f"{100 * row['nominal_sparsity']:.0f} %",
             "-" if ideal is None else f"{ideal:.2f}x",
             f"{row['prefill_speedup']:.2f}x",
+            f"{row['prefill_speedup_spread']:.2f}",
             f"{1000 * row['prefill_seconds']:,.1f}",
             f"{row['prefill_tokens_per_second']:,.0f}",
             "-" if peak is None else f"{peak / 2**20:,.0f}",

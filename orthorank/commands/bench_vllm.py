@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from orthorank.commands.screen import table_of
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import from_json
+from orthorank.common.format import doubts
 from orthorank.common.loading import quiet
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ def _show(screen: "RichScreen", results: dict[str, Any], folder: Path | None) ->
         "prefill of all prompts at once and time to the first token of one prompt; ±: half of the range between the "
         "quartiles of the speed-up."
     )
+    for doubt in doubts(results["rows"], "prefill_speedup"):
+        screen.say(doubt)
     if bench["remark"] is not None:
         screen.say(bench["remark"])
     else:

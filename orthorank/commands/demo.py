@@ -26,7 +26,11 @@ WINDOWS = "Calibration windows, on which layers are searched and maps fitted, of
 RANK = "Of the maps of the corrected rows; 0 leaves these rows out, unless a plan comes with maps."
 KEEP_RATIO = "Share of the tokens that a chosen layer still updates, in a search or with --layers. Default: 1/3."
 LAYERS = "Select in these layers instead of searching, such as 12,14 or 12-16,20."
-PROMPTS = "File of prompts, as orthorank compare reads it: the report has the answers side by side, and KL divergences."
+PROMPTS = (
+    "File of prompts, as orthorank compare reads it: the report has the answers side by side, and KL divergences. "
+    "Default: two short ones."
+)
+OWN_PROMPTS = Path(__file__).parent.parent / "demo" / "prompts.txt"
 SINK_LAYER = "Search after this layer, instead of the one in which the sink was found to form."
 
 
@@ -47,7 +51,7 @@ def command(
     sink_layer: Annotated[int | None, typer.Option(help=SINK_LAYER)] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt whose prefill is timed.")] = 2048,
     repeats: Annotated[int, typer.Option(help="Timed runs of each variant.")] = 3,
-    prompts: Annotated[Path | None, typer.Option(help=PROMPTS)] = None,
+    prompts: Annotated[Path, typer.Option(help=PROMPTS, show_default=False)] = OWN_PROMPTS,
 ) -> int:
     """Take or find a plan, measure it against layer pruning, and write a report.
 
@@ -89,6 +93,9 @@ def command(
 
     results = run_demo(settings, screen, show)
     screen.table(speed_table(results))
+    screen.say(
+        "Speed-ups are medians over the rounds, in which all take turns; ±: half of the range between the quartiles."
+    )
     if "compare" in results:
         screen.table(compared_table(results["compare"]))
     screen.say(words.verdict(results))

@@ -13,6 +13,8 @@ TITLES = {
     "layer-pruning-corrected": "layer pruning, corrected",
     "orthorank-corrected": "OrthoRank, corrected",
 }
+MEASURED = 1.03  # a speed-up this many times the FLOPs' is above it by more than the kernels' differences explain
+APART = 0.1  # the share by which rounds may differ without a remark
 CORRECTED = "-corrected"  # ends the name of a row whose plan has maps
 
 
@@ -41,6 +43,17 @@ def ratio(value: float) -> str:
     ('1/3', '0.25', '0')
     """
     return "1/3" if abs(value - 1 / 3) < 1e-3 else f"{value:g}"
+
+
+def duration(seconds: float) -> str:
+    """A time that nobody needs to the second.
+
+    >>> duration(0.4), duration(95), duration(240), duration(9000)
+    ('1 s', '95 s', '4 min', '2.5 h')
+    """
+    if seconds < 120:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def layers(numbers: list[int]) -> str:
@@ -88,9 +101,10 @@ def verdict(results: Results) -> str:
     if not (dense and ortho and dense.get("perplexity") and ortho.get("perplexity")):
         return "The run ended before perplexity was measured; what was found until then is below."
     sparsity = percent(ortho["nominal_sparsity"])
+    times = ortho["perplexity"] / dense["perplexity"]
     sentences = [
-        f"At {sparsity} sparsity OrthoRank has a perplexity of {figure(ortho['perplexity'])}, the dense model "
-        f"{figure(dense['perplexity'])}"
+        f"At {sparsity} sparsity OrthoRank has a perplexity of {figure(ortho['perplexity'])}, {times:.2f} times the "
+        f"dense model's {figure(dense['perplexity'])}"
     ]
     if pruned and pruned.get("perplexity"):
         removed = f"{len(pruned['layers'])} layer{'s' if len(pruned['layers']) > 1 else ''} removed"
@@ -104,7 +118,40 @@ def verdict(results: Results) -> str:
             f"Prefill runs {ortho['speedup']:.2f} times as fast as the dense model "
             f"(by FLOPs alone it would be {ortho['flop_speedup']:.2f} times)"
         )
+        sentences += [doubt.rstrip(".") for doubt in doubts(results["rows"])]
     return ". ".join(sentences) + "."
+
+
+def doubts(rows: list[dict[str, Any]], speedup: str = "speedup") -> list[str]:
+    """What speaks against measured speed-ups: more than the FLOPs that are left out allow, or rounds far apart.
+
+    Args:
+        rows: with ``flop_speedup``, the figure ``speedup`` and its ``_spread``, half of the range between the quartiles
+            of the rounds.
+
+    >>> row = {"name": "a", "flop_speedup": 1.2, "speedup": 1.6, "speedup_spread": 0.02}
+    >>> print(*doubts([row]))
+    a: 1.60x is more than the 1.20x that its FLOPs allow, so something else disturbed the timing; time it again.
+    >>> print(*doubts([row | {"speedup": 1.18, "speedup_spread": 0.1}]))
+    a: the middle half of the rounds differs by 17 %, so 1.18x is not sure; time more rounds on an idle machine.
+    """
+    said = []
+    for row in rows:
+        value, bound, half = row.get(speedup), row.get("flop_speedup"), row.get(f"{speedup}_spread")
+        if value is None:
+            continue
+        name, spread = TITLES.get(row["name"], row["name"]), half or 0.0
+        if bound is not None and value > max(bound + spread, MEASURED * bound):
+            said.append(
+                f"{name}: {value:.2f}x is more than the {bound:.2f}x that its FLOPs allow, so something else disturbed "
+                "the timing; time it again."
+            )
+        elif 2 * spread > APART * value:
+            said.append(
+                f"{name}: the middle half of the rounds differs by {200 * spread / value:.0f} %, so {value:.2f}x is "
+                "not sure; time more rounds on an idle machine."
+            )
+    return said
 
 
 def _corrected(results: Results) -> list[str]:
@@ -252,13 +299,15 @@ def quality_cells(row: dict[str, Any]) -> list[str]:
 
 
 def speed_cells(row: dict[str, Any]) -> list[str]:
-    """Name, tokens/s, speed-up, FLOP-ideal speed-up.
+    """Name, tokens/s, speed-up with half of the range between its quartiles, FLOP-ideal speed-up.
 
     >>> speed_cells({"name": "dense", "tokens_per_second": 321.4, "speedup": 1.0, "flop_speedup": 1.0})
     ['dense', '321', '1.00x', '1.00x']
     """
-    figures = ("tokens_per_second", "speedup", "flop_speedup")
-    return [TITLES[row["name"]], *(shown(key, row.get(key)) for key in figures)]
+    figures = [shown(key, row.get(key)) for key in ("tokens_per_second", "speedup", "flop_speedup")]
+    if row.get("speedup_spread"):
+        figures[1] += f" ± {row['speedup_spread']:.2f}"
+    return [TITLES[row["name"]], *figures]
 
 
 def _span(values: list[float]) -> str:

@@ -11,7 +11,7 @@ from orthorank.config import OrthoRankConfig
 from orthorank.demo.correct import Plans
 from orthorank.demo.run import Run
 
-ANSWER_TOKENS = 64  # at most, of the answer to a prompt
+ANSWER_TOKENS = 32  # at most, of the answer to a prompt
 MAP_TOKENS = 200  # of the token map: as much as one looks at
 
 Variants = dict[str, OrthoRankConfig | None]
@@ -126,6 +126,7 @@ def _add_speed(run: Run, variants: Variants) -> None:
     for row in run.results["rows"]:
         timing = report.timings[row["name"]]
         row["tokens_per_second"], row["speedup"] = timing.tokens_per_second, timing.speedup
+        row["speedup_spread"] = timing.speedup_spread
     run.results["speed"] = report.to_dict()
 
 

@@ -1,8 +1,9 @@
-"""The HTML page of a run: one file without scripts or links to load, for light and dark, narrow and wide screens.
+"""The HTML page of a run: one file that loads nothing, for light and dark, narrow and wide screens.
 
 What it says stands in ``page.html.j2``, how it looks in ``page.css``.
 """
 
+import shlex
 from typing import Any
 
 from orthorank.common import format as words
@@ -41,6 +42,6 @@ def render(template: str, **given: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["repr"] = repr
+    environment.filters |= {"repr": repr, "quoted": shlex.quote}
     colours = {"light": LIGHT, "dark": DARK, "dark_rules": dark_rules()}
     return environment.get_template(template).render(words=words, pictures=pictures, **colours, **given)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.progress import Screen, SilentScreen
 from orthorank.config import OrthoRankConfig
@@ -76,12 +77,15 @@ def _greedy(job: Job) -> Outcome:
 def greedy(job: Job, title: str, saved: SearchState | None = None, save_to: Path | None = None) -> SearchState:
     """SLEB's search on the job's windows, with a bar called ``title``. Arguments and errors as for `greedy_search`."""
     state = begin_search(job.evaluator, job.candidates, job.count, fast=job.settings.fast, state=saved)
+    began, before = time.perf_counter(), state.done
     with job.screen.progress(title, state.total) as advance:
         if saved is not None:
             job.screen.say(f"resumed after {state.done} of {state.total} evaluations")
             advance(state.done, "")
 
         def on_evaluation(number: int, layer: int, loss: float, best: float, done: int, total: int) -> None:
+            if done == before + 1:
+                job.screen.say(_expected(job, layer, time.perf_counter() - began, total - done))
             over = len(state.chosen) > number
             found = state.chosen[-1] if over else state.best[1]
             advance(done, f"round {number + 1}/{state.rounds}, layer {layer}; best: layer {found}, {best:.4f}")
@@ -99,6 +103,14 @@ def greedy(job: Job, title: str, saved: SearchState | None = None, save_to: Path
             save_to=save_to,
             until=_until(job),
         )
+
+
+def _expected(job: Job, layer: int, seconds: float, left: int) -> str:
+    """How long the search will take, by its first evaluation: one of a layer computes that layer and those above."""
+    depth = job.stack.num_layers
+    usual = sum(depth - each for each in job.candidates) / len(job.candidates)
+    most = "at most " if job.settings.open_ended else ""
+    return f"{most}{left} evaluations are left, about {words.duration(seconds * left * usual / (depth - layer))}"
 
 
 def _until(job: Job) -> Callable[[SearchState], bool] | None:

@@ -49,7 +49,7 @@ def test_a_prompt_that_is_too_long_is_refused_before_the_long_work(
     tiny_folder: Path, tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts.write_text("x" * 500)
-    with pytest.raises(OrthoRankError, match="prompt 1 has 500 tokens, and with an answer of max_new_tokens 64"):
+    with pytest.raises(OrthoRankError, match="prompt 1 has 500 tokens, and with an answer of max_new_tokens 32"):
         run_demo(settings(tiny_folder, tmp_path / "demo", prompts=prompts), watcher := Watcher())
     assert list(watcher.seen) == ["loading the model"]
     assert main(["demo", "--output", str(tmp_path / "demo"), "--prompts", str(tmp_path / "nowhere")]) == 2

@@ -1,6 +1,7 @@
 """The page is read back: structure, figures, and what it says when OrthoRank is the worse choice."""
 
 import re
+import shlex
 import sys
 from html import unescape
 from html.parser import HTMLParser
@@ -125,7 +126,8 @@ def test_the_page_stands_alone(results):
     page = Page(html)
     assert html.startswith("<!doctype html>")
     assert [a for _, a in page.tags if {"src", "href", "srcset"} & set(a)] == []
-    assert page.count("script") == page.count("link") == page.count("iframe") == 0
+    assert page.count("link") == page.count("iframe") == 0
+    assert page.count("script") == 1, "that of the copy buttons, which is in the page"
     assert "@import" not in html
     assert "url(" not in html
     assert page.count("meta", name="viewport", content="width=device-width, initial-scale=1") == 1
@@ -224,7 +226,7 @@ def test_the_verdict_without_layer_pruning(results):
     del results["rows"][1]
     assert "removed" not in words.verdict(results)
     assert words.verdict(results).startswith(
-        "At 20 % sparsity OrthoRank has a perplexity of 50.00, the dense model 21.15"
+        "At 20 % sparsity OrthoRank has a perplexity of 50.00, 2.36 times the dense model's 21.15"
     )
 
 
@@ -253,7 +255,7 @@ def test_the_verdict_says_where_the_sparsities_differ(results):
     results["rows"][2] |= {"layers": [12, 13, 14, 18], "nominal_sparsity": 0.0889}
     said = words.verdict(results)
     assert said.startswith(
-        "At 8.9 % sparsity OrthoRank has a perplexity of 50.00, the dense model 21.15, and the model"
+        "At 8.9 % sparsity OrthoRank has a perplexity of 50.00, 2.36 times the dense model's 21.15, and the model"
     )
     assert "with 3 layers removed (10 %) 47.00" in said
 
@@ -325,8 +327,12 @@ def test_a_scatter_places_points_by_their_figures():
 
 def usage(html: str) -> str:
     """The Python on the page."""
-    (code,) = re.findall(r"<pre>(.*?)</pre>", html, re.DOTALL)
-    return unescape(code)
+    return blocks(html)[0]
+
+
+def blocks(html: str) -> list[str]:
+    """What can be copied on the page."""
+    return [unescape(code) for code in re.findall(r'<div class="code">.*?<pre>(.*?)</pre></div>', html, re.DOTALL)]
 
 
 def test_the_usage_in_the_page_is_python(results):
@@ -337,6 +343,29 @@ def test_the_usage_in_the_page_is_python(results):
     code = usage(html_page(results))
     compile(code, "usage", "exec")
     assert """load_model("owner/<model>'s")""" in code
+
+
+def test_the_next_commands_take_the_corrected_plan_where_there_is_one(results):
+    commands = [shlex.split(command) for command in blocks(html_page(results))[1:]]
+    assert commands[-1] == ["orthorank", "bench", "--plan", "orthorank-demo/orthorank.json"]
+    results["settings"]["model"] = "owner/it's"
+    results["corrected_plan_file"] = "a folder/orthorank.json"
+    for command, name in zip(blocks(html_page(results))[1:], ("eval", "compare", "bench"), strict=True):
+        found = shlex.split(command)
+        assert found[:2] == ["orthorank", name]
+        assert found[found.index("--plan") - 1 :][:3] == ["owner/it's", "--plan", "a folder/orthorank.json"]
+
+
+def test_speed_ups_come_with_their_spread_and_with_what_speaks_against_them(results):
+    quiet = Page(html_page(results)).text
+    assert "FLOPs allow" not in quiet
+    results["rows"][2] |= {"speedup": 1.2, "speedup_spread": 0.03}
+    assert "1.20x ± 0.03" in Page(html_page(results)).text
+    results["rows"][2] |= {"speedup": 1.64}
+    assert "OrthoRank: 1.64x is more than the 1.24x that its FLOPs allow" in Page(html_page(results)).text
+    results["rows"][2] |= {"speedup": 1.2, "speedup_spread": 0.07}
+    assert "differs by 12 %, so 1.20x is not sure" in Page(html_page(results)).text
+    assert words.doubts([{"name": "a", "speedup": 1.02, "flop_speedup": 1.0, "speedup_spread": 0.0}]) == []
 
 
 def test_how_it_was_measured(results):

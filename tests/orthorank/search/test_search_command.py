@@ -89,6 +89,16 @@ def test_the_watcher_sees_rounds_candidates_and_the_best(finished: Any) -> None:
     assert rounds == [f"round {n + 1} of 2: best loss {best[n]:.4f} (layer {order[n]})" for n in (0, 1)]
 
 
+def test_the_watcher_knows_after_one_evaluation_how_long_the_search_takes(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation of layer 1 of 6 computes 5 layers, one of the candidates 1 to 4 on average 3.5."""
+    hours = iter(range(0, 10**9, 3600))
+    monkeypatch.setattr("orthorank.search.run.time.perf_counter", lambda: float(next(hours)))
+    run_search(settings(tiny_folder, tmp_path / "out"), watcher := Watcher())
+    assert [said for said in watcher.said if "evaluations" in said] == ["6 evaluations are left, about 4.2 h"]
+
+
 def test_an_earlier_result_is_not_overwritten(finished: Any, tiny_folder: Path) -> None:
     output, _, _ = finished
     before = {file.name: file.read_bytes() for file in output.iterdir()}
