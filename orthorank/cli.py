@@ -55,7 +55,7 @@ def answer(app: Callable[[], "typer.Typer"], arguments: Sequence[str] | None, na
         return _fail(NOTHING_KEPT)
     except OrthoRankError as error:
         return _fail(str(error))
-    except (BrokenPipeError, SystemExit):  # rich and click leave by SystemExit when nobody reads any more
+    except (BrokenPipeError, SystemExit):  # rich and click leave by SystemExit when the reader has closed the pipe
         return _fail("the output was closed")
     except Exception as error:
         if _interrupted(error):

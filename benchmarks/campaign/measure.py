@@ -107,7 +107,7 @@ def words(error: BaseException) -> str:
 
 
 def poison(result: Any) -> None:
-    """Fill what a call returned with NaN or the largest integers, so that what nobody writes is seen."""
+    """Fill what a call returned with NaN or the largest integers, so that what is not written is seen."""
     for x in tensors(result):
         x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max)
 

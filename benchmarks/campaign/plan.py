@@ -65,7 +65,7 @@ SMOKE = Step(
     [Child("ops", own("smoke", "ops"))]
     + [Child(kernel.name, own("smoke", kernel.name), seconds=20, off=kernel.off) for kernel in KERNELS],
 )  # fmt: skip
-# Later steps find them in the page cache; nobody waits for it but who is killed at the limit.
+# Later steps find them in the page cache; no step waits for it.
 IMPORTS = ("-c", "import transformers.models.llama.modeling_llama, triton, torch._dynamo")
 TESTS = ("benchmarks/on_gpu.py", "tests", "--output", "{work}", "--seconds", "{seconds}")
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.hardware",

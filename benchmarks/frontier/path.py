@@ -64,7 +64,7 @@ def lay(
 ) -> None:
     """Change one layer after the other until a plan has at most ``until`` of the dense model's FLOPs.
 
-    Every change sees the first windows; the best quarter of them sees all. The worse half sits out the next round.
+    Every change sees the first windows; the best quarter of them sees all. The next round leaves out the worse half.
 
     Args:
         ratios: what each layer may become, in any order.

@@ -167,7 +167,7 @@ class Ledger:
         self.fresh = False  # whether the last answer was not in the state
 
     def loss(self, plan: Plan, limit: float = math.inf) -> float:
-        """The loss of ``plan``; inf if and only if it is above ``limit`` or not finite, whoever knew it first."""
+        """The loss of ``plan``; inf if and only if it is above ``limit`` or not finite, by any process's figure."""
         key = key_of(plan)
         stored = self.state.seen.setdefault(key, Seen())
         self.fresh = stored.answer(limit) is None

@@ -8,7 +8,7 @@ class MixedWatcher:
     """Turns the progress of a search into a bar in per cent.
 
     Args:
-        advance, screen: who is told.
+        advance, screen: where progress is shown.
     """
 
     def __init__(self, advance: Advance, screen: Screen) -> None:

@@ -103,7 +103,7 @@ class Call:
         return self.keep_last if self.decode_tokens == 0 or self.keep_last == 0 else None
 
     def forced_mask(self, device: torch.device) -> Tensor:
-        """Which tokens are updated whatever their score: bool ``[batch or 1, tokens]``, without a word on padding."""
+        """Which tokens are updated whatever their score: bool ``[batch or 1, tokens]``, padding included."""
         column = torch.arange(self.tokens, device=device)[None]
         prompt_end, end = self._ends()
         return (column >= prompt_end - self.kept) & (column < (prompt_end if self.ranks_decoded else end))

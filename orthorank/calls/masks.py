@@ -66,7 +66,7 @@ def _check_causal(visible: Tensor, columns: Columns | None) -> None:
         start, end = (c[:, None, None] for c in columns)
         expected = expected & (key >= start) & (key < end)
         padding = (query < start) | (query >= end)
-    # What a padding query sees matters to nobody; some masks let it see everything, lest its softmax be NaN.
+    # What a padding query sees changes no result; some masks let it see everything, lest its softmax be NaN.
     right = (visible == expected).all(-1) | (visible.all(-1) & padding.squeeze(-1))
     if _any(~right):
         raise OrthoRankError(

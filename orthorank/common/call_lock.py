@@ -10,7 +10,7 @@ class CallLock:
     """Held by the thread that calls a patched model, or that is inside `generate()` or one of the handle's contexts.
 
     That thread may enter again; another one is refused at once, whatever it is about to do. Deep copies and pickles of
-    a model have a lock of their own, which nobody holds. Compiled code does not touch it: a lock would break the graph.
+    a model have a lock of their own, not held. Compiled code does not touch it: a lock would break the graph.
 
     Example:
         >>> lock = CallLock()

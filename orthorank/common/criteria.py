@@ -193,7 +193,7 @@ def check_criterion(name: object) -> None:
     """A plan may name ``name``; entry points of that name are loaded.
 
     Raises:
-        OrthoRankError: nobody has registered it; the message says how that is done.
+        OrthoRankError: it is not registered; the message says how that is done.
     """
     legal = f"it may be {' or '.join(map(repr, names()))}"
     if not isinstance(name, str):
@@ -213,7 +213,7 @@ def find(name: str) -> Criterion:
     """The criterion that is registered as ``name`` (of the built-in ones, those of `orthorank.hf.ablations`).
 
     Raises:
-        OrthoRankError: nobody has registered it.
+        OrthoRankError: it is not registered.
     """
     if name not in _REGISTERED:
         check_criterion(name)

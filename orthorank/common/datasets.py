@@ -31,7 +31,7 @@ class Recipe:
         path, arguments: for `datasets.load_dataset`. split: of the dataset.
         joiner: what stands between two rows. words: the recipe in words, as plans record it.
         rows: how many make a text; None: all. shuffled: with seed 0.
-        windows: of 2,048 tokens, where nobody says how many; None: all that the text fills.
+        windows: of 2,048 tokens, where the user does not say how many; None: all that the text fills.
     """
 
     path: str

@@ -46,7 +46,7 @@ def ratio(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time that nobody needs to the second.
+    """A time, rounded to what a reader needs.
 
     >>> duration(0.4), duration(95), duration(240), duration(9000)
     ('1 s', '95 s', '4 min', '2.5 h')

@@ -53,7 +53,7 @@ def fetch(place: Place, name: str, most: int, token: str | bool | None = None) -
         token: as huggingface_hub takes it; None: of the login, if there is one.
 
     Raises:
-        OrthoRankError: there is no such repository, revision or file, it is too large, or nobody answers.
+        OrthoRankError: there is no such repository, revision or file, it is too large, or the Hub does not answer.
     """
     given: dict[str, Any] = {"revision": place.revision, "token": token, **_LIBRARY}
     with _told(place, name):
@@ -137,7 +137,7 @@ def _reason(error: Exception, place: Place, what: str) -> str:
     if isinstance(error, errors.EntryNotFoundError):
         return f"it has no file {what}; a plan is pushed with save_pretrained(folder, push_to_hub=True)"
     if isinstance(error, errors.LocalTokenNotFoundError):
-        return "nobody is logged in; run `hf auth login`, or give a token"
+        return "you are not logged in; run `hf auth login`, or give a token"
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
         return "the token may not do this; log in with one that may write, with `hf auth login`, or give it"
     said = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

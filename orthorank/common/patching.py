@@ -66,7 +66,7 @@ class Patch:
             self.owner.__dict__[self.name] = self.replaced
 
     def check_on_top(self) -> None:
-        """Nobody replaced the method after this patch, else undoing would lose that replacement."""
+        """No other code has replaced the method after this patch, else undoing would lose that replacement."""
         if not self._names() and not self._was_put_back():
             raise OrthoRankError(
                 f"{type(self.owner).__name__}.{self.name} was replaced again after the plan was applied; undo that "

@@ -21,7 +21,7 @@ class Screen(Protocol):
 
 
 class SilentScreen:
-    """Nobody watches.
+    """Shows nothing: for code that no terminal watches.
 
     >>> with SilentScreen().progress("search", 3) as advance:
     ...     advance(1, "one done")

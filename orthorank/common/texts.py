@@ -134,7 +134,7 @@ def find_text(path: str | Path | None = None) -> Text:
 
 
 def remark_on(*texts: Text, options: str = "--text FILE or --dataset NAME") -> str | None:
-    """What is to be said where one of ``texts`` is the default one, which is nobody's own; None where none is.
+    """What is to be said where one of ``texts`` is the default one, which is not the user's; None where none is.
 
     Args:
         options: of the command, by which another text is named.

@@ -34,7 +34,7 @@ def run_demo(
     """Run the main job.
 
     Args:
-        settings: what to do. screen: is told what happens; None: nobody.
+        settings: what to do. screen: what happens is shown on it; None: nowhere.
         on_quality: called with the results once perplexity is known, before speed is measured.
 
     Returns:

@@ -33,7 +33,7 @@ def claim(answers: MutableMapping[str, Any], owner: dict[str, Any], file: str) -
     """Note that ``answers``, the mapping in ``file``, are of ``owner``.
 
     Raises:
-        OrthoRankError: they are of another one, or nobody knows of whom.
+        OrthoRankError: they are of another one, or the file does not say of which.
     """
     remedy = "name another file for each model and plan (--use_cache), or delete it"
     found = answers.get(OWNER)

@@ -1,6 +1,6 @@
 """The command line of lm-evaluation-harness with the model ``orthorank`` registered.
 
-The harness finds no models of others by itself. This passes everything on to it:
+The harness knows only its own models. This registers ours and passes all arguments on to it:
 
     python -m orthorank.evaluation.lm_eval run --model orthorank \\
         --model_args pretrained=HuggingFaceTB/SmolLM2-135M-Instruct,plan=my-plan --tasks piqa

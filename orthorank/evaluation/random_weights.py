@@ -117,7 +117,7 @@ def read_config(config: str | Path, layers: int | None = None) -> Any:
 
 
 def unsearched_plans(num_layers: int) -> "dict[str, OrthoRankConfig]":
-    """Layer pruning and OrthoRank plans at 10 and 20 % nominal sparsity, whose layers nobody searched.
+    """Layer pruning and OrthoRank plans at 10 and 20 % nominal sparsity, whose layers no search has chosen.
 
     Random weights give a search nothing to find, and for speed it does not matter which layers select. The rule: the
     last layers before the final one, as many as `orthorank.config.layer_count` says. A sparsity of less than

@@ -257,7 +257,7 @@ class Handle(AbstractContextManager["Handle"]):
         return vars(self) | {"phase": self._plain(), "call": None, "watcher": None}
 
     def _plain(self) -> Phase:
-        """What holds of a call of which nobody said anything.
+        """What holds of a call that the user said nothing of.
 
         A model that generates is scored, as the paper does it, with no token forced. Of one that does not, an encoder
         or a classifier, the last token's state is what is asked for.
@@ -328,7 +328,7 @@ class Handle(AbstractContextManager["Handle"]):
     def decoding(self) -> AbstractContextManager[None]:
         """Inside, every token of every call is a generated one, however many come in one call.
 
-        That is dense, unless the plan says ``decode="threshold"``. A cache may be continued whoever filled it.
+        That is dense, unless the plan says ``decode="threshold"``. It may continue any cache.
         """
         return phase_of(self, Phase(prompt=0, decodes=True, any_cache=True))
 

@@ -166,7 +166,7 @@ def _ranks(
         elif need == "seed":
             needed[need] = plan.seed
         else:
-            assert parts is not None  # whoever selects in a layer has its parts
+            assert parts is not None  # a layer that selects has its parts
             projected = parts.queries if need.endswith("queries") else lambda x: parts.keys_and_values(x)[0]
             needed[need] = projected(of_sink[:, None])[:, :, 0] if need.startswith("sink_") else projected(states)
     return criterion(states, of_sink, call.ranked_mask(states.device), **needed)

@@ -1,6 +1,6 @@
 """Whether a family's spec says what its layers do: selected rows against the dense layer's, on a tiny copy of a model.
 
-A spec that nobody tested may leave out a window, a bias or a scale, and the model would go on, slightly wrong. So a
+A spec that was never tested may leave out a window, a bias or a scale, and the model would go on, slightly wrong. So a
 model is made of the same classes and the same kind of configuration, small and with random weights, and each of its
 layers is run twice: as it is, and from its parts with half of the tokens selected. What a selected token becomes must
 be its row of the dense layer's output.

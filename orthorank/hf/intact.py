@@ -1,7 +1,7 @@
 """Whether a layer is what its family's spec says, before it is run from its parts instead of being called.
 
 A selected layer calls its projections, its MLP and, where they are more than their weights, its norms. It does not call
-its own class's forward, nor its attention: what was hung on those would be left out without a word. So it is looked at,
+its own class's forward, nor its attention: what was hung on those would be left out silently. So it is looked at,
 when the plan is applied and before each call that is not compiled, and refused by name.
 """
 

@@ -44,7 +44,7 @@ def selected_forward(
     Args:
         parts: the layer's modules; index: its number, which names its entry in ``cache``.
         config: the plan; call: what is prompt and what is padding.
-        hidden_states: ``[batch, tokens, hidden]``. Left as it is: whoever captured it keeps the right values.
+        hidden_states: ``[batch, tokens, hidden]``. Left as it is: a caller that captured it keeps the right values.
         position_embeddings: cos and sin, ``[batch or 1, tokens, rotary_dim]``.
         cache: a transformers cache, which gets the keys and values of all tokens, or None. None with ``kv="selected"``.
         updated: gets how many tokens are updated, at its end.

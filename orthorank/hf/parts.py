@@ -248,7 +248,7 @@ def fused(projection: Any, normed: Tensor, groups: int, which: str) -> tuple[Ten
     return (part,) if which == "q" else (part[..., :kv], part[..., kv:])
 
 
-# Whose forward is down_proj(silu(gate) * up), if nobody changed it: gate and up of two projections, or of one.
+# Whose forward is down_proj(silu(gate) * up), unless a library changed it: gate and up of two projections, or of one.
 SWIGLU = {
     "split": (
         "CohereMLP",

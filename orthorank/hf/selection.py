@@ -119,7 +119,7 @@ def pick(plan: OrthoRankConfig, layer: int, call: Call, ranks: Tensor, sinks: Te
 
 
 def count_of(plan: OrthoRankConfig, layer: int, call: Call, positions: Tensor, counts: Tensor) -> int | Tensor:
-    """How many tokens are updated in all: an int where it is known beforehand, or else a tensor that nobody reads yet.
+    """How many tokens are updated in all: an int where it is known beforehand, or else a tensor that is not read yet.
 
     Args:
         positions, counts: as in `Picked`.

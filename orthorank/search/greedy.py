@@ -168,9 +168,9 @@ def _finish(state: SearchState) -> None:
 def fast_evaluations(evaluator: Evaluator, state: SearchState) -> Iterator[tuple[int, float, bool]]:
     """Evaluate what is left of the running round.
 
-    Whoever is worse than half of the candidates on the windows seen so far is out, and whoever was so on the first
-    windows sits out the next round (`SearchState.entrants`). So the winner need not be the candidate with the smallest
-    loss on all windows; but it has seen them all, and so have the losses that are reported.
+    A candidate that is worse than half of them on the windows seen so far is dropped, and one that was so on the first
+    windows is not tried in the next round (`SearchState.entrants`). So the winner need not be the candidate with the
+    smallest loss on all windows; but it has seen them all, and so have the losses that are reported.
 
     Args:
         evaluator: started with the state's plan.

@@ -26,7 +26,7 @@ def run_search(settings: SearchSettings, screen: Screen | None = None) -> dict[s
     """Choose layers and write the plan to ``settings.output``.
 
     Args:
-        settings: what to do. screen: is told what happens; None: nobody.
+        settings: what to do. screen: what happens is shown on it; None: nowhere.
 
     Returns:
         The results, as ``search.json`` in the folder holds them: ``rows`` (the dense model and the plan), ``plan``,

@@ -112,7 +112,7 @@ def _found(op: str, kind: str, target: str, autotune: bool) -> Settings:
 
 @lru_cache
 def default(op: str, kind: str, target: str) -> Settings:
-    """Settings for GPUs that nobody measured: those of the family, or of any.
+    """Settings for GPUs that have none of their own: those of the family, or of any.
 
     >>> default("gather_rows", "rows of 8192 bytes", "sm_90")
     {'bytes': 8192, 'num_warps': 2}

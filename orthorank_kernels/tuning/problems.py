@@ -67,7 +67,7 @@ class Random:
 
 
 class Blank(Random):
-    """Tensors of the same shapes whose values nobody set, for launches that compile and do not run."""
+    """Tensors of the same shapes whose values are not set, for launches that compile and do not run."""
 
     def __init__(self, device: torch.device):
         self.device = device

@@ -136,7 +136,7 @@ def save(op: str, name: str, tuned: dict[str, Tuned], folder: Path) -> Path:
 
 
 def at_first_launch(op: str, kind: str, target: str) -> Settings:
-    """Settings for a GPU that nobody measured, with ``ORTHORANK_AUTOTUNE=1``: measured now, and kept for the next time.
+    """Settings for a GPU that has none, with ``ORTHORANK_AUTOTUNE=1``: measured now, and kept for the next time.
 
     The default where that cannot be done: while a graph is captured, or when the measurement fails.
     """

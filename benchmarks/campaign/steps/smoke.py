@@ -1,4 +1,4 @@
-"""Every op once at the shapes of a model, against float64; outputs that nobody writes are NaN. No times.
+"""Every op once at the shapes of a model, against float64; outputs that are not written are NaN. No times.
 
 ``what`` is "ops" for everything but attention, or the name of an attention kernel.
 """

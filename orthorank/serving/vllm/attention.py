@@ -86,7 +86,7 @@ def attend_portable(attention: Any, queries: Tensor, chosen: PackedRows, metadat
     common = metadata.common
     count = queries.shape[0]
     owner = _request_of(chosen, count)
-    positions = chosen.positions.clamp(min=0)  # rows that are not there read one key, and nobody reads them
+    positions = chosen.positions.clamp(min=0)  # rows that are not there read one key, and no result uses them
     starts = torch.arange(count + 1, dtype=torch.int32)
     rows = common.replace(
         query_start_loc=starts.to(queries.device, non_blocking=True),

@@ -123,7 +123,7 @@ def lost_plan(model_config: Any) -> Iterator[str]:
 
 
 def _settings(vllm_config: Any) -> Iterator[str]:
-    """Settings of vLLM that selecting layers do not work with, or that nobody has tried."""
+    """Settings of vLLM that selecting layers do not work with, or that were never tried."""
     parallel = vllm_config.parallel_config
     for name, flag in (
         ("decode_context_parallel_size", "--decode-context-parallel-size"),

@@ -34,7 +34,7 @@ class RequestTable:
         """Prompt lengths and first tokens of the rows of ``common``, a step's metadata. 0 for rows of no request.
 
         Raises:
-            OrthoRankError: there are prompts in it, of a model runner that told nobody of them.
+            OrthoRankError: there are prompts in it, of a model runner that did not announce them.
         """
         count = common.num_reqs
         if common.req_idx is not None:

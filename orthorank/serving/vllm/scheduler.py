@@ -86,7 +86,7 @@ class _Rules(Scheduler):
         """How many tokens the next chunk of ``request`` takes. vLLM's name for the question, from other models."""
         computed = num_new_local_computed_tokens + num_external_computed_tokens
         start = request.num_computed_tokens + computed
-        assert self._window is not None  # nobody asks without
+        assert self._window is not None  # only asked for where there is one
         prompt = prompt_tokens(request.num_prompt_tokens, request.sampling_params)
         return chunk_tokens(start, num_new_tokens, prompt, self._window)
 

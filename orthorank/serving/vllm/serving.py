@@ -86,7 +86,7 @@ class Serving:
 
 
 def _plan(value: object) -> OrthoRankConfig:
-    """Keys that a plan does not have are refused here: nobody reads a warning in a server's log.
+    """Keys that a plan does not have are refused here: a warning in a server's log is not read.
 
     The other warnings stay what they are: that a newer version wrote the plan; that it has no layers, which `checks`
     refuses.
