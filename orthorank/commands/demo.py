@@ -35,7 +35,8 @@ SINK_LAYER = "Search after this layer, instead of the one in which the sink was 
 
 
 def command(
-    model: Annotated[str | None, typer.Option(help=MODEL)] = None,
+    model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
+    named: Annotated[str | None, typer.Option("--model", help="The same as the argument.", show_default=False)] = None,
     text: Annotated[Path | None, typer.Option(help=TEXT)] = None,
     plan: Annotated[str | None, typer.Option(help=PLAN)] = None,
     search: Annotated[bool, typer.Option("--search", help=SEARCH)] = False,
@@ -62,11 +63,14 @@ def command(
     if search and plan not in (None, "search"):
         raise OrthoRankError(f"both --search and --plan ({plan}) say where the layers come from; give one of them")
 
+    if model is not None and named is not None:
+        raise OrthoRankError(f"the model is named twice, {model!r} and --model {named!r}; name it once")
+
     from orthorank.demo.settings import Settings
 
     settings = Settings(
         output=output,
-        model=model,
+        model=model or named,
         text=text,
         plan="search" if search else "auto" if plan is None else plan,
         sparsity=number("sparsity", sparsity),

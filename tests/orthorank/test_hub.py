@@ -311,3 +311,25 @@ def test_a_command_takes_a_name(
         assert main(["eval", "ppl", str(tiny_folder), *options]) == 0
         assert main(["eval", "ppl", str(tiny_folder), "--plan", "org/other"]) == 2
     assert "there is no such repository" in capsys.readouterr().err
+
+
+def test_a_command_takes_a_model_s_revision(
+    hub: Hub, tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model is at the tag alone; what is on the main branch has no model in it."""
+    from orthorank.cli import main
+
+    files = {file.name: file.read_bytes() for file in tiny_folder.iterdir() if file.is_file()}
+    repo = hub.repos.setdefault("org/model", Repo())
+    repo.commit({"README.md": b"none yet"})
+    repo.commit(files, ref="v2")
+    text = tmp_path / "text.txt"
+    text.write_text("Words and more words. " * 40)
+    options = ["--window", "32", "--text", str(text), "--device", "cpu", "--json"]
+    assert main(["eval", "ppl", "org/model", "--revision", "v2", *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["model"]["name"], len(found["rows"])) == ("org/model@v2", 1)
+    assert main(["eval", "ppl", "org/model", *options]) == 2
+    assert "model 'org/model'" in capsys.readouterr().err
+    assert main(["eval", "ppl", "org/model", "--revision", "v3", *options]) == 2
+    assert "org/model@v3" in capsys.readouterr().err

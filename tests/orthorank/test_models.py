@@ -8,7 +8,7 @@ import torch
 from orthorank import OrthoRankError, models
 from orthorank.common import loading
 from orthorank.config import hub_id
-from orthorank.models import PACKAGED_ID, load_model, locate, pick_device, pick_dtype
+from orthorank.models import PACKAGED_ID, at_revision, load_model, locate, pick_device, pick_dtype
 
 
 def test_a_folder_loads_in_eval_mode_and_fp32_on_the_cpu(tiny_folder):
@@ -96,6 +96,39 @@ def test_an_unknown_model_is_one_sentence(name, words):
         load_model(name)
     assert name in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_revision_is_part_of_the_name():
+    where = locate(at_revision("org/name", "v2"))
+    assert (where.name, where.path, where.revision) == ("org/name@v2", "org/name", "v2")
+    assert where.arguments == {"trust_remote_code": False, "revision": "v2"}
+    assert at_revision("org/name", None) == "org/name"
+    assert at_revision(None, None) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "words"),
+    [
+        (None, "v2", "which is local; leave it out"),
+        (".", "v2", r"without config\.json"),
+        ("org/name@v1", "v2", "name the revision in one of them"),
+        ("org/name", "", "a revision is written org/name@revision"),
+        ("@v1", None, "a revision is written org/name@revision"),
+    ],
+)
+def test_a_revision_that_means_nothing(name, revision, words):
+    with pytest.raises(OrthoRankError, match=words):
+        locate(at_revision(name, revision))
+
+
+def test_code_in_a_repository_is_not_run(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "own")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "own"}
+    config["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(OrthoRankError, match="code of its own, which is not run here; load it in Python with trust"):
+        load_model(str(folder))
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):

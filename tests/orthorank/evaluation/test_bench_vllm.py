@@ -112,7 +112,8 @@ def test_models_that_vllm_does_not_load(tiny_folder: Path, tmp_path: Path) -> No
     (tmp_path / "config.json").write_text('{"model_type": "no such model"}')
     with pytest.raises(OrthoRankError, match="configuration of model"):
         command._model(str(tmp_path))
-    path, config = command._model(str(tiny_folder))
+    path, revision, config = command._model(str(tiny_folder))
+    assert revision is None
     assert (path, config.num_hidden_layers) == (str(tiny_folder), 6)
 
 
