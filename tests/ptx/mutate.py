@@ -17,12 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ptx_check.decode import Instruction, decode
+from ptx_check.errors import PtxError
+from ptx_check.table import Program
 from tests.ptx.case import Case
 from tests.ptx.cases import CASES, cases_for
-from tests.ptx.decode import Instruction, decode
-from tests.ptx.errors import PtxError
 from tests.ptx.launchers import Settings
-from tests.ptx.table import Program
 from tests.ptx.worker import RESIDENT, call, compare, prepare
 
 # Titles of cases whose kernels are broken: each kernel, and what makes it take its other paths. After a title, those of
