@@ -45,7 +45,7 @@ def test_every_form_has_a_test_of_its_own():
     """The tests of the table run again in one process, which notes the forms that they run."""
     files = [f"packages/ptx-check/tests/test_{name}.py" for name in UNIT_TESTS]
     code = (
-        "import sys, json, pytest; from ptx_check import snippet;"
+        "import sys, json, pytest, tests.ptx; from ptx_check import snippet;"
         f"code = pytest.main(['-q', '-p', 'no:xdist', '-p', 'no:cacheprovider', *{files!r}]);"
         "print(json.dumps(sorted(snippet.RUN))); sys.exit(code)"
     )

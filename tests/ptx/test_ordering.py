@@ -10,10 +10,12 @@ import sys
 
 import pytest
 
-from tests.ptx.test_kernels import ROOT, compiler_environment
+from tests.ptx.test_kernels import ROOT, TARGETS, USUAL, compiler_environment
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize(
+    "target", [pytest.param(each, marks=() if each == USUAL else pytest.mark.slow) for each in TARGETS]
+)
 def test_the_selection_in_the_same_launch_needs_its_release_and_its_acquire(target):
     """The real kernel, with its one atomic weakened."""
     command = [sys.executable, "-m", "tests.ptx.mutate", target, "--ordering"]

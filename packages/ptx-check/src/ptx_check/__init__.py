@@ -8,7 +8,29 @@ The way through it:
     clocks.py        what happened before what   shadow.py     who touched a byte last
     shared_memory.py, global_memory.py, mbarriers.py (tensor memory is in ops_tcgen05.py)
     block.py         a program instance: registers, warps, memory       scheduler.py   who runs next
-    launch.py        runs one kernel
+    launch.py        runs one kernel             check.py      under several schedules
+    mutate.py        breaks it on purpose        cli.py        the command
     snippet.py       a few instructions alone    exact.py      floating point with rational numbers
     samples.py       inputs for instructions
 """
+
+from ptx_check.check import check
+from ptx_check.errors import Misuse, OutOfBounds, PtxError, Race, Stuck, Uninitialised, UnknownInstruction
+from ptx_check.launch import Descriptor
+from ptx_check.mutate import Mutant, mutate
+from ptx_check.table import Program
+
+__all__ = [
+    "Descriptor",
+    "Misuse",
+    "Mutant",
+    "OutOfBounds",
+    "Program",
+    "PtxError",
+    "Race",
+    "Stuck",
+    "Uninitialised",
+    "UnknownInstruction",
+    "check",
+    "mutate",
+]

@@ -77,6 +77,12 @@ def _bind(program: Program, arguments: Sequence[Argument], memory: GlobalMemory)
             descriptors[offset] = argument
             continue
         if isinstance(argument, np.ndarray):
+            if not argument.flags.c_contiguous or size != 8:
+                raise ValueError(
+                    f"argument {number} is an array and parameter {number} has {size} bytes: a pointer has 8"
+                    if size != 8
+                    else f"argument {number} has strides {argument.strides}: pass a contiguous array of what lies there"
+                )
             data = argument.reshape(-1).view(np.uint8)
             argument = memory.add(f"argument {number}", data, np.ones(data.size, bool))
         if isinstance(argument, float):
