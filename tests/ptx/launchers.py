@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from benchmarks.static.worker import AbsentGpu
-from tests.ptx.global_memory import GlobalMemory
-from tests.ptx.launch import Argument, Descriptor, launch
-from tests.ptx.scheduler import Trace
-from tests.ptx.table import Program
+from ptx_check.global_memory import GlobalMemory
+from ptx_check.launch import Argument, Descriptor, launch
+from ptx_check.scheduler import Trace
+from ptx_check.table import Program
 
 SWIZZLE_BYTES = (0, 32, 64, 128)  # by Triton's number for it
 

@@ -13,16 +13,15 @@ import json
 import linecache
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ptx_check.errors import PtxError
+from ptx_check.mutate import mutate
+from ptx_check.table import Program
 from tests.ptx.case import Case
 from tests.ptx.cases import CASES, cases_for
-from tests.ptx.decode import Instruction, decode
-from tests.ptx.errors import PtxError
 from tests.ptx.launchers import Settings
-from tests.ptx.table import Program
 from tests.ptx.worker import RESIDENT, call, compare, prepare
 
 # Titles of cases whose kernels are broken: each kernel, and what makes it take its other paths. After a title, those of
@@ -55,32 +54,8 @@ MUTATED = {
     ),
 }
 ORDERED = "rms_norm_select, own sink, bfloat16"  # whose one atomic in global memory is weakened
-DROPPED = {
-    "barrier": r"bar\.(warp\.)?sync|barrier\.sync",
-    "wait for copies": r"cp\.async\.wait_group",
-    "wait for products": r"wgmma\.wait_group|tcgen05\.wait::st",
-    "fence": r"fence\.proxy\.async|wgmma\.fence",
-    "mbarrier": r"mbarrier\.(init|arrive)",
-}
 SEEDS = (1,)  # what the checks notice does not depend on the schedule
 KERNELS = Path(__file__).resolve().parents[2] / "orthorank_kernels" / "triton"
-
-
-def mutants(ptx: str) -> Iterator[tuple[str, int, Instruction | None]]:
-    """(kind, index, replacement or None to drop) of each mutant of a kernel."""
-    instructions = decode(ptx).instructions
-    constant = {i.operands[0] for i in instructions if i.opcode == ("mov", "pred")}  # such a predicate is no bound
-    for at, instruction in enumerate(instructions):
-        opcode = ".".join(instruction.opcode)
-        for kind, pattern in DROPPED.items():
-            if re.match(pattern, opcode):
-                yield kind, at, None
-        if opcode.startswith("mbarrier.try_wait"):
-            always = replace(instruction, opcode=("setp", "eq", "s32"), operands=(instruction.operands[0], "0", "0"))
-            yield "wait for an mbarrier", at, always
-        bounded = instruction.predicate and instruction.predicate not in constant
-        if bounded and re.match(r"(ld|st)\.global|cp\.async\.c[ag]|atom", opcode):
-            yield "bound", at, replace(instruction, predicate=None, negated=False)
 
 
 def named(title: str) -> Case:
@@ -88,41 +63,39 @@ def named(title: str) -> Case:
     return case
 
 
-def outcome(cases: list[Case], settings: Settings, seeds: tuple[int | None, ...] = SEEDS) -> dict[str, str]:
-    """What the first of these cases says of a kernel that finds something wrong; nothing when all is right."""
+def run_all(cases: list[Case], settings: Settings, seeds: tuple[int | None, ...] = SEEDS) -> None:
+    """Raises what the first of these cases finds wrong."""
     for case, seed in itertools.product(cases, seeds):
         settings.seed, settings.resident = seed, RESIDENT
-        try:
-            compare(case, call(case, "triton"))
-        except PtxError as error:
-            return {"error": f"{type(error).__name__}: {error}"}
-        except AssertionError as error:
-            return {"wrong": str(error)}
-    return {}
+        compare(case, call(case, "triton"))
 
 
-def mutate(title: str, settings: Settings) -> Iterator[dict[str, Any]]:
+def mutate_case(title: str, settings: Settings) -> Iterator[dict[str, Any]]:
     """Break what a case executes, one instruction of one of its kernels after the other."""
     cases = [named(title), *map(named, MUTATED[title])]
     unbroken: dict[str, Program] = {}
     settings.edit = lambda ptx: unbroken.setdefault(ptx, Program(ptx))
     settings.launches = []
-    if found := outcome(cases, settings):
-        raise AssertionError(f"{title} fails unbroken: {found}")
+    run_all(cases, settings)
     kernels = {launch.ptx: launch.name for launch in settings.launches}
     for ptx, name in kernels.items():
-        results = break_kernel(cases, settings, ptx, unbroken)
-        for kind, at, how in results:
-            instruction = unbroken[ptx].kernel.instructions[at]
+
+        def run(program: Program, ptx: str = ptx) -> None:
+            """With the cases' other kernels as they are."""
+            settings.edit = lambda other: program if other == ptx else unbroken[other]
+            run_all(cases, settings)
+
+        for mutant in mutate(ptx, run):
+            instruction = mutant.instruction
             yield {
                 "case": title,
                 "kernel": name,
-                "kind": kind,
-                "at": at,
+                "kind": mutant.kind,
+                "at": mutant.at,
                 "instruction": instruction.text[:100],
                 "source": instruction.source,
                 "line": line_of(instruction.source),
-                **how,
+                **({mutant.noticed: mutant.message} if mutant.noticed else {}),
             }
     settings.edit = None
 
@@ -132,37 +105,6 @@ def line_of(source: str) -> str:
     file, _, line = source.partition(":")
     path = next(KERNELS.rglob(file), None) if file else None
     return linecache.getline(str(path), int(line)).strip() if path else ""
-
-
-def break_kernel(
-    cases: list[Case], settings: Settings, ptx: str, unbroken: dict[str, Program]
-) -> list[tuple[str, int, dict[str, str]]]:
-    """(kind, index, how it was noticed) of each mutant of one kernel; the cases' other kernels stay as they are."""
-    whole = unbroken[ptx]
-    # Broken or not, cases run the same if they never come there, or if a bound is always met.
-    reached = [
-        acted if instruction.predicate else executed
-        for instruction, acted, executed in zip(whole.kernel.instructions, whole.acted, whole.executed, strict=False)
-    ]
-    found = [m for m in mutants(ptx) if reached[m[1]] and (m[0] != "bound" or whole.masked[m[1]])]
-
-    def broken(replaced: dict[int, Instruction | None]) -> dict[str, str]:
-        program = Program(ptx, replaced)
-        settings.edit = lambda other: program if other == ptx else unbroken[other]
-        return outcome(cases, settings)
-
-    results = {at: broken({at: instruction}) for _, at, instruction in found}
-    # The compiler puts one barrier beside another, so that none of them is missed alone. Take away one after the other
-    # as long as nobody notices: what is noticed then did the same as some that are gone.
-    gone: dict[int, Instruction | None] = {}
-    for kind, at, instruction in found:
-        if results[at] or kind == "bound":
-            continue
-        if how := broken({**gone, at: instruction}):
-            results[at] = {"redundant": f"without {sorted(gone)}: {how.get('error') or how.get('wrong')}"}
-        else:
-            gone[at] = instruction
-    return [(kind, at, results[at]) for kind, at, _ in found]
 
 
 def weakened(settings: Settings) -> Iterator[dict[str, str]]:
@@ -177,7 +119,12 @@ def weakened(settings: Settings) -> Iterator[dict[str, str]]:
             return Program(changed)
 
         settings.edit = edit
-        yield {"order": order, **outcome([named(ORDERED)], settings, (None, 1, 2))}
+        try:
+            run_all([named(ORDERED)], settings, (None, 1, 2))
+        except PtxError as error:
+            yield {"order": order, "error": f"{type(error).__name__}: {error}"}
+        else:
+            yield {"order": order}
 
 
 def main() -> None:
@@ -196,7 +143,7 @@ def main() -> None:
         if named(title) not in cases_for(options.target):
             continue
         if re.search(options.only, title):
-            for result in mutate(title, settings):
+            for result in mutate_case(title, settings):
                 print(row(result) if options.table else json.dumps(result), flush=True)
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.ptx.bits import RAW
-from tests.ptx.launch import launch
-from tests.ptx.table import Program
+from ptx_check.bits import RAW
+from ptx_check.launch import launch
+from ptx_check.table import Program
 
 THREADS = 128  # of a program, unless the probe says how many; more inputs take more programs
 FILL = 0xA5  # of what no result has been written to

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from ptx_check.samples import BITS, EDGES, PAIRS, REGISTER, floats, is_nan, near_ties, number, packed_triples, triples
 from tests.ptx.probes import Probe
-from tests.ptx.samples import BITS, EDGES, PAIRS, REGISTER, floats, is_nan, near_ties, number, packed_triples, triples
 
 FROM_90, FROM_100 = (90, 100), (100,)
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.ptx.scheduler import ranges
+from ptx_check.scheduler import ranges
 from tests.ptx.test_kernels import ROOT, compiler_environment
 
 KERNEL = "gather_rows, hidden 200, bfloat16"

@@ -43,9 +43,9 @@ def test_every_form_is_compared_with_a_gpu():
 @pytest.mark.slow  # it runs the tests of the table once more
 def test_every_form_has_a_test_of_its_own():
     """The tests of the table run again in one process, which notes the forms that they run."""
-    files = [f"tests/ptx/test_{name}.py" for name in UNIT_TESTS]
+    files = [f"packages/ptx-check/tests/test_{name}.py" for name in UNIT_TESTS]
     code = (
-        "import sys, json, pytest; from tests.ptx import snippet;"
+        "import sys, json, pytest, tests.ptx; from ptx_check import snippet;"
         f"code = pytest.main(['-q', '-p', 'no:xdist', '-p', 'no:cacheprovider', *{files!r}]);"
         "print(json.dumps(sorted(snippet.RUN))); sys.exit(code)"
     )

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ptx import probes, snippet
+from ptx_check import snippet
+from ptx_check.errors import PtxError
+from tests.ptx import probes
 from tests.ptx.cuda_driver import Gpu, architecture, assemble, generation
-from tests.ptx.errors import PtxError
 from tests.ptx.probes import FILL, Probe, differences, distance, inputs_of, module, prefix, run_here
 from tests.ptx.probes_warps import all_probes, small
 

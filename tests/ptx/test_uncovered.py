@@ -4,8 +4,9 @@ import subprocess
 
 import pytest
 
-from tests.ptx import emitted, snippet
-from tests.ptx.errors import UnknownInstruction
+from ptx_check import snippet
+from ptx_check.errors import UnknownInstruction
+from tests.ptx import emitted
 from tests.ptx.uncovered import UNCOVERED
 
 pytest.importorskip("triton")

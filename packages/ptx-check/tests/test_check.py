@@ -1,0 +1,98 @@
+"""What a user of the package calls: `check`, and the command."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ptx_check import OutOfBounds, Uninitialised, UnknownInstruction, check
+from ptx_check.cli import main
+
+KERNELS = Path(__file__).with_name("kernels")
+SOFTMAX = str(KERNELS / "softmax_sm80.ptx")
+RUN = [SOFTMAX, "--grid", "2"]
+for given in ("f32:3x200=nan", "f32:3x200", "200", "200", "3", "200"):
+    RUN += ["--arg", given]
+ADD = """.visible .entry add(.param .u64 x, .param .u32 n) .reqntid 32 {
+    .reg .pred %p<3>; .reg .b32 %r<9>; .reg .b64 %rd<5>;
+    ld.param.b64 %rd1, [x]; ld.param.b32 %r1, [n]; mov.u32 %r2, %tid.x; setp.lt.u32 %p1, %r2, %r1;
+    mul.wide.u32 %rd2, %r2, 4; add.s64 %rd3, %rd1, %rd2;
+    @%p1 ld.global.b32 %r3, [%rd3]; add.s32 %r4, %r3, 1; @%p1 st.global.b32 [%rd3], %r4; ret; }"""
+
+
+def test_every_schedule_begins_with_the_same_arguments():
+    x = np.zeros(20, np.int32)
+    steps = check(ADD, (1,), [x, 20], seeds=(None, 1, 2))
+    assert x.tolist() == [1] * 20
+    assert steps > check(ADD, (1,), [x, 20], seeds=(None,))
+
+
+def test_a_bound_that_is_too_large():
+    with pytest.raises(OutOfBounds, match="byte 80 of the storage of argument 0, which has 80 bytes"):
+        check(ADD, (1,), [np.zeros(20, np.int32), 21])
+
+
+def test_what_is_stored_must_have_been_written():
+    with pytest.raises(Uninitialised, match="thread 20"):
+        check(ADD.replace("@%p1 st", "st"), (1,), [np.zeros(32, np.int32), 20])
+
+
+def test_what_cannot_be_passed():
+    with pytest.raises(ValueError, match=r"argument 0 has strides \(8,\): pass a contiguous array"):
+        check(ADD, (1,), [np.zeros(40, np.int32)[::2], 20])
+    with pytest.raises(ValueError, match="parameter 1 has 4 bytes: a pointer has 8"):
+        check(ADD, (1,), [np.zeros(20, np.int32), np.zeros(1, np.int32)])
+    with pytest.raises(UnknownInstruction, match="frob"):
+        check(ADD.replace("add.s32 %r4", "frob.s32 %r4"), (1,), [np.zeros(20, np.int32), 20])
+
+
+def test_the_command_says_what_is_in_a_file(capsys, tmp_path):
+    assert main([SOFTMAX]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("softmax_kernel: 128 threads, 132 instructions\n")
+    assert "parameter 2: 4 bytes" in said
+    file = tmp_path / "add.ptx"
+    file.write_text(ADD.replace("add.s32 %r4", "frob.s32 %r4"))
+    assert main([str(file)]) == 1
+    assert "cannot be run: frob.s32 %r4, %r3, 1" in capsys.readouterr().out
+
+
+def test_the_command_runs_a_kernel_and_breaks_it(capsys):
+    assert main(RUN) == 0  # the bytes of shared memory are those of softmax_sm80.json
+    said = capsys.readouterr().out
+    assert said.startswith("nothing found under 4 schedules")
+    assert "argument 0: 600 of 600 elements written" in said
+    assert main([*RUN, "--schedules", "1", "--mutate"]) == 1
+    said = capsys.readouterr().out
+    assert "8 broken kernels: 6 noticed by a check, 0 by the result, 0 redundant, 2 not noticed" in said
+    assert "not noticed: barrier at 130, bar.sync 0 tutorials.py:24" in said
+
+
+def test_the_command_reports_a_fault(capsys, tmp_path):
+    text = Path(SOFTMAX).read_text(encoding="utf-8").replace("\tbar.sync \t0;\n", "")
+    (tmp_path / "planted.ptx").write_text(text, encoding="utf-8")
+    (tmp_path / "planted.json").write_text(json.dumps({"shared": 1040}))
+    assert main([str(tmp_path / "planted.ptx"), *RUN[1:]]) == 1
+    assert capsys.readouterr().err.startswith("Race: ")
+
+
+def test_the_command_traces(capsys):
+    assert main([*RUN, "--trace"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 100
+    assert "`ld.param.b32 %r" in lines[0]
+
+
+@pytest.mark.parametrize("wrong", ["f32", "q8:3", "f32:3xa", "i32:4=nan", "1e"])
+def test_arguments_that_are_none(wrong):
+    with pytest.raises(SystemExit, match=r"is no number, no FILE\.npy and no array such as f32:7x200"):
+        main([*RUN[:3], "--arg", wrong])
+
+
+def test_arrays_from_files_and_all_kinds_of_numbers(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(20, dtype=np.int32))
+    (tmp_path / "add.ptx").write_text(ADD)
+    for given in (f"{tmp_path}/x.npy", "i32:20=-3", "f32:20", "bf16:64", "f16:5x8=nan"):
+        assert main([str(tmp_path / "add.ptx"), "--grid", "1", "--arg", given, "--arg", "0x14"]) == 0
+    assert main([str(tmp_path / "add.ptx"), "--grid", "1", "--arg", "bf16:39", "--arg", "20"]) == 1
