@@ -132,6 +132,7 @@ class Step:
         forced: int64, rows that are updated whatever they score, where that is not said by segments: a threshold takes
             no number of tokens.
         sink_slots: int64 ``[segments]``, where the bank holds the sink of each segment's request.
+        prompt_tokens: how many of the tokens are of prompts; the others were generated.
     """
 
     tokens: int
@@ -146,6 +147,7 @@ class Step:
     selected: dict[float, int]
     forced: Tensor
     sink_slots: Tensor
+    prompt_tokens: int = 0
 
 
 def selects(lengths: Sequence[int], cached: Sequence[int], prompts: Sequence[int]) -> list[bool]:
@@ -175,7 +177,7 @@ def make_step(
     """
     plans.check(plan)
     segments: list[Segment] = []
-    first_segment, slots = [0], list[int]()
+    first_segment, slots, prompt_tokens = [0], list[int](), 0
     below = plan.select == "threshold"
     for (begin, end), before, prompt, slot in zip(pairwise(starts), cached, prompts, sink_slots, strict=True):
         if end > begin:
@@ -188,6 +190,7 @@ def make_step(
                 window=plan.select_window,
                 multiple=plan.keep_multiple,
             )
+            prompt_tokens += sum(segment.tokens for segment in own if not segment.all)
             segments += own if below else [part for segment in own for part in segment.divided()]
         slots += [slot] * (len(segments) - first_segment[-1])
         first_segment.append(len(segments))
@@ -221,6 +224,7 @@ def make_step(
         selected={ratio: sum(each) for ratio, each in counts.items()},
         forced=tensors[6].long(),
         sink_slots=tensors[7].long(),
+        prompt_tokens=prompt_tokens,
     )
 
 

@@ -1,17 +1,7 @@
 """Engines in processes of their own: compiled, the second model runner, tensor parallel, a server, two nodes."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -27,7 +17,8 @@ from tests.vllm.engines import (
     prompts,
     settings,
 )
-from tests.vllm.jobs import ROOT, SECOND, TWO_RANKS, answers, compiled_by, run_job
+from tests.vllm.jobs import SECOND, TWO_RANKS, answers, compiled_by, run_job
+from tests.vllm.servers import SERVER, complete, running, server_arguments, wait_until_healthy
 
 pytestmark = pytest.mark.vllm
 LENGTHS = [7, 30, 64, 200]
@@ -98,93 +89,33 @@ def test_bfloat16_runs(tmp_path: Path, llama: Path, cache: str) -> None:
 def test_server(llama_with_words: Path) -> None:
     """vLLM's OpenAI server, told of the plan by its arguments alone: a prompt, beams, an answer that is sent again."""
     folder, (asked,), port = llama_with_words, prompts([90]), 18411
-    arguments = [word for word in _arguments(folder, PLAN) if word != "--skip-tokenizer-init"]
-    with _running("-m", "vllm.entrypoints.openai.api_server", *arguments, "--port", str(port)) as server:
-        _wait_until_healthy(port, server)
+    arguments = [word for word in server_arguments(folder, PLAN) if word != "--skip-tokenizer-init"]
+    with running(*SERVER, *arguments, "--port", str(port)) as server:
+        wait_until_healthy(port, server)
         wanted = expect(folder, PLAN, [asked])[0].tokens
-        assert _complete(port, str(folder), asked) == wanted
-        assert _complete(port, str(folder), asked, use_beam_search=True) == wanted
+        assert complete(port, str(folder), asked) == wanted
+        assert complete(port, str(folder), asked, use_beam_search=True) == wanted
         again = {"max_tokens": 2, "vllm_xargs": {"orthorank_prompt_tokens": len(asked)}}
-        assert _complete(port, str(folder), asked + wanted[:4], **again) == wanted[4:]
+        assert complete(port, str(folder), asked + wanted[:4], **again) == wanted[4:]
         with pytest.raises(urllib.error.HTTPError, match="400"):
-            _complete(port, str(folder), asked, vllm_xargs={"orthorank_prompt_tokens": "many"})
-        assert _complete(port, str(folder), asked) == wanted
+            complete(port, str(folder), asked, vllm_xargs={"orthorank_prompt_tokens": "many"})
+        assert complete(port, str(folder), asked) == wanted
 
 
 def test_two_nodes(llama: Path) -> None:
     """Two nodes on this machine, one rank each, over TCP."""
     (asked,), port = prompts([90]), 18413
     nodes = ["--tensor-parallel-size", "2", "--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", "29633"]
-    arguments = [*_arguments(llama, PLAN), *nodes, "--distributed-executor-backend", "mp", "--port", str(port)]
+    arguments = [*server_arguments(llama, PLAN), *nodes, "--distributed-executor-backend", "mp", "--port", str(port)]
     second = ["-m", "tests.vllm.serve", *arguments, "--node-rank", "1", "--headless"]
     loopback = {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with (
-        _running(*second, VLLM_CPU_OMP_THREADS_BIND="1", **loopback),
-        _running(
-            *["-m", "vllm.entrypoints.openai.api_server", *arguments, "--node-rank", "0"],
+        running(*second, VLLM_CPU_OMP_THREADS_BIND="1", **loopback),
+        running(
+            *[*SERVER, *arguments, "--node-rank", "0"],
             VLLM_CPU_OMP_THREADS_BIND="0",
             **loopback,
         ) as first,
     ):
-        _wait_until_healthy(port, first)
-        assert _complete(port, str(llama), asked) == expect(llama, PLAN, [asked])[0].tokens
-
-
-def _arguments(folder: Path, plan: dict[str, Any]) -> list[str]:
-    chosen = settings(folder, plan)
-    return [
-        *["--model", str(folder), "--hf-overrides", json.dumps(chosen["hf_overrides"]), "--skip-tokenizer-init"],
-        *["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "4"],
-        *["--max-num-batched-tokens", "2048", "--block-size", "32", "--host", "127.0.0.1"],
-        *["--no-enable-prefix-caching", "--no-enable-chunked-prefill"],
-    ]
-
-
-@contextmanager
-def _running(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A Python process and all that it starts, ended together."""
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        yield process
-    finally:
-        for sent, seconds in ((signal.SIGINT, 20), (signal.SIGKILL, 20)):
-            if process.poll() is None:
-                os.killpg(process.pid, sent)
-                try:
-                    process.wait(seconds)
-                except subprocess.TimeoutExpired:
-                    continue
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def _wait_until_healthy(port: int, server: subprocess.Popen[bytes], seconds: float = 400) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        assert server.poll() is None, "the server ended before it answered"
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
-        except OSError:
-            time.sleep(1)
-        else:
-            return
-    raise AssertionError(f"no answer in {seconds} s")
-
-
-def _complete(port: int, model: str, prompt: list[int], **others: Any) -> list[int]:
-    body = {"model": model, "prompt": prompt, "max_tokens": 6, "temperature": 0, "ignore_eos": True}
-    body |= {"return_token_ids": True} | others
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/completions",
-        data=json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        return json.loads(answer.read())["choices"][0]["token_ids"]
+        wait_until_healthy(port, first)
+        assert complete(port, str(llama), asked) == expect(llama, PLAN, [asked])[0].tokens

@@ -64,13 +64,21 @@ def hints(serving: Serving, config: Any = None, max_model_len: int | None = None
         >>> from orthorank import OrthoRankConfig
         >>> config = SimpleNamespace(max_position_embeddings=131072)
         >>> print(next(hints(Serving(OrthoRankConfig(layers=[2])), config)))  # doctest: +ELLIPSIS
-        select is 'topk', so vLLM gives a step room for a whole context, 131072 tokens of this model, in place ...
+        select is 'topk', which ranks a whole prompt at once, so chunked prefill and prefix caching are off: ...
     """
-    if serving.plan.select == "topk" and serving.plan.selecting and max_model_len is None:
+    topk = serving.plan.select == "topk" and bool(serving.plan.selecting)
+    if topk:
+        yield (
+            "select is 'topk', which ranks a whole prompt at once, so chunked prefill and prefix caching are off: a "
+            "long prompt holds up all answers, and no prompt uses what another one computed. Two plans with the same "
+            'layers keep both: one with "select": "window" and "select_window": 64 in its file, or one by '
+            "thresholds, which `orthorank calibrate --plan PLAN` finds"
+        )
+    if topk and max_model_len is None:
         context = getattr(config, "max_position_embeddings", None)
         room = f"a whole context, {context} tokens of this model," if context else "the model's whole context"
         yield (
-            f"select is 'topk', so vLLM gives a step room for {room} in place of its 2,048 to 16,384 "
+            f"for the same reason vLLM gives a step room for {room} in place of its 2,048 to 16,384 "
             "(max_num_batched_tokens), and takes the memory of that step's activations from the cache; pass "
             "--max-model-len with the longest prompt and answer that you need"
         )

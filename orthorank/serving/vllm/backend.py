@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from orthorank.common.errors import OrthoRankError
 from orthorank.packed.sinks import SinkBank
 from orthorank.packed.steps import Step, make_step, selects
+from orthorank.serving.vllm.counts import Counts
 from orthorank.serving.vllm.interface import TESTED
 from orthorank.serving.vllm.requests import RequestTable
 from orthorank.serving.vllm.serving import Serving
@@ -29,6 +30,8 @@ class Shared:
         serving: how to serve; layers: the selecting ones, in order; bank: the sinks' states of each of these.
         requests: prompt lengths and first tokens; removed: layers that are not there.
         normed: those of them that are corrected, whose input norm is there.
+        dense: how many layers are neither; counts: what the first rank counts, None for the others.
+        first: the attention of the first selecting layer, by vLLM's name: where it is, steps are counted.
     """
 
     serving: Serving
@@ -37,13 +40,20 @@ class Shared:
     requests: RequestTable
     removed: tuple[int, ...] = ()
     normed: tuple[int, ...] = ()
+    dense: int = 0
+    counts: Counts | None = None
+    first: str = ""
 
-    def step(self, common: Any, device: "torch.device") -> Step | None:
+    def step(self, common: Any, device: "torch.device", *, counted: bool = False) -> Step | None:
         """The step that ``common`` (vLLM's metadata) describes; None when no prompt is in it: all layers are dense.
+
+        Args:
+            counted: whether this is where the step is counted: several builders may be asked for it.
 
         Raises:
             OrthoRankError: ``common`` does not say what of it is prompt.
         """
+        count = self._count if counted and self.counts is not None else _nowhere
         starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
         if not starts[-1]:
             return None
@@ -56,16 +66,43 @@ class Shared:
                     "is not known on the host, and they would be served dense; this package is tested with vLLM "
                     f"{TESTED}, whose two model runners give it: use one of these, or serve the model without a plan"
                 )
+            count("none", prompts)
             return None
         lengths = [end - begin for begin, end in pairwise(starts)]
         cached = [end - length for end, length in zip(ends[: common.num_reqs].tolist(), lengths, strict=True)]
         selecting = selects(lengths, cached, prompts)
         if not any(selecting):
+            count("none", prompts)
             return None
         wanted = [token for token, selected in zip(first, selecting, strict=True) if selected]
         slots = iter(self.bank.slots(wanted))
         rows = [next(slots) if selected else 0 for selected in selecting]
-        return make_step(self.serving.plan, starts, cached, prompts, rows, device)
+        step = make_step(self.serving.plan, starts, cached, prompts, rows, device)
+        count("selected", prompts, step.prompt_tokens)
+        return step
+
+    def _count(self, kind: str, prompts: list[int], tokens: int = 0) -> None:
+        counts = self.counts
+        if counts is None or not any(prompts):  # nothing is asked: vLLM warms up
+            return
+        counts.add("orthorank_steps", kind)
+        for layers, number in (("removed", len(self.removed)), ("dense", self.dense)):
+            counts.add("orthorank_layer_tokens", layers, tokens * number)
+        counts.add("orthorank_layer_tokens_updated", "dense", tokens * self.dense)
+
+    def count_layer(self, ranked: int, updated: int | None, *, portable: bool) -> None:
+        """A selecting layer ran; ``updated`` is None where the host does not know: then neither number is counted."""
+        if self.counts is None:
+            return
+        if updated is not None:
+            self.counts.add("orthorank_layer_tokens", "selecting", ranked)
+            self.counts.add("orthorank_layer_tokens_updated", "selecting", updated)
+        if portable:
+            self.counts.add("orthorank_fallbacks", "portable")
+
+
+def _nowhere(kind: str, prompts: list[int], tokens: int = 0) -> None:
+    """Where a step is not counted."""
 
 
 def _may_hold_prompts(common: Any, prompts: list[int]) -> bool:
@@ -121,6 +158,7 @@ def selecting_backend(backend: Any) -> Any:
             attention = vllm_config.compilation_config.static_forward_context[layer_names[0]]
             self._shared: Shared = attention.orthorank
             self._device = device
+            self._counts = self._shared.first in layer_names
 
         @classmethod
         def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
@@ -131,7 +169,7 @@ def selecting_backend(backend: Any) -> Any:
         def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
             """The backend's metadata, with the step."""
             metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-            step = self._shared.step(common_attn_metadata, self._device)
+            step = self._shared.step(common_attn_metadata, self._device, counted=self._counts)
             metadata.orthorank = StepMetadata(step, common_attn_metadata, super().build)
             return metadata
 

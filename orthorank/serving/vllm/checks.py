@@ -7,7 +7,7 @@ from typing import Any
 from orthorank.common.errors import OrthoRankError
 from orthorank.packed import plans
 from orthorank.plan_checks import misfits
-from orthorank.serving.vllm import hooks, interface
+from orthorank.serving.vllm import counts, hooks, interface
 from orthorank.serving.vllm.hooks import ARCHITECTURES
 from orthorank.serving.vllm.serving import HOW, Serving
 
@@ -37,6 +37,7 @@ def verifier() -> Any:
                     )
                 scheduler.scheduler_cls = SCHEDULER
             hooks.watch_prompts()
+            counts.show()
 
     return Verifier
 

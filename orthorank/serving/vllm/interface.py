@@ -95,7 +95,7 @@ WORKER: Group = {
     },
     "vllm.distributed.parallel_state": {
         "get_tp_group": called_with(),
-        "GroupCoordinator": that_sets("world_size"),
+        "GroupCoordinator": that_sets("world_size", "rank_in_group"),
         "GroupCoordinator.broadcast": called_as(2, "src"),
     },
     "vllm.platforms.interface": {"Platform.fp8_dtype": called_with()},

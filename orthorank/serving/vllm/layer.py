@@ -42,10 +42,10 @@ class SelectingLayer(nn.Module):
             return
         shared = self.orthorank
         parts = LayerParts(self, found, positions, self.orthorank_projections)
-        serving = shared.serving
+        plan, reads = shared.serving.plan, shared.serving.threshold_count == "read"
         packed_forward(
             parts,
-            serving.plan,
+            plan,
             self.orthorank_index,
             found.step,
             hidden,
@@ -53,8 +53,12 @@ class SelectingLayer(nn.Module):
             out_hidden,
             out_residual,
             layer_map=maps.held(self),
-            read_count=serving.threshold_count == "read",
+            read_count=reads,
         )
+        step, known = found.step, reads or plan.select != "threshold"
+        updated = max(0, parts.attended - (step.tokens - step.prompt_tokens)) if known else None
+        portable = shared.serving.attention == "auto" and parts.attended > 0 and not self.orthorank_paged
+        shared.count_layer(step.prompt_tokens, updated, portable=portable)
 
     def _run_dense(
         self, positions: Tensor, hidden: Tensor, residual: Tensor, out_hidden: Tensor, out_residual: Tensor
@@ -85,6 +89,7 @@ class LayerParts(PackedParts):
     def __init__(self, layer: Any, metadata: StepMetadata, positions: Tensor, projections: Projections) -> None:
         self.layer, self.metadata = layer, metadata
         self.positions, self.projections = positions, projections
+        self.attended = 0  # queries
 
     @property
     def norm_in(self) -> RMSNorm:
@@ -113,6 +118,7 @@ class LayerParts(PackedParts):
         """By the package's kernel or the backend's."""
         positions = chosen.positions.clamp(min=0).long()
         queries = self.projections.queries(gather_rows(normed, chosen.rows), positions, chosen.rows)
+        self.attended = len(chosen.rows)
         attention = self.layer.self_attn.attn
         attend = attending.attend_paged if self.layer.orthorank_paged else attending.attend_portable
         attended = attend(attention, queries, chosen, self.metadata)
@@ -141,6 +147,8 @@ def make_selecting(layer: Any, index: int, shared: Shared, contexts: dict[str, A
         raise OrthoRankError(obstacle)
     attention.attn_backend = selecting_backend(attention.attn_backend)
     attention.orthorank = shared
+    if index == shared.layers[0]:
+        shared.first = attention.layer_name
     layer.orthorank, layer.orthorank_index = shared, index
     layer.orthorank_name = f"{attention.layer_name}.orthorank"
     contexts[layer.orthorank_name] = layer

@@ -12,7 +12,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from orthorank.packed import map_of, operator
 from orthorank.packed.sinks import SinkBank
-from orthorank.serving.vllm import hooks, interface, maps
+from orthorank.serving.vllm import attention, counts, hooks, interface, maps, startup
 from orthorank.serving.vllm.backend import Shared
 from orthorank.serving.vllm.checks import check
 from orthorank.serving.vllm.first_token import first_token_states
@@ -44,7 +44,8 @@ class _WithPlan(nn.Module):
         bank = SinkBank(lambda token: first_token_states(self.model, plan, token), max(BANK, most))
         removed = tuple(index for index in plan.layers if plan.ratio(index) == 0)
         normed = tuple(index for index in removed if index in plan.ranks)
-        self.orthorank = Shared(serving, plan.selecting, bank, RequestTable(most), removed, normed)
+        dense = config.num_hidden_layers - len(plan.selecting) - len(removed)
+        self.orthorank = Shared(serving, plan.selecting, bank, RequestTable(most), removed, normed, dense)
         interface.expect(self.model, **interface.OBJECTS["model"])
         contexts = vllm_config.compilation_config.static_forward_context
         for index in plan.layers:
@@ -56,6 +57,18 @@ class _WithPlan(nn.Module):
             weight = layer.input_layernorm.weight
             if (layer_map := map_of(plan, index, weight.device, weight.dtype)) is not None:
                 maps.hold(layer, layer_map)
+        if hooks.parallel_group().rank_in_group == 0:  # the others do and count the same
+            self.orthorank.counts = counts.of_this_process()
+            self._say(bool(vllm_config.cache_config.enable_prefix_caching))
+
+    def _say(self, caching: bool) -> None:
+        """Once, in the server's log: what runs."""
+        serving, path = self.orthorank.serving, None
+        if self.orthorank.layers:
+            layer = self.model.layers[self.orthorank.layers[0]]
+            obstacle = attention.paged_obstacle(layer.self_attn.attn, layer.input_layernorm.weight.dtype)
+            path = startup.attention_path(layer, obstacle)
+        startup.LOGGER.info("%s", startup.line(serving, len(self.model.layers), path, caching=caching))
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """vLLM's, after which removed layers give back their memory; later, weights for these are passed over.

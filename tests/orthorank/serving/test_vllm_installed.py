@@ -96,12 +96,15 @@ def test_arguments_say_what_topk_costs(
     assert main(["vllm-args", plan, "--model", str(tiny_folder), "--python"]) == 0
     out, err = capsys.readouterr()
     context = json.loads((tiny_folder / "config.json").read_text())["max_position_embeddings"]
-    assert err.startswith("orthorank: select is 'topk', so vLLM gives a step room for a whole context")
+    costs, room = err.splitlines()
+    assert costs.startswith("orthorank: select is 'topk', which ranks a whole prompt at once, so chunked prefill and ")
+    assert '"select": "window" and "select_window": 64' in costs
+    assert room.startswith("orthorank: for the same reason vLLM gives a step room for a whole context")
     assert f"{context} tokens of this model" in err
     assert "max_model_len" not in json.loads(out)
     assert main(["vllm-args", plan, "--max-model-len", "512", "--python"]) == 0
     out, err = capsys.readouterr()
-    assert err == ""
+    assert err.splitlines() == [costs]
     assert json.loads(out)["max_model_len"] == 512
     assert main(["vllm-args", plan, "--max-model-len", "0"]) == 2
     assert "max_model_len is 0; it must be at least 1" in capsys.readouterr().err
