@@ -1,6 +1,8 @@
 """``orthorank export``: a plan that only removes layers, as a smaller checkpoint that needs none of this package."""
 
 import shlex
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +21,7 @@ NO_LLAMA_CPP = (
     "Not for llama.cpp: it tells this model's kinds of layers apart by their number, so those behind a removed one "
     "would be taken for another kind."
 )
+PART = "part"  # the folder within the output in which a checkpoint is until it is whole and right
 TOKENS = 64  # on which the checkpoint is compared with the plan
 
 
@@ -53,19 +56,26 @@ def command(
     with apply(loaded, followed):
         expected = _logits(loaded)
     alike, before = layers_alike(loaded.config), info.parameters
-    with screen.progress(f"writing {folder}", 1), quiet():
-        export_pruned(loaded, followed, folder)
-        tokenizer.save_pretrained(folder)
-    del loaded
-    with screen.progress(f"loading {folder}", 1):
-        written, _, info = load_model(str(folder), "cpu", info.dtype)
-    difference = float((_logits(written) - expected).abs().max())
-    if difference != 0:
-        raise OrthoRankError(
-            f"the checkpoint in {folder} was written, and its logits are not those of the model with the plan: they "
-            f"differ by {difference:.3g}. Something in {where.name}'s configuration goes by a layer's number; do not "
-            "use it"
-        )
+    part = folder / PART
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        with screen.progress(f"writing {folder}", 1), quiet():
+            export_pruned(loaded, followed, part)
+            tokenizer.save_pretrained(part)
+        del loaded
+        with screen.progress(f"loading {folder}", 1):
+            written, _, read = load_model(str(part), "cpu", info.dtype)
+        difference = float((_logits(written) - expected).abs().max())
+        if difference != 0:
+            raise OrthoRankError(
+                f"the checkpoint's logits are not those of the model with the plan: they differ by {difference:.3g}. "
+                f"Something in {where.name}'s configuration goes by a layer's number; nothing was written to {folder}"
+            )
+        for file in part.iterdir():
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    info = replace(read, name=str(folder))
     screen.heading(f"{info.name}: {where.name} without layer{'s' * (len(removed) > 1)} {', '.join(map(str, removed))}")
     screen.say(
         f"{info.num_hidden_layers} layers, {info.parameters / 1e6:,.1f} of {before / 1e6:,.1f} million weights, "

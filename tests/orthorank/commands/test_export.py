@@ -61,7 +61,27 @@ def test_layers_that_go_by_their_number(
 
     monkeypatch.setattr(export, "without_layers", wrong)
     assert cli.main([*line, "--output", str(tmp_path / "second")]) == 2
-    assert "its logits are not those of the model with the plan: they differ by" in capsys.readouterr().err
+    assert "logits are not those of the model with the plan: they differ by" in capsys.readouterr().err
+    assert list((tmp_path / "second").iterdir()) == [], "a checkpoint that is wrong is not kept"
+
+
+def test_a_killed_export_leaves_no_checkpoint_and_the_next_one_begins_anew(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orthorank.hf import export
+
+    plan, out = OrthoRankConfig(layers=[1], keep_ratio=0).save_pretrained(tmp_path / "plan"), tmp_path / "out"
+    line = ["export", str(tiny_folder), "--plan", str(plan), "--output", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr("orthorank.commands.export.shutil.rmtree", lambda *_, **__: None)  # nothing tidies a killed one
+        patch.setattr(export, "writable_folder", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert cli.main(line) == 2
+        (out / "part").mkdir()
+        (out / "part" / "config.json").write_text("{")
+    assert not (out / "config.json").exists()
+    assert cli.main(line) == 0
+    assert {file.name for file in out.iterdir()} >= NAMES
+    assert not (out / "part").exists()
 
 
 @pytest.mark.slow
