@@ -51,7 +51,7 @@ def command(
     layers: Annotated[str | None, typer.Option(help=LAYERS)] = None,
     sink_layer: Annotated[int | None, typer.Option(help=SINK_LAYER)] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt whose prefill is timed.")] = 2048,
-    repeats: Annotated[int, typer.Option(help="Timed runs of each variant.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Timed runs of each variant.")] = 3,
     prompts: Annotated[Path, typer.Option(help=PROMPTS, show_default=False)] = OWN_PROMPTS,
 ) -> int:
     """Take or find a plan, measure it against layer pruning, and write a report.
@@ -83,7 +83,7 @@ def command(
         layers=numbers("layers", layers),
         sink_layer=sink_layer,
         prompt_tokens=prompt_tokens,
-        repeats=repeats,
+        rounds=rounds,
         prompts=prompts,
     )
     from orthorank.demo import run_demo  # after the checks above, which are quick

@@ -118,7 +118,7 @@ def _add_speed(run: Run, variants: Variants) -> None:
 
     length, vocabulary = _prompt_tokens(run), run.model.config.get_text_config().vocab_size
     prompt = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
-    rounds = run.settings.repeats
+    rounds = run.settings.rounds
     with run.screen.progress("prefill speed", rounds) as advance:
         report = time_prefill(
             run.model, variants, prompt, rounds=rounds, on_round=lambda done, total: advance(done, f"of {total} rounds")

@@ -28,7 +28,7 @@ class Settings:
         rank: of the maps of the corrected rows, or the hidden size where that is less; 0: no maps are fitted.
         layers: layers to select instead of a search. sink_layer: l_sink instead of the detected one.
         held_out_windows, held_out_len: windows that perplexity is measured on, and their length in tokens.
-        prompt_tokens, repeats: length of the timed prompt, and timed runs of each variant.
+        prompt_tokens, rounds: length of the timed prompt, and timed runs of each variant.
         bos: where the tokenizer's BOS stands: one of `orthorank.common.texts.BOS`.
         prompts: a file of prompts that the dense model and the plans answer, as `orthorank.evaluation.compare` reads
             it; None: they answer none.
@@ -57,7 +57,7 @@ class Settings:
     held_out_windows: int = 8
     held_out_len: int = 512
     prompt_tokens: int = 2048
-    repeats: int = 3
+    rounds: int = 3
     bos: str = "auto"
     prompts: Path | None = None
 
@@ -68,7 +68,7 @@ class Settings:
             check_share(
                 "keep_ratio", self.keep_ratio, "such as 1/3 (layer pruning, which is 0, is measured in any case)"
             )
-        check_integers(vars(self), windows=1, window=16, rank=0, prompt_tokens=16, repeats=1)
+        check_integers(vars(self), windows=1, window=16, rank=0, prompt_tokens=16, rounds=1)
         if self.rank and self.windows < 2:
             raise OrthoRankError(
                 "windows is 1; maps are fitted on some windows and judged on others: give 2 or more, or rank 0, which "

@@ -34,7 +34,7 @@ class ReproduceSettings:
         only: parts of `PARTS`; empty: all of them.
         calibration: a text file, or a dataset (``wikitext2`` or ``c4``, with ``:FOLDER`` for a local copy).
         texts: held-out texts by name: files, or datasets.
-        calibration_windows, calibration_len: windows of the searches, in number and tokens.
+        calibration_windows, calibration_window: windows of the searches, in number and tokens.
         windows, window: at most so many windows of each held-out text, and their tokens. None: all.
         tasks: of lm-evaluation-harness; include_path: a folder with files of such tasks; task_limit: first rows of
             each, None: all.
@@ -54,7 +54,7 @@ class ReproduceSettings:
     calibration: str = "wikitext2"
     texts: dict[str, str] = field(default_factory=lambda: {"wikitext2": "wikitext2", "c4": "c4"})
     calibration_windows: int | None = None
-    calibration_len: int = 2048
+    calibration_window: int = 2048
     windows: int | None = None
     window: int = 2048
     tasks: tuple[str, ...] = TASKS
@@ -76,7 +76,7 @@ class ReproduceSettings:
             check_criterion(name)
         if not self.texts:
             raise OrthoRankError("texts is empty; name at least one held-out text")
-        check_integers(vars(self), calibration_windows=1, calibration_len=2, windows=1, window=2, task_limit=1)
+        check_integers(vars(self), calibration_windows=1, calibration_window=2, windows=1, window=2, task_limit=1)
         check_integers(vars(self), longbench_tokens=1, prompt_tokens=2, rounds=1)
         for share in self.sweep:
             check_share("a nominal sparsity in sweep", share, "such as 0.2")
@@ -91,7 +91,7 @@ class ReproduceSettings:
         return replace(
             self,
             calibration_windows=1,
-            calibration_len=min(self.calibration_len, 256),
+            calibration_window=min(self.calibration_window, 256),
             windows=2,
             window=min(self.window, 256),
             task_limit=min(self.task_limit or 8, 8),

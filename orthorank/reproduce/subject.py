@@ -44,7 +44,7 @@ class Subject:
         with screen.progress(f"loading {locate(settings.model).name}", 1):
             self.model, self.tokenizer, self.info = load_model(settings.model, settings.device, settings.dtype)
         self.calibration = self._windows(
-            calibration, "calibration", settings.calibration_len, settings.calibration_windows
+            calibration, "calibration", settings.calibration_window, settings.calibration_windows
         )
         self.calibration_name = calibration.name
         self.windows = {

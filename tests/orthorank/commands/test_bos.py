@@ -188,7 +188,7 @@ def test_search_calibrate_and_analyze_cut_such_windows(
 
 
 def test_the_demo_says_it(needs_bos: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = ("--windows", "2", "--window", "16", "--prompt-tokens", "16", "--repeats", "1", "--layers", "3")
+    small = ("--windows", "2", "--window", "16", "--prompt-tokens", "16", "--rounds", "1", "--layers", "3")
     shown = run(
         capsys, "demo", "--model", str(needs_bos), "--text", str(text), *small, "--output", str(tmp_path / "demo")
     )
@@ -226,7 +226,7 @@ def test_reproduce_keeps_the_papers_protocol(needs_bos: Path, text: Path, tmp_pa
         calibration=str(text),
         texts={"a": str(text)},
         calibration_windows=2,
-        calibration_len=32,
+        calibration_window=32,
         windows=3,
         window=32,
         tasks=(),

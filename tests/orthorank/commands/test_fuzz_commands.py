@@ -70,7 +70,7 @@ def usual(command: str, given: Given) -> list[str]:
     small = {
         "demo": [
             *(*text, *plan, "--windows", "2", "--window", "24", "--rank", "2"),
-            *("--prompt-tokens", "24", "--repeats", "1"),
+            *("--prompt-tokens", "24", "--rounds", "1"),
         ],
         "estimate": ["--prompt", "24", "--sparsity", "0.3"],
         "bench": [*plan, "--prompt-tokens", "16", "--rounds", "1"],
@@ -85,7 +85,7 @@ def usual(command: str, given: Given) -> list[str]:
         "eval longbench": ["--data", str(given.questions), "--limit", "1", "--max-tokens", "96"],
         "reproduce": [
             *("--calibration", str(given.text), "--text", f"one={given.text}", "--tasks", "none"),
-            *("--longbench", "none", "--calibration-windows", "1", "--calibration-len", "24", "--window", "24"),
+            *("--longbench", "none", "--calibration-windows", "1", "--calibration-window", "24", "--window", "24"),
             *("--windows", "1", "--rounds", "1", "--prompt-tokens", "16", "--only", "fig5"),
         ],
         "lm-eval": [

@@ -47,7 +47,7 @@ def settings(folder: Path, output: Path, **changes: Any) -> Settings:
         "held_out_windows": 3,
         "held_out_len": 48,
         "prompt_tokens": 64,
-        "repeats": 2,
+        "rounds": 2,
     }
     return Settings(**(quick | changes))
 

@@ -37,7 +37,7 @@ def settings_for(model: Path, inputs: Path, output: Path, **fields: Any) -> Repr
         "calibration": str(inputs / "calibration.txt"),
         "texts": {"one": str(inputs / "one.txt"), "two": str(inputs / "two.txt")},
         "calibration_windows": 2,
-        "calibration_len": 32,
+        "calibration_window": 32,
         "windows": 3,
         "window": 64,
         "tasks": (),
@@ -110,7 +110,7 @@ def test_corrected_rows(tiny_folder: Path, inputs: Path, tmp_path: Path, windows
     from orthorank.models import load_model
 
     asked = settings_for(
-        tiny_folder, inputs, tmp_path, only=("corrected",), calibration_windows=windows, calibration_len=33
+        tiny_folder, inputs, tmp_path, only=("corrected",), calibration_windows=windows, calibration_window=33
     )
     rows = reproduce(asked)["corrected"]["rows"]
     assert [row["row"] for row in rows] == ["sleb-20", "sleb-20+orthorank"]
@@ -243,7 +243,7 @@ def test_claims_of_the_finished_parts_alone(finished: tuple[Path, dict[str, Any]
 
 def test_the_command(tiny_folder: Path, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--calibration", str(inputs / "calibration.txt"), "--text", f"one={inputs / 'one.txt'}"]
-    sizes = ["--calibration-len", "32", "--window", "64", "--device", "cpu", "--tasks", "none", "--quick"]
+    sizes = ["--calibration-window", "32", "--window", "64", "--device", "cpu", "--tasks", "none", "--quick"]
     out = tmp_path / "out"
     assert main(["reproduce", str(tiny_folder), *options, *sizes, "--only", "sweep,fig5", "--output", str(out)]) == 0
     assert "Perplexity over sparsity" in capsys.readouterr().out
@@ -262,7 +262,7 @@ def test_an_interrupted_command_says_what_is_kept(
 
     monkeypatch.setattr(tables, "table4", interrupted)
     options = ["--calibration", str(inputs / "calibration.txt"), "--text", f"one={inputs / 'one.txt'}"]
-    sizes = ["--calibration-len", "32", "--window", "64", "--device", "cpu", "--tasks", "none", "--quick"]
+    sizes = ["--calibration-window", "32", "--window", "64", "--device", "cpu", "--tasks", "none", "--quick"]
     out = tmp_path / "out"
     assert main(["reproduce", str(tiny_folder), *options, *sizes, "--only", "fig5,table4", "--output", str(out)]) == 2
     assert f"finished cells are in {out}: the same command goes on there" in capsys.readouterr().err

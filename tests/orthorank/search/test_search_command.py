@@ -221,7 +221,7 @@ def test_the_demo_takes_the_plan(finished: Any, tiny_folder: Path, tmp_path: Pat
             held_out_windows=2,
             held_out_len=32,
             prompt_tokens=32,
-            repeats=1,
+            rounds=1,
         )
     )
     ortho = next(row for row in measured["rows"] if row["name"] == "orthorank")
@@ -245,7 +245,7 @@ def test_the_demo_takes_a_plan_that_removes_layers(tiny_folder: Path, tmp_path: 
             held_out_windows=1,
             held_out_len=32,
             prompt_tokens=32,
-            repeats=1,
+            rounds=1,
         )
     )
     rows = {row["name"]: row for row in measured["rows"]}
@@ -268,7 +268,7 @@ def test_the_demo_takes_a_plan_of_mixed_ratios(tiny_folder: Path, tmp_path: Path
             held_out_windows=1,
             held_out_len=32,
             prompt_tokens=32,
-            repeats=1,
+            rounds=1,
         )
     )
     ortho = next(row for row in measured["rows"] if row["name"] == "orthorank")
