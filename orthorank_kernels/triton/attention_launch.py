@@ -59,10 +59,7 @@ def launch(
     target = configs.target_of(q.device)
     asked = hopper.is_asked_for()
     if asked:
-        hopper.check(
-            q, k, v, paged=block_table is not None, window=window, softcap=softcap, sinks=sinks,
-            rotary_interleaved=interleaved, target=target,
-        )  # fmt: skip
+        hopper.check(q, k, v, paged=block_table is not None, rotary_interleaved=interleaved, target=target)
     constexprs, num_warps, num_stages = configs.launch_settings(head_dim, heads // kv_heads, q.dtype, target, rows)
     fp8 = FP8.get(k.dtype, "")
     if fp8:
@@ -79,7 +76,8 @@ def launch(
     splits = configs.splits(tiles * columns * batch, longest, constexprs["BLOCK_M"], constexprs["BLOCK_N"], q.device)
     if asked and splits == 1 and constexprs["BLOCK_M"] > configs.FEW_ROWS[-1]:
         hopper.launch(
-            q, k, v, positions, *outputs, pack=constexprs["PACK"], scale=scale, starts=starts,
+            q, k, v, positions, *outputs, pack=constexprs["PACK"], lanes_together=lanes_together, scale=scale,
+            window=None if window is None else min(window, INT32_MAX), softcap=softcap, sinks=sinks, starts=starts,
             query_offset=query_offset, cos=cos, sin=sin, rotary_dim=rotary_dim or 0, cu_selected=cu_selected,
             cu_keys=cu_keys,
         )  # fmt: skip

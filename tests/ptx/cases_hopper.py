@@ -51,6 +51,17 @@ def hopper_cases() -> Iterator[Case]:
         late = ints((*range(100, 290, 11), -1, -1))
         yield one("dim 64, rotary", dtype, dim=64, positions=late, keys=300, **turned)
         yield one("dim 128, rotary", dtype, dim=128, positions=late, keys=300, **tables, rotary_dim=64)
+    # Windows: the first part lets blocks before its window go unread, and the others have a mask at either end.
+    for dtype in (HALF, HALF16):
+        wide = {"positions": ints((*range(280, 376, 6), *range(560, 624, 4))), "keys": 640, "window": 150}
+        yield one("dim 64, window", dtype, dtype == HALF16, dim=64, sinks=True, return_lse=True, **wide)
+        yield one("dim 128, window", dtype, dim=128, softcap=5.0, starts=ints(200), **wide)
+        yield one(
+            "dim 128, sinks and soft-cap", dtype, dim=128, positions=ints(APART), keys=399, sinks=True, softcap=2.0
+        )
+    many = ints((*range(560, 576), *range(860, 876)))  # whole blocks between the masks of either end
+    yield one("dim 64, window of 420", HALF, dim=64, positions=many, keys=890, window=420)
+    yield one("dim 64, window of 1", HALF, dim=64, positions=ints((-1, *range(130, 460, 11))), keys=470, window=1)
     # The first kernel again with longer loops: both parts of a tile read the same blocks, or the second lets three go.
     later, apart = ints(tuple(range(601, 637, 2))), ints((10, 13, 16, 400, *range(740, 836, 6)))
     yield one("dim 64, many keys", HALF, dim=64, positions=later, keys=700, starts=ints(9), query_offset=50)

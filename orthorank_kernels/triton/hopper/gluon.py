@@ -10,6 +10,7 @@ from orthorank_kernels.triton import attention_tiles
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 # The same source as in the other attention kernel: it only computes with what it is given.
 tile_rows = gluon.jit(attention_tiles.tile_rows.fn)
+find_work = gluon.jit(attention_tiles.find_work.fn)
 SEARCH = gl.constexpr(256)  # sequences that one step of the search reads
 
 

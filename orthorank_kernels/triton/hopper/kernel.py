@@ -11,13 +11,13 @@ of i // STAGES.
 
 A consumer issues the scores of block i and, behind them, the sums of values of block i - 1, waits for the scores alone,
 and computes the softmax of block i while the sums run: that is what the tensor cores do while it exponentiates. Blocks
-behind its own last key it lets go unread.
+behind its own last key it lets go unread, and with a window those before its own first one.
 
 Rows of V behind the tile's last key may hold anything, and 0 times NaN is NaN. TMA would bring them, so the last block
 of V is not copied by it: the first consumer loads that one and puts zeros there. K needs nothing: its scores are
 replaced. What lies before the first key is never read.
 
-Not here: float32, windows, soft-capping, sinks, pages, keys split over programs.
+Not here: float32, pages, keys split over programs.
 """
 
 from triton.experimental import gluon
@@ -29,19 +29,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from orthorank_kernels.triton.hopper.fill import fill_last_values, fill_queries
-from orthorank_kernels.triton.hopper.gluon import async_load, find_sequence
+from orthorank_kernels.triton.hopper.gluon import async_load, find_sequence, find_work
 from orthorank_kernels.triton.hopper.step import (
     CONSUMERS,
     ROWS,
     attend,
-    last_keys,
     rows_of_part,
     scores,
     softmax_step,
+    visible_keys,
 )
 
 WARPS = gl.constexpr(4)  # of a consumer
 LN_2 = gl.constexpr(0.6931471805599453)
+LOG2_E = gl.constexpr(1.4426950408889634)
 NOTHING = gl.constexpr(float("-inf"))
 # Where the largest score starts: above a masked one, so that what a row does not see weighs 0 from the first block on.
 LOWEST_SCORE = gl.constexpr(-(2.0**99))
@@ -62,15 +63,18 @@ def consume(
     BLOCK_N: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
+    HAS_WINDOW: gl.constexpr,
+    SOFTCAP: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
     HAS_LSE: gl.constexpr,
     ROTARY_DIM: gl.constexpr,
 ):
     """One part of a tile, from its queries to its output."""
     k_bufs, v_bufs, k_full, k_empty, v_full, v_empty = rings
-    q_ptr, v_ptr, positions_ptr, out_ptr, lse_ptr = tensors
-    begin, end, keys, query_offset, to_bits, strides = numbers
+    q_ptr, v_ptr, positions_ptr, sinks_ptr, out_ptr, lse_ptr = tensors
+    begin, end, keys, query_offset, window, factors, strides = numbers
     stride_q_head, stride_q_token, stride_out_head, stride_out_token, stride_lse_head, stride_lse_token = strides
-    tile, column, start, high, blocks = where
+    tile, column, start, low, high, blocks = where
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HEAD_DIM, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
@@ -80,54 +84,81 @@ def consume(
     dtype: gl.constexpr = k_bufs.dtype
 
     if PART == 0:  # before the queries: with both at hand, turned queries of head_dim 128 spill
-        n = start + (blocks - 1) * BLOCK_N
+        n = low + (blocks - 1) * BLOCK_N
         fill_last_values(v_bufs.index(0), v_ptr, n, high, offs_d, STRIDE_V, BLOCK_N, HEAD_DIM, WIDE)
         mbarrier.arrive(v_full.index(0), count=1)
 
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, WIDE))
     query, head, in_tile = rows_of_part(PART, row, tile, begin, end, column, GROUP, PACK)
-    position, sees, _last = last_keys(positions_ptr, query, in_tile, query_offset, keys, start)
+    position, sees, _first, _last = visible_keys(
+        positions_ptr, query, in_tile, query_offset, keys, start, window, HAS_WINDOW
+    )
     rows = head.to(gl.int64) * stride_q_head + query.to(gl.int64) * stride_q_token
     q = q_bufs.index(PART)
     fill_queries(q, q_ptr, rows, in_tile, tables, position, sees, offs_d, HEAD_DIM, ROTARY_DIM)
 
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
     query, head, in_tile = rows_of_part(PART, row, tile, begin, end, column, GROUP, PACK)
-    _position, sees, last = last_keys(positions_ptr, query, in_tile, query_offset, keys, start)
-    own_high = gl.max(gl.where(sees, last, start), 0)
+    _position, sees, first, last = visible_keys(
+        positions_ptr, query, in_tile, query_offset, keys, start, window, HAS_WINDOW
+    )
+    own_high = gl.max(gl.where(sees, last, low), 0)
     last = gl.where(sees, last, own_high)
-    own_blocks = (own_high - start) // BLOCK_N + 1
-    first = blocks - own_blocks
-    masked_end = gl.maximum(blocks - (gl.min(last, 0) + 1 - start) // BLOCK_N, first + 1)
-
-    for i in range(first):
-        mbarrier.wait(k_full.index(i % STAGES), (i // STAGES) & 1)
-        mbarrier.arrive(k_empty.index(i % STAGES), count=1)
-        mbarrier.wait(v_full.index(i % STAGES), (i // STAGES) & 1)
-        mbarrier.arrive(v_empty.index(i % STAGES), count=1)
+    own_blocks = (own_high - low) // BLOCK_N + 1
+    i0 = blocks - own_blocks  # this part's first block
+    masked_end = gl.maximum(blocks - (gl.min(last, 0) + 1 - low) // BLOCK_N, i0 + 1)
+    end_blocks = blocks
+    if HAS_WINDOW:  # rows that see nothing stand at the last key
+        first = gl.where(sees, first, own_high)
+        end_blocks = blocks - (gl.min(first, 0) - low) // BLOCK_N
+        whole = (gl.max(gl.where(sees, first, low), 0) - low + BLOCK_N - 1) // BLOCK_N
+        masked_end = gl.minimum(masked_end, end_blocks)
+        unmasked_end = gl.maximum(blocks - whole, masked_end)
+    for i in range(i0):
+        release(rings, i, STAGES)
 
     acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, layout=O_LAYOUT)
     total = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, S_LAYOUT))
-    peak = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, S_LAYOUT)) + LOWEST_SCORE * to_bits
-    n = start + (own_blocks - 1) * BLOCK_N
-    mbarrier.wait(k_full.index(first % STAGES), (first // STAGES) & 1)
-    qk = warpgroup_mma_wait(0, deps=[scores(q, k_bufs.index(first % STAGES), BLOCK_N, HEAD_DIM, S_LAYOUT)])
-    mbarrier.arrive(k_empty.index(first % STAGES), count=1)
-    weights, peak, _shrink, total = softmax_step(qk, peak, total, last, n, to_bits, BLOCK_N, S_LAYOUT, True)
+    peak = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, S_LAYOUT))
+    peak += LOWEST_SCORE if SOFTCAP else LOWEST_SCORE * factors[0]
+    if HAS_SINKS:  # a key of which only the weight counts, so it is where the softmax starts
+        sink = gl.load(sinks_ptr + head, mask=in_tile, other=0.0).to(gl.float32) * LOG2_E
+        peak = gl.maximum(peak, sink)
+        total = gl.exp2(sink - peak)
+    n = low + (own_blocks - 1) * BLOCK_N
+    mbarrier.wait(k_full.index(i0 % STAGES), (i0 // STAGES) & 1)
+    qk = warpgroup_mma_wait(0, deps=[scores(q, k_bufs.index(i0 % STAGES), BLOCK_N, HEAD_DIM, S_LAYOUT)])
+    mbarrier.arrive(k_empty.index(i0 % STAGES), count=1)
+    weights, peak, _shrink, total = softmax_step(
+        qk, peak, total, first, last, n, factors, BLOCK_N, S_LAYOUT, True, HAS_WINDOW, SOFTCAP
+    )
     weights = gl.convert_layout(weights.to(dtype), P_LAYOUT)
-    for i in range(first + 1, masked_end):
-        n = start + (blocks - 1 - i) * BLOCK_N
+    for i in range(i0 + 1, masked_end):
+        n = low + (blocks - 1 - i) * BLOCK_N
         acc, weights, peak, total = attend(
-            acc, weights, peak, total, i, q, rings, last, n, to_bits, BLOCK_N, HEAD_DIM, STAGES, S_LAYOUT, True
-        )
-    for i in range(masked_end, blocks):
+            acc, weights, peak, total, i, q, rings, first, last, n, factors, BLOCK_N, HEAD_DIM, STAGES, S_LAYOUT, True,
+            HAS_WINDOW, SOFTCAP,
+        )  # fmt: skip
+    for i in range(masked_end, unmasked_end if HAS_WINDOW else blocks):
         acc, weights, peak, total = attend(
-            acc, weights, peak, total, i, q, rings, last, 0, to_bits, BLOCK_N, HEAD_DIM, STAGES, S_LAYOUT, False
-        )
-    at = (blocks - 1) % STAGES
-    mbarrier.wait(v_full.index(at), ((blocks - 1) // STAGES) & 1)
+            acc, weights, peak, total, i, q, rings, first, last, 0, factors, BLOCK_N, HEAD_DIM, STAGES, S_LAYOUT, False,
+            HAS_WINDOW, SOFTCAP,
+        )  # fmt: skip
+    if HAS_WINDOW:
+        for i in range(unmasked_end, end_blocks):
+            n = low + (blocks - 1 - i) * BLOCK_N
+            acc, weights, peak, total = attend(
+                acc, weights, peak, total, i, q, rings, first, last, n, factors, BLOCK_N, HEAD_DIM, STAGES, S_LAYOUT,
+                True, HAS_WINDOW, SOFTCAP,
+            )  # fmt: skip
+    at = (end_blocks - 1) % STAGES
+    mbarrier.wait(v_full.index(at), ((end_blocks - 1) // STAGES) & 1)
     sums = warpgroup_mma(weights, v_bufs.index(at).reshape([BLOCK_N, HEAD_DIM]), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[sums])
+    if HAS_WINDOW:
+        mbarrier.arrive(v_empty.index(at), count=1)
+        for i in range(end_blocks, blocks):
+            release(rings, i, STAGES)
 
     total = gl.where(sees, total, 1.0)
     factor = gl.convert_layout(1.0 / total, gl.SliceLayout(1, O_LAYOUT))
@@ -141,6 +172,16 @@ def consume(
     query, head, in_tile = rows_of_part(PART, row, tile, begin, end, column, GROUP, PACK)
     out_rows = head.to(gl.int64) * stride_out_head + query.to(gl.int64) * stride_out_token
     gl.store(out_ptr + out_rows[:, None] + offs_d[None, :], out, mask=in_tile[:, None])
+
+
+@gluon.jit
+def release(rings, i, STAGES: gl.constexpr):
+    """Let a block go unread."""
+    _k_bufs, _v_bufs, k_full, k_empty, v_full, v_empty = rings
+    mbarrier.wait(k_full.index(i % STAGES), (i // STAGES) & 1)
+    mbarrier.arrive(k_empty.index(i % STAGES), count=1)
+    mbarrier.wait(v_full.index(i % STAGES), (i // STAGES) & 1)
+    mbarrier.arrive(v_empty.index(i % STAGES), count=1)
 
 
 @gluon.jit
@@ -166,6 +207,7 @@ def produce(k_desc, v_desc, rings, batch, kv_head, first_row, blocks, BLOCK_N: g
         "keys",
         "n_seqs",
         "query_offset",
+        "window",
         "stride_positions_batch",
         "stride_lse_batch",
         "stride_lse_head",
@@ -181,6 +223,7 @@ def hopper_attention_kernel(
     starts_ptr,  # [batch]
     cu_selected_ptr,  # with PACKED: [n_seqs + 1]
     cu_keys_ptr,  # with PACKED: [n_seqs + 1]
+    sinks_ptr,  # with HAS_SINKS: [heads], logits
     out_ptr,  # [batch, heads, selected, head_dim] by strides
     lse_ptr,  # [batch, heads, selected] by strides, float32
     cos_ptr,  # [batch or 1, tokens, at least ROTARY_DIM // 2]
@@ -189,7 +232,13 @@ def hopper_attention_kernel(
     keys,
     n_seqs,
     query_offset,
-    to_bits,  # softmax scale * log2(e)
+    window,
+    tiles,
+    columns,  # of heads: key/value heads times tiles of a group
+    lanes,  # columns of heads times batch rows
+    lanes_together,
+    to_bits,  # softmax scale * log2(e), with SOFTCAP: * 2 / softcap
+    cap,  # softcap * log2(e)
     stride_q_batch,
     stride_q_head,
     stride_q_token,
@@ -214,16 +263,17 @@ def hopper_attention_kernel(
     STAGES: gl.constexpr,
     PACKED: gl.constexpr,
     HAS_STARTS: gl.constexpr,
+    HAS_WINDOW: gl.constexpr,
+    SOFTCAP: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
     HAS_LSE: gl.constexpr,
     ROTARY_DIM: gl.constexpr,  # elements of a query's head to turn, in halves; 0: none
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
-    """One program: one tile of queries and heads, grid (tiles, kv_heads * head tiles, batch)."""
-    tile = gl.program_id(0)
-    column = gl.program_id(1)
+    """One program: one tile of queries and heads, grid (tiles * lanes,)."""
+    batch, column, tile, _split = find_work(gl.program_id(0), tiles, columns, lanes, lanes_together, 1, False)
     kv_head = column // ((GROUP + PACK - 1) // PACK)
-    batch = gl.program_id(2)
     query_begin = 0
     query_end = selected
     key_base = 0
@@ -239,10 +289,15 @@ def hopper_attention_kernel(
     positions_ptr += batch.to(gl.int64) * stride_positions_batch
     row = gl.arange(0, CONSUMERS * ROWS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
     query, _head, in_tile = rows_of_part(row // ROWS, row % ROWS, tile, query_begin, query_end, column, GROUP, PACK)
-    _position, sees, last = last_keys(positions_ptr, query, in_tile, query_offset, keys, start)
-    # Nobody sees anything: one block all the same, all of it masked, so that nothing below has to ask.
+    _position, sees, first, last = visible_keys(
+        positions_ptr, query, in_tile, query_offset, keys, start, window, HAS_WINDOW
+    )
+    # No row sees anything: one block all the same, all of it masked, so that nothing below has to ask.
     high = gl.max(gl.where(sees, last, -1), 0)
-    blocks = gl.maximum(high - start, 0) // BLOCK_N + 1
+    low = start
+    if HAS_WINDOW:
+        low = gl.maximum(gl.min(gl.where(sees, first, high), 0), start)
+    blocks = gl.maximum(high - low, 0) // BLOCK_N + 1
 
     k_bufs = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout)
     v_bufs = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], v_desc.layout)
@@ -270,27 +325,27 @@ def hopper_attention_kernel(
         cos_ptr += batch.to(gl.int64) * stride_cos_batch
         sin_ptr += batch.to(gl.int64) * stride_sin_batch
     tables = (cos_ptr, sin_ptr, stride_cos_token, stride_sin_token)
-    tensors = (q_ptr, v_ptr, positions_ptr, out_ptr, lse_ptr)
+    tensors = (q_ptr, v_ptr, positions_ptr, sinks_ptr, out_ptr, lse_ptr)
     strides = (stride_q_head, stride_q_token, stride_out_head, stride_out_token, stride_lse_head, stride_lse_token)
-    numbers = (query_begin, query_end, keys, query_offset, to_bits, strides)
-    where = (tile, column, start, high, blocks)
+    numbers = (query_begin, query_end, keys, query_offset, window, (to_bits, cap), strides)
+    where = (tile, column, start, low, high, blocks)
     gl.warp_specialize(
         [
             (
                 consume,
                 (
                     q_bufs, rings, tensors, tables, numbers, where, 0, STRIDE_V, GROUP, PACK, BLOCK_N, HEAD_DIM, STAGES,
-                    HAS_LSE, ROTARY_DIM,
+                    HAS_WINDOW, SOFTCAP, HAS_SINKS, HAS_LSE, ROTARY_DIM,
                 ),
             ),
             (
                 consume,
                 (
                     q_bufs, rings, tensors, tables, numbers, where, 1, STRIDE_V, GROUP, PACK, BLOCK_N, HEAD_DIM, STAGES,
-                    HAS_LSE, ROTARY_DIM,
+                    HAS_WINDOW, SOFTCAP, HAS_SINKS, HAS_LSE, ROTARY_DIM,
                 ),
             ),
-            (produce, (k_desc, v_desc, rings, batch, kv_head, key_base + start, blocks, BLOCK_N, STAGES)),
+            (produce, (k_desc, v_desc, rings, batch, kv_head, key_base + low, blocks, BLOCK_N, STAGES)),
         ],
         [WARPS, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -38,9 +38,6 @@ def check(
     v: torch.Tensor,
     *,
     paged: bool,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
     rotary_interleaved: bool,
     target: str,
 ) -> None:
@@ -50,16 +47,14 @@ def check(
         ValueError: names what it does not take, and says what to do.
     """
     head_dim, found = q.shape[3], configs.family(target)
-    options = {"window": window, "softcap": softcap, "sinks": sinks, "rotary_interleaved": rotary_interleaved or None}
-    given = [name for name, value in options.items() if value is not None]
     if found != "hopper":
         reason = f"is for GPUs of compute capability 9.0, and this is {target}"
     elif not _has_gluon():
         reason = "needs Triton 3.6 or newer with triton.experimental.gluon"
     elif paged:
         reason = "takes keys in a batch or packed, and these are in pages"
-    elif given:
-        reason = f"has no {given[0]}"
+    elif rotary_interleaved:
+        reason = "has no rotary_interleaved"
     elif q.dtype not in (torch.float16, torch.bfloat16):
         reason = f"takes float16 and bfloat16, and q has {str(q.dtype).removeprefix('torch.')}"
     elif head_dim not in HEAD_DIMS:
@@ -83,7 +78,11 @@ def launch(
     lse: torch.Tensor | None,
     *,
     pack: int,
+    lanes_together: int,
     scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
     starts: torch.Tensor | None,
     query_offset: int,
     cos: torch.Tensor | None,
@@ -95,7 +94,7 @@ def launch(
     """Launch the kernel on what `check` has let pass; arguments as in `triton.attention_launch.launch`.
 
     Args:
-        pack: heads of a group that share a tile.
+        pack: heads of a group that share a tile. lanes_together: see `attention_tiles.find_work`.
         cos, sin: ``[batch or 1, tokens, width]``, to turn the first ``rotary_dim`` elements of q by, or none and 0.
     """
     from orthorank_kernels.triton.hopper.kernel import hopper_attention_kernel
@@ -105,9 +104,10 @@ def launch(
     group = heads // kv_heads
     columns = kv_heads * configs.cdiv(group, pack)
     packed, n_seqs = cu_selected is not None, 0 if cu_selected is None else cu_selected.shape[0] - 1
+    tiles, lanes = configs.tiles(selected, 2 * (PART // pack), n_seqs, packed=packed), columns * batch
     configs.launch(
         hopper_attention_kernel,
-        (configs.tiles(selected, 2 * (PART // pack), n_seqs, packed=packed), columns, batch),
+        (tiles * lanes,),
         q,
         q_ptr=q,
         k_desc=_descriptor(k),
@@ -117,6 +117,7 @@ def launch(
         starts_ptr=starts,
         cu_selected_ptr=cu_selected,
         cu_keys_ptr=cu_keys,
+        sinks_ptr=sinks,
         out_ptr=out,
         lse_ptr=lse,
         cos_ptr=cos,
@@ -125,7 +126,13 @@ def launch(
         keys=keys,
         n_seqs=n_seqs,
         query_offset=query_offset,
-        to_bits=scale * math.log2(math.e),
+        window=0 if window is None else window,
+        tiles=tiles,
+        columns=columns,
+        lanes=lanes,
+        lanes_together=lanes_together,
+        to_bits=scale * math.log2(math.e) * (1 if softcap is None else 2 / softcap),
+        cap=0.0 if softcap is None else softcap * math.log2(math.e),
         stride_q_batch=q.stride(0),
         stride_q_head=q.stride(1),
         stride_q_token=q.stride(2),
@@ -142,6 +149,9 @@ def launch(
         STAGES=STAGES,
         PACKED=packed,
         HAS_STARTS=starts is not None,
+        HAS_WINDOW=window is not None,
+        SOFTCAP=softcap is not None,
+        HAS_SINKS=sinks is not None,
         HAS_LSE=lse is not None,
         ROTARY_DIM=rotary_dim,
         CONSUMER_REGISTERS=CONSUMER,

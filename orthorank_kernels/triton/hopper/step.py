@@ -18,11 +18,15 @@ def rows_of_part(part, row, tile, begin, end, column, GROUP: gl.constexpr, PACK:
 
 
 @gluon.jit
-def last_keys(positions_ptr, query, in_tile, query_offset, keys, start):
-    """Position of a row, whether it sees any key, and the last one that it sees: like ``query`` each."""
+def visible_keys(positions_ptr, query, in_tile, query_offset, keys, start, window, HAS_WINDOW: gl.constexpr):
+    """Position of a row, whether it sees any key, and the first and the last one that it sees: like ``query`` each."""
     position = gl.load(positions_ptr + query, mask=in_tile, other=-1)
-    last = gl.minimum(position + query_offset, keys - 1)
-    return position, (position >= 0) & (last >= start), last
+    at = position + query_offset
+    last = gl.minimum(at, keys - 1)
+    first = position * 0 + start
+    if HAS_WINDOW:
+        first = gl.maximum(first, at - window + 1)
+    return position, (position >= 0) & (first <= last), first, last
 
 
 @gluon.jit
@@ -44,13 +48,42 @@ def done_before(x):
 
 
 @gluon.jit
-def softmax_step(qk, peak, total, last, n, to_bits, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr, MASKED: gl.constexpr):
+def reciprocal(x):
+    """1 / x to the last bit but one, in one instruction."""
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def softmax_step(
+    qk,
+    peak,
+    total,
+    first,
+    last,
+    n,
+    numbers,
+    BLOCK_N: gl.constexpr,
+    LAYOUT: gl.constexpr,
+    MASKED: gl.constexpr,
+    HAS_WINDOW: gl.constexpr,
+    SOFTCAP: gl.constexpr,
+):
     """One step of the online softmax over the keys from n on. Weights [ROWS, BLOCK_N], and of each row the largest
-    score in bits, what earlier sums shrink by, and the sum of weights."""
+    score in bits, what earlier sums shrink by, and the sum of weights.
+
+    ``numbers``: what q k is multiplied by, and the cap: as `attention_kernel` has them.
+    """
+    to_bits, cap = numbers
+    if SOFTCAP:  # cap * tanh(x) = cap - 2 * cap / (exp(2 x) + 1), in bits
+        qk = cap - 2.0 * cap * reciprocal(gl.exp2(qk * to_bits) + 1.0)
+        to_bits = 1.0
     if MASKED:  # a thread's columns differ by multiples of eight: see `attention_step.attend`
         offs_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
         eighth, within = (offs_n // 8)[None, :], (offs_n % 8)[None, :]
-        qk = gl.where(eighth <= (((last - n)[:, None] - within) >> 3), qk, MASKED_SCORE)
+        seen = eighth <= (((last - n)[:, None] - within) >> 3)
+        if HAS_WINDOW:
+            seen = seen & (eighth >= (((first - n + 7)[:, None] - within) >> 3))
+        qk = gl.where(seen, qk, MASKED_SCORE)
     new_peak = gl.maximum(peak, gl.max(qk, 1) * to_bits)
     weights = gl.exp2(qk * to_bits - new_peak[:, None])
     shrink = gl.exp2(peak - new_peak)
@@ -66,14 +99,17 @@ def attend(
     i,
     q,
     rings,
+    first,
     last,
     n,  # first key of block i
-    to_bits,
+    numbers,
     BLOCK_N: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
     LAYOUT: gl.constexpr,  # of the scores
     MASKED: gl.constexpr,
+    HAS_WINDOW: gl.constexpr,
+    SOFTCAP: gl.constexpr,
 ):
     """Add the values of block i - 1, and compute the weights of block i meanwhile."""
     k_bufs, v_bufs, k_full, k_empty, v_full, v_empty = rings
@@ -86,7 +122,9 @@ def attend(
     sums = warpgroup_mma(weights, v_bufs.index(at_values).reshape([BLOCK_N, HEAD_DIM]), acc, is_async=True)
     qk = warpgroup_mma_wait(1, deps=[qk])
     mbarrier.arrive(k_empty.index(at), count=1)
-    new_weights, peak, shrink, total = softmax_step(qk, peak, total, last, n, to_bits, BLOCK_N, LAYOUT, MASKED)
+    new_weights, peak, shrink, total = softmax_step(
+        qk, peak, total, first, last, n, numbers, BLOCK_N, LAYOUT, MASKED, HAS_WINDOW, SOFTCAP
+    )
     done_before(total)
     acc, weights = warpgroup_mma_wait(0, deps=[sums, weights])
     mbarrier.arrive(v_empty.index(at_values), count=1)

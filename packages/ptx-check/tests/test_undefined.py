@@ -65,6 +65,22 @@ def test_shared_memory_that_nobody_wrote():
         snippet.run("mov.b32 %r1, 0; st.shared.b32 [%r1], 7; ld.shared.b64 %rd1, [%r1];", shared=8, threads=32)
 
 
+def test_of_several_numbers_read_at_once_one_may_be_unwritten_until_something_depends_on_it():
+    """Compilers read four where they want three."""
+    body = (
+        "st.shared.v2.b32 [%r9], {7, 8}; st.shared.b32 [%r9+8], 9; bar.sync 0; ld.shared.v4.b32 {%r1, %r2, %r3, %r4}, [%r9];"
+        "add.s32 %r5, %r1, %r3;"
+    )
+    out = snippet.run(body, {"%r9": 0}, shared=16)
+    assert out["%r5"].tolist() == [16] * 32
+    assert out.undefined("%r4").all()
+    assert not any(out.undefined(f"%r{n}").any() for n in (1, 2, 3))
+    with pytest.raises(Uninitialised, match="a branch depends on %p1"):
+        snippet.run(f"{body} setp.eq.s32 %p1, %r4, 0; @%p1 bra $L; $L:", {"%r9": 0}, shared=16)
+    with pytest.raises(Uninitialised, match="reads byte 0"):
+        snippet.run("ld.shared.v2.b32 {%r1, %r2}, [%r9];", {"%r9": 0}, shared=16)
+
+
 def test_undefined_values_travel_through_shared_memory():
     store = f"{TID} st.shared.b32 [%r31], %r2; bar.sync 0; "
     out = snippet.run(

@@ -76,6 +76,34 @@ def test_packed_sequences(dim, monkeypatch):
     assert_within_budget(out, eager, exact, torch.bfloat16)
 
 
+OPTIONS = {
+    "window": {"window": 300},
+    "window of 1": {"window": 1},
+    "sinks": {"sinks": 3.0},
+    "soft-cap": {"softcap": 5.0},
+    "everything": {"window": 500, "sinks": -1.0, "softcap": 20.0},
+}
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_windows_caps_and_sinks(dim, options, monkeypatch):
+    if "sinks" in options:
+        options = options | {"sinks": torch.full((8,), options["sinks"], device=DEVICE)}
+    q = random(2, 8, 700, dim, dtype=torch.bfloat16, seed=1)
+    k, v = (random(2, 2, 2100, dim, dtype=torch.bfloat16, seed=seed) for seed in (2, 3))
+    positions = some_positions(2, 2100, 700, fewer=40)
+    starts = torch.tensor((0, 333), dtype=torch.int32, device=DEVICE)
+    given = {"starts": starts, "return_lse": True} | options
+    exact, _ = sparse_query_attention(q.float(), k.float(), v.float(), positions, backend="torch", **given)
+    eager, eager_lse = sparse_query_attention(q, k, v, positions, backend="torch", **given)
+    monkeypatch.setenv("ORTHORANK_ATTENTION", "hopper")
+    with poisoned_outputs():
+        out, lse = sparse_query_attention(q, k, v, positions, backend="triton", **given)
+    assert_within_budget(out, eager, exact, torch.bfloat16)
+    torch.testing.assert_close(lse, eager_lse, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 def test_queries_are_turned_as_by_an_op_of_their_own(dim, monkeypatch):
     """To the bit."""

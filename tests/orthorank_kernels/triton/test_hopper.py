@@ -60,6 +60,25 @@ def test_it_runs_where_it_is_asked_for(dim, dtype, monkeypatch):
         assert launched(gpus) == [NEW, USUAL]
 
 
+def test_windows_caps_and_sinks_are_taken():
+    with fake_gpus() as gpus:
+        call(window=100, sinks=True)
+        call(window=2**40, softcap=30.0)
+    (_, _, first), (_, _, second) = gpus.launches
+    assert [name for name, _, _ in gpus.launches] == [NEW, NEW]
+    assert (first["window"], first["HAS_WINDOW"], first["HAS_SINKS"], first["SOFTCAP"]) == (100, True, True, False)
+    assert (second["window"], second["HAS_SINKS"], second["SOFTCAP"]) == (2**31 - 1, False, True)
+
+
+def test_programs_are_numbered_in_groups_of_lanes_whose_keys_the_cache_holds():
+    """Two batch rows of two columns each; the longest tiles of all lanes come first: see `find_work`."""
+    with fake_gpus() as gpus:
+        call()
+    ((_, _, options),) = gpus.launches
+    assert (options["columns"], options["lanes"], options["lanes_together"]) == (2, 4, 4)
+    assert options["tiles"] == -(-999 // 32), "of two parts with sixteen queries of four heads each"
+
+
 def test_tiles_hold_whole_queries_of_a_group():
     """Seven heads: a part of 64 rows has nine queries, and a tile has two parts."""
     with fake_gpus() as gpus:
@@ -87,9 +106,6 @@ def test_few_queries_stay_with_the_usual_kernel(what, kernels):
     [
         ({"dtype": FLOAT}, "takes float16 and bfloat16, and q has float32"),
         ({"dim": 96}, "takes head_dim 64 and 128, and q has 96"),
-        ({"window": 100}, "has no window"),
-        ({"softcap": 30.0}, "has no softcap"),
-        ({"sinks": True}, "has no sinks"),
         ({"rotary": True, "interleaved": True}, "has no rotary_interleaved"),
         ({"keys": 0}, "no dimension may be empty"),
         ({"slack": 1}, "multiples of 16 bytes"),

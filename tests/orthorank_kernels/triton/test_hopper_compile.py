@@ -27,7 +27,7 @@ def output(*options: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "only", ["dim 128, groups of 4", pytest.param("groups of 7|packed|dim 64", marks=pytest.mark.slow)]
+    "only", ["dim 128, groups of 4", pytest.param("groups of 7|packed|dim 64|window|soft", marks=pytest.mark.slow)]
 )
 def test_the_code_keeps_its_limits(only):
     found = list(map(json.loads, output("--json", "--only", only).splitlines()))

@@ -46,16 +46,21 @@ def _load(instruction: Instruction, operands: Operands) -> Run:
     def load(block: "Block", active: np.ndarray | None) -> None:
         lanes = block.lanes(active)
         where = block.value(address, active, "an address")[lanes]
-        memory = block.memory if space == "global" else block.shared
         data = np.zeros((block.threads, size), np.uint8)
-        data[lanes] = memory.load(block, where, size, lanes)
+        if space == "global":
+            data[lanes] = block.memory.load(block, where, size, lanes)
+        else:
+            data[lanes] = block.shared.load(block, where, size, lanes, parts=count)
         values = data.view(dtype)
         for i, target in enumerate(targets):
             target.put(block, np.ascontiguousarray(values[:, i]), active)
-        if space == "shared" and (bad := block.shared.undefined_at(where, size)) is not None:
-            every = np.zeros(block.threads, bool)
-            every[lanes] = bad
-            for target in targets:
+        if space == "global" or block.shared.undefined_at(where, size) is None:
+            return
+        for i, target in enumerate(targets):
+            one = block.shared.undefined_at(where + i * dtype.itemsize, dtype.itemsize)
+            if one is not None:
+                every = np.zeros(block.threads, bool)
+                every[lanes] = one
                 for slot in target.slots:
                     block.mark_undefined(slot, every)
 

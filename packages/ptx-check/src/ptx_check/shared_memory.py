@@ -35,12 +35,22 @@ class SharedMemory:
         return address[:, None] + np.arange(size)
 
     def load(
-        self, block: "Block", address: np.ndarray, size: int, lanes: np.ndarray, atomic: bool = False
+        self, block: "Block", address: np.ndarray, size: int, lanes: np.ndarray, atomic: bool = False, parts: int = 1
     ) -> np.ndarray:
-        """[lanes, size] bytes at ``address`` [lanes], read by the threads ``lanes``."""
+        """[lanes, size] bytes at ``address`` [lanes], read by the threads ``lanes``.
+
+        Args:
+            parts: registers that the bytes go to. Compilers read four numbers at once where they want three, so one
+                that was never written is undefined (`undefined_at`); it is an error where all of them are.
+        """
         index = self.index(address, size)
-        self.check_read(block, index, lanes, atomic)
+        self.check_read(block, index, lanes, atomic, all_written=parts == 1)
+        if parts > 1 and not (some := self.written[index].any(1)).all():
+            raise self._unwritten(index[~some])
         return self.data[index]
+
+    def _unwritten(self, index: np.ndarray) -> Uninitialised:
+        return Uninitialised(f"reads byte {int(index[~self.written[index]][0])} of {self.name}, which nobody wrote")
 
     def check_read(
         self, block: "Block", index: np.ndarray, lanes: np.ndarray, atomic: bool = False, all_written: bool = True
@@ -49,8 +59,7 @@ class SharedMemory:
         if self.in_flight[index].any():
             raise Race(f"reads {self.name} that an operation in flight is going to write")
         if all_written and not self.written[index].all():
-            byte = int(index[~self.written[index]][0])
-            raise Uninitialised(f"reads byte {byte} of {self.name}, which nobody wrote")
+            raise self._unwritten(index)
         writes = self.writes[index]
         bad = shadow.unordered(writes, warps, inside, block.clocks)
         if atomic:
@@ -124,7 +133,8 @@ class SharedMemory:
 
     def undefined_at(self, address: np.ndarray, size: int) -> np.ndarray | None:
         """[lanes]: of which accesses some byte is undefined, or None if there are none."""
-        bad = self.undefined[address.astype(np.int64)[:, None] + np.arange(size)].any(1)
+        index = address.astype(np.int64)[:, None] + np.arange(size)
+        bad = (self.undefined[index] | ~self.written[index]).any(1)
         return bad if bad.any() else None
 
     def check_async_read(self, block: "Block", index: np.ndarray, warp: int) -> None:
