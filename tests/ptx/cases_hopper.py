@@ -54,7 +54,7 @@ def hopper_cases() -> Iterator[Case]:
     # Windows: the first part lets blocks before its window go unread, and the others have a mask at either end.
     for dtype in (HALF, HALF16):
         wide = {"positions": ints((*range(280, 376, 6), *range(560, 624, 4))), "keys": 640, "window": 150}
-        yield one("dim 64, window", dtype, dtype == HALF16, dim=64, sinks=True, return_lse=True, **wide)
+        yield one("dim 64, window", dtype, dim=64, sinks=True, return_lse=True, **wide)
         yield one("dim 128, window", dtype, dim=128, softcap=5.0, starts=ints(200), **wide)
         yield one(
             "dim 128, sinks and soft-cap", dtype, dim=128, positions=ints(APART), keys=399, sinks=True, softcap=2.0
