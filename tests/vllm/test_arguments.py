@@ -1,6 +1,7 @@
 """What ``orthorank vllm-args`` prints is what vLLM reads."""
 
 import json
+import runpy
 import shlex
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,23 @@ def test_an_engine_starts_with_the_keywords(llama: Path, tmp_path: Path, capsys:
     )
     try:
         check(ask(llm, asked), expect(llama, {"layers": [1, 2], **WAYS["window"]}, asked))
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+
+
+def test_the_example_serves_a_plan(llama: Path, tmp_path: Path) -> None:
+    """examples/serving.py, with a plan that ranks prompts as a whole."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "serving.py"))
+    plan = OrthoRankConfig(layers=[1, 2]).save_pretrained(tmp_path)
+    asked = prompts([30, 200])
+    llm = example["engine"](
+        str(llama), str(plan), skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=512
+    )
+    try:
+        check(ask(llm, asked), expect(llama, {"layers": [1, 2]}, asked))
     finally:
         llm.llm_engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
