@@ -2,6 +2,9 @@
 
 import torch
 
+SCORE_BINS = 1024  # of the histogram of a long row's scores, in the workspace of `rms_norm_select`
+LONG_ROW = 2048  # tokens; `rms_norm_select` has longer ones counted
+
 
 def empty_ordered_like(x: torch.Tensor) -> torch.Tensor:
     """A new dense tensor with the shape of ``x`` and its dimensions in the same order in memory.
@@ -51,3 +54,13 @@ def selection_outputs(like: torch.Tensor, width: int, cu_seqlens: torch.Tensor |
         return integers(like.shape[0], width), integers(like.shape[0]), integers(0), integers(0)
     sequences = cu_seqlens.shape[0] - 1
     return integers(width), integers(sequences), integers(width), integers(sequences + 1)
+
+
+def selection_workspace(rows: int, tokens: int, device: torch.device) -> torch.Tensor:
+    """Zeros for `rms_norm_select` of a batch: one for each row, and of long rows room for the histogram of the scores.
+
+    >>> [selection_workspace(2, tokens, torch.device("cpu")).shape[0] for tokens in (2048, 2049)]
+    [2, 2050]
+    """
+    entries = 1 + SCORE_BINS if tokens > LONG_ROW else 1
+    return torch.zeros(rows * entries, dtype=torch.int32, device=device)

@@ -27,6 +27,7 @@ from torch.nn.functional import pad
 from orthorank.calls.call import Call, Windows
 from orthorank.config import OrthoRankConfig
 from orthorank_kernels import keep_count, select_tokens
+from orthorank_kernels.layout import selection_workspace
 
 WORTH_A_WAIT = 256  # tokens of a call, from which dropping empty columns saves more time than reading a count takes
 
@@ -72,7 +73,7 @@ class Picked(NamedTuple):
 
 def prepared(call: Call, plan: OrthoRankConfig, device: torch.device) -> Call:
     """``call`` with what every selecting layer of ``plan`` would compute anew, on ``device``."""
-    workspace = torch.zeros(call.batch, dtype=torch.int32, device=device)
+    workspace = selection_workspace(call.batch, call.tokens, device)
     call = dataclasses.replace(call, workspace=workspace, update_sink=plan.update_sink, multiple=plan.keep_multiple)
     if call.lengths is not None:
         call = dataclasses.replace(call, valid=call.lengths.sum())

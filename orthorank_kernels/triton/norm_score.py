@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from orthorank_kernels.triton.primitives import norm_row, sequence_of
+from orthorank_kernels.triton.score_keys import count_score
 
 
 @triton.jit
@@ -60,6 +61,10 @@ def norm_and_score(
     COSINE: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
+    bins_ptr=None,  # or where the scores are counted, with what `score_keys.count_score` asks
+    n_valid=0,
+    sink_index=0,
+    keep_last=0,
 ):
     """Tokens ``first`` to ``end`` (exclusive) of one sequence; ``row``, ``first``, ``end``, ``sink_token`` int64."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -96,6 +101,8 @@ def norm_and_score(
             score /= sink_length * length(normed.to(tl.float32))
         # A scalar, which one thread stores: rms_norm_select_kernel relies on that.
         tl.store(scores_ptr + out, score)
+        if bins_ptr is not None:
+            count_score(bins_ptr, score, (token - sink_token).to(tl.int32), n_valid, sink_index, keep_last)
 
 
 @triton.jit

@@ -6,6 +6,13 @@ Every program norms and scores its tokens, then counts them; see `is_last`. Besi
 this saves one, and the wait between them. With a threshold and packed sequences, one count of all tokens decides, and
 one program compacts them when the others are done: an estimated microsecond for each tile of 1024.
 
+Long rows of a batch are counted as they are scored: the thread that stores a score adds it to a histogram in the
+workspace, if there is room (`score_keys`). The selecting program then reads the row twice, once for the keys in the
+k-th token's bin and once to write, with the 4 KB of counts 2.05 times at 32768 tokens instead of five; rows of which a
+bin holds more than 1024 (from some 100,000 tokens on, or many equal scores) are read for each digit as before. Atomics
+of one program go to few addresses in L2 and wait for nothing. Bins for packed sequences, and twice as many bins, cost
+all programs registers: `docs/writing-kernels.md`.
+
 All programs norm and only few select, so the selection may not take registers that the norm does not need. Hence the
 norm ends before the counting begins, for all sequences of a program: selecting inside that loop kept weight and sink
 alive, 95 registers instead of 56 on sm_90, and half as many programs at a time. Hence also the small tiles: resident
@@ -23,13 +30,14 @@ import torch
 import triton
 import triton.language as tl
 
-from orthorank_kernels.layout import norm_outputs, selection_outputs
+from orthorank_kernels.layout import SCORE_BINS, norm_outputs, selection_outputs
 from orthorank_kernels.settings import lookup as _settings
 from orthorank_kernels.triton.configs import launch, scratch, target_of
 from orthorank_kernels.triton.norm_score import bounds, first_piece, norm_and_score
 from orthorank_kernels.triton.packing import write_quotas
+from orthorank_kernels.triton.score_keys import SCORES
 from orthorank_kernels.triton.scoring import norm_arguments
-from orthorank_kernels.triton.selection import occupied, select_row, select_sequence, select_tokens
+from orthorank_kernels.triton.selection import occupied, select_row, select_sequence, select_tokens, valid_part
 from orthorank_kernels.triton.threshold import select_below_packed
 
 
@@ -40,12 +48,12 @@ def is_last(done_ptr, done, total):
     The program that counts the last tokens goes on to select, whichever it is: none waits for another, so any order of
     execution is right.
 
-    Release: a score is a scalar, and one thread stores all scalars of a program and does the atomic, so the atomic
-    comes after its own stores. This must stay so: on AMD a barrier does not wait for the stores of other threads to
-    reach memory (gfx942: s_waitcnt lgkmcnt(0), s_barrier), so scores stored by a block of threads would be a race
-    there. Acquire: the last atomic reads a count that continues the releases of all others, and the second barrier
-    puts the loads of all threads after it. So they see every score that was counted. No program counts here again in
-    this launch, so the zero is an ordinary store, which the next launch sees.
+    Release: a score is a scalar, and one thread stores all scalars of a program, counts scores in their bins and does
+    the atomic, so the atomic comes after its own stores. This must stay so: on AMD a barrier does not wait for the
+    stores of other threads to reach memory (gfx942: s_waitcnt lgkmcnt(0), s_barrier), so scores stored by a block of
+    threads would be a race there. Acquire: the last atomic reads a count that continues the releases of all others, and
+    the second barrier puts the loads of all threads after it. So they see every score that was counted. No program
+    counts here again in this launch, so the zero is an ordinary store, which the next launch sees.
     """
     tl.debug_barrier()
     before = tl.atomic_add(done_ptr, done.to(tl.int32), sem="acq_rel", scope="gpu")
@@ -54,6 +62,12 @@ def is_last(done_ptr, done, total):
         tl.debug_barrier()
         tl.store(done_ptr, 0)
     return last
+
+
+@triton.jit
+def bins_of(done_ptr, row, n_rows):
+    """Where the scores of a row of the batch, or of a sequence (int64), are counted."""
+    return done_ptr + n_rows + row * SCORES
 
 
 @triton.jit(
@@ -79,7 +93,7 @@ def rms_norm_select_kernel(
     row_k_ptr,
     row_threshold_ptr,
     offsets_ptr,
-    done_ptr,  # tokens scored so far: of each row or sequence; of all sequences where a threshold selects
+    done_ptr,  # tokens scored so far: of each row or sequence; of all sequences where a threshold selects; then bins
     n_tokens,  # of a row of the batch, or of all sequences
     n_seqs,
     n_blocks,
@@ -103,6 +117,7 @@ def rms_norm_select_kernel(
     THRESHOLD: tl.constexpr,
     RESIDENT: tl.constexpr,
     TILE: tl.constexpr,
+    BINNED: tl.constexpr,
 ):
     eps = tl.cast(eps, tl.float32)
     threshold = tl.cast(threshold, tl.float32)
@@ -124,6 +139,11 @@ def rms_norm_select_kernel(
     while (token < end) & (row < n_seqs):
         begin, stop = bounds(starts_ptr, cu_seqlens_ptr, row=row, end=end, n_tokens=n_tokens)
         if stop > token:
+            bins_ptr = None
+            n_valid, sink_index = 0, 0
+            if BINNED:
+                bins_ptr = bins_of(done_ptr, row, n_seqs)
+                _, n_valid, sink_index = valid_part(starts_ptr, lengths_ptr, sinks_ptr, row, n_tokens)
             norm_and_score(
                 x_ptr,
                 residual_ptr,
@@ -149,6 +169,10 @@ def rms_norm_select_kernel(
                 COSINE=COSINE,
                 HIDDEN=HIDDEN,
                 BLOCK=BLOCK,
+                bins_ptr=bins_ptr,
+                n_valid=n_valid,
+                sink_index=sink_index,
+                keep_last=keep_last,
             )
             token = stop
         row += 1
@@ -173,6 +197,7 @@ def rms_norm_select_kernel(
                 THRESHOLD=THRESHOLD,
                 RESIDENT=RESIDENT,
                 TILE=TILE,
+                bins_ptr=bins_of(done_ptr, first_row, n_seqs) if BINNED else None,
             )
     elif THRESHOLD:
         if is_last(done_ptr, end - first, n_tokens):
@@ -282,8 +307,6 @@ def rms_norm_select(
     packed, by_threshold = cu_seqlens is not None, k is None
     tokens = scores.shape[-1]
     rows = cu_seqlens.shape[0] - 1 if packed else scores.shape[0]
-    if workspace is None:
-        workspace = scratch(hidden_states, (max(rows, 1),), torch.int32, zeros=True)
     programs, arguments = norm_arguments(
         hidden_states,
         weight,
@@ -303,6 +326,10 @@ def rms_norm_select(
     settings = select_settings(
         occupied(rows, tokens, tokens), packed, by_threshold, arguments["num_warps"], target_of(scores.device)
     )
+    counters = max(rows, 1)
+    bins = 0 if packed or by_threshold or settings["RESIDENT"] else rows * SCORE_BINS
+    if workspace is None:
+        workspace = scratch(hidden_states, (counters + bins,), torch.int32, zeros=True)
     launch(
         rms_norm_select_kernel,
         (programs,),
@@ -319,6 +346,7 @@ def rms_norm_select(
         row_threshold_ptr=row_threshold,
         offsets_ptr=position_offsets,
         done_ptr=workspace,
+        BINNED=bins > 0 and workspace.shape[0] >= counters + bins,
         k=k or 0,
         threshold=threshold or 0.0,
         width=width,

@@ -1,8 +1,8 @@
 """Device functions of the exact selection: the k tokens of smallest key in one row of scores, in position order.
 
-Every token gets a 32-bit key, smallest first. Four passes of eight bits find the key of the k-th token (radix
-selection: a histogram of the digit, the bin that holds the k-th, on to the next digit inside that bin). One scan then
-places every token below that key, and as many of those at it as are still needed.
+Four passes of eight bits find the key (`score_keys`) of the k-th token (radix selection: a histogram of the digit, the
+bin that holds the k-th, on to the next digit inside that bin). One scan then places every token below that key, and as
+many of those at it as are still needed.
 """
 
 import inspect
@@ -10,30 +10,11 @@ import inspect
 import triton
 import triton.language as tl
 
-from orthorank_kernels.triton.primitives import ascending_key
+from orthorank_kernels.triton.score_keys import PADDING, SCORES, bin_of, load_keys
 
-# Keys: the last `keep_last` tokens take 0, 1, 2, ... from the end, below the 0x00800000 of -inf; then come the scores,
-# and above the 0xFF800000 of +inf stand these. A row selects at most its valid tokens, so PADDING is never reached.
-NAN = tl.constexpr(0xFFFFFFFD)
-SINK = tl.constexpr(0xFFFFFFFE)
-PADDING = tl.constexpr(0xFFFFFFFF)
 BITS = tl.constexpr(8)
 BINS = tl.constexpr(256)
 MASKED_HISTOGRAM = tl.constexpr("mask" in inspect.signature(tl.histogram).parameters)  # since Triton 3.4
-
-
-@triton.jit
-def load_keys(scores_ptr, index, lead, n_valid, sink, keep_last, LARGEST: tl.constexpr):
-    """Keys (uint32) of the tokens at ``index`` [BLOCK], which counts from ``lead`` before the first valid token."""
-    token = index - lead  # [BLOCK]
-    valid = token.to(tl.uint32) < n_valid.to(tl.uint32)  # false for negative tokens too
-    score = tl.load(scores_ptr + index, mask=valid, other=0.0)
-    if LARGEST:
-        score = -score
-    key = tl.where(score == score, ascending_key(score), NAN)
-    key = tl.where(token >= n_valid - keep_last, (n_valid - 1 - token).to(tl.uint32), key)
-    key = tl.where(token == sink, SINK, key)
-    return tl.where(valid, key, PADDING)  # [BLOCK]
 
 
 @triton.jit
@@ -78,6 +59,75 @@ def write_selected(positions_ptr, rows_ptr, position, row, index, below, equal, 
 
 
 @triton.jit
+def find_resident(key, need):
+    """The key number ``need`` (counted from 1) of the ``key`` [BLOCK], and its number among those that are equal."""
+    threshold = tl.zeros([], tl.uint32)
+    known = tl.zeros([], tl.uint32)  # mask of the threshold's bits found so far
+    shift = 32
+    for _level in range(32 // BITS):  # not unrolled: a third of the code, and of the instruction cache misses
+        shift -= BITS
+        digits = ((key >> shift) & (BINS - 1)).to(tl.int32)  # [BLOCK]
+        histogram = count_digits(digits, (key & known) == threshold)
+        digit, need = enter_bin(histogram, need, tl.uint32)
+        threshold |= digit.to(tl.uint32) << shift
+        known |= (BINS - 1) << shift
+    return threshold, need
+
+
+@triton.jit
+def find_streamed(scores_ptr, lead, n_valid, sink, need, keep_last, BLOCK: tl.constexpr, LARGEST: tl.constexpr):
+    """As `find_resident`, of a row that is read once for each digit."""
+    threshold = tl.zeros([], tl.uint32)
+    known = tl.zeros([], tl.uint32)
+    shift = 32
+    for _level in range(32 // BITS):
+        shift -= BITS
+        histogram = tl.zeros([BINS], tl.int32)
+        for tile in range(0, n_valid + lead, 2 * BLOCK):
+            index = tile + tl.arange(0, 2 * BLOCK)  # [2 * BLOCK]: counting needs fewer registers than writing
+            key = load_keys(scores_ptr, index, lead, n_valid, sink, keep_last, LARGEST)
+            digits = ((key >> shift) & (BINS - 1)).to(tl.int32)
+            histogram += count_digits(digits, (key & known) == threshold)
+        digit, need = enter_bin(histogram, need, tl.uint64)
+        threshold |= digit.to(tl.uint32) << shift
+        known |= (BINS - 1) << shift
+    return threshold, need
+
+
+@triton.jit
+def find_binned(scores_ptr, bins_ptr, lead, n_valid, sink, k, keep_last, BLOCK: tl.constexpr):
+    """As `find_resident`, of a row whose keys were counted from ``bins_ptr`` on, which is zero again afterwards.
+
+    The row is read once, for the keys of the k-th token's bin. They stand where the counts were, and the rest happens
+    in registers. Only where one bin holds more than there are bins is the row read for each digit.
+    """
+    index = tl.arange(0, SCORES)  # [SCORES]
+    ends = tl.cumsum(tl.load(bins_ptr + index), 0)
+    chosen = tl.sum((ends < k).to(tl.int32), 0)
+    before = tl.max(tl.where(ends < k, ends, 0), 0)
+    held = tl.min(tl.where(ends < k, 0x7FFFFFFF, ends), 0) - before
+    need = k - before
+    tl.debug_barrier()
+    if held <= SCORES:
+        n_found = 0
+        for tile in range(0, n_valid + lead, 2 * BLOCK):
+            token = tile + tl.arange(0, 2 * BLOCK)  # [2 * BLOCK]
+            key = load_keys(scores_ptr, token, lead, n_valid, sink, keep_last, False)
+            found = (bin_of(key) == chosen) & (key != PADDING)
+            slot = n_found + tl.cumsum(found.to(tl.int32), 0) - 1
+            tl.store(bins_ptr + slot, key.to(tl.int32, bitcast=True), mask=found)
+            n_found += tl.sum(found.to(tl.int32), 0)
+        tl.debug_barrier()
+        key = tl.load(bins_ptr + index, mask=index < held, other=-1).to(tl.uint32, bitcast=True)
+        threshold, need = find_resident(key, need)
+        tl.debug_barrier()
+    else:
+        threshold, need = find_streamed(scores_ptr, lead, n_valid, sink, k, keep_last, BLOCK, False)
+    tl.store(bins_ptr + index, 0)
+    return threshold, need
+
+
+@triton.jit
 def select_resident(
     scores_ptr,
     positions_ptr,
@@ -95,17 +145,7 @@ def select_resident(
     """Select from a row of at most BLOCK tokens, read once."""
     index = tl.arange(0, BLOCK)  # [BLOCK]
     key = load_keys(scores_ptr, index, lead, n_valid, sink, keep_last, LARGEST)
-    need = k
-    threshold = tl.zeros([], tl.uint32)
-    known = tl.zeros([], tl.uint32)  # mask of the threshold's bits found so far
-    shift = 32
-    for _level in range(32 // BITS):  # not unrolled: a third of the code, and of the instruction cache misses
-        shift -= BITS
-        digits = ((key >> shift) & (BINS - 1)).to(tl.int32)  # [BLOCK]
-        histogram = count_digits(digits, (key & known) == threshold)
-        digit, need = enter_bin(histogram, need, tl.uint32)
-        threshold |= digit.to(tl.uint32) << shift
-        known |= (BINS - 1) << shift
+    threshold, need = find_resident(key, k)
     write_selected(positions_ptr, rows_ptr, position, row, index, key < threshold, key == threshold, need, 0, 0)
 
 
@@ -114,6 +154,7 @@ def select_streamed(
     scores_ptr,
     positions_ptr,
     rows_ptr,
+    bins_ptr,
     position,
     row,
     lead,
@@ -124,22 +165,11 @@ def select_streamed(
     BLOCK: tl.constexpr,
     LARGEST: tl.constexpr,
 ):
-    """Select from a row of any number of tokens, read once for each digit and once to write."""
-    need = k
-    threshold = tl.zeros([], tl.uint32)
-    known = tl.zeros([], tl.uint32)
-    shift = 32
-    for _level in range(32 // BITS):
-        shift -= BITS
-        histogram = tl.zeros([BINS], tl.int32)
-        for tile in range(0, n_valid + lead, 2 * BLOCK):
-            index = tile + tl.arange(0, 2 * BLOCK)  # [2 * BLOCK]: counting needs fewer registers than writing
-            key = load_keys(scores_ptr, index, lead, n_valid, sink, keep_last, LARGEST)
-            digits = ((key >> shift) & (BINS - 1)).to(tl.int32)
-            histogram += count_digits(digits, (key & known) == threshold)
-        digit, need = enter_bin(histogram, need, tl.uint64)
-        threshold |= digit.to(tl.uint32) << shift
-        known |= (BINS - 1) << shift
+    """Select from a row of any number of tokens, read once for each digit, or with ``bins_ptr`` once, and to write."""
+    if bins_ptr is None:
+        threshold, need = find_streamed(scores_ptr, lead, n_valid, sink, k, keep_last, BLOCK, LARGEST)
+    else:
+        threshold, need = find_binned(scores_ptr, bins_ptr, lead, n_valid, sink, k, keep_last, BLOCK)
     n_below = 0
     n_equal = 0
     for tile in range(0, n_valid + lead, BLOCK):
@@ -156,6 +186,7 @@ def select_smallest(
     scores_ptr,
     positions_ptr,
     rows_ptr,
+    bins_ptr,
     first,
     position,
     row,
@@ -171,7 +202,8 @@ def select_smallest(
 
     Written are their positions, of which the first token has ``position``, and where ``rows_ptr`` is given also their
     rows, of which it has ``row``. ``sink`` and ``keep_last`` count from the first token too. Up to RESIDENT tokens
-    stay in registers; more are streamed in tiles of TILE; 0 leaves that path out.
+    stay in registers; more are streamed in tiles of TILE; 0 leaves that path out. ``bins_ptr`` is None, or where all
+    that are streamed were counted (`score_bins`).
     """
     # Reading starts at the multiple of four below the first valid token: known alignment gives each thread four
     # neighbours, which makes the scans cheap, for any stride and any start.
@@ -186,7 +218,19 @@ def select_smallest(
         )
     elif RESIDENT == 0:
         select_streamed(
-            scores_ptr, positions_ptr, rows_ptr, position, row, lead, n_valid, sink, k, keep_last, TILE, LARGEST
+            scores_ptr,
+            positions_ptr,
+            rows_ptr,
+            bins_ptr,
+            position,
+            row,
+            lead,
+            n_valid,
+            sink,
+            k,
+            keep_last,
+            TILE,
+            LARGEST,
         )
     elif n_valid + lead <= RESIDENT:
         select_resident(
@@ -194,5 +238,17 @@ def select_smallest(
         )
     else:
         select_streamed(
-            scores_ptr, positions_ptr, rows_ptr, position, row, lead, n_valid, sink, k, keep_last, TILE, LARGEST
+            scores_ptr,
+            positions_ptr,
+            rows_ptr,
+            bins_ptr,
+            position,
+            row,
+            lead,
+            n_valid,
+            sink,
+            k,
+            keep_last,
+            TILE,
+            LARGEST,
         )

@@ -49,6 +49,21 @@ from orthorank_kernels.triton.threshold import select_below, select_below_packed
 
 
 @triton.jit
+def valid_part(starts_ptr, lengths_ptr, sinks_ptr, row, n_tokens, LARGEST: tl.constexpr = False):
+    """Of a row of the batch: its first valid token, how many there are, and the sink's index among them; int32."""
+    begin = tl.zeros([], tl.int32)
+    if starts_ptr is not None:
+        begin = tl.minimum(tl.maximum(tl.load(starts_ptr + row), 0), n_tokens)
+    n_valid = n_tokens - begin
+    if lengths_ptr is not None:
+        n_valid = tl.minimum(tl.maximum(tl.load(lengths_ptr + row), 0), n_valid)
+    sink = -1 if LARGEST else 0
+    if sinks_ptr is not None:
+        sink = tl.maximum(tl.load(sinks_ptr + row), -1) - begin
+    return begin, n_valid, sink
+
+
+@triton.jit
 def select_row(
     scores_ptr,
     positions_ptr,
@@ -70,17 +85,10 @@ def select_row(
     TILE: tl.constexpr,
     LARGEST: tl.constexpr = False,
     RELATIVE: tl.constexpr = False,
+    bins_ptr=None,
 ):
     """All of one row of the batch (int64): its bounds, its selection, its count, and -1 past that."""
-    begin = tl.zeros([], tl.int32)
-    if starts_ptr is not None:
-        begin = tl.minimum(tl.maximum(tl.load(starts_ptr + row), 0), n_tokens)
-    n_valid = n_tokens - begin
-    if lengths_ptr is not None:
-        n_valid = tl.minimum(tl.maximum(tl.load(lengths_ptr + row), 0), n_valid)
-    sink = -1 if LARGEST else 0
-    if sinks_ptr is not None:
-        sink = tl.maximum(tl.load(sinks_ptr + row), -1) - begin
+    begin, n_valid, sink = valid_part(starts_ptr, lengths_ptr, sinks_ptr, row, n_tokens, LARGEST)
     first = row * stride_scores_row + begin
     positions_ptr += row * width
     if THRESHOLD:
@@ -96,6 +104,7 @@ def select_row(
             scores_ptr,
             positions_ptr,
             None,
+            bins_ptr,
             first,
             position,
             0,
@@ -142,6 +151,7 @@ def select_sequence(
             scores_ptr,
             positions_ptr + slot,
             rows_ptr + slot,
+            None,
             begin.to(tl.int64),
             position,
             begin,

@@ -138,6 +138,9 @@ def score_cases() -> Iterator[Case]:
     for op, chosen in (("rms_norm_score", {}), ("rms_norm_select", {"k": 3})):
         arguments = lambda d, k=chosen: score(d, 200, 5, **own_sink, **k)  # noqa: E731
         yield Case("scores", op, "own sink, several rows a program", HALF, arguments, settings=few)
+    counted = lambda d: {**score(d, 64, 40, **padded), "k": 13, "lengths": ints(40, 35), "keep_last": 2}  # noqa: E731
+    short = {**few, "rms_norm_select": {"tokens": 16}}
+    yield Case("scores", "rms_norm_select", "scores counted", HALF, counted, settings=short)
     long = lambda d: {**score(d, 16, 2100), "k": 700}  # noqa: E731
     yield Case("scores", "rms_norm_select", "2100 tokens", HALF, long, slow=True)
 

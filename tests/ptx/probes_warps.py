@@ -131,6 +131,8 @@ def memory_probes() -> Iterator[Probe]:
         body = f"{own} atom.global.gpu.acq_rel.{word} %r1, [%rd40], %r11; ld.global.b32 %r2, [%rd40];"
         inputs = {"%r10": words[:128], "%r11": words[128:]}
         yield Probe(f"atom.global.gpu.acq_rel.{word}", body, inputs, ["%r1", "%r2"])
+    body = f"{own} red.global.gpu.relaxed.add.u32 [%rd40], %r11; ld.global.b32 %r1, [%rd40];"
+    yield Probe("red.global.gpu.relaxed.add.u32", body, {"%r10": words[:128], "%r11": words[128:]}, ["%r1"])
     body = f"{place} mad.lo.s32 %r377, %r379, 0, %r382; atom.relaxed.sys.shared.add.u32 %r3, [%r377], %r10;"
     total = f"{body} bar.sync 0; ld.shared.b32 %r1, [%r377];"  # what a thread finds depends on who was first
     yield Probe("atom.relaxed.sys.shared.add.u32", total, {"%r10": VALUES}, ["%r1"], block=64, shared=words)

@@ -4,11 +4,14 @@ from functools import partial
 
 import pytest
 import torch
+import triton
 
 from orthorank_kernels import rms_norm_score, rms_norm_select, select_tokens
 from orthorank_kernels.dispatch import BackendError, interpreting
+from orthorank_kernels.layout import selection_workspace
 from orthorank_kernels.ops.norm_selection import NormSelection
 from orthorank_kernels.triton import norm_selection as kernels
+from orthorank_kernels.triton import radix, score_keys
 from orthorank_kernels.triton import scoring as scoring_kernels
 from tests.orthorank_kernels.selections import BACKENDS, bounds, float32, int32, random, shuffled
 from tests.orthorank_kernels.tools import DEVICE, DTYPES, set_settings
@@ -80,12 +83,41 @@ def small_tiles(monkeypatch):
     set_settings(monkeypatch, "rms_norm_score", enough_programs=8)
 
 
+def assert_long_rows_are_selected(room: int, *requests: tuple[dict, dict]) -> None:
+    """Ties, zeros, NaN, infinities, and scores of all magnitudes."""
+    scores = torch.randn(2, 33, generator=torch.Generator().manual_seed(1)) * 2.0 ** torch.arange(-20, 13)
+    scores[0, 5:28:3], scores[1, ::4], scores[0, 29], scores[1, 9] = 1.5, 0.0, torch.nan, torch.inf
+    x = torch.stack([scores, torch.zeros(2, 33)], -1).to(DEVICE)
+    for request, rows in requests:
+        workspace = torch.zeros(room, dtype=torch.int32, device=DEVICE)
+        options = {"norm": "identity", "sink": float32(1, 0), "write_norm": False, "workspace": workspace, **rows}
+        actual = rms_norm_select(x, None, EPS, **request, **options, max_selected=30, backend="triton")
+        assert not workspace.any()
+        expected = select_tokens(actual.scores, **request, **rows, max_selected=30, backend="torch")
+        assert actual.positions.tolist() == expected.positions.tolist()
+        assert actual.counts.tolist() == expected.counts.tolist()
+
+
+PADDED = {"starts": int32(0, 6), "lengths": int32(33, 22), "keep_last": 3, "sink_positions": int32(20, -1)}
+LONG = ({"k": 15}, {}), ({"k": int32(0, 22)}, PADDED)
+
+
 def test_long_rows_are_streamed(small_tiles, poisoned):
-    x, weight = random(2, 45, 8).round(), torch.ones(8, device=DEVICE)
-    selection = {"starts": int32(0, 6), "lengths": int32(45, 31)}
-    for request in ({"k": 15}, {"k": 45}, {"threshold": 2.0}):
-        actual = rms_norm_select(x, weight, EPS, **request, backend="triton", **selection)
-        assert_same_bits(actual, one_after_the_other(x, weight, **request, backend="triton", **selection))
+    """Where the workspace has no room to count scores, or a threshold needs none."""
+    assert_long_rows_are_selected(2, ({"k": 15}, PADDED), ({"threshold": 1.5}, {}))
+
+
+def test_long_rows_whose_scores_were_counted(small_tiles, poisoned):
+    assert_long_rows_are_selected(selection_workspace(2, 10**4, DEVICE).shape[0], *LONG)
+
+
+@pytest.mark.skipif(not interpreting(), reason="a compiled kernel has its constants")
+def test_a_bin_that_holds_more_than_there_are_bins(small_tiles, poisoned, monkeypatch):
+    for module in (kernels, radix, score_keys):
+        monkeypatch.setattr(module, "SCORES", triton.language.constexpr(8))
+    monkeypatch.setattr(kernels, "SCORE_BINS", 8)
+    monkeypatch.setattr(score_keys, "FIRST_BIN", triton.language.constexpr(0))  # all are in the last
+    assert_long_rows_are_selected(2 + 2 * 8, *LONG)
 
 
 @pytest.mark.parametrize("request_", [{"k": 2}, {"k": int32(3, 0, 2, 1, 0, 9, -1, 4)}, {"threshold": 1.5}], ids=str)
