@@ -245,7 +245,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "results": lambda: in_docs(results_section()),
     },
     "docs/limits.md": {"gpu": gpu_limits},
-    "docs/correction.md": {
+    "docs/correction-results.md": {
         "correction": readme_docs.correction_section,
         "frontier": readme_docs.frontier_section,
         "retrieval": readme_docs.retrieval_section,
@@ -257,8 +257,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/search.md": {
         "search": readme_docs.search_section,
         "search-corrected": readme_docs.search_corrected_section,
-        "budget": readme_docs.budget_section,
     },
+    "docs/budget.md": {"budget": readme_docs.budget_section},
 }
 
 

@@ -36,7 +36,8 @@ def front_section() -> str:
             lines.append([title(row["method"]), _layers(row["plan"]), f"{row['flops']:.3f}", *cells])
     note = (
         "From `python benchmarks/bench_frontier.py --kept --json benchmarks/results/frontier_smollm2.json`, float32 "
-        "on a CPU; differences with standard errors are in [docs/correction.md](docs/correction.md#what-it-is-worth)."
+        "on a CPU; differences with standard errors are in [what corrections are "
+        "worth](docs/correction-results.md#the-frontier)."
     )
     table_ = table(["plan", "layers changed", "FLOPs of dense", *texts], lines)
     return f"{table_}\n\n{' '.join([*_ahead(found['at_equal_flops']), note])}"

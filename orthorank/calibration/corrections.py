@@ -48,7 +48,7 @@ def fit_correction(
 
     What a map has learnt is the text it was fitted on: give windows of every kind of text that is to come, in equal
     shares. For a model of 576 channels 16,384 tokens were worth 0.06 to 0.09 nats more than 4,096
-    (docs/correction.md); more channels want more.
+    (docs/correction-results.md); more channels want more.
 
     Args:
         model: without a plan applied, in eval mode.

@@ -31,6 +31,16 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert missing == []
 
 
+def test_the_front_page_shows_the_readmes_first_example() -> None:
+    """That one runs as a slow test, which compares what it prints: the page holds the same code and output."""
+    readme, front = (
+        re.findall(r"```\w*\n.*?```", page.read_text(), re.DOTALL)
+        for page in (ROOT / "README.md", ROOT / "docs" / "index.md")
+    )
+    at = next(number for number, block in enumerate(readme) if "load_model" in block)
+    assert readme[at : at + 2] == front[:2]
+
+
 def test_documented_names_exist() -> None:
     names = [name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)]
     assert len(names) > 25
