@@ -68,8 +68,8 @@ def test_shared_memory_that_nobody_wrote():
 def test_of_several_numbers_read_at_once_one_may_be_unwritten_until_something_depends_on_it():
     """Compilers read four where they want three."""
     body = (
-        "st.shared.v2.b32 [%r9], {7, 8}; st.shared.b32 [%r9+8], 9; bar.sync 0; ld.shared.v4.b32 {%r1, %r2, %r3, %r4}, [%r9];"
-        "add.s32 %r5, %r1, %r3;"
+        "st.shared.v2.b32 [%r9], {7, 8}; st.shared.b32 [%r9+8], 9; bar.sync 0;"
+        "ld.shared.v4.b32 {%r1, %r2, %r3, %r4}, [%r9]; add.s32 %r5, %r1, %r3;"
     )
     out = snippet.run(body, {"%r9": 0}, shared=16)
     assert out["%r5"].tolist() == [16] * 32
