@@ -118,6 +118,20 @@ def search_corrected_section() -> str:
     )
 
 
+def zeroshot_section() -> str:
+    """Zero-shot accuracy of the frontier's plans."""
+    found = load("zeroshot_smollm2.json")
+    lines = []
+    for row in found["rows"]:
+        apart = [row.get(name) for name in ("against_dense", "against_removed")]
+        apart[0] = None if row["method"] == "dense" else apart[0]
+        said = ["" if each is None else f"{each['mean']:+.1f} ± {each['standard_error']:.1f}" for each in apart]
+        name, values = row["method"].replace(",", ", "), [f"{value:.1f}" for value in row["tasks"].values()]
+        lines.append([name, f"{row['flops']:.3f}", *values, f"{row['mean']:.1f}", *said])
+    tasks = [name.replace("_", "-") for name in found["rows"][0]["tasks"]]
+    return table(["plan", "FLOPs of dense", *tasks, "mean", "against dense", "against removed"], lines)
+
+
 def correction_section() -> str:
     """Ways to correct a plan, each against the package's fit."""
     found = load("correction_smollm2.json")
