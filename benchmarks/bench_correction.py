@@ -27,11 +27,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.bench_budget import compare
 from benchmarks.correction.fits import BothWindows, KeyValueWindows
 from benchmarks.frontier.losses import TextLosses
 from benchmarks.frontier.path import Path_, at_level
 from benchmarks.frontier.texts import Sizes, read_windows
+from benchmarks.paired import compare
 from orthorank import OrthoRankConfig, OrthoRankError, distill_correction
 from orthorank.calibration.corrections import corrected_plan, fit_layers
 from orthorank.calibration.fitting import FitWindows

@@ -30,11 +30,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.bench_budget import compare
 from benchmarks.frontier.curve import SHARES, compared
 from benchmarks.frontier.losses import TextLosses
 from benchmarks.frontier.path import Path_, at_level, lay
 from benchmarks.frontier.texts import Sizes, Windows, read_windows
+from benchmarks.paired import compare
 from orthorank import OrthoRankConfig, OrthoRankError, distill_correction, fit_correction
 from orthorank.calibration.corrected_evaluator import CorrectedEvaluator
 from orthorank.common.files import read_json, write_json

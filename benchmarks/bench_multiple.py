@@ -16,8 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.bench_budget import compare
 from benchmarks.bench_modes import DATA, measured, read_ids
+from benchmarks.paired import compare
 from orthorank import OrthoRankError
 from orthorank.common.files import write_json
 from orthorank.evaluation import plan_flops, prefill_flops

@@ -259,7 +259,6 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "search": readme_docs.search_section,
         "search-corrected": readme_docs.search_corrected_section,
     },
-    "docs/budget.md": {"budget": readme_docs.budget_section},
 }
 
 

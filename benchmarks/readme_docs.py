@@ -82,21 +82,6 @@ def search_section() -> str:
     return table(["search", "wall clock", "faster", "by processor time", "loss of the plan"], lines)
 
 
-def budget_section() -> str:
-    """Mixed plans beside plans of one form."""
-    lines = [
-        [
-            row["name"],
-            f"{row['flops']:.3f}",
-            f"{row['calibration_loss']:.4f}",
-            f"{row['held_out_loss']:.4f}",
-            f"{row['held_out_perplexity']:.2f}",
-        ]
-        for row in load("budget_smollm2.json")["rows"]
-    ]
-    return table(["plan", "FLOPs of the layers", "calibration loss", "held-out loss", "held-out perplexity"], lines)
-
-
 def search_corrected_section() -> str:
     """What maps cost a search, by processor time against the same search without them."""
     found = load("search_corrected_smollm2.json")

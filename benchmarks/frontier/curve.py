@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.bench_budget import compare
+from benchmarks.paired import compare
 
 Losses = dict[str, list[float]]  # of each text, window by window
 SHARES = (0.92, 0.82)

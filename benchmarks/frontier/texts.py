@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.bench_budget import cut
 from benchmarks.bench_criteria import read_text
+from benchmarks.paired import cut
 from orthorank import OrthoRankError
 
 FIRST_TO_FIT = 600  # the C4 document from which on is fitted and chosen; those before it are measured on

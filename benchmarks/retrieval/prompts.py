@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.bench_budget import cut
 from benchmarks.frontier.texts import read_texts
+from benchmarks.paired import cut
 
 BLOCKS = 6  # of pairs, in each context
 # Frequent words, nearly all of them one token.

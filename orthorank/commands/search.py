@@ -43,7 +43,6 @@ RESUME = "Go on with the search whose state is in the output folder; begin one i
 DEVICE_MAP = "auto: spread a model that one device cannot hold, by accelerate."
 BATCH = "Windows in one forward. Default: as memory allows."
 MEMORY = "GiB of hidden states to keep; others are computed again. Default: a quarter of the free memory."
-MIXED = ("--budget", "--budget-unit", "--keep-ratios", "--start", "--exchanges", "--prompt-tokens")
 
 
 def command(
@@ -74,7 +73,6 @@ def command(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     batch_size: Annotated[int | None, typer.Option(help=BATCH)] = None,
     memory: Annotated[float | None, typer.Option(help=MEMORY)] = None,
-    mixed: Annotated[list[str] | None, typer.Option(*MIXED, hidden=True)] = None,
 ) -> int:
     """Choose the layers of a plan and write it to orthorank.json.
 
@@ -84,11 +82,6 @@ def command(
     from orthorank.search.settings import KEEP_RATIO as DEFAULT_RATIO
     from orthorank.search.settings import SearchSettings
 
-    if mixed:
-        raise OrthoRankError(
-            f"{', '.join(MIXED)} are of the search for mixed plans, which is no part of the package; in a checkout, "
-            "run: python -m contrib.budget MODEL --budget 0.8"
-        )
     ratio = number("keep_ratio", keep_ratio)
     settings = SearchSettings(
         output=output,

@@ -1,14 +1,11 @@
 """Corrected plans over packed requests: what the Hugging Face path gives; what runs no maps refuses them."""
 
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from contrib.budget.job import read_starts
 from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank.correction import Correction, LayerMap
 from orthorank_kernels import dispatch
@@ -123,9 +120,3 @@ def test_a_layer_without_its_map_is_refused(models: dict[str, Any]) -> None:
     engine.maps = [maps([1]).maps[1]] * 4
     with pytest.raises(OrthoRankError, match="a map was given for layer 1, which the plan does not correct"):
         engine.run((Request(tokens_of(9, 1), 9), 9))
-
-
-def test_a_search_that_would_start_from_it(tmp_path: Path) -> None:
-    PLAN.save_pretrained(tmp_path)
-    with pytest.raises(OrthoRankError, match="a corrected plan, and this search measures plans without maps"):
-        read_starts(SimpleNamespace(starts=("none", str(tmp_path))))  # type: ignore[arg-type]

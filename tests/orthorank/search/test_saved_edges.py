@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from contrib.budget.state import BudgetState
 from orthorank import OrthoRankError
 from orthorank.evaluation.longbench import local_questions
 from orthorank.evaluation.longbench_run import _known
@@ -48,7 +47,6 @@ def test_a_record_of_this_format_is_gone_on_from(tmp_path: Path) -> None:
 
 
 SEARCH = {"candidates": [1, 2], "rounds": 1}
-BUDGET = {"search": "budget", "settings": {}, "seen": [], "origins": []}
 
 
 @pytest.mark.parametrize(
@@ -60,8 +58,6 @@ BUDGET = {"search": "budget", "settings": {}, "seen": [], "origins": []}
         (SearchState.load, SEARCH | {"schema": 0}, "is not a saved search state"),
         (SearchState.load, SEARCH | {"schema": None}, "is not a saved search state"),
         (SearchState.load, '{"candidates": [1], "candidates": [2], "rounds": 1}', "is not a saved search state"),
-        (BudgetState.load, BUDGET | {"schema": 99}, "has schema 99 and this version reads 1; go on with the version"),
-        (BudgetState.load, BUDGET, "is not the state of a budget search"),
         (ScoreState.load, '{"candidates": [1], "scores": {"1": 2.0, "1": 3.0}}', "is not a saved one-shot search"),
         (Cells._read, '{"key": "a", "value": 1, "value": 2}', "is not a JSON file; delete it"),
         (_known, '{"key": "a", "answer": "b", "answer": "c"}\n', "is no file of answers"),
