@@ -45,6 +45,10 @@ class OrthoRankConfig:
         keep_last: tokens at the end of a prompt that `generate()` always updates, counted inside ``keep_ratio``; their
             logits start the answer. Other calls of a model that generates use 0, as the paper does; those of an encoder
             or a classifier, whose last token is pooled, use this number.
+        min_prompt: prompts of fewer tokens are computed in every layer that is not removed, as generated tokens are:
+            selecting costs more there than it leaves out. What counts is the whole prompt, cached tokens included, as
+            far as it is known: in `generate()`, in `orthorank.context` and in vLLM it is; else a call is judged by its
+            tokens and those before them. 0: no prompt is too short.
         decode: ``"dense"``: generated tokens pass every layer (except removed ones); ``"threshold"``: they are selected
             by the layer's threshold like all others (with ``select="threshold"``).
         select: ``"topk"``: exactly the ``floor(keep_ratio * tokens)`` best tokens of a sequence (or prefill chunk);
@@ -87,6 +91,7 @@ class OrthoRankConfig:
     criterion: str = "orthogonal"
     seed: int = 0
     keep_last: int = 1
+    min_prompt: int = 0
     decode: str = "dense"
     select: str = "topk"
     select_window: int | None = None

@@ -17,6 +17,7 @@ LEGAL: dict[str, tuple[str, ...]] = {
 }
 MOST = {
     "keep_last": 2**23,  # as many as the kernels can force
+    "min_prompt": 2**30,
     "keep_multiple": 2**20,
     "select_window": 2**30,  # as many tokens as a selection takes
     "seed": 2**63 - 1,
@@ -38,6 +39,7 @@ def check_fields(plan: Any) -> None:
     """
     plan.keep_ratio = _ratio("keep_ratio", plan.keep_ratio)
     check_integer("keep_last", plan.keep_last, 0, MOST["keep_last"])
+    check_integer("min_prompt", plan.min_prompt, 0, MOST["min_prompt"])
     check_integer("keep_multiple", plan.keep_multiple, 1, MOST["keep_multiple"])
     check_integer("seed", plan.seed, 0, MOST["seed"])
     for name in ("num_hidden_layers", "hidden_size", "select_window"):
@@ -116,6 +118,15 @@ def _check_modes(plan: Any) -> None:
         raise OrthoRankError(
             f"keep_multiple is {plan.keep_multiple} and select is {plan.select!r}; it is for select='topk': set that, "
             "or keep_multiple to 1"
+        )
+    if plan.min_prompt and plan.kv == "selected":
+        raise OrthoRankError(
+            f"min_prompt is {plan.min_prompt} and kv is 'selected', an ablation without a cache; set min_prompt to 0"
+        )
+    if plan.min_prompt and plan.decode == "threshold":
+        raise OrthoRankError(
+            f"min_prompt is {plan.min_prompt} and decode is 'threshold', which selects generated tokens whatever the "
+            "prompt; set decode to 'dense', or min_prompt to 0"
         )
     if plan.select == "threshold":
         check_pointwise(plan.criterion, "select='threshold'; use 'topk' or 'window'")

@@ -47,6 +47,8 @@ class Call:
         starts: first valid token of each row inside the call, lengths: how many; None without padding.
         key_starts: first valid column of each row; None without padding.
         sink_positions: the sink's index inside the call, -1 where it was in an earlier one; None: the first token.
+        left_out: the same, -1 also where the sink is updated like any other token of its row; None: nowhere is it.
+        short: whether all rows have too short prompts (a plan's ``min_prompt``), so that no layer selects.
         tails: how many decoded tokens each row ends with, where that differs; None: ``decode_tokens`` in all rows.
         shortest: with ``tails``: no row without padding has fewer prompt tokens in the call.
         keeps: with ``tails``: ``keep_last`` of each row, 0 where its prompt ends in another call; None: of all rows.
@@ -67,6 +69,8 @@ class Call:
     lengths: Tensor | None = None
     key_starts: Tensor | None = None
     sink_positions: Tensor | None = None
+    left_out: Tensor | None = None
+    short: bool = False
     valid: Tensor | None = None
     tails: Tensor | None = None
     shortest: int = 0
@@ -77,6 +81,11 @@ class Call:
     watcher: "Watcher | None" = None
     update_sink: bool = False
     multiple: int = 1
+
+    @property
+    def sinks_left_out(self) -> Tensor | None:
+        """The sinks that no layer selects, as `sink_positions` says where they are."""
+        return self.sink_positions if self.left_out is None else self.left_out
 
     @property
     def decodes_only(self) -> bool:

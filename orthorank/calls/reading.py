@@ -84,6 +84,7 @@ def read_call(
     kwargs: dict[str, Any],
     decode: str = "dense",
     sinks: bool = False,
+    min_prompt: int = 0,
 ) -> Call:
     """The call that ``kwargs`` of the decoder's forward describe.
 
@@ -91,6 +92,7 @@ def read_call(
         shape: batch and tokens of the call.
         phase: what the caller said before; decode: what the plan says of generated tokens.
         sinks: whether it has to be known where sinks and padding are in calls of generated tokens alone, too.
+        min_prompt: the plan's; rows with fewer tokens in their prompts are dense.
     """
     batch, tokens = shape
     refuse_packed(kwargs)
@@ -114,8 +116,38 @@ def read_call(
         refuse_right_padding(columns, past + tokens)
     refuse_restarts(kwargs.get("position_ids"), columns, past)
     if phase.context is not None and (call.keep_last or not ranks_decoded):
-        return _with_context(call, columns, phase.context, device)
-    return _placed(call, columns, device)
+        short = [length < min_prompt for length in phase.context]
+        if any(short) and columns is None:
+            columns = _all_columns(call, device)
+        call = _with_context(call, columns, phase.context, device)
+        if all(short):
+            return dataclasses.replace(call, prompt_tokens=0, keep_last=0, tails=None, keeps=None, short=True)
+        return _with_short(call, torch.tensor(short, device=device).expand(batch)) if any(short) else call
+    end = phase.prompt_end or past + tokens
+    if min_prompt and end < min_prompt:  # and so is every row, which has at most as many
+        return _placed(dataclasses.replace(call, prompt_tokens=0, keep_last=0, short=True), columns, device)
+    if columns is None or not min_prompt:
+        return _placed(call, columns, device)
+    first, last = (c.to(device).expand(batch) for c in columns)
+    ends = torch.where(last < past + tokens, last, end)  # a row that ended before its call did has no further tokens
+    return _with_short(_padded(call, columns, device), ends - first < min_prompt)
+
+
+def _with_short(call: Call, short: Tensor) -> Call:
+    """The padded call in which all tokens of the rows ``short`` are updated, the first one too."""
+    assert call.lengths is not None  # so it is padded, or has contexts of different lengths
+    assert call.sink_positions is not None
+    tails = call.tails
+    if tails is None:
+        tails = torch.full_like(call.lengths, call.decode_tokens)
+    keeps = torch.full_like(call.lengths, call.keep_last) if call.keeps is None else call.keeps
+    return dataclasses.replace(
+        call,
+        left_out=torch.where(short, -1, call.sink_positions).int(),
+        tails=torch.where(short, call.lengths, tails).int(),
+        shortest=0,
+        keeps=torch.where(short, 0, keeps).int() if call.keep_last else None,
+    )
 
 
 def _mask(phase: Phase, kwargs: dict[str, Any], batch: int, columns: int) -> Any:
@@ -148,8 +180,7 @@ def _with_context(call: Call, columns: Columns | None, context: tuple[int, ...],
         keep = min(call.keep_last, here[0]) if ends[0] else 0
         return _placed(dataclasses.replace(call, prompt_tokens=here[0], keep_last=keep), None, device)
     if columns is None:
-        zeros = torch.zeros(call.batch, dtype=torch.int64, device=device)
-        columns = zeros, zeros + call.past + call.tokens
+        columns = _all_columns(call, device)
     start, end = (c.to(device).expand(call.batch) for c in columns)
     prompt_end = start + torch.tensor(context, device=device)
     here_from, here_to = start.clamp(min=call.past), end.clamp(max=call.past + call.tokens)
@@ -158,6 +189,12 @@ def _with_context(call: Call, columns: Columns | None, context: tuple[int, ...],
     if call.keep_last:  # where the context ends in this call: a row that is shorter may go on in the next
         keeps = torch.where((prompt_end > call.past) & (prompt_end <= end), call.keep_last, 0).int()
     return dataclasses.replace(_padded(call, columns, device), tails=tails, shortest=min(here), keeps=keeps)
+
+
+def _all_columns(call: Call, device: torch.device) -> Columns:
+    """Of rows without padding."""
+    zeros = torch.zeros(call.batch, dtype=torch.int64, device=device)
+    return zeros, zeros + call.past + call.tokens
 
 
 def cache_of(kwargs: dict[str, Any]) -> Any:

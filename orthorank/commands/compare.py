@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 OUTPUT = Path("orthorank-compare")
 PLAN = "Plan: a file, a folder, or org/name@revision on the Hub; may be given several times."
-PROMPTS = "UTF-8 file: JSON lines with prompt (a text) or messages (for the chat template), or one prompt a line."
+PROMPTS = (
+    "UTF-8 file: JSON lines with prompt (a text, or token ids) or messages (for the chat template), or with these in "
+    "body, as logs of a server's requests have them; or one prompt a line."
+)
+SAMPLE = "So many of the prompts, drawn at random, the same ones each time. Default: all."
 TEXT = "UTF-8 text file whose windows losses are paired on. Default: losses are those of the dense answers."
 DATASET = "Instead of a text: wikitext2 (test split) or c4 (validation), with :FOLDER for a copy that is already here."
 MAX_LOSS = "Exit code 1 if the mean rise of a plan's loss plus two standard errors is above this, in nats a token."
@@ -33,6 +37,7 @@ def command(
     model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
     plan: Annotated[list[str] | None, typer.Option(help=PLAN)] = None,
     prompts: Annotated[Path | None, typer.Option(help=PROMPTS)] = None,
+    sample: Annotated[int | None, typer.Option(help=SAMPLE)] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
     text: Annotated[Path | None, typer.Option(help=TEXT)] = None,
     dataset: Annotated[str | None, typer.Option(help=DATASET)] = None,
@@ -60,7 +65,7 @@ def command(
     most = number("--max-loss", max_loss)
     check_max_loss(most)
     check_integers({"max_new_tokens": max_new_tokens}, max_new_tokens=1)
-    check_integers({"windows": windows, "batch_size": batch_size}, windows=1, batch_size=1)
+    check_integers({"windows": windows, "batch_size": batch_size, "sample": sample}, windows=1, batch_size=1, sample=1)
     check_window(window)
     check_bos(bos)
     register(criterion)
@@ -68,7 +73,7 @@ def command(
         raise OrthoRankError("plan is not given; name what is compared with the dense model by --plan, once or more")
     if prompts is None:
         raise OrthoRankError("prompts is not given; name a file with one prompt a line by --prompts")
-    plans, asked = read_plans(plan), read_prompts(prompts)
+    plans, asked = read_plans(plan), read_prompts(prompts, sample)
     chosen = evaluation_text(text, dataset) if text is not None or dataset is not None else None
     if most is not None and (len(asked) if chosen is None else windows) == 1:
         what = "prompt" if chosen is None else "window"

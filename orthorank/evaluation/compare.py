@@ -7,6 +7,7 @@ divergence is KL(dense || plan), over the whole vocabulary.
 
 import hashlib
 import json
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +40,12 @@ class Prompt:
 
     Args:
         text: as it is. messages: of a chat instead, each with ``role`` and ``content``, for the tokenizer's template.
+        tokens: token ids instead, as they are.
     """
 
     text: str
     messages: tuple[dict[str, str], ...] = ()
+    tokens: tuple[int, ...] = ()
 
     def ids(self, tokenizer: "PreTrainedTokenizerBase", bos: str = "auto") -> list[int]:
         """The prompt in tokens; ``bos`` as for `orthorank.evaluation.answers.with_bos`.
@@ -50,6 +53,8 @@ class Prompt:
         Raises:
             OrthoRankError: there are messages, and the tokenizer has no template, or one that refuses them.
         """
+        if self.tokens:
+            return list(self.tokens)
         if not self.messages:
             return with_bos(list(tokenizer(self.text, verbose=False)["input_ids"]), tokenizer, bos)
         if not getattr(tokenizer, "chat_template", None):
@@ -62,12 +67,14 @@ class Prompt:
         return with_bos(list(made["input_ids"]), tokenizer, bos)
 
 
-def read_prompts(path: str | Path) -> list[Prompt]:
+def read_prompts(path: str | Path, sample: int | None = None) -> list[Prompt]:
     """The prompts in a file: JSON lines if its name ends in ``.jsonl`` or it begins with ``{``, else one a line.
 
     Args:
-        path: UTF-8. A line of JSON has ``prompt``, a text, or ``messages``, a list of ``{"role": .., "content": ..}``.
-            Empty lines are left out.
+        path: UTF-8. A line of JSON has ``prompt``, a text or token ids, or ``messages``, a list of
+            ``{"role": .., "content": ..}``, or has these in ``body``, as logs of requests to a server do; further keys
+            do not matter. Empty lines are left out.
+        sample: so many of the lines, drawn at random, the same ones each time; None, or more than there are: all.
 
     Raises:
         OrthoRankError: it cannot be read, has no prompt, or a line is none.
@@ -77,7 +84,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         >>> file = Path(tempfile.mkdtemp()) / "prompts.txt"
         >>> _ = file.write_text("The river\\n\\nThe bridge\\n")
         >>> read_prompts(file)
-        [Prompt(text='The river', messages=()), Prompt(text='The bridge', messages=())]
+        [Prompt(text='The river', messages=(), tokens=()), Prompt(text='The bridge', messages=(), tokens=())]
     """
     file = user_path("prompts", path)
     try:
@@ -89,7 +96,11 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     lines = [(number, line.strip()) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
     if not lines:
         raise OrthoRankError(f"prompts {str(path)!r} is empty; give one prompt a line")
-    if file.suffix == ".jsonl" or lines[0][1].startswith("{"):
+    are_json = file.suffix == ".jsonl" or lines[0][1].startswith("{")
+    if sample is not None:
+        check_integer("sample", sample, 1)
+        lines = sorted(random.Random(0).sample(lines, min(sample, len(lines))))
+    if are_json:
         return [_parsed(f"line {number} of {str(path)!r}", line) for number, line in lines]
     return [Prompt(line) for _, line in lines]
 
@@ -97,17 +108,20 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 def _parsed(where: str, line: str) -> Prompt:
     try:
         row = from_json(line)
+        row = row.get("body", row)
         if "messages" in row:
             messages = tuple({"role": str(each["role"]), "content": each["content"]} for each in row["messages"])
             if messages and all(isinstance(each["content"], str) for each in messages):
                 return Prompt("\n".join(f"{each['role']}: {each['content']}" for each in messages), messages)
         elif isinstance(row["prompt"], str) and row["prompt"]:
             return Prompt(row["prompt"])
-    except (ValueError, TypeError, KeyError):
+        elif row["prompt"] and all(type(token) is int for token in row["prompt"]):
+            return Prompt(f"{len(row['prompt'])} token ids", tokens=tuple(row["prompt"]))
+    except (ValueError, TypeError, KeyError, AttributeError):
         pass
     raise OrthoRankError(
-        f"{where} is no prompt; it must be a JSON object with prompt, a text, or with messages, a list of objects with "
-        "role and content"
+        f"{where} is no prompt; it must be a JSON object with prompt, a text or a list of token ids, or with messages, "
+        "a list of objects with role and content, or have such an object as its body"
     )
 
 

@@ -26,6 +26,7 @@ SETTINGS = (
     "criterion",
     "seed",
     "keep_multiple",
+    "min_prompt",
     "select",
     "select_window",
     "thresholds",

@@ -80,7 +80,7 @@ def norm_and_select(
         given, normed = normed, chosen.normed if normed is None else normed
         return Chosen(normed, chosen.positions, _copy(hidden_states, chosen.residual, given, copy), chosen.counts)
     normed, ranks, updated = norm_and_rank(plan, layer, call, hidden_states, norm, sink, normed, parts, copy)
-    sinks = call.sink_positions
+    sinks = call.sinks_left_out
     if plan.update_sink:
         ranks, sinks = ablations.sink_first(call, ranks)
     positions, counts = choosing.pick(plan, layer, call, ranks, sinks)

@@ -24,7 +24,7 @@ from orthorank.hf.correction import corrected, map_of, normed_of, on
 from orthorank.hf.families import device_of
 from orthorank.hf.family import Family
 from orthorank.hf.intact import TakenApart
-from orthorank.hf.layer import removed_forward, selected_forward
+from orthorank.hf.layer import keep_sinks, removed_forward, selected_forward
 from orthorank.hf.parts import Parts
 from orthorank.hf.refusals import refuse_chunks, refuse_outputs, refuse_unrun
 from orthorank.hf.selection import LayerPlan, prepared
@@ -112,7 +112,9 @@ class DecoderForward(Patch):
             phase = phase_inside(
                 phase, handle.model, self.owner, handle.config.keep_last, shape[1], cache_of(kwargs), inputs
             )
-        call = read_call(shape, given.device, phase, kwargs, handle.config.decode, handle.corrects_removed)
+        call = read_call(
+            shape, given.device, phase, kwargs, handle.config.decode, handle.corrects_removed, handle.config.min_prompt
+        )
         # Before any layer runs: a failure further up would leave the lower layers' cache longer than the others'.
         if not (call.first or handle.phase.any_cache):
             sink_state.check_filled_by(cache_of(kwargs), handle.identity)
@@ -167,7 +169,8 @@ class LayerForward(Patch):
         self.ran = True
         valid, cache = call.tokens_in(), cache_of(kwargs)
         if cache is not None and call.first:
-            sink_state.mark(cache, handle.identity if handle.removes or not call.decodes_only else "")
+            plain = call.decodes_only and not call.short and not handle.removes
+            sink_state.mark(cache, "" if plain else handle.identity)
         if self.ratio == 0:
             counts.add(valid, 0)
             # Without a cache no graph reads the index: torch 2.11 would compile each removed layer apart.
@@ -178,6 +181,9 @@ class LayerForward(Patch):
             return corrected(left, normed_of(self.family, self.owner, left), call.on(left.device), layer_map)
         if call.decodes_only or self.ratio == 1:
             counts.add(valid, valid, unranked=valid if call.decodes_only else 0)
+            if call.short and cache is not None and self.ratio < 1:
+                here, parts = call.on(hidden_states.device), Parts.of(self.family, self.owner)
+                keep_sinks(parts, self.index, self.plan, here, hidden_states, cache)
             return self.run_original(hidden_states, *args, **kwargs)
         updated: list[int | Tensor] = []
         output = self._select(hidden_states, kwargs["position_embeddings"], cache, call, updated)

@@ -125,6 +125,23 @@ def _norm_and_select(
     return chosen
 
 
+def keep_sinks(
+    parts: Parts, index: int, config: OrthoRankConfig, call: Call, hidden_states: Tensor, cache: Any
+) -> None:
+    """Store the sinks' states of a call whose prompts are too short to select from.
+
+    A later one may go on with the cache, when they have become longer. Arguments as for `selected_forward`.
+    """
+
+    def states(rows: Tensor) -> Tensor:
+        return scored_states(config, rows, parts.norm_in(rows))
+
+    if call.first:
+        sink_state.keep(cache, index, states(sink_state.rows_at(hidden_states, call.starts)))
+    elif index in getattr(cache, sink_state.ATTRIBUTE, {}):
+        sink_state.keep(cache, index, sink_state.continued(call, cache, index, hidden_states, states))
+
+
 def removed_forward(index: int, hidden_states: Tensor, cache: Any) -> Tensor:
     """A layer of a plan with keep_ratio 0: nothing is computed.
 

@@ -172,7 +172,8 @@ def windows_of(call: Call, window: int, ratio: float, device: torch.device) -> W
     edges = torch.minimum(torch.maximum(edges, begin), prompt_end)
     edges = torch.cat([edges, prompt_end], dim=1)
     lengths = edges.diff(dim=1)
-    sink = torch.zeros_like(begin) if call.sink_positions is None else call.sink_positions[:, None].long()
+    left_out = call.sinks_left_out
+    sink = torch.zeros_like(begin) if left_out is None else left_out[:, None].long()
     inside = (sink >= edges[:, :-1]) & (sink < edges[:, 1:])
     forced = (edges[:, 1:] - torch.maximum(edges[:, :-1], prompt_end - call.kept)).clamp(min=0)
     counts = _counts(lengths, ratio, forced, inside, call.update_sink)

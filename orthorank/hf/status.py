@@ -97,7 +97,7 @@ class LayerCounts:
 
     @property
     def tokens_generated(self) -> int:
-        """Generated tokens among them, which are all updated instead of being ranked."""
+        """Generated tokens among them, and those of prompts below `min_prompt`: all are updated, none is ranked."""
         return self._unranked.value() + int(self._compiled[3])
 
     def __repr__(self) -> str:

@@ -7,6 +7,7 @@ cache hit, preemption or rank they are computed in.
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +20,8 @@ class SinkBank:
     Args:
         compute: gives the states ``[layers, hidden]`` of a token id.
         capacity: how many first tokens are kept: at least the requests of one step.
+        batched: whether ``compute`` is given a list of token ids, and gives ``[tokens, layers, hidden]``: all that a
+            step brings for the first time at once.
 
     Example:
         >>> import torch
@@ -31,8 +34,9 @@ class SinkBank:
         [1, 0]
     """
 
-    def __init__(self, compute: Callable[[int], Tensor], capacity: int) -> None:
+    def __init__(self, compute: Callable[[Any], Tensor], capacity: int, *, batched: bool = False) -> None:
         self._compute = compute
+        self._batched = batched
         self._capacity = capacity
         self._slot_of: OrderedDict[int, int] = OrderedDict()
         self._states: Tensor | None = None
@@ -59,9 +63,13 @@ class SinkBank:
         for token in wanted:
             if token in self._slot_of:
                 self._slot_of.move_to_end(token)  # nothing of this step makes room for another of it
-        for token in wanted:
-            if token not in self._slot_of:
-                self._add(token)
+        new = [token for token in wanted if token not in self._slot_of]
+        if self._batched and new:
+            for token, state in zip(new, self._compute(new), strict=True):
+                self._add(token, state)
+        else:
+            for token in new:
+                self._add(token, self._compute(token))
         return [self._slot_of[token] for token in tokens]
 
     def forget(self) -> None:
@@ -78,8 +86,7 @@ class SinkBank:
         """
         self._slot_of.clear()
 
-    def _add(self, token: int) -> None:
-        state = self._compute(token)
+    def _add(self, token: int, state: Tensor) -> None:
         if self._states is None:
             self._states = state.new_zeros(self._capacity, *state.shape)
         slot = len(self._slot_of)

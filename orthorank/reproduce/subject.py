@@ -230,8 +230,9 @@ def plan_key(plan: OrthoRankConfig | None) -> dict[str, Any] | None:
         return None
     about = ("calibration", "measured", "version", "model_id", "model_revision", "sink_layer")
     key = {name: value for name, value in plan.to_dict().items() if name not in about}
-    if key["keep_multiple"] == 1:  # what there was not when the first figures were kept
-        del key["keep_multiple"]
+    for name, value in (("keep_multiple", 1), ("min_prompt", 0)):  # which there were not when figures were kept first
+        if key[name] == value:
+            del key[name]
     return key
 
 

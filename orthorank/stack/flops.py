@@ -201,8 +201,11 @@ def plan_flops(
         >>> plan_flops(LlamaConfig(), 2048, plan) == prefill_flops(LlamaConfig(), 2048, [9], 768 / 2048)
         True
     """
-    ranks = plan.ranks if ranks is None else ranks
-    return prefill_flops(config, tokens, plan.layers, plan.ratios, logits, ranks, plan.keep_multiple)
+    ranks, ratios = plan.ranks if ranks is None else ranks, plan.ratios
+    if tokens < plan.min_prompt:
+        ratios = {layer: 1.0 if ratio else 0.0 for layer, ratio in ratios.items()}
+        ranks = {layer: rank for layer, rank in ranks.items() if not ratios[layer]}
+    return prefill_flops(config, tokens, plan.layers, ratios, logits, ranks, plan.keep_multiple)
 
 
 def plan_speedup(

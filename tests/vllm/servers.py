@@ -72,11 +72,17 @@ def wait_until_healthy(port: int, server: subprocess.Popen[bytes], seconds: floa
 def complete(port: int, model: str, prompt: list[int], **others: Any) -> list[int]:
     """The greedy tokens after ``prompt``."""
     body = {"model": model, "prompt": prompt, "max_tokens": 6, "temperature": 0, "ignore_eos": True}
-    body |= {"return_token_ids": True} | others
+    given = post(port, "v1/completions", body | {"return_token_ids": True} | others)
+    tokens: list[int] = given["choices"][0]["token_ids"]
+    return tokens
+
+
+def post(port: int, path: str, body: dict[str, Any]) -> Any:
+    """What the server answers, as JSON."""
     request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/completions",
+        f"http://127.0.0.1:{port}/{path}",
         data=json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=120) as answer:
-        return json.loads(answer.read())["choices"][0]["token_ids"]
+        return json.loads(answer.read())

@@ -33,7 +33,7 @@ def distance(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("plan", [PLAN, WINDOW], ids=["topk", "window"])
+@pytest.mark.parametrize("plan", [PLAN, WINDOW | {"min_prompt": 50}], ids=["topk", "window"])
 def test_embeddings(llama_with_words: Path, plan: dict[str, Any]) -> None:
     """Several at once, and in chunks where the plan has windows; the last token's state is that of a prompt's end."""
     from transformers import AutoModel

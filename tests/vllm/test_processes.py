@@ -18,7 +18,7 @@ from tests.vllm.engines import (
     settings,
 )
 from tests.vllm.jobs import SECOND, TWO_RANKS, answers, compiled_by, run_job
-from tests.vllm.servers import SERVER, complete, running, server_arguments, wait_until_healthy
+from tests.vllm.servers import SERVER, complete, post, running, server_arguments, wait_until_healthy
 
 pytestmark = pytest.mark.vllm
 LENGTHS = [7, 30, 64, 200]
@@ -87,10 +87,12 @@ def test_bfloat16_runs(tmp_path: Path, llama: Path, cache: str) -> None:
 
 
 def test_server(llama_with_words: Path) -> None:
-    """vLLM's OpenAI server, told of the plan by its arguments alone: a prompt, beams, an answer that is sent again."""
+    """vLLM's OpenAI server, told of the plan by its arguments alone: a prompt, beams, an answer that is sent again, a
+    dense prompt, the plan switched off and on.
+    """
     folder, (asked,), port = llama_with_words, prompts([90]), 18411
     arguments = [word for word in server_arguments(folder, PLAN) if word != "--skip-tokenizer-init"]
-    with running(*SERVER, *arguments, "--port", str(port)) as server:
+    with running(*SERVER, *arguments, "--port", str(port), VLLM_SERVER_DEV_MODE="1") as server:
         wait_until_healthy(port, server)
         wanted = expect(folder, PLAN, [asked])[0].tokens
         assert complete(port, str(folder), asked) == wanted
@@ -100,6 +102,15 @@ def test_server(llama_with_words: Path) -> None:
         with pytest.raises(urllib.error.HTTPError, match="400"):
             complete(port, str(folder), asked, vllm_xargs={"orthorank_prompt_tokens": "many"})
         assert complete(port, str(folder), asked) == wanted
+        dense = expect(folder, PLAN | {"keep_ratio": 1.0}, [asked])[0].tokens
+        assert dense != wanted
+        for said in (True, 1):
+            assert complete(port, str(folder), asked, vllm_xargs={"orthorank_dense": said}) == dense
+        for on, tokens in ((False, dense), (True, wanted)):
+            rpc = post(port, "collective_rpc", {"method": "orthorank_switch", "args": [on]})
+            assert rpc == {"results": [{"on": on, "said": ""}]}
+            assert post(port, "reset_prefix_cache?reset_running_requests=true", {}) == {"success": True}
+            assert complete(port, str(folder), asked) == tokens
 
 
 def test_two_nodes(llama: Path) -> None:

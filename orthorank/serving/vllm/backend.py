@@ -28,9 +28,10 @@ class Shared:
 
     Args:
         serving: how to serve; layers: the selecting ones, in order; bank: the sinks' states of each of these.
-        requests: prompt lengths and first tokens; removed: layers that are not there.
+        requests: prompt lengths (negative: of dense prompts) and first tokens; removed: layers that are not there.
         normed: those of them that are corrected, whose input norm is there.
         dense: how many layers are neither; counts: what the first rank counts, None for the others.
+        on: whether prompts are selected from; see `hooks.switch`.
         first: the attention of the first selecting layer, by vLLM's name: where it is, steps are counted.
     """
 
@@ -43,6 +44,7 @@ class Shared:
     dense: int = 0
     counts: Counts | None = None
     first: str = ""
+    on: bool = True
 
     def step(self, common: Any, device: "torch.device", *, counted: bool = False) -> Step | None:
         """The step that ``common`` (vLLM's metadata) describes; None when no prompt is in it: all layers are dense.
@@ -58,6 +60,8 @@ class Shared:
         if not starts[-1]:
             return None
         prompts, first = self.requests.rows(common)
+        if not self.on:
+            prompts = [-abs(prompt) for prompt in prompts]
         ends = common.seq_lens_cpu_upper_bound
         if ends is None:
             if _may_hold_prompts(common, prompts):
@@ -72,7 +76,8 @@ class Shared:
         cached = [end - length for end, length in zip(ends[: common.num_reqs].tolist(), lengths, strict=True)]
         selecting = selects(lengths, cached, prompts)
         if not any(selecting):
-            count("none", prompts)
+            dense = any(before < -prompt for before, prompt in zip(cached, prompts, strict=True))
+            count("dense" if dense else "none", prompts)
             return None
         wanted = [token for token, selected in zip(first, selecting, strict=True) if selected]
         slots = iter(self.bank.slots(wanted))

@@ -6,12 +6,13 @@ What each of these needs of vLLM, and whether the installed one has it, is said 
 import copy
 import functools
 import inspect
+import sys
 from functools import cache
 from typing import Any
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.serving.vllm.interface_checks import TESTED
-from orthorank.serving.vllm.rules import PROMPT_TOKENS, check_prompt_tokens, without_layers
+from orthorank.serving.vllm.rules import DENSE, PROMPT_TOKENS, check_request, dense_salt, extra_of, without_layers
 
 OPERATOR = "orthorank::decoder_layer"
 MODELS = "orthorank.serving.vllm.models"
@@ -121,13 +122,14 @@ class _Running:
 
 @cache
 def watch_weights() -> None:
-    """Have every worker forget the sinks' states when its weights change, and tell it so: `weights_changed`."""
+    """Have every worker forget the sinks' states when its weights change, and be told so; and be told to `switch`."""
     from vllm.v1.worker.gpu_worker import Worker
     from vllm.v1.worker.worker_base import WorkerBase
 
     for name in CHANGE_WEIGHTS:
         setattr(Worker, name, _then_forgets(getattr(Worker, name)))
     WorkerBase.orthorank_weights_changed = weights_changed
+    WorkerBase.orthorank_switch = switch
 
 
 def _then_forgets(original: Any) -> Any:
@@ -183,9 +185,40 @@ def weights_changed(worker: Any) -> bool:
     return shared is not None
 
 
+def switch(worker: Any, on: bool) -> dict[str, Any]:
+    """What ``collective_rpc("orthorank_switch", args=(False,))`` calls in every worker: all prompts are dense, or not.
+
+    What is cached stays as it was computed: reset vLLM's prefix cache afterwards, with the requests that are running.
+
+    Returns:
+        ``on``: whether prompts are selected from now; ``said``: why not, where they should be, or why they are still.
+    """
+    shared = None
+    if getattr(worker, "model_runner", None) is not None:
+        shared = getattr(worker.get_model(), "orthorank", None)
+    if shared is None:
+        return {"on": False, "said": "the model of this worker has no plan"}
+    said = ""
+    if type(on) is not bool:
+        said = f"on is {on!r}; it must be true or false: nothing was changed"
+    elif not on and shared.removed:
+        layers = ", ".join(map(str, shared.removed))
+        said = (
+            f"the plan removes layers ({layers}), whose weights are not here, so no prompt can be dense: nothing was "
+            "changed; start a server without the plan"
+        )
+    else:
+        shared.on = on
+    return {"on": shared.on, "said": said}
+
+
 @cache
 def watch_prompts() -> None:
-    """Have requests say how many of their tokens are the prompt's own: beams come back with what they generated."""
+    """Have requests say what workers and schedulers have to know of them.
+
+    That is how many of their tokens are the prompt's own (beams come back with what they generated), and whether the
+    prompt is dense: it was asked for, or the prompt is shorter than the plan's ``min_prompt``.
+    """
     from vllm.entrypoints.generate.beam_search.utils import BeamSearchSequence
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
@@ -202,15 +235,36 @@ def watch_prompts() -> None:
     @functools.wraps(process)
     def processed(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            check_prompt_tokens(getattr(params, "extra_args", None))
+            check_request(extra_of(params), prompt.get("cache_salt") if isinstance(prompt, dict) else None)
         except OrthoRankError as error:
             raise VLLMValidationError(str(error)) from error  # the client's fault, as servers answer it
         request = process(self, request_id, prompt, params, *args, **kwargs)
+        marks = {}
         if isinstance(prompt, dict) and PROMPT_TOKENS in prompt:
-            told = copy.copy(request.sampling_params)  # all beams of a step share one
-            told.extra_args = (told.extra_args or {}) | {PROMPT_TOKENS: prompt[PROMPT_TOKENS]}
-            request.sampling_params = told
+            marks[PROMPT_TOKENS] = prompt[PROMPT_TOKENS]
+        extra = extra_of(params) | marks
+        own = min(extra.get(PROMPT_TOKENS, sys.maxsize), len(request.prompt_token_ids or ()))
+        if extra.get(DENSE) or own < _min_prompt(self.model_config.hf_config):
+            marks[DENSE] = True
+            request.cache_salt = dense_salt(request.cache_salt)
+        if marks:
+            _mark(request, marks)
         return request
 
     BeamSearchSequence.get_prompt = marked
     InputProcessor.process_inputs = processed
+
+
+def _min_prompt(config: Any) -> int:
+    """Of the plan in the model's configuration, as `checks` wrote it out; 0 where there is none."""
+    said = getattr(config, "orthorank", None)
+    return int(said["plan"].get("min_prompt", 0)) if isinstance(said, dict) else 0
+
+
+def _mark(request: Any, marks: dict[str, Any]) -> None:
+    """Add ``marks`` to what the request says. Its parameters may be shared: all beams of a step have the same."""
+    for params, extra in (("sampling_params", "extra_args"), ("pooling_params", "extra_kwargs")):
+        if getattr(request, params) is not None:
+            told = copy.copy(getattr(request, params))
+            setattr(told, extra, (getattr(told, extra) or {}) | marks)
+            setattr(request, params, told)

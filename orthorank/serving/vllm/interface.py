@@ -77,9 +77,13 @@ FRONT: Group = {
         )
     },
     "vllm.sampling_params": {"SamplingParams": that_sets("extra_args")},
-    "vllm.v1.engine": {"EngineCoreRequest": that_sets("sampling_params")},
+    "vllm.pooling_params": {"PoolingParams": that_sets("extra_kwargs")},
+    "vllm.v1.engine": {
+        "EngineCoreRequest": that_sets("sampling_params", "pooling_params", "prompt_token_ids", "cache_salt")
+    },
     "vllm.v1.engine.input_processor": {
-        "InputProcessor.process_inputs": begins_with("self", "request_id", "prompt", "params")
+        "InputProcessor": that_sets("model_config"),
+        "InputProcessor.process_inputs": begins_with("self", "request_id", "prompt", "params"),
     },
     "vllm.exceptions": {"VLLMValidationError": a(type)},
     "vllm.entrypoints.generate.beam_search.utils": {
@@ -131,7 +135,7 @@ WORKER: Group = {
     },
     "vllm.v1.worker.gpu_input_batch": {
         "InputBatch": that_sets("num_prompt_tokens", "token_ids_cpu", "req_ids", "num_reqs"),
-        "CachedRequestState": with_fields("sampling_params"),
+        "CachedRequestState": with_fields("sampling_params", "pooling_params"),
     },
     "vllm.v1.worker.gpu_model_runner": {
         "GPUModelRunner": that_sets("input_batch", "requests"),
@@ -143,7 +147,9 @@ WORKER: Group = {
         "DefaultModelState": that_sets("model"),
         "DefaultModelState.add_request": called_with("self", "req_index", "new_req_data"),
     },
-    "vllm.v1.core.sched.output": {"NewRequestData": with_fields("prompt_token_ids", "sampling_params")},
+    "vllm.v1.core.sched.output": {
+        "NewRequestData": with_fields("prompt_token_ids", "sampling_params", "pooling_params")
+    },
     "vllm.v1.worker.gpu_worker": {
         "Worker": that_sets("model_runner"),
         "Worker.get_model": called_with("self"),
@@ -170,7 +176,9 @@ SCHEDULER: Group = {
         "KVCacheCoordinator.cache_blocks": called_with("self", "request", "num_computed_tokens"),
         "KVCacheCoordinator.find_longest_cache_hit": called_with("self", "block_hashes", "max_cache_hit_length"),
     },
-    "vllm.v1.request": {"Request": that_sets("num_prompt_tokens", "num_computed_tokens", "sampling_params")},
+    "vllm.v1.request": {
+        "Request": that_sets("num_prompt_tokens", "num_computed_tokens", "sampling_params", "pooling_params")
+    },
 }
 BENCH: Group = {
     "vllm.entrypoints.llm": {"LLM": that_sets("llm_engine")},

@@ -41,7 +41,7 @@ class _WithPlan(nn.Module):
         hooks.watch_runner()
         hooks.watch_weights()
         plan, most = serving.plan, vllm_config.scheduler_config.max_num_seqs
-        bank = SinkBank(lambda token: first_token_states(self.model, plan, token), max(BANK, most))
+        bank = SinkBank(lambda tokens: first_token_states(self.model, plan, tokens), max(BANK, most), batched=True)
         removed = tuple(index for index in plan.layers if plan.ratio(index) == 0)
         normed = tuple(index for index in removed if index in plan.ranks)
         dense = config.num_hidden_layers - len(plan.selecting) - len(removed)
@@ -98,7 +98,8 @@ class _WithPlan(nn.Module):
                 """A new request in that row."""
                 super().add_request(req_index, new_req_data)
                 requests: RequestTable = self.model.orthorank.requests
-                requests.add(req_index, new_req_data.prompt_token_ids, new_req_data.sampling_params)
+                params = new_req_data.sampling_params or new_req_data.pooling_params
+                requests.add(req_index, new_req_data.prompt_token_ids, params)
 
         return ModelState
 

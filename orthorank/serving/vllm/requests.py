@@ -8,7 +8,7 @@ import numpy as np
 from orthorank.common.errors import OrthoRankError
 from orthorank.serving.vllm import hooks
 from orthorank.serving.vllm.interface import OBJECTS, TESTED, expect
-from orthorank.serving.vllm.rules import prompt_tokens
+from orthorank.serving.vllm.rules import params_of, prompt_tokens
 
 
 class RequestTable:
@@ -26,12 +26,14 @@ class RequestTable:
         self._first = np.zeros(size, dtype=np.int64)
 
     def add(self, row: int, prompt: Sequence[int] | None, params: Any = None) -> None:
-        """A new request in ``row``, with its sampling parameters; no prompt: nothing of it is selected from."""
+        """A new request in ``row``, with its parameters; no prompt: nothing of it is selected from."""
         self._prompts[row] = prompt_tokens(len(prompt), params) if prompt else 0
         self._first[row] = prompt[0] if prompt else 0
 
     def rows(self, common: Any) -> tuple[list[int], list[int]]:
         """Prompt lengths and first tokens of the rows of ``common``, a step's metadata. 0 for rows of no request.
+
+        The length of a prompt that every layer computes is negative: see `rules.prompt_tokens`.
 
         Raises:
             OrthoRankError: there are prompts in it, of a model runner that did not announce them.
@@ -54,7 +56,7 @@ class RequestTable:
         expect(batch, **OBJECTS["batch"])
         known = min(count, batch.num_reqs)  # rows behind are padding
         prompts = [
-            prompt_tokens(tokens, requests[request].sampling_params)
+            prompt_tokens(tokens, params_of(requests[request]))
             for request, tokens in zip(batch.req_ids[:known], batch.num_prompt_tokens[:known].tolist(), strict=True)
         ]
         return prompts + [0] * (count - known), batch.token_ids_cpu[:count, 0].tolist()

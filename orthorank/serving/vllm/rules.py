@@ -10,6 +10,8 @@ from orthorank.common.errors import OrthoRankError
 
 # In a request's ``extra_args``: how many of its tokens are the prompt; those behind were generated, and sent again.
 PROMPT_TOKENS = "orthorank_prompt_tokens"
+DENSE = "orthorank_dense"  # likewise, that its prompt is computed in every layer that is there
+SALT = "orthorank dense:"  # with which its blocks are hashed
 INPUT_NORM = ("input_layernorm", "attention_norm")  # in checkpoints of Hugging Face's format and of Mistral's
 Weight = TypeVar("Weight")
 
@@ -37,30 +39,64 @@ def reusable_tokens(prompt: int, keep_last: int, window: int | None) -> int:
 
 
 def prompt_tokens(tokens: int, params: Any) -> int:
-    """How many of a request's first ``tokens`` are its prompt: all, unless its sampling parameters say how many.
+    """How many of a request's first ``tokens`` are its prompt: all, unless its parameters say how many.
+
+    Negative: the prompt has so many, and is computed in every layer, as if it had been generated.
 
     Example:
         >>> from types import SimpleNamespace
         >>> prompt_tokens(12, None), prompt_tokens(12, SimpleNamespace(extra_args={"orthorank_prompt_tokens": 9}))
         (12, 9)
+        >>> prompt_tokens(12, SimpleNamespace(extra_args={"orthorank_dense": True}))
+        -12
     """
-    said = (getattr(params, "extra_args", None) or {}).get(PROMPT_TOKENS)
-    return min(tokens, said) if type(said) is int and said > 0 else tokens
+    extra = extra_of(params)
+    said = extra.get(PROMPT_TOKENS)
+    own = min(tokens, said) if type(said) is int and said > 0 else tokens
+    return -own if extra.get(DENSE) else own
 
 
-def check_prompt_tokens(extra_args: dict[str, Any] | None) -> None:
+def extra_of(params: Any) -> dict[str, Any]:
+    """What a request says beside vLLM's own parameters, those of sampling or of pooling."""
+    return getattr(params, "extra_args", None) or getattr(params, "extra_kwargs", None) or {}
+
+
+def params_of(request: Any) -> Any:
+    """The parameters of a request of vLLM: those of sampling, or of pooling."""
+    return request.pooling_params if request.sampling_params is None else request.sampling_params
+
+
+def dense_salt(salt: str | None) -> str:
+    """What the blocks of a dense prompt are hashed with, where its request has that ``cache_salt``.
+
+    Example:
+        >>> dense_salt(None), dense_salt("a user's")
+        ('orthorank dense:', "orthorank dense:a user's")
+    """
+    return SALT + (salt or "")
+
+
+def check_request(extra_args: dict[str, Any] | None, salt: str | None = None) -> None:
     """Before a request is taken.
 
     Raises:
-        OrthoRankError: it says a number of prompt tokens that is none.
+        OrthoRankError: it says a number of prompt tokens that is none, a switch that is none, or the ``cache_salt`` of
+            dense prompts.
 
     Example:
-        >>> check_prompt_tokens({"orthorank_prompt_tokens": "9"})
+        >>> check_request({"orthorank_prompt_tokens": "9"})
         Traceback (most recent call last):
         orthorank.common.errors.OrthoRankError: orthorank_prompt_tokens is '9'; it must be the number of the prompt's \
 own tokens, at least 1: those behind it were generated
     """
-    said = (extra_args or {}).get(PROMPT_TOKENS)
+    extra = extra_args or {}
+    if (dense := extra.get(DENSE)) not in (None, False, True):
+        raise OrthoRankError(
+            f"{DENSE} is {dense!r}; it must be true (or 1) for a prompt that every layer computes, or false"
+        )
+    if salt is not None and salt.startswith(SALT):
+        raise OrthoRankError(f"cache_salt is {salt!r}; what begins with {SALT!r} is of dense prompts: use another one")
+    said = extra.get(PROMPT_TOKENS)
     if said is not None and (type(said) is not int or said < 1):
         raise OrthoRankError(
             f"{PROMPT_TOKENS} is {said!r}; it must be the number of the prompt's own tokens, at least 1: those behind "

@@ -5,6 +5,7 @@ else was in the batch. Blocks are put into the prefix cache only as far as a col
 the prompt, and not where tokens were forced or a window was not full. No further do blocks of others serve a request.
 """
 
+import sys
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -12,7 +13,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.serving.vllm import interface
-from orthorank.serving.vllm.rules import chunk_tokens, prompt_tokens, reusable_tokens
+from orthorank.serving.vllm.rules import chunk_tokens, params_of, prompt_tokens, reusable_tokens
 from orthorank.serving.vllm.serving import Serving
 
 
@@ -53,8 +54,11 @@ class _Rules(Scheduler):
         longest = 0
 
         def same(request: Any) -> int:
-            own = getattr(request, "orthorank_prompt", request.num_prompt_tokens)
-            return reusable_tokens(prompt_tokens(own, request.sampling_params), plan.keep_last, plan.select_window)
+            first = getattr(request, "orthorank_prompt", None)
+            own = prompt_tokens(request.num_prompt_tokens if first is None else first, params_of(request))
+            if own < 0 and first is None:  # every layer computes every token, the generated ones as a prompt's
+                return sys.maxsize
+            return reusable_tokens(abs(own), plan.keep_last, plan.select_window)
 
         def cache_same(request: Any, num_computed_tokens: int) -> None:
             cache_blocks(request, min(num_computed_tokens, same(request)))
@@ -87,7 +91,7 @@ class _Rules(Scheduler):
         computed = num_new_local_computed_tokens + num_external_computed_tokens
         start = request.num_computed_tokens + computed
         assert self._window is not None  # only asked for where there is one
-        prompt = prompt_tokens(request.num_prompt_tokens, request.sampling_params)
+        prompt = prompt_tokens(request.num_prompt_tokens, params_of(request))
         return chunk_tokens(start, num_new_tokens, prompt, self._window)
 
 

@@ -134,11 +134,30 @@ def test_prompts_are_lines_or_json_lines(tmp_path: Path) -> None:
     assert read_prompts(file.rename(tmp_path / "prompts")) == [Prompt("a\u2028b"), Prompt("c")]
 
 
+def test_prompts_of_a_log_of_requests(tmp_path: Path) -> None:
+    """Lines of a server's log, and the same few of many each time."""
+    file = tmp_path / "log.jsonl"
+    bodies = [{"prompt": [5, 6], "max_tokens": 3}, {"messages": [{"role": "user", "content": "Hi"}], "stream": True}]
+    file.write_text("".join(json.dumps({"id": n, "url": "/v1", "body": body}) + "\n" for n, body in enumerate(bodies)))
+    ids, chat = read_prompts(file)
+    assert (ids.tokens, ids.ids(None), chat.messages[0]["content"]) == ((5, 6), [5, 6], "Hi")
+    file.write_text("\n".join(json.dumps({"prompt": f"{n}"}) for n in range(50)))
+    some = [int(prompt.text) for prompt in read_prompts(file, 8)]
+    assert some == sorted(set(some)) == [int(prompt.text) for prompt in read_prompts(file, 8)]
+    assert (len(some), len(read_prompts(file, 60))) == (8, 50)
+    with pytest.raises(OrthoRankError, match="sample is 0"):
+        read_prompts(file, 0)
+
+
 @pytest.mark.parametrize(
     "line",
     [
         '{"prompt": ""}',
         '{"prompt": 5}',
+        '{"prompt": []}',
+        '{"prompt": [5, "a"]}',
+        '{"body": "a"}',
+        "[]",
         '{"text": "a"}',
         '{"messages": []}',
         '{"messages": ["a"]}',

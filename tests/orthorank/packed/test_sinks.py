@@ -132,6 +132,27 @@ def test_a_computation_that_fails_leaves_the_bank_as_it_was() -> None:
     assert bank.states[slots, 0, 0].tolist() == [1, 2]
 
 
+def test_what_a_step_brings_is_computed_at_once() -> None:
+    """The same slots as one by one; a computation that fails leaves the bank as it was."""
+    asked: list[list[int]] = []
+
+    def compute(tokens: list[int]) -> torch.Tensor:
+        asked.append(tokens)
+        if 13 in tokens:
+            raise RuntimeError("out of memory")
+        return torch.stack([Computed()(token) for token in tokens])
+
+    bank, single = SinkBank(compute, 4, batched=True), SinkBank(Computed(), 4)
+    for step in ([7, 5, 7], [5, 9, 8], [], [5], [6, 3, 9, 6]):
+        assert bank.slots(step) == single.slots(step)
+        assert_holds(bank, bank.slots(step), step)
+    assert asked == [[7, 5], [9, 8], [6, 3]]
+    with pytest.raises(RuntimeError):
+        bank.slots([2, 13])
+    assert_holds(bank, bank.slots([6, 3, 9]), [6, 3, 9])
+    assert len(asked) == 4
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(st.lists(st.integers(0, 9), max_size=4), max_size=12), st.integers(4, 6))
 def test_as_a_plain_lru(steps: list[list[int]], capacity: int) -> None:

@@ -35,7 +35,7 @@ def test_rows_of_the_runner_that_builds_metadata(monkeypatch: pytest.MonkeyPatch
         num_prompt_tokens=np.array([3, 5, 9, 9]),
         token_ids_cpu=np.array([[7, 1], [8, 1], [9, 1], [4, 1]]),
     )
-    requests = dict.fromkeys("ab", SimpleNamespace(sampling_params=None))
+    requests = dict.fromkeys("ab", SimpleNamespace(sampling_params=None, pooling_params=None))
     monkeypatch.setattr(hooks._Running, "runner", SimpleNamespace(input_batch=batch, requests=requests))
     assert RequestTable(4).rows(common(3, None)) == ([3, 5, 0], [7, 8, 9])
 
@@ -54,7 +54,10 @@ def test_requests_that_say_how_many_tokens_are_their_prompt(monkeypatch: pytest.
         num_prompt_tokens=np.array([3, 5, 9]),
         token_ids_cpu=np.array([[7, 1], [8, 1], [9, 1]]),
     )
-    requests = {"a": SimpleNamespace(sampling_params=said), "b": SimpleNamespace(sampling_params=None)}
+    requests = {
+        "a": SimpleNamespace(sampling_params=said, pooling_params=None),
+        "b": SimpleNamespace(sampling_params=None, pooling_params=None),
+    }
     monkeypatch.setattr(hooks._Running, "runner", SimpleNamespace(input_batch=batch, requests=requests))
     assert RequestTable(4).rows(common(2, None)) == ([2, 5], [7, 8])
 

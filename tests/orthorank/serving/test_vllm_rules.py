@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from orthorank import OrthoRankError
 from orthorank.serving.vllm.rules import (
-    check_prompt_tokens,
+    check_request,
     chunk_tokens,
+    dense_salt,
     prompt_tokens,
     reusable_tokens,
     without_layers,
@@ -77,13 +78,13 @@ def test_what_is_no_number_of_prompt_tokens(said: object) -> None:
     """Refused where a request is taken; where it came another way, its whole prompt is one."""
     extra = {"orthorank_prompt_tokens": said}
     with pytest.raises(OrthoRankError, match="it must be the number of the prompt's own tokens, at least 1"):
-        check_prompt_tokens(extra)
+        check_request(extra)
     assert prompt_tokens(12, SimpleNamespace(extra_args=extra)) == 12
 
 
 def test_prompt_tokens() -> None:
     for extra in (None, {}, {"other": 3}, {"orthorank_prompt_tokens": 3}):
-        check_prompt_tokens(extra)
+        check_request(extra)
     assert prompt_tokens(12, SimpleNamespace(extra_args={"other": 3})) == 12
     assert prompt_tokens(12, SimpleNamespace()) == 12
     assert prompt_tokens(2, SimpleNamespace(extra_args={"orthorank_prompt_tokens": 3})) == 2
@@ -101,3 +102,29 @@ def test_weights_of_removed_layers_are_passed_over() -> None:
     given = [(name, name) for name in [*names, *norms, *others]]
     assert [name for name, _ in without_layers(given, (1, 2), (1,))] == kept + norms
     assert list(without_layers(zip(names, names, strict=True), ())) == list(zip(names, names, strict=True))
+
+
+@pytest.mark.parametrize("said", ["true", 2, -1, [True]])
+def test_what_is_no_switch(said: object) -> None:
+    with pytest.raises(OrthoRankError, match=r"orthorank_dense is .*; it must be true"):
+        check_request({"orthorank_dense": said})
+
+
+def test_dense_prompts() -> None:
+    """By parameters of sampling or of pooling; the number of tokens that are the prompt's own is kept."""
+    for said in (True, 1, 1.0):  # what JSON may make of true
+        check_request({"orthorank_dense": said})
+        assert prompt_tokens(12, SimpleNamespace(extra_args={"orthorank_dense": said})) == -12
+    assert prompt_tokens(12, SimpleNamespace(extra_kwargs={"orthorank_dense": True})) == -12
+    assert prompt_tokens(12, SimpleNamespace(extra_args={"orthorank_dense": True, "orthorank_prompt_tokens": 5})) == -5
+    for said in (False, 0, None):
+        check_request({"orthorank_dense": said})
+        assert prompt_tokens(12, SimpleNamespace(extra_args={"orthorank_dense": said})) == 12
+    assert chunk_tokens(0, 100, prompt=-300, window=64) == 100  # no window has to be whole
+
+
+def test_nobody_takes_the_salt_of_dense_prompts() -> None:
+    assert dense_salt("a") != dense_salt(None) != dense_salt("")[:-1]
+    check_request(None, "a user's")
+    with pytest.raises(OrthoRankError, match="cache_salt is 'orthorank dense:a'; what begins with"):
+        check_request(None, dense_salt("a"))

@@ -10,6 +10,7 @@ from orthorank import OrthoRankConfig, OrthoRankError
 from orthorank.packed.sinks import SinkBank
 from orthorank.serving.vllm import hooks
 from orthorank.serving.vllm.backend import Shared, StepMetadata, step_metadata
+from orthorank.serving.vllm.counts import Counts
 from orthorank.serving.vllm.requests import RequestTable
 from orthorank.serving.vllm.serving import Serving
 
@@ -39,6 +40,38 @@ def test_a_prompt_selects_and_generated_tokens_do_not() -> None:
     assert shared().step(common([9], [9], [0]), CPU) is not None
     assert shared().step(common([1], [10], [0]), CPU) is None
     assert shared().step(common([0], [0], [0]), CPU) is None
+
+
+def test_dense_prompts_beside_others() -> None:
+    """All their tokens are updated, the first one too; a step of such alone is dense."""
+    asked = SimpleNamespace(extra_args={"orthorank_dense": True})
+    served, bank = shared(), list[Any]()
+    served.bank = SinkBank(lambda tokens: bank.append(tokens) or torch.zeros(len(tokens), 1, 4), 8, batched=True)
+    served.requests.add(1, [99, 5, 6], asked)
+    served.counts = Counts(None)
+    assert served.step(common([3], [3], [1]), CPU, counted=True) is None
+    step = served.step(common([3, 9], [3, 9], [1, 0]), CPU, counted=True)
+    assert step is not None
+    assert (step.prompt_tokens, step.selected[0.5]) == (9, 3 + 4)
+    assert step.sink_positions.tolist() == [-1, 0, -1]
+    assert bank == [[1]]  # nobody compares with the first token of the other
+    assert served.step(common([1], [4], [1]), CPU, counted=True) is None  # it generates
+    assert [served.counts.get("orthorank_steps", kind) for kind in ("selected", "dense", "none")] == [1, 1, 1]
+
+
+def test_a_plan_that_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = shared()
+    worker = SimpleNamespace(model_runner=object(), get_model=lambda: SimpleNamespace(orthorank=served))
+    for on in (False, True):
+        assert hooks.switch(worker, on) == {"on": on, "said": ""}
+        assert (served.step(common([9], [9], [0]), CPU) is not None) == on
+    assert hooks.switch(worker, "false")["said"].startswith("on is 'false'; it must be true or false")
+    served.removed = (3,)
+    found = hooks.switch(worker, False)
+    assert found["on"], found
+    assert "the plan removes layers (3), whose weights are not here" in found["said"]
+    for none in (SimpleNamespace(), SimpleNamespace(model_runner=1, get_model=SimpleNamespace)):
+        assert hooks.switch(none, False) == {"on": False, "said": "the model of this worker has no plan"}
 
 
 @pytest.mark.parametrize("prefilling", [None, [True], [True, False]])
