@@ -10,10 +10,11 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from orthorank.common.errors import OrthoRankError, shown
+from orthorank_kernels._version import __version__
 from orthorank_kernels.remedies import install
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def _app(wanted: str = "", helping: bool = True) -> "typer.Typer":
         version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
     ) -> int:
         if version:
-            print(f"orthorank-kernels {metadata.version('orthorank-kernels')}")
+            print(f"orthorank-kernels {__version__}")
         elif context.invoked_subcommand is None:
             print(context.get_help())
         return 0
