@@ -20,15 +20,15 @@ PLANS = (
 )
 ENGINE = "transformers, or vllm: prefill throughput and time to first token inside vLLM, one engine for each variant."
 VLLM_ARGS = "With --engine vllm: keyword arguments of vllm.LLM for all engines, a JSON object."
-DECODE = "Tokens decoded after the first one; 0: none. Default: 32; vllm: not measured."
+DECODE = "Tokens to decode after the first one; 0: none. Default: 32; with --engine vllm not measured."
 RANDOM = (
-    "In place of a model: llama-2-7b, llama-3-8b, mistral-7b, qwen2.5-7b, or a config.json as the hub has it. Prefill "
-    "with random weights, made on the device; quality is not measured."
+    "In place of a model: llama-2-7b, llama-3-8b, mistral-7b, qwen2.5-7b, or a model's config.json. Times the "
+    "prefill with random weights made on the device; quality is not measured."
 )
 MODEL_LAYERS = "With --random-weights: decoder layers to make. Default: all."
 GRAPH = "With --random-weights: replay a CUDA graph of the prefill in place of calling the model."
 COMPILE = "With --random-weights: torch.compile of the layers, one compilation for all that are alike."
-LENGTHS = "Prompt lengths among which the break-even is looked for, such as 128,512. Default: 64, 128, ... ; none: 0."
+LENGTHS = "Prompt lengths, as 128,512, to find the shortest at which a plan is faster; 0: none. Default: 64, 128, ..."
 
 
 def command(
@@ -54,8 +54,8 @@ def command(
 ) -> int:
     """Time prefill, first token and decoding of the dense model and of plans, in turn, and compare with FLOPs.
 
-    Random prompts; every variant runs once a round, in a rotating order. Speed-ups are medians of the ratios within a
-    round; on a GPU times are CUDA events, on a CPU and with vLLM the wall clock.
+    Prompts are random. The dense model and each plan run once a round, in rotating order. Speed-ups are medians of the
+    ratios within a round. GPUs are timed by CUDA events, CPUs and vLLM by the wall clock.
     """
 
     from orthorank.commands import bench_random, bench_vllm

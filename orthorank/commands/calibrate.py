@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 OUTPUT = Path("orthorank-calibrate")
 PLAN = "A plan file, its folder, org/name@revision on the Hub, or default: the plan shipped for the model."
 TEXT = "UTF-8 text file to calibrate on; may be given several times. Default: the documentation of Python."
-KEEP_RATIO = "Share of tokens to update, of layers without a ratio of their own in the plan. Default: the plan's."
+KEEP_RATIO = "Share of tokens to update, in layers without a ratio of their own in the plan. Default: the plan's."
 DECODE = "dense, or threshold: select generated tokens, too. Default: the plan's."
 KEEP_LAST = "Last tokens of a prompt that generate() always updates; 0 for none. Default: the plan's."
-WINDOWS = "Windows of the text to calibrate on, and as many of its second half to check on."
+WINDOWS = "Windows of the first half to calibrate on, and as many of the second half to check on."
 
 
 def command(
@@ -43,9 +43,9 @@ def command(
 ) -> int:
     """Find a threshold for each layer of a plan and write the plan to orthorank.json.
 
-    With it the plan updates the tokens that score below a number, instead of the best of a prompt: what one token gets
-    no longer depends on the others. Calibrated on windows of the text's first half; windows of its second half show
-    which share of other tokens that is.
+    A layer then updates every token that scores below its threshold, instead of the best k of a prompt: whether a token
+    is updated no longer depends on other tokens. The thresholds are found on windows of the text's first half; windows
+    of its second half show which share of tokens they select there.
     """
 
     from orthorank.config import OrthoRankConfig

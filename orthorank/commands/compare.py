@@ -27,8 +27,8 @@ PROMPTS = (
     "body, as logs of a server's requests have them; or one prompt a line."
 )
 SAMPLE = "So many of the prompts, drawn at random, the same ones each time. Default: all."
-TEXT = "UTF-8 text file whose windows losses are paired on. Default: losses are those of the dense answers."
-DATASET = "Instead of a text: wikitext2 (test split) or c4 (validation), with :FOLDER for a copy that is already here."
+TEXT = "UTF-8 text file to measure losses on, window by window. Default: losses of the dense model's answers."
+DATASET = "Instead of a text: wikitext2 (test split) or c4 (validation), with :FOLDER for a local copy."
 MAX_LOSS = "Exit code 1 if the mean rise of a plan's loss plus two standard errors is above this, in nats a token."
 SHOWN = 4  # prompts whose answers the terminal shows
 
@@ -42,7 +42,7 @@ def command(
     text: Annotated[Path | None, typer.Option(help=TEXT)] = None,
     dataset: Annotated[str | None, typer.Option(help=DATASET)] = None,
     window: Annotated[int, typer.Option(help="Tokens of a window of the text.")] = 2048,
-    windows: Annotated[int | None, typer.Option(help="Windows from the beginning. Default: all.")] = None,
+    windows: Annotated[int | None, typer.Option(help="First N windows of the text only. Default: all.")] = None,
     max_loss: Annotated[str | None, typer.Option(help=MAX_LOSS)] = None,
     criterion: Annotated[list[str] | None, typer.Option(help=OWN_CRITERION)] = None,
     bos: Annotated[str, typer.Option(help=BOS)] = "auto",
@@ -54,8 +54,8 @@ def command(
 ) -> int:
     """Answers of the dense model and of plans side by side, KL divergences of the next token, and paired losses.
 
-    Decoding is greedy. Each prompt's row is kept in the output folder as soon as it is there: the same command goes on
-    where it was stopped.
+    Decoding is greedy. Each prompt's results are kept in the output folder at once: the same command goes on where it
+    was stopped.
     """
     from orthorank.common.datasets import evaluation_text
     from orthorank.evaluation.compare import read_prompts

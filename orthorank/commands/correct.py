@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 OUTPUT = Path("orthorank-correct")
 PLAN = "A plan file, its folder, org/name@revision on the Hub, or default: the plan shipped for the model."
-TEXT = "UTF-8 text file to fit on; give one of every kind that is to come. Default: the documentation of Python."
-DATASET = "wikitext2 or c4, by the package datasets; wikitext2:FOLDER reads a copy. May be given several times."
-RANK = "Of the maps. More explains more, and costs more: 4 * rank * hidden size FLOPs for each token and layer."
-TARGET = "dense: the dense model's state after the layer; layer: what the layer itself would have added."
+TEXT = "UTF-8 text file to fit on; give one of every kind you will process. Default: the documentation of Python."
+DATASET = "Fit on wikitext2 or c4, by the package datasets; wikitext2:FOLDER reads a local copy. May be repeated."
+RANK = "Rank of the maps. Higher restores more and costs more: 4 * rank * hidden size FLOPs for each token and layer."
+TARGET = "What a map aims at. dense: the dense model's state after the layer; layer: what the layer would have added."
 WINDOWS = "Windows to fit on, from the first halves of the texts; as many of their second halves to measure on."
 SHARES = "How the texts share the windows, such as 2,1: in the order of --text, then --dataset. Default: equally."
-DISTILL = "Steps that then train the maps toward the dense model's next tokens: each about three forwards of 2 windows."
-SPILL = "Folder for the states of the windows, which are deleted at the end. Default: they are kept in memory."
+DISTILL = "Steps to train the fitted maps toward the dense model's next tokens, each about 3 forwards of 2 windows."
+SPILL = "Folder to keep the windows' hidden states in, until the end of the fit. Default: in memory."
 RESUME = "Go on with the fit whose state is in the output folder; begin one if there is none."
 DEVICE_MAP = "auto: spread a model that one device cannot hold, by accelerate."
 STATE = "correct-state.safetensors"
@@ -57,12 +57,13 @@ def command(
 ) -> int:
     """Fit a small linear map to each layer of a plan, which puts back part of what the layer leaves out.
 
-    In closed form, without training: one pass over windows of the first half of each text. Every fourth window is held
-    out to say what the maps explain; windows of the second halves say what they are worth. With --distill the maps are
-    then trained on the same windows, the model's weights are not. Writes orthorank.json and correction.safetensors.
+    The maps are fitted in closed form, in one pass over windows of the first half of each text. Every fourth window is
+    held out to measure what the maps explain; the loss is measured on windows of the second halves. With --distill the
+    maps are then trained on the same windows; the model's weights stay as they are. Writes orthorank.json and
+    correction.safetensors.
 
-    What is fitted is kept in the output folder, layer by layer: after an interruption, the same command with --resume
-    goes on where it stopped.
+    The maps are kept in the output folder, layer by layer: after an interruption, the same command with --resume goes
+    on where it stopped.
     """
     from orthorank.config import OrthoRankConfig
 

@@ -20,15 +20,15 @@ PLAN = (
     "default (the plans shipped for the model), search, or the path of a plan. Without it: default where some are "
     "shipped, else search."
 )
-SEARCH = "Search the layers also where plans are shipped: the same as --plan search."
-SPARSITY = "Share of token updates that is left out, over all layers; layer pruning gets the same. Default: 0.1."
-WINDOWS = "Calibration windows, on which layers are searched and maps fitted, of pruning and OrthoRank alike."
-RANK = "Of the maps of the corrected rows; 0 leaves these rows out, unless a plan comes with maps."
+SEARCH = "Search the layers even if plans are shipped for the model: the same as --plan search."
+SPARSITY = "Share of token updates to leave out, over all layers, by OrthoRank and layer pruning alike. Default: 0.1."
+WINDOWS = "Calibration windows: layers are searched and maps fitted on them, for pruning and OrthoRank alike."
+RANK = "Rank of the maps of the corrected plans; 0 leaves these plans out, unless a plan comes with maps."
 KEEP_RATIO = "Share of the tokens that a chosen layer still updates, in a search or with --layers. Default: 1/3."
 LAYERS = "Select in these layers instead of searching, such as 12,14 or 12-16,20."
 PROMPTS = (
-    "File of prompts, as orthorank compare reads it: the report has the answers side by side, and KL divergences. "
-    "Default: two short ones."
+    "File of prompts, in the format of orthorank compare: the report has the answers of all plans side by side, and KL "
+    "divergences. Default: two short prompts."
 )
 OWN_PROMPTS = Path(__file__).parent.parent / "demo" / "prompts.txt"
 SINK_LAYER = "Search after this layer, instead of the one in which the sink was found to form."
@@ -58,7 +58,7 @@ def command(
 
     Looks at the model's sink token, takes the plans shipped for it (or chooses layers by greedy search), fits maps that
     correct them, and measures perplexity and prefill speed of the dense model, of layer pruning (SLEB) and of OrthoRank
-    at the same sparsity, plain and corrected. What is searched or fitted is so on the same tokens for both.
+    at the same sparsity, plain and corrected. Both methods are searched and fitted on the same tokens.
     """
     if search and plan not in (None, "search"):
         raise OrthoRankError(f"both --search and --plan ({plan}) say where the layers come from; give one of them")

@@ -14,12 +14,12 @@ def command(
     model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     bos: Annotated[str, typer.Option(help=BOS)] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of words.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> int:
     """Say whether OrthoRank applies to a model, and why.
 
-    Looks for the layer after which the first token is an attention sink. Exit code: 0 it applies, 1 it does not, 2 the
-    question could not be answered.
+    Looks for the layer after which the first token is an attention sink. The exit code is 0 if OrthoRank applies, 1 if
+    it does not, and 2 if the model could not be examined.
     """
 
     from orthorank.models import load_model, locate

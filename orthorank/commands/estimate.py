@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from orthorank.config import OrthoRankConfig
 
 CONFIG = (
-    "A config.json or a folder with one; llama-2-7b, llama-3-8b, mistral-7b or qwen2.5-7b; the hub id of a model in "
+    "A config.json or a folder with one; llama-2-7b, llama-3-8b, mistral-7b or qwen2.5-7b; the Hub id of a model in "
     "the local cache; or a model type."
 )
-PROMPT = "Tokens of a prompt; may be given several times. Default: 512, 2048, 8192 and 32768, as far as the model goes."
-SPARSITY = "Share of token updates to leave out, of layers that no one has named yet. Default: 0.1."
+PROMPT = "Tokens of a prompt; may be given several times. Default: 512, 2048, 8192, 32768, up to the model's context."
+SPARSITY = "Share of token updates to leave out, over all layers; no layers need be chosen yet. Default: 0.1."
 PLAN = "A plan file or its folder, instead of a sparsity."
-KEEP_RATIO = "Share of the tokens that a layer still updates, with --sparsity; 0 removes the layers. Default: 1/3."
-RANK = "Count maps of this rank in each layer that leaves tokens out. Default: those of the plan."
+KEEP_RATIO = "With --sparsity: share of the tokens that a changed layer still updates; 0 removes it. Default: 1/3."
+RANK = "Count correction maps of this rank in each changed layer. Default: the plan's maps."
 
 
 def command(
@@ -33,7 +33,7 @@ def command(
     plan: Annotated[str | None, typer.Option(help=PLAN)] = None,
     keep_ratio: Annotated[str | None, typer.Option(help=KEEP_RATIO)] = None,
     rank: Annotated[int | None, typer.Option(help=RANK)] = None,
-    dtype: Annotated[str, typer.Option(help="Of the key/value cache: bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Dtype of the cache: bfloat16, float16 or float32.")] = "bfloat16",
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> int:
     """What a plan could save on a model: FLOPs by prompt length, memory, and the size of its maps.

@@ -13,9 +13,9 @@ from orthorank.common.errors import OrthoRankError, check_integers
 from orthorank.common.files import writable_folder, write_json
 from orthorank.common.texts import Bos, check_bos
 
-DATA = "JSONL file with task, prompt and gold in each line. Default: the hub's data."
+DATA = "JSONL file with task, prompt and gold in each line. Default: LongBench from the Hub."
 TASKS = "Tasks, such as qasper,trec. Default: all that the data has."
-MAX_TOKENS = "Longest prompt with its answer; longer ones lose their middle. Default: what the model takes."
+MAX_TOKENS = "Most tokens of prompt and answer; longer prompts lose their middle. Default: the model's context."
 SHORT = "Leave out prompts with more tokens than this."
 
 
@@ -28,7 +28,7 @@ def command(
     criterion: Annotated[list[str] | None, typer.Option(help=OWN_CRITERION)] = None,
     data: Annotated[Path | None, typer.Option(help=DATA)] = None,
     tasks: Annotated[str | None, typer.Option(help=TASKS)] = None,
-    limit: Annotated[int | None, typer.Option(help="First questions of each task. Default: all.")] = None,
+    limit: Annotated[int | None, typer.Option(help="First N questions of each task only. Default: all.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help=MAX_TOKENS)] = None,
     only_shorter: Annotated[int | None, typer.Option(help=SHORT)] = None,
     bos: Annotated[str, typer.Option(help=BOS)] = "auto",
@@ -41,7 +41,7 @@ def command(
 ) -> int:
     """Answer LongBench's questions greedily and score them with its own metrics.
 
-    Each answer is kept as soon as it is there: the same command continues where it was stopped.
+    Each answer is kept at once: the same command goes on where it was stopped.
     """
 
     from orthorank.config import OrthoRankConfig

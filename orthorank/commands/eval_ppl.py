@@ -19,8 +19,8 @@ PLAN = (
     "as well."
 )
 TEXT = "UTF-8 text file, read as it is. Default: the documentation of Python inside its standard library."
-OUTPUT = "Folder for ppl.json and the rows; the same command goes on where it was stopped. Default: nothing is kept."
-DATASET = "wikitext2 (test split) or c4 (validation), with :FOLDER for a copy that is already here."
+OUTPUT = "Folder for the results; the same command goes on where it was stopped. Default: nothing is kept."
+DATASET = "wikitext2 (test split) or c4 (validation), with :FOLDER for a local copy."
 
 
 def command(
@@ -30,7 +30,7 @@ def command(
     dataset: Annotated[str | None, typer.Option(help=DATASET)] = None,
     criterion: Annotated[list[str] | None, typer.Option(help=OWN_CRITERION)] = None,
     window: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
-    windows: Annotated[int | None, typer.Option(help="Windows from the beginning. Default: all.")] = None,
+    windows: Annotated[int | None, typer.Option(help="First N windows of the text only. Default: all.")] = None,
     bos: Annotated[str, typer.Option(help=BOS)] = "auto",
     batch_size: Annotated[int | None, typer.Option(help="Windows at a time. Default: as memory allows.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",

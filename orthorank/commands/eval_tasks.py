@@ -14,12 +14,12 @@ from orthorank.common.texts import check_bos
 TASKS = "Tasks of the harness, such as piqa,winogrande. Default: the paper's five."
 PAPER = "piqa,winogrande,hellaswag,arc_easy,arc_challenge"
 PLAN = (
-    "Plan: a file, a folder, or org/name@revision on the Hub; of several, differences are paired. Default: the dense "
-    "model."
+    "Plan: a file, a folder, or org/name@revision on the Hub; may be given several times. Default: the dense model "
+    "alone."
 )
-DENSE = "Measure the dense model as well: plans are compared with it, else with the first. Default: with several plans."
-OUTPUT = "Folder for tasks.json and the rows; the same command goes on behind the plans that it has finished."
-CONTEXT = "Select among the tokens of the context alone; the answer's tokens are dense."
+DENSE = "Also measure the dense model and compare plans with it, not with the first. Default: with several plans."
+OUTPUT = "Folder for the results; the same command goes on after the plans that are finished. Default: nothing is kept."
+CONTEXT = "Select among the context's tokens only; the answer's tokens are dense."
 
 
 def command(
@@ -29,7 +29,7 @@ def command(
     criterion: Annotated[list[str] | None, typer.Option(help=OWN_CRITERION)] = None,
     tasks: Annotated[str, typer.Option(help=TASKS, show_default=False)] = PAPER,
     include_path: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
-    limit: Annotated[int | None, typer.Option(help="First rows of each task. Default: all.")] = None,
+    limit: Annotated[int | None, typer.Option(help="First N rows of each task only. Default: all.")] = None,
     batch_size: Annotated[int, typer.Option(help="Requests at a time; results do not depend on it.")] = 8,
     context_only: Annotated[bool, typer.Option("--context-only", help=CONTEXT)] = False,
     bos: Annotated[str, typer.Option(help=BOS)] = "auto",
@@ -38,7 +38,7 @@ def command(
     output: Annotated[Path | None, typer.Option(help=OUTPUT)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> int:
-    """Accuracy of a model with a plan on tasks of lm-evaluation-harness, without examples, and the paper's mean.
+    """Zero-shot accuracy, dense or with plans, on tasks of lm-evaluation-harness, and the paper's mean.
 
     Of several plans the differences from the dense model are printed as well, paired row by row. The mean is over
     acc_norm where a task has it, else acc. Data come from the hub, or from --include-path's files.

@@ -15,7 +15,7 @@ from orthorank.common.files import writable_folder
 if TYPE_CHECKING:
     from torch import Tensor
 
-PLAN = "A plan file, its folder, or org/name@revision on the Hub. Every layer of it is removed, or dense."
+PLAN = "A plan file, its folder, or org/name@revision on the Hub. It may only remove layers (keep ratio 0)."
 DTYPE = "float32, bfloat16 or float16. Default: as the checkpoint says; float32 of a .gguf file."
 NO_LLAMA_CPP = (
     "Not for llama.cpp: it tells this model's kinds of layers apart by their number, so those behind a removed one "
@@ -27,16 +27,16 @@ TOKENS = 64  # on which the checkpoint is compared with the plan
 
 def command(
     plan: Annotated[str, typer.Option(help=PLAN, show_default=False)],
-    output: Annotated[Path, typer.Option(help="Folder for the checkpoint; none may be in it.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="Folder for the checkpoint, without one in it.", show_default=False)],
     model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
     dtype: Annotated[str | None, typer.Option(help=DTYPE, show_default=False)] = None,
 ) -> int:
     """Write a model without the layers that a plan removes, as an ordinary smaller checkpoint.
 
-    It loads in AutoModel, in vLLM without the plugin and wherever else such models do. Plans that select tokens or are
-    corrected are refused: no ordinary checkpoint holds that. Runs on the CPU; the checkpoint is loaded again, and its
-    logits must be those of the model with the plan. Prints the command with which llama.cpp prunes a .gguf file the
-    same way.
+    The checkpoint loads like any other of its architecture: in AutoModel, in vLLM without the plugin. Plans that select
+    tokens or are corrected are refused, since an ordinary checkpoint has no place for that. Runs on the CPU, and loads
+    the checkpoint again to compare its logits with those of the model with the plan. Prints the command with which
+    llama.cpp prunes a .gguf file the same way.
     """
     from orthorank.config import OrthoRankConfig
     from orthorank.hf.export import check_empty, export_pruned, layers_alike, removed_layers

@@ -11,9 +11,9 @@ from orthorank.common.errors import OrthoRankError
 ONLY = "Parts, such as table1,fig4. Default: all."
 CALIBRATION = "Text file, or wikitext2 or c4 (with :FOLDER for a local copy), to choose layers on."
 TEXT = "Held-out text as NAME=FILE, wikitext2 or c4; may be given several times. Default: wikitext2 and c4."
-LONGBENCH = "JSONL file of LongBench questions, hub, or none."
-CRITERION = "Criterion to measure beside those of Table 3: a name, or module:function; may be given several times."
-QUICK = "Everything small: minutes on a laptop, and figures that only show that it works."
+LONGBENCH = "JSONL file of LongBench questions; hub: from the Hub; none: leave it out."
+CRITERION = "Criterion to add to Table 3: a name, or module:function; may be given several times."
+QUICK = "Take very little data: minutes on a laptop. The figures only show that the command works."
 FULL = "All windows, all rows, all questions, as the paper does. Without it: 32 windows of each text, 200 rows."
 
 
@@ -30,12 +30,12 @@ def command(
     window: Annotated[int, typer.Option(help="Tokens of a held-out window.")] = 2048,
     windows: Annotated[int, typer.Option(help="Windows of each held-out text.")] = 32,
     tasks: Annotated[
-        str | None, typer.Option(help="Tasks of the harness. Default: the paper's five; none: none.")
+        str | None, typer.Option(help="Zero-shot tasks. Default: the paper's five; none: leave them out.")
     ] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
     limit: Annotated[int, typer.Option(help="First rows of each task.")] = 200,
     longbench: Annotated[str, typer.Option(help=LONGBENCH)] = "hub",
-    longbench_tokens: Annotated[int, typer.Option(help="Only LongBench prompts up to so many tokens.")] = 4000,
+    longbench_tokens: Annotated[int, typer.Option(help="Leave out LongBench prompts of more tokens.")] = 4000,
     criterion: Annotated[list[str] | None, typer.Option(help=CRITERION)] = None,
     rounds: Annotated[int, typer.Option(help="Timed runs of each plan.")] = 10,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt whose prefill is timed.")] = 2048,
@@ -44,9 +44,9 @@ def command(
     quick: Annotated[bool, typer.Option("--quick", help=QUICK)] = False,
     full: Annotated[bool, typer.Option("--full", help=FULL)] = False,
 ) -> int:
-    """Measure every table and figure of the paper, and hold its claims against the outcome.
+    """Measure every table and figure of the paper on a model, and check the paper's claims.
 
-    Every finished cell is kept in the output folder: the same command goes on where it was stopped.
+    Every finished cell of the tables is kept in the output folder: the same command goes on where it was stopped.
     """
     from rich.markdown import Markdown
 

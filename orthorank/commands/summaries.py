@@ -1,7 +1,7 @@
 """What the lists of commands say of each, in a line, and the examples that end each command's help."""
 
 SHORT = {
-    "demo": "The main job on one page: sink, plans, quality, speed, report.",
+    "demo": "The whole job: sink, plans, quality, speed, and a report.",
     "doctor": "Say whether OrthoRank applies to a model, and why.",
     "estimate": "What a plan could save on a model; downloads no weights.",
     "bench": "Time prefill, first token and decoding, dense and with plans.",
@@ -14,11 +14,11 @@ SHORT = {
     "compare": "Answers of dense model and plans side by side, and losses.",
     "export": "Write a model without the layers that a plan removes.",
     "vllm-args": "Print the arguments with which vLLM serves a plan.",
-    "lm-eval": "lm-evaluation-harness with the model orthorank.",
+    "lm-eval": "lm-evaluation-harness's own command line, with plans.",
     "eval": "Measure perplexity, tasks or LongBench, dense and with plans.",
     "eval ppl": "Perplexity of a text, dense and with a plan.",
     "eval tasks": "Accuracy on tasks of lm-evaluation-harness.",
-    "eval longbench": "LongBench, with answers that end and true lengths.",
+    "eval longbench": "LongBench's English and code tasks.",
 }
 EXAMPLES = {
     "demo": [
@@ -45,7 +45,7 @@ EXAMPLES = {
         "orthorank search ./my-model --dataset wikitext2 --correct 64 --fast",
         "orthorank search ./my-model --text my.txt --max-loss 0.05 --output my-plan",
     ],
-    "calibrate": ["orthorank calibrate ./my-model --plan my-plan --text my.txt --output causal"],
+    "calibrate": ["orthorank calibrate ./my-model --plan my-plan --text my.txt --output with-thresholds"],
     "correct": [
         "orthorank correct my-plan ./my-model --text my.txt --output better",
         "orthorank correct my-plan ./my-model --text my.txt --distill 64 --output better",
@@ -56,10 +56,10 @@ EXAMPLES = {
     ],
     "export": ["orthorank export ./my-model --plan pruned --output smaller-model"],
     "vllm-args": ["orthorank vllm-args my-plan", "orthorank vllm-args my-plan --python"],
-    "lm-eval": ["orthorank lm-eval --model_args pretrained=./my-model,plan=my-plan --tasks piqa"],
+    "lm-eval": ["orthorank lm-eval --model orthorank --model_args pretrained=MODEL,plan=PLAN --tasks piqa"],
     "eval ppl": ["orthorank eval ppl ./my-model --plan my-plan --dataset wikitext2"],
     "eval tasks": ["orthorank eval tasks ./my-model --plan my-plan --tasks piqa,arc_easy"],
-    "eval longbench": ["orthorank eval longbench ./my-model --plan my-plan --data longbench"],
+    "eval longbench": ["orthorank eval longbench ./my-model --plan my-plan --data longbench.jsonl"],
 }
 
 
