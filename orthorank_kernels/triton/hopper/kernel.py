@@ -62,7 +62,6 @@ def consume(
     BLOCK_N: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
-    HAS_LSE: gl.constexpr,
     ROTARY_DIM: gl.constexpr,
 ):
     """One part of a tile, from its queries to its output."""
@@ -133,7 +132,7 @@ def consume(
     factor = gl.convert_layout(1.0 / total, gl.SliceLayout(1, O_LAYOUT))
     seen = gl.convert_layout(sees, gl.SliceLayout(1, O_LAYOUT))
     out = gl.convert_layout(gl.where(seen[:, None], acc * factor[:, None], 0.0).to(dtype), WIDE)
-    if HAS_LSE:
+    if lse_ptr is not None:
         lse = gl.where(sees, (peak + gl.log2(total)) * LN_2, NOTHING)
         lse_rows = head.to(gl.int64) * stride_lse_head + query.to(gl.int64) * stride_lse_token
         gl.store(lse_ptr + lse_rows, lse, mask=in_tile)
@@ -213,8 +212,6 @@ def hopper_attention_kernel(
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
     PACKED: gl.constexpr,
-    HAS_STARTS: gl.constexpr,
-    HAS_LSE: gl.constexpr,
     ROTARY_DIM: gl.constexpr,  # elements of a query's head to turn, in halves; 0: none
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
@@ -234,7 +231,7 @@ def hopper_attention_kernel(
         owned = sequence < n_seqs  # else what lies past the last sequence, which sees no keys
         key_base = gl.load(cu_keys_ptr + sequence, mask=owned, other=0)
         keys = gl.load(cu_keys_ptr + sequence + 1, mask=owned, other=0) - key_base
-    if HAS_STARTS:
+    if starts_ptr is not None:
         start = gl.maximum(gl.load(starts_ptr + batch), 0)
     positions_ptr += batch.to(gl.int64) * stride_positions_batch
     row = gl.arange(0, CONSUMERS * ROWS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
@@ -264,7 +261,7 @@ def hopper_attention_kernel(
     if PACKED:
         v_ptr += key_base.to(gl.int64) * STRIDE_V
     out_ptr += batch.to(gl.int64) * stride_out_batch
-    if HAS_LSE:
+    if lse_ptr is not None:
         lse_ptr += batch.to(gl.int64) * stride_lse_batch
     if ROTARY_DIM > 0:
         cos_ptr += batch.to(gl.int64) * stride_cos_batch
@@ -280,14 +277,14 @@ def hopper_attention_kernel(
                 consume,
                 (
                     q_bufs, rings, tensors, tables, numbers, where, 0, STRIDE_V, GROUP, PACK, BLOCK_N, HEAD_DIM, STAGES,
-                    HAS_LSE, ROTARY_DIM,
+                    ROTARY_DIM,
                 ),
             ),
             (
                 consume,
                 (
                     q_bufs, rings, tensors, tables, numbers, where, 1, STRIDE_V, GROUP, PACK, BLOCK_N, HEAD_DIM, STAGES,
-                    HAS_LSE, ROTARY_DIM,
+                    ROTARY_DIM,
                 ),
             ),
             (produce, (k_desc, v_desc, rings, batch, kv_head, key_base + start, blocks, BLOCK_N, STAGES)),
