@@ -28,6 +28,7 @@ import triton.language as tl
 from orthorank_kernels.settings import lookup as _settings
 from orthorank_kernels.triton.configs import cdiv, launch, next_power_of_2, target_of
 from orthorank_kernels.triton.primitives import refuse_float64
+from orthorank_kernels.triton.strides import strides
 
 
 @triton.jit(do_not_specialize=["stride_positions_batch", "selected"])
@@ -90,14 +91,11 @@ def silu_and_mul(
         (selected, batch, cdiv(width, settings["BLOCK"])),
         gate,
         gate_ptr=gate,
-        stride_gate_batch=gate.stride(0),
-        stride_gate_entry=gate.stride(1),
         up_ptr=up,
-        stride_up_batch=up.stride(0),
-        stride_up_entry=up.stride(1),
         positions_ptr=positions,
-        stride_positions_batch=0 if positions is None else positions.stride(0),
         out_ptr=target,
+        **strides("batch", "entry", gate=gate, up=up),
+        **strides("batch", positions=positions),
         selected=selected,
         WIDTH=width,
         enable_fp_fusion=True,

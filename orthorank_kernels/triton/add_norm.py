@@ -23,6 +23,7 @@ import triton.language as tl
 from orthorank_kernels.settings import lookup as _settings
 from orthorank_kernels.triton.configs import cdiv, launch, next_power_of_2, target_of
 from orthorank_kernels.triton.primitives import add_scaled, norm_row, refuse_float64
+from orthorank_kernels.triton.strides import strides
 
 
 @triton.jit(do_not_specialize=["stride_positions_batch", "selected", "rows_per_program"])
@@ -130,13 +131,11 @@ def gather_add_rms_norm(
         (cdiv(selected, settings["rows_per_program"]), batch),
         hidden_states,
         hidden_ptr=hidden_states,
-        stride_hidden_batch=hidden_states.stride(0),
-        stride_hidden_token=hidden_states.stride(1),
         positions_ptr=positions,
-        stride_positions_batch=positions.stride(0),
         addend_ptr=addend,
-        stride_addend_batch=addend.stride(0),
-        stride_addend_entry=addend.stride(1),
+        **strides("batch", "token", hidden=hidden_states),
+        **strides("batch", positions=positions),
+        **strides("batch", "entry", addend=addend),
         addend_weight_ptr=addend_weight,
         weight_ptr=weight,
         bias_ptr=bias,

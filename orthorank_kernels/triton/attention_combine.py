@@ -29,8 +29,8 @@ import triton
 import triton.language as tl
 
 from orthorank_kernels.settings import lookup as _settings
-from orthorank_kernels.triton.attention_strides import output_strides
 from orthorank_kernels.triton.configs import cdiv, launch, next_power_of_2, scratch, target_of
+from orthorank_kernels.triton.strides import strides
 
 NOTHING = tl.constexpr(float("-inf"))
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -59,7 +59,7 @@ def combine_kernel(
     peaks_ptr,  # [splits, rows]
     totals_ptr,
     out_ptr,
-    lse_ptr,
+    lse_ptr,  # or None
     splits,
     rows,
     selected,
@@ -73,7 +73,6 @@ def combine_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-    HAS_LSE: tl.constexpr,
 ):
     """One program: BLOCK_ROWS rows, grid (row blocks)."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -105,7 +104,7 @@ def combine_kernel(
     token = token % selected
     out_rows = batch * stride_out_batch + head * stride_out_head + token * stride_out_token
     tl.store(out_ptr + out_rows[:, None] + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
-    if HAS_LSE:
+    if lse_ptr is not None:
         lse_rows = batch * stride_lse_batch + head * stride_lse_head + token * stride_lse_token
         lse = tl.where(some, (peak + tl.math.log2(tl.where(some, total, 1.0))) * LN_2, NOTHING)
         tl.store(lse_ptr + lse_rows, lse, mask=in_rows)
@@ -129,12 +128,11 @@ def combine(parts: Workspace, out: torch.Tensor, lse: torch.Tensor | None) -> No
         splits=splits,
         rows=rows,
         selected=selected,
-        **output_strides(out, lse),
+        **strides("batch", "head", "token", out=out, lse=lse),
         HEADS=heads,
         HEAD_DIM=head_dim,
         BLOCK_D=next_power_of_2(head_dim),
         BLOCK_ROWS=settings["rows"],
-        HAS_LSE=lse is not None,
         num_warps=settings["num_warps"],
         enable_fp_fusion=True,
     )

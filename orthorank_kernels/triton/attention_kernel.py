@@ -42,7 +42,7 @@ def sparse_query_attention_kernel(
     k_desc,  # with TMA: descriptors of k and v, [batch, kv_heads, keys, head_dim] in blocks [1, 1, BLOCK_N, BLOCK_D]
     v_desc,
     positions_ptr,
-    starts_ptr,
+    starts_ptr,  # what is optional is None where it is not there
     cu_selected_ptr,  # with PACKED: [n_seqs + 1]
     cu_keys_ptr,  # with PACKED and without pages: [n_seqs + 1]
     seq_lens_ptr,  # with pages: [n_seqs]
@@ -106,13 +106,6 @@ def sparse_query_attention_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_STARTS: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-    HAS_TABLE_ROWS: tl.constexpr,
-    HAS_K_SCALE: tl.constexpr,
-    HAS_V_SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ROTARY_DIM: tl.constexpr,  # elements of a query's head to rotate; 0: none
     INTERLEAVED: tl.constexpr,
@@ -143,21 +136,21 @@ def sparse_query_attention_kernel(
         if PAGE_SIZE > 0:
             keys = tl.minimum(tl.load(seq_lens_ptr + sequence, mask=owned, other=0), most_keys)
             table_row = sequence
-            if HAS_TABLE_ROWS:
+            if table_rows_ptr is not None:
                 table_row = tl.load(table_rows_ptr + sequence, mask=owned, other=0)
                 table_row = tl.minimum(tl.maximum(table_row, 0), n_table_rows - 1)
             table_ptr += table_row.to(tl.int64) * stride_table_row
         else:
             key_base = tl.load(cu_keys_ptr + sequence, mask=owned, other=0)
             keys = tl.load(cu_keys_ptr + sequence + 1, mask=owned, other=0) - key_base
-    if HAS_STARTS:
+    if starts_ptr is not None:
         start = tl.maximum(tl.load(starts_ptr + batch), 0)
     query, head, in_tile = tile_rows(tl.arange(0, BLOCK_M), tile, query_begin, query_end, column, GROUP, PACK, BLOCK_M)
     positions_ptr += batch.to(tl.int64) * stride_positions_batch
     position = tl.load(positions_ptr + query, mask=in_tile, other=-1)
     ALIGNED: tl.constexpr = PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N == 0
     sees, first, last, lowest, begin, middle, unmasked_end, high = visible_keys(
-        position, query_offset, keys, start, window, BLOCK_N, HAS_WINDOW, ALIGNED
+        position, query_offset, keys, start, window, BLOCK_N, ALIGNED
     )
 
     q_ptr += batch.to(tl.int64) * stride_q_batch
@@ -171,7 +164,7 @@ def sparse_query_attention_kernel(
             q, q_ptr, q_rows, cos_ptr, sin_ptr, position, sees, stride_cos_token, stride_sin_token, ROTARY_DIM,
             INTERLEAVED, BLOCK_M, BLOCK_D,
         )  # fmt: skip
-    q, to_bits = scale_queries(q, to_bits, k_scale_ptr, kv_head, stride_k_scale, HAS_K_SCALE, FP8)
+    q, to_bits = scale_queries(q, to_bits, k_scale_ptr, kv_head, stride_k_scale, FP8)
     # 64 bits for the base, 32 inside: wide offsets kept across the key loop cost 40 registers.
     k_ptr += kv_head.to(tl.int64) * stride_k_head
     v_ptr += kv_head.to(tl.int64) * stride_v_head
@@ -183,7 +176,7 @@ def sparse_query_attention_kernel(
             v_ptr += key_base.to(tl.int64) * STRIDE_V
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    total, peak = starting_point(sinks_ptr, head, in_tile, split, BLOCK_M, HAS_SINKS, SPLIT)
+    total, peak = starting_point(sinks_ptr, head, in_tile, split, BLOCK_M, SPLIT)
     end = high + 1
     if SPLIT:  # whole blocks, so that the splits' ends are ends of blocks
         blocks = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N).to(tl.int64)
@@ -192,28 +185,28 @@ def sparse_query_attention_kernel(
         begin = split_begin
         middle = tl.minimum(tl.maximum(middle, begin), end)
         unmasked_end = tl.minimum(tl.maximum(unmasked_end, begin), end)
-    if HAS_WINDOW:
+    if window is not None:
         for n in range(begin, tl.minimum(middle, end), BLOCK_N):
             acc, total, peak = attend(
                 acc, total, peak, q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, n_pages, batch, kv_head, key_base, n,
-                first, last, lowest, high, to_bits, cap, stride_k_batch, stride_v_batch, STRIDE_K, STRIDE_V, PAGE_SIZE,
-                HEAD_DIM, BLOCK_D, BLOCK_N, True, HAS_WINDOW, SOFTCAP, FP8, TMA, VENDOR, WIDE, VECTOR,
+                first, last, lowest, high, window, to_bits, cap, stride_k_batch, stride_v_batch, STRIDE_K, STRIDE_V,
+                PAGE_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, True, SOFTCAP, FP8, TMA, VENDOR, WIDE, VECTOR,
             )  # fmt: skip
     for n in range(middle, unmasked_end, BLOCK_N):
         acc, total, peak = attend(
             acc, total, peak, q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, n_pages, batch, kv_head, key_base, n,
-            first, last, lowest, high, to_bits, cap, stride_k_batch, stride_v_batch, STRIDE_K, STRIDE_V, PAGE_SIZE,
-            HEAD_DIM, BLOCK_D, BLOCK_N, False, HAS_WINDOW, SOFTCAP, FP8, TMA, VENDOR, WIDE, VECTOR,
+            first, last, lowest, high, window, to_bits, cap, stride_k_batch, stride_v_batch, STRIDE_K, STRIDE_V,
+            PAGE_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, False, SOFTCAP, FP8, TMA, VENDOR, WIDE, VECTOR,
         )  # fmt: skip
     for n in range(unmasked_end, end, BLOCK_N):
         acc, total, peak = attend(
             acc, total, peak, q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, n_pages, batch, kv_head, key_base, n,
-            first, last, lowest, high, to_bits, cap, stride_k_batch, stride_v_batch, STRIDE_K, STRIDE_V, PAGE_SIZE,
-            HEAD_DIM, BLOCK_D, BLOCK_N, True, HAS_WINDOW, SOFTCAP, FP8, TMA, VENDOR, WIDE, VECTOR,
+            first, last, lowest, high, window, to_bits, cap, stride_k_batch, stride_v_batch, STRIDE_K, STRIDE_V,
+            PAGE_SIZE, HEAD_DIM, BLOCK_D, BLOCK_N, True, SOFTCAP, FP8, TMA, VENDOR, WIDE, VECTOR,
         )  # fmt: skip
 
     factor = 1.0
-    if HAS_V_SCALE:
+    if v_scale_ptr is not None:
         factor = tl.load(v_scale_ptr + kv_head.to(tl.int64) * stride_v_scale).to(tl.float32)
     if FP8 == "e4m3":
         factor *= 256.0
@@ -231,7 +224,7 @@ def sparse_query_attention_kernel(
     out_rows = head.to(tl.int64) * stride_out_head + query.to(tl.int64) * stride_out_token
     out_ptrs = out_ptr + out_rows[:, None] + offs_d[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=in_tile[:, None] & (offs_d < HEAD_DIM)[None, :])
-    if SPLIT or HAS_LSE:
+    if lse_ptr is not None:
         lse_rows = batch.to(tl.int64) * stride_lse_batch
         if SPLIT:
             lse_rows += split.to(tl.int64) * stride_lse_split

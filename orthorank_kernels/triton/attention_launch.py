@@ -7,8 +7,8 @@ import torch
 from orthorank_kernels.triton import configs
 from orthorank_kernels.triton.attention_combine import combine, workspace
 from orthorank_kernels.triton.attention_kernel import sparse_query_attention_kernel
-from orthorank_kernels.triton.attention_strides import output_strides, table_strides
 from orthorank_kernels.triton.hopper import launch as hopper
+from orthorank_kernels.triton.strides import strides, table_strides
 
 INT32_MAX = 2**31 - 1
 LARGEST_HEAD_DIM = 256
@@ -82,12 +82,12 @@ def launch(
             cu_keys=cu_keys,
         )  # fmt: skip
         return
-    strides = {"stride_out_split": 0, "stride_lse_split": 0} | output_strides(*outputs)
     out, lse, totals = (*outputs, None)
+    to = {"stride_out_split": 0, "stride_lse_split": 0, **strides("batch", "head", "token", out=out, lse=lse)}
     parts = workspace(splits, batch, selected, heads, head_dim, q) if splits > 1 else None
     if parts is not None:
         out, lse, totals = parts
-        strides = output_strides(out.transpose(2, 3), lse.transpose(2, 3), ("split", "batch", "head", "token"))
+        to = strides("split", "batch", "head", "token", out=out.transpose(2, 3), lse=lse.transpose(2, 3))
     programs = tiles * splits * columns * batch
     if programs > INT32_MAX:  # so that 32 bits number them, and all that `find_work` divides them into
         raise ValueError(
@@ -134,31 +134,19 @@ def launch(
         query_offset=query_offset,
         to_bits=scale * math.log2(math.e) * (1 if softcap is None else 2 / softcap),
         cap=0.0 if softcap is None else softcap * math.log2(math.e),
-        stride_q_batch=q.stride(0),
-        stride_q_head=q.stride(1),
-        stride_q_token=q.stride(2),
-        stride_k_batch=k.stride(0),
-        stride_k_head=k.stride(1),
-        stride_v_batch=v.stride(0),
-        stride_v_head=v.stride(1),
-        stride_positions_batch=positions.stride(0),
+        **strides("batch", "head", "token", q=q),
+        **strides("batch", "head", k=k, v=v),
+        **strides("batch", positions=positions),
         **table_strides(cos=cos, sin=sin),
-        stride_table_row=block_table.stride(0) if paged else 0,
+        **strides("row", table=block_table),
         stride_k_scale=_scale_stride(k_scale),
         stride_v_scale=_scale_stride(v_scale),
-        **strides,
+        **to,
         STRIDE_K=_token_stride(k),
         STRIDE_V=_token_stride(v),
         PACKED=cu_selected is not None,
         PAGE_SIZE=keys if paged else 0,
         LIKE_K=paged and k.stride(0) == v.stride(0),
-        HAS_STARTS=starts is not None,
-        HAS_WINDOW=window is not None,
-        HAS_SINKS=sinks is not None,
-        HAS_LSE=lse is not None,
-        HAS_TABLE_ROWS=table_rows is not None,
-        HAS_K_SCALE=k_scale is not None,
-        HAS_V_SCALE=v_scale is not None,
         SOFTCAP=softcap is not None,
         ROTARY_DIM=0 if cos is None else rotary_dim,
         INTERLEAVED=interleaved,

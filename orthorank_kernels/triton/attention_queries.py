@@ -11,16 +11,14 @@ SMALLEST_POWER = tl.constexpr(2.0**-40)  # a masked score, which is a multiple o
 
 
 @triton.jit
-def starting_point(
-    sinks_ptr, head, in_tile, split, BLOCK_M: tl.constexpr, HAS_SINKS: tl.constexpr, SPLIT: tl.constexpr
-):
+def starting_point(sinks_ptr, head, in_tile, split, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr):
     """Sum of weights and largest score, in bits, before the first key: [BLOCK_M] each.
 
     A sink is a key of which only the weight counts, so it is where the softmax starts; of several splits, the first's.
     """
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], NOTHING, tl.float32)
-    if HAS_SINKS:
+    if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head, mask=in_tile, other=0.0).to(tl.float32) * LOG2_E
         if SPLIT:
             total = tl.where(split == 0, total + 1.0, total)
@@ -84,14 +82,14 @@ def turn_queries(
 
 
 @triton.jit
-def scale_queries(q, to_bits, k_scale_ptr, kv_head, stride_k_scale, HAS_K_SCALE: tl.constexpr, FP8: tl.constexpr):
+def scale_queries(q, to_bits, k_scale_ptr, kv_head, stride_k_scale, FP8: tl.constexpr):
     """Rows of q [BLOCK_M, BLOCK_D], and the factor from q k to bits: one number, with FP8 one for each row.
 
     Float16 holds fp8 numbers exactly and bfloat16 would take twice the instructions to make. So rows of bfloat16 are
     scaled into its range by a power of two, to less than 2: what is lost is less than 2^-24 of a row's largest number,
     or of 2^-40, whose products are nothing beside the scores of other rows.
     """
-    if HAS_K_SCALE:
+    if k_scale_ptr is not None:
         to_bits *= tl.load(k_scale_ptr + kv_head.to(tl.int64) * stride_k_scale).to(tl.float32)
     if FP8 != "":
         wide = q.to(tl.float32)

@@ -126,6 +126,7 @@ def attend(
     last,  # [BLOCK_M] last key that each query sees
     lowest,  # first key that some query of the tile sees
     high,  # last key that some query of the tile sees
+    window,  # None: all keys
     to_bits,  # q k to bits, or with SOFTCAP to what its exponential takes; one number, with FP8 [BLOCK_M]
     cap,  # with SOFTCAP: the largest score, in bits
     stride_k_page,
@@ -137,7 +138,6 @@ def attend(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     FP8: tl.constexpr,
     TMA: tl.constexpr,
@@ -154,7 +154,7 @@ def attend(
     # loads keep their full width.
     rows = tl.minimum(key, high) if MASKED else key
     if ONE_PAGE:
-        if MASKED and HAS_WINDOW:
+        if MASKED and window is not None:
             rows = tl.maximum(rows, lowest)
         page = existing_page(tl.load(table_ptr + n // PAGE_SIZE), n_pages).to(tl.int64)
         k_ptr += page * stride_k_page
@@ -179,13 +179,13 @@ def attend(
     if MASKED:
         if VENDOR == "amd":  # whose threads have four neighbouring columns; the other form spills scalar registers
             seen = offs_n[None, :] <= (last - n)[:, None]
-            if HAS_WINDOW:
+            if window is not None:
                 seen = seen & (key[None, :] >= first[:, None])
         else:  # the same. A thread's columns differ by multiples of eight, which so become constants of its code:
             # comparing columns themselves takes a register for each, or an addition.
             eighth, within = (offs_n // 8)[None, :], (offs_n % 8)[None, :]
             seen = eighth <= (((last - n)[:, None] - within) >> 3)
-            if HAS_WINDOW:
+            if window is not None:
                 seen = seen & (eighth >= (((first - n + 7)[:, None] - within) >> 3))
         qk = tl.where(seen, qk, MASKED_SCORE)
     highest = tl.max(qk, 1)

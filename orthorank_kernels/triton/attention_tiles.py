@@ -109,9 +109,8 @@ def visible_keys(
     query_offset,
     keys,
     start,  # first key there is
-    window,
+    window,  # how many keys a row sees, or None
     BLOCK_N: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
     ALIGNED: tl.constexpr,  # blocks begin at multiples of BLOCK_N
 ):
     """What the rows of a tile see, as: sees, first, last: [BLOCK_M] each; lowest, begin, middle, unmasked_end, high.
@@ -123,7 +122,7 @@ def visible_keys(
     at = position + query_offset
     last = tl.minimum(at, keys - 1)
     first = tl.zeros_like(position) + start
-    if HAS_WINDOW:
+    if window is not None:
         first = tl.maximum(first, at - window + 1)
     sees = (position >= 0) & (first <= last)
     high = tl.max(tl.where(sees, last, -1))  # -1: no row of this tile sees anything, no loop runs
@@ -131,12 +130,12 @@ def visible_keys(
     low = tl.min(last)
     begin = start
     middle = start
-    if HAS_WINDOW:
+    if window is not None:
         highest_first = tl.max(tl.where(sees, first, 0))
         begin = tl.min(tl.where(sees, first, highest_first))
         first = tl.where(sees, first, begin)
     lowest = begin
-    if HAS_WINDOW:
+    if window is not None:
         if ALIGNED:
             begin = begin // BLOCK_N * BLOCK_N
         middle = begin + tl.cdiv(tl.maximum(highest_first - begin, 0), BLOCK_N) * BLOCK_N

@@ -29,6 +29,7 @@ import triton.language as tl
 from orthorank_kernels.settings import lookup as _settings
 from orthorank_kernels.triton.configs import cdiv, launch, next_power_of_2, target_of
 from orthorank_kernels.triton.primitives import refuse_float64
+from orthorank_kernels.triton.strides import strides
 
 BLOCK_RANK = 128  # bytes of a row of low-rank states, in one product
 
@@ -163,13 +164,10 @@ def add_low_rank(
         grid,
         hidden_states,
         hidden_ptr=hidden_states,
-        stride_hidden_batch=hidden_states.stride(0),
-        stride_hidden_token=hidden_states.stride(1),
         low_ptr=low,
-        stride_low_batch=low.stride(0),
-        stride_low_token=low.stride(1),
         up_ptr=up,
-        stride_up_row=up.stride(0),
+        **strides("batch", "token", hidden=hidden_states, low=low),
+        **strides("row", up=up),
         bias_ptr=bias,
         starts_ptr=starts,
         lengths_ptr=lengths,

@@ -33,6 +33,7 @@ from orthorank_kernels.layout import empty_ordered_like
 from orthorank_kernels.settings import lookup as _settings
 from orthorank_kernels.triton.configs import launch, next_power_of_2, target_of
 from orthorank_kernels.triton.primitives import refuse_float64, turn
+from orthorank_kernels.triton.strides import strides, table_strides
 
 
 @triton.jit(do_not_specialize=["stride_positions_batch"])
@@ -47,7 +48,7 @@ def apply_rotary_at_kernel(
     sin_ptr,  # [batch or 1, tokens, ROTARY_DIM]
     stride_sin_batch,
     stride_sin_token,
-    positions_ptr,  # [batch, selected] if HAS_POSITIONS
+    positions_ptr,  # [batch, selected], or None: all tokens, in order
     stride_positions_batch,
     out_ptr,  # [batch, HEADS, selected, HEAD_DIM]
     stride_out_batch,
@@ -56,7 +57,6 @@ def apply_rotary_at_kernel(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
@@ -65,7 +65,7 @@ def apply_rotary_at_kernel(
     entry = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
     position = entry
-    if HAS_POSITIONS:
+    if positions_ptr is not None:
         position = tl.load(positions_ptr + batch * stride_positions_batch + entry).to(tl.int64)
     # Bounds of what is read: a missing entry reads nothing and so becomes zeros.
     half_read = tl.where(position >= 0, ROTARY_DIM // 2, 0)
@@ -145,31 +145,21 @@ def apply_rotary_at(
     target = empty_ordered_like(x) if out is None else out[0]
     if target.numel() == 0:
         return target
-    one_table = cos.shape[0] == 1
     launch(
         apply_rotary_at_kernel,
         (selected, batch),
         x,
         x_ptr=x,
-        stride_x_batch=x.stride(0),
-        stride_x_head=x.stride(1),
-        stride_x_entry=x.stride(2),
         cos_ptr=cos,
-        stride_cos_batch=0 if one_table else cos.stride(0),
-        stride_cos_token=cos.stride(1),
         sin_ptr=sin,
-        stride_sin_batch=0 if one_table else sin.stride(0),
-        stride_sin_token=sin.stride(1),
         positions_ptr=positions,
-        stride_positions_batch=0 if positions is None else positions.stride(0),
         out_ptr=target,
-        stride_out_batch=target.stride(0),
-        stride_out_head=target.stride(1),
-        stride_out_entry=target.stride(2),
+        **strides("batch", "head", "entry", x=x, out=target),
+        **strides("batch", positions=positions),
+        **table_strides(cos=cos, sin=sin),
         HEADS=heads,
         HEAD_DIM=head_dim,
         ROTARY_DIM=rotary_dim,
-        HAS_POSITIONS=positions is not None,
         INTERLEAVED=interleaved,
         enable_fp_fusion=True,
         **launch_settings(heads, head_dim, rotary_dim, x.element_size(), target_of(x.device)),

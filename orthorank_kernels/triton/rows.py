@@ -28,6 +28,7 @@ import triton.language as tl
 from orthorank_kernels.settings import lookup as _settings
 from orthorank_kernels.triton.configs import cdiv, launch, next_power_of_2, target_of
 from orthorank_kernels.triton.primitives import add_scaled, refuse_float64
+from orthorank_kernels.triton.strides import strides
 
 
 @triton.jit(do_not_specialize=["stride_positions_batch", "selected"])
@@ -112,11 +113,10 @@ def gather_rows(
         (selected, batch, cdiv(hidden, settings["BLOCK"])),
         x,
         x_ptr=x,
-        stride_x_batch=x.stride(0),
-        stride_x_token=x.stride(1),
         positions_ptr=positions,
-        stride_positions_batch=positions.stride(0),
         out_ptr=target,
+        **strides("batch", "token", x=x),
+        **strides("batch", positions=positions),
         selected=selected,
         HIDDEN=hidden,
         enable_fp_fusion=True,
@@ -148,16 +148,12 @@ def _scatter(
         (selected, batch, cdiv(hidden, settings["BLOCK"])),
         out,
         out_ptr=out,
-        stride_out_batch=out.stride(0),
-        stride_out_token=out.stride(1),
         positions_ptr=positions,
-        stride_positions_batch=positions.stride(0),
         rows_ptr=rows,
-        stride_rows_batch=rows.stride(0),
-        stride_rows_entry=rows.stride(1),
         residual_ptr=residual,
-        stride_residual_batch=0 if residual is None else residual.stride(0),
-        stride_residual_entry=0 if residual is None else residual.stride(1),
+        **strides("batch", "token", out=out),
+        **strides("batch", positions=positions),
+        **strides("batch", "entry", rows=rows, residual=residual),
         scale=scale,
         HIDDEN=hidden,
         enable_fp_fusion=True,

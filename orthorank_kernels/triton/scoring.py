@@ -56,6 +56,7 @@ from orthorank_kernels.layout import norm_outputs
 from orthorank_kernels.settings import lookup as _settings
 from orthorank_kernels.triton.configs import cdiv, launch, next_power_of_2, target_of
 from orthorank_kernels.triton.norm_score import bounds, first_piece, norm_and_score
+from orthorank_kernels.triton.strides import strides
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_seqs", "n_blocks", "rows", "stride_out_row"])
@@ -177,9 +178,10 @@ def norm_arguments(
     hidden = hidden_states.shape[-1]
     if cu_seqlens is None:
         n_rows, tokens = hidden_states.shape[:2]
-        stride_x_row, stride_residual_row = hidden_states.stride(0), 0 if residual is None else residual.stride(0)
+        steps = strides("row", "token", x=hidden_states, residual=residual)
     else:
-        n_rows, tokens, stride_x_row, stride_residual_row = 1, hidden_states.shape[0], 0, 0
+        n_rows, tokens = 1, hidden_states.shape[0]
+        steps = {"stride_x_row": 0, "stride_residual_row": 0, **strides("token", x=hidden_states, residual=residual)}
     states = hidden * hidden_states.element_size()
     reads = 1 + (residual is not None)
     writes = (normed is not None) + (summed is not None)
@@ -206,11 +208,8 @@ def norm_arguments(
         "n_tokens": tokens,
         "n_seqs": n_rows if cu_seqlens is None else cu_seqlens.shape[0] - 1,
         "eps": eps,
-        "stride_x_row": stride_x_row,
-        "stride_x_token": hidden_states.stride(-2),
-        "stride_residual_row": stride_residual_row,
-        "stride_residual_token": 0 if residual is None else residual.stride(-2),
-        "stride_sink_row": sink.stride(0) if sink is not None and sink.dim() == 2 else 0,
+        **steps,
+        **strides("row", sink=None if sink is None or sink.dim() == 1 else sink),
         "stride_out_row": tokens if cu_seqlens is None else 0,
         "NORM": norm,
         "OFFSET": weight_offset,

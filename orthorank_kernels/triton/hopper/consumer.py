@@ -30,10 +30,7 @@ def consume(
     BLOCK_N: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
-    HAS_WINDOW: gl.constexpr,
     SOFTCAP: gl.constexpr,
-    HAS_SINKS: gl.constexpr,
-    HAS_LSE: gl.constexpr,
     ROTARY_DIM: gl.constexpr,
 ):
     """One part of a tile, from its queries to its output."""
@@ -42,6 +39,7 @@ def consume(
     begin, end, keys, query_offset, window, factors, strides = numbers
     stride_q_head, stride_q_token, stride_out_head, stride_out_token, stride_lse_head, stride_lse_token = strides
     tile, column, start, low, high, blocks = where
+    HAS_WINDOW: gl.constexpr = window is not None
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HEAD_DIM, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
@@ -57,18 +55,14 @@ def consume(
 
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, WIDE))
     query, head, in_tile = rows_of_part(PART, row, tile, begin, end, column, GROUP, PACK)
-    position, sees, _first, _last = visible_keys(
-        positions_ptr, query, in_tile, query_offset, keys, start, window, HAS_WINDOW
-    )
+    position, sees, _first, _last = visible_keys(positions_ptr, query, in_tile, query_offset, keys, start, window)
     rows = head.to(gl.int64) * stride_q_head + query.to(gl.int64) * stride_q_token
     q = q_bufs.index(PART)
     fill_queries(q, q_ptr, rows, in_tile, tables, position, sees, offs_d, HEAD_DIM, ROTARY_DIM)
 
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
     query, head, in_tile = rows_of_part(PART, row, tile, begin, end, column, GROUP, PACK)
-    _position, sees, first, last = visible_keys(
-        positions_ptr, query, in_tile, query_offset, keys, start, window, HAS_WINDOW
-    )
+    _position, sees, first, last = visible_keys(positions_ptr, query, in_tile, query_offset, keys, start, window)
     own_high = gl.max(gl.where(sees, last, low), 0)
     last = gl.where(sees, last, own_high)
     own_blocks = (own_high - low) // BLOCK_N + 1
@@ -88,7 +82,7 @@ def consume(
     total = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, S_LAYOUT))
     peak = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, S_LAYOUT))
     peak += LOWEST_SCORE if SOFTCAP else LOWEST_SCORE * factors[0]
-    if HAS_SINKS:  # a key of which only the weight counts, so it is where the softmax starts
+    if sinks_ptr is not None:  # a key of which only the weight counts, so it is where the softmax starts
         sink = gl.load(sinks_ptr + head, mask=in_tile, other=0.0).to(gl.float32) * LOG2_E
         peak = gl.maximum(peak, sink)
         total = gl.exp2(sink - peak)
@@ -131,7 +125,7 @@ def consume(
     factor = gl.convert_layout(1.0 / total, gl.SliceLayout(1, O_LAYOUT))
     seen = gl.convert_layout(sees, gl.SliceLayout(1, O_LAYOUT))
     out = gl.convert_layout(gl.where(seen[:, None], acc * factor[:, None], 0.0).to(dtype), WIDE)
-    if HAS_LSE:
+    if lse_ptr is not None:
         lse = gl.where(sees, (peak + gl.log2(total)) * LN_2, NOTHING)
         lse_rows = head.to(gl.int64) * stride_lse_head + query.to(gl.int64) * stride_lse_token
         gl.store(lse_ptr + lse_rows, lse, mask=in_tile)

@@ -68,7 +68,7 @@ def hopper_attention_kernel(
     starts_ptr,  # [batch]
     cu_selected_ptr,  # with PACKED: [n_seqs + 1]
     cu_keys_ptr,  # with PACKED: [n_seqs + 1]
-    sinks_ptr,  # with HAS_SINKS: [heads], logits
+    sinks_ptr,  # [heads], logits
     out_ptr,  # [batch, heads, selected, head_dim] by strides
     lse_ptr,  # [batch, heads, selected] by strides, float32
     cos_ptr,  # [batch or 1, tokens, at least ROTARY_DIM // 2]
@@ -107,11 +107,7 @@ def hopper_attention_kernel(
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
     PACKED: gl.constexpr,
-    HAS_STARTS: gl.constexpr,
-    HAS_WINDOW: gl.constexpr,
     SOFTCAP: gl.constexpr,
-    HAS_SINKS: gl.constexpr,
-    HAS_LSE: gl.constexpr,
     ROTARY_DIM: gl.constexpr,  # elements of a query's head to turn, in halves; 0: none
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
@@ -129,18 +125,16 @@ def hopper_attention_kernel(
         owned = sequence < n_seqs  # else what lies past the last sequence, which sees no keys
         key_base = gl.load(cu_keys_ptr + sequence, mask=owned, other=0)
         keys = gl.load(cu_keys_ptr + sequence + 1, mask=owned, other=0) - key_base
-    if HAS_STARTS:
+    if starts_ptr is not None:
         start = gl.maximum(gl.load(starts_ptr + batch), 0)
     positions_ptr += batch.to(gl.int64) * stride_positions_batch
     row = gl.arange(0, CONSUMERS * ROWS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
     query, _head, in_tile = rows_of_part(row // ROWS, row % ROWS, tile, query_begin, query_end, column, GROUP, PACK)
-    _position, sees, first, last = visible_keys(
-        positions_ptr, query, in_tile, query_offset, keys, start, window, HAS_WINDOW
-    )
+    _position, sees, first, last = visible_keys(positions_ptr, query, in_tile, query_offset, keys, start, window)
     # No row sees anything: one block all the same, all of it masked, so that nothing below has to ask.
     high = gl.max(gl.where(sees, last, -1), 0)
     low = start
-    if HAS_WINDOW:
+    if window is not None:
         low = gl.maximum(gl.min(gl.where(sees, first, high), 0), start)
     blocks = gl.maximum(high - low, 0) // BLOCK_N + 1
 
@@ -164,7 +158,7 @@ def hopper_attention_kernel(
     if PACKED:
         v_ptr += key_base.to(gl.int64) * STRIDE_V
     out_ptr += batch.to(gl.int64) * stride_out_batch
-    if HAS_LSE:
+    if lse_ptr is not None:
         lse_ptr += batch.to(gl.int64) * stride_lse_batch
     if ROTARY_DIM > 0:
         cos_ptr += batch.to(gl.int64) * stride_cos_batch
@@ -180,14 +174,14 @@ def hopper_attention_kernel(
                 consume,
                 (
                     q_bufs, rings, tensors, tables, numbers, where, 0, STRIDE_V, GROUP, PACK, BLOCK_N, HEAD_DIM, STAGES,
-                    HAS_WINDOW, SOFTCAP, HAS_SINKS, HAS_LSE, ROTARY_DIM,
+                    SOFTCAP, ROTARY_DIM,
                 ),
             ),
             (
                 consume,
                 (
                     q_bufs, rings, tensors, tables, numbers, where, 1, STRIDE_V, GROUP, PACK, BLOCK_N, HEAD_DIM, STAGES,
-                    HAS_WINDOW, SOFTCAP, HAS_SINKS, HAS_LSE, ROTARY_DIM,
+                    SOFTCAP, ROTARY_DIM,
                 ),
             ),
             (produce, (k_desc, v_desc, rings, batch, kv_head, key_base + low, blocks, BLOCK_N, STAGES)),

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 
 from orthorank_kernels.triton import configs
-from orthorank_kernels.triton.attention_strides import output_strides, table_strides
+from orthorank_kernels.triton.strides import strides, table_strides
 
 VARIABLE = "ORTHORANK_ATTENTION"
 NAME = "hopper"
@@ -126,20 +126,16 @@ def launch(
         keys=keys,
         n_seqs=n_seqs,
         query_offset=query_offset,
-        window=0 if window is None else window,
+        window=window,
         tiles=tiles,
         columns=columns,
         lanes=lanes,
         lanes_together=lanes_together,
         to_bits=scale * math.log2(math.e) * (1 if softcap is None else 2 / softcap),
         cap=0.0 if softcap is None else softcap * math.log2(math.e),
-        stride_q_batch=q.stride(0),
-        stride_q_head=q.stride(1),
-        stride_q_token=q.stride(2),
-        stride_v_batch=v.stride(0),
-        stride_v_head=v.stride(1),
-        stride_positions_batch=positions.stride(0),
-        **output_strides(out, lse),
+        **strides("batch", "head", "token", q=q, out=out, lse=lse),
+        **strides("batch", "head", v=v),
+        **strides("batch", positions=positions),
         **table_strides(cos=cos, sin=sin),
         STRIDE_V=v.stride(2),
         GROUP=group,
@@ -148,11 +144,7 @@ def launch(
         HEAD_DIM=head_dim,
         STAGES=STAGES,
         PACKED=packed,
-        HAS_STARTS=starts is not None,
-        HAS_WINDOW=window is not None,
         SOFTCAP=softcap is not None,
-        HAS_SINKS=sinks is not None,
-        HAS_LSE=lse is not None,
         ROTARY_DIM=rotary_dim,
         CONSUMER_REGISTERS=CONSUMER,
         PRODUCER_REGISTERS=PRODUCER,

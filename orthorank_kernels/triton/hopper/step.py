@@ -18,13 +18,13 @@ def rows_of_part(part, row, tile, begin, end, column, GROUP: gl.constexpr, PACK:
 
 
 @gluon.jit
-def visible_keys(positions_ptr, query, in_tile, query_offset, keys, start, window, HAS_WINDOW: gl.constexpr):
+def visible_keys(positions_ptr, query, in_tile, query_offset, keys, start, window):
     """Position of a row, whether it sees any key, and the first and the last one that it sees: like ``query`` each."""
     position = gl.load(positions_ptr + query, mask=in_tile, other=-1)
     at = position + query_offset
     last = gl.minimum(at, keys - 1)
     first = position * 0 + start
-    if HAS_WINDOW:
+    if window is not None:
         first = gl.maximum(first, at - window + 1)
     return position, (position >= 0) & (first <= last), first, last
 

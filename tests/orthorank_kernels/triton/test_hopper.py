@@ -66,8 +66,8 @@ def test_windows_caps_and_sinks_are_taken():
         call(window=2**40, softcap=30.0)
     (_, _, first), (_, _, second) = gpus.launches
     assert [name for name, _, _ in gpus.launches] == [NEW, NEW]
-    assert (first["window"], first["HAS_WINDOW"], first["HAS_SINKS"], first["SOFTCAP"]) == (100, True, True, False)
-    assert (second["window"], second["HAS_SINKS"], second["SOFTCAP"]) == (2**31 - 1, False, True)
+    assert (first["window"], first["sinks_ptr"] is None, first["SOFTCAP"]) == (100, False, False)
+    assert (second["window"], second["sinks_ptr"] is None, second["SOFTCAP"]) == (2**31 - 1, True, True)
 
 
 def test_programs_are_numbered_in_groups_of_lanes_whose_keys_the_cache_holds():

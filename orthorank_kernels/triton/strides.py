@@ -1,21 +1,19 @@
-"""Strides as both attention kernels take them, by name."""
+"""Strides as kernels take them, by name: ``stride_x_batch`` beside ``x_ptr``; 0 for what is not there."""
 
 import torch
 
 
-def output_strides(
-    out: torch.Tensor, lse: torch.Tensor | None, dims: tuple[str, ...] = ("batch", "head", "token")
-) -> dict[str, int]:
-    """Of ``out`` ``[*dims, head_dim]`` and ``lse`` ``[*dims]``.
+def strides(*dims: str, **tensors: torch.Tensor | None) -> dict[str, int]:
+    """Of the first dimensions of each tensor, which are named; the last has stride 1 and no name.
 
-    >>> output_strides(torch.empty(2, 3, 5, 8), None)["stride_out_head"]
-    40
+    >>> strides("batch", "token", x=torch.empty(2, 5, 8), residual=None)
+    {'stride_x_batch': 40, 'stride_x_token': 8, 'stride_residual_batch': 0, 'stride_residual_token': 0}
     """
-    strides = {}
-    for i, name in enumerate(dims):
-        strides[f"stride_out_{name}"] = out.stride(i)
-        strides[f"stride_lse_{name}"] = 0 if lse is None else lse.stride(i)
-    return strides
+    return {
+        f"stride_{name}_{dim}": 0 if x is None else x.stride(i)
+        for name, x in tensors.items()
+        for i, dim in enumerate(dims)
+    }
 
 
 def table_strides(**tables: torch.Tensor | None) -> dict[str, int]:
