@@ -1,14 +1,26 @@
-"""For the documentation site: the command line's help as a page, the paths that users import by as headings, and links
-that leave the site as plain names."""
+"""For the documentation site: version and repository, the command line's help as a page, the paths that users import by
+as headings, and links that leave the site as plain names."""
 
 import functools
 import importlib
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 COMMANDS = "<!-- commands -->"
 STABLE = Path(__file__).with_name("stable.md")
+
+
+def on_config(config: Any) -> Any:
+    """Called by MkDocs first: which version the pages are of, and where the repository is."""
+    root = Path(__file__).resolve().parent.parent
+    version = (root / "orthorank_kernels" / "_version.py").read_text(encoding="utf-8").split('"')[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    config.site_name = f"{config.site_name} {version}"
+    # Not as repo_url: the theme would ask the host of the repository for its stars at every visit.
+    config.nav.append({"Repository": project["urls"]["Homepage"]})
+    return config
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:

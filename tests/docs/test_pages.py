@@ -41,6 +41,36 @@ def test_the_front_page_shows_the_readmes_first_example() -> None:
     assert readme[at : at + 2] == front[:2]
 
 
+def test_the_code_of_every_page_is_run_by_a_test() -> None:
+    """Each page with Python is named by a test file that executes what it finds there; index.md by the test above."""
+    tests = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    running = "\n".join(text for text in tests if "exec(" in text)
+    with_code = [page.name for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
+    assert len(with_code) > 9
+    assert [name for name in with_code if name != "index.md" and f'"{name}"' not in running] == []
+
+
+def cells(row: str) -> int:
+    """Of a line of a table: bars that are not escaped part them, also within backticks."""
+    return len(re.findall(r"(?<!\\)\|", row.strip().strip("|"))) + 1
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_tables_render(page: Path) -> None:
+    """Python-Markdown, which makes the site, asks for an empty line before a table; each row has the header's cells."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = text.splitlines()
+    for at, line in enumerate(lines):
+        if not re.fullmatch(r"\|( ?:?-+:? ?\|)+", line.strip()):
+            continue
+        header = lines[at - 1]
+        assert at < 2 or not lines[at - 2].strip(), f"no empty line before the table {header!r}"
+        for row in lines[at + 1 :]:
+            if not row.startswith("|"):
+                break
+            assert cells(row) == cells(header), f"{row!r} has other cells than {header!r}"
+
+
 def test_documented_names_exist() -> None:
     names = [name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)]
     assert len(names) > 25

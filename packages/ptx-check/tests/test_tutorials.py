@@ -88,7 +88,7 @@ def test_the_readme_shows_what_is_said():
     ("name", "noticed", "redundant", "not_noticed"),
     [("softmax_sm80", 6, 0, 2), ("matmul_sm80", 8, 1, 3), ("matmul_sm90", 12, 0, 0)],
 )
-def test_every_instruction_that_keeps_order_is_missed(name, noticed, redundant, not_noticed):
+def test_which_instructions_are_noticed_when_they_are_gone(name, noticed, redundant, not_noticed):
     """For sm_80 Triton ends the softmax with a wait and a barrier after which nothing is read, and begins the product
     with some that others follow."""
     ptx, shared = of(name)

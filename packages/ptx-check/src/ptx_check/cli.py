@@ -24,17 +24,22 @@ KINDS = {
     "f16": np.float16, "bf16": np.uint16, "f32": np.float32, "f64": np.float64, "i8": np.int8, "u8": np.uint8,
     "i16": np.int16, "i32": np.int32, "u32": np.uint32, "i64": np.int64, "u64": np.uint64,
 }  # fmt: skip
-DESCRIPTION = """Runs PTX without a GPU, with every check on: races, missing barriers, bounds, undefined values.
+DESCRIPTION = """Runs PTX without a GPU, and checks it: races, missing barriers, bounds, values
+that were never written.
 
-  ptx-check softmax.ptx                                     what is in it, and whether all of it can be run
-  ptx-check softmax.ptx --grid 3 --arg f32:7x200=nan --arg f32:7x200 --arg 200 --arg 200 --arg 7 --arg 200
-  ptx-check softmax.ptx --grid 3 --arg ... --mutate         is each barrier, wait, fence and bound missed?
+  ptx-check add.ptx                                       what is in it
+  ptx-check add.ptx --grid 2 --arg f32:200 --arg 200      run it
+  ptx-check add.ptx --grid 2 --arg ... --mutate           run it without each
+      barrier, wait, fence and bound in turn: is it noticed?
 
---arg, once for each parameter of the kernel: a whole number, a number with a point or an exponent, FILE.npy, or an
-array KIND:SIZExSIZE[=FILL], KIND one of f16 bf16 f32 f64 i8 u8 i16 i32 u32 i64 u64. Without FILL, floats are random
-and integers 0. Parameters past the last --arg are 0, as the pointers that Triton adds may be.
+--arg, once for each parameter of the kernel, is a whole number, a number with
+a point or an exponent, FILE.npy, or an array KIND:SIZExSIZE[=FILL], where KIND
+is f16 bf16 f32 f64 i8 u8 i16 i32 u32 i64 or u64. Without FILL, floats are
+random and integers 0. Parameters past the last --arg are 0, as the pointers
+that Triton adds may be.
 
-The exit code is 0 where nothing was found, 1 where something was, 2 where the command was not understood."""
+The exit code is 0 where nothing was found, 1 where something was, and 2 where
+the command was not understood."""
 
 
 def array(text: str, random: np.random.Generator) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Breaks a kernel on purpose, one instruction at a time: does what checks it notice?
 
-Each barrier, wait, fence and bound is left out in turn. A kernel whose broken forms are noticed was looked at; one
-whose are not was run with data too small to need them, or has more of them than it needs.
+Each barrier, wait, fence and bound is left out in turn. Where that is not noticed, the run is too small to need the
+instruction, or the kernel has more of them than it needs.
 """
 
 import re
