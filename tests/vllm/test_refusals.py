@@ -9,10 +9,12 @@ import pytest
 from orthorank.common.errors import OrthoRankError
 from orthorank.serving.vllm import interface
 from orthorank.serving.vllm.attention import backend_obstacle
+from orthorank.serving.vllm.hooks import OPERATOR
 from orthorank.serving.vllm.serving import Serving
 from tests.vllm.engines import PLAN, WHOLE_PROMPTS, WINDOW, corrected, served, settings
 
 pytestmark = pytest.mark.vllm
+CONNECTED = {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_producer"}}
 OTHER_CLASS = {"architectures": ["OrthoRankQwen2ForCausalLM"], "orthorank": PLAN}
 
 
@@ -31,6 +33,7 @@ OTHER_CLASS = {"architectures": ["OrthoRankQwen2ForCausalLM"], "orthorank": PLAN
         (PLAN | {"sinks": "auto"}, WHOLE_PROMPTS, "sinks is 'auto'"),
         (PLAN, WHOLE_PROMPTS | {"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
         (PLAN, WHOLE_PROMPTS | {"enable_lora": True}, "merge the adapter"),
+        (PLAN, WHOLE_PROMPTS | CONNECTED, "which selecting layers do not call"),
         (PLAN, WHOLE_PROMPTS | {"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         (WINDOW, {"max_num_batched_tokens": 16, "max_num_seqs": 4}, "--max-num-batched-tokens is 16"),
         (WINDOW, {"max_num_batched_tokens": 34, "max_num_seqs": 4}, "a step needs 35"),
@@ -122,9 +125,25 @@ def test_backends_that_selecting_layers_cannot_have() -> None:
 
 
 def test_operator_splits_graphs(llama: Path) -> None:
-    config = _configure(llama, PLAN, **WHOLE_PROMPTS, enforce_eager=False)
-    config.compilation_config.set_splitting_ops_for_v1("allgather_reducescatter")
-    assert "orthorank::decoder_layer" in config.compilation_config._attention_ops
+    """Those of an engine with a plan; one without a plan is configured as ever, also beside one that has one."""
+    for plan, others in ((PLAN, WHOLE_PROMPTS), (None, {})):
+        config = _configure(llama, plan, **others, enforce_eager=False).compilation_config
+        assert (OPERATOR in _splitting(config)) == (plan is not None)
+        assert config.splitting_ops_contain_attention()
+        assert OPERATOR not in type(config)._attention_ops
+    assert _configure(llama, None).scheduler_config.scheduler_cls is None
+    chosen = {"splitting_ops": ["vllm::unified_attention"]}
+    config = _configure(llama, PLAN, **WHOLE_PROMPTS, enforce_eager=False, compilation_config=chosen).compilation_config
+    assert config.splitting_ops == ["vllm::unified_attention", OPERATOR]
+
+
+def _splitting(config: Any) -> list[str]:
+    """The operators at which a GPU's graphs would be split: a CPU compiles in another mode."""
+    from vllm.config import CompilationMode
+
+    config.mode, config.splitting_ops = CompilationMode.VLLM_COMPILE, None
+    config.set_splitting_ops_for_v1("allgather_reducescatter")
+    return list(config.splitting_ops)
 
 
 def _configure(folder: Path, plan: Any, **others: Any) -> Any:

@@ -36,6 +36,7 @@ def verifier() -> Any:
                         f"scheduler_cls is {scheduler.scheduler_cls!r}, and this plan needs {SCHEDULER}; leave it out"
                     )
                 scheduler.scheduler_cls = SCHEDULER
+            hooks.split_graphs(vllm_config.compilation_config)
             hooks.watch_prompts()
             counts.show()
 
@@ -148,7 +149,10 @@ def _settings(vllm_config: Any) -> Iterator[str]:
     if vllm_config.speculative_config is not None:
         yield "--speculative-config is set, which is not tested with OrthoRank; leave it out"
     if getattr(vllm_config, "kv_transfer_config", None) is not None:
-        yield "--kv-transfer-config is set, which is not tested with OrthoRank; leave it out"
+        yield (
+            "--kv-transfer-config is set, and vLLM hands keys and values to a connector in its own attention operator, "
+            "which selecting layers do not call: another server would get none of theirs; leave it out"
+        )
 
 
 def _mode_obstacles(serving: Serving, vllm_config: Any) -> Iterator[str]:

@@ -34,6 +34,19 @@ CHANGE_WEIGHTS = (
 )
 
 
+def split_graphs(compilation: Any) -> None:
+    """Have graphs of this engine's configuration split at the operator.
+
+    Args:
+        compilation: vLLM's ``compilation_config``. The list of its class would be that of all engines.
+    """
+    chosen = compilation.splitting_ops
+    if chosen is None:  # vLLM's choice, which is a copy of this
+        compilation._attention_ops = list(dict.fromkeys([*compilation._attention_ops, OPERATOR]))
+    elif chosen and OPERATOR not in chosen:
+        compilation.splitting_ops = [*chosen, OPERATOR]
+
+
 def context() -> Any:
     """What vLLM knows of the forward pass that is running."""
     from vllm.forward_context import get_forward_context

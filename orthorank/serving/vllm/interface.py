@@ -41,7 +41,6 @@ REGISTERED: Group = {
         "ModelRegistry.get_supported_archs": called_with(),
         "ModelRegistry.register_model": called_with("model_arch", "model_cls"),
     },
-    "vllm.config.compilation": {"CompilationConfig._attention_ops": a(list)},
     "vllm.config.vllm": {"VllmConfig.try_verify_and_update_config": called_with("self")},
     "vllm.model_executor.models.config": {
         "MODELS_CONFIG_MAP": a(dict),
@@ -49,6 +48,10 @@ REGISTERED: Group = {
     },
 }
 FRONT: Group = {
+    "vllm.config.compilation": {
+        "CompilationConfig": with_fields("splitting_ops"),
+        "CompilationConfig._attention_ops": a(list),
+    },
     "vllm.config.vllm": {
         "VllmConfig": with_fields(
             "model_config",

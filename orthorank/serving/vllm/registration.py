@@ -6,11 +6,11 @@ from typing import Any
 from orthorank.common.errors import OrthoRankError
 from orthorank.serving.vllm import interface
 from orthorank.serving.vllm.checks import lost_plan, verifier
-from orthorank.serving.vllm.hooks import ARCHITECTURES, MODELS, OPERATOR
+from orthorank.serving.vllm.hooks import ARCHITECTURES, MODELS
 
 
 def register() -> list[str]:
-    """Register the models, their configuration checks, and the operator at which graphs are split.
+    """Register the models and their configuration checks: nothing that an engine without a plan would meet.
 
     Returns:
         What is not as expected; then nothing was registered.
@@ -18,7 +18,7 @@ def register() -> list[str]:
     if wrong := list(interface.differences(interface.REGISTERED)):
         return wrong
     from vllm import ModelRegistry
-    from vllm.config import CompilationConfig, VllmConfig
+    from vllm.config import VllmConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     known, check = ModelRegistry.get_supported_archs(), verifier()
@@ -26,8 +26,6 @@ def register() -> list[str]:
         if architecture not in known:
             ModelRegistry.register_model(architecture, f"{MODELS}:{architecture}")
         MODELS_CONFIG_MAP.setdefault(architecture, check)
-    if OPERATOR not in CompilationConfig._attention_ops:
-        CompilationConfig._attention_ops.append(OPERATOR)
     _refuse_lost_plans(VllmConfig)
     return []
 

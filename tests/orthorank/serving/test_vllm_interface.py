@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from orthorank import OrthoRankError
-from orthorank.serving.vllm import interface
+from orthorank.serving.vllm import hooks, interface
 from orthorank.serving.vllm import interface_checks as checks
 from orthorank.serving.vllm.interface import OBJECTS, expect
+from orthorank.serving.vllm.interface_reasons import REASONS
 
 FOLDER = Path(interface.__file__).parent
 
@@ -169,3 +170,30 @@ def test_what_is_imported_of_vllm_is_in_the_table() -> None:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
                 assert {each.name for each in node.names} <= known | public, file.name
+
+
+def test_each_has_its_reason() -> None:
+    """And a word on the public way, where there is one."""
+    groups = (interface.REGISTERED, interface.FRONT, interface.WORKER, interface.SCHEDULER, interface.BENCH)
+    named = {module for group in (*groups, interface.OPTIONAL) for module in group} | set(OBJECTS)
+    assert named == set(REASONS)
+    assert all(reason.why for reason in REASONS.values())
+
+
+@pytest.mark.parametrize(
+    ("chosen", "splitting", "attention"),
+    [
+        (None, None, ["vllm::a", hooks.OPERATOR]),
+        (["vllm::a"], ["vllm::a", hooks.OPERATOR], ["vllm::a"]),
+        ([], [], ["vllm::a"]),
+    ],
+)
+def test_graphs_are_split_in_this_configuration_alone(
+    chosen: list[str] | None, splitting: list[str] | None, attention: list[str]
+) -> None:
+    kind = type("CompilationConfig", (), {"_attention_ops": ["vllm::a"], "splitting_ops": chosen})
+    config = kind()
+    for _ in range(2):  # front ends may check twice
+        hooks.split_graphs(config)
+        assert (config.splitting_ops, config._attention_ops) == (splitting, attention)
+    assert kind._attention_ops == ["vllm::a"]
