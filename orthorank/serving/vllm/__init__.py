@@ -31,7 +31,7 @@ def register() -> None:
     try:
         wrong = interface.missing()
         if not wrong:
-            from orthorank.serving.vllm import registration  # needs torch
+            from orthorank.serving.vllm import registration
 
             wrong = registration.register()
     except Exception as error:

@@ -14,33 +14,27 @@ from orthorank.serving.vllm.serving import HOW, Serving
 SCHEDULER = "orthorank.serving.vllm.scheduler.make_scheduler"
 
 
-def verifier() -> Any:
-    """What vLLM asks before it starts: refuses what cannot be served, and sets the scheduler where one is needed."""
-    from vllm.model_executor.models.config import VerifyAndUpdateConfig
+def verify(vllm_config: Any) -> None:
+    """Refuses what cannot be served, and sets what is: called once, by each front end, before vLLM starts.
 
-    class Verifier(VerifyAndUpdateConfig):
-        """For all OrthoRank models."""
-
-        @staticmethod
-        def verify_and_update_config(vllm_config: Any) -> None:
-            """Called once, by each front end."""
-            interface.require(interface.FRONT)
-            serving = Serving.of(getattr(vllm_config.model_config.hf_config, "orthorank", None))
-            check(serving, vllm_config)
-            # A path becomes what it leads to now: all workers serve one plan, and compiled graphs are kept by it.
-            vllm_config.model_config.hf_config.orthorank = serving.to_dict()
-            scheduler = vllm_config.scheduler_config
-            if needs_scheduler(serving, bool(vllm_config.cache_config.enable_prefix_caching)):
-                if scheduler.scheduler_cls not in (None, SCHEDULER):
-                    raise OrthoRankError(
-                        f"scheduler_cls is {scheduler.scheduler_cls!r}, and this plan needs {SCHEDULER}; leave it out"
-                    )
-                scheduler.scheduler_cls = SCHEDULER
-            hooks.split_graphs(vllm_config.compilation_config)
-            hooks.watch_prompts()
-            counts.show()
-
-    return Verifier
+    Raises:
+        OrthoRankError: see `check`.
+    """
+    interface.require(interface.FRONT)
+    serving = Serving.of(getattr(vllm_config.model_config.hf_config, "orthorank", None))
+    check(serving, vllm_config)
+    # A path becomes what it leads to now: all workers serve one plan, and compiled graphs are kept by it.
+    vllm_config.model_config.hf_config.orthorank = serving.to_dict()
+    scheduler = vllm_config.scheduler_config
+    if needs_scheduler(serving, bool(vllm_config.cache_config.enable_prefix_caching)):
+        if scheduler.scheduler_cls not in (None, SCHEDULER):
+            raise OrthoRankError(
+                f"scheduler_cls is {scheduler.scheduler_cls!r}, and this plan needs {SCHEDULER}; leave it out"
+            )
+        scheduler.scheduler_cls = SCHEDULER
+    hooks.split_graphs(vllm_config.compilation_config)
+    hooks.watch_prompts()
+    counts.show()
 
 
 def needs_scheduler(serving: Serving, prefix_caching: bool) -> bool:

@@ -3,9 +3,7 @@
 import functools
 from typing import Any
 
-from orthorank.common.errors import OrthoRankError
 from orthorank.serving.vllm import interface
-from orthorank.serving.vllm.checks import lost_plan, verifier
 from orthorank.serving.vllm.hooks import ARCHITECTURES, MODELS
 
 
@@ -21,13 +19,30 @@ def register() -> list[str]:
     from vllm.config import VllmConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    known, check = ModelRegistry.get_supported_archs(), verifier()
+    known, check = ModelRegistry.get_supported_archs(), _verifier()
     for architecture in ARCHITECTURES.values():
         if architecture not in known:
             ModelRegistry.register_model(architecture, f"{MODELS}:{architecture}")
         MODELS_CONFIG_MAP.setdefault(architecture, check)
     _refuse_lost_plans(VllmConfig)
     return []
+
+
+def _verifier() -> Any:
+    """What vLLM asks of this package's architectures. What plans need is imported where there is one."""
+    from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+    class Verifier(VerifyAndUpdateConfig):
+        """For all OrthoRank models."""
+
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            """See `checks.verify`."""
+            from orthorank.serving.vllm.checks import verify
+
+            verify(vllm_config)
+
+    return Verifier
 
 
 def _refuse_lost_plans(configs: Any) -> None:
@@ -40,6 +55,9 @@ def _refuse_lost_plans(configs: Any) -> None:
     def verify(self: Any) -> Any:
         model = getattr(self, "model_config", None)
         if getattr(getattr(model, "hf_config", None), "orthorank", None) is not None:
+            from orthorank.common.errors import OrthoRankError
+            from orthorank.serving.vllm.checks import lost_plan
+
             for obstacle in lost_plan(model):
                 raise OrthoRankError(obstacle)
         return original(self)

@@ -158,6 +158,7 @@ from orthorank.serving.vllm.hooks import ARCHITECTURES
 register()
 assert set(ModelRegistry.known) == set(MODELS_CONFIG_MAP) == set(ARCHITECTURES.values())
 assert CompilationConfig._attention_ops == ["vllm::unified_attention"]  # other engines have it, too
+assert not [name for name in sys.modules if name.startswith(("orthorank_kernels", "orthorank.config", "torch"))]
 """
     done = plugged(importable, code)
     assert (done.returncode, done.stderr) == (0, "")
