@@ -14,7 +14,7 @@ from orthorank.common import format as words
 from orthorank.common.files import write_text
 from orthorank.common.plot import LIGHT, new_figure, svg
 from orthorank.report import pictures
-from orthorank.reproduce.shown import titled
+from orthorank.reproduce.markdown import titled
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "benchmarks/results/demo/results.json"

@@ -13,8 +13,8 @@ import orthorank
 GLM_4 = orthorank.Family(
     "GLM-4",
     interleaved=True,  # channels 2j and 2j + 1 turn together
-    norm_attended="post_self_attn_layernorm",
-    norm_fed="post_mlp_layernorm",
+    attn_out_norm="post_self_attn_layernorm",
+    mlp_out_norm="post_mlp_layernorm",
 )
 
 

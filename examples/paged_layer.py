@@ -15,11 +15,11 @@ import orthorank_kernels as ok
 class Weights:
     """Of one layer, merged as serving stacks keep them: kv = [k; v], gate_up = [gate; up]."""
 
-    norm_in: torch.Tensor  # [hidden]
+    input_norm: torch.Tensor  # [hidden]
     q: torch.Tensor  # [heads * head_dim, hidden]
     kv: torch.Tensor  # [2 * kv_heads * head_dim, hidden]
     o: torch.Tensor  # [hidden, heads * head_dim]
-    norm_post: torch.Tensor  # [hidden]
+    pre_mlp_norm: torch.Tensor  # [hidden]
     gate_up: torch.Tensor  # [2 * width, hidden]
     down: torch.Tensor  # [hidden, width]
 
@@ -51,7 +51,7 @@ def selected_layer(
 ) -> None:
     _, block_size, kv_heads, head_dim = k_cache.shape
     chosen = ok.rms_norm_select(
-        hidden_states, w.norm_in, eps, step.k, sink=sink, cu_seqlens=step.cu_seqlens, position_offsets=step.cached,
+        hidden_states, w.input_norm, eps, step.k, sink=sink, cu_seqlens=step.cu_seqlens, position_offsets=step.cached,
         max_selected=step.selected,
     )  # fmt: skip
     keys, values = (chosen.normed @ w.kv.T).unflatten(-1, (2 * kv_heads, head_dim)).split(kv_heads, 1)
@@ -64,6 +64,8 @@ def selected_layer(
         queries, k_cache, v_cache, chosen.positions, chosen.cu_selected, step.block_table, step.seq_lens,
         max_seqlen_k=step.longest,
     )  # fmt: skip
-    residual, normed = ok.gather_add_rms_norm(hidden_states, chosen.rows, attended.flatten(1) @ w.o.T, w.norm_post, eps)
+    residual, normed = ok.gather_add_rms_norm(
+        hidden_states, chosen.rows, attended.flatten(1) @ w.o.T, w.pre_mlp_norm, eps
+    )
     updates = ok.silu_and_mul(normed @ w.gate_up.T) @ w.down.T
     ok.scatter_add_rows_(hidden_states, chosen.rows, updates, residual)

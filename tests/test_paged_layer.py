@@ -47,7 +47,7 @@ def rotated(x: torch.Tensor, position: int) -> torch.Tensor:
 
 def naive(states: torch.Tensor, sink: torch.Tensor, w: dict[str, torch.Tensor], chunks: list[tuple[int, int]]):
     """One sequence ``[tokens, hidden]`` in chunks of ``(new tokens, how many of them are selected)``."""
-    normed = norm(states, w["norm_in"])
+    normed = norm(states, w["input_norm"])
     keys, values = (normed @ w["kv"].T).unflatten(-1, (2, KV_HEADS, DIM)).unbind(1)
     keys = torch.stack([rotated(key, i) for i, key in enumerate(keys)])
     out, first = states.clone(), 0
@@ -60,7 +60,7 @@ def naive(states: torch.Tensor, sink: torch.Tensor, w: dict[str, torch.Tensor], 
                 seen, of = slice(0, i + 1), head // (HEADS // KV_HEADS)
                 attended.append((keys[seen, of] @ query[head] / DIM**0.5).softmax(0) @ values[seen, of])
             residual = states[i] + w["o"] @ torch.cat(attended)
-            gate, up = (w["gate_up"] @ norm(residual, w["norm_post"])).chunk(2)
+            gate, up = (w["gate_up"] @ norm(residual, w["pre_mlp_norm"])).chunk(2)
             out[i] = residual + w["down"] @ (gate / (1 + (-gate).exp()) * up)
         first += new
     return out
@@ -68,13 +68,13 @@ def naive(states: torch.Tensor, sink: torch.Tensor, w: dict[str, torch.Tensor], 
 
 def test_three_steps_of_three_sequences_equal_the_dense_layer_at_the_selected_tokens(example: ModuleType) -> None:
     shapes = {
-        "norm_in": (HIDDEN,), "q": (HEADS * DIM, HIDDEN), "kv": (2 * KV_HEADS * DIM, HIDDEN),
-        "o": (HIDDEN, HEADS * DIM), "norm_post": (HIDDEN,), "gate_up": (2 * WIDTH, HIDDEN), "down": (HIDDEN, WIDTH),
+        "input_norm": (HIDDEN,), "q": (HEADS * DIM, HIDDEN), "kv": (2 * KV_HEADS * DIM, HIDDEN),
+        "o": (HIDDEN, HEADS * DIM), "pre_mlp_norm": (HIDDEN,), "gate_up": (2 * WIDTH, HIDDEN), "down": (HIDDEN, WIDTH),
     }  # fmt: skip
     w = {name: random(*shape, seed=i) * shape[-1] ** -0.5 for i, (name, shape) in enumerate(shapes.items())}
     sequences = [random(n, HIDDEN, seed=20 + i) for i, n in enumerate(LENGTHS)]
     sink = random(HIDDEN, seed=30)
-    against = w["norm_in"] * sink
+    against = w["input_norm"] * sink
     # The lowest scores: first tokens would be selected, were they not the sinks; the one that begins a chunk is.
     for row in (*(x[0] for x in sequences), sequences[0][CHUNKS[0][0]]):
         row -= (row @ against) / against.square().sum() * against

@@ -106,20 +106,20 @@ class Server:
             torch.arange(step.tokens, dtype=torch.int32), positions.int(), step.cu_tokens
         )
         stream = hidden + residual
-        normed = torch.nn.functional.rms_norm(stream, layer.w.norm_in.shape, layer.w.norm_in, layer.w.eps)
+        normed = torch.nn.functional.rms_norm(stream, layer.w.input_norm.shape, layer.w.input_norm, layer.w.eps)
         layer.project(normed)
         stream = stream + layer.attend(normed, everything)
-        fed = torch.nn.functional.rms_norm(stream, layer.w.norm_post.shape, layer.w.norm_post, layer.w.eps)
+        fed = torch.nn.functional.rms_norm(stream, layer.w.pre_mlp_norm.shape, layer.w.pre_mlp_norm, layer.w.eps)
         return layer.feed_forward(fed), stream
 
 
 def weights_of(recipe: ModuleType, layer: Any, config: Any) -> Any:
     attention, mlp = layer.self_attn, layer.mlp
     return recipe.Weights(
-        norm_in=layer.input_layernorm.weight.detach(),
+        input_norm=layer.input_layernorm.weight.detach(),
         qkv=torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]).detach(),
         o=attention.o_proj.weight.detach(),
-        norm_post=layer.post_attention_layernorm.weight.detach(),
+        pre_mlp_norm=layer.post_attention_layernorm.weight.detach(),
         gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).detach(),
         down=mlp.down_proj.weight.detach(),
         kv_heads=config.num_key_value_heads,

@@ -14,7 +14,7 @@ from orthorank.hf.apply import apply
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from orthorank.calls.call import Call
+    from orthorank.calls.context import ForwardContext
     from orthorank.config import OrthoRankConfig
 
 
@@ -65,7 +65,7 @@ def token_map(
     check_ids(input_ids, model)
     chosen: dict[int, set[int]] = {}
 
-    def watch(layer: int, positions: Tensor, call: "Call") -> None:
+    def watch(layer: int, positions: Tensor, call: "ForwardContext") -> None:
         chosen[layer] = {position for position in positions[0].tolist() if position >= 0}
 
     with apply(model, plan) as handle, handle.watching(watch):

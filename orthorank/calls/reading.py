@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthorank.calls.call import Call
+from orthorank.calls.context import ForwardContext
 from orthorank.calls.masks import Columns, refuse_packed, refuse_restarts, refuse_right_padding, valid_columns
 from orthorank.common.errors import OrthoRankError
 
@@ -85,7 +85,7 @@ def read_call(
     decode: str = "dense",
     sinks: bool = False,
     min_prompt: int = 0,
-) -> Call:
+) -> ForwardContext:
     """The call that ``kwargs`` of the decoder's forward describe.
 
     Args:
@@ -98,11 +98,13 @@ def read_call(
     refuse_packed(kwargs)
     cache = cache_of(kwargs)
     if torch.compiler.is_compiling() and decode == "dense" and _decodes_over_tensors(cache, phase, tokens):
-        call = Call(batch, tokens, past=1, prompt_tokens=0)  # how much more came before, dense layers do not ask
+        call = ForwardContext(
+            batch, tokens, past=1, prompt_tokens=0
+        )  # how much more came before, dense layers do not ask
         return _placed(call, None, device) if sinks else call
     past = _past(cache, phase, tokens)
     ranks_decoded = decode == "threshold"
-    call = Call(batch, tokens, past, _prompt_tokens(phase, past, tokens, ranks_decoded), ranks_decoded)
+    call = ForwardContext(batch, tokens, past, _prompt_tokens(phase, past, tokens, ranks_decoded), ranks_decoded)
     if call.decodes_only:
         if not sinks:
             return call
@@ -133,7 +135,7 @@ def read_call(
     return _with_short(_padded(call, columns, device), ends - first < min_prompt)
 
 
-def _with_short(call: Call, short: Tensor) -> Call:
+def _with_short(call: ForwardContext, short: Tensor) -> ForwardContext:
     """The padded call in which all tokens of the rows ``short`` are updated, the first one too."""
     assert call.lengths is not None  # so it is padded, or has contexts of different lengths
     assert call.sink_positions is not None
@@ -157,7 +159,7 @@ def _mask(phase: Phase, kwargs: dict[str, Any], batch: int, columns: int) -> Any
     return None if phase.unpadded else kwargs.get("attention_mask")
 
 
-def _placed(call: Call, columns: Columns | None, device: torch.device) -> Call:
+def _placed(call: ForwardContext, columns: Columns | None, device: torch.device) -> ForwardContext:
     """The call with its padding and sinks."""
     if columns is not None:
         return _padded(call, columns, device)
@@ -167,7 +169,9 @@ def _placed(call: Call, columns: Columns | None, device: torch.device) -> Call:
     return call
 
 
-def _with_context(call: Call, columns: Columns | None, context: tuple[int, ...], device: torch.device) -> Call:
+def _with_context(
+    call: ForwardContext, columns: Columns | None, context: tuple[int, ...], device: torch.device
+) -> ForwardContext:
     """The call of which only so many tokens of each row are prompt, the first ones ever given."""
     if len(context) not in (1, call.batch):
         raise OrthoRankError(
@@ -191,7 +195,7 @@ def _with_context(call: Call, columns: Columns | None, context: tuple[int, ...],
     return dataclasses.replace(_padded(call, columns, device), tails=tails, shortest=min(here), keeps=keeps)
 
 
-def _all_columns(call: Call, device: torch.device) -> Columns:
+def _all_columns(call: ForwardContext, device: torch.device) -> Columns:
     """Of rows without padding."""
     zeros = torch.zeros(call.batch, dtype=torch.int64, device=device)
     return zeros, zeros + call.past + call.tokens
@@ -231,7 +235,7 @@ def _prompt_tokens(phase: Phase, past: int, tokens: int, ranks_decoded: bool) ->
     return 0 if past > 0 and tokens == 1 else tokens
 
 
-def _padded(call: Call, columns: Columns, device: torch.device) -> Call:
+def _padded(call: ForwardContext, columns: Columns, device: torch.device) -> ForwardContext:
     start, end = (c.to(device).expand(call.batch) for c in columns)  # one mask may serve all rows
     first = (start - call.past).clamp(0, call.tokens)
     last = (end - call.past).clamp(0, call.tokens)

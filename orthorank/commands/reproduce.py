@@ -50,9 +50,9 @@ def command(
     """
     from rich.markdown import Markdown
 
+    from orthorank.reproduce.markdown import markdown
     from orthorank.reproduce.run import reproduce
     from orthorank.reproduce.settings import TASKS, ReproduceSettings
-    from orthorank.reproduce.shown import markdown
 
     if quick and full:
         raise OrthoRankError("both --quick and --full are given; give one of them")

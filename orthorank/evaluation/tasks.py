@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from orthorank.calls.call import Call
+from orthorank.calls.context import ForwardContext
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.loading import Complete
 from orthorank.config import OrthoRankConfig
@@ -43,7 +43,7 @@ class LastTokens:
         self.rows = 0
         self._selected: list[Tensor] = []
 
-    def __call__(self, layer: int, positions: Tensor, call: Call) -> None:
+    def __call__(self, layer: int, positions: Tensor, call: ForwardContext) -> None:
         """What `Handle.watching` calls: ``positions`` int32 ``[batch, selected]``, -1 past a row's count."""
         last: Any = call.tokens - 1
         if call.starts is not None and call.lengths is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthorank.calls.call import Call
+from orthorank.calls.context import ForwardContext
 from orthorank.common.criteria import Criterion, add
 from orthorank.common.errors import OrthoRankError
 from orthorank_kernels import rms_norm_score, sparse_query_attention
@@ -35,10 +35,10 @@ add(Criterion("random", at_random, pointwise=True, needs=("positions", "layer", 
 add(Criterion("prenorm", prenorm, pointwise=True, normed=False))
 
 
-def sink_first(call: Call, ranks: Tensor) -> tuple[Tensor, Tensor]:
+def sink_first(call: ForwardContext, ranks: Tensor) -> tuple[Tensor, Tensor]:
     """``update_sink``: the ranks with every row's sink before all others, and that none ranks after all.
 
-    How many tokens that makes, `Call.counts` knows.
+    How many tokens that makes, `ForwardContext.counts` knows.
     """
     columns = torch.arange(call.tokens, device=ranks.device)[None]
     is_sink = columns == (0 if call.sink_positions is None else call.sink_positions[:, None])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from orthorank.calls.call import Call, Watcher
+from orthorank.calls.context import ForwardContext, Watcher
 from orthorank.calls.generating import generating
 from orthorank.calls.reading import Phase, context_lengths, phase_of
 from orthorank.calls.unmasked import Watch
@@ -228,7 +228,7 @@ class Handle(AbstractContextManager["Handle"]):
         self.identity = sink_state.identity(config)
         self.phase = self._plain()
         self.lock = CallLock()
-        self.call: Call | None = None
+        self.call: ForwardContext | None = None
         self.watcher: Watcher | None = None
         self.unmasked = Watch()
         self._applied_inside = generating(decoder) is not None  # a generate(): what runs in it may come and go

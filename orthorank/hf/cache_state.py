@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from orthorank.calls.call import Call
+from orthorank.calls.context import ForwardContext
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.patching import Patch
 
@@ -143,7 +143,9 @@ class _Rearrange(Patch):
         return result
 
 
-def continued(call: Call, cache: Any, layer: int, hidden_states: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+def continued(
+    call: ForwardContext, cache: Any, layer: int, hidden_states: Tensor, norm: Callable[[Tensor], Tensor]
+) -> Tensor:
     """The sink vectors ``[batch, hidden]`` for a later chunk: stored, or of this chunk for rows that begin in it."""
     vectors: Tensor = getattr(cache, ATTRIBUTE)[layer]
     if call.starts is None or call.sink_positions is None:

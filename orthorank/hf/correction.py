@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from orthorank.calls.call import Call
+from orthorank.calls.context import ForwardContext
 from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
 from orthorank.correction import LayerMap
@@ -57,7 +57,7 @@ def on(layer_map: LayerMap, device: torch.device, dtype: torch.dtype | None = No
     return LayerMap(*(part.to(device, dtype) for part in layer_map))
 
 
-def corrected(hidden_states: Tensor, normed: Tensor, call: Call, layer_map: LayerMap) -> Tensor:
+def corrected(hidden_states: Tensor, normed: Tensor, call: ForwardContext, layer_map: LayerMap) -> Tensor:
     """A new tensor: ``hidden_states`` with what the map adds to each token that may be left out.
 
     The products are of the hidden states' dtype and summed in float32 (float64, if the states are); the sum is rounded
@@ -77,7 +77,7 @@ def corrected(hidden_states: Tensor, normed: Tensor, call: Call, layer_map: Laye
 
 def normed_of(family: "Family", layer: Any, hidden_states: Tensor) -> Tensor:
     """What the input norm of ``layer``, which is removed, makes of ``hidden_states``; called where kernels do not."""
-    norm = Norm.of(family, layer, family.norm_in)
+    norm = Norm.of(family, layer, family.input_norm)
     if hidden_states.dtype == torch.float64:
         return norm(hidden_states)
     with norm.applied(hidden_states) as (normed, how):
@@ -87,7 +87,7 @@ def normed_of(family: "Family", layer: Any, hidden_states: Tensor) -> Tensor:
         return scored.normed
 
 
-def may_be_left_out(call: Call, device: torch.device) -> Tensor | None:
+def may_be_left_out(call: ForwardContext, device: torch.device) -> Tensor | None:
     """Which tokens are neither sinks nor padding: bool ``[batch or 1, tokens]``; None: all of them."""
     column = torch.arange(call.tokens, device=device)[None]
     may = None

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from orthorank.common.criteria import FUSED, find
-from orthorank.hf import ablations  # which registers its criteria
-from orthorank.hf import selection as choosing
+from orthorank.hf import (
+    ablations,  # which registers its criteria
+    selection,
+)
 from orthorank.hf.cache_state import rows_at
 from orthorank_kernels import rms_norm_score, rms_norm_select
 
 if TYPE_CHECKING:
-    from orthorank.calls.call import Call
+    from orthorank.calls.context import ForwardContext
     from orthorank.config import OrthoRankConfig
     from orthorank.hf.parts import Parts
 
@@ -45,7 +47,7 @@ class Chosen(NamedTuple):
 def norm_and_select(
     plan: "OrthoRankConfig",
     layer: int,
-    call: "Call",
+    call: "ForwardContext",
     hidden_states: Tensor,
     norm: dict[str, Any],
     sink: Tensor | None,
@@ -64,11 +66,11 @@ def norm_and_select(
         parts: of the layer, for a criterion that needs keys or queries.
         copy: whether to copy the hidden states; else ``updated`` are these themselves.
     """
-    if is_fused(plan) and choosing.is_plain(plan, call):
+    if is_fused(plan) and selection.is_plain(plan, call):
         chosen: Any = rms_norm_select(
             hidden_states if normed is None else normed,
             **norm,
-            **choosing.request(plan, layer, call),
+            **selection.request(plan, layer, call),
             score=FUSED[plan.criterion],
             sink=sink,
             starts=call.starts,
@@ -83,14 +85,14 @@ def norm_and_select(
     sinks = call.sinks_left_out
     if plan.update_sink:
         ranks, sinks = ablations.sink_first(call, ranks)
-    positions, counts = choosing.pick(plan, layer, call, ranks, sinks)
+    positions, counts = selection.pick(plan, layer, call, ranks, sinks)
     return Chosen(normed, positions, updated, counts)
 
 
 def norm_and_rank(
     plan: "OrthoRankConfig",
     layer: int,
-    call: "Call",
+    call: "ForwardContext",
     hidden_states: Tensor,
     norm: dict[str, Any],
     sink: Tensor | None = None,
@@ -146,7 +148,7 @@ def _is_of_normed(plan: "OrthoRankConfig") -> bool:
 def _ranks(
     plan: "OrthoRankConfig",
     layer: int,
-    call: "Call",
+    call: "ForwardContext",
     states: Tensor,
     scores: Tensor,
     sink: Tensor | None,

@@ -69,24 +69,24 @@ def _parallel_stablelm(layer: Any) -> bool:
 _GEMMA_2 = Family(
     "Gemma 2",
     weight_offset=1.0,
-    norm_attended="post_attention_layernorm",
-    norm_post="pre_feedforward_layernorm",
-    norm_fed="post_feedforward_layernorm",
+    attn_out_norm="post_attention_layernorm",
+    pre_mlp_norm="pre_feedforward_layernorm",
+    mlp_out_norm="post_feedforward_layernorm",
     window=_window_of_layer,
     softcap="attn_logit_softcapping",
 )
 _OLMO_2 = Family(
     "OLMo-2",
-    norm_in=None,
-    norm_attended="post_attention_layernorm",
-    norm_post=None,
-    norm_fed="post_feedforward_layernorm",
+    input_norm=None,
+    attn_out_norm="post_attention_layernorm",
+    pre_mlp_norm=None,
+    mlp_out_norm="post_feedforward_layernorm",
     heads=_norm_before_heads,
 )
 _COHERE = Family(
     "Cohere",
     norm="layer",
-    norm_post=None,
+    pre_mlp_norm=None,
     parallel=always,
     heads=_norm_of_cohere,
     interleaved=True,
@@ -110,8 +110,8 @@ _SPECS: dict[str, Family] = {
         "Phi-3",
         qkv="qkv_proj",
         window=_window_of_config,
-        drop_attended="resid_attn_dropout",
-        drop_fed="resid_mlp_dropout",
+        attn_out_dropout="resid_attn_dropout",
+        mlp_out_dropout="resid_mlp_dropout",
     ),
     "olmo2": _OLMO_2,
     "olmo3": replace(_OLMO_2, name="OLMo-3", window=_window_of_layer),
@@ -123,14 +123,14 @@ _SPECS: dict[str, Family] = {
         torch_norm=True,
         parallel=_parallel_stablelm,
         heads=_norm_of_stablelm,
-        drop_fed="dropout",
+        mlp_out_dropout="dropout",
     ),
     "cohere": _COHERE,
     "cohere2": replace(_COHERE, name="Cohere 2", heads=plain_heads, rotates=_slides, window=_window_of_layer),
-    "seed_oss": Family("Seed-OSS", drop_attended=_DROPS),
+    "seed_oss": Family("Seed-OSS", attn_out_dropout=_DROPS),
     "arcee": Family("Arcee", gated=False),
     "starcoder2": Family(
-        "StarCoder2", norm="layer", torch_norm=True, gated=False, window=_window_of_config, drop_attended=_DROPS
+        "StarCoder2", norm="layer", torch_norm=True, gated=False, window=_window_of_config, attn_out_dropout=_DROPS
     ),
     "nemotron": Family("Nemotron", norm="layer", weight_offset=1.0, gated=False),
     "helium": Family("Helium", interleaved=True),
@@ -164,7 +164,7 @@ def register_family(model_type: str, family: Family) -> None:
         OrthoRankError: one of the two is something else, or the package has a tested spec of that type.
 
     Example:
-        >>> register_family("my_decoder", Family("Mine", norm_in="ln_1", norm_post="ln_2"))
+        >>> register_family("my_decoder", Family("Mine", input_norm="ln_1", pre_mlp_norm="ln_2"))
         >>> FAMILIES.pop("my_decoder").name
         'Mine'
     """

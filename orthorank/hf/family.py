@@ -45,11 +45,11 @@ class Family:
         norm: ``"rms"``; ``"layer"`` for LayerNorm; ``"module"`` for anything else, which is called and not computed by
             the kernels. torch_norm: its norms are PyTorch's class, not one of their own; weight_offset: added to the
             norms' weights (Gemma: 1).
-        norm_in: attribute name of the norm before attention; None: there is none, and tokens are scored on the layer's
-            input itself.
+        input_norm: attribute name of the norm before attention; None: there is none, and tokens are scored on the
+            layer's input itself.
         attention, mlp: their attribute names.
-        norm_attended, norm_post, norm_fed: names of the norms of attention's output, before the MLP and of the MLP's
-            output; None: there is none.
+        attn_out_norm, pre_mlp_norm, mlp_out_norm: names of the norms of attention's output, before the MLP and of the
+            MLP's output; None: there is none.
         gated: whether the MLP has three projections, or two; FLOPs alone depend on it, since the MLP is called.
         parallel: from the layer to whether its MLP reads what attention reads (a parallel residual).
         qkv: name of one projection for queries, keys and values, in this order; None: there are three.
@@ -63,13 +63,13 @@ class Family:
         softcap: the attention module's attribute with the cap of scores; sinks: the one with a logit for each head
             that joins the softmax's denominator; residual_scale: the layer's, with the factor on what is added to the
             residual stream.
-        drop_attended, drop_fed: names of the dropouts of attention's and of the MLP's output, which training uses: of
-            a module of the layer, or of a rate (``"self_attn.residual_dropout"``).
+        attn_out_dropout, mlp_out_dropout: names of the dropouts of attention's and of the MLP's output, which
+            training uses: of a module of the layer, or of a rate (``"self_attn.residual_dropout"``).
 
     Raises:
         OrthoRankError: norm or angles is none of these.
 
-    >>> Family("Mine", norm="layer").norm_in
+    >>> Family("Mine", norm="layer").input_norm
     'input_layernorm'
     """
 
@@ -78,13 +78,13 @@ class Family:
     norm: str = "rms"
     torch_norm: bool = False
     weight_offset: float = 0.0
-    norm_in: str | None = "input_layernorm"
+    input_norm: str | None = "input_layernorm"
     attention: str = "self_attn"
-    norm_attended: str | None = None
-    norm_post: str | None = "post_attention_layernorm"
+    attn_out_norm: str | None = None
+    pre_mlp_norm: str | None = "post_attention_layernorm"
     mlp: str = "mlp"
     gated: bool = True
-    norm_fed: str | None = None
+    mlp_out_norm: str | None = None
     parallel: Callable[[Any], bool] = never
     qkv: str | None = None
     heads: Callable[[Any, str, Tensor], Tensor] = plain_heads
@@ -95,8 +95,8 @@ class Family:
     softcap: str | None = None
     sinks: str | None = None
     residual_scale: str | None = None
-    drop_attended: str | None = None
-    drop_fed: str | None = None
+    attn_out_dropout: str | None = None
+    mlp_out_dropout: str | None = None
 
     def __post_init__(self) -> None:
         for field, value, known in (("norm", self.norm, NORMS), ("angles", self.angles, ANGLES)):
@@ -106,6 +106,6 @@ class Family:
     @property
     def note(self) -> str:
         """What `status` says of the family."""
-        if self.norm_in is not None:
+        if self.input_norm is not None:
             return ""
         return f"{self.name} has no norm before attention: tokens are scored on the layer's input itself"

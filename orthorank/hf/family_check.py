@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from orthorank.calls.call import Call
+from orthorank.calls.context import ForwardContext
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.patching import forward_of
 from orthorank.config import OrthoRankConfig
@@ -193,7 +193,7 @@ def _difference(family: Family, index: int, layer: Any, states: Tensor, tables: 
         )
     chosen: list[Tensor] = []
     plan = OrthoRankConfig(layers=[index], keep_ratio=0.5)
-    call = Call(ROWS, TOKENS, 0, TOKENS, watcher=lambda _, positions, __: chosen.append(positions))
+    call = ForwardContext(ROWS, TOKENS, 0, TOKENS, watcher=lambda _, positions, __: chosen.append(positions))
     try:
         parts = TakenApart(family, layer, index, forward_of(layer)).check()
         actual = selected_forward(parts, index, plan, prepared(call, plan, states.device), states, tables)

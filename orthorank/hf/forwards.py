@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from orthorank.calls.call import Call, Watcher
+from orthorank.calls.context import ForwardContext, Watcher
 from orthorank.calls.generating import PREPARES, phase_inside
 from orthorank.calls.reading import Phase, cache_of, phase_of, read_call
 from orthorank.calls.unmasked import Watch
@@ -44,7 +44,7 @@ class Applied(Protocol):
     identity: str
     phase: Phase
     lock: CallLock
-    call: Call | None
+    call: ForwardContext | None
     watcher: Watcher | None
     unmasked: Watch
     layers: "list[LayerForward]"
@@ -202,7 +202,12 @@ class LayerForward(Patch):
         return self.map
 
     def _select(
-        self, hidden_states: Tensor, cos_sin: tuple[Tensor, Tensor], cache: Any, call: Call, updated: list[int | Tensor]
+        self,
+        hidden_states: Tensor,
+        cos_sin: tuple[Tensor, Tensor],
+        cache: Any,
+        call: ForwardContext,
+        updated: list[int | Tensor],
     ) -> Any:
         if torch.compiler.is_compiling() or self.taken_apart is None or self.taken_apart.parts is None:
             parts = Parts.of(self.family, self.owner)

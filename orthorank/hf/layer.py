@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from orthorank.calls.call import Call
+from orthorank.calls.context import ForwardContext
 from orthorank.config import OrthoRankConfig
 from orthorank.hf import cache_state as sink_state
-from orthorank.hf import selection as choosing
+from orthorank.hf import selection
 from orthorank.hf.ablations import attention_among_selected
 from orthorank.hf.criteria import Chosen, norm_and_select, scored_states
 from orthorank.hf.parts import Parts
@@ -32,7 +32,7 @@ def selected_forward(
     parts: Parts,
     index: int,
     config: OrthoRankConfig,
-    call: Call,
+    call: ForwardContext,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     cache: Any = None,
@@ -57,8 +57,8 @@ def selected_forward(
     copy = layer_map is None  # else adding the map makes it
     normed, positions, written, counts = _norm_and_select(parts, index, config, call, hidden_states, cache, copy)
     if updated is not None:
-        updated.append(choosing.count_of(config, index, call, positions, counts))
-    positions = choosing.fitted(config, call, positions, counts)
+        updated.append(selection.count_of(config, index, call, positions, counts))
+    positions = selection.fitted(config, call, positions, counts)
     if layer_map is not None:
         from orthorank.hf.correction import corrected  # corrected plans alone need it
 
@@ -84,7 +84,7 @@ def selected_forward(
     options: dict[str, Any] = {"scale": parts.attention.scaling, "softcap": parts.softcap, "window": parts.window}
     options["sinks"] = parts.sinks
     if config.kv == "all":
-        attended = sparse_query_attention(
+        attn_out = sparse_query_attention(
             queries,
             keys,
             values,
@@ -97,16 +97,22 @@ def selected_forward(
     else:
         keys, values = parts.keys_and_values(selected)
         queries, keys = (parts.rotate(heads, tables, positions) for heads in (queries, keys))
-        attended = attention_among_selected(queries, keys, values, positions, tokens=call.tokens, **options)
-    addend = parts.output(attended).to(hidden_states.dtype)  # autocast may have made it another
-    residual, fed = parts.add_and_norm(hidden_states, positions, addend, selected)
-    rows = parts.feed_forward(fed).to(residual.dtype)
+        attn_out = attention_among_selected(queries, keys, values, positions, tokens=call.tokens, **options)
+    addend = parts.output(attn_out).to(hidden_states.dtype)  # autocast may have made it another
+    residual, mlp_in = parts.add_and_norm(hidden_states, positions, addend, selected)
+    rows = parts.feed_forward(mlp_in).to(residual.dtype)
     scatter_add_rows_(written, positions, rows, residual, scale=parts.residual_scale)
     return written
 
 
 def _norm_and_select(
-    parts: Parts, index: int, config: OrthoRankConfig, call: Call, hidden_states: Tensor, cache: Any, copy: bool
+    parts: Parts,
+    index: int,
+    config: OrthoRankConfig,
+    call: ForwardContext,
+    hidden_states: Tensor,
+    cache: Any,
+    copy: bool,
 ) -> Chosen:
     """The layer's input norm of all tokens, the selected positions, and a copy of the input to write the result into.
 
@@ -114,10 +120,10 @@ def _norm_and_select(
     """
 
     def states(rows: Tensor) -> Tensor:
-        return scored_states(config, rows, parts.norm_in(rows))
+        return scored_states(config, rows, parts.input_norm(rows))
 
     sink = None if call.first else sink_state.continued(call, cache, index, hidden_states, states)
-    with parts.norm_in.applied(hidden_states) as (normed, norm):
+    with parts.input_norm.applied(hidden_states) as (normed, norm):
         chosen = norm_and_select(config, index, call, hidden_states, norm, sink, normed, parts, copy)
     if cache is not None:
         scored = scored_states(config, hidden_states, chosen.normed)
@@ -126,7 +132,7 @@ def _norm_and_select(
 
 
 def keep_sinks(
-    parts: Parts, index: int, config: OrthoRankConfig, call: Call, hidden_states: Tensor, cache: Any
+    parts: Parts, index: int, config: OrthoRankConfig, call: ForwardContext, hidden_states: Tensor, cache: Any
 ) -> None:
     """Store the sinks' states of a call whose prompts are too short to select from.
 
@@ -134,7 +140,7 @@ def keep_sinks(
     """
 
     def states(rows: Tensor) -> Tensor:
-        return scored_states(config, rows, parts.norm_in(rows))
+        return scored_states(config, rows, parts.input_norm(rows))
 
     if call.first:
         sink_state.keep(cache, index, states(sink_state.rows_at(hidden_states, call.starts)))

@@ -25,8 +25,8 @@ class Parts:
 
     Args:
         family: the spec that found them; layer: the decoder layer.
-        norm_in: before attention; norm_attended: of attention's output; norm_post: before the MLP; norm_fed: of the
-            MLP's output.
+        input_norm: before attention; attn_out_norm: of attention's output; pre_mlp_norm: before the MLP;
+            mlp_out_norm: of the MLP's output.
         parallel: the MLP reads what attention reads, not the sum after it.
     """
 
@@ -34,17 +34,22 @@ class Parts:
     layer: Any
     attention: Any
     mlp: Any
-    norm_in: Norm
-    norm_attended: Norm
-    norm_post: Norm
-    norm_fed: Norm
+    input_norm: Norm
+    attn_out_norm: Norm
+    pre_mlp_norm: Norm
+    mlp_out_norm: Norm
     parallel: bool
 
     @classmethod
     def of(cls, family: Family, layer: nn.Module) -> "Parts":
         """The modules of ``layer``; raises when the layer does not look as this spec says."""
         parallel = family.parallel(layer)
-        norms = [family.norm_in, family.norm_attended, None if parallel else family.norm_post, family.norm_fed]
+        norms = [
+            family.input_norm,
+            family.attn_out_norm,
+            None if parallel else family.pre_mlp_norm,
+            family.mlp_out_norm,
+        ]
         names = [name for name in (*norms, family.attention, family.mlp) if name is not None]
         if missing := [name for name in names if not isinstance(getattr(layer, name, None), nn.Module)]:
             raise OrthoRankError(
@@ -53,9 +58,9 @@ class Parts:
                     family, "say in its orthorank.Family what they are called, or None for a norm that there is not"
                 )
             )
-        into, attended, post, fed = (Norm.of(family, layer, name) for name in norms)
+        into, attn_out, pre_mlp, mlp_out = (Norm.of(family, layer, name) for name in norms)
         attention, mlp = not_compiled(getattr(layer, family.attention)), getattr(layer, family.mlp)
-        parts = cls(family, layer, attention, mlp, into, attended, post, fed, parallel)
+        parts = cls(family, layer, attention, mlp, into, attn_out, pre_mlp, mlp_out, parallel)
         parts.check()
         return parts
 
@@ -158,11 +163,11 @@ class Parts:
             (projected,) = fused(getattr(attention, self.family.qkv), normed, attention.num_key_value_groups, "q")
         return self.family.heads(attention, "q", projected)
 
-    def output(self, attended: Tensor) -> Tensor:
-        """The output projection of ``attended`` ``[batch, heads, tokens, head_dim]``."""
-        batch, _, tokens, _ = attended.shape
-        projected = self.attention.o_proj(attended.transpose(1, 2).reshape(batch, tokens, -1))
-        return self._dropped(self.family.drop_attended, projected)
+    def output(self, attn_out: Tensor) -> Tensor:
+        """The output projection of ``attn_out`` ``[batch, heads, tokens, head_dim]``."""
+        batch, _, tokens, _ = attn_out.shape
+        projected = self.attention.o_proj(attn_out.transpose(1, 2).reshape(batch, tokens, -1))
+        return self._dropped(self.family.attn_out_dropout, projected)
 
     def add_and_norm(
         self, hidden_states: Tensor, positions: Tensor, addend: Tensor, selected: Tensor
@@ -172,22 +177,22 @@ class Parts:
         Args:
             addend: attention's output; selected: what attention read, of the same tokens.
         """
-        inner, post = self.norm_attended, self.norm_post
+        inner, post = self.attn_out_norm, self.pre_mlp_norm
         if inner.module is not None and (
             not inner.is_weights(addend) or (post.module is not None and inner.eps != post.eps)  # one pass has one eps
         ):
             addend, inner = inner(addend).to(hidden_states.dtype), Norm(None)
-        with inner.weights(addend) as attended, post.weights(hidden_states) as behind:
-            assert attended is not None  # else its module was called
+        with inner.weights(addend) as inner_options, post.weights(hidden_states) as behind:
+            assert inner_options is not None  # else its module was called
             options = IDENTITY if behind is None else behind
-            eps = attended["eps"] if options["norm"] == "identity" else options["eps"]
-            offset = max(attended.get("weight_offset", 0.0), options.get("weight_offset", 0.0))
+            eps = inner_options["eps"] if options["norm"] == "identity" else options["eps"]
+            offset = max(inner_options.get("weight_offset", 0.0), options.get("weight_offset", 0.0))
             residual, normed = gather_add_rms_norm(
                 hidden_states,
                 positions,
                 addend,
                 scale=self.residual_scale,
-                addend_weight=attended["weight"],
+                addend_weight=inner_options["weight"],
                 **options | {"eps": eps, "weight_offset": offset},
             )
         if behind is None:
@@ -203,13 +208,13 @@ class Parts:
         """
         kind = swiglu_of(self.mlp)
         if kind == "fused":
-            fed = self.mlp.down_proj(silu_and_mul(self.mlp.gate_up_proj(normed)))
+            mlp_out = self.mlp.down_proj(silu_and_mul(self.mlp.gate_up_proj(normed)))
         elif kind == "split":
-            fed = self.mlp.down_proj(silu_and_mul(self.mlp.gate_proj(normed), self.mlp.up_proj(normed)))
+            mlp_out = self.mlp.down_proj(silu_and_mul(self.mlp.gate_proj(normed), self.mlp.up_proj(normed)))
         else:
-            fed = self.mlp(normed)
-            fed = fed[0] if isinstance(fed, tuple) else fed  # experts may give the router's logits, too
-        return self._dropped(self.family.drop_fed, self.norm_fed(fed))
+            mlp_out = self.mlp(normed)
+            mlp_out = mlp_out[0] if isinstance(mlp_out, tuple) else mlp_out  # experts may give the router's logits, too
+        return self._dropped(self.family.mlp_out_dropout, self.mlp_out_norm(mlp_out))
 
     def _dropped(self, name: str | None, x: Tensor) -> Tensor:
         if name is None or not self.layer.training:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from orthorank.calls.call import Call, Windows
+from orthorank.calls.context import ForwardContext, Windows
 from orthorank.config import OrthoRankConfig
 from orthorank_kernels import keep_count, select_tokens
 from orthorank_kernels.layout import selection_workspace
@@ -71,7 +71,7 @@ class Picked(NamedTuple):
     counts: Tensor
 
 
-def prepared(call: Call, plan: OrthoRankConfig, device: torch.device) -> Call:
+def prepared(call: ForwardContext, plan: OrthoRankConfig, device: torch.device) -> ForwardContext:
     """``call`` with what every selecting layer of ``plan`` would compute anew, on ``device``."""
     workspace = selection_workspace(call.batch, call.tokens, device)
     call = dataclasses.replace(call, workspace=workspace, update_sink=plan.update_sink, multiple=plan.keep_multiple)
@@ -85,12 +85,12 @@ def prepared(call: Call, plan: OrthoRankConfig, device: torch.device) -> Call:
     return dataclasses.replace(call, counted={ratio: call.counted_for(ratio) for ratio in ratios})
 
 
-def is_plain(plan: OrthoRankConfig, call: Call) -> bool:
+def is_plain(plan: OrthoRankConfig, call: ForwardContext) -> bool:
     """Whether `request` says it all: whole rows, and forced tokens at their ends alone."""
     return plan.select != "window" and call.forced_at_end is not None
 
 
-def request(plan: OrthoRankConfig, layer: int, call: Call) -> dict[str, Any]:
+def request(plan: OrthoRankConfig, layer: int, call: ForwardContext) -> dict[str, Any]:
     """How ``plan`` selects in ``layer``, as arguments of `select_tokens`: k or threshold, keep_last and room."""
     forced = call.forced_at_end or 0
     if plan.select == "threshold":
@@ -99,7 +99,7 @@ def request(plan: OrthoRankConfig, layer: int, call: Call) -> dict[str, Any]:
     return {"k": each, "keep_last": forced, "max_selected": most}
 
 
-def pick(plan: OrthoRankConfig, layer: int, call: Call, ranks: Tensor, sinks: Tensor | None) -> Picked:
+def pick(plan: OrthoRankConfig, layer: int, call: ForwardContext, ranks: Tensor, sinks: Tensor | None) -> Picked:
     """The tokens that ``plan`` selects in ``layer`` by their ``ranks``.
 
     Args:
@@ -119,7 +119,9 @@ def pick(plan: OrthoRankConfig, layer: int, call: Call, ranks: Tensor, sinks: Te
     return Picked(chosen.positions, chosen.counts)
 
 
-def count_of(plan: OrthoRankConfig, layer: int, call: Call, positions: Tensor, counts: Tensor) -> int | Tensor:
+def count_of(
+    plan: OrthoRankConfig, layer: int, call: ForwardContext, positions: Tensor, counts: Tensor
+) -> int | Tensor:
     """How many tokens are updated in all: an int where it is known beforehand, or else a tensor that is not read yet.
 
     Args:
@@ -132,7 +134,7 @@ def count_of(plan: OrthoRankConfig, layer: int, call: Call, positions: Tensor, c
     return counts.sum()
 
 
-def fitted(plan: OrthoRankConfig, call: Call, positions: Tensor, counts: Tensor) -> Tensor:
+def fitted(plan: OrthoRankConfig, call: ForwardContext, positions: Tensor, counts: Tensor) -> Tensor:
     """``positions`` without the columns that no row fills, so that the products of the layer are as few as they can be.
 
     How many a threshold selects is known on the device alone. Reading it makes no difference on a CPU; elsewhere the
@@ -151,13 +153,13 @@ def _is_capturing(positions: Tensor) -> bool:
     return positions.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def windows_by_ratio(plan: OrthoRankConfig, call: Call, device: torch.device) -> dict[float, Windows]:
+def windows_by_ratio(plan: OrthoRankConfig, call: ForwardContext, device: torch.device) -> dict[float, Windows]:
     """The windows of ``call`` at each ratio of ``plan``, once for all layers."""
     ratios = {plan.ratio(layer) for layer in plan.selecting}
     return {ratio: windows_of(call, _size(plan), ratio, device) for ratio in ratios}
 
 
-def windows_of(call: Call, window: int, ratio: float, device: torch.device) -> Windows:
+def windows_of(call: ForwardContext, window: int, ratio: float, device: torch.device) -> Windows:
     """The windows of ``call``, computed where its tensors are: the host waits for nothing.
 
     Args:
@@ -188,7 +190,7 @@ def windows_of(call: Call, window: int, ratio: float, device: torch.device) -> W
     )
 
 
-def select_in_windows(plan: OrthoRankConfig, layer: int, call: Call, ranks: Tensor) -> tuple[Tensor, Tensor]:
+def select_in_windows(plan: OrthoRankConfig, layer: int, call: ForwardContext, ranks: Tensor) -> tuple[Tensor, Tensor]:
     """The tokens of smallest rank in each window: positions int32 ``[batch, most]`` and counts ``[batch]``.
 
     Args:
@@ -214,7 +216,7 @@ def select_in_windows(plan: OrthoRankConfig, layer: int, call: Call, ranks: Tens
     return _unpacked(rows, counts, call.tokens, windows.most), counts
 
 
-def is_exact(call: Call) -> bool:
+def is_exact(call: ForwardContext) -> bool:
     """Whether all rows select alike, and the host counts how many: without padding, outside compiled code.
 
     Counting goes from window to window, and would make one graph for each number of windows. In a graph there is room
@@ -239,7 +241,7 @@ def _unpacked(rows: Tensor, counts: Tensor, tokens: int, most: int) -> Tensor:
     return positions.scatter(0, place, torch.where(rows < 0, -1, rows % tokens))[:-1].view(batch, most)
 
 
-def _columns(call: Call, device: torch.device) -> tuple[Tensor, Tensor]:
+def _columns(call: ForwardContext, device: torch.device) -> tuple[Tensor, Tensor]:
     """First valid column of each row in the call and one past the last, int64 ``[batch, 1]``."""
     if call.starts is None or call.lengths is None:
         zeros = torch.zeros(call.batch, 1, dtype=torch.int64, device=device)
@@ -256,13 +258,13 @@ def _counts(lengths: Tensor, ratio: float, forced: Tensor, inside: Tensor, updat
     return torch.where(forced > 0, torch.minimum(torch.maximum(counts, forced), most), counts)
 
 
-def _most_windows(call: Call, window: int) -> int:
+def _most_windows(call: ForwardContext, window: int) -> int:
     """Windows that a row of the call can touch."""
     whole = (call.tokens + window - 1) // window
     return whole if is_exact(call) and call.past % window == 0 else whole + 1
 
 
-def _most(call: Call, window: int, ratio: float) -> int:
+def _most(call: ForwardContext, window: int, ratio: float) -> int:
     """The most tokens that a row can select; exactly that where `is_exact`."""
     decoded = call.decode_tokens if call.tails is None else 0
     if not is_exact(call):

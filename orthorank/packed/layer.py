@@ -48,12 +48,12 @@ class PackedParts(ABC):
 
     @property
     @abstractmethod
-    def norm_in(self) -> RMSNorm:
+    def input_norm(self) -> RMSNorm:
         """The norm before attention."""
 
     @property
     @abstractmethod
-    def norm_post(self) -> RMSNorm:
+    def pre_mlp_norm(self) -> RMSNorm:
         """The norm before the MLP."""
 
     @abstractmethod
@@ -74,7 +74,7 @@ class PackedParts(ABC):
         """Queries of the chosen rows of ``normed``, their attention to the cache, ``[n, hidden]`` projected back."""
 
     @abstractmethod
-    def feed_forward(self, fed: Tensor) -> Tensor:
+    def feed_forward(self, mlp_in: Tensor) -> Tensor:
         """The MLP, of ``[n, hidden]``."""
 
     def agree(self, scores: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def packed_forward(
         return
     normed = torch.empty_like(out_hidden)
     if layer_map is not None and plan.ratio(layer) == 0:
-        norm, scores = parts.norm_in, torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        norm, scores = parts.input_norm, torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         out = normed, scores, out_residual
         rms_norm_score(hidden, norm.weight, norm.eps, residual=residual, cu_seqlens=step.cu_segments, out=out)
         out_hidden.zero_()
@@ -132,7 +132,7 @@ def packed_forward(
     chosen = _norm_and_select(parts, plan, layer, step, hidden, residual, (normed, out_residual), read_count)
     low = parts.project(normed)
     out_hidden.zero_()
-    post, added = parts.norm_post, None
+    post, added = parts.pre_mlp_norm, None
     if chosen.rows.shape[0]:
         added = gather_add_rms_norm(out_residual, chosen.rows, parts.attend(normed, chosen), post.weight, post.eps)
     if layer_map is not None:  # in place, now that the chosen rows are read
@@ -172,7 +172,7 @@ def _norm_and_select(
     read_count: bool,
 ) -> PackedRows:
     """The chosen rows; the norm of all tokens and the sum that was normed go to ``out``."""
-    norm, sinks, request = parts.norm_in, parts.sinks(step), request_of(step, plan, layer)
+    norm, sinks, request = parts.input_norm, parts.sinks(step), request_of(step, plan, layer)
     how: dict[str, Any] = {"residual": residual, "score": FUSED.get(plan.criterion, "inner"), "sink": sinks}
     normed, summed = out
     scores = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)

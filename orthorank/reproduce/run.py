@@ -10,8 +10,8 @@ from orthorank.common.files import finite, read_json, writable_folder, write_jso
 from orthorank.common.progress import Screen, SilentScreen
 from orthorank.reproduce import tables
 from orthorank.reproduce.claims import check_claims
+from orthorank.reproduce.markdown import markdown, titled
 from orthorank.reproduce.settings import PARTS, ReproduceSettings
-from orthorank.reproduce.shown import markdown, titled
 from orthorank.reproduce.subject import KEEP_RATIO, Subject, ids_hash
 from orthorank_kernels._version import __version__
 

@@ -91,7 +91,7 @@ def causal_attention(
         raise _refusal(f"{named[0]} was given", "takes one sequence a row")
     if tokens not in (1, keys):
         raise _refusal(f"the call has {tokens} tokens and {keys} keys", "takes a whole prompt, or one token at a time")
-    attended = nn.functional.scaled_dot_product_attention(
+    attn_out = nn.functional.scaled_dot_product_attention(
         query,
         key,
         value,
@@ -100,7 +100,7 @@ def causal_attention(
         is_causal=tokens > 1,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return attended.transpose(1, 2).contiguous(), None
+    return attn_out.transpose(1, 2).contiguous(), None
 
 
 def no_mask(

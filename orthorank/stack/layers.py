@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from orthorank.calls.call import Call
+from orthorank.calls.context import ForwardContext
 from orthorank.calls.reading import Phase, read_call
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.patching import Patch, forward_of
@@ -42,7 +42,7 @@ class Pass:
 
     hidden_states: Tensor
     layer_kwargs: list[dict[str, Any]]
-    call: Call
+    call: ForwardContext
 
 
 class LayerStack:
@@ -144,7 +144,7 @@ class LayerStack:
             layer_map = on(layer_map, device)
             if keep_ratio == 0:
                 given = hidden_states.to(device)
-                return corrected(given, self.parts[layer].norm_in(given), inputs.call.on(device), layer_map)
+                return corrected(given, self.parts[layer].input_norm(given), inputs.call.on(device), layer_map)
         if keep_ratio == 0:
             return hidden_states
         hidden_states, kwargs = hidden_states.to(device), _on(device, inputs.layer_kwargs[layer])
@@ -176,7 +176,7 @@ class LayerStack:
         device = device_of(self.layers[layer])
         plan = OrthoRankConfig(layers=[layer], criterion=criterion, **options)
         hidden_states = hidden_states.to(device)
-        with self.parts[layer].norm_in.applied(hidden_states) as (normed, norm):
+        with self.parts[layer].input_norm.applied(hidden_states) as (normed, norm):
             return norm_and_rank(
                 plan, layer, inputs.call.on(device), hidden_states, norm, given=normed, parts=self.parts[layer]
             )[1]
@@ -184,7 +184,7 @@ class LayerStack:
     @torch.no_grad()
     def normed(self, layer: int, hidden_states: Tensor) -> Tensor:
         """The layer's input norm of ``hidden_states``: where tokens are scored."""
-        return self.parts[layer].norm_in(hidden_states)
+        return self.parts[layer].input_norm(hidden_states)
 
     @torch.no_grad()
     def logits(self, hidden_states: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.campaign.measure import Context
 from orthorank import OrthoRankConfig
-from orthorank.calls.call import Call
+from orthorank.calls.context import ForwardContext
 from orthorank.evaluation.random_weights import random_model
 from orthorank.hf.families import family_of
 from orthorank.hf.layer import selected_forward
@@ -26,7 +26,7 @@ class Layer:
     model: Any
     hidden: torch.Tensor
     tables: tuple[torch.Tensor, torch.Tensor]
-    call: Call
+    call: ForwardContext
     plan: OrthoRankConfig
 
     def dense(self) -> torch.Tensor:
@@ -68,5 +68,5 @@ def layer(context: Context, model: Any, batch: int, tokens: int) -> Layer:
     shape = (batch, tokens, model.config.hidden_size)
     hidden = torch.randn(shape, generator=generator, device=machine.device, dtype=machine.dtype)
     tables = model.model.rotary_emb(hidden, torch.arange(tokens, device=machine.device)[None])
-    call = prepared(Call(batch, tokens, past=0, prompt_tokens=tokens), plan, machine.device)
+    call = prepared(ForwardContext(batch, tokens, past=0, prompt_tokens=tokens), plan, machine.device)
     return Layer(model, hidden, tables, call, plan)

@@ -34,8 +34,8 @@ def first_token_states(model: Any, plan: "OrthoRankConfig", tokens: Sequence[int
             states.append(normed)
             hidden = torch.zeros_like(hidden)
             continue
-        attended = _attend_to_itself(layer.self_attn, normed)
-        residual = residual + attended
+        attn_out = _attend_to_itself(layer.self_attn, normed)
+        residual = residual + attn_out
         hidden = layer.mlp(layer.post_attention_layernorm(residual.clone()))
     return torch.stack(states, dim=1)
 

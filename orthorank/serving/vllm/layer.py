@@ -56,8 +56,8 @@ class SelectingLayer(nn.Module):
             read_count=reads,
         )
         step, known = found.step, reads or plan.select != "threshold"
-        updated = max(0, parts.attended - (step.tokens - step.prompt_tokens)) if known else None
-        portable = shared.serving.attention == "auto" and parts.attended > 0 and not self.orthorank_paged
+        updated = max(0, parts.query_count - (step.tokens - step.prompt_tokens)) if known else None
+        portable = shared.serving.attention == "auto" and parts.query_count > 0 and not self.orthorank_paged
         shared.count_layer(step.prompt_tokens, updated, portable=portable)
 
     def _run_dense(
@@ -89,16 +89,16 @@ class LayerParts(PackedParts):
     def __init__(self, layer: Any, metadata: StepMetadata, positions: Tensor, projections: Projections) -> None:
         self.layer, self.metadata = layer, metadata
         self.positions, self.projections = positions, projections
-        self.attended = 0  # queries
+        self.query_count = 0  # queries
 
     @property
-    def norm_in(self) -> RMSNorm:
+    def input_norm(self) -> RMSNorm:
         """The norm before attention."""
         norm = self.layer.input_layernorm
         return RMSNorm(norm.weight, norm.variance_epsilon)
 
     @property
-    def norm_post(self) -> RMSNorm:
+    def pre_mlp_norm(self) -> RMSNorm:
         """The norm before the MLP."""
         norm = self.layer.post_attention_layernorm
         return RMSNorm(norm.weight, norm.variance_epsilon)
@@ -118,16 +118,16 @@ class LayerParts(PackedParts):
         """By the package's kernel or the backend's."""
         positions = chosen.positions.clamp(min=0).long()
         queries = self.projections.queries(gather_rows(normed, chosen.rows), positions, chosen.rows)
-        self.attended = len(chosen.rows)
+        self.query_count = len(chosen.rows)
         attention = self.layer.self_attn.attn
         attend = attending.attend_paged if self.layer.orthorank_paged else attending.attend_portable
-        attended = attend(attention, queries, chosen, self.metadata)
-        projected, _ = self.layer.self_attn.o_proj(attended.flatten(1))
+        attn_out = attend(attention, queries, chosen, self.metadata)
+        projected, _ = self.layer.self_attn.o_proj(attn_out.flatten(1))
         return projected
 
-    def feed_forward(self, fed: Tensor) -> Tensor:
+    def feed_forward(self, mlp_in: Tensor) -> Tensor:
         """The layer's MLP."""
-        return self.layer.mlp(fed)
+        return self.layer.mlp(mlp_in)
 
     def agree(self, scores: Tensor) -> Tensor:
         """The first rank's, if asked for."""

@@ -10,7 +10,7 @@ import torch
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank.correction import Correction
-from tests.orthorank.hf.test_company_compile import Graphs, fresh_compiler
+from tests.orthorank.hf.test_compat_compile import Graphs, fresh_compiler
 from tests.orthorank.hf.test_corrected import maps
 from tests.orthorank.hf.test_layer import ids_of
 from tests.orthorank.statement import assert_close

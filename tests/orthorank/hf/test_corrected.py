@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply, context, status
-from orthorank.calls.call import Call
+from orthorank.calls.context import ForwardContext
 from orthorank.correction import Correction, LayerMap
 from orthorank.hf.correction import corrected
 from tests.orthorank import statement
@@ -227,7 +227,7 @@ def test_a_padded_row_is_the_row_alone(tiny_model: Any, family: str, side: str) 
 
 def test_padding_and_sinks_stay_as_they_are() -> None:
     h, x = torch.randn(2, 5, 64), torch.randn(2, 5, 64)
-    call = Call(
+    call = ForwardContext(
         2,
         5,
         0,
@@ -277,7 +277,7 @@ def test_products_and_sums_are_float32(dtype: torch.dtype) -> None:
     h, x = (torch.randn(1, 50, 64, generator=draw).to(dtype) for _ in range(2))
     down, up, bias = (part.to(dtype).double() for part in maps([0]).maps[0])
     exact = (h.double() + (x.double() @ down.T).to(dtype).double() @ up.T + bias)[:, 1:]
-    found = corrected(h, x, Call(1, 50, 0, 50), maps([0]).maps[0])
+    found = corrected(h, x, ForwardContext(1, 50, 0, 50), maps([0]).maps[0])
     assert found.dtype == dtype
     assert (found[:, 1:] == exact.to(dtype)).double().mean() > 0.995
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
-from orthorank.calls.call import Call
+from orthorank.calls.context import ForwardContext
 from orthorank.hf.criteria import SINK_COSINE, norm_and_select
 from orthorank.stack.layers import LayerStack
 from tests.orthorank import statement
@@ -223,7 +223,7 @@ def test_the_stack_selects_as_a_plan_does(uneven_model: Any, row: str) -> None:
 def chosen(states: torch.Tensor, k: int, **options: Any) -> list[int]:
     """Positions selected of ``states`` ``[tokens, hidden]``, whose norm changes nothing."""
     states = states[None]
-    call = Call(1, states.shape[1], past=0, prompt_tokens=states.shape[1])
+    call = ForwardContext(1, states.shape[1], past=0, prompt_tokens=states.shape[1])
     norm = {"weight": None, "eps": 0.0, "norm": "identity"}
     plan = OrthoRankConfig([0], keep_ratio=k / states.shape[1], **options)
     choice = norm_and_select(plan, 0, call, states, norm, None)

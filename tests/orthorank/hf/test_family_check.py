@@ -45,13 +45,13 @@ def test_every_spec_of_the_package_passes_on_every_tiny_model() -> None:
 
 
 # What changes no number: names, what only training or FLOPs ask, whose code the norms are.
-WITHOUT_EFFECT = ("name", "home", "torch_norm", "gated", "drop_attended", "drop_fed")
+WITHOUT_EFFECT = ("name", "home", "torch_norm", "gated", "attn_out_dropout", "mlp_out_dropout")
 STATED = [
     (key, field.name)
     for key, spec in FAMILIES.items()
     for field in dataclasses.fields(Family)
     if field.name not in WITHOUT_EFFECT and getattr(spec, field.name) != field.default
-    if (spec.parallel is not always, field.name) != (False, "norm_post")  # which says the same
+    if (spec.parallel is not always, field.name) != (False, "pre_mlp_norm")  # which says the same
 ]
 
 
@@ -264,7 +264,7 @@ def test_words_of_a_spec_are_checked(field: str, value: str, message: str) -> No
 def test_a_spec_that_cannot_be_run_is_refused_by_what_it_lacks() -> None:
     model = of_type(tiny("llama-2"), "mine")
     for family, lack in (
-        (Family("x", norm_in="ln_1"), "a LlamaDecoderLayer has no ln_1, which x layers have"),
+        (Family("x", input_norm="ln_1"), "a LlamaDecoderLayer has no ln_1, which x layers have"),
         (Family("x", qkv="qkv"), "a LlamaAttention has no qkv"),
         (Family("x", softcap="cap"), "cannot be run from its parts.*AttributeError.*cap"),
     ):
@@ -276,7 +276,7 @@ def test_a_spec_that_cannot_be_run_is_refused_by_what_it_lacks() -> None:
 def test_what_a_registered_spec_lacks_is_not_put_down_to_transformers() -> None:
     model = of_type(tiny("llama-2"), "mine")
     for family, remedy in (
-        (Family("x", norm_in="ln_1"), "has no ln_1.* say in its orthorank.Family what they are called"),
+        (Family("x", input_norm="ln_1"), "has no ln_1.* say in its orthorank.Family what they are called"),
         (Family("x", qkv="qkv"), "has no qkv.* of these names, an orthorank.Family can say qkv alone"),
     ):
         register_family("mine", family)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from orthorank import OrthoRankConfig
-from orthorank.calls.call import Call
+from orthorank.calls.context import ForwardContext
 from orthorank.correction import LayerMap
 from orthorank.hf.correction import corrected, normed_of
 from orthorank.hf.families import FAMILIES
@@ -68,7 +68,7 @@ def hugging_face_layer(
     change: Callable[[Any], Any] = lambda layer: None, padding: bool = False, with_map: bool = False
 ) -> Launches:
     """What `selected_forward` launches on a decoder layer of transformers."""
-    call = Call(BATCH, TOKENS, past=0, prompt_tokens=TOKENS)
+    call = ForwardContext(BATCH, TOKENS, past=0, prompt_tokens=TOKENS)
     with fake_gpus() as gpus, torch.no_grad():
         layer = llama_layer()
         change(layer)
@@ -122,7 +122,7 @@ def test_a_removed_layer_with_a_map_launches_3_kernels() -> None:
     with fake_gpus() as gpus, torch.no_grad():
         layer, x, layer_map = llama_layer(), empty(BATCH, TOKENS, HIDDEN), some_map()
         with Launches(gpus) as traced:
-            corrected(x, normed_of(FAMILIES["llama"], layer, x), Call(BATCH, TOKENS, 0, TOKENS), layer_map)
+            corrected(x, normed_of(FAMILIES["llama"], layer, x), ForwardContext(BATCH, TOKENS, 0, TOKENS), layer_map)
     assert traced.names == ["rms_norm_score", "mm", "add_low_rank"]
 
 
@@ -139,7 +139,7 @@ def test_an_mlp_that_somebody_watches_is_called_as_it_is(watched: str) -> None:
 def merged_layer(x: Tensor, w: dict[str, Tensor], sink: Tensor, workspace: Tensor, table: Tensor) -> None:
     """The layer as a serving stack would call it: merged projections, a stored sink, x updated in place."""
     heads = lambda y, n: y.view(BATCH, -1, n, HIDDEN // HEADS).transpose(1, 2)  # noqa: E731
-    chosen = rms_norm_select(x, w["norm_in"], 1e-5, SELECTED, sink=sink, workspace=workspace)
+    chosen = rms_norm_select(x, w["input_norm"], 1e-5, SELECTED, sink=sink, workspace=workspace)
     sizes = [KV_HEADS * HIDDEN // HEADS] * 2 + ([RANK] if "up" in w else [])
     keys, values, *low = linear(chosen.normed, w["kv"]).split(sizes, dim=-1)
     keys = apply_rotary_at(heads(keys, KV_HEADS), table, table)
@@ -147,7 +147,7 @@ def merged_layer(x: Tensor, w: dict[str, Tensor], sink: Tensor, workspace: Tenso
     queries = heads(linear(gather_rows(chosen.normed, at), w["q"]), HEADS)
     attended = sparse_query_attention(queries, keys, heads(values, KV_HEADS), at, rotary_cos=table, rotary_sin=table)
     addend = linear(attended.transpose(1, 2).reshape(BATCH, SELECTED, HIDDEN), w["o"])
-    residual, normed = gather_add_rms_norm(x, at, addend, w["norm_post"], 1e-5)
+    residual, normed = gather_add_rms_norm(x, at, addend, w["pre_mlp_norm"], 1e-5)
     if low:  # `down` is further rows of the merged weight; the selected rows are read by now
         add_low_rank(x, low[0], w["up"], w["bias"], out=x)
     scatter_add_rows_(x, at, linear(silu_and_mul(linear(normed, w["gate_up"])), w["down"]), residual)
@@ -167,7 +167,7 @@ def eager_layer(x: Tensor, w: dict[str, Tensor], table: Tensor) -> Tensor:
     def heads(y: Tensor, n: int) -> Tensor:
         return y.view(BATCH, -1, n, HIDDEN // HEADS).transpose(1, 2)
 
-    normed = norm(x, w["norm_in"])
+    normed = norm(x, w["input_norm"])
     scores = torch.matmul(normed.narrow(1, 0, 1), normed.transpose(1, 2)).squeeze(1).abs()
     scores = torch.where(torch.arange(TOKENS, device=x.device) == 0, float("inf"), scores)
     at = torch.sort(scores.topk(SELECTED, largest=False).indices).values
@@ -181,7 +181,7 @@ def eager_layer(x: Tensor, w: dict[str, Tensor], table: Tensor) -> Tensor:
     torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill(seen.logical_not(), float("-inf"))
     attended = sparse_query_attention(queries, keys, heads(values, KV_HEADS), at.to(torch.int32))
     residual = picked + linear(attended.transpose(1, 2).reshape(BATCH, SELECTED, HIDDEN), w["o"])
-    gate, up = linear(norm(residual, w["norm_post"]), w["gate_up"]).chunk(2, dim=-1)
+    gate, up = linear(norm(residual, w["pre_mlp_norm"]), w["gate_up"]).chunk(2, dim=-1)
     return x.scatter(1, rows, residual + linear(torch.nn.functional.silu(gate) * up, w["down"]))
 
 
@@ -189,8 +189,8 @@ def weights(with_map: bool = False) -> dict[str, Tensor]:
     kv = 2 * KV_HEADS * HIDDEN // HEADS + (RANK if with_map else 0)
     return {
         **({"up": empty(HIDDEN, RANK), "bias": empty(HIDDEN)} if with_map else {}),
-        "norm_in": empty(HIDDEN),
-        "norm_post": empty(HIDDEN),
+        "input_norm": empty(HIDDEN),
+        "pre_mlp_norm": empty(HIDDEN),
         "q": empty(HIDDEN, HIDDEN),
         "kv": empty(kv, HIDDEN),
         "o": empty(HIDDEN, HIDDEN),

@@ -8,7 +8,7 @@ import torch
 import orthorank
 from orthorank import OrthoRankConfig, apply
 from orthorank.hf import selection as choosing
-from tests.orthorank.hf.test_company_compile import Graphs, fresh_compiler, left_padded
+from tests.orthorank.hf.test_compat_compile import Graphs, fresh_compiler, left_padded
 from tests.orthorank.hf.test_corrected import maps
 from tests.orthorank.hf.test_family_kernels import kernels
 from tests.orthorank.hf.test_layer import ids_of

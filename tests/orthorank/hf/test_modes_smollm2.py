@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from orthorank import OrthoRankConfig, apply
 from orthorank.calibration.thresholds import calibrate
-from orthorank.calls.call import Call
+from orthorank.calls.context import ForwardContext
 from orthorank.common.texts import find_text
 from orthorank.plans import default_plan
 from orthorank.stack.layers import LayerStack
@@ -36,7 +36,7 @@ def run(model: Any, handle: Any, rows: list[Tensor], sizes: list[int] | None) ->
     mask = torch.stack([torch.arange(width) >= width - len(row) for row in rows]).long()
     positions, selected = (mask.cumsum(1) - 1).clamp(min=0), defaultdict(set)
 
-    def watch(layer: int, at: Tensor, call: Call) -> None:
+    def watch(layer: int, at: Tensor, call: ForwardContext) -> None:
         for row, position in (at >= 0).nonzero().tolist():
             column = call.past + int(at[row, position])
             selected[layer].add((row, column - (width - len(rows[row]))))

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 
 from orthorank import OrthoRankConfig, apply, status
-from orthorank.calls.call import Call
+from orthorank.calls.context import ForwardContext
 from orthorank.calls.reading import Phase, read_call
 from orthorank.correction import Correction
 from orthorank.hf.selection import prepared, windows_of
@@ -169,11 +169,11 @@ def test_device_and_host_count_alike(seed: int) -> None:
     draw = random.Random(seed)
     window, tokens, past = draw.randint(1, 12), draw.randint(1, 40), draw.choice([0, 0, draw.randint(1, 30)])
     prompt = draw.randint(1, tokens)
-    call = Call(2, tokens, past, prompt, keep_last=min(prompt, draw.choice([0, 1, 2, 15])))
-    call = Call(**(vars(call) | {"update_sink": draw.random() < 0.5}))
+    call = ForwardContext(2, tokens, past, prompt, keep_last=min(prompt, draw.choice([0, 1, 2, 15])))
+    call = ForwardContext(**(vars(call) | {"update_sink": draw.random() < 0.5}))
     ratio = draw.choice([0.05, 1 / 3, 0.29, 0.8, 0.99])
     cached = None if past == 0 else torch.tensor([-1, -1], dtype=torch.int32)
-    plain = windows_of(Call(**(vars(call) | {"sink_positions": cached})), window, ratio, torch.device("cpu"))
+    plain = windows_of(ForwardContext(**(vars(call) | {"sink_positions": cached})), window, ratio, torch.device("cpu"))
     assert plain.counts.view(2, -1).sum(1).tolist() == [plain.most, plain.most]
     begin = torch.tensor([0, draw.randint(0, tokens - 1)], dtype=torch.int32)
     padded = vars(call) | {
@@ -182,7 +182,7 @@ def test_device_and_host_count_alike(seed: int) -> None:
         "key_starts": begin if past == 0 else begin * 0,
         "sink_positions": begin if past == 0 else cached,
     }
-    windows = windows_of(Call(**padded), window, ratio, torch.device("cpu"))
+    windows = windows_of(ForwardContext(**padded), window, ratio, torch.device("cpu"))
     rows = windows.counts.view(2, -1).sum(1)
     assert windows.cu_seqlens[-1] == 2 * tokens
     assert (windows.cu_seqlens.diff() >= windows.counts).all()
@@ -200,7 +200,9 @@ def test_nothing_waits_for_a_device(tiny_model: Any, padding: bool) -> None:
         call = read_call((2, 29), ranks.device, Phase(keep_last=2), {})
         if padding:
             row = torch.ones(2, dtype=torch.int32)
-            call = Call(**(vars(call) | {"starts": row, "lengths": row * 20, "key_starts": row, "sink_positions": row}))
+            call = ForwardContext(
+                **(vars(call) | {"starts": row, "lengths": row * 20, "key_starts": row, "sink_positions": row})
+            )
         call = prepared(call, plan(), ranks.device)
         positions, counts = pick(plan(), 1, call, ranks, call.sink_positions)
         assert (positions.shape, counts.shape) == ((2, 13 if padding else 9 + 2), (2,))

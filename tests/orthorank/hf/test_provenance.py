@@ -12,7 +12,7 @@ from torch import Tensor
 
 from orthorank import OrthoRankConfig, apply, fit_correction
 from orthorank.hf.provenance import SAMPLED, active_adapters, differing, license_of, weights_fingerprint
-from tests.orthorank.hf.test_company_adapters import adapted
+from tests.orthorank.hf.test_compat_adapters import adapted
 from tests.orthorank.models import tiny
 
 PLAN = OrthoRankConfig(layers=[1, 2], keep_ratio=0.5, keep_ratios={2: 0.0})

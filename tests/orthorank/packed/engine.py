@@ -58,11 +58,11 @@ class LayerParts(PackedParts):
         self.down: Tensor | None = None  # rides in the product that gives the keys
 
     @property
-    def norm_in(self) -> RMSNorm:
+    def input_norm(self) -> RMSNorm:
         return RMSNorm(self.layer.input_layernorm.weight, self.layer.input_layernorm.variance_epsilon)
 
     @property
-    def norm_post(self) -> RMSNorm:
+    def pre_mlp_norm(self) -> RMSNorm:
         norm = self.layer.post_attention_layernorm
         return RMSNorm(norm.weight, norm.variance_epsilon)
 

@@ -38,11 +38,11 @@ class Parts(PackedParts):
         self.norm, self.states = RMSNorm(empty(HIDDEN), 1e-5), empty(SEGMENTS, HIDDEN)
 
     @property
-    def norm_in(self) -> RMSNorm:
+    def input_norm(self) -> RMSNorm:
         return self.norm
 
     @property
-    def norm_post(self) -> RMSNorm:
+    def pre_mlp_norm(self) -> RMSNorm:
         return self.norm
 
     def sinks(self, step: Step) -> Tensor:

@@ -402,7 +402,7 @@ STEPS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 @pytest.mark.parametrize("what", STEPS)
 def test_a_packed_layer_over_vllm_s_views(example: ModuleType, what: str) -> None:
     new, changes, error, sentence = Numbers(seed=2), *STEPS[what]
-    shapes = {"norm_in": (8,), "q": (8, 8), "kv": (8, 8), "o": (8, 8), "norm_post": (8,), "gate_up": (32, 8)}
+    shapes = {"input_norm": (8,), "q": (8, 8), "kv": (8, 8), "o": (8, 8), "pre_mlp_norm": (8,), "gate_up": (32, 8)}
     weights = example.Weights(**{name: new.floats(*shape) for name, shape in shapes.items()}, down=new.floats(8, 16))
     step = {
         "cu_seqlens": ints(0, 9, 18),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.orthorank.company_tp import PLANS
+from tests.orthorank.compat_tp import PLANS
 from tests.orthorank.models import MODELS, tiny
 
 ROOT = Path(__file__).parents[3]
@@ -25,7 +25,7 @@ def run_in_two_processes(names: list[str], folder: Path) -> list[dict[str, Any]]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
-        [*command, "-m", "tests.orthorank.company_tp", str(folder)],
+        [*command, "-m", "tests.orthorank.compat_tp", str(folder)],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -36,7 +36,7 @@ class Windows:
 
 
 @dataclass(frozen=True)
-class Call:
+class ForwardContext:
     """What the selected layers need to know of one call. Tensors are int32 ``[batch]`` on the device of the layer.
 
     Args:
@@ -197,7 +197,7 @@ class Call:
             return 0
         return self.batch * self.decode_tokens if self.tails is None else self.tails.sum()
 
-    def on(self, device: torch.device) -> "Call":
+    def on(self, device: torch.device) -> "ForwardContext":
         """The same with its tensors on ``device``, where another part of the model may lie."""
         if self.workspace is not None and self.workspace.device == device:  # and the other tensors are where it is
             return self
@@ -217,4 +217,4 @@ class Call:
         return dataclasses.replace(self, counted=counted, windows=windows, **moved)
 
 
-Watcher = Callable[[int, Tensor, Call], None]
+Watcher = Callable[[int, Tensor, ForwardContext], None]

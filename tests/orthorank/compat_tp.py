@@ -1,4 +1,4 @@
-"""What each process of a tensor-parallel run does; started by test_company_tensor_parallel.py under torchrun.
+"""What each process of a tensor-parallel run does; started by test_compat_tensor_parallel.py under torchrun.
 
 Each model lies in a folder of its own below the one that is named on the command line. What a process finds is written
 there, too: what differs from the model in one process, and whether the processes agree bit by bit.
