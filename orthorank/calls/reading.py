@@ -98,9 +98,8 @@ def read_call(
     refuse_packed(kwargs)
     cache = cache_of(kwargs)
     if torch.compiler.is_compiling() and decode == "dense" and _decodes_over_tensors(cache, phase, tokens):
-        call = ForwardContext(
-            batch, tokens, past=1, prompt_tokens=0
-        )  # how much more came before, dense layers do not ask
+        # How much more came before, dense layers do not ask.
+        call = ForwardContext(batch, tokens, past=1, prompt_tokens=0)
         return _placed(call, None, device) if sinks else call
     past = _past(cache, phase, tokens)
     ranks_decoded = decode == "threshold"
