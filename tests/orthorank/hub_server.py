@@ -70,10 +70,12 @@ class _Handler(BaseHTTPRequestHandler):
         self._file()
 
     def _file(self) -> None:
-        """/ORG/NAME/resolve/REVISION/FILE"""
+        """/ORG/NAME/resolve/REVISION/FILE, or /api/models/ORG/NAME/tree/REVISION/FOLDER, of which there is none."""
         parts = self.path.strip("/").split("/")
         if self.hub.fails is not None:
             return self._answer(self.hub.fails)
+        if parts[:2] == ["api", "models"]:
+            return self._answer(404, X_Error_Code="EntryNotFound")
         repo = self.hub.repos.get("/".join(parts[:2]))
         if repo is None or (repo.private and self.headers.get("authorization") is None):
             return self._answer(401, X_Error_Code="RepoNotFound")

@@ -9,7 +9,7 @@ import pytest
 from ptx_check import OutOfBounds, Uninitialised, UnknownInstruction, check
 from ptx_check.cli import main
 
-KERNELS = Path(__file__).with_name("kernels")
+KERNELS = Path(__file__).with_name("ptx_files")
 SOFTMAX = str(KERNELS / "softmax_sm80.ptx")
 RUN = [SOFTMAX, "--grid", "2"]
 for given in ("f32:3x200=nan", "f32:3x200", "200", "200", "3", "200"):

@@ -11,7 +11,7 @@ import pytest
 
 from ptx_check import Program, PtxError, Race, Uninitialised, check, mutate
 
-FOLDER = Path(__file__).with_name("kernels")
+FOLDER = Path(__file__).with_name("ptx_files")
 README = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
 RANDOM = np.random.default_rng(0)
 

@@ -1,5 +1,5 @@
 """The kernels of two of Triton's tutorials, fused softmax and matrix multiplication, written anew from what those pages
-say that they do. `kernels/` has what Triton 3.9 makes of them:
+say that they do. `ptx_files/` has what Triton 3.9 makes of them:
 
     python packages/ptx-check/tests/tutorials.py     # writes it again; needs Triton and no GPU
 """
@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-FOLDER = Path(__file__).with_name("kernels")
+FOLDER = Path(__file__).with_name("ptx_files")
 
 
 @triton.jit
