@@ -34,6 +34,7 @@ def dry(name: str, output: Path, machine: Path) -> list[dict]:
     return found
 
 
+@pytest.mark.slow  # two minutes; `make rehearse-gpu` runs them as well
 def test_both_campaigns(tmp_path):
     a = dry("A", tmp_path / "A", tmp_path / "machine")
     for step in plan.A:

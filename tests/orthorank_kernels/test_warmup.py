@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MODEL: dict[str, Any] = {"dtype": torch.float32, "hidden": 16, "heads": 4, "kv_heads": 2, "head_dim": 8}
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])
 def test_nothing_is_left_to_compile(target: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.orthorank_kernels.warmup_worker", target]

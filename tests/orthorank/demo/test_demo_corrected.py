@@ -107,6 +107,7 @@ def test_a_given_corrected_plan_is_measured_with_its_own_maps(finished: Any, tin
     assert "maps of rank 4 that the plan came with" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_ctrl_c_does_not_lose_a_corrected_plan_that_is_measured_again(tiny_folder: Path, tmp_path: Path) -> None:
     run_demo(settings(tiny_folder, tmp_path, layers=[2, 3], sparsity=None))
     before = OrthoRankConfig.from_pretrained(tmp_path / "corrected")

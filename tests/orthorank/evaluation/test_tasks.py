@@ -275,6 +275,7 @@ def test_differences_over_tasks() -> None:
     assert task_differences(of([1.0]), of([1.0], metric="acc_norm"))["mean"] is None
 
 
+@pytest.mark.slow
 def test_the_harness_own_command_line(folder: Path, task_folder: Path, tmp_path: Path) -> None:
     plan = PLAN.save_pretrained(tmp_path)
     arguments = ["run", "--model", "orthorank", "--model_args", f"pretrained={folder},plan={plan}"]

@@ -90,7 +90,7 @@ def test_ten_calls_compile_once_and_two_lengths_twice(tiny_model: Any, corrected
         assert len(graphs.graphs) == 2, "the second length is compiled for any length"
 
 
-@pytest.mark.parametrize("corrected", PLANS)
+@pytest.mark.parametrize("corrected", ["plain", pytest.param("corrected", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_a_compiled_model_fills_and_continues_a_cache(tiny_model: Any, corrected: str) -> None:
     """Prompt, generated tokens, and another prompt chunk with the row's sink: as the model that is not compiled."""

@@ -255,7 +255,10 @@ def test_guidance_without_a_cache_is_refused(tiny_model: Any) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("inner", [False, True], ids=["the whole model", "its inner part"])
-@pytest.mark.parametrize(("place", "compiled"), [("processor", False), ("criterion", False), ("processor", True)])
+@pytest.mark.parametrize(
+    ("place", "compiled"),
+    [("processor", False), ("criterion", False), pytest.param("processor", True, marks=pytest.mark.slow)],
+)
 def test_a_scorer_that_is_the_model_itself(tiny_model: Any, place: str, compiled: bool, inner: bool) -> None:
     """Between two steps of its own `generate()` the model is called for another prompt: read as outside of it."""
     model, ids, other = tiny_model("llama", num_hidden_layers=3), ids_of(1, 24), ids_of(1, 30, seed=3)

@@ -281,7 +281,8 @@ def test_opcheck(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("needs_grad", "every"), [(False, True), (True, False), pytest.param(True, True, marks=pytest.mark.slow)]
+    ("needs_grad", "every"),
+    [(False, True), *(pytest.param(True, every, marks=pytest.mark.slow) for every in (False, True))],
 )
 def test_compiles_into_one_graph(needs_grad: bool, every: bool) -> None:
     q, k, v, positions = inputs()

@@ -53,7 +53,9 @@ def test_the_layouts_differ_in_memory() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("block_size", [1, 16, 32, 48, 128, 256])
+@pytest.mark.parametrize(
+    "block_size", [1, 16, 48, 128, *(pytest.param(size, marks=pytest.mark.slow) for size in (32, 256))]
+)
 def test_block_sizes(block_size: int, backend: str) -> None:
     case = packed((300, 1, 0, 70), (20, 1, 0, 33))
     check(case, paged(case, block_size), backend)

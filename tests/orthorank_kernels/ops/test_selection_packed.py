@@ -195,7 +195,7 @@ def packed_selections(draw):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(case=packed_selections())
 def test_any_scores_any_split(backend, case):
     lengths, row, k, threshold, sinks, offsets, last, width = case

@@ -42,7 +42,7 @@ def test_head_dims(dim: int, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("splits", [2, 7])
+@pytest.mark.parametrize("splits", [2, pytest.param(7, marks=pytest.mark.slow)])
 def test_splits(splits: int, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Among them more splits than blocks of keys, and sequences without queries."""
     monkeypatch.setattr(configs, "splits", lambda *_: splits)

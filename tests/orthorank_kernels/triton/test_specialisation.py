@@ -24,7 +24,7 @@ VARIANTS = {"select_tokens_kernel": 3, "rms_norm_select_kernel": 3, "sparse_quer
 MOST_VARIANTS = 2
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_90", "gfx942"])
+@pytest.fixture(scope="module", params=[pytest.param("sm_80", marks=pytest.mark.slow), "sm_90", "gfx942"])
 def noted(request: pytest.FixtureRequest) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.orthorank_kernels.specialisation_worker", request.param]
