@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.bench_zeroshot import row_of
 from benchmarks.frontier.curve import at_share, compared
 from benchmarks.frontier.path import Path_, lay
 from benchmarks.frontier.texts import FIRST_TO_FIT, SHARED, Sizes, check_apart, read_windows
@@ -65,6 +66,22 @@ def test_methods_are_compared_where_their_flops_are_equal() -> None:
     # 1.6 and 2.7 against 1.9 and 3.8
     assert second["against_removed"]["a text"]["difference"] == pytest.approx(-0.7)
     assert second["perplexity"]["a text"] == pytest.approx(math.exp(2.15), abs=1e-3)
+
+
+def test_zero_shot_rows_are_in_per_cent_and_paired() -> None:
+    def of(*scores: list[float]) -> dict[str, list[dict[str, object]]]:
+        names = ("piqa_offline", "arc_easy_offline")
+        rows = [
+            {"task": name, "metric": "acc", "rows": len(each), "value": sum(each) / len(each), "scores": each}
+            for name, each in zip(names, scores, strict=True)
+        ]
+        return {"tasks": rows}
+
+    dense, plan = of([1, 1, 0, 1], [1, 0]), of([1, 0, 0, 0], [1, 0])
+    row = row_of("removed", 0.80444, plan, dense)
+    assert (row["tasks"], row["mean"], row["flops"]) == ({"piqa": 25.0, "arc_easy": 50.0}, 37.5, 0.8044)
+    # -0.5 with an error of 0.2887 on one of two tasks, nothing on the other
+    assert row["against_dense"] == {"mean": -25.0, "standard_error": 14.43}
 
 
 def costs(plan: dict[int, float]) -> float:
