@@ -118,7 +118,7 @@ def verdict(results: Results) -> str:
             f"Prefill runs {ortho['speedup']:.2f} times as fast as the dense model "
             f"(by FLOPs alone it would be {ortho['flop_speedup']:.2f} times)"
         )
-        sentences += [doubt.rstrip(".") for doubt in doubts(results["rows"])]
+        sentences += [capital(doubt.rstrip(".")) for doubt in doubts(results["rows"])]
     return ". ".join(sentences) + "."
 
 
