@@ -248,6 +248,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/correction-results.md": {
         "correction": readme_docs.correction_section,
         "frontier": readme_docs.frontier_section,
+        "zeroshot": readme_docs.zeroshot_section,
         "retrieval": readme_docs.retrieval_section,
     },
     "docs/criteria.md": {"criteria": readme_docs.criteria_section},
