@@ -1,6 +1,7 @@
 """Running the harness on a model with a plan, and the paper's mean over tasks."""
 
 import copy
+import hashlib
 import logging
 import math
 import statistics
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from orthorank.config import OrthoRankConfig
 
+TASK_FILES = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv", ".parquet")
 METRICS = ("acc_norm", "acc")  # the paper's choice: acc_norm where a task has it
 
 
@@ -107,6 +109,23 @@ def evaluate_tasks(
         "bos": adds and bos != "none",
         "harness": lm_eval.__version__,
     }
+
+
+def definition_of(tasks: Sequence[str], include_path: Path | None) -> dict[str, Any]:
+    """What decides what ``tasks`` are: their names, the harness, and the files of ``include_path`` with what they hold.
+
+    Data in files elsewhere, which a task file names, are not looked at.
+    """
+    from importlib import metadata
+
+    found = {"tasks": list(tasks), "harness": metadata.version("lm_eval")}
+    if include_path is None:
+        return found
+    digest = hashlib.sha256()
+    for file in sorted(path for path in include_path.rglob("*") if path.suffix in TASK_FILES and path.is_file()):
+        digest.update(f"{file.relative_to(include_path)}\0".encode())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return found | {"task_files": digest.hexdigest()[:16]}
 
 
 @contextmanager

@@ -78,8 +78,8 @@ def ask(llm: Any, asked: list[list[int]], tokens: int = 6, log_probabilities: bo
     return [answer_of(output) for output in outputs(llm, asked, tokens, log_probabilities)]
 
 
-def outputs(llm: Any, asked: list[list[int]], tokens: int, log_probabilities: bool) -> list[Any]:
-    """What vLLM gives for them."""
+def outputs(llm: Any, asked: list[list[int]], tokens: int, log_probabilities: bool, **more: Any) -> list[Any]:
+    """What vLLM gives for them; ``more``: further sampling parameters."""
     from vllm import SamplingParams
 
     params = SamplingParams(
@@ -89,6 +89,7 @@ def outputs(llm: Any, asked: list[list[int]], tokens: int, log_probabilities: bo
         detokenize=False,
         logprobs=0,
         prompt_logprobs=0 if log_probabilities else None,
+        **more,
     )
     given: list[Any] = llm.generate([{"prompt_token_ids": prompt} for prompt in asked], params, use_tqdm=False)
     return given

@@ -15,6 +15,7 @@ from tests.vllm.engines import (
     check,
     engine,
     expect,
+    outputs,
     prompts,
     unlike,
 )
@@ -69,15 +70,6 @@ def _note(bank: Any, computed: list[list[int]]) -> None:
 
 def _one(llm: Any, prompt: list[int], tokens: int = 6, *, dense: bool = False) -> tuple[Answer, int]:
     """An answer, and how many tokens of the prompt came from the cache."""
-    from vllm import SamplingParams
-
-    params = SamplingParams(
-        temperature=0,
-        max_tokens=tokens,
-        ignore_eos=True,
-        detokenize=False,
-        logprobs=0,
-        extra_args={"orthorank_dense": True} if dense else None,
-    )
-    (output,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    more = {"extra_args": {"orthorank_dense": True}} if dense else {}
+    (output,) = outputs(llm, [prompt], tokens, False, **more)
     return answer_of(output), output.num_cached_tokens

@@ -263,6 +263,22 @@ def test_several_plans_are_paired_with_the_dense_model(
     assert (without["against"], list(without["differences"])) == ("orthorank", ["layer pruning"])
 
 
+def test_a_changed_task_is_measured_again(
+    folder: Path, task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, measured = shutil.copytree(task_folder, tmp_path / "tasks"), []
+    real = task_scores.evaluate_tasks
+    monkeypatch.setattr(task_scores, "evaluate_tasks", lambda *a, **how: (measured.append(1), real(*a, **how))[1])
+    line = ["eval", "tasks", str(folder), "--tasks", "rivers", "--include-path", str(own), "--device", "cpu"]
+    line += ["--limit", "2", "--output", str(tmp_path / "out")]
+    assert [main(line), main(line)] == [0, 0]
+    assert len(measured) == 1
+    (task,) = own.glob("*.yaml")
+    task.write_text(task.read_text() + "# of another kind\n")
+    assert main(line) == 0
+    assert len(measured) == 2, "the folder has the same path, and other tasks"
+
+
 def test_differences_over_tasks() -> None:
     def of(*scores: list[float], metric: str = "acc") -> dict[str, Any]:
         return {"tasks": [{"task": str(n), "metric": metric, "scores": each} for n, each in enumerate(scores)]}
