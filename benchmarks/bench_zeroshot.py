@@ -129,4 +129,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except OrthoRankError as error:
+        sys.exit(f"bench_zeroshot: {error}")

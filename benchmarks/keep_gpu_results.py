@@ -4,7 +4,8 @@
     python benchmarks/readme.py
 
 Keeps the raw lines, the table, and ``about.json``: the card, versions and date. A dry run is refused. Launch settings
-that were measured lie in the output's ``files-b.tar``; look at them before they go to `orthorank_kernels/configs/`.
+that were measured lie in the output's ``files-b.tar``; look at them before they go to
+`orthorank_kernels/settings/configs/`.
 """
 
 import argparse

@@ -3,7 +3,9 @@
 import torch
 
 SCORE_BINS = 1024  # of the histogram of a long row's scores, in the workspace of `rms_norm_select`
-LONG_ROW = 2048  # tokens; `rms_norm_select` has longer ones counted
+# Tokens; `rms_norm_select` has longer rows counted: more than fit its registers, with the three before the first valid
+# one with which reading may begin.
+LONG_ROW = 2048 - 3
 
 
 def empty_ordered_like(x: torch.Tensor) -> torch.Tensor:
@@ -59,7 +61,7 @@ def selection_outputs(like: torch.Tensor, width: int, cu_seqlens: torch.Tensor |
 def selection_workspace(rows: int, tokens: int, device: torch.device) -> torch.Tensor:
     """Zeros for `rms_norm_select` of a batch: one for each row, and of long rows room for the histogram of the scores.
 
-    >>> [selection_workspace(2, tokens, torch.device("cpu")).shape[0] for tokens in (2048, 2049)]
+    >>> [selection_workspace(2, tokens, torch.device("cpu")).shape[0] for tokens in (2045, 2046)]
     [2, 2050]
     """
     entries = 1 + SCORE_BINS if tokens > LONG_ROW else 1

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from benchmarks.static.case import FLOAT, HALF, Case, empty, launch, name_of
-from orthorank_kernels.layout import LONG_ROW, SCORE_BINS
+from orthorank_kernels.layout import SCORE_BINS
 
 MANY = 32  # rows or sequences of a launch
 
@@ -73,7 +73,7 @@ def norm_selection_cases() -> Iterator[Case]:
         name = f"rms_norm_select {hidden} {tokens} tokens {name_of(dtype)}"
         limits = {"registers": 128 if slow else 64, "spills": 0}
         fused = fused_launch(x, weight, k=tokens // 3, width=tokens // 3, **of_a_batch())
-        counting = {t: {"spills": 2} for t in ("sm_90", "sm_100")} if hidden == 576 and tokens > LONG_ROW else {}
+        counting = {t: {"spills": 2} for t in ("sm_90", "sm_100")} if hidden == 576 and tokens > 2048 else {}
         yield Case("scores", name, fused, limits, counting, slow=slow)
         if tokens == 2048:
             # 69 and 70 on sm_90 and sm_100: three programs share a multiprocessor there, not four.

@@ -33,7 +33,7 @@ OPTION_NTM = {
     "window": {64: (1500.0, 1520.0), 128: (780.0, 800.0)},
     "soft": {64: (1610.0, 1875.0), 128: (840.0, 970.0)},
 }
-SPILLS = {(64, "window and sinks"): 6}  # beside the loops
+SPILLS = {(64, "window and sinks"): 6}  # before the loops
 EXPONENTIALS = 64 * BLOCK_N // 128  # of a thread in each loop: one for each score
 LOOPS, WINDOW_LOOPS = 4, 6  # of two consumers: with a mask and without, and with the mask of a window behind them
 

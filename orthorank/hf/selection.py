@@ -73,7 +73,8 @@ class Picked(NamedTuple):
 
 def prepared(call: ForwardContext, plan: OrthoRankConfig, device: torch.device) -> ForwardContext:
     """``call`` with what every selecting layer of ``plan`` would compute anew, on ``device``."""
-    workspace = selection_workspace(call.batch, call.tokens, device)
+    counted = call.tokens if plan.select == "topk" else 0  # other ways to select count no scores
+    workspace = selection_workspace(call.batch, counted, device)
     call = dataclasses.replace(call, workspace=workspace, update_sink=plan.update_sink, multiple=plan.keep_multiple)
     if call.lengths is not None:
         call = dataclasses.replace(call, valid=call.lengths.sum())

@@ -85,8 +85,8 @@ def rms_norm_select(
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
         workspace: int32 ``[n]``, n at least 1 and the number of rows or sequences, all zero, for the kernel to count
             in. It is zero again afterwards, so one serves all calls that follow each other on a stream, and without it
-            each call first fills one with zeros. With 1,024 more for each row of the batch, rows of more than 2,048
-            tokens are read twice by the program that selects, not five times.
+            each call first fills one with zeros. With 1,025 for each row of a batch, a selection by ``k`` from rows
+            of more than 2,048 tokens mostly reads them twice instead of five times.
         out: `NormSelection` or a tuple like it, to write to, contiguous, None for the fields that this call has not.
 
     Returns:

@@ -74,6 +74,12 @@ def launch(
     head_bytes = 2 * every_key * head_dim * k.element_size()
     lanes_together, seqs_together = configs.together(columns // kv_heads, columns * batch, n_seqs, head_bytes)
     splits = configs.splits(tiles * columns * batch, longest, constexprs["BLOCK_M"], constexprs["BLOCK_N"], q.device)
+    programs = tiles * splits * columns * batch
+    if programs > INT32_MAX:  # so that 32 bits number them, and all that `find_work` divides them into
+        raise ValueError(
+            f"{tiles:,} tiles of queries, {splits} splits, {columns} columns of heads and {batch} batch rows are "
+            f"{programs:,} programs; a launch has at most {INT32_MAX:,}: call the op for parts of the batch"
+        )
     if asked and splits == 1 and constexprs["BLOCK_M"] > configs.FEW_ROWS[-1]:
         hopper.launch(
             q, k, v, positions, *outputs, pack=constexprs["PACK"], lanes_together=lanes_together, scale=scale,
@@ -88,12 +94,6 @@ def launch(
     if parts is not None:
         out, lse, totals = parts
         to = strides("split", "batch", "head", "token", out=out.transpose(2, 3), lse=lse.transpose(2, 3))
-    programs = tiles * splits * columns * batch
-    if programs > INT32_MAX:  # so that 32 bits number them, and all that `find_work` divides them into
-        raise ValueError(
-            f"{tiles:,} tiles of queries, {splits} splits, {columns} columns of heads and {batch} batch rows are "
-            f"{programs:,} programs; a launch has at most {INT32_MAX:,}: call the op for parts of the batch"
-        )
     configs.launch(
         sparse_query_attention_kernel,
         (programs,),

@@ -15,13 +15,14 @@ all programs registers: `docs/writing-kernels.md`.
 
 All programs norm and only few select, so the selection may not take registers that the norm does not need. Hence the
 norm ends before the counting begins, for all sequences of a program: selecting inside that loop kept weight and sink
-alive, 95 registers instead of 56 on sm_90, and half as many programs at a time. Hence also the small tiles: resident
-packed sequences of 1024 and 2048 tokens took 80 and 104 registers, and spilled on sm_100 and AMD.
+alive, then 95 registers instead of 56 on sm_90, and half as many programs at a time. Hence also the small tiles:
+resident packed sequences of 1024 and 2048 tokens took 80 and 104 registers, and spilled on sm_100 and AMD.
 
 Compiled for 4096 channels in bfloat16 and 2048 tokens, 8 warps, for sm_80 / sm_90 / sm_100 / gfx942, without spills:
-63 / 56 / 59 / 59 registers for a batch, 64 / 76 / 76 / 90 for packed sequences, 64 / 64 / 64 / 61 for those with a
-threshold. The norm alone takes 64 on sm_90. For some other channels a packed selection spills 2 to 6 registers once,
-and with 16 warps on AMD up to 26 scalar ones.
+63 / 54 / 56 / 59 registers for a batch, 64 / 76 / 76 / 90 for packed sequences, 64 / 70 / 70 / 61 for those with a
+threshold; where long rows are counted, 64 / 64 / 64 / 61. The norm alone takes 64 on sm_90. For some other channels a
+packed selection spills 2 to 6 registers once, with 16 warps on AMD up to 26 scalar ones, and with 576 channels and
+counted rows sm_90 and sm_100 spill 2.
 """
 
 from typing import Any

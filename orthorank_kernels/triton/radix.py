@@ -99,7 +99,9 @@ def find_binned(scores_ptr, bins_ptr, lead, n_valid, sink, k, keep_last, BLOCK: 
     """As `find_resident`, of a row whose keys were counted from ``bins_ptr`` on, which is zero again afterwards.
 
     The row is read once, for the keys of the k-th token's bin. They stand where the counts were, and the rest happens
-    in registers. Only where one bin holds more than there are bins is the row read for each digit.
+    in registers. Only where one bin holds more than there are bins is the row read for each digit. Within a program a
+    barrier is enough between the stores of some threads and the loads of others, on AMD too: they share one cache (in
+    `norm_selection.is_last` the threads that load are another program's).
     """
     index = tl.arange(0, SCORES)  # [SCORES]
     ends = tl.cumsum(tl.load(bins_ptr + index), 0)
@@ -212,43 +214,16 @@ def select_smallest(
     scores_ptr += aligned
     position -= lead
     row -= lead
-    if TILE == 0:
-        select_resident(
-            scores_ptr, positions_ptr, rows_ptr, position, row, lead, n_valid, sink, k, keep_last, RESIDENT, LARGEST
-        )
-    elif RESIDENT == 0:
-        select_streamed(
-            scores_ptr,
-            positions_ptr,
-            rows_ptr,
-            bins_ptr,
-            position,
-            row,
-            lead,
-            n_valid,
-            sink,
-            k,
-            keep_last,
-            TILE,
-            LARGEST,
-        )
-    elif n_valid + lead <= RESIDENT:
+    if (TILE == 0) or (RESIDENT == 0):
+        fits: tl.constexpr = TILE == 0
+    else:
+        fits = n_valid + lead <= RESIDENT
+    if fits:
         select_resident(
             scores_ptr, positions_ptr, rows_ptr, position, row, lead, n_valid, sink, k, keep_last, RESIDENT, LARGEST
         )
     else:
         select_streamed(
-            scores_ptr,
-            positions_ptr,
-            rows_ptr,
-            bins_ptr,
-            position,
-            row,
-            lead,
-            n_valid,
-            sink,
-            k,
-            keep_last,
-            TILE,
+            scores_ptr, positions_ptr, rows_ptr, bins_ptr, position, row, lead, n_valid, sink, k, keep_last, TILE,
             LARGEST,
-        )
+        )  # fmt: skip

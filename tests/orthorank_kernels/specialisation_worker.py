@@ -7,6 +7,7 @@ Runs in a process of its own, without the interpreter. One JSON object per call 
 """
 
 import json
+import os
 import sys
 from unittest import mock
 
@@ -23,6 +24,13 @@ SMALL_MODELS = (
     Sizes(hidden=1024, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16),
 )
 SPLITS = (1, 4)
+# Calls that the kernel for sm_90 takes.
+HOPPER = (
+    "sparse_query_attention",
+    "sparse_query_attention, window, padding",
+    "sparse_query_attention, cap, sinks, lse",
+    "sparse_query_attention_varlen",
+)
 ORDINARY = {
     "one prompt": {"batch": 1, "tokens": 2048, "selected": 682},
     "another length": {"batch": 1, "tokens": 1999, "selected": 682},
@@ -49,9 +57,13 @@ def main() -> None:
     target = sys.argv[1]
     with fake_gpus(target, note=False), noted_keys(target) as keys:
 
-        def note(model: Sizes, variations: dict[str, dict[str, int]], suffix: str = "") -> None:
+        def note(
+            model: Sizes, variations: dict[str, dict[str, int]], suffix: str = "", only: tuple[str, ...] = ()
+        ) -> None:
             for sizes, changes in variations.items():
                 for name, call in calls(Shapes("cuda:0"), model.with_(**changes)).items():
+                    if only and name not in only:
+                        continue
                     keys.clear()
                     call(backend="triton")
                     print(json.dumps({"call": name + suffix, "sizes": sizes, "keys": keys}), flush=True)
@@ -61,6 +73,9 @@ def main() -> None:
             for splits in SPLITS:
                 with mock.patch.object(configs, "splits", lambda *_, splits=splits: splits):
                     note(model, ORDINARY, f"; {model.heads}/{model.kv_heads} heads, {splits} splits")
+        if target == "sm_90":
+            with mock.patch.dict(os.environ, ORTHORANK_ATTENTION="hopper"):
+                note(MODEL, {**ORDINARY, **EXTREME}, "; hopper", HOPPER)
 
 
 if __name__ == "__main__":

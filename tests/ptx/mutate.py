@@ -36,6 +36,7 @@ MUTATED = {
     "apply_rotary_at, 2 heads of 80, 32 turned, float32": (),
     "rms_norm_score, own sink, several rows a program, bfloat16": (),
     "rms_norm_select, own sink, several rows a program, bfloat16": (),
+    "rms_norm_select, scores counted, bfloat16": (),
     "rms_norm_select, packed, float32": (),
     "select_tokens, ragged, float32": (),
     "select_tokens, 9001 tokens, threshold, float32": (),
@@ -51,6 +52,9 @@ MUTATED = {
     "sparse_query_attention, hopper, dim 64, padding, bfloat16": (
         "sparse_query_attention, hopper, dim 64, many keys, bfloat16",
         "sparse_query_attention, hopper, dim 64, far apart, bfloat16",
+    ),
+    "sparse_query_attention, hopper, dim 64, window, bfloat16": (
+        "sparse_query_attention, hopper, dim 64, window of 420, bfloat16",
     ),
 }
 ORDERED = "rms_norm_select, own sink, bfloat16"  # whose one atomic in global memory is weakened

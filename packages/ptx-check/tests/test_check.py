@@ -84,10 +84,20 @@ def test_the_command_traces(capsys):
     assert "`ld.param.b32 %r" in lines[0]
 
 
-@pytest.mark.parametrize("wrong", ["f32", "q8:3", "f32:3xa", "i32:4=nan", "1e"])
-def test_arguments_that_are_none(wrong):
-    with pytest.raises(SystemExit, match=r"is no number, no FILE\.npy and no array such as f32:7x200"):
+@pytest.mark.parametrize("wrong", ["f32", "q8:3", "f32:3xa", "i32:4=nan", "1e", "nowhere.npy"])
+def test_arguments_that_are_none(wrong, capsys):
+    with pytest.raises(SystemExit) as raised:
         main([*RUN[:3], "--arg", wrong])
+    assert raised.value.code == 2, "not understood"
+    assert "is no number, no FILE.npy and no array such as f32:7x200" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [("--grid", "a"), ("--grid", "0"), ("--grid", "2,-1"), ("--schedules", "0")])
+def test_numbers_that_mean_nothing(wrong, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main([*RUN, *wrong])
+    assert raised.value.code == 2
+    assert "is no whole number of at least 1" in capsys.readouterr().err
 
 
 def test_arrays_from_files_and_all_kinds_of_numbers(tmp_path):

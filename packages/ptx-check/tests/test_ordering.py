@@ -39,9 +39,7 @@ SUM_UP = """
 """.replace("ld.param.b64 %rd1, [numbers];", "mov.b32 %r9, 0; ld.param.b64 %rd1, [numbers];")
 
 
-def sum_up(
-    count: str, seed: int | None, writer: int = 0, before: str = "bar.sync 0;", after: str = "bar.sync 0;"
-) -> int:
+def sum_up(count: str, seed: int | None, writer: int = 0, before: str = "bar.sync 0;") -> int:
     text = SUM_UP.format(count=count, writer=writer, before=before, last=PROGRAMS - 1, programs=PROGRAMS)
     total = np.zeros(1, np.uint32)
     numbers, counter = np.zeros(PROGRAMS, np.uint32), np.zeros(1, np.uint32)

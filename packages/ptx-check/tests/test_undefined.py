@@ -77,6 +77,11 @@ def test_of_several_numbers_read_at_once_one_may_be_unwritten_until_something_de
     assert not any(out.undefined(f"%r{n}").any() for n in (1, 2, 3))
     with pytest.raises(Uninitialised, match="a branch depends on %p1"):
         snippet.run(f"{body} setp.eq.s32 %p1, %r4, 0; @%p1 bra $L; $L:", {"%r9": 0}, shared=16)
+    memory, at = in_global(np.zeros(32, np.uint32))
+    with pytest.raises(Uninitialised):
+        snippet.run(f"{body} st.global.b32 [%rd1], %r4;", {"%r9": 0, "%rd1": per_lane(at, 4)}, memory=memory, shared=16)
+    half = body.replace("st.shared.b32 [%r9+8]", "st.shared.b8 [%r9+8]")
+    assert snippet.run(half, {"%r9": 0}, shared=16).undefined("%r3").all(), "three of its bytes were never written"
     with pytest.raises(Uninitialised, match="reads byte 0"):
         snippet.run("ld.shared.v2.b32 {%r1, %r2}, [%r9];", {"%r9": 0}, shared=16)
 

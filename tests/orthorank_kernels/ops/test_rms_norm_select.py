@@ -83,6 +83,16 @@ def small_tiles(monkeypatch):
     set_settings(monkeypatch, "rms_norm_score", enough_programs=8)
 
 
+@pytest.fixture
+def counted(monkeypatch):
+    """Of each launch, whether its programs count the scores."""
+    seen, launch = [], kernels.launch
+    monkeypatch.setattr(
+        kernels, "launch", lambda *args, **options: (seen.append(options["BINNED"]), launch(*args, **options))[1]
+    )
+    return seen
+
+
 def assert_long_rows_are_selected(room: int, *requests: tuple[dict, dict]) -> None:
     """Ties, zeros, NaN, infinities, and scores of all magnitudes."""
     scores = torch.randn(2, 33, generator=torch.Generator().manual_seed(1)) * 2.0 ** torch.arange(-20, 13)
@@ -102,22 +112,53 @@ PADDED = {"starts": int32(0, 6), "lengths": int32(33, 22), "keep_last": 3, "sink
 LONG = ({"k": 15}, {}), ({"k": int32(0, 22)}, PADDED)
 
 
-def test_long_rows_are_streamed(small_tiles, poisoned):
+def test_long_rows_are_streamed(small_tiles, poisoned, counted):
     """Where the workspace has no room to count scores, or a threshold needs none."""
     assert_long_rows_are_selected(2, ({"k": 15}, PADDED), ({"threshold": 1.5}, {}))
+    assert counted == [False, False]
 
 
-def test_long_rows_whose_scores_were_counted(small_tiles, poisoned):
+def test_long_rows_whose_scores_were_counted(small_tiles, poisoned, counted):
     assert_long_rows_are_selected(selection_workspace(2, 10**4, DEVICE).shape[0], *LONG)
+    assert counted == [True, True]
+
+
+def test_room_to_count_is_made_for_the_rows_that_are_counted(monkeypatch):
+    """The same tokens with the default settings, whether the op makes the workspace or `selection_workspace` does."""
+    counted = []
+    monkeypatch.setattr(kernels, "launch", lambda *_, **options: counted.append(options["BINNED"]))
+    for tokens in (2045, 2046):
+        x = torch.zeros(2, tokens, 2, device=DEVICE)
+        for workspace in (None, selection_workspace(2, tokens, torch.device(DEVICE))):
+            rms_norm_select(x, torch.ones(2, device=DEVICE), EPS, 3, workspace=workspace, backend="triton")
+    assert counted == [False, False, True, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("equal", [1000, 1100], ids=["in one bin", "more than a bin may hold"])
+def test_many_equal_scores_of_a_long_row(equal, counted):
+    """With the kernel's own constants, so also where it is compiled."""
+    tokens, k = 2600, 700
+    scores = torch.linspace(2, 3, tokens)
+    scores[torch.randperm(tokens, generator=torch.Generator().manual_seed(2))[:equal]] = 1.0
+    x = torch.stack([scores, torch.zeros(tokens)], -1)[None].to(DEVICE)
+    workspace = selection_workspace(1, tokens, torch.device(DEVICE))
+    options = {"norm": "identity", "sink": float32(1, 0), "write_norm": False, "workspace": workspace}
+    actual = rms_norm_select(x, None, EPS, k, **options, backend="triton")
+    assert counted == [True]
+    assert not workspace.any()
+    expected = select_tokens(actual.scores, k, backend="torch")
+    assert torch.equal(actual.positions, expected.positions)
 
 
 @pytest.mark.skipif(not interpreting(), reason="a compiled kernel has its constants")
-def test_a_bin_that_holds_more_than_there_are_bins(small_tiles, poisoned, monkeypatch):
+def test_a_bin_that_holds_more_than_there_are_bins(small_tiles, poisoned, counted, monkeypatch):
     for module in (kernels, radix, score_keys):
         monkeypatch.setattr(module, "SCORES", triton.language.constexpr(8))
     monkeypatch.setattr(kernels, "SCORE_BINS", 8)
     monkeypatch.setattr(score_keys, "FIRST_BIN", triton.language.constexpr(0))  # all are in the last
     assert_long_rows_are_selected(2 + 2 * 8, *LONG)
+    assert counted == [True, True]
 
 
 @pytest.mark.parametrize("request_", [{"k": 2}, {"k": int32(3, 0, 2, 1, 0, 9, -1, 4)}, {"threshold": 1.5}], ids=str)

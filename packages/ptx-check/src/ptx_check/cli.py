@@ -5,6 +5,7 @@ import json
 import math
 import signal
 import sys
+from argparse import ArgumentTypeError
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,10 +70,22 @@ def argument(text: str, random: np.random.Generator) -> Argument:
         if ":" in text:
             return array(text, random)
         return int(text, 0) if text.lstrip("-").isalnum() and text[-1].isdigit() else float(text)
-    except (KeyError, ValueError) as error:
-        raise SystemExit(
-            f"ptx-check: --arg {text} is no number, no FILE.npy and no array such as f32:7x200 or i32:64=1 ({error})"
+    except (KeyError, ValueError, OSError) as error:
+        raise ArgumentTypeError(
+            f"--arg {text} is no number, no FILE.npy and no array such as f32:7x200 or i32:64=1 ({error})"
         ) from None
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.strip().isdigit() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def programs(text: str) -> list[int]:
+    """What ``--grid`` says."""
+    return [positive(part) for part in text.split(",")]
 
 
 def shared_bytes(file: Path) -> int:
@@ -134,10 +147,10 @@ def main(given: Sequence[str] | None = None) -> int:
         prog="ptx-check", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", type=Path, metavar="FILE.ptx", help="PTX with one kernel")
-    parser.add_argument("--grid", help="programs (blocks): X, X,Y or X,Y,Z; without it nothing is run")
+    parser.add_argument("--grid", type=programs, help="programs (blocks): X, X,Y or X,Y,Z; without it nothing is run")
     parser.add_argument("--arg", action="append", default=[], metavar="VALUE", help="see above")
     parser.add_argument("--shared", type=int, help="bytes of dynamic shared memory; default: NAME.json beside the file")
-    parser.add_argument("--schedules", type=int, default=4, help="how many; the first is programs in order")
+    parser.add_argument("--schedules", type=positive, default=4, help="how many; the first is programs in order")
     parser.add_argument("--mutate", action="store_true", help="then break the kernel, one instruction at a time")
     parser.add_argument("--trace", action="store_true", help="print every instruction of the first schedule")
     options = parser.parse_args(given)
@@ -148,10 +161,13 @@ def main(given: Sequence[str] | None = None) -> int:
         if options.grid is None:
             return describe(ptx)
         random = np.random.default_rng(0)
-        arguments = [argument(text, random) for text in options.arg]
+        try:
+            arguments = [argument(text, random) for text in options.arg]
+        except ArgumentTypeError as error:
+            parser.error(str(error))
         before = [a.copy() if isinstance(a, np.ndarray) else a for a in arguments]
         how = {
-            "grid": [int(n) for n in options.grid.split(",")],
+            "grid": options.grid,
             "shared_bytes": shared_bytes(options.file) if options.shared is None else options.shared,
         }
         if options.trace:

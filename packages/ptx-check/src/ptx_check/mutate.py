@@ -54,7 +54,7 @@ def mutants(ptx: str) -> Iterator[tuple[str, int, Instruction | None]]:
             always = replace(instruction, opcode=("setp", "eq", "s32"), operands=(instruction.operands[0], "0", "0"))
             yield "wait for an mbarrier", at, always
         bounded = instruction.predicate and instruction.predicate not in constant
-        if bounded and re.match(r"(ld|st)\.global|cp\.async\.c[ag]|atom", opcode):
+        if bounded and re.match(r"(ld|st)\.global|cp\.async\.c[ag]|atom|red\.", opcode):
             yield "bound", at, replace(instruction, predicate=None, negated=False)
 
 
