@@ -15,19 +15,15 @@ from orthorank_kernels.reference.sequences import listed, valid_ranges
 def gather_rows(x: Tensor, positions: Tensor) -> Tensor:
     """``out[b, i] = x[b, positions[b, i]]``."""
     out = x.new_zeros(*positions.shape, x.shape[2])
-    for b, row in enumerate(positions.tolist()):
-        for i, p in enumerate(row):
-            if p >= 0:
-                out[b, i] = x[b, p]
+    for b, i in (positions >= 0).nonzero().tolist():
+        out[b, i] = x[b, positions[b, i]]
     return out
 
 
 def scatter_rows_(out: Tensor, positions: Tensor, rows: Tensor) -> None:
     """``out[b, positions[b, i]] = rows[b, i]``."""
-    for b, row in enumerate(positions.tolist()):
-        for i, p in enumerate(row):
-            if p >= 0:
-                out[b, p] = rows[b, i]
+    for b, i in (positions >= 0).nonzero().tolist():
+        out[b, positions[b, i]] = rows[b, i]
 
 
 def scatter_add_rows_(out: Tensor, positions: Tensor, rows: Tensor, residual: Tensor, scale: float = 1.0) -> None:
@@ -89,8 +85,7 @@ def add_low_rank(
     """``hidden_states + up low + bias`` for every valid token but the sink, ``[batch, tokens, hidden]``."""
     dtype = wide(hidden_states.dtype)
     out = hidden_states.clone(memory_format=torch.contiguous_format)
-    packed = cu_seqlens is not None
-    ranges = valid_ranges(hidden_states.shape[:2], starts, lengths, cu_seqlens)
+    packed, ranges = cu_seqlens is not None, valid_ranges(hidden_states.shape[:2], starts, lengths, cu_seqlens)
     sinks = listed(sink_positions, len(ranges), 0 if packed else None)
     for number, ((begin, end), sink) in enumerate(zip(ranges, sinks, strict=True)):
         row = 0 if packed else number

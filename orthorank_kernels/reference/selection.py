@@ -28,17 +28,13 @@ def rms_norm_score(
     values = normed.to(wide(h.dtype))  # of the rounded norm, which is what projections and a stored sink see
     scores = values.new_zeros(h.shape[:-1])
     for number, (begin, end) in enumerate(valid_ranges(h.shape[:2], starts, None, cu_seqlens)):
-        of = slice(begin, end) if cu_seqlens is not None else number
+        of, first = (slice(begin, end), 0) if cu_seqlens is not None else (number, min(begin, h.shape[1] - 1))
         if values[of].numel() == 0:
             continue
-        vector = values[of][0 if cu_seqlens is not None else min(begin, h.shape[1] - 1)]
-        if sink is not None:
-            vector = (sink if sink.dim() == 1 else sink[number]).to(values.dtype)
-        products = (values[of] @ vector).abs()
+        vector = values[of][first] if sink is None else (sink if sink.dim() == 1 else sink[number]).to(values.dtype)
+        scores[of] = (values[of] @ vector).abs()
         if score == "cosine":
-            length = vector.norm().clamp(min=SHORTEST)
-            products = products / (length * values[of].norm(dim=-1).clamp(min=SHORTEST))
-        scores[of] = products
+            scores[of] /= vector.norm().clamp(min=SHORTEST) * values[of].norm(dim=-1).clamp(min=SHORTEST)
     normed = normed.contiguous() if write_norm and norm != "identity" else h.new_empty(0)
     wanted = residual is not None or copy_input
     return normed, scores, h.clone(memory_format=torch.contiguous_format) if wanted else h.new_empty(0)
@@ -62,9 +58,8 @@ def select_tokens(
     bounds, wanted = listed(row_threshold, count, None), listed(row_k, count, k)
     sinks, offsets = listed(sink_positions, count, None), listed(position_offsets, count, 0)
     room, picked = width, []
-    for number, (begin, end) in enumerate(ranges):
+    for number, ((begin, end), sink) in enumerate(zip(ranges, sinks, strict=True)):
         row = values.tolist() if packed else values[number].tolist()
-        sink = sinks[number]
         if packed:  # counted from the sequence's first token; a later chunk holds no sink of its own
             sink = begin + sink if sink is not None else begin if offsets[number] == 0 else -1
         elif sink is None:
@@ -81,18 +76,15 @@ def select_tokens(
         return torch.tensor(values, dtype=torch.int32, device=scores.device)
 
     counts = integers([len(tokens) for tokens in picked])
+    zeros = [begin - offset if packed or relative else 0 for (begin, _), offset in zip(ranges, offsets, strict=True)]
+    places = [[t - zero for t in tokens] for tokens, zero in zip(picked, zeros, strict=True)]
     if not packed:
-        firsts = [begin if relative else 0 for begin, _ in ranges]
-        places = [[t - first for t in tokens] for tokens, first in zip(picked, firsts, strict=True)]
-        positions = [tokens + [-1] * (width - len(tokens)) for tokens in places]
+        positions = [of_one + [-1] * (width - len(of_one)) for of_one in places]
         return integers(positions).view(count, width), counts, integers([]), integers([])
-    rows = [t for tokens in picked for t in tokens]
-    places = [
-        t - begin + offset for tokens, (begin, _), offset in zip(picked, ranges, offsets, strict=True) for t in tokens
-    ]
-    missing = [-1] * (width - len(rows))
     ends = [sum(map(len, picked[:number])) for number in range(count + 1)]
-    return integers(places + missing), counts, integers(rows + missing), integers(ends)
+    missing = [-1] * (width - ends[-1])
+    places_of_all, rows = ([t for tokens in of_each for t in tokens] + missing for of_each in (places, picked))
+    return integers(places_of_all), counts, integers(rows), integers(ends)
 
 
 def smallest(row: list[float], begin: int, end: int, sink: int, keep_last: int, count: int) -> list[int]:
@@ -117,7 +109,6 @@ def rms_norm_select(hidden_states: Tensor, weight: Tensor | None, eps: float, *r
     """The two, one after the other."""
     *norm_and_score, write_norm, copy_input = rest[:8]
     *choice, _ = rest[8:]  # the workspace is the kernel's
-    starts, cu_seqlens = choice[5], choice[8]
-    states = (*norm_and_score, starts, cu_seqlens, write_norm, copy_input)
-    normed, scores, summed = rms_norm_score(hidden_states, weight, eps, *states)
-    return normed, scores, summed, *select_tokens(scores, *choice)
+    states = (*norm_and_score, choice[5], choice[8], write_norm, copy_input)  # with starts and cu_seqlens
+    found = rms_norm_score(hidden_states, weight, eps, *states)
+    return *found, *select_tokens(found[1], *choice)
