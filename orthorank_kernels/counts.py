@@ -37,7 +37,7 @@ def keep_count(
     chunk of a prompt the sink is not among the tokens, and all of them may be: ``min(n_valid, max(k, keep_last))``.
 
     Args:
-        n_valid: valid (unpadded) tokens of a row: an int, or an integer tensor with one number for each row.
+        n_valid: valid (unpadded) tokens of a row: an int, or an integer tensor ``[rows]``.
         keep_ratio: from 0 to 1; Algorithm 1 of the paper calls it ``pruning_ratio``. 1 gives ``n_valid``.
         keep_last: how many of the last tokens must be among the selected.
         sink_inside: whether the sink is one of the tokens; for a tensor ``n_valid`` also a bool tensor of its shape.

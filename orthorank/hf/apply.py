@@ -165,7 +165,7 @@ def context(
     Args:
         model: with a plan applied.
         lengths: how many tokens of each row are context, from its first token (not padding) on, 1 or more: an int for
-            all rows, or one number for each. Of a shorter row all tokens are context.
+            all rows, or ``[batch]`` integers. Of a shorter row all tokens are context.
         keep_last: tokens at each context's end that are always updated, from the call on in which the context ends;
             None: the plan's, as in `generate()`.
 
@@ -209,6 +209,9 @@ def check_plan(model: Any, config: OrthoRankConfig) -> None:
 
 class Handle(AbstractContextManager["Handle"]):
     """A plan that is applied to a model; made by `apply`.
+
+    Args:
+        model, config, family: what `apply` has checked.
 
     Attributes:
         model: what `apply` was given; config: a copy of the plan, to read. A call that finds it changed is refused.

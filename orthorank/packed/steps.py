@@ -129,8 +129,8 @@ class Step:
         workspace: int32 zeros ``[segments or more]`` for `rms_norm_select`, which leaves them zero.
         counts: for each keep ratio, int32 ``[segments]``: tokens that are updated.
         selected: for each keep ratio the sum of these, on the host.
-        forced: int64, rows that are updated whatever they score, where that is not said by segments: a threshold takes
-            no number of tokens.
+        forced: int64 ``[n]``, rows that are updated whatever they score, where that is not said by segments: a
+            threshold takes no number of tokens.
         sink_slots: int64 ``[segments]``, where the bank holds the sink of each segment's request.
         prompt_tokens: how many of the tokens are of prompts; the others were generated.
     """

@@ -63,8 +63,9 @@ def gather_add_rms_norm(
         scale: factor on the addend (Granite's residual multiplier).
         addend_weight: ``[hidden]``; the addend goes through an RMSNorm with this weight, ``eps`` and ``weight_offset``
             before it is scaled and added (Gemma's sandwich, OLMo-2). None: it does not.
-        out: where to write ``(residual, normed)``: contiguous, apart from ``hidden_states``; either may be ``addend``
-            itself. None: new memory. With ``norm="identity"``, the second is None.
+        out: where to write ``(residual, normed)``: shape and dtype of ``addend``, contiguous, apart from
+            ``hidden_states``; either may be ``addend`` itself. None: new memory. With ``norm="identity"`` the second
+            is None.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:

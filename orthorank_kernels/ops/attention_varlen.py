@@ -66,7 +66,7 @@ def sparse_query_attention_varlen(
             row of its entry of ``positions``, as `apply_rotary_at` would before; None: q is not rotated. Floating
             point, any strides whose last one is 1.
         rotary_interleaved, rotary_dim: ``interleaved`` and ``rotary_dim`` of `apply_rotary_at`.
-        out: where to write, contiguous: a tensor, or with ``return_lse`` a pair. None allocates.
+        out: where to write, shape and dtype of ``q``, contiguous; with ``return_lse`` a pair. None allocates.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``. Inputs that require grad take ``"torch"``.
 
     Returns:

@@ -84,8 +84,8 @@ def rms_norm_score(
             graph), results of the tokens past it mean nothing.
         write_norm: False: scores (and the residual) alone; ``normed`` is None and nothing is written for it.
         copy_input: return a plain copy of ``hidden_states`` as ``residual`` when no ``residual`` is given.
-        out: ``(normed, scores, residual)`` to write to, contiguous, None where nothing is written. It may not overlap
-            the inputs.
+        out: ``(normed, scores, residual)`` to write to, of the shapes that are returned, contiguous, None where
+            nothing is written. It may not overlap the inputs.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:

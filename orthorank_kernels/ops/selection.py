@@ -71,7 +71,7 @@ def select_tokens(
     device, so the outputs have a size known beforehand, ``max_selected``, and -1 where nothing was selected.
 
     Args:
-        scores: float32, the last stride 1, at most 2^30 tokens.
+        scores: float32 ``[batch, tokens]`` or ``[total]``, the last stride 1, at most 2^30 tokens.
         k: an int, at most the number of tokens (with ``largest`` also more), or an int32 or int64 tensor ``[batch]`` or
             ``[seqs]``, clamped on the device to the number of valid tokens. See `keep_count`.
         threshold: a number, or a float32 tensor ``[batch]`` or ``[seqs]``.
