@@ -17,7 +17,7 @@ def index(n: int = MANY) -> torch.Tensor:
 
 def requested(width: int, **request: Any) -> list[Any]:
     """The launchers' arguments of a selection, in order."""
-    arguments: dict[str, Any] = dict.fromkeys(("k", "row_k", "threshold", "row_threshold", "width"))
+    arguments: dict[str, Any] = dict.fromkeys(("k", "seq_k", "threshold", "seq_threshold", "width"))
     arguments |= dict.fromkeys(("starts", "lengths", "sink_positions", "cu_seqlens", "position_offsets"))
     assert request.keys() <= arguments.keys()
     return list({**arguments, **request, "width": width, "keep_last": 1}.values())
@@ -51,15 +51,15 @@ def selection_cases() -> Iterator[Case]:
         name = f"select_tokens {tokens} tokens"
         plain = select_launch(scores, k=k, width=k)
         yield Case("scores", name, plain, limits | few, slow=slow)
-        ragged = select_launch(scores, k=k, row_k=index(), width=k, **of_a_batch())
+        ragged = select_launch(scores, k=k, seq_k=index(), width=k, **of_a_batch())
         yield Case("scores", f"{name} ragged", ragged, limits | few, slow=True)
         largest = select_launch(scores, k=k, width=k, indexer=True, **of_a_batch())
         yield Case("scores", f"{name} largest", largest, limits | few, slow=True)
-        below = select_launch(scores, row_threshold=thresholds, width=tokens, **of_a_batch())
+        below = select_launch(scores, seq_threshold=thresholds, width=tokens, **of_a_batch())
         yield Case("scores", f"{name} threshold", below, limits | few, slow=slow)
-    smallest = select_launch(scores[0], k=tokens, row_k=index(), width=tokens, **packed())
+    smallest = select_launch(scores[0], k=tokens, seq_k=index(), width=tokens, **packed())
     yield Case("scores", "select_tokens packed", smallest, limits)
-    below = select_launch(scores[0], row_threshold=thresholds, width=tokens, **packed())
+    below = select_launch(scores[0], seq_threshold=thresholds, width=tokens, **packed())
     yield Case("scores", "select_tokens packed threshold", below, limits | {"instructions": 1000})
 
 
@@ -84,7 +84,7 @@ def norm_selection_cases() -> Iterator[Case]:
             # fit more programs on an SM, and on AMD scalar registers (masks), into lanes of a vector register.
             limits = limits | ({"spills": 6} if slow else {})
             masks = {"gfx942": {"spills": 26}} if hidden > 4096 else {}
-            smallest = fused_launch(x[0], weight, k=tokens, row_k=index(), width=tokens, **packed())
+            smallest = fused_launch(x[0], weight, k=tokens, seq_k=index(), width=tokens, **packed())
             registers = {"registers": 128 if slow else 96}
             yield Case("scores", f"{name} packed", smallest, limits | registers, masks, slow=slow)
             below = fused_launch(x[0], weight, threshold=0.5, width=tokens, **packed())

@@ -258,7 +258,7 @@ def _check_offsets(offsets: Tensor, cu_seqlens: Tensor) -> None:
 def _which(
     k: int | Tensor | None, threshold: float | Tensor | None, rows: int, tokens: int, like: Tensor
 ) -> tuple[int | None, Tensor | None, float | None, Tensor | None]:
-    """The operator's arguments k, row_k, threshold and row_threshold; without k the threshold decides."""
+    """The operator's arguments k, seq_k, threshold and seq_threshold; without k the threshold decides."""
     if (k is None) == (threshold is None):
         given = "neither k nor threshold was" if k is None else "k and threshold were both"
         raise ValueError(f"{given} given; pass one of them")

@@ -19,9 +19,9 @@ def rms_norm_select(
     write_norm: bool,
     copy_input: bool,
     k: int | None,
-    row_k: Tensor | None,
+    seq_k: Tensor | None,
     threshold: float | None,
-    row_threshold: Tensor | None,
+    seq_threshold: Tensor | None,
     width: int,
     starts: Tensor | None,
     lengths: Tensor | None,
@@ -38,4 +38,4 @@ def rms_norm_select(
     states = (hidden_states, weight, eps, residual, norm, bias, weight_offset, score, sink, starts, cu_seqlens)
     normed, scores, summed = rms_norm_score(*states, write_norm, copy_input)
     of_rows = (starts, lengths, sink_positions, cu_seqlens, position_offsets, keep_last)
-    return normed, scores, summed, *select_tokens(scores, k, row_k, threshold, row_threshold, width, *of_rows)
+    return normed, scores, summed, *select_tokens(scores, k, seq_k, threshold, seq_threshold, width, *of_rows)

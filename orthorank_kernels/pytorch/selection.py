@@ -67,9 +67,9 @@ def written(taken: Tensor, width: int) -> Tensor:
 def select_tokens(
     scores: Tensor,
     k: int | None,
-    row_k: Tensor | None,
+    seq_k: Tensor | None,
     threshold: float | None,
-    row_threshold: Tensor | None,
+    seq_threshold: Tensor | None,
     width: int,
     starts: Tensor | None,
     lengths: Tensor | None,
@@ -82,25 +82,25 @@ def select_tokens(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``positions``, ``counts``, ``rows`` and ``cu_selected``; `orthorank_kernels.select_tokens`.
 
-    ``k`` None selects by ``threshold``, or by ``row_threshold``, one for each row. Otherwise a row selects so many: the
-    smallest of ``k``, ``row_k`` (one per row), the room left in ``width`` and its number of valid tokens.
+    ``k`` None selects by ``threshold``, or by ``seq_threshold``, one for each row. Otherwise a row selects so many: the
+    smallest of ``k``, ``seq_k`` (one per row), the room left in ``width`` and its number of valid tokens.
     """
     if threshold is not None:
         rows = scores.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        row_threshold = torch.full((rows,), threshold, dtype=torch.float64, device=scores.device).float()
+        seq_threshold = torch.full((rows,), threshold, dtype=torch.float64, device=scores.device).float()
     if cu_seqlens is not None:
         return _select_packed(
-            scores, k, row_k, row_threshold, width, sink_positions, cu_seqlens, position_offsets, keep_last
+            scores, k, seq_k, seq_threshold, width, sink_positions, cu_seqlens, position_offsets, keep_last
         )
     begin, end = valid_range(scores, starts, lengths)
     sink = begin if sink_positions is None else sink_positions.long().unsqueeze(1)
     if largest:
         scores, sink = -scores, sink if sink_positions is not None else torch.full_like(begin, -1)
-    if row_threshold is not None:
-        taken = below(scores, row_threshold.unsqueeze(1), begin, end, sink, keep_last)
+    if seq_threshold is not None:
+        taken = below(scores, seq_threshold.unsqueeze(1), begin, end, sink, keep_last)
         counts = taken.sum(1).clamp(max=width)
     else:
-        counts = _counts((end - begin).squeeze(1), k, row_k).clamp(max=width)
+        counts = _counts((end - begin).squeeze(1), k, seq_k).clamp(max=width)
         order = preference(scores, begin, end, sink, keep_last).argsort(dim=1)
         rank = torch.arange(scores.shape[1], device=scores.device)
         taken = torch.zeros_like(order, dtype=torch.bool).scatter(1, order, rank < counts.unsqueeze(1))
@@ -111,16 +111,16 @@ def select_tokens(
     return positions.int(), counts.int(), none[0], none[1].clone()
 
 
-def _counts(n_valid: Tensor, k: int | None, row_k: Tensor | None) -> Tensor:
+def _counts(n_valid: Tensor, k: int | None, seq_k: Tensor | None) -> Tensor:
     counts = n_valid.clamp(max=k)
-    return counts if row_k is None else torch.minimum(counts, row_k.long().clamp(min=0))
+    return counts if seq_k is None else torch.minimum(counts, seq_k.long().clamp(min=0))
 
 
 def _select_packed(
     scores: Tensor,
     k: int | None,
-    row_k: Tensor | None,
-    row_threshold: Tensor | None,
+    seq_k: Tensor | None,
+    seq_threshold: Tensor | None,
     width: int,
     sink_positions: Tensor | None,
     cu_seqlens: Tensor,
@@ -138,10 +138,10 @@ def _select_packed(
         sink = torch.where(offsets == 0, starts, -1)
     else:
         sink = torch.where(sink_positions < 0, -1, starts + sink_positions)
-    if row_threshold is not None:
-        taken = below(scores, row_threshold[seq], begin, end, sink[seq], keep_last)
+    if seq_threshold is not None:
+        taken = below(scores, seq_threshold[seq], begin, end, sink[seq], keep_last)
     else:
-        ends = _counts(bounds.diff(), k, row_k).cumsum(0).clamp(max=width)
+        ends = _counts(bounds.diff(), k, seq_k).cumsum(0).clamp(max=width)
         counts = ends.diff(prepend=ends.new_zeros(1))
         order = preference(scores, begin, end, sink[seq], keep_last).argsort()
         order = order[seq[order].argsort(stable=True)]  # by sequence, and inside each by preference

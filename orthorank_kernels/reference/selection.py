@@ -41,7 +41,7 @@ def rms_norm_score(
 
 
 def select_tokens(
-    scores: Tensor, k: int | None, row_k: Tensor | None, threshold: float | None, row_threshold: Tensor | None,
+    scores: Tensor, k: int | None, seq_k: Tensor | None, threshold: float | None, seq_threshold: Tensor | None,
     width: int, starts: Tensor | None, lengths: Tensor | None, sink_positions: Tensor | None,
     cu_seqlens: Tensor | None, position_offsets: Tensor | None, keep_last: int, largest: bool = False,
     relative: bool = False,
@@ -54,8 +54,8 @@ def select_tokens(
     ranges = valid_ranges(scores.shape, starts, lengths, cu_seqlens)
     count = len(ranges)
     if threshold is not None:
-        row_threshold = torch.full((count,), threshold, dtype=torch.float64).float()
-    bounds, wanted = listed(row_threshold, count, None), listed(row_k, count, k)
+        seq_threshold = torch.full((count,), threshold, dtype=torch.float64).float()
+    bounds, wanted = listed(seq_threshold, count, None), listed(seq_k, count, k)
     sinks, offsets = listed(sink_positions, count, None), listed(position_offsets, count, 0)
     room, picked = width, []
     for number, ((begin, end), sink) in enumerate(zip(ranges, sinks, strict=True)):

@@ -3,13 +3,13 @@
 `norm_and_score` is the work on tokens of one sequence; `first_piece` and `bounds` say which tokens of which sequences a
 program takes. In a kernel:
 
-    row, token, end = first_piece(...)
-    while (token < end) & (row < n_seqs):
-        begin, stop = bounds(..., row, end)
+    seq, token, end = first_piece(...)
+    while (token < end) & (seq < n_seqs):
+        begin, stop = bounds(..., seq, end)
         if stop > token:
-            norm_and_score(..., row, token, stop, sink_token=begin)
+            norm_and_score(..., seq, token, stop, sink_token=begin)
             token = stop
-        row += 1
+        seq += 1
 """
 
 import triton
@@ -45,17 +45,17 @@ def norm_and_score(
     normed_ptr,  # None: only scores are wanted
     scores_ptr,
     sum_ptr,  # None, or where h goes
-    row,
+    seq,
     first,
     end,
     sink_token,
     eps,
-    stride_x_row,
+    stride_x_seq,
     stride_x_token,
-    stride_residual_row,
+    stride_residual_seq,
     stride_residual_token,
-    stride_sink_row,
-    stride_out_row,  # in tokens, of all outputs
+    stride_sink_seq,
+    stride_out_seq,  # in tokens, of all outputs
     NORM: tl.constexpr,
     OFFSET: tl.constexpr,
     COSINE: tl.constexpr,
@@ -66,13 +66,13 @@ def norm_and_score(
     sink_index=0,
     keep_last=0,
 ):
-    """Tokens ``first`` to ``end`` (exclusive) of one sequence; ``row``, ``first``, ``end``, ``sink_token`` int64."""
+    """Tokens ``first`` to ``end`` (exclusive) of one sequence; ``seq``, ``first``, ``end``, ``sink_token`` int64."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     channel = tl.arange(0, BLOCK)  # [BLOCK]
     inside = channel < HIDDEN
-    x_ptr += row * stride_x_row
+    x_ptr += seq * stride_x_seq
     if residual_ptr is not None:
-        residual_ptr += row * stride_residual_row
+        residual_ptr += seq * stride_residual_seq
     if sink_ptr is None:
         state = load_state(
             x_ptr,
@@ -84,13 +84,13 @@ def norm_and_score(
         )
         sink = norm_row(state.to(tl.float32), weight, bias, inside, eps, dtype, NORM, OFFSET, HIDDEN)
     else:
-        sink = tl.load(sink_ptr + row * stride_sink_row + channel, mask=inside, other=0.0)
+        sink = tl.load(sink_ptr + seq * stride_sink_seq + channel, mask=inside, other=0.0)
     if COSINE:
         sink_length = length(sink.to(tl.float32))
     for token in range(first, end):
         token = tl.cast(token, tl.int64)  # as it is in a compiled kernel; the interpreter counts in Python's ints
         h = load_state(x_ptr, residual_ptr, token * stride_x_token, token * stride_residual_token, channel, inside)
-        out = row * stride_out_row + token
+        out = seq * stride_out_seq + token
         if sum_ptr is not None:
             tl.store(sum_ptr + out * HIDDEN + channel, h, mask=inside)
         normed = norm_row(h.to(tl.float32), weight, bias, inside, eps, dtype, NORM, OFFSET, HIDDEN)
@@ -106,29 +106,29 @@ def norm_and_score(
 
 
 @triton.jit
-def first_piece(cu_seqlens_ptr, n_tokens, n_seqs, n_blocks, rows):
-    """The row of the batch, or the sequence, with which a program begins, and its tokens: row, first, end; int64.
+def first_piece(cu_seqlens_ptr, n_tokens, n_seqs, n_blocks, tokens_each):
+    """The sequence with which a program begins, and its tokens: seq, first, end; int64.
 
     In the packed layout, the tokens may continue in later sequences.
     """
     program = tl.program_id(0).to(tl.int64)
     if cu_seqlens_ptr is None:
-        row = program // n_blocks
-        first = program % n_blocks * rows
+        seq = program // n_blocks
+        first = program % n_blocks * tokens_each
     else:
-        first = program * rows
-        row = sequence_of(cu_seqlens_ptr, first, n_seqs)
-    return row, first, tl.minimum(first + rows, n_tokens)
+        first = program * tokens_each
+        seq = sequence_of(cu_seqlens_ptr, first, n_seqs)
+    return seq, first, tl.minimum(first + tokens_each, n_tokens)
 
 
 @triton.jit
-def bounds(starts_ptr, cu_seqlens_ptr, row, end, n_tokens):
-    """The first valid token of a row of the batch, or of a sequence, and where its tokens below ``end`` end; int64."""
+def bounds(starts_ptr, cu_seqlens_ptr, seq, end, n_tokens):
+    """The first valid token of a sequence, and where its tokens below ``end`` end; int64."""
     if cu_seqlens_ptr is not None:
-        begin = tl.load(cu_seqlens_ptr + row).to(tl.int64)
-        end = tl.minimum(tl.load(cu_seqlens_ptr + row + 1).to(tl.int64), end)
+        begin = tl.load(cu_seqlens_ptr + seq).to(tl.int64)
+        end = tl.minimum(tl.load(cu_seqlens_ptr + seq + 1).to(tl.int64), end)
     elif starts_ptr is not None:
-        begin = tl.minimum(tl.maximum(tl.load(starts_ptr + row).to(tl.int64), 0), n_tokens - 1)
+        begin = tl.minimum(tl.maximum(tl.load(starts_ptr + seq).to(tl.int64), 0), n_tokens - 1)
     else:
-        begin = row * 0
+        begin = seq * 0
     return begin, end

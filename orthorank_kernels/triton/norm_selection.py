@@ -38,7 +38,7 @@ from orthorank_kernels.triton.norm_score import bounds, first_piece, norm_and_sc
 from orthorank_kernels.triton.packing import write_quotas
 from orthorank_kernels.triton.score_keys import SCORES
 from orthorank_kernels.triton.scoring import norm_arguments
-from orthorank_kernels.triton.selection import occupied, select_row, select_sequence, select_tokens, valid_part
+from orthorank_kernels.triton.selection import occupied, select_in_batch, select_sequence, select_tokens, valid_part
 from orthorank_kernels.triton.threshold import select_below_packed
 
 
@@ -66,13 +66,13 @@ def is_last(done_ptr, done, total):
 
 
 @triton.jit
-def bins_of(done_ptr, row, n_rows):
-    """Where the scores of a row of the batch, or of a sequence (int64), are counted."""
-    return done_ptr + n_rows + row * SCORES
+def bins_of(done_ptr, seq, n_seqs):
+    """Where the scores of a sequence (int64) are counted."""
+    return done_ptr + n_seqs + seq * SCORES
 
 
 @triton.jit(
-    do_not_specialize=["n_tokens", "n_seqs", "n_blocks", "rows", "k", "width", "keep_last", "stride_out_row"],
+    do_not_specialize=["n_tokens", "n_seqs", "n_blocks", "tokens_each", "k", "width", "keep_last", "stride_out_seq"],
 )
 def rms_norm_select_kernel(
     x_ptr,
@@ -91,25 +91,25 @@ def rms_norm_select_kernel(
     cu_selected_ptr,
     lengths_ptr,
     sinks_ptr,
-    row_k_ptr,
-    row_threshold_ptr,
+    seq_k_ptr,
+    seq_threshold_ptr,
     offsets_ptr,
-    done_ptr,  # tokens scored so far: of each row or sequence; of all sequences where a threshold selects; then bins
-    n_tokens,  # of a row of the batch, or of all sequences
+    done_ptr,  # tokens scored so far: of each sequence; of all sequences where a threshold selects; then bins
+    n_tokens,  # of a sequence of the batch, or of all sequences
     n_seqs,
     n_blocks,
-    rows,
+    tokens_each,
     eps,
     k,
     threshold,
     width,
     keep_last,
-    stride_x_row,
+    stride_x_seq,
     stride_x_token,
-    stride_residual_row,
+    stride_residual_seq,
     stride_residual_token,
-    stride_sink_row,
-    stride_out_row,
+    stride_sink_seq,
+    stride_out_seq,
     NORM: tl.constexpr,
     OFFSET: tl.constexpr,
     COSINE: tl.constexpr,
@@ -130,21 +130,21 @@ def rms_norm_select_kernel(
         if not THRESHOLD:
             if tl.program_id(0).to(tl.int64) == 0:
                 write_quotas(
-                    positions_ptr, rows_ptr, counts_ptr, cu_selected_ptr, cu_seqlens_ptr, row_k_ptr, n_seqs, k, width
+                    positions_ptr, rows_ptr, counts_ptr, cu_selected_ptr, cu_seqlens_ptr, seq_k_ptr, n_seqs, k, width
                 )
-    first_row, first, end = first_piece(cu_seqlens_ptr, n_tokens, n_seqs, n_blocks, rows)
-    row = first_row
+    first_seq, first, end = first_piece(cu_seqlens_ptr, n_tokens, n_seqs, n_blocks, tokens_each)
+    seq = first_seq
     token = first
     # Once in the batch layout; in the packed one, once for each sequence that has tokens here, and each empty one
     # between them.
-    while (token < end) & (row < n_seqs):
-        begin, stop = bounds(starts_ptr, cu_seqlens_ptr, row=row, end=end, n_tokens=n_tokens)
+    while (token < end) & (seq < n_seqs):
+        begin, stop = bounds(starts_ptr, cu_seqlens_ptr, seq=seq, end=end, n_tokens=n_tokens)
         if stop > token:
             bins_ptr = None
             n_valid, sink_index = 0, 0
             if BINNED:
-                bins_ptr = bins_of(done_ptr, row, n_seqs)
-                _, n_valid, sink_index = valid_part(starts_ptr, lengths_ptr, sinks_ptr, row, n_tokens)
+                bins_ptr = bins_of(done_ptr, seq, n_seqs)
+                _, n_valid, sink_index = valid_part(starts_ptr, lengths_ptr, sinks_ptr, seq, n_tokens)
             norm_and_score(
                 x_ptr,
                 residual_ptr,
@@ -154,17 +154,17 @@ def rms_norm_select_kernel(
                 normed_ptr,
                 scores_ptr,
                 sum_ptr,
-                row=row,
+                seq=seq,
                 first=token,
                 end=stop,
                 sink_token=begin,
                 eps=eps,
-                stride_x_row=stride_x_row,
+                stride_x_seq=stride_x_seq,
                 stride_x_token=stride_x_token,
-                stride_residual_row=stride_residual_row,
+                stride_residual_seq=stride_residual_seq,
                 stride_residual_token=stride_residual_token,
-                stride_sink_row=stride_sink_row,
-                stride_out_row=stride_out_row,
+                stride_sink_seq=stride_sink_seq,
+                stride_out_seq=stride_out_seq,
                 NORM=NORM,
                 OFFSET=OFFSET,
                 COSINE=COSINE,
@@ -176,29 +176,29 @@ def rms_norm_select_kernel(
                 keep_last=keep_last,
             )
             token = stop
-        row += 1
+        seq += 1
     if cu_seqlens_ptr is None:
-        if is_last(done_ptr + first_row, end - first, n_tokens):
-            select_row(
+        if is_last(done_ptr + first_seq, end - first, n_tokens):
+            select_in_batch(
                 scores_ptr,
                 positions_ptr,
                 counts_ptr,
                 starts_ptr,
                 lengths_ptr,
                 sinks_ptr,
-                row_k_ptr,
-                row_threshold_ptr,
-                row=first_row,
+                seq_k_ptr,
+                seq_threshold_ptr,
+                seq=first_seq,
                 n_tokens=n_tokens,
                 k=k,
                 threshold=threshold,
                 width=width,
                 keep_last=keep_last,
-                stride_scores_row=n_tokens,
+                stride_scores_seq=n_tokens,
                 THRESHOLD=THRESHOLD,
                 RESIDENT=RESIDENT,
                 TILE=TILE,
-                bins_ptr=bins_of(done_ptr, first_row, n_seqs) if BINNED else None,
+                bins_ptr=bins_of(done_ptr, first_seq, n_seqs) if BINNED else None,
             )
     elif THRESHOLD:
         if is_last(done_ptr, end - first, n_tokens):
@@ -209,7 +209,7 @@ def rms_norm_select_kernel(
                 counts_ptr,
                 cu_selected_ptr,
                 sinks_ptr,
-                row_threshold_ptr,
+                seq_threshold_ptr,
                 cu_seqlens_ptr,
                 offsets_ptr,
                 n_seqs=n_seqs,
@@ -219,8 +219,9 @@ def rms_norm_select_kernel(
                 TILE=TILE,
             )
     else:
-        seq = first_row
-        while seq < row:  # the sequences that had tokens here
+        behind = seq
+        seq = first_seq
+        while seq < behind:  # the sequences that had tokens here
             seq_begin = tl.load(cu_seqlens_ptr + seq)
             seq_end = tl.load(cu_seqlens_ptr + seq + 1)
             done = tl.minimum(seq_end, end) - tl.maximum(seq_begin, first)
@@ -231,7 +232,7 @@ def rms_norm_select_kernel(
                         positions_ptr,
                         rows_ptr,
                         sinks_ptr,
-                        row_k_ptr,
+                        seq_k_ptr,
                         cu_seqlens_ptr,
                         offsets_ptr,
                         seq=seq,
@@ -281,9 +282,9 @@ def rms_norm_select(
     write_norm: bool,
     copy_input: bool,
     k: int | None,
-    row_k: torch.Tensor | None,
+    seq_k: torch.Tensor | None,
     threshold: float | None,
-    row_threshold: torch.Tensor | None,
+    seq_threshold: torch.Tensor | None,
     width: int,
     starts: torch.Tensor | None,
     lengths: torch.Tensor | None,
@@ -303,11 +304,11 @@ def rms_norm_select(
     normed, scores, summed, positions, counts, row_indices, cu_selected = out
     request = (starts, lengths, sink_positions, cu_seqlens, position_offsets, keep_last)
     if scores.numel() == 0:
-        select_tokens(scores, k, row_k, threshold, row_threshold, width, *request, out=out[3:])
+        select_tokens(scores, k, seq_k, threshold, seq_threshold, width, *request, out=out[3:])
         return out
     packed, by_threshold = cu_seqlens is not None, k is None
     tokens = scores.shape[-1]
-    rows = cu_seqlens.shape[0] - 1 if packed else scores.shape[0]
+    n_seqs = cu_seqlens.shape[0] - 1 if packed else scores.shape[0]
     programs, arguments = norm_arguments(
         hidden_states,
         weight,
@@ -325,10 +326,10 @@ def rms_norm_select(
         summed=summed if residual is not None or copy_input else None,
     )
     settings = select_settings(
-        occupied(rows, tokens, tokens), packed, by_threshold, arguments["num_warps"], target_of(scores.device)
+        occupied(n_seqs, tokens, tokens), packed, by_threshold, arguments["num_warps"], target_of(scores.device)
     )
-    counters = max(rows, 1)
-    bins = 0 if packed or by_threshold or settings["RESIDENT"] else rows * SCORE_BINS
+    counters = max(n_seqs, 1)
+    bins = 0 if packed or by_threshold or settings["RESIDENT"] else n_seqs * SCORE_BINS
     if workspace is None:
         workspace = scratch(hidden_states, (counters + bins,), torch.int32, zeros=True)
     launch(
@@ -343,8 +344,8 @@ def rms_norm_select(
         cu_selected_ptr=cu_selected if packed else None,
         lengths_ptr=lengths,
         sinks_ptr=sink_positions,
-        row_k_ptr=row_k,
-        row_threshold_ptr=row_threshold,
+        seq_k_ptr=seq_k,
+        seq_threshold_ptr=seq_threshold,
         offsets_ptr=position_offsets,
         done_ptr=workspace,
         BINNED=bins > 0 and workspace.shape[0] >= counters + bins,

@@ -39,27 +39,27 @@ def sink_of(sinks_ptr, offsets_ptr, seq):
 
 
 @triton.jit
-def quota(cu_seqlens_ptr, row_k_ptr, seq, n_seqs, k):
+def quota(cu_seqlens_ptr, seq_k_ptr, seq, n_seqs, k):
     """How many tokens each of the sequences ``seq`` [BLOCK] selects if the output has room for all."""
     inside = seq < n_seqs
     begin = tl.load(cu_seqlens_ptr + seq, mask=inside, other=0)
     end = tl.load(cu_seqlens_ptr + seq + 1, mask=inside, other=0)
     taken = tl.minimum(end - begin, k)  # [BLOCK]
-    if row_k_ptr is not None:
-        wanted = tl.load(row_k_ptr + seq, mask=inside, other=0)
+    if seq_k_ptr is not None:
+        wanted = tl.load(seq_k_ptr + seq, mask=inside, other=0)
         taken = tl.minimum(tl.maximum(wanted, 0), taken).to(tl.int32)
     return taken
 
 
 @triton.jit
-def quotas_around(cu_seqlens_ptr, row_k_ptr, seq, n_seqs, k):
+def quotas_around(cu_seqlens_ptr, seq_k_ptr, seq, n_seqs, k):
     """Tokens that the sequences before ``seq`` select, that it selects, and that all select."""
     before = 0
     own = 0
     total = 0
     for tile in range(0, n_seqs, SEQUENCES):
         other = tile + tl.arange(0, SEQUENCES)  # [SEQUENCES]
-        taken = quota(cu_seqlens_ptr, row_k_ptr, other, n_seqs, k)
+        taken = quota(cu_seqlens_ptr, seq_k_ptr, other, n_seqs, k)
         before += tl.sum(tl.where(other < seq, taken, 0), 0)
         own += tl.sum(tl.where(other == seq, taken, 0), 0)
         total += tl.sum(taken, 0)
@@ -67,14 +67,14 @@ def quotas_around(cu_seqlens_ptr, row_k_ptr, seq, n_seqs, k):
 
 
 @triton.jit
-def write_quotas(positions_ptr, rows_ptr, counts_ptr, cu_selected_ptr, cu_seqlens_ptr, row_k_ptr, n_seqs, k, width):
+def write_quotas(positions_ptr, rows_ptr, counts_ptr, cu_selected_ptr, cu_seqlens_ptr, seq_k_ptr, n_seqs, k, width):
     """The counts of all sequences, their sums, and the -1 of slots that lie past all tokens: for one program."""
     tl.store(cu_selected_ptr, 0)
     total = 0
     for tile in range(0, n_seqs, SEQUENCES):
         seq = tile + tl.arange(0, SEQUENCES)  # [SEQUENCES]
         inside = seq < n_seqs
-        taken = quota(cu_seqlens_ptr, row_k_ptr, seq, n_seqs, k)
+        taken = quota(cu_seqlens_ptr, seq_k_ptr, seq, n_seqs, k)
         end = total + tl.cumsum(taken, 0)
         first = tl.minimum(end - taken, width)
         end = tl.minimum(end, width)

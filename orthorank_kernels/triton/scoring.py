@@ -5,18 +5,19 @@
     scores[t]    = |<sink, normed[t, :]>|                    float32; or divided by both lengths (cosine)
 
 Layouts, one kernel: batch ``[batch, tokens, HIDDEN]``, and packed ``[total, HIDDEN]`` with ``cu_seqlens``. In the
-packed layout the row strides are 0 and tokens count through all sequences, so a sequence is a row of the batch that
+packed layout the strides of sequences are 0 and tokens count through all of them, so a sequence is one of a batch that
 starts later. A program may take the end of one sequence and the beginning of others; it reads the sink anew for each.
 
-A row lives in registers as one block, so a hidden size above 16384 is right but spills.
+A token's state lives in registers as one block, so a hidden size above 16384 is right but spills.
 
 Bytes. The fewest are one read of x (and the residual), one write of each output, and the vectors once: for a token of
 4096 in bfloat16 16 KB, or 32 KB with a residual. A program normalises several tokens and holds weight, bias and sink
-meanwhile, so what it reads beside the tokens is divided by ``rows``. The launcher takes as many as make that 1/16 of
-the traffic (``shared_part``): 16 tokens for x, normed, weight and sink, 32 if no norm is written, 8 with a residual.
+meanwhile, so what it reads beside the tokens is divided by ``tokens_each``. The launcher takes as many as make that
+1/16 of the traffic (``shared_part``): 16 tokens for x, normed, weight and sink, 32 if no norm is written, 8 with a
+residual.
 Counted with that many: 1.05 to 1.07 times the fewest in every layout, sequences of one token included. Few tokens are
 spread over 2048 programs (``enough_programs``; an H100 runs 528 at a time) and read the vectors more often, mostly from
-L2. The loop over rows is not pipelined: loads of the next row do not overlap with this one's sums. Other programs on
+L2. The loop over tokens is not pipelined: loads of the next one do not overlap with this one's sums. Other programs on
 the multiprocessor fill the gap, so registers matter:
 
     registers at 4096, bfloat16, 8 warps, no spills        sm_80   sm_90   sm_100   gfx942
@@ -39,7 +40,7 @@ A packed program finds its first sequence by counting, 256 entries of ``cu_seqle
 all programs share, where a bisection would be log2(n_seqs) loads that wait for each other. In the kernel the walk over
 sequences is one ``while`` for both layouts (once around in the batch layout), so that the body is compiled once.
 
-Without fused multiply-adds (`enable_fp_fusion`): a sum over a row ends in shuffles between lanes, and the compiler
+Without fused multiply-adds (`enable_fp_fusion`): a sum over channels ends in shuffles between lanes, and the compiler
 would fuse a product into the first exchange, x * x + (the other lane's x * x, rounded). Then the two lanes of a pair
 hold different last bits of one sum, and which of them a program stores is left to the hardware. Equal states must have
 equal scores, since the ranks of a tensor-parallel group select by them. The kernel waits for memory, so the
@@ -59,7 +60,7 @@ from orthorank_kernels.triton.norm_score import bounds, first_piece, norm_and_sc
 from orthorank_kernels.triton.strides import strides
 
 
-@triton.jit(do_not_specialize=["n_tokens", "n_seqs", "n_blocks", "rows", "stride_out_row"])
+@triton.jit(do_not_specialize=["n_tokens", "n_seqs", "n_blocks", "tokens_each", "stride_out_seq"])
 def rms_norm_score_kernel(
     x_ptr,
     residual_ptr,
@@ -71,17 +72,17 @@ def rms_norm_score_kernel(
     normed_ptr,
     scores_ptr,
     sum_ptr,
-    n_tokens,  # of a row of the batch, or of all sequences
+    n_tokens,  # of a sequence of the batch, or of all sequences
     n_seqs,
     n_blocks,
-    rows,
+    tokens_each,
     eps,
-    stride_x_row,
+    stride_x_seq,
     stride_x_token,
-    stride_residual_row,
+    stride_residual_seq,
     stride_residual_token,
-    stride_sink_row,
-    stride_out_row,
+    stride_sink_seq,
+    stride_out_seq,
     NORM: tl.constexpr,
     OFFSET: tl.constexpr,
     COSINE: tl.constexpr,
@@ -93,11 +94,11 @@ def rms_norm_score_kernel(
     inside = channel < HIDDEN
     weight = None if weight_ptr is None else tl.load(weight_ptr + channel, mask=inside, other=0.0)
     bias = None if bias_ptr is None else tl.load(bias_ptr + channel, mask=inside, other=0.0)
-    row, token, end = first_piece(cu_seqlens_ptr, n_tokens, n_seqs, n_blocks, rows)
+    seq, token, end = first_piece(cu_seqlens_ptr, n_tokens, n_seqs, n_blocks, tokens_each)
     # Once in the batch layout; in the packed one, once for each sequence that has tokens here, and each empty one
     # between them.
-    while (token < end) & (row < n_seqs):
-        begin, stop = bounds(starts_ptr, cu_seqlens_ptr, row=row, end=end, n_tokens=n_tokens)
+    while (token < end) & (seq < n_seqs):
+        begin, stop = bounds(starts_ptr, cu_seqlens_ptr, seq=seq, end=end, n_tokens=n_tokens)
         if stop > token:
             norm_and_score(
                 x_ptr,
@@ -108,17 +109,17 @@ def rms_norm_score_kernel(
                 normed_ptr,
                 scores_ptr,
                 sum_ptr,
-                row=row,
+                seq=seq,
                 first=token,
                 end=stop,
                 sink_token=begin,
                 eps=eps,
-                stride_x_row=stride_x_row,
+                stride_x_seq=stride_x_seq,
                 stride_x_token=stride_x_token,
-                stride_residual_row=stride_residual_row,
+                stride_residual_seq=stride_residual_seq,
                 stride_residual_token=stride_residual_token,
-                stride_sink_row=stride_sink_row,
-                stride_out_row=stride_out_row,
+                stride_sink_seq=stride_sink_seq,
+                stride_out_seq=stride_out_seq,
                 NORM=NORM,
                 OFFSET=OFFSET,
                 COSINE=COSINE,
@@ -126,31 +127,32 @@ def rms_norm_score_kernel(
                 BLOCK=BLOCK,
             )
             token = stop
-        row += 1
+        seq += 1
 
 
 SMALLEST, LARGEST = 2048, 8192  # hidden sizes that kinds of problems are named for
 
 
 def launch_settings(
-    n_rows: int, tokens: int, hidden: int, row_bytes: int, shared_bytes: int, target: str
+    batch: int, tokens: int, hidden: int, token_bytes: int, shared_bytes: int, target: str
 ) -> dict[str, int]:
-    """Rows a program takes, programs for each row of the batch, block size and warps.
+    """Tokens a program takes, programs for each sequence of the batch, block size and warps.
 
-    More rows a program save reads of weight and sink, but a GPU has to be filled first, with ``enough_programs``; then
-    one part in ``shared_part`` of a program's traffic may be vectors that all of its rows share. The norm alone and the
-    norm with selection share block and warps: the order of a sum, and so its last bit, depends on them.
+    More tokens a program save reads of weight and sink, but a GPU has to be filled first, with ``enough_programs``;
+    then one part in ``shared_part`` of a program's traffic may be vectors that all of its tokens share. The norm alone
+    and the norm with selection share block and warps: the order of a sum, and so its last bit, depends on them.
 
     Args:
-        n_rows: rows of the batch (1 in the packed layout); tokens: of each (or of all sequences); hidden.
-        row_bytes: what a token reads and writes; shared_bytes: what a program reads once.
+        batch: sequences (1 in the packed layout); tokens: of each (or of all sequences); hidden.
+        token_bytes: what a token reads and writes; shared_bytes: what a program reads once.
         target: ``target_of(device)``.
     """
     block = next_power_of_2(hidden)
     chosen = _settings.look_up("rms_norm_score", f"hidden {min(LARGEST, max(SMALLEST, block))}", target)
-    most = cdiv(chosen["shared_part"] * shared_bytes, row_bytes)
-    rows = max(1, min(most, n_rows * tokens // chosen["enough_programs"]))
-    return {"rows": rows, "n_blocks": cdiv(tokens, rows), "BLOCK": block, "num_warps": chosen["num_warps"]}
+    most = cdiv(chosen["shared_part"] * shared_bytes, token_bytes)
+    tokens_each = max(1, min(most, batch * tokens // chosen["enough_programs"]))
+    blocks = {"tokens_each": tokens_each, "n_blocks": cdiv(tokens, tokens_each)}
+    return {**blocks, "BLOCK": block, "num_warps": chosen["num_warps"]}
 
 
 def norm_arguments(
@@ -177,24 +179,24 @@ def norm_arguments(
     """
     hidden = hidden_states.shape[-1]
     if cu_seqlens is None:
-        n_rows, tokens = hidden_states.shape[:2]
-        steps = strides("row", "token", x=hidden_states, residual=residual)
+        batch, tokens = hidden_states.shape[:2]
+        steps = strides("seq", "token", x=hidden_states, residual=residual)
     else:
-        n_rows, tokens = 1, hidden_states.shape[0]
-        steps = {"stride_x_row": 0, "stride_residual_row": 0, **strides("token", x=hidden_states, residual=residual)}
+        batch, tokens = 1, hidden_states.shape[0]
+        steps = {"stride_x_seq": 0, "stride_residual_seq": 0, **strides("token", x=hidden_states, residual=residual)}
     states = hidden * hidden_states.element_size()
     reads = 1 + (residual is not None)
     writes = (normed is not None) + (summed is not None)
     sink_bytes = reads * states if sink is None else hidden * sink.element_size()
     settings = launch_settings(
-        n_rows,
+        batch,
         tokens,
         hidden,
-        row_bytes=(reads + writes) * states,
+        token_bytes=(reads + writes) * states,
         shared_bytes=sink_bytes + ((weight is not None) + (bias is not None)) * states,
         target=target_of(hidden_states.device),
     )
-    return n_rows * settings["n_blocks"], {
+    return batch * settings["n_blocks"], {
         "x_ptr": hidden_states,
         "residual_ptr": residual,
         "weight_ptr": weight,
@@ -206,11 +208,11 @@ def norm_arguments(
         "scores_ptr": scores,
         "sum_ptr": summed,
         "n_tokens": tokens,
-        "n_seqs": n_rows if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        "n_seqs": batch if cu_seqlens is None else cu_seqlens.shape[0] - 1,
         "eps": eps,
         **steps,
-        **strides("row", sink=None if sink is None or sink.dim() == 1 else sink),
-        "stride_out_row": tokens if cu_seqlens is None else 0,
+        **strides("seq", sink=None if sink is None or sink.dim() == 1 else sink),
+        "stride_out_seq": tokens if cu_seqlens is None else 0,
         "NORM": norm,
         "OFFSET": weight_offset,
         "COSINE": score == "cosine",

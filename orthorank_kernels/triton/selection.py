@@ -3,7 +3,7 @@
     scores [batch, tokens] float32  ->  positions [batch, width] int32, ascending, -1 past counts [batch] int32
     scores [total] float32          ->  positions, rows [width] int32, ascending, -1 past cu_selected[-1]
 
-With k, one program selects one row or sequence, by the radix selection in `radix.py`: up to 8192 tokens stay in its
+With k, one program selects from one sequence, by the radix selection in `radix.py`: up to 8192 tokens stay in its
 registers, longer ones are streamed in tiles, four times to find the k-th score and once to write. Two sizes and a tile
 serve every length, so no prompt length makes Triton compile anew. Packed outputs have no gaps, and still no program
 waits for another: where a sequence begins follows from the lengths and k alone (`packing.py`). By a threshold that
@@ -49,37 +49,37 @@ from orthorank_kernels.triton.threshold import select_below, select_below_packed
 
 
 @triton.jit
-def valid_part(starts_ptr, lengths_ptr, sinks_ptr, row, n_tokens, LARGEST: tl.constexpr = False):
-    """Of a row of the batch: its first valid token, how many there are, and the sink's index among them; int32."""
+def valid_part(starts_ptr, lengths_ptr, sinks_ptr, seq, n_tokens, LARGEST: tl.constexpr = False):
+    """Of a sequence of the batch: its first valid token, how many there are, and the sink's index among them; int32."""
     begin = tl.zeros([], tl.int32)
     if starts_ptr is not None:
-        begin = tl.minimum(tl.maximum(tl.load(starts_ptr + row), 0), n_tokens)
+        begin = tl.minimum(tl.maximum(tl.load(starts_ptr + seq), 0), n_tokens)
     n_valid = n_tokens - begin
     if lengths_ptr is not None:
-        n_valid = tl.minimum(tl.maximum(tl.load(lengths_ptr + row), 0), n_valid)
+        n_valid = tl.minimum(tl.maximum(tl.load(lengths_ptr + seq), 0), n_valid)
     sink = -1 if LARGEST else 0
     if sinks_ptr is not None:
-        sink = tl.maximum(tl.load(sinks_ptr + row), -1) - begin
+        sink = tl.maximum(tl.load(sinks_ptr + seq), -1) - begin
     return begin, n_valid, sink
 
 
 @triton.jit
-def select_row(
+def select_in_batch(
     scores_ptr,
     positions_ptr,
     counts_ptr,
     starts_ptr,
     lengths_ptr,
     sinks_ptr,
-    row_k_ptr,
-    row_threshold_ptr,
-    row,
+    seq_k_ptr,
+    seq_threshold_ptr,
+    seq,
     n_tokens,
     k,
     threshold,
     width,
     keep_last,
-    stride_scores_row,
+    stride_scores_seq,
     THRESHOLD: tl.constexpr,
     RESIDENT: tl.constexpr,
     TILE: tl.constexpr,
@@ -87,18 +87,18 @@ def select_row(
     RELATIVE: tl.constexpr = False,
     bins_ptr=None,
 ):
-    """All of one row of the batch (int64): its bounds, its selection, its count, and -1 past that."""
-    begin, n_valid, sink = valid_part(starts_ptr, lengths_ptr, sinks_ptr, row, n_tokens, LARGEST)
-    first = row * stride_scores_row + begin
-    positions_ptr += row * width
+    """All of one sequence of the batch (int64): its bounds, its selection, its count, and -1 past that."""
+    begin, n_valid, sink = valid_part(starts_ptr, lengths_ptr, sinks_ptr, seq, n_tokens, LARGEST)
+    first = seq * stride_scores_seq + begin
+    positions_ptr += seq * width
     if THRESHOLD:
-        if row_threshold_ptr is not None:
-            threshold = tl.load(row_threshold_ptr + row)
+        if seq_threshold_ptr is not None:
+            threshold = tl.load(seq_threshold_ptr + seq)
         count = select_below(scores_ptr, positions_ptr, first, begin, n_valid, sink, threshold, width, keep_last, TILE)
     else:
         count = tl.minimum(tl.minimum(k, width), n_valid)
-        if row_k_ptr is not None:
-            count = tl.minimum(tl.maximum(tl.load(row_k_ptr + row), 0), count).to(tl.int32)
+        if seq_k_ptr is not None:
+            count = tl.minimum(tl.maximum(tl.load(seq_k_ptr + seq), 0), count).to(tl.int32)
         position = 0 if RELATIVE else begin
         select_smallest(
             scores_ptr,
@@ -116,7 +116,7 @@ def select_row(
             TILE,
             LARGEST,
         )
-    tl.store(counts_ptr + row, count)
+    tl.store(counts_ptr + seq, count)
     fill_missing(positions_ptr, None, count, width)
 
 
@@ -126,7 +126,7 @@ def select_sequence(
     positions_ptr,
     rows_ptr,
     sinks_ptr,
-    row_k_ptr,
+    seq_k_ptr,
     cu_seqlens_ptr,
     offsets_ptr,
     seq,
@@ -140,7 +140,7 @@ def select_sequence(
     """The k smallest of one packed sequence (int64), and its share of the -1: the slots numbered like its tokens."""
     begin = tl.load(cu_seqlens_ptr + seq)
     end = tl.load(cu_seqlens_ptr + seq + 1)
-    before, count, total = quotas_around(cu_seqlens_ptr, row_k_ptr, seq, n_seqs, k)
+    before, count, total = quotas_around(cu_seqlens_ptr, seq_k_ptr, seq, n_seqs, k)
     slot = tl.minimum(before, width)
     count = tl.minimum(count, width - slot)
     if count > 0:
@@ -165,7 +165,7 @@ def select_sequence(
     fill_missing(positions_ptr, rows_ptr, tl.maximum(total, begin), tl.minimum(end, width))
 
 
-@triton.jit(do_not_specialize=["n_seqs", "n_tokens", "k", "width", "keep_last", "stride_scores_row"])
+@triton.jit(do_not_specialize=["n_seqs", "n_tokens", "k", "width", "keep_last", "stride_scores_seq"])
 def select_tokens_kernel(
     scores_ptr,
     positions_ptr,
@@ -175,8 +175,8 @@ def select_tokens_kernel(
     starts_ptr,
     lengths_ptr,
     sinks_ptr,
-    row_k_ptr,
-    row_threshold_ptr,
+    seq_k_ptr,
+    seq_threshold_ptr,
     cu_seqlens_ptr,
     offsets_ptr,
     n_seqs,
@@ -185,32 +185,32 @@ def select_tokens_kernel(
     threshold,
     width,
     keep_last,
-    stride_scores_row,
+    stride_scores_seq,
     THRESHOLD: tl.constexpr,
     RESIDENT: tl.constexpr,
     TILE: tl.constexpr,
     LARGEST: tl.constexpr,
     RELATIVE: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    seq = tl.program_id(0).to(tl.int64)
     threshold = tl.cast(threshold, tl.float32)
     if cu_seqlens_ptr is None:
-        select_row(
+        select_in_batch(
             scores_ptr,
             positions_ptr,
             counts_ptr,
             starts_ptr,
             lengths_ptr,
             sinks_ptr,
-            row_k_ptr,
-            row_threshold_ptr,
-            row=row,
+            seq_k_ptr,
+            seq_threshold_ptr,
+            seq=seq,
             n_tokens=n_tokens,
             k=k,
             threshold=threshold,
             width=width,
             keep_last=keep_last,
-            stride_scores_row=stride_scores_row,
+            stride_scores_seq=stride_scores_seq,
             THRESHOLD=THRESHOLD,
             RESIDENT=RESIDENT,
             TILE=TILE,
@@ -225,7 +225,7 @@ def select_tokens_kernel(
             counts_ptr,
             cu_selected_ptr,
             sinks_ptr,
-            row_threshold_ptr,
+            seq_threshold_ptr,
             cu_seqlens_ptr,
             offsets_ptr,
             n_seqs=n_seqs,
@@ -235,20 +235,20 @@ def select_tokens_kernel(
             TILE=TILE,
         )
     else:
-        if row == 0:
+        if seq == 0:
             write_quotas(
-                positions_ptr, rows_ptr, counts_ptr, cu_selected_ptr, cu_seqlens_ptr, row_k_ptr, n_seqs, k, width
+                positions_ptr, rows_ptr, counts_ptr, cu_selected_ptr, cu_seqlens_ptr, seq_k_ptr, n_seqs, k, width
             )
-        if row < n_seqs:
+        if seq < n_seqs:
             select_sequence(
                 scores_ptr,
                 positions_ptr,
                 rows_ptr,
                 sinks_ptr,
-                row_k_ptr,
+                seq_k_ptr,
                 cu_seqlens_ptr,
                 offsets_ptr,
-                seq=row,
+                seq=seq,
                 n_seqs=n_seqs,
                 k=k,
                 width=width,
@@ -289,9 +289,9 @@ def select_settings(elements: int, packed: bool, by_threshold: bool, target: str
 def select_tokens(
     scores: torch.Tensor,
     k: int | None,
-    row_k: torch.Tensor | None,
+    seq_k: torch.Tensor | None,
     threshold: float | None,
-    row_threshold: torch.Tensor | None,
+    seq_threshold: torch.Tensor | None,
     width: int,
     starts: torch.Tensor | None,
     lengths: torch.Tensor | None,
@@ -306,14 +306,14 @@ def select_tokens(
     """Launcher of the operator ``select_tokens``; arguments are checked in the public function."""
     packed, by_threshold = cu_seqlens is not None, k is None
     tokens = scores.shape[-1]
-    rows = cu_seqlens.shape[0] - 1 if packed else scores.shape[0]
+    n_seqs = cu_seqlens.shape[0] - 1 if packed else scores.shape[0]
     stride = 1 if packed else scores.stride(0)  # packed sequences may begin anywhere
     out = selection_outputs(scores, width, cu_seqlens) if out is None else out
     positions, counts, row_indices, cu_selected = out
-    programs = 1 if packed and by_threshold else max(rows, packed)
+    programs = 1 if packed and by_threshold else max(n_seqs, packed)
     if programs == 0:
         return out
-    settings = select_settings(occupied(rows, tokens, stride), packed, by_threshold, target_of(scores.device))
+    settings = select_settings(occupied(n_seqs, tokens, stride), packed, by_threshold, target_of(scores.device))
     launch(
         select_tokens_kernel,
         (programs,),
@@ -326,17 +326,17 @@ def select_tokens(
         starts_ptr=starts,
         lengths_ptr=lengths,
         sinks_ptr=sink_positions,
-        row_k_ptr=row_k,
-        row_threshold_ptr=row_threshold,
+        seq_k_ptr=seq_k,
+        seq_threshold_ptr=seq_threshold,
         cu_seqlens_ptr=cu_seqlens,
         offsets_ptr=position_offsets,
-        n_seqs=rows,
+        n_seqs=n_seqs,
         n_tokens=tokens,
         k=k or 0,
         threshold=threshold or 0.0,
         width=width,
         keep_last=keep_last,
-        stride_scores_row=stride,
+        stride_scores_seq=stride,
         LARGEST=largest,
         RELATIVE=relative,
         enable_fp_fusion=True,

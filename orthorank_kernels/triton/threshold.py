@@ -19,7 +19,7 @@ def is_taken(score, threshold, token, n_valid, sink, keep_last):
 def select_below(
     scores_ptr, positions_ptr, first, begin, n_valid, sink, threshold, width, keep_last, TILE: tl.constexpr
 ):
-    """Select from one row of a batch, whose valid scores begin ``first`` (int64) elements from ``scores_ptr``.
+    """Select from one sequence of a batch, whose valid scores begin ``first`` (int64) elements from ``scores_ptr``.
 
     ``begin`` is the position of the first valid token. Returns the number of tokens written, at most ``width``.
     """
@@ -47,7 +47,7 @@ def select_below_packed(
     counts_ptr,
     cu_selected_ptr,
     sinks_ptr,
-    row_threshold_ptr,
+    seq_threshold_ptr,
     cu_seqlens_ptr,
     offsets_ptr,
     n_seqs,
@@ -73,8 +73,8 @@ def select_below_packed(
         n_valid = tl.load(cu_seqlens_ptr + seq + 1) - begin
         sink = sink_of(sinks_ptr, offsets_ptr, seq)
         bound = threshold
-        if row_threshold_ptr is not None:
-            bound = tl.load(row_threshold_ptr + seq)
+        if seq_threshold_ptr is not None:
+            bound = tl.load(seq_threshold_ptr + seq)
         taken = inside & is_taken(tl.load(scores_ptr + row), bound, token, n_valid, sink, keep_last)
         slot = count + tl.cumsum(taken.to(tl.int32), 0) - 1
         written = taken & (slot < width)

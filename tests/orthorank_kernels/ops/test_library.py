@@ -102,8 +102,8 @@ def test_an_operator_knows_its_arguments_without_asking_its_schema() -> None:
 # What a public function resolves before the operator sees it: its own parameters, and those it makes of them.
 RESOLVED = {
     "rms_norm_score": ({"lengths"}, set()),  # scores of padding mean nothing
-    "select_tokens": ({"max_selected"}, {"row_k", "row_threshold", "width"}),
-    "rms_norm_select": ({"max_selected"}, {"row_k", "row_threshold", "width"}),
+    "select_tokens": ({"max_selected"}, {"seq_k", "seq_threshold", "width"}),
+    "rms_norm_select": ({"max_selected"}, {"seq_k", "seq_threshold", "width"}),
 }
 
 

@@ -236,7 +236,7 @@ def with_tokens_of_a_program(norm_arguments, tokens, args, kwargs):
     """What ``norm_arguments`` returns, for programs that take so many packed tokens each."""
     _, arguments = norm_arguments(*args, **kwargs)
     programs = -(-arguments["n_tokens"] // tokens)
-    return programs, arguments | {"rows": tokens, "n_blocks": programs}
+    return programs, arguments | {"tokens_each": tokens, "n_blocks": programs}
 
 
 @pytest.mark.parametrize("request_", [{"k": 3}, {"threshold": 0.5}], ids=str)

@@ -29,12 +29,23 @@ NARROW_PRODUCTS = {
     "fill_last_values": _BLOCK,
 }
 # Besides strides, what an index is multiplied by: the sizes of tensors, and the tokens that a program takes.
-SIZES = {"n_tokens", "selected", "keys", "width", "rows", "rows_per_program", "HIDDEN", "HEAD_DIM", "STRIDE"}
+SIZES = {
+    "n_tokens",
+    "selected",
+    "keys",
+    "width",
+    "rows",
+    "tokens_each",
+    "rows_per_program",
+    "HIDDEN",
+    "HEAD_DIM",
+    "STRIDE",
+}
 # Parameters that are int64 by contract; the test checks what callers pass.
 WIDE_PARAMETERS = {
-    "norm_and_score": {"row", "first", "end", "sink_token"},
-    "bounds": {"row", "end"},
-    "select_row": {"row"},
+    "norm_and_score": {"seq", "first", "end", "sink_token"},
+    "bounds": {"seq", "end"},
+    "select_in_batch": {"seq"},
     "select_sequence": {"seq"},
 }
 # Functions that return int64 only; the test checks what they return.
