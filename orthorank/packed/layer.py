@@ -154,10 +154,12 @@ def _check_map(plan: "OrthoRankConfig", layer: int, layer_map: "LayerMap | None"
 
 
 def _correct(layer_map: "LayerMap", step: Step, stream: Tensor, normed: Tensor, low: Tensor | None) -> None:
-    """Add the map to every token of ``stream`` but the sinks, in place; ``low`` is what `PackedParts.project` gave."""
+    """Add the map to every token of ``stream`` but the requests' first ones, in place, those of prompts that no layer
+    selects from too. ``low`` is what `PackedParts.project` gave.
+    """
     low = linear(normed, layer_map.down) if low is None else low
     states = stream[: low.shape[0]]
-    where: dict[str, Any] = {"cu_seqlens": step.cu_segments, "sink_positions": step.sink_positions}
+    where: dict[str, Any] = {"cu_seqlens": step.cu_segments, "sink_positions": step.first_positions}
     add_low_rank(states, low, layer_map.up, layer_map.bias, **where, out=states)
 
 

@@ -7,7 +7,7 @@ Each request is cut into *segments*, and a segment selects by itself:
     a prompt's last tokens        one segment, of which every token is updated, where they are forced; by a threshold,
                                   which takes no numbers, they are named one by one
     the tokens behind the prompt  one segment like that: generated tokens pass all layers, also when a preempted request
-                                  is computed again
+                                  is computed again; and prompts below the plan's ``min_prompt``
 
 Every number comes from the lengths of prompts and caches, so no layer waits for the device.
 """
@@ -124,7 +124,8 @@ class Step:
         cu_tokens: int32 ``[requests + 1]``, where each request begins among the tokens.
         cu_segments: int32 ``[segments + 1]``, where each segment does.
         offsets: int32 ``[segments]``, position of each segment's first token in its request.
-        sink_positions: int32 ``[segments]``, 0 where the request's first token is in it, else -1.
+        sink_positions: int32 ``[segments]``, 0 where the request's first token is in it and is not updated, else -1.
+        first_positions: int32 ``[segments]``, 0 where it is in it at all, else -1: no map is for it.
         first_segment: int32 ``[requests + 1]``, number of each request's first segment.
         workspace: int32 zeros ``[segments or more]`` for `rms_norm_select`, which leaves them zero.
         counts: for each keep ratio, int32 ``[segments]``: tokens that are updated.
@@ -141,6 +142,7 @@ class Step:
     cu_segments: Tensor
     offsets: Tensor
     sink_positions: Tensor
+    first_positions: Tensor
     first_segment: Tensor
     workspace: Tensor
     counts: dict[float, Tensor]
@@ -148,6 +150,17 @@ class Step:
     forced: Tensor
     sink_slots: Tensor
     prompt_tokens: int = 0
+
+
+def judged(plan: "OrthoRankConfig", prompts: Sequence[int]) -> list[int]:
+    """Lengths of prompts, negative where every layer computes them: so before, or below the plan's ``min_prompt``.
+
+    Example:
+        >>> from orthorank import OrthoRankConfig
+        >>> judged(OrthoRankConfig(layers=[2], min_prompt=16), [15, 16, -20, 0])
+        [-15, 16, -20, 0]
+    """
+    return [-prompt if 0 < prompt < plan.min_prompt else prompt for prompt in prompts]
 
 
 def selects(lengths: Sequence[int], cached: Sequence[int], prompts: Sequence[int]) -> list[bool]:
@@ -166,9 +179,12 @@ def make_step(
     """The step of these requests. One copy to the device, which the host does not wait for.
 
     Args:
-        plan: how tokens are selected. ``keep_last`` holds for every prompt.
+        plan: how tokens are selected. ``keep_last`` holds for every prompt; one of fewer than ``min_prompt`` tokens is
+            updated throughout, like generated tokens.
         starts: ``[requests + 1]``, where each request begins among the new tokens.
-        cached: ``[requests]``, tokens computed before; prompts: ``[requests]``, tokens of the prompts.
+        cached: ``[requests]``, tokens computed before.
+        prompts: ``[requests]``, tokens of the whole prompts, chunks that are still to come included. Negative: of so
+            many, and updated throughout whatever ``min_prompt`` is.
         sink_slots: ``[requests]``, where the bank holds the sink of each; any number where nothing is selected.
         device: where the layers run.
 
@@ -179,7 +195,9 @@ def make_step(
     segments: list[Segment] = []
     first_segment, slots, prompt_tokens = [0], list[int](), 0
     below = plan.select == "threshold"
-    for (begin, end), before, prompt, slot in zip(pairwise(starts), cached, prompts, sink_slots, strict=True):
+    for (begin, end), before, prompt, slot in zip(
+        pairwise(starts), cached, judged(plan, prompts), sink_slots, strict=True
+    ):
         if end > begin:
             own = segments_of(
                 begin,
@@ -203,6 +221,7 @@ def make_step(
             [*(s.row for s in segments), starts[-1]],
             [s.position for s in segments],
             [0 if s.has_sink else -1 for s in segments],
+            [0 if s.position == 0 else -1 for s in segments],
             first_segment,
             [0] * max(1, len(segments)),
             forced,
@@ -218,12 +237,13 @@ def make_step(
         cu_segments=tensors[1],
         offsets=tensors[2],
         sink_positions=tensors[3],
-        first_segment=tensors[4],
-        workspace=tensors[5],
-        counts=dict(zip(ratios, tensors[8:], strict=True)),
+        first_positions=tensors[4],
+        first_segment=tensors[5],
+        workspace=tensors[6],
+        counts=dict(zip(ratios, tensors[9:], strict=True)),
         selected={ratio: sum(each) for ratio, each in counts.items()},
-        forced=tensors[6].long(),
-        sink_slots=tensors[7].long(),
+        forced=tensors[7].long(),
+        sink_slots=tensors[8].long(),
         prompt_tokens=prompt_tokens,
     )
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.packed.sinks import SinkBank
-from orthorank.packed.steps import Step, make_step, selects
+from orthorank.packed.steps import Step, judged, make_step, selects
 from orthorank.serving.vllm.counts import Counts
 from orthorank.serving.vllm.interface import TESTED
 from orthorank.serving.vllm.requests import RequestTable
@@ -60,6 +60,7 @@ class Shared:
         if not starts[-1]:
             return None
         prompts, first = self.requests.rows(common)
+        prompts = judged(self.serving.plan, prompts)  # of requests that no front end marked
         if not self.on:
             prompts = [-abs(prompt) for prompt in prompts]
         ends = common.seq_lens_cpu_upper_bound

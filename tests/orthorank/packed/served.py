@@ -75,7 +75,7 @@ def assert_rows_as_promised(engine: Engine) -> None:
         assert (ran.out_hidden[: ran.step.tokens][others] == 0).all()
         exact, layer_map = others.clone(), engine.maps[ran.layer]
         if layer_map is not None:
-            sinks = ran.step.cu_segments[:-1][ran.step.sink_positions == 0].long()
+            sinks = ran.step.cu_segments[:-1][ran.step.first_positions == 0].long()
             exact[:] = False
             exact[sinks] = others[sinks]
             assert ((ran.out_residual != summed)[: ran.step.tokens].any(dim=1) | exact | ~others).all()

@@ -39,6 +39,17 @@ def test_packed_requests_are_requests_alone(
     serve(models[name], corrected_plan(select, **ratios), requests, schedule, padding=3, merged=merged)
 
 
+@pytest.mark.parametrize("select", ["window", "threshold"])
+def test_prompts_below_the_least(models: dict[str, Any], select: str) -> None:
+    """Of the three one is: each layer updates it, and a removed one still has no map for its first token."""
+    requests, schedule = three_requests()
+    plan = corrected_plan(select, keep_ratios={2: 0.0}, min_prompt=18)
+    serve(models["llama-2"], plan, requests, schedule)
+    plans = plan, corrected_plan(select, keep_ratios={2: 0.0})
+    dense, selected = (hugging_face(models["llama-2"], each, requests[1], [requests[1].prompt]) for each in plans)
+    assert float((dense - selected).abs().max()) > 0.1, "or this shows nothing"
+
+
 def test_a_map_for_one_layer_of_two(models: dict[str, Any]) -> None:
     requests, schedule = three_requests()
     serve(models["llama-2"], plan_of("topk", correction=maps([2])), requests, schedule)

@@ -80,6 +80,7 @@ def launched(parts: type[Parts], forced: int = 0, corrected: bool = False, **pla
             cu_segments=ints(SEGMENTS + 1),
             offsets=ints(SEGMENTS),
             sink_positions=ints(SEGMENTS),
+            first_positions=ints(SEGMENTS),
             first_segment=ints(REQUESTS + 1),
             workspace=ints(SEGMENTS),
             counts={RATIO: ints(SEGMENTS)},

@@ -83,7 +83,9 @@ def test_the_step_holds_what_the_segments_say(
         assert counts.tolist() == shares
         assert int(counts.sum()) == step.selected[ratio] == sum(group.count(ratio) for group in stated)
     assert step.forced.tolist() == [], "their segments say it"
-    for tensor in (step.cu_tokens, step.cu_segments, step.offsets, step.sink_positions, step.first_segment):
+    assert step.first_positions.tolist() == [-1 if piece.positions[0] else 0 for piece in pieces]
+    integers = step.cu_tokens, step.cu_segments, step.offsets, step.sink_positions, step.first_positions
+    for tensor in (*integers, step.first_segment):
         assert tensor.dtype == torch.int32
     assert (step.forced.dtype, step.sink_slots.dtype) == (torch.int64, torch.int64)
 
@@ -162,6 +164,15 @@ def test_a_row_without_a_prompt_is_generated_throughout() -> None:
     assert [(s.row, s.tokens, s.position, s.all, s.has_sink, s.count(0.1)) for s in segments] == [
         (3, 7, 0, True, False, 7)
     ]
+
+
+def test_prompts_below_the_least_are_updated_throughout() -> None:
+    """Whole or in chunks, by the whole prompt's length; or where the caller says so."""
+    plan = plan_of(keep_ratio=0.25, keep_last=0, min_prompt=8)
+    step = step_of(plan, [Row(0, 7, 7), Row(0, 8, 8), Row(0, 3, 7), Row(0, 4, 8), Row(0, 20, -20)])
+    assert step.counts[0.25].tolist() == [7, 2, 3, 1, 20]
+    assert step.sink_positions.tolist() == [-1, 0, -1, 0, -1]
+    assert (step.first_positions.tolist(), step.prompt_tokens) == ([0] * 5, 8 + 4)
 
 
 def test_the_first_token_alone_is_the_sink() -> None:
@@ -250,7 +261,7 @@ def test_one_copy_that_the_host_does_not_wait_for(monkeypatch: pytest.MonkeyPatc
 def test_every_tensor_begins_where_kernels_expect_it(rows: list[Row]) -> None:
     """At 16 bytes: Triton compiles anew for each mixture of pointers that do and do not."""
     step = step_of(plan_of(keep_ratios={2: 0.1}), rows)
-    tensors = step.cu_tokens, step.cu_segments, step.offsets, step.sink_positions, step.first_segment
-    for tensor in (*tensors, *step.counts.values()):
+    tensors = step.cu_tokens, step.cu_segments, step.offsets, step.sink_positions, step.first_positions
+    for tensor in (*tensors, step.first_segment, *step.counts.values()):
         assert tensor.storage_offset() * tensor.element_size() % 16 == 0
         assert tensor.is_contiguous()

@@ -17,9 +17,9 @@ from orthorank.serving.vllm.serving import Serving
 CPU = torch.device("cpu")
 
 
-def shared() -> Shared:
+def shared(**fields: Any) -> Shared:
     """One request of 9 prompt tokens in row 0, none in row 1."""
-    plan = OrthoRankConfig(layers=[1], keep_ratio=0.5)
+    plan = OrthoRankConfig(layers=[1], keep_ratio=0.5, **fields)
     requests = RequestTable(2)
     requests.add(0, list(range(1, 10)))
     return Shared(Serving(plan), [1], SinkBank(lambda token: torch.zeros(1, 4), 8), requests)
@@ -40,6 +40,11 @@ def test_a_prompt_selects_and_generated_tokens_do_not() -> None:
     assert shared().step(common([9], [9], [0]), CPU) is not None
     assert shared().step(common([1], [10], [0]), CPU) is None
     assert shared().step(common([0], [0], [0]), CPU) is None
+
+
+def test_a_short_prompt_that_no_front_end_marked() -> None:
+    assert shared(min_prompt=9).step(common([9], [9], [0]), CPU) is not None
+    assert shared(min_prompt=10).step(common([9], [9], [0]), CPU) is None
 
 
 def test_dense_prompts_beside_others() -> None:
