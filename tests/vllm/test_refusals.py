@@ -50,6 +50,14 @@ def test_refused_by_the_front_end(llama: Path, plan: Any, others: dict[str, Any]
         _configure(llama, plan, **others)
 
 
+@pytest.mark.parametrize("name", ["VLLM_USE_BREAKABLE_CUDAGRAPH", "VLLM_USE_RUST_FRONTEND"])
+def test_refused_of_the_environment(llama: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(Exception, match=rf"{name} is set, .*; unset it"):
+        _configure(llama, PLAN, **WHOLE_PROMPTS)
+    _configure(llama, None)
+
+
 def test_what_is_served_is_not_refused(llama: Path) -> None:
     """And the plan's own scheduler is set where windows need it."""
     assert _configure(llama, PLAN, **WHOLE_PROMPTS).scheduler_config.scheduler_cls is None

@@ -134,6 +134,11 @@ def _settings(vllm_config: Any) -> Iterator[str]:
         )
     if hooks.breakable_graphs():
         yield "VLLM_USE_BREAKABLE_CUDAGRAPH is set, which is not tested with OrthoRank; unset it"
+    if hooks.rust_front():
+        yield (
+            "VLLM_USE_RUST_FRONTEND is set, and vLLM's front end in Rust has no plugins: nobody would check what "
+            "requests say of their prompts (orthorank_dense), nor keep blocks of dense ones apart; unset it"
+        )
     if getattr(parallel, "enable_dbo", False):
         yield "--enable-dbo splits a step in two, which selecting layers do not know; leave it out"
     if vllm_config.lora_config is not None:

@@ -6,13 +6,21 @@ What each of these needs of vLLM, and whether the installed one has it, is said 
 import copy
 import functools
 import inspect
-import sys
 from functools import cache
 from typing import Any
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.serving.vllm.interface_checks import TESTED
-from orthorank.serving.vllm.rules import DENSE, PROMPT_TOKENS, check_request, dense_salt, extra_of, without_layers
+from orthorank.serving.vllm.rules import (
+    DENSE,
+    PROMPT_TOKENS,
+    check_request,
+    dense_salt,
+    extra_of,
+    params_of,
+    prompt_tokens,
+    without_layers,
+)
 
 OPERATOR = "orthorank::decoder_layer"
 MODELS = "orthorank.serving.vllm.models"
@@ -89,6 +97,13 @@ def breakable_graphs() -> bool:
     from vllm import envs
 
     return bool(getattr(envs, "VLLM_USE_BREAKABLE_CUDAGRAPH", False))
+
+
+def rust_front() -> bool:
+    """Whether requests come from a front end that no plugin is part of."""
+    from vllm import envs
+
+    return bool(getattr(envs, "VLLM_USE_RUST_FRONTEND", False))
 
 
 def has_ocp_fp8() -> bool:
@@ -247,31 +262,25 @@ def watch_prompts() -> None:
 
     @functools.wraps(process)
     def processed(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        plan = getattr(self.model_config.hf_config, "orthorank", None)
+        if plan is None:  # another engine of this process
+            return process(self, request_id, prompt, params, *args, **kwargs)
+        said = prompt if isinstance(prompt, dict) else {}
         try:
-            check_request(extra_of(params), prompt.get("cache_salt") if isinstance(prompt, dict) else None)
+            check_request(extra_of(params), said.get("cache_salt"))
         except OrthoRankError as error:
             raise VLLMValidationError(str(error)) from error  # the client's fault, as servers answer it
         request = process(self, request_id, prompt, params, *args, **kwargs)
-        marks = {}
-        if isinstance(prompt, dict) and PROMPT_TOKENS in prompt:
-            marks[PROMPT_TOKENS] = prompt[PROMPT_TOKENS]
-        extra = extra_of(params) | marks
-        own = min(extra.get(PROMPT_TOKENS, sys.maxsize), len(request.prompt_token_ids or ()))
-        if extra.get(DENSE) or own < _min_prompt(self.model_config.hf_config):
-            marks[DENSE] = True
+        if PROMPT_TOKENS in said:
+            _mark(request, {PROMPT_TOKENS: said[PROMPT_TOKENS]})
+        tokens, least = len(request.prompt_token_ids or ()), int(plan["plan"].get("min_prompt", 0))
+        if prompt_tokens(tokens, params_of(request), least) < 0:
+            _mark(request, {DENSE: True})
             request.cache_salt = dense_salt(request.cache_salt)
-        if marks:
-            _mark(request, marks)
         return request
 
     BeamSearchSequence.get_prompt = marked
     InputProcessor.process_inputs = processed
-
-
-def _min_prompt(config: Any) -> int:
-    """Of the plan in the model's configuration, as `checks` wrote it out; 0 where there is none."""
-    said = getattr(config, "orthorank", None)
-    return int(said["plan"].get("min_prompt", 0)) if isinstance(said, dict) else 0
 
 
 def _mark(request: Any, marks: dict[str, Any]) -> None:

@@ -180,7 +180,9 @@ SCHEDULER: Group = {
         "KVCacheCoordinator.find_longest_cache_hit": called_with("self", "block_hashes", "max_cache_hit_length"),
     },
     "vllm.v1.request": {
-        "Request": that_sets("num_prompt_tokens", "num_computed_tokens", "sampling_params", "pooling_params")
+        "Request": that_sets(
+            "num_prompt_tokens", "num_computed_tokens", "sampling_params", "pooling_params", "cache_salt"
+        )
     },
 }
 BENCH: Group = {
@@ -190,7 +192,7 @@ BENCH: Group = {
     "vllm.distributed.parallel_state": {"cleanup_dist_env_and_memory": called_with()},
 }
 OPTIONAL: Group = {
-    "vllm.envs": {"VLLM_USE_BREAKABLE_CUDAGRAPH": a(bool)},
+    "vllm.envs": {"VLLM_USE_BREAKABLE_CUDAGRAPH": a(bool), "VLLM_USE_RUST_FRONTEND": a(bool)},
     "vllm.config.vllm": {"VllmConfig": with_fields("kv_transfer_config")},
     "vllm.config.parallel": {
         "ParallelConfig": with_fields("decode_context_parallel_size", "prefill_context_parallel_size", "enable_dbo")

@@ -85,7 +85,7 @@ REASONS: dict[str, Reason] = {
     "vllm.entrypoints.llm": Reason("a bench ends the engine of each plan before the next", ""),
     "vllm.v1.engine.llm_engine": Reason("the same"),
     "vllm.v1.engine.core_client": Reason("the same"),
-    "vllm.envs": Reason("a way to capture graphs that is refused"),
+    "vllm.envs": Reason("a way to capture graphs, and a front end, that are refused"),
     "vllm.model_executor.models.mistral": Reason("queries of Mistral's that are scaled by their position"),
     "model": Reason("the layers, and the embedding that first tokens pass"),
     "layer": Reason(

@@ -3,6 +3,7 @@ begins with them, which tokens of a request are its prompt, and which weights a 
 """
 
 import re
+import sys
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -38,22 +39,38 @@ def reusable_tokens(prompt: int, keep_last: int, window: int | None) -> int:
     return same if window is None else same // window * window
 
 
-def prompt_tokens(tokens: int, params: Any) -> int:
+def same_tokens(request: Any, plan: Any) -> int:
+    """How many tokens at the beginning of a request of vLLM are computed as in every other that shares their hashes.
+
+    A dense prompt shares hashes with others of its kind alone, if a front end gave it their salt. Without the salt, as
+    where a request comes straight to the engine, none of its blocks are of either kind; so it is the other way round.
+    """
+    first = getattr(request, "orthorank_prompt", None)
+    own = prompt_tokens(request.num_prompt_tokens if first is None else first, params_of(request), plan.min_prompt)
+    if (own < 0) != (request.cache_salt or "").startswith(SALT):
+        return 0
+    if own < 0 and first is None:  # every layer computes every token, the generated ones as a prompt's
+        return sys.maxsize
+    return reusable_tokens(abs(own), plan.keep_last, plan.select_window)
+
+
+def prompt_tokens(tokens: int, params: Any, min_prompt: int = 0) -> int:
     """How many of a request's first ``tokens`` are its prompt: all, unless its parameters say how many.
 
-    Negative: the prompt has so many, and is computed in every layer, as if it had been generated.
+    Negative: the prompt has so many, and is computed in every layer, as if it had been generated: its parameters say
+    so, or it is below the plan's ``min_prompt``.
 
     Example:
         >>> from types import SimpleNamespace
         >>> prompt_tokens(12, None), prompt_tokens(12, SimpleNamespace(extra_args={"orthorank_prompt_tokens": 9}))
         (12, 9)
-        >>> prompt_tokens(12, SimpleNamespace(extra_args={"orthorank_dense": True}))
-        -12
+        >>> prompt_tokens(12, SimpleNamespace(extra_args={"orthorank_dense": True})), prompt_tokens(12, None, 13)
+        (-12, -12)
     """
     extra = extra_of(params)
     said = extra.get(PROMPT_TOKENS)
     own = min(tokens, said) if type(said) is int and said > 0 else tokens
-    return -own if extra.get(DENSE) else own
+    return -own if extra.get(DENSE) or own < min_prompt else own
 
 
 def extra_of(params: Any) -> dict[str, Any]:

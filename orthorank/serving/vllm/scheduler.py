@@ -5,7 +5,6 @@ else was in the batch. Blocks are put into the prefix cache only as far as a col
 the prompt, and not where tokens were forced or a window was not full. No further do blocks of others serve a request.
 """
 
-import sys
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -13,7 +12,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.serving.vllm import interface
-from orthorank.serving.vllm.rules import chunk_tokens, params_of, prompt_tokens, reusable_tokens
+from orthorank.serving.vllm.rules import chunk_tokens, params_of, prompt_tokens, same_tokens
 from orthorank.serving.vllm.serving import Serving
 
 
@@ -32,7 +31,7 @@ class _Rules(Scheduler):
         interface.expect(self, **interface.OBJECTS["scheduler"])
         serving = Serving.of(self.vllm_config.model_config.hf_config.orthorank)
         plan = serving.plan
-        self._window = plan.select_window
+        self._window, self._min_prompt = plan.select_window, plan.min_prompt
         if self._window is not None:
             self.need_mamba_block_aligned_split = True  # has `schedule` ask the method below
         if not self.cache_config.enable_prefix_caching or serving.reuse == "all":
@@ -53,22 +52,15 @@ class _Rules(Scheduler):
         )
         longest = 0
 
-        def same(request: Any) -> int:
-            first = getattr(request, "orthorank_prompt", None)
-            own = prompt_tokens(request.num_prompt_tokens if first is None else first, params_of(request))
-            if own < 0 and first is None:  # every layer computes every token, the generated ones as a prompt's
-                return sys.maxsize
-            return reusable_tokens(abs(own), plan.keep_last, plan.select_window)
-
         def cache_same(request: Any, num_computed_tokens: int) -> None:
-            cache_blocks(request, min(num_computed_tokens, same(request)))
+            cache_blocks(request, min(num_computed_tokens, same_tokens(request, plan)))
 
         def find_same(block_hashes: Any, max_cache_hit_length: int) -> Any:
             return find(block_hashes, min(max_cache_hit_length, longest))
 
         def computed_same(request: Any) -> Any:
             nonlocal longest
-            longest = same(request)
+            longest = same_tokens(request, plan)
             return computed(request)
 
         coordinator.cache_blocks = cache_same
@@ -91,7 +83,7 @@ class _Rules(Scheduler):
         computed = num_new_local_computed_tokens + num_external_computed_tokens
         start = request.num_computed_tokens + computed
         assert self._window is not None  # only asked for where there is one
-        prompt = prompt_tokens(request.num_prompt_tokens, params_of(request))
+        prompt = prompt_tokens(request.num_prompt_tokens, params_of(request), self._min_prompt)
         return chunk_tokens(start, num_new_tokens, prompt, self._window)
 
 

@@ -1,6 +1,8 @@
 """`orthorank.serving.vllm.rules`: where chunks end, and what may be used again, against the stated groups."""
 
+import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from orthorank.serving.vllm.rules import (
     dense_salt,
     prompt_tokens,
     reusable_tokens,
+    same_tokens,
     without_layers,
 )
 from tests.orthorank.statement import Group, Row, groups
@@ -124,7 +127,36 @@ def test_dense_prompts() -> None:
 
 
 def test_nobody_takes_the_salt_of_dense_prompts() -> None:
-    assert dense_salt("a") != dense_salt(None) != dense_salt("")[:-1]
+    salts = [dense_salt(salt) for salt in (None, "a", "b")]
+    assert len(set(salts)) == 3
     check_request(None, "a user's")
-    with pytest.raises(OrthoRankError, match="cache_salt is 'orthorank dense:a'; what begins with"):
-        check_request(None, dense_salt("a"))
+    for salt in salts:
+        with pytest.raises(OrthoRankError, match=f"cache_salt is '{salt}'; what begins with"):
+            check_request(None, salt)
+
+
+@pytest.mark.parametrize(
+    ("salt", "extra", "least", "session", "same"),
+    [
+        (None, {}, 0, None, 96),
+        ("a user's", {}, 100, None, 96),
+        (dense_salt("a user's"), {"orthorank_dense": True}, 0, None, sys.maxsize),
+        (dense_salt(None), {"orthorank_dense": True}, 0, 70, 64),  # later inputs may be of the other kind
+        (dense_salt(None), {}, 101, None, sys.maxsize),
+        (None, {"orthorank_prompt_tokens": 70}, 0, None, 64),
+        (None, {"orthorank_dense": True}, 0, None, 0),  # straight to the engine: no front end gave it its salt
+        ("a user's", {}, 101, None, 0),
+        (None, {"orthorank_prompt_tokens": 70}, 71, None, 0),
+        (dense_salt(None), {}, 0, None, 0),
+    ],
+)
+def test_blocks_are_of_one_kind(
+    salt: str | None, extra: dict[str, Any], least: int, session: int | None, same: int
+) -> None:
+    """Of a prompt of 100 tokens. The salt is what keeps dense ones apart, so without it none is used again."""
+    plan = SimpleNamespace(min_prompt=least, keep_last=1, select_window=32)
+    params = SimpleNamespace(extra_args=extra)
+    request = SimpleNamespace(num_prompt_tokens=100, sampling_params=params, pooling_params=None, cache_salt=salt)
+    if session is not None:
+        request.orthorank_prompt = session
+    assert same_tokens(request, plan) == same
