@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from orthorank.serving.vllm import counts
 from tests.vllm.engines import PLAN, expect, prompts
 from tests.vllm.servers import SERVER, complete, running, server_arguments, wait_until_healthy
 
@@ -52,6 +53,20 @@ def test_a_server_counts_once(tmp_path: Path, llama: Path, way: int | str) -> No
     assert said[0].startswith("OrthoRank: of 4 layers 1, 2 select 33 % of a prompt's tokens (topk, the best of each ")
     assert "3 is removed; attention: portable (the backend's kernel, a request for each query): the backend" in said[0]
     assert said[0].endswith("off: chunked prefill and prefix caching, as a prompt is ranked as a whole")
+
+
+def test_an_engine_that_is_a_fork_of_a_front_end_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which had imported Prometheus's client before vLLM told it, by the environment, of several front ends."""
+    from prometheus_client import CollectorRegistry, multiprocess, values
+
+    assert values.ValueClass is values.MutexValue
+    monkeypatch.setenv(counts.SEVERAL, str(tmp_path))
+    monkeypatch.setattr(counts, "_clients", counts._clients.__wrapped__)
+    counts.Counts(None).add("orthorank_steps", "selected", 3)
+    assert values.ValueClass is values.MutexValue
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)
+    assert registry.get_sample_value("orthorank_steps_total", {"prompts": "selected"}) == 3
 
 
 def _counters(port: int) -> dict[str, float]:

@@ -9,7 +9,9 @@ nothing is collected but what its client writes there, so these counters are the
 """
 
 import atexit
+import logging
 import mmap
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -20,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+LOGGER = logging.getLogger("vllm.orthorank")  # vLLM gives its own loggers alone a place to write to
 FOLDER = "ORTHORANK_COUNTS"  # of the files; set for the processes that a front end starts
 SEVERAL = "PROMETHEUS_MULTIPROC_DIR"
 
@@ -85,6 +88,8 @@ class Counts:
             os.truncate(name, self._slots.nbytes)
             with os.fdopen(handle, "r+b") as file:
                 self._slots = np.frombuffer(mmap.mmap(file.fileno(), self._slots.nbytes), dtype=np.int64)
+        elif folder is not None:
+            LOGGER.warning("orthorank: %s is gone, so what this engine counts is on no /metrics", folder)
 
     def add(self, metric: str, value: str, count: int = 1) -> None:
         """Count. Aligned words of 8 bytes are written as a whole, so a reader sees the old number or the new one."""
@@ -116,9 +121,13 @@ def totals(folder: Path) -> dict[tuple[str, str], int]:
 @cache
 def show() -> None:
     """In a front end: what its engines count is part of its metrics. Before it starts them."""
+    if os.environ.get(SEVERAL) is not None:
+        return  # Prometheus's client reads what engines write there, and no collector
     from prometheus_client import REGISTRY
 
-    if FOLDER not in os.environ:  # else this is a child of a front end that did
+    # Its own children share a front end's folder. A server that its process happens to start inherits the name as well.
+    found = os.environ.get(FOLDER)
+    if found is None or multiprocessing.parent_process() is None or not Path(found).is_dir():
         folder = tempfile.mkdtemp(prefix="orthorank-")
         atexit.register(_clear, Path(folder), os.getpid())
         os.environ[FOLDER] = folder
@@ -137,9 +146,12 @@ class _Collector:
         self.folder = folder
 
     def collect(self) -> Iterator[Any]:
-        """All counters, those that are 0 too."""
+        """All counters, those that are 0 too; none where nobody knows what they are."""
         from prometheus_client.core import CounterMetricFamily
 
+        if not self.folder.is_dir():
+            LOGGER.warning("orthorank: %s is gone, and with it the counters: start the server again", self.folder)
+            return
         found = totals(self.folder)
         for metric in METRICS:
             family = CounterMetricFamily(metric.name, metric.says, labels=[metric.label])
@@ -151,11 +163,17 @@ class _Collector:
 @cache
 def _clients() -> dict[str, Any]:
     """Counters of Prometheus's client, in a process whose client writes into `SEVERAL`."""
-    from prometheus_client import CollectorRegistry, Counter
+    from prometheus_client import CollectorRegistry, Counter, values
 
     registry = CollectorRegistry()  # of its own: nobody asks this process
-    found = {m.name: Counter(m.name, m.says, [m.label], registry=registry) for m in METRICS}
-    for metric in METRICS:
-        for value in metric.values:
-            found[metric.name].labels(value)  # which shows it as 0
+    before = values.ValueClass
+    if before is values.MutexValue:  # as in a fork of a front end that imported the client before it knew of `SEVERAL`
+        values.ValueClass = values.get_value_class()
+    try:
+        found = {m.name: Counter(m.name, m.says, [m.label], registry=registry) for m in METRICS}
+        for metric in METRICS:
+            for value in metric.values:
+                found[metric.name].labels(value)  # which shows it as 0
+    finally:
+        values.ValueClass = before
     return found

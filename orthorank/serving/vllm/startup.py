@@ -1,14 +1,13 @@
 """The line that a server logs when it starts with a plan."""
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 from orthorank.serving.vllm.checks import needs_scheduler
+from orthorank.serving.vllm.counts import LOGGER as LOGGER
 
 if TYPE_CHECKING:
     from orthorank.serving.vllm.serving import Serving
 
-LOGGER = logging.getLogger("vllm.orthorank")  # vLLM gives its own loggers alone a place to write to
 SELECT = {"topk": "the best of each prompt", "window": "the best of each window", "threshold": "below thresholds"}
 
 

@@ -1,6 +1,8 @@
 """Counters of a server, and the line that it logs, without vLLM."""
 
+import itertools
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,31 +43,76 @@ def test_files_of_several_engines_are_one_sum(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("folder", [None, "gone"])
-def test_without_a_folder_nobody_reads(folder: str | None, tmp_path: Path) -> None:
-    """An engine on another node, or one whose front end has ended."""
+def test_without_a_folder_nobody_reads(folder: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An engine on another node, or one whose front end has ended. Where there was one, that is said."""
     counts = Counts(None if folder is None else tmp_path / folder)
     counts.add("orthorank_steps", "dense")
     assert counts.get("orthorank_steps", "dense") == 1
+    assert ("gone is gone, so what this engine counts is on no /metrics" in caplog.text) == (folder is not None)
 
 
-def test_front_ends_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """What `show` registers, with Prometheus's client and at the exit; its folders are ``0``, ``1``, ..."""
+    found: list[Any] = []
+    fake = SimpleNamespace(REGISTRY=SimpleNamespace(register=found.append))
+    monkeypatch.setitem(sys.modules, "prometheus_client", fake)
+    monkeypatch.setattr(counting.atexit, "register", lambda *done: found.append(done))
+    numbers = itertools.count()
+
+    def made(prefix: str) -> str:
+        folder = tmp_path / str(next(numbers))
+        folder.mkdir()
+        return str(folder)
+
+    monkeypatch.setattr(counting.tempfile, "mkdtemp", made)
+    monkeypatch.setenv(counting.FOLDER, "")  # which `show` sets, so it is put back
+    monkeypatch.delenv(counting.FOLDER)
+    return found
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, *, by_vllm: bool = False) -> str:
+    """The folder that a process finds or makes, which vLLM started or somebody else."""
+    monkeypatch.setattr(counting.multiprocessing, "parent_process", lambda: object() if by_vllm else None)
+    counting.show.__wrapped__()
+    return os.environ.get(counting.FOLDER, "")
+
+
+def test_front_ends_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registered: list[Any]) -> None:
     """The first one makes it and removes it; those that it starts find its name. A fork removes nothing."""
-    registered: list[Any] = []
-    fake = SimpleNamespace(REGISTRY=SimpleNamespace(register=registered.append))
-    monkeypatch.setitem(__import__("sys").modules, "prometheus_client", fake)
-    monkeypatch.setattr(counting.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
-    monkeypatch.setattr(counting.atexit, "register", lambda *done: registered.append(done))
-    monkeypatch.delenv(counting.FOLDER, raising=False)
-    show = counting.show.__wrapped__
-    show()
-    show()
-    assert os.environ.pop(counting.FOLDER) == str(tmp_path)
+    assert shown(monkeypatch) == shown(monkeypatch, by_vllm=True) == str(tmp_path / "0")
     (clear, folder, owner), *collectors = registered
-    assert [collector.folder for collector in collectors] == [tmp_path, tmp_path]
+    assert [collector.folder for collector in collectors] == [tmp_path / "0"] * 2
     clear(folder, owner + 1)
-    assert tmp_path.is_dir()
+    assert folder.is_dir()
     clear(folder, owner)
-    assert not tmp_path.exists()
+    assert not folder.exists()
+    assert shown(monkeypatch, by_vllm=True) == str(tmp_path / "1"), "nobody can count into one that is gone"
+    monkeypatch.delenv(counting.FOLDER)
+    assert shown(monkeypatch, by_vllm=True) == str(tmp_path / "2"), "a child of a process that has no engine"
+
+
+def test_a_server_that_a_front_end_happens_to_start_counts_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registered: list[Any]
+) -> None:
+    monkeypatch.setenv(counting.FOLDER, str(tmp_path))
+    assert shown(monkeypatch) == str(tmp_path / "0")
+
+
+def test_no_folder_beside_prometheus_own(monkeypatch: pytest.MonkeyPatch, registered: list[Any]) -> None:
+    monkeypatch.setenv(counting.SEVERAL, "/somewhere")
+    assert shown(monkeypatch) == ""
+    assert registered == []
+
+
+def test_counters_that_are_gone_are_not_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    family = SimpleNamespace(CounterMetricFamily=lambda *args, **others: SimpleNamespace(add_metric=lambda *at: None))
+    monkeypatch.setitem(sys.modules, "prometheus_client.core", family)
+    assert len(list(counting._Collector(tmp_path).collect())) == len(counting.METRICS)
+    assert list(counting._Collector(tmp_path / "away").collect()) == []
+    assert "away is gone, and with it the counters" in caplog.text
 
 
 def test_steps_are_counted_in_one_builder_alone() -> None:
