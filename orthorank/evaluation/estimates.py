@@ -9,7 +9,7 @@ from orthorank.common.errors import OrthoRankError, check_choice, check_integer,
 from orthorank.common.files import user_path
 from orthorank.config import SPARSITY, OrthoRankConfig, layer_count
 from orthorank.evaluation.random_weights import KEEP_RATIO, read_config, shipped_configs
-from orthorank.stack.flops import Dimensions, plan_flops, prefill_flops
+from orthorank.stack.flops import Dimensions, plan_flops, prefill_flops, ranks_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -217,7 +217,7 @@ def _row(
         "dense_flops": dense,
         "plan_flops": planned,
         "flop_bound": dense / planned,
-        "map_flops": sum(4 * tokens * rank * sizes.hidden for rank in ranks.values()),
+        "map_flops": sum(4 * tokens * rank * sizes.hidden for rank in ranks_at(plan, tokens, ranks).values()),
         "dense_cache_bytes": item_size * _cached(sizes, tokens, set()),
         "plan_cache_bytes": item_size * _cached(sizes, tokens, {at for at, ratio in plan.ratios.items() if ratio == 0}),
     }

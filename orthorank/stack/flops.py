@@ -201,26 +201,31 @@ def plan_flops(
         >>> plan_flops(LlamaConfig(), 2048, plan) == prefill_flops(LlamaConfig(), 2048, [9], 768 / 2048)
         True
     """
-    ranks, ratios = plan.ranks if ranks is None else ranks, plan.ratios
+    ranks, ratios = ranks_at(plan, tokens, ranks), plan.ratios
     if tokens < plan.min_prompt:
         ratios = {layer: 1.0 if ratio else 0.0 for layer, ratio in ratios.items()}
-        ranks = {layer: rank for layer, rank in ranks.items() if not ratios[layer]}
     return prefill_flops(config, tokens, plan.layers, ratios, logits, ranks, plan.keep_multiple)
 
 
-def plan_speedup(
-    config: Any,
-    tokens: int,
-    plan: "OrthoRankConfig",
-    logits: str = "last",
-    ranks: Mapping[int, int] | None = None,
-) -> float:
+def ranks_at(plan: "OrthoRankConfig", tokens: int, ranks: Mapping[int, int] | None = None) -> dict[int, int]:
+    """Of the maps that a prompt of ``tokens`` meets, by layer: below ``min_prompt`` those of removed layers alone.
+
+    Args:
+        plan, tokens, ranks: as for `plan_flops`.
+    """
+    known = plan.ranks if ranks is None else dict(ranks)
+    if tokens >= plan.min_prompt:
+        return known
+    return {layer: rank for layer, rank in known.items() if plan.ratio(layer) == 0}
+
+
+def plan_speedup(config: Any, tokens: int, plan: "OrthoRankConfig") -> float:
     """`flop_speedup` of a plan.
 
     Args:
-        config, tokens, plan, logits, ranks: as for `plan_flops`.
+        config, tokens, plan: as for `plan_flops`.
     """
-    return prefill_flops(config, tokens, logits=logits) / plan_flops(config, tokens, plan, logits, ranks)
+    return prefill_flops(config, tokens) / plan_flops(config, tokens, plan)
 
 
 def layer_cost(config: Any, tokens: int, keep_ratio: float) -> float:

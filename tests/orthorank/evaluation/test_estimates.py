@@ -106,6 +106,14 @@ def test_the_maps_of_a_plan_are_counted_as_they_are_stored(tmp_path: Path, capsy
     assert "the plan has maps of rank 4; leave rank out" in sentence(capsys, tmp_path / "model", *again)
 
 
+def test_short_prompts_meet_no_map_of_a_selecting_layer() -> None:
+    plan = OrthoRankConfig(layers=[1, 2], keep_ratio=0.5, keep_ratios={2: 0.0}, min_prompt=40)
+    config = tiny("llama-2").config
+    short, long = estimate(config, prompts=[39, 40], plan=plan, rank=4)["rows"]
+    hidden = config.hidden_size
+    assert (short["map_flops"], long["map_flops"]) == (4 * 39 * 4 * hidden, 2 * 4 * 40 * 4 * hidden)
+
+
 @pytest.mark.parametrize("family", ["llama-2", "gemma-2", "qwen2-moe-step"])
 def test_the_weights_are_those_of_a_model_that_is_made(family: str) -> None:
     model = tiny(family)

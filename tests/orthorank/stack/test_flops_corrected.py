@@ -1,5 +1,6 @@
 """The maps of a corrected plan are in every figure of FLOPs: as PyTorch counts its own products."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank.correction import Correction, LayerMap
 from orthorank.evaluation.bench_results import flop_speedup_of
-from orthorank.stack.flops import flop_speedup, prefill_flops
+from orthorank.stack.flops import flop_speedup, plan_flops, plan_speedup, prefill_flops
 
 RANK, TOKENS = 8, 60
 MAPS = Correction(dict.fromkeys([1, 2], LayerMap(torch.ones(RANK, 64), torch.ones(64, RANK), torch.ones(64))))
@@ -42,6 +43,21 @@ def test_every_figure_of_a_plan_has_them(tiny_model: Any) -> None:
     config = tiny_model("llama").config
     wanted = flop_speedup(config, TOKENS, [1, 2], CORRECTED.ratios, ranks={1: RANK, 2: RANK})
     assert flop_speedup_of(config, CORRECTED, TOKENS) == wanted < flop_speedup_of(config, BARE, TOKENS)
+
+
+def test_prompts_below_the_least_pass_selecting_layers_whole(tiny_model: Any) -> None:
+    """And the maps of these are not for them; that of a removed layer is."""
+    model = tiny_model("llama")
+    least, short, bare = (
+        dataclasses.replace(plan, min_prompt=TOKENS + more)
+        for plan, more in ((CORRECTED, 0), (CORRECTED, 1), (BARE, 1))
+    )
+    assert plan_flops(model.config, TOKENS, least) == plan_flops(model.config, TOKENS, CORRECTED)
+    removed = prefill_flops(model.config, TOKENS, [1], 0.0, ranks={1: RANK})
+    assert plan_flops(model.config, TOKENS, short) == removed > plan_flops(model.config, TOKENS, CORRECTED)
+    assert plan_flops(model.config, TOKENS, bare, ranks={1: RANK, 2: RANK}) == removed
+    assert plan_speedup(model.config, TOKENS, short) == flop_speedup(model.config, TOKENS, [1], 0.0, ranks={1: RANK})
+    assert counted(model, short) - counted(model, bare) == 4 * TOKENS * RANK * 64
 
 
 def test_a_rank_of_a_layer_that_is_not_changed(tiny_model: Any) -> None:
