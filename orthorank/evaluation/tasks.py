@@ -37,10 +37,13 @@ Pair = tuple[Any, list[int], list[int]]  # what identifies a request, its contex
 
 
 class LastTokens:
-    """Counts how often a layer updated the last token of a row: the one whose state predicts what comes next."""
+    """Counts how often a layer updated the last token of a row: the one whose state predicts what comes next.
+
+    Rows below the plan's ``min_prompt`` do not count: layers hear of them only where a longer one shares their batch.
+    """
 
     def __init__(self) -> None:
-        self.rows = 0
+        self._rows: list[int | Tensor] = []
         self._selected: list[Tensor] = []
 
     def __call__(self, layer: int, positions: Tensor, call: ForwardContext) -> None:
@@ -48,13 +51,20 @@ class LastTokens:
         last: Any = call.tokens - 1
         if call.starts is not None and call.lengths is not None:
             last = (call.starts + call.lengths - 1)[:, None]
-        self.rows += positions.shape[0]
-        self._selected.append((positions == last).any(dim=1).sum())
+        updated = (positions == last).any(dim=1)
+        if call.left_out is None:
+            self._rows.append(len(updated))
+        else:
+            selects = call.ranked_mask(positions.device).any(dim=1)
+            updated = updated & selects
+            self._rows.append(selects.sum())
+        self._selected.append(updated.sum())
 
     @property
     def share(self) -> float | None:
-        """Of all rows in all selecting layers; None before the first."""
-        return sum(int(count) for count in self._selected) / self.rows if self.rows else None
+        """Of all rows in all layers that select from them; None before the first."""
+        rows = sum(map(int, self._rows))
+        return sum(map(int, self._selected)) / rows if rows else None
 
 
 @register_model("orthorank")

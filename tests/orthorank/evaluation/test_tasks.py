@@ -1,5 +1,6 @@
 """lm-evaluation-harness with a plan: true lengths, the stock backend's figures without one, and the command lines."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -150,6 +151,19 @@ def test_how_often_the_last_token_is_selected(byte_model: tuple[Any, Any]) -> No
     assert model.last_tokens.share == pytest.approx(sum(hits) / len(hits))
     assert len(hits) == 3 * (len(pairs()) - 1)
     model.handle.remove()
+
+
+def test_short_rows_do_not_change_how_often_that_is(byte_model: tuple[Any, Any]) -> None:
+    """Whatever they share a batch with."""
+    lengths = sorted(len(context) + len(answer) for _, context, answer in pairs())
+    plan = dataclasses.replace(PLAN, min_prompt=lengths[len(lengths) // 2])
+    shares = []
+    for size in (1, 8):
+        model = adapter(byte_model, plan=plan, batch_size=size)
+        model._loglikelihood_tokens(pairs(), disable_tqdm=True)
+        shares.append(model.last_tokens.share)
+        model.handle.remove()
+    assert shares[0] == shares[1] is not None
 
 
 def test_tasks_of_ones_own(byte_model: tuple[Any, Any], task_folder: Path) -> None:
