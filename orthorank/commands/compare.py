@@ -26,7 +26,10 @@ PROMPTS = (
     "UTF-8 file: JSON lines with prompt (a text, or token ids) or messages (for the chat template), or with these in "
     "body, as logs of a server's requests have them; or one prompt a line."
 )
-SAMPLE = "So many of the prompts, drawn at random, the same ones each time. Default: all."
+SAMPLE = (
+    "So many of the prompts, drawn at random, the same ones each time; those of them that are too long for the "
+    "model are left out. Default: all."
+)
 TEXT = "UTF-8 text file to measure losses on, window by window. Default: losses of the dense model's answers."
 DATASET = "Instead of a text: wikitext2 (test split) or c4 (validation), with :FOLDER for a local copy."
 MAX_LOSS = "Exit code 1 if the mean rise of a plan's loss plus two standard errors is above this, in nats a token."
@@ -58,7 +61,7 @@ def command(
     was stopped.
     """
     from orthorank.common.datasets import evaluation_text
-    from orthorank.evaluation.compare import read_prompts
+    from orthorank.evaluation.compare import read_prompts, that_fit
     from orthorank.hf.apply import check_plan
     from orthorank.models import load_model, locate
 
@@ -84,11 +87,17 @@ def command(
         loaded, tokenizer, info = load_model(model, device, dtype)
     for each in plans.values():
         check_plan(loaded, each)
+    drawn = len(asked)
+    if sample is not None:
+        asked = that_fit(loaded, tokenizer, asked, max_new_tokens, bos)
+        if not asked:
+            raise OrthoRankError(f"sample is {sample}, and all prompts drawn are too long for the model; draw more")
     settings = None
     if chosen is not None:
         settings = settings_of(loaded, tokenizer, chosen, dataset, window, windows, batch_size, Bos.of(bos, tokenizer))
     state = folder / "compare-state.jsonl"
     results: dict[str, Any] = {"model": info.to_dict(), "max_new_tokens": max_new_tokens, "bos": bos}
+    results["too_long"] = drawn - len(asked)
     try:
         results |= _answers(screen, loaded, tokenizer, plans, asked, max_new_tokens, bos, state)
         results["text"] = None if chosen is None else chosen.name
@@ -191,6 +200,8 @@ def _show(screen: RichScreen, results: dict[str, Any], folder: Path) -> None:
     screen.table(compared_table(results))
     losses = "the dense model's answers" if results["text"] is None else results["text"]
     screen.say(f"Means with standard errors, in nats a token; KL(dense || plan). Losses are of {losses}.")
+    if results["too_long"]:
+        screen.say(f"Of the prompts drawn, {results['too_long']} left out: too long for the model with an answer.")
     for row in results["prompts"][:SHOWN]:
         answers = {"dense": row["dense"]} | row["plans"]
         drawn = table_of(*answers, left=len(answers))

@@ -198,7 +198,7 @@ def inputs_of(
     """The prompts in tokens; raises as `compare_plans` does, before anything is computed."""
     if not prompts:
         raise OrthoRankError("prompts is empty; there is nothing to answer")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    longest, entries = _longest(model), model.get_input_embeddings().weight.shape[0]
     inputs = [prompt.ids(tokenizer, bos) for prompt in prompts]
     for number, ids in enumerate(inputs, 1):
         if not ids:
@@ -208,8 +208,29 @@ def inputs_of(
                 f"prompt {number} has {len(ids)} tokens, and with an answer of max_new_tokens {max_new_tokens} that is "
                 f"more than the {longest} that the model was made for; shorten it, or lower max_new_tokens"
             )
+        if wrong := [token for token in prompts[number - 1].tokens if not 0 <= token < entries]:
+            raise OrthoRankError(
+                f"prompt {number} has the token id {wrong[0]}, and the vocabulary of the model has {entries:,} entries, "
+                f"0 to {entries - 1}; give ids of this model's tokenizer, or the text"
+            )
         check_ids(torch.tensor(ids), model)
     return inputs
+
+
+def that_fit(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    bos: str = "auto",
+) -> list[Prompt]:
+    """Those of ``prompts`` that are not too long for the model with an answer. Arguments as of `compare_plans`."""
+    most = _longest(model) - max_new_tokens
+    return [prompt for prompt in prompts if len(prompt.ids(tokenizer, bos)) <= most]
+
+
+def _longest(model: "PreTrainedModel") -> int:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
 
 
 def _row(

@@ -53,6 +53,23 @@ def test_the_command(line: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
     assert json.loads(capsys.readouterr().out) == found
 
 
+def test_a_sample_leaves_out_what_is_too_long(
+    line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One request of a log would end it all; a prompt that was given by hand does."""
+    (tmp_path / "prompts.txt").write_text(f"The river\n{'a' * 600}\nBoats\n")
+    assert main(line) == 2
+    assert "prompt 2 has 600 tokens" in capsys.readouterr().err
+    assert main([*line, "--sample", "3"]) == 0
+    assert "Of the prompts drawn, 1 left out: too long for the model" in " ".join(capsys.readouterr().out.split())
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert (len(found["prompts"]), found["too_long"]) == (2, 1)
+    assert "2 prompts (1 of those drawn are too long" in Page((tmp_path / "out" / "compare.html").read_text()).text
+    (tmp_path / "prompts.txt").write_text("a" * 600)
+    assert main([*line, "--sample", "3"]) == 2
+    assert "sample is 3, and all prompts drawn are too long" in capsys.readouterr().err
+
+
 def test_losses_of_a_text_are_paired_window_by_window(
     line: list[str], tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
