@@ -210,8 +210,8 @@ def inputs_of(
             )
         if wrong := [token for token in prompts[number - 1].tokens if not 0 <= token < entries]:
             raise OrthoRankError(
-                f"prompt {number} has the token id {wrong[0]}, and the vocabulary of the model has {entries:,} entries, "
-                f"0 to {entries - 1}; give ids of this model's tokenizer, or the text"
+                f"prompt {number} has the token id {wrong[0]}, and the model's vocabulary has {entries:,} entries, 0 "
+                f"to {entries - 1}; give ids of this model's tokenizer, or the text"
             )
         check_ids(torch.tensor(ids), model)
     return inputs

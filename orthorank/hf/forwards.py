@@ -25,6 +25,7 @@ from orthorank.hf.families import device_of
 from orthorank.hf.family import Family
 from orthorank.hf.intact import TakenApart
 from orthorank.hf.layer import keep_sinks, removed_forward, selected_forward
+from orthorank.hf.norm import Norm
 from orthorank.hf.parts import Parts
 from orthorank.hf.refusals import refuse_chunks, refuse_outputs, refuse_unrun
 from orthorank.hf.selection import LayerPlan, prepared
@@ -182,8 +183,8 @@ class LayerForward(Patch):
         if call.decodes_only or self.ratio == 1:
             counts.add(valid, valid, unranked=valid if call.decodes_only else 0)
             if call.short and cache is not None and self.ratio < 1:
-                here, parts = call.on(hidden_states.device), Parts.of(self.family, self.owner)
-                keep_sinks(parts, self.index, self.plan, here, hidden_states, cache)
+                here, norm = call.on(hidden_states.device), Norm.of(self.family, self.owner, self.family.input_norm)
+                keep_sinks(norm, self.index, self.plan, here, hidden_states, cache)
             return self.run_original(hidden_states, *args, **kwargs)
         updated: list[int | Tensor] = []
         output = self._select(hidden_states, kwargs["position_embeddings"], cache, call, updated)

@@ -10,6 +10,7 @@ y --mlp--> m;   h' --scatter_add_rows_--> r + m at positions (h' began as a copy
 Where families differ (norms, projections, rotary embedding, what the MLP reads), `Parts` knows.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from orthorank.hf import cache_state as sink_state
 from orthorank.hf import selection
 from orthorank.hf.ablations import attention_among_selected
 from orthorank.hf.criteria import Chosen, norm_and_select, scored_states
+from orthorank.hf.norm import Norm
 from orthorank.hf.parts import Parts
 from orthorank_kernels import gather_rows, scatter_add_rows_, sparse_query_attention
 
@@ -118,10 +120,7 @@ def _norm_and_select(
 
     Stores the sinks' states with the cache.
     """
-
-    def states(rows: Tensor) -> Tensor:
-        return scored_states(config, rows, parts.input_norm(rows))
-
+    states = partial(_scored, config, parts.input_norm)
     sink = None if call.first else sink_state.continued(call, cache, index, hidden_states, states)
     with parts.input_norm.applied(hidden_states) as (normed, norm):
         chosen = norm_and_select(config, index, call, hidden_states, norm, sink, normed, parts, copy)
@@ -131,17 +130,21 @@ def _norm_and_select(
     return chosen
 
 
+def _scored(config: OrthoRankConfig, norm: Norm, rows: Tensor) -> Tensor:
+    return scored_states(config, rows, norm(rows))
+
+
 def keep_sinks(
-    parts: Parts, index: int, config: OrthoRankConfig, call: ForwardContext, hidden_states: Tensor, cache: Any
+    norm: Norm, index: int, config: OrthoRankConfig, call: ForwardContext, hidden_states: Tensor, cache: Any
 ) -> None:
     """Store the sinks' states of a call whose prompts are too short to select from.
 
-    A later one may go on with the cache, when they have become longer. Arguments as for `selected_forward`.
+    A later one may go on with the cache, when they have become longer.
+
+    Args:
+        norm: before the layer's attention; the others as for `selected_forward`.
     """
-
-    def states(rows: Tensor) -> Tensor:
-        return scored_states(config, rows, parts.input_norm(rows))
-
+    states = partial(_scored, config, norm)
     if call.first:
         sink_state.keep(cache, index, states(sink_state.rows_at(hidden_states, call.starts)))
     elif index in getattr(cache, sink_state.ATTRIBUTE, {}):

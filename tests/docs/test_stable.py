@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from orthorank.serving.vllm import counts, hooks, rules
+
 ROOT = Path(__file__).parents[2]
 STABLE = (ROOT / "docs" / "stable.md").read_text(encoding="utf-8")
 NAMED = re.findall(r"^\| `(orthorank[\w.]*)` \|", STABLE, flags=re.MULTILINE)
@@ -70,6 +72,14 @@ def test_the_page_names_rooms_and_what_they_hand_on_is_there() -> None:
             assert name in dir(module)
     for path in ALONE:
         assert found(path).__doc__, path
+
+
+def test_what_servers_and_their_clients_go_by_is_named() -> None:
+    """Counters, what requests may say, and what every worker answers to: the page has all, and no others."""
+    names = {f"{metric.name}_total" for metric in counts.METRICS} | {rules.DENSE, rules.PROMPT_TOKENS}
+    names |= set(re.findall(r"WorkerBase\.(\w+) =", inspect.getsource(hooks.watch_weights.__wrapped__)))
+    (line,) = re.findall(r"^- vLLM.*?(?=^- )", STABLE, flags=re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"`(orthorank_\w+)`", line)) == names
 
 
 def test_what_the_documentation_imports_is_stable() -> None:

@@ -78,11 +78,11 @@ def ask(llm: Any, asked: list[list[int]], tokens: int = 6, log_probabilities: bo
     return [answer_of(output) for output in outputs(llm, asked, tokens, log_probabilities)]
 
 
-def outputs(llm: Any, asked: list[list[int]], tokens: int, log_probabilities: bool, **more: Any) -> list[Any]:
-    """What vLLM gives for them; ``more``: further sampling parameters."""
+def greedy_params(tokens: int, *, log_probabilities: bool = False, **more: Any) -> Any:
+    """So many tokens, the likeliest ones; ``more``: further sampling parameters."""
     from vllm import SamplingParams
 
-    params = SamplingParams(
+    return SamplingParams(
         temperature=0,
         max_tokens=tokens,
         ignore_eos=True,
@@ -91,6 +91,11 @@ def outputs(llm: Any, asked: list[list[int]], tokens: int, log_probabilities: bo
         prompt_logprobs=0 if log_probabilities else None,
         **more,
     )
+
+
+def outputs(llm: Any, asked: list[list[int]], tokens: int, log_probabilities: bool, **more: Any) -> list[Any]:
+    """What vLLM gives for them; ``more``: as for `greedy_params`."""
+    params = greedy_params(tokens, log_probabilities=log_probabilities, **more)
     given: list[Any] = llm.generate([{"prompt_token_ids": prompt} for prompt in asked], params, use_tqdm=False)
     return given
 

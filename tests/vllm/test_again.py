@@ -15,6 +15,7 @@ from tests.vllm.engines import (
     converse,
     engine,
     expect,
+    greedy_params,
     outputs,
     prompts,
     unlike,
@@ -114,18 +115,6 @@ def _beams_expected(folder: Path, plan: Any, asked: list[list[int]], width: int)
 
 def _resent(llm: Any, texts: list[list[int]], own: list[int]) -> list[Any]:
     """Prompts that end with the beginning of an answer, of which so many tokens are their own."""
-    from vllm import SamplingParams
-
-    params = [
-        SamplingParams(
-            temperature=0,
-            max_tokens=6,
-            ignore_eos=True,
-            detokenize=False,
-            logprobs=0,
-            extra_args={"orthorank_prompt_tokens": count},
-        )
-        for count in own
-    ]
+    params = [greedy_params(6, extra_args={"orthorank_prompt_tokens": count}) for count in own]
     given = llm.generate([{"prompt_token_ids": text} for text in texts], params, use_tqdm=False)
     return [answer_of(output) for output in given]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.vllm.engines import WINDOW, answer_of, ask, check, engine, expect, outputs, prompts, unlike
+from tests.vllm.engines import WINDOW, answer_of, ask, check, engine, expect, greedy_params, outputs, prompts, unlike
 
 pytestmark = pytest.mark.vllm
 
@@ -45,10 +45,7 @@ def _switch(llm: Any, on: bool) -> list[dict[str, Any]]:
 
 def _begin(llm: Any, prompt: list[int]) -> str:
     """A request of which one step is computed, and not the whole prompt."""
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, detokenize=False, logprobs=0)
-    identity = llm.llm_engine.add_request("running", {"prompt_token_ids": prompt}, params)
+    identity = llm.llm_engine.add_request("running", {"prompt_token_ids": prompt}, greedy_params(6))
     assert not any(output.finished for output in llm.llm_engine.step())
     return identity
 

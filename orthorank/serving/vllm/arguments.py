@@ -68,10 +68,13 @@ def hints(serving: Serving, config: Any = None, max_model_len: int | None = None
     """
     topk = serving.plan.select == "topk" and bool(serving.plan.selecting)
     if topk:
+        single = (
+            ' (and "keep_multiple": 1, as counts of windows are not rounded)' if serving.plan.keep_multiple > 1 else ""
+        )
         yield (
             "select is 'topk', which ranks a whole prompt at once, so chunked prefill and prefix caching are off: a "
             "long prompt holds up all answers, and no prompt uses what another one computed. Two plans with the same "
-            'layers keep both: one with "select": "window" and "select_window": 64 in its file, or one by '
+            f'layers keep both: one with "select": "window" and "select_window": 64{single} in its file, or one by '
             "thresholds, which `orthorank calibrate --plan PLAN` finds"
         )
     if topk and max_model_len is None:

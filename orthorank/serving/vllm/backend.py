@@ -6,7 +6,7 @@ The layer keeps the backend's kernels, its cache, and its name; it only stands i
 
 import dataclasses
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -55,7 +55,7 @@ class Shared:
         Raises:
             OrthoRankError: ``common`` does not say what of it is prompt.
         """
-        count = self._count if counted and self.counts is not None else _nowhere
+        count = partial(_count, self.counts if counted else None, self)
         starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
         if not starts[-1]:
             return None
@@ -87,15 +87,6 @@ class Shared:
         count("selected", prompts, step.prompt_tokens)
         return step
 
-    def _count(self, kind: str, prompts: list[int], tokens: int = 0) -> None:
-        counts = self.counts
-        if counts is None or not any(prompts):  # nothing is asked: vLLM warms up
-            return
-        counts.add("orthorank_steps", kind)
-        for layers, number in (("removed", len(self.removed)), ("dense", self.dense)):
-            counts.add("orthorank_layer_tokens", layers, tokens * number)
-        counts.add("orthorank_layer_tokens_updated", "dense", tokens * self.dense)
-
     def count_layer(self, ranked: int, updated: int | None, *, portable: bool) -> None:
         """A selecting layer ran; ``updated`` is None where the host does not know: then neither number is counted."""
         if self.counts is None:
@@ -107,8 +98,13 @@ class Shared:
             self.counts.add("orthorank_fallbacks", "portable")
 
 
-def _nowhere(kind: str, prompts: list[int], tokens: int = 0) -> None:
-    """Where a step is not counted."""
+def _count(counts: Counts | None, shared: Shared, kind: str, prompts: list[int], tokens: int = 0) -> None:
+    if counts is None or not any(prompts):  # nothing is asked: vLLM warms up
+        return
+    counts.add("orthorank_steps", kind)
+    for layers, number in (("removed", len(shared.removed)), ("dense", shared.dense)):
+        counts.add("orthorank_layer_tokens", layers, tokens * number)
+    counts.add("orthorank_layer_tokens_updated", "dense", tokens * shared.dense)
 
 
 def _may_hold_prompts(common: Any, prompts: list[int]) -> bool:

@@ -19,7 +19,7 @@ from orthorank.serving.vllm.first_token import first_token_states
 from orthorank.serving.vllm.layer import make_selecting
 from orthorank.serving.vllm.removed import make_removed
 from orthorank.serving.vllm.requests import RequestTable
-from orthorank.serving.vllm.rules import without_layers
+from orthorank.serving.vllm.rules import params_of, without_layers
 from orthorank.serving.vllm.serving import Serving
 
 BANK = 256  # first tokens whose sinks are kept, if a step has no more requests
@@ -98,8 +98,7 @@ class _WithPlan(nn.Module):
                 """A new request in that row."""
                 super().add_request(req_index, new_req_data)
                 requests: RequestTable = self.model.orthorank.requests
-                params = new_req_data.sampling_params or new_req_data.pooling_params
-                requests.add(req_index, new_req_data.prompt_token_ids, params)
+                requests.add(req_index, new_req_data.prompt_token_ids, params_of(new_req_data))
 
         return ModelState
 

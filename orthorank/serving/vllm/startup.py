@@ -34,10 +34,11 @@ def line(serving: "Serving", layers: int, attention: str | None, *, caching: boo
         how = f"{plan.select}, {SELECT[plan.select]}"
         if plan.select_window is not None:
             how += f" of {plan.select_window}"
+        long = f", prompts of {plan.min_prompt} tokens or more" if plan.min_prompt else ""
         verb = "select" if len(plan.selecting) > 1 else "selects"
         said.append(
             f"{_numbers(plan.selecting)} {verb} {share.replace('%', ' %')} of a prompt's tokens ({how}, by "
-            f"{plan.criterion!r})"
+            f"{plan.criterion!r}{long})"
         )
     if removed := [layer for layer in plan.layers if plan.ratio(layer) == 0]:
         said.append(f"{_numbers(removed)} {'are' if len(removed) > 1 else 'is'} removed")

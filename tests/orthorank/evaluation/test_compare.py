@@ -196,7 +196,10 @@ def test_messages_go_through_the_chat_template(byte_model: tuple[Any, Any]) -> N
         ({"plans": {}}, "plans is empty"),
         ({"prompts": []}, "prompts is empty"),
         ({"prompts": [Prompt("")]}, "prompt 1 has no token"),
-        ({"prompts": [Prompt("a", tokens=(5, 10**30))]}, f"prompt 1 has the token id {10**30}, and the vocabulary of"),
+        (
+            {"prompts": [Prompt("a", tokens=(5, 10**30))]},
+            f"prompt 1 has the token id {10**30}, and the model's vocabulary",
+        ),
         ({"prompts": [Prompt("a"), Prompt("b", tokens=(-1,))]}, "prompt 2 has the token id -1"),
         ({"prompts": [Prompt("a"), Prompt("b" * 511)]}, "prompt 2 has 511 tokens.* more than the 512"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),

@@ -163,6 +163,7 @@ THRESHOLD: dict[str, Any] = {"select": "threshold", "thresholds": {2: 0.5, 3: 0.
         (THRESHOLD, True, "; off: cached blocks that are not of a prompt alone"),
         (THRESHOLD, False, "(threshold, below thresholds, by 'orthogonal')"),
         ({"keep_ratios": {3: 0.5}}, False, "2, 3 select 33 % to 50 % of a prompt's tokens (topk, the best of each"),
+        (THRESHOLD | {"min_prompt": 256}, False, "by 'orthogonal', prompts of 256 tokens or more)"),
         ({"keep_ratio": 0.0}, True, "OrthoRank: of 6 layers 2, 3 are removed"),
     ],
 )

@@ -1,8 +1,10 @@
 """What `orthorank env`, `doctor`, `vllm-args` and `interface` say of the vLLM that is here, or is not."""
 
+import dataclasses
 import importlib.util
 import inspect
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,9 @@ from orthorank import OrthoRankConfig, OrthoRankError
 from orthorank.cli import main
 from orthorank.serving.vllm import installed as module
 from orthorank.serving.vllm import interface
+from orthorank.serving.vllm.arguments import hints
 from orthorank.serving.vllm.installed import Installed, installed
+from orthorank.serving.vllm.serving import Serving
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, **found: Any) -> None:
@@ -85,6 +89,16 @@ def test_doctor_says_it(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert "vLLM 0.32.0 would not serve a plan: its plugin is left out: VLLM_PLUGINS is 'x'." in said
     main(["doctor", str(tiny_folder), "--json"])
     assert json.loads(capsys.readouterr().out)["vllm"]["serves"] is False
+
+
+@pytest.mark.parametrize("multiple", [1, 128])
+def test_the_plan_that_a_hint_names_is_one(multiple: int) -> None:
+    """With the fields that it says, and no others changed."""
+    plan = OrthoRankConfig(layers=[2], keep_multiple=multiple)
+    said = re.findall(r'"(\w+)": ("\w+"|\d+)', next(hints(Serving(plan))))
+    fields = {name: json.loads(value) for name, value in said}
+    assert dataclasses.replace(plan, **fields).select == "window"
+    assert ("keep_multiple" in fields) == (multiple > 1)
 
 
 def test_arguments_say_what_topk_costs(
