@@ -8,16 +8,18 @@ place of the C functions that talk to the driver stand some that do nothing. Ten
 those on a GPU: the operators' CUDA implementations, no look at values.
 
 Printed for each op: ``hit``, a call like one before it; ``lengths``, a call of which the numbers of tokens alone are
-new; ``first``, a call of which no plan is kept at all (what is compiled stays). Each is a median over rounds, in turns
-with `torch.nn.functional.linear` of 1x1, whose time stands beside: on a machine where it takes 2.6 us, 20 us are wanted
-of a hit, of attention 45, and of new lengths twice a hit. With ``--before`` the file keeps the figures apart, as those
-of the code before.
+new; ``traced``, the second call of a kind, which makes the plans for other lengths possible; ``first``, a call of which
+no plan is kept at all (what is compiled stays). Each is a median over rounds, in turns with
+`torch.nn.functional.linear` of 1x1, whose time stands beside: on a machine where it takes 2.6 us, 20 us are wanted of a
+hit, of attention 45, and of new lengths twice a hit. With ``--before`` the file keeps the figures apart, as those of
+the code before.
 """
 
 import argparse
 import contextlib
 import importlib
 import json
+import os
 import pkgutil
 import re
 import statistics
@@ -35,6 +37,7 @@ import torch
 
 TARGET = "sm_90 NVIDIA H100 80GB HBM3"
 LENGTHS = range(2048, 2048 + 24 * 48, 48)
+CHECKED = (2096, 2049, 2056, 4096, 4098, 9000, 33, 3)  # beside the first of them
 SELECTED = 3  # one token of so many
 HIDDEN, WIDTH, HEADS, KV_HEADS, HEAD_DIM, PAGE, RANK = 4096, 14336, 32, 8, 128, 16, 64
 Call = Callable[[], Any]
@@ -169,21 +172,26 @@ def measured(op: str, prompts: list[dict[str, Call]], rounds: int) -> dict[str, 
             forget()
             one()
 
-    found: dict[str, list[float]] = {"hit": [], "lengths": [], "first": [], "linear": []}
+    found: dict[str, list[float]] = {"hit": [], "lengths": [], "traced": [], "first": [], "linear": []}
     cycle(many, 3)()  # all is compiled, and every settings file is read
     for _ in range(rounds):
         cycle([one], 20)()
         found["hit"].append(spent(cycle([one], 200), 200))
         forget()
-        one()  # the kind of call is known, its lengths are not
+        one()
+        found["traced"].append(spent(one, 1))
+        cycle(many, 1)()
+        if PLANS is not None:
+            PLANS._PLANS.clear()  # the kind of call is known, and the ways it goes; its lengths are not
         found["lengths"].append(spent(cycle(many[1:], 1), len(many) - 1))
         found["first"].append(spent(first, 20))
         found["linear"].append(spent(cycle([lambda: torch.nn.functional.linear(a, b)], 200), 200))
     return {name: round(statistics.median(values), 2) for name, values in found.items()}
 
 
-def handed_over(call: Call) -> Any:
+def handed_over(call: Call, plans: str = "1") -> Any:
     """What the launches of a call hand to the driver, with other names for memory that is not the call's."""
+    os.environ[PLANS.SWITCH] = plans
     cells: list[Any] = [cell.cell_contents for cell in getattr(call, "__closure__", ())]
     given = {x.data_ptr() for cell in cells for x in (cell if isinstance(cell, list) else [cell]) if torch.is_tensor(x)}
     LAUNCHED.clear()
@@ -203,18 +211,20 @@ def handed_over(call: Call) -> Any:
 
 
 def differing(only: str) -> list[str]:
-    """Ops of which a launch by plan is another than one without."""
+    """Ops of which a launch by plan is another than one without, for its own lengths or for others."""
     found = []
-    for op, call in calls(LENGTHS[0]).items():
+    prompts = [calls(tokens) for tokens in (LENGTHS[0], *CHECKED)]
+    for op in prompts[0]:
         if not re.search(only, op):
             continue
+        without = [handed_over(prompt[op], "0") for prompt in prompts]
         PLANS.forget()
-        without = handed_over(call)
-        call()
-        by_plan = handed_over(call)
-        planned = [plan for plan in PLANS._PLANS.values() if plan]
-        print(f"{op:<30}{len(without)} launches, {len(planned)} plans")
-        if by_plan != without or not planned or not without:
+        handed_over(prompts[0][op])
+        handed_over(prompts[0][op])
+        by_plan = [handed_over(prompt[op]) for prompt in prompts]
+        ways = sum(map(len, PLANS._KINDS.values()))
+        print(f"{op:<30}{len(without[0])} launches, {len(prompts)} lengths, {ways} ways", flush=True)
+        if by_plan != without or not 0 < ways < len(prompts) or [] in without:
             found.append(op)
             print(f"    without: {without}\n    by plan: {by_plan}")
     return found

@@ -14,6 +14,7 @@ import torch
 from torch.autograd import forward_ad
 
 from orthorank_kernels import checks as _checks
+from orthorank_kernels import launch_notes
 from orthorank_kernels import op as _library
 from orthorank_kernels.op import Operator
 from orthorank_kernels.remedies import install
@@ -117,6 +118,9 @@ def run(
         if out is None:
             return compute(*args)
         return _into(out, lambda: _library.copy_results(compute(*args), out))
+    if (notes := launch_notes.THREAD.notes) is not None and notes.trace is not None:
+        launch = _library.launcher(op.launcher)  # PyTorch's operators take no numbers of a trace
+        return launch(*args) if out is None else _into(out, lambda: launch(*args, out=out))
     if out is None:
         return op.functional(*args)
     return _into(out, lambda: op.into(*args, **dict(zip(op.outputs, out, strict=True))))

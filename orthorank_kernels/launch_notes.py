@@ -8,14 +8,16 @@ beside. Where any of it is not clear no plan is made, so that the worst of a new
 import functools
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-ALIGNED = 16  # bytes: what Triton compiles for, and what tensor descriptors ask for
+from orthorank_kernels.launch_numbers import Bound
+from orthorank_kernels.launch_trace import ALIGNED, Layout, Trace
+
 PLAIN = frozenset({int, float, bool, str, type(None)})
 TENSORS = (Tensor, torch.nn.Parameter)
 
@@ -31,8 +33,9 @@ class Noted(NamedTuple):
 
 @dataclass
 class Notes:
-    """What happens in one call."""
+    """What happens in one call, and the trace of its numbers, if it is to make a plan for others."""
 
+    trace: Trace | None = None
     launches: list[Noted] = field(default_factory=list)
     scratch: list[tuple[Tensor, bool]] = field(default_factory=list)  # each with whether it begins with zeros
 
@@ -42,6 +45,13 @@ class Thread(threading.local):
 
 
 THREAD = Thread()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    """``kernel[grid](**arguments)``, noted."""
+    trace = None if THREAD.notes is None else THREAD.notes.trace
+    compiled = kernel[grid](**arguments) if trace is None else trace.launch(kernel, grid, arguments)
+    note(kernel, grid, arguments, compiled)
 
 
 def note(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], compiled: Any) -> None:
@@ -59,7 +69,7 @@ def note_scratch(memory: Tensor, zeros: bool) -> None:
 class Launch(NamedTuple):
     """A launch of a plan: the compiled kernel's arguments, and what in them belongs to the call."""
 
-    run: Callable[..., None]
+    run: Any
     values: list[Any]
     pointers: list[tuple[int, int, int]]  # place in values, tensor, bytes from its beginning
     descriptors: list[tuple[int, int, Any, dict[str, Any]]]  # place, tensor, class, and what else a descriptor says
@@ -77,7 +87,7 @@ class Plan:
     """
 
     device: torch.device
-    made: list[tuple[torch.Size, tuple[int, ...], torch.dtype, bool]]
+    made: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, bool]]
     launches: list[Launch]
     apart: list[tuple[int, int, int, int]]
     written: list[int]
@@ -115,11 +125,12 @@ class Plan:
 
 
 def plan_of(notes: Notes, result: Any, tensors: list[Tensor], pointers: list[int], written: list[int]) -> Plan | None:
-    """The plan of a call that gave ``result``, or None where its launches do not say all.
+    """The plan of a call that gave ``result``, or None where its launches do not say all. After a trace it has numbers.
 
     Args:
         tensors, pointers: of the call; written: which of them it writes to.
     """
+    layout: Callable[[Tensor], Layout] = _layout if notes.trace is None else notes.trace.layout
     leaves = result if isinstance(result, tuple) else (result,)
     if any(x is not None and x.__class__ not in TENSORS for x in leaves):
         return None
@@ -127,9 +138,11 @@ def plan_of(notes: Notes, result: Any, tensors: list[Tensor], pointers: list[int
     new = list({id(x): x for x in leaves if x is not None and id(x) not in given}.values())
     every = [*tensors, *new, *(x for x, _ in notes.scratch)]
     where = [*pointers, *(x.data_ptr() for x in every[len(pointers) :])]
-    spans = list(map(span, every))
-    launches = [_launch(launched, every, where, spans, len(pointers)) for launched in notes.launches]
-    apart = _apart(where, spans, len(pointers), written)
+    spans = [span(*_layout(x), x.element_size()) for x in every]
+    traced = notes.trace is not None
+    launches = [_launch(launched, every, where, spans, len(pointers), traced=traced) for launched in notes.launches]
+    sizes = [span(*layout(x), x.element_size()) for x in every] if traced else spans
+    apart = _apart(where, spans, sizes, len(pointers), written)
     reached = {i for launched in launches if launched for _, i, _ in launched.pointers}
     if not launches or None in launches or apart is None:
         return None
@@ -138,7 +151,7 @@ def plan_of(notes: Notes, result: Any, tensors: list[Tensor], pointers: list[int
             return None
     return Plan(
         tensors[0].device,
-        [(x.shape, x.stride(), x.dtype, z) for x, z in (*((x, False) for x in new), *notes.scratch)],
+        [(*layout(x), x.dtype, z) for x, z in (*((x, False) for x in new), *notes.scratch)],
         [launched for launched in launches if launched],
         apart,
         [i for i in written if not every[i].is_inference()],
@@ -146,11 +159,15 @@ def plan_of(notes: Notes, result: Any, tensors: list[Tensor], pointers: list[int
     )
 
 
-def span(x: Tensor) -> int:
-    """Bytes from the first number to the last."""
-    if not x.numel():
+def _layout(x: Tensor) -> Layout:
+    return tuple(x.shape), x.stride()
+
+
+def span(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> int:
+    """Bytes from a tensor's first number to its last."""
+    if any(n == 0 for n in shape):
         return 0
-    return (sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) + 1) * x.element_size()
+    return (sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + 1) * itemsize
 
 
 def _is_whole(x: Tensor, pointer: int, size: int) -> bool:
@@ -159,21 +176,27 @@ def _is_whole(x: Tensor, pointer: int, size: int) -> bool:
 
 
 def _apart(
-    where: list[int], spans: list[int], given: int, written: list[int]
+    where: list[int], spans: list[int], sizes: list[int], given: int, written: list[int]
 ) -> list[tuple[int, int, int, int]] | None:
-    """What must stay apart of the tensors of a call; None if some already share bytes without being one."""
+    """What must stay apart of the tensors of a call; None if some already share bytes without being one.
+
+    Args:
+        spans: bytes of each; sizes: the same, or numbers of a trace.
+    """
     pairs = []
     for a in written:
         for b in range(given):
-            if where[a] == where[b] and spans[a] == spans[b]:  # one and the same, and the key says so
+            if where[a] == where[b] and sizes[a] == sizes[b]:  # one and the same, and the key says so
                 continue
             if -spans[a] < where[a] - where[b] < spans[b]:
                 return None
-            pairs.append((a, b, spans[a], spans[b]))
+            pairs.append((a, b, sizes[a], sizes[b]))
     return pairs
 
 
-def _launch(launched: Noted, every: list[Tensor], where: list[int], spans: list[int], given: int) -> Launch | None:
+def _launch(
+    launched: Noted, every: list[Tensor], where: list[int], spans: list[int], given: int, *, traced: bool
+) -> Launch | None:
     kernel, grid, arguments, compiled = launched
     if getattr(compiled, "packed_metadata", None) is None or not _supported():
         return None  # interpreted, or only noted
@@ -198,7 +221,8 @@ def _launch(launched: Noted, every: list[Tensor], where: list[int], spans: list[
                 return None
             pointers.append((place, *found))
         values[place] = None
-    return Launch(compiled[(*grid, 1, 1)[:3]], values, pointers, descriptors)
+    bound = Bound(compiled, (*grid, 1, 1)[:3])
+    return Launch(bound if traced else compiled[bound.grid], values, pointers, descriptors)
 
 
 def _place(pointer: int, where: list[int], spans: list[int], given: int) -> tuple[int, int] | None:

@@ -43,9 +43,11 @@ ARROWS = {
         {"pytorch", "triton"},
         {"reference"},
         {"launch_plan"},
-        {"launch_notes", "settings"},
+        {"settings"},
         {"counts", "dispatch", "hashing", "layout"},
-        {"checks", "op"},
+        {"checks", "launch_notes", "op"},
+        {"launch_trace"},
+        {"launch_numbers"},
         {"_version", "callers", "remedies"},
     ],
 }

@@ -67,8 +67,7 @@ def attention_kind(head_dim: int, group: int, dtype: torch.dtype, queries: int |
 def launch(kernel: Any, grid: tuple[int, ...], on: torch.Tensor, **arguments: Any) -> None:
     """``kernel[grid](**arguments)`` on the device of ``on``, which the call's launch plan takes note of."""
     with torch.cuda.device_of(on):
-        compiled = kernel[grid](**arguments)
-    launch_notes.note(kernel, grid, arguments, compiled)
+        launch_notes.launch(kernel, grid, arguments)
 
 
 def scratch(on: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, zeros: bool = False) -> torch.Tensor:

@@ -23,12 +23,12 @@ def run(*arguments: str) -> str:
 
 @pytest.mark.slow
 def test_a_launch_by_plan_hands_the_driver_what_any_launch_does():
-    assert run("--check").count("1 launches, 1 plans") == 13
+    assert run("--check").count("1 launches, 9 lengths") == 13
 
 
 @pytest.mark.slow
 def test_a_hit_costs_less_than_a_call_without_a_plan(tmp_path):
     out = run("--only", "^gather_rows", "--rounds", "3", "--json", str(tmp_path / "host.json"))
-    figures = dict(zip(out.split()[-8::2], map(float, out.split()[-7::2]), strict=True))
-    assert figures["hit"] < figures["first"]
+    figures = dict(zip(out.split()[-10::2], map(float, out.split()[-9::2]), strict=True))
+    assert figures["hit"] < figures["lengths"] < figures["first"] < figures["traced"]
     assert (tmp_path / "host.json").exists()

@@ -17,6 +17,7 @@ ELSEWHERE = {
     "test_hopper",
     "test_hopper_compile",
     "test_launch_keys",
+    "test_launch_trace",
     "test_library",
     "test_offsets",
     "test_reference",

@@ -2,13 +2,15 @@
 
 import contextlib
 import ctypes
+import inspect
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from orthorank_kernels import dispatch, launch_notes, launch_plan
+from orthorank_kernels import checks, dispatch, launch_notes, launch_plan
 from tests.orthorank_kernels.tools import DEVICE
 
 
@@ -29,6 +31,15 @@ class Interpreted:
             self.run(self.kernel, grid)(**given, **self.options)
 
         return launch
+
+
+def parameters_of(kernel: Any) -> list[Any]:
+    """What a compiled kernel says of its parameters: an interpreted one is compiled for nothing."""
+    kept = getattr(kernel, "kwargs", {}).get("do_not_specialize") or ()
+    return [
+        SimpleNamespace(name=name, is_constexpr="constexpr" in str(p.annotation), do_not_specialize=name in kept)
+        for name, p in inspect.signature(kernel.fn).parameters.items()
+    ]
 
 
 def tensor_at(address: int, dtype: torch.dtype) -> torch.Tensor:
@@ -54,7 +65,9 @@ def planning() -> Iterator[pytest.MonkeyPatch]:
                 return launch
 
             patch.setattr(InterpretedFunction, "__getitem__", item)
+            patch.setattr(InterpretedFunction, "params", property(parameters_of), raising=False)
             patch.setattr(launch_plan, "DEVICES", {"cpu"})
+            patch.setattr(checks, "readable", lambda *values, **how: False)  # as on a GPU
             patch.setattr(launch_notes, "_supported", lambda: True)
         yield patch
         launch_plan.forget()

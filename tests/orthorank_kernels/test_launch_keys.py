@@ -141,6 +141,15 @@ def test_no_plan_is_made_of_what_launches_do_not_tell(plans, op):
     assert made == (op is clear)
 
 
+def test_what_cannot_be_traced_is_planned_for_its_own_numbers(plans):
+    planned = launch_plan.planned(clear)  # `torch.empty_like` keeps whatever order of dimensions
+    for tokens in (4, 5, 6):
+        for _ in range(3):
+            planned(numbers(tokens, 4))
+    assert list(launch_plan._KINDS.values()) == [None]
+    assert [type(plan) for plan in launch_plan._PLANS.values()] == [launch_notes.Plan] * 3
+
+
 def test_environment_variables_are_seen_where_they_stand():
     """`os.environ` is asked by a short way; where that is another one, this says so."""
     for name, stored in zip(launch_plan.VARIABLES, launch_plan._NAMES, strict=True):

@@ -111,16 +111,33 @@ def test_a_call_like_it_has_the_same_plan(plans):
         assert gather(numbers(1, 8, 16), places(2, 7)).equal(numbers(1, 8, 16)[:, [2, 7]])
 
 
-OTHER = {
-    "an odd offset": lambda: (numbers(129)[1:].view(1, 8, 16), places(3, 1)),
-    "another stride": lambda: (numbers(1, 8, 32)[..., :16], places(3, 1)),
+LIKE = {
     "more tokens": lambda: (numbers(1, 9, 16), places(3, 1)),
     "more selected": lambda: (numbers(1, 8, 16), places(3, 1, 2)),
+    "both": lambda: (numbers(1, 64, 16), places(3, 63, 2, 2, 1)),
+    "another stride": lambda: (numbers(1, 8, 32)[..., :16], places(3, 1)),
+    "expanded": lambda: (numbers(1, 1, 16).expand(1, 8, 16), places(3, 1)),
+    "a larger batch": lambda: (numbers(2, 8, 16), places(3, 1).expand(2, 2)),
+}
+OTHER = {
+    "an odd offset": lambda: (numbers(129)[1:].view(1, 8, 16), places(3, 1)),
+    "a stride that is no multiple of 16": lambda: (numbers(1, 8, 20)[..., :16], places(3, 1)),
+    "none selected": lambda: (numbers(1, 8, 16), places()),
     "another width": lambda: (numbers(1, 8, 12), places(3, 1)),
     "another dtype": lambda: (numbers(1, 8, 16, dtype=torch.float16), places(3, 1)),
     "packed": lambda: (numbers(8, 16), places(3, 1)[0]),
-    "expanded": lambda: (numbers(1, 1, 16).expand(1, 8, 16), places(3, 1)),
 }
+
+
+@pytest.mark.parametrize("change", LIKE)
+def test_other_lengths_have_plans_that_follow_from_the_first(plans, change):
+    for _ in range(2):
+        gather(numbers(1, 8, 16), places(3, 1))
+    x, positions = LIKE[change]()
+    for _ in range(2):
+        with by_plan_alone(plans):
+            assert gather(x, positions).equal(x[:, positions[0].tolist()])
+    assert len(launch_plan._PLANS) == 2
 
 
 @pytest.mark.parametrize("change", OTHER)
@@ -133,6 +150,30 @@ def test_other_tensors_are_planned_anew(plans, change):
     for _ in range(3):
         assert gather(x, positions).equal(x[..., positions.flatten().tolist(), :])
     assert len(launch_plan._PLANS) == 2
+
+
+def test_a_kind_that_goes_more_ways_than_are_kept(plans):
+    plans.setattr(launch_plan, "WAYS", 1)
+    for _ in range(2):
+        gather(numbers(1, 8, 16), places(3, 1))
+    for width in (12, 24):
+        with by_plan_alone(plans), pytest.raises(AssertionError, match="the long way"):
+            gather(numbers(1, 8, width), places(3, 1))
+        for _ in range(2):
+            gather(numbers(1, 8, width), places(3, 1))
+        with by_plan_alone(plans):
+            assert gather(numbers(1, 8, width), places(3, 1)).equal(numbers(1, 8, width)[:, [3, 1]])
+    assert [len(ways) for ways in launch_plan._KINDS.values()] == [1]
+
+
+def test_bad_lengths_are_refused_as_ever(plans):
+    for _ in range(2):
+        gather(numbers(2, 8, 16), places(3, 1).expand(2, 2))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="its first dimension must be the batch, 3"):
+            gather(numbers(3, 8, 16), places(3, 1).expand(2, 2))
+        with by_plan_alone(plans):
+            gather(numbers(3, 8, 16), places(3, 1).expand(3, 2))
 
 
 @contextlib.contextmanager
@@ -154,12 +195,12 @@ AROUND = {
 def test_other_surroundings_are_planned_anew(plans, change):
     for _ in range(3):
         gather(numbers(1, 8, 16), places(3, 1))
-    before = list(launch_plan._PLANS)
+    assert len(launch_plan._KINDS) == 1
     with AROUND[change](), by_plan_alone(plans), pytest.raises(AssertionError, match="the long way"):
         gather(numbers(1, 8, 16), places(3, 1))
     lookup.forget()
     gather(numbers(1, 8, 16), places(3, 1))
-    assert len(launch_plan._PLANS) == len(before) + 2
+    assert len(launch_plan._KINDS) == 3
 
 
 def test_what_is_written_over_what_is_read_is_refused_by_name(plans):
@@ -168,6 +209,9 @@ def test_what_is_written_over_what_is_read_is_refused_by_name(plans):
         ok.scatter_rows_(out, positions, rows, backend="triton")
     with pytest.raises(ValueError, match="out shares memory with rows"):
         ok.scatter_rows_(out, positions, out[4:6], backend="triton")
+    longer = numbers(64, 16)
+    with pytest.raises(ValueError, match="out shares memory with rows"):  # of lengths that were never there
+        ok.scatter_rows_(longer[:62], positions, longer[60:62], backend="triton")
     with by_plan_alone(plans):
         ok.scatter_rows_(out, positions, numbers(2, 16), backend="triton")
 
@@ -183,6 +227,9 @@ def test_memory_made_in_inference_mode_is_not_written_outside(plans):
 
 def test_plans_are_bounded(plans):
     plans.setattr(launch_plan, "MOST", 3)
-    for tokens in range(4, 12):
-        gather(numbers(1, tokens, 4), places(3, 1))
-        assert len(launch_plan._PLANS) <= 3
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        for tokens in range(4, 8):
+            gather(numbers(1, tokens, 4, dtype=dtype), places(3, 1))
+            gather(numbers(tokens, 4, dtype=dtype), places(3, 1)[0])
+            assert len(launch_plan._PLANS) <= 3
+            assert len(launch_plan._KINDS) <= 3
