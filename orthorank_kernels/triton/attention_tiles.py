@@ -8,6 +8,8 @@ is the one with the fewest keys.
 import triton
 import triton.language as tl
 
+from orthorank_kernels.triton.packing import sequences_until
+
 SEARCH = tl.constexpr(256)  # sequences that one step of the search reads
 
 
@@ -57,11 +59,7 @@ def find_sequence(cu_selected_ptr, n_seqs, n_queries, tile, together, QUERIES: t
     count the tiles of the sequences before it. So do ``together`` of them, in which tile 0 of each comes first, then
     tile 1 of those that have one. What lies past the last sequence is one more, number ``n_seqs``, and comes last.
     """
-    first = -together
-    for at in range(0, (n_seqs + together - 1) // together, SEARCH):
-        number = (at + tl.arange(0, SEARCH)) * together
-        begins = tl.load(cu_selected_ptr + number, mask=number < n_seqs, other=0)  # [SEARCH]
-        first += together * tl.sum(((number < n_seqs) & (begins // QUERIES + number <= tile)).to(tl.int32))
+    first = sequences_until(-together, cu_selected_ptr, n_seqs, together, tile, QUERIES)
     past = tile >= tl.load(cu_selected_ptr + n_seqs) // QUERIES + n_seqs
     first = tl.where(past, n_seqs, first)
     end = tl.where(past, n_seqs + 1, tl.minimum(first + together, n_seqs))

@@ -15,7 +15,8 @@ program takes. In a kernel:
 import triton
 import triton.language as tl
 
-from orthorank_kernels.triton.primitives import norm_row, sequence_of
+from orthorank_kernels.triton.packing import sequences_until
+from orthorank_kernels.triton.primitives import norm_row
 from orthorank_kernels.triton.score_keys import count_score
 
 
@@ -117,7 +118,7 @@ def first_piece(cu_seqlens_ptr, n_tokens, n_seqs, n_blocks, tokens_each):
         first = program % n_blocks * tokens_each
     else:
         first = program * tokens_each
-        seq = sequence_of(cu_seqlens_ptr, first, n_seqs)
+        seq = sequences_until(0, cu_seqlens_ptr + 1, n_seqs, 1, first, None).to(tl.int64)
     return seq, first, tl.minimum(first + tokens_each, n_tokens)
 
 

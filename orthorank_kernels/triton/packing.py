@@ -1,4 +1,4 @@
-"""Device functions of packed outputs: which sequence a token is in, and where a sequence's selected tokens go.
+"""Device functions of packed sequences: which one a token is in, and where a sequence's selected tokens go.
 
 Selecting the k smallest takes ``min(k, tokens)`` of a sequence, whatever the scores. So every program works out from
 the lengths alone where its sequence begins in the output, and no program waits for another.
@@ -8,6 +8,26 @@ import triton
 import triton.language as tl
 
 SEQUENCES = tl.constexpr(256)  # looked at in one step
+
+
+@triton.jit
+def sequences_until(found, places_ptr, n_seqs, step, place, QUERIES: tl.constexpr):
+    """``found`` and ``step`` for each of the sequences 0, step, 2 step .. ``n_seqs`` whose place is at most ``place``.
+
+    The one walk over sequences, for a scalar ``place``; `count_below` is for a block of them. The places ascend: those
+    at ``places_ptr``, or with QUERIES the first tiles of sequences that own tiles of so many queries from
+    ``places[s] // QUERIES + s`` on. All are looked at, 256 at a time, by loads that do not wait for each other.
+    """
+    found += tl.zeros([], tl.int32)
+    for first in range(0, (n_seqs + step - 1) // step, SEQUENCES):
+        seq = (first + tl.arange(0, SEQUENCES)) * step  # [SEQUENCES]
+        if QUERIES is None:
+            at = tl.load(places_ptr + seq, mask=seq < n_seqs, other=0x7FFFFFFF)
+            found += step * tl.sum((at <= place).to(tl.int32), 0)
+        else:
+            at = tl.load(places_ptr + seq, mask=seq < n_seqs, other=0) // QUERIES + seq
+            found += step * tl.sum(((seq < n_seqs) & (at <= place)).to(tl.int32), 0)
+    return found
 
 
 @triton.jit

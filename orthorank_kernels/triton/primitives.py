@@ -54,17 +54,6 @@ def norm_row(
 
 
 @triton.jit
-def sequence_of(cu_seqlens_ptr, token, n_seqs):
-    """Which sequence of a packed batch holds ``token``, as int64: the number of sequences that end before it."""
-    sequence = tl.zeros([], tl.int32)
-    for tile in range(0, n_seqs, 256):
-        entry = tile + tl.arange(0, 256)
-        end = tl.load(cu_seqlens_ptr + 1 + entry, mask=entry < n_seqs, other=0x7FFFFFFF)  # [256]
-        sequence += tl.sum((end <= token).to(tl.int32), 0)
-    return sequence.to(tl.int64)
-
-
-@triton.jit
 def ascending_key(score):
     """uint32 that ascends with a float32 score, from 0x00800000 (-inf) to 0xFF800000 (+inf); -0.0 and 0.0 share one.
 

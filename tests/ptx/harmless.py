@@ -101,7 +101,7 @@ HARMLESS = (
     Harmless(SPLIT, "barrier", "for n in range(middle, unmasked_end, BLOCK_N):", (1, 1, 1), "loop"),
     Harmless(SPLIT, "wait for copies", "for n in range(unmasked_end, end, BLOCK_N):", (1, 1, 1), "waited"),
     Harmless(SPLIT, "barrier", "for n in range(unmasked_end, end, BLOCK_N):", (1, 1, 1), "loop"),
-    Harmless(PAGED, "barrier", "sequence += tl.sum(((number <= n_seqs) & (begins /", (1, 1, 1), "sum"),
+    Harmless(PAGED, "barrier", "found += step * tl.sum(((seq < n_seqs) & (at <= pl", (1, 1, 1), "sum"),
     Harmless(PAGED, "barrier", "for n in range(middle, unmasked_end, BLOCK_N):", (1, 1, 1), "loop"),
     Harmless(HOPPER, "barrier", "gl.inline_asm_elementwise(", (0, 4, 0), "order"),
     Harmless(HOPPER, "barrier", "mbarrier.arrive(k_empty.index(i % STAGES)", (0, 1, 0), "unread"),

@@ -49,7 +49,7 @@ WIDE_PARAMETERS = {
     "select_sequence": {"seq"},
 }
 # Functions that return int64 only; the test checks what they return.
-WIDE_RESULTS = {"first_piece", "bounds", "sequence_of"}
+WIDE_RESULTS = {"first_piece", "bounds"}
 
 
 def is_jit(node: ast.AST) -> bool:
