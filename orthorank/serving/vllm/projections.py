@@ -24,7 +24,9 @@ class Projections:
         self._merged: Tensor | None = None
 
     def keys_and_values(self, normed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated keys, and values, ``[tokens, kv_heads, head_dim]``.
+        """Rotated keys, and values, ``[tokens, kv_heads, head_dim]``: parts of one product's rows, as in vLLM's layers.
+
+        vLLM rotates in place and its backends write to the cache from strided rows, so neither is copied.
 
         Args:
             normed: ``[tokens, hidden]``; positions: int64 ``[tokens]``.
@@ -39,7 +41,7 @@ class Projections:
         keys = self._normed(keys, "k_norm")
         keys, _ = attention.rotary_emb(positions, keys, None)
         heads = (-1, attention.num_kv_heads, attention.head_dim)
-        return keys.view(heads), values.contiguous().view(heads)
+        return keys.view(heads), values.view(heads)
 
     def queries(self, selected: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
         """Rotated queries ``[n, heads, head_dim]``.
@@ -68,10 +70,10 @@ class Projections:
         return linear(x, layer.weight[begin:end], bias)
 
     def _normed(self, x: Tensor, name: str) -> Tensor:
-        """``x`` contiguous, with the attention's norm of that name (Qwen3) on each head."""
+        """``x`` with the attention's norm of that name (Qwen3) on each head."""
         norm = getattr(self.attention, name, None)
         if norm is None:
-            return x.contiguous()
+            return x
         heads = x.reshape(-1, self.attention.head_dim)
         return norm(heads).view(x.shape)
 
