@@ -229,6 +229,6 @@ _WITHOUT_LENGTHS = {
     *(getattr(_T, name).__get__ for name in (
         "dtype", "device", "layout", "ndim", "is_nested", "is_cuda", "requires_grad", "is_leaf", "_base",
     )),
-    _T.dim, _T.element_size, _T._is_view, _T.is_neg, _T.is_inference, _T.is_floating_point, _T.data_ptr,
+    _T.dim, _T.element_size, _T.get_device, _T._is_view, _T.is_neg, _T.is_inference, _T.is_floating_point, _T.data_ptr,
     _T.storage_offset, _T.untyped_storage,
 }  # fmt: skip

@@ -58,7 +58,14 @@ def launched() -> Iterator[Launched]:
 
         return launch
 
+    @contextlib.contextmanager
+    def device_of(x: torch.Tensor) -> Iterator[None]:
+        """What PyTorch's own asks of a tensor on a GPU."""
+        assert (x.is_cuda, x.get_device()) == (False, -1)
+        yield
+
     with planning() as patch:
+        patch.setattr(torch.cuda, "device_of", device_of)
         patch.setattr(InterpretedFunction, "__getitem__", item)
         yield found
 
