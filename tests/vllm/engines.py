@@ -82,15 +82,15 @@ def greedy_params(tokens: int, *, log_probabilities: bool = False, **more: Any) 
     """So many tokens, the likeliest ones; ``more``: further sampling parameters."""
     from vllm import SamplingParams
 
-    return SamplingParams(
-        temperature=0,
-        max_tokens=tokens,
-        ignore_eos=True,
-        detokenize=False,
-        logprobs=0,
-        prompt_logprobs=0 if log_probabilities else None,
-        **more,
-    )
+    params = {
+        "temperature": 0,
+        "max_tokens": tokens,
+        "ignore_eos": True,
+        "detokenize": False,
+        "logprobs": 0,
+        "prompt_logprobs": 0 if log_probabilities else None,
+    }
+    return SamplingParams(**(params | more))
 
 
 def outputs(llm: Any, asked: list[list[int]], tokens: int, log_probabilities: bool, **more: Any) -> list[Any]:
@@ -145,11 +145,11 @@ def converse(llm: Any, inputs: list[list[int]], tokens: int) -> list[Answer]:
     return turns
 
 
-def answer_of(output: Any) -> Answer:
-    """What an engine gave for one prompt."""
+def answer_of(output: Any, number: int = 0) -> Answer:
+    """What an engine gave for one prompt; ``number``: of its answers."""
     found = output.prompt_logprobs or []
     prompt = [found[at][token].logprob for at, token in enumerate(output.prompt_token_ids) if at and found]
-    written = output.outputs[0]
+    written = output.outputs[number]
     scores = [each[token].logprob for token, each in zip(written.token_ids, written.logprobs, strict=True)]
     return Answer(list(written.token_ids), scores, prompt)
 

@@ -1,7 +1,8 @@
 """One engine in a process of its own: `python -m tests.vllm.run JOB`, a JSON file; what it answers goes to JOB.out.
 
 A job has ``settings`` of the engine and ``prompts``, which are asked at once, or ``steps``: what is done one after
-another, each ``{"ask": prompts}``, ``{"one by one": prompts}``, ``{"converse": inputs}`` or ``{"reload": folder}``.
+another, each ``{"ask": prompts}``, ``{"one by one": prompts}``, ``{"converse": inputs}``, ``{"switch": on}`` or
+``{"reload": folder}``.
 """
 
 import json
@@ -37,9 +38,9 @@ def _do(llm: Any, step: dict[str, Any]) -> dict[str, Any]:
     from tests.vllm.engines import answer_of, ask, converse, outputs
 
     tokens, thrown_out = step.get("tokens", TOKENS), _preemptions(llm)
-    answers, cached = [], []
+    answers, cached, said = [], [], None
     if "ask" in step:
-        answers = ask(llm, step["ask"], tokens, log_probabilities=False)
+        answers = ask(llm, step["ask"], tokens, step.get("log_probabilities", False))
     elif "one by one" in step:
         for prompt in step["one by one"]:
             (output,) = outputs(llm, [prompt], tokens, log_probabilities=False)
@@ -47,20 +48,27 @@ def _do(llm: Any, step: dict[str, Any]) -> dict[str, Any]:
             cached.append(output.num_cached_tokens)
     elif "converse" in step:
         answers = converse(llm, step["converse"], tokens)
+    elif "switch" in step:
+        said = llm.collective_rpc("orthorank_switch", args=(step["switch"],))
+        llm.reset_prefix_cache()
     else:
         llm.collective_rpc("reload_weights", kwargs={"weights_path": step["reload"]})
         llm.reset_prefix_cache()
     return {
         "answers": [list(answer) for answer in answers],
         "cached": cached,
+        "said": said,
         "thrown out": _preemptions(llm) - thrown_out,
         "runner": llm.llm_engine.vllm_config.use_v2_model_runner,
     }
 
 
 def _preemptions(llm: Any) -> int:
-    """Counted from the first call on."""
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    """Counted from the first call on; 0 where the scheduler is in another process."""
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+    if core is None:
+        return 0
+    scheduler = core.scheduler
     if not hasattr(scheduler, "preempted_in_test"):
         scheduler.preempted_in_test, preempt = 0, scheduler._preempt_request
 

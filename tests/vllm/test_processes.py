@@ -16,6 +16,7 @@ from tests.vllm.engines import (
     expect,
     prompts,
     settings,
+    unlike,
 )
 from tests.vllm.jobs import SECOND, TWO_RANKS, answers, compiled_by, run_job
 from tests.vllm.servers import SERVER, complete, post, running, server_arguments, wait_until_healthy
@@ -26,10 +27,12 @@ LENGTHS = [7, 30, 64, 200]
 
 @pytest.mark.parametrize("compiler", ["dynamo", "inductor"])
 def test_compiled(tmp_path: Path, llama: Path, compiler: str) -> None:
-    """The selecting layers are operators at which the compiled graph is split."""
-    chosen = settings(llama, PLAN, **WHOLE_PROMPTS, enforce_eager=False)
+    """The selecting layers are operators at which the compiled graph is split. One prompt is not selected from."""
+    plan = PLAN | {"min_prompt": 20}
+    chosen = settings(llama, plan, **WHOLE_PROMPTS, enforce_eager=False)
     found = answers(tmp_path, chosen, prompts(LENGTHS), compiled_by(compiler, tmp_path))
-    check(found, expect(llama, PLAN, prompts(LENGTHS)))
+    check(found, expect(llama, plan, prompts(LENGTHS)))
+    unlike(found[:1], expect(llama, PLAN, prompts(LENGTHS[:1])))
 
 
 def test_second_model_runner(tmp_path: Path, llama: Path) -> None:
@@ -66,9 +69,13 @@ def test_second_model_runner_with_a_prefix_cache(tmp_path: Path, untied: dict[st
 
 @pytest.mark.parametrize("scores", ["own", "first rank"])
 def test_tensor_parallel(tmp_path: Path, llama: Path, scores: str) -> None:
-    """Two ranks under vLLM's own executor."""
+    """Two ranks under vLLM's own executor, which switch the plan off together."""
     chosen = settings(llama, {"plan": PLAN, "scores": scores}, **WHOLE_PROMPTS, tensor_parallel_size=2)
-    check(answers(tmp_path, chosen, prompts(LENGTHS), TWO_RANKS), expect(llama, PLAN, prompts(LENGTHS)))
+    asked = {"ask": prompts(LENGTHS), "log_probabilities": True}
+    first, off, dense = run_job(tmp_path, {"settings": chosen, "steps": [asked, {"switch": False}, asked]}, TWO_RANKS)
+    assert off["said"] == [{"on": False, "said": ""}] * 2
+    for found, plan in ((first, PLAN), (dense, PLAN | {"keep_ratio": 1.0})):
+        check([Answer(*answer) for answer in found["answers"]], expect(llama, plan, prompts(LENGTHS)))
 
 
 # vLLM's own condition for an fp8 cache on a CPU.
