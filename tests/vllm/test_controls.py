@@ -80,8 +80,8 @@ def test_each_input_of_a_session_is_judged_by_itself(llama: Path, lengths: list[
 def _session(folder: Path, plan: dict[str, Any], inputs: list[list[int]], tokens: int) -> list[Answer]:
     """The same from transformers with this package's `apply`, call by call.
 
-    But for the sinks: there a cache that begins with a dense prompt has the sinks that dense layers gave it. A server has
-    those of the first token, whatever came after it.
+    But for the sinks: there a cache that begins with a dense prompt has the sinks that dense layers gave it. A server
+    has those of the first token, whatever came after it.
     """
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache
