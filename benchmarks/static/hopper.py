@@ -24,17 +24,18 @@ from benchmarks.static import sass
 from benchmarks.static.case import broken_limits, empty, launch, some_positions
 from benchmarks.static.measure import issued_per_mflop
 from benchmarks.static.worker import compile_instead_of_launch
+from orthorank_kernels.triton.hopper.launch import BLOCKS, PART
 
-TARGET, REGISTERS, BLOCK_N = "sm_90", 65_536, 128
+TARGET, REGISTERS = "sm_90", 65_536
 # The prototype's figures with Triton 3.6, and a twentieth: unmasked and masked loops.
-NTM = {64: (918 * 1.05, 1158 * 1.05), 128: (494 * 1.05, 608 * 1.05)}
+NTM = {64: (918 * 1.05, 1158 * 1.05), 128: (494 * 1.05, 608 * 1.05), 256: (415 * 1.05, 481 * 1.05)}
 # What an option adds was measured here; a window's figure is that of a masked loop, of which it has two in three.
 OPTION_NTM = {
-    "window": {64: (1500.0, 1520.0), 128: (780.0, 800.0)},
-    "soft": {64: (1610.0, 1875.0), 128: (840.0, 970.0)},
+    "window": {64: (1500.0, 1520.0), 128: (780.0, 800.0), 256: (575.0, 590.0)},
+    "soft": {64: (1610.0, 1875.0), 128: (840.0, 970.0), 256: (600.0, 680.0)},
 }
-SPILLS = {(64, "window and sinks"): 6}  # before the loops
-EXPONENTIALS = 64 * BLOCK_N // 128  # of a thread in each loop: one for each score
+SPILLS = {(64, "window and sinks"): 8}  # before the loops; with Triton 3.9 six
+EXPONENTIALS = {dim: PART * keys // 128 for dim, keys in BLOCKS.items()}  # of a thread in each loop: one for each score
 LOOPS, WINDOW_LOOPS = 4, 6  # of two consumers: with a mask and without, and with the mask of a window behind them
 
 
@@ -60,7 +61,7 @@ def packed(dim: int) -> Callable[[], Any]:
 
 CASES = {
     f"dim {dim}, {name}": (dim, case)
-    for dim in (64, 128)
+    for dim in (64, 128, 256)
     for name, case in {
         "groups of 4": attention(dim, 4, False),
         "groups of 7, padding, rotary and log-sum-exp": attention(dim, 7, True),
@@ -126,7 +127,7 @@ def complaints(found: dict[str, Any], dim: int, name: str = "") -> list[str]:
     ntm, masked = next((value for option, value in OPTION_NTM.items() if option in name), NTM)[dim]
     limits = {"spills": SPILLS.get((dim, name.partition(", ")[2]), 0), "threads_registers": REGISTERS,
               "exchanged": REGISTERS, "loops": loops, "min_loops": loops, "ntm": ntm, "ntm_masked": masked,
-              "min_between": EXPONENTIALS, "elsewhere": 0}  # fmt: skip
+              "min_between": EXPONENTIALS[dim], "elsewhere": 0}  # fmt: skip
     return broken_limits({"launches": 1, **found}, limits, TARGET)
 
 

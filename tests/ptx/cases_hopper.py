@@ -69,6 +69,14 @@ def hopper_cases() -> Iterator[Case]:
     one_head = (*range(0, 390, 5), *(-1,) * 82)  # the last tile's queries stand nowhere, and half of the first's
     yield one("dim 128, one head", HALF, dim=128, positions=ints(one_head), keys=400, group=1)
     yield one("dim 64, groups of 71", HALF16, dim=64, positions=ints((5, 70, 130, 200, 300)), keys=301, group=71)
+    # Blocks of 64 keys, and columns that threads load 64 at a time: one and a half of four are turned.
+    angles = torch.linspace(0, 99, 200 * 48).view(1, 200, 48).repeat(1, 1, 2)
+    tables = {"rotary_cos": angles.cos(), "rotary_sin": angles.sin(), "rotary_dim": 96}
+    some = (*range(20, 100, 11), *range(102, 196, 6))
+    yield one("dim 256, rotary", HALF, dim=256, positions=ints((*some, -1)), keys=200, starts=ints(9), **tables)
+    yield one("dim 256", HALF16, dim=256, positions=ints(some), keys=199, return_lse=True)
+    wide = {"positions": ints((*range(140, 188, 6), *range(280, 316, 4))), "keys": 320, "window": 75}
+    yield one("dim 256, window", HALF, dim=256, softcap=5.0, sinks=True, starts=ints(100), **wide)
     # One sequence has two tiles, and tiles between sequences have no query.
     lengths = {"selected": (70, 1, 3, 60), "keys": (140, 2, 40, 200)}
     for dtype in (HALF, HALF16):

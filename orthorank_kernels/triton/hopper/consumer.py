@@ -4,10 +4,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from orthorank_kernels.triton.hopper.fill import fill_last_values, fill_queries
-from orthorank_kernels.triton.hopper.step import ROWS, attend, rows_of_part, scores, softmax_step, visible_keys
+from orthorank_kernels.triton.hopper.fill import WIDE, fill_last_values, fill_queries
+from orthorank_kernels.triton.hopper.step import ROWS, WARPS, attend, rows_of_part, scores, softmax_step, visible_keys
 
-WARPS = gl.constexpr(4)  # of a consumer
 LN_2 = gl.constexpr(0.6931471805599453)
 LOG2_E = gl.constexpr(1.4426950408889634)
 NOTHING = gl.constexpr(float("-inf"))
@@ -43,14 +42,11 @@ def consume(
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HEAD_DIM, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
-    # Sixteen bytes a thread, for what goes to and from global memory.
-    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [WARPS, 1], [1, 0])
-    offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, WIDE))
     dtype: gl.constexpr = k_bufs.dtype
 
     if PART == 0:  # before the queries: with both at hand, turned queries of head_dim 128 spill
         n = low + (blocks - 1) * BLOCK_N
-        fill_last_values(v_bufs.index(0), v_ptr, n, high, offs_d, STRIDE_V, BLOCK_N, HEAD_DIM, WIDE)
+        fill_last_values(v_bufs.index(0), v_ptr, n, high, STRIDE_V, BLOCK_N, HEAD_DIM)
         mbarrier.arrive(v_full.index(0), count=1)
 
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, WIDE))
@@ -58,7 +54,7 @@ def consume(
     position, sees, _first, _last = visible_keys(positions_ptr, query, in_tile, query_offset, keys, start, window)
     rows = head.to(gl.int64) * stride_q_head + query.to(gl.int64) * stride_q_token
     q = q_bufs.index(PART)
-    fill_queries(q, q_ptr, rows, in_tile, tables, position, sees, offs_d, HEAD_DIM, ROTARY_DIM)
+    fill_queries(q, q_ptr, rows, in_tile, tables, position, sees, HEAD_DIM, ROTARY_DIM)
 
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
     query, head, in_tile = rows_of_part(PART, row, tile, begin, end, column, GROUP, PACK)
@@ -132,6 +128,7 @@ def consume(
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, WIDE))
     query, head, in_tile = rows_of_part(PART, row, tile, begin, end, column, GROUP, PACK)
     out_rows = head.to(gl.int64) * stride_out_head + query.to(gl.int64) * stride_out_token
+    offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, WIDE))
     gl.store(out_ptr + out_rows[:, None] + offs_d[None, :], out, mask=in_tile[:, None])
 
 

@@ -4,6 +4,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
+from orthorank_kernels.triton.hopper.step import WARPS
+
+COLUMNS = gl.constexpr(64)  # that threads load at a time: with all of head_dim 256 at hand, turned queries spill
+# Sixteen bytes a thread, for what goes to and from global memory.
+WIDE = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [WARPS.value, 1], [1, 0]))
+
 
 @gluon.jit
 def fill_queries(
@@ -14,13 +20,32 @@ def fill_queries(
     tables,
     position,
     sees,  # of the others the tables may have no row, and nobody uses the result
-    offs_d,
     HEAD_DIM: gl.constexpr,
     ROTARY_DIM: gl.constexpr,
 ):
     """The rows of a part, turned by the angles of their positions, and zeros where there is none."""
+    for i in gl.static_range(HEAD_DIM // COLUMNS):
+        columns = q_buf.slice(i * COLUMNS, COLUMNS, 1)
+        _fill_columns(columns, q_ptr, rows, in_tile, tables, position, sees, i * COLUMNS, ROTARY_DIM)
+    fence_async_shared()
+
+
+@gluon.jit
+def _fill_columns(
+    q_buf,  # [ROWS, COLUMNS]
+    q_ptr,
+    rows,
+    in_tile,
+    tables,
+    position,
+    sees,
+    FIRST: gl.constexpr,  # of the columns
+    ROTARY_DIM: gl.constexpr,
+):
+    """COLUMNS columns of the rows: see `fill_queries`."""
+    offs_d = FIRST + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, WIDE))
     q = gl.load(q_ptr + rows[:, None] + offs_d[None, :], mask=in_tile[:, None], other=0.0)
-    if ROTARY_DIM > 0:  # each element's other one is read, too: see `attention_queries.turn_queries`
+    if ROTARY_DIM > FIRST:  # each element's other one is read, too: see `attention_queries.turn_queries`
         cos_ptr, sin_ptr, stride_cos_token, stride_sin_token = tables
         HALF: gl.constexpr = ROTARY_DIM // 2
         TOGETHER: gl.constexpr = 8 if HALF % 8 == 0 else HALF & -HALF
@@ -38,9 +63,8 @@ def fill_queries(
         other = -(other * gl.where(first[None, :], sin, -sin))
         cos = gl.load(cos_ptr + at * stride_cos_token + angle, mask=some, other=0.0).to(gl.float32)
         turned = gl.fma(q.to(gl.float32), cos, other).to(q.dtype)
-        q = turned if ROTARY_DIM == HEAD_DIM else gl.where((offs_d < ROTARY_DIM)[None, :], turned, q)
+        q = turned if ROTARY_DIM >= FIRST + COLUMNS else gl.where((offs_d < ROTARY_DIM)[None, :], turned, q)
     q_buf.store(q)
-    fence_async_shared()
 
 
 @gluon.jit
@@ -49,14 +73,15 @@ def fill_last_values(
     v_ptr,
     n,
     high,
-    offs_d,
     STRIDE_V: gl.constexpr,
     BLOCK_N: gl.constexpr,
     HEAD_DIM: gl.constexpr,
-    LAYOUT: gl.constexpr,
 ):
     """The values of the keys from n on, and zeros behind the key ``high``."""
-    row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
-    ptrs = v_ptr + n.to(gl.int64) * STRIDE_V + (row * STRIDE_V)[:, None] + offs_d[None, :]
-    v_buf.reshape([BLOCK_N, HEAD_DIM]).store(gl.load(ptrs, mask=(n + row <= high)[:, None], other=0.0))
+    row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, WIDE))
+    ptrs = v_ptr + n.to(gl.int64) * STRIDE_V + (row * STRIDE_V)[:, None]
+    for i in gl.static_range(HEAD_DIM // COLUMNS):
+        offs_d = i * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, WIDE))
+        v = gl.load(ptrs + offs_d[None, :], mask=(n + row <= high)[:, None], other=0.0)
+        v_buf.reshape([BLOCK_N, HEAD_DIM]).slice(i * COLUMNS, COLUMNS, 1).store(v)
     fence_async_shared()

@@ -24,9 +24,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from orthorank_kernels.triton.hopper.consumer import WARPS, consume
+from orthorank_kernels.triton.hopper.consumer import consume
 from orthorank_kernels.triton.hopper.gluon import async_load, find_sequence, find_work
-from orthorank_kernels.triton.hopper.step import CONSUMERS, ROWS, rows_of_part, visible_keys
+from orthorank_kernels.triton.hopper.step import CONSUMERS, ROWS, WARPS, rows_of_part, visible_keys
 
 
 @gluon.jit

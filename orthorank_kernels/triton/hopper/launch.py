@@ -12,8 +12,8 @@ from orthorank_kernels.triton.strides import strides, table_strides
 
 VARIABLE = "ORTHORANK_ATTENTION"
 NAME = "hopper"
-HEAD_DIMS = (64, 128)
-BLOCK_N, STAGES = 128, 2
+BLOCKS = {64: 128, 128: 128, 256: 64}  # keys of a block, by head_dim
+STAGES = 2
 PART = 64  # rows of a tile that one group of four warps has; a tile has two parts
 # Threads begin with ENTRY registers each, and give up or take over what the copying warp does not need. Twelve warps,
 # of which three idle beside the one that copies: 168 * 384 is what an SM has, less than 1,024.
@@ -47,6 +47,7 @@ def check(
         ValueError: names what it does not take, and says what to do.
     """
     head_dim, found = q.shape[3], configs.family(target)
+    *others, largest = BLOCKS
     if found != "hopper":
         reason = f"is for GPUs of compute capability 9.0, and this is {target}"
     elif not _has_gluon():
@@ -57,8 +58,8 @@ def check(
         reason = "has no rotary_interleaved"
     elif q.dtype not in (torch.float16, torch.bfloat16):
         reason = f"takes float16 and bfloat16, and q has {str(q.dtype).removeprefix('torch.')}"
-    elif head_dim not in HEAD_DIMS:
-        reason = f"takes head_dim {' and '.join(map(str, HEAD_DIMS))}, and q has {head_dim}"
+    elif head_dim not in BLOCKS:
+        reason = f"takes head_dim {', '.join(map(str, others))} and {largest}, and q has {head_dim}"
     elif not (configs.fits_tma(k) and configs.fits_tma(v)):
         reason = (
             "reads k and v by tensor descriptors: their memory and all strides must be multiples of 16 bytes, no "
@@ -140,7 +141,7 @@ def launch(
         STRIDE_V=v.stride(2),
         GROUP=group,
         PACK=pack,
-        BLOCK_N=BLOCK_N,
+        BLOCK_N=BLOCKS[head_dim],
         HEAD_DIM=head_dim,
         STAGES=STAGES,
         PACKED=packed,
@@ -163,7 +164,7 @@ def _descriptor(x: torch.Tensor) -> object:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    block = [1, 1, BLOCK_N, x.shape[3]]
+    block = [1, 1, BLOCKS[x.shape[3]], x.shape[3]]
     kind = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[x.dtype]
     layout = gl.NVMMASharedLayout.get_default_for(block, kind)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)

@@ -7,6 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from orthorank_kernels.triton.hopper.gluon import tile_rows
 
 CONSUMERS = gl.constexpr(2)
+WARPS = gl.constexpr(4)  # of a consumer
 ROWS = gl.constexpr(64)  # of a consumer: what one of its products has
 MASKED_SCORE = gl.constexpr(-(2.0**100))
 
@@ -114,11 +115,12 @@ def attend(
     """Add the values of block i - 1, and compute the weights of block i meanwhile."""
     k_bufs, v_bufs, k_full, k_empty, v_full, v_empty = rings
     ACC_LAYOUT: gl.constexpr = acc.type.layout
-    at = i % STAGES
-    at_values = (i - 1) % STAGES
-    mbarrier.wait(k_full.index(at), (i // STAGES) & 1)
+    # STAGES is a power of two: to divide i, which the compiler has to think may be below 0, takes more instructions.
+    at = i & (STAGES - 1)
+    at_values = (i - 1) & (STAGES - 1)
+    mbarrier.wait(k_full.index(at), (i & STAGES) // STAGES)
     qk = scores(q, k_bufs.index(at), BLOCK_N, HEAD_DIM, LAYOUT)
-    mbarrier.wait(v_full.index(at_values), ((i - 1) // STAGES) & 1)
+    mbarrier.wait(v_full.index(at_values), ((i - 1) & STAGES) // STAGES)
     sums = warpgroup_mma(weights, v_bufs.index(at_values).reshape([BLOCK_N, HEAD_DIM]), acc, is_async=True)
     qk = warpgroup_mma_wait(1, deps=[qk])
     mbarrier.arrive(k_empty.index(at), count=1)

@@ -19,6 +19,10 @@ def _no_splits(monkeypatch):
     monkeypatch.setattr(configs, "splits", lambda *given: 1)
 
 
+HEADS = [(dim, heads) for dim in (64, 128) for heads in ((8, 2), (4, 4), (14, 2), (9, 3))]
+HEADS += [(256, (8, 2)), (256, (14, 2))]
+
+
 def check(
     dim: int,
     heads: tuple[int, int],
@@ -49,19 +53,18 @@ def check(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("heads", [(8, 2), (4, 4), (14, 2), (9, 3)])
+@pytest.mark.parametrize(("dim", "heads"), HEADS)
 @pytest.mark.parametrize("sizes", [(2, 2047, 681), (1, 513, 99), (3, 130, 70)])
 def test_it_is_within_the_budget(dim, heads, sizes, dtype, monkeypatch):
     check(dim, heads, sizes, dtype, monkeypatch)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 def test_padding_and_rows_that_stand_nowhere(dim, monkeypatch):
     check(dim, (8, 2), (3, 1000, 333), torch.bfloat16, monkeypatch, starts=(0, 7, 600), fewer=150)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 def test_packed_sequences(dim, monkeypatch):
     lengths, counts = (2000, 1, 700, 0, 350), (666, 1, 300, 0, 200)
     q = random(sum(counts), 8, dim, dtype=torch.bfloat16, seed=1)
@@ -85,7 +88,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_windows_caps_and_sinks(dim, options, monkeypatch):
     if "sinks" in options:
@@ -104,7 +107,7 @@ def test_windows_caps_and_sinks(dim, options, monkeypatch):
     torch.testing.assert_close(lse, eager_lse, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 def test_queries_are_turned_as_by_an_op_of_their_own(dim, monkeypatch):
     """To the bit."""
     q = random(2, 300, 8, dim, dtype=torch.bfloat16, seed=1).transpose(1, 2)

@@ -49,7 +49,7 @@ def launched(gpus: Gpus) -> list[str]:
     return [name for name, _, _ in gpus.launches]
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, HALF])
 def test_it_runs_where_it_is_asked_for(dim, dtype, monkeypatch):
     with fake_gpus() as gpus:
@@ -105,11 +105,11 @@ def test_few_queries_stay_with_the_usual_kernel(what, kernels):
     ("options", "reason"),
     [
         ({"dtype": FLOAT}, "takes float16 and bfloat16, and q has float32"),
-        ({"dim": 96}, "takes head_dim 64 and 128, and q has 96"),
+        ({"dim": 96}, "takes head_dim 64, 128 and 256, and q has 96"),
         ({"rotary": True, "interleaved": True}, "has no rotary_interleaved"),
         ({"keys": 0}, "no dimension may be empty"),
         ({"slack": 1}, "multiples of 16 bytes"),
-        ({"dim": 96, "selected": 3}, "takes head_dim 64 and 128, and q has 96"),
+        ({"dim": 96, "selected": 3}, "takes head_dim 64, 128 and 256, and q has 96"),
     ],
 )
 def test_what_it_does_not_take_is_named(options, reason):

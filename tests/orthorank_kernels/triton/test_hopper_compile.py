@@ -27,7 +27,8 @@ def output(*options: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "only", ["dim 128, groups of 4", pytest.param("groups of 7|packed|dim 64|window|soft", marks=pytest.mark.slow)]
+    "only",
+    ["dim 128, groups of 4", pytest.param("groups of 7|packed|dim (64|256)|window|soft", marks=pytest.mark.slow)],
 )
 def test_the_code_keeps_its_limits(only):
     found = list(map(json.loads, output("--json", "--only", only).splitlines()))
@@ -96,3 +97,10 @@ GOOD = {"warps": 12, "shared": 1000, "spills": 0, "threads_registers": 64512, "e
 def test_a_broken_limit_is_named(changed, complaint):
     found = hopper.complaints(GOOD | changed, 128)
     assert found[:1] == ([complaint] if complaint else [])
+
+
+def test_fewer_keys_a_block_are_fewer_exponentials():
+    """Of head_dim 256."""
+    found = GOOD | {"ntm": 420, "ntm_masked": 500}
+    assert hopper.complaints(found | {"between": 34}, 256) == []
+    assert hopper.complaints(found | {"between": 2}, 256) == ["between is 2, at least 32"]
