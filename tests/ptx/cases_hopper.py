@@ -22,6 +22,8 @@ def surrounded(dtype: torch.dtype, positions: Tensor, keys: int, starts: Tensor 
         x[:, :, last + 1 :] = float("nan")
         if starts is not None:
             x[:, :, : int(starts)] = float("nan")
+        if more.get("slack"):
+            x._base[..., x.shape[3] :] = float("nan")
     made["q"].transpose(1, 2)[positions < 0] = float("nan")
     return made
 
@@ -70,13 +72,18 @@ def hopper_cases() -> Iterator[Case]:
     yield one("dim 128, one head", HALF, dim=128, positions=ints(one_head), keys=400, group=1)
     yield one("dim 64, groups of 71", HALF16, dim=64, positions=ints((5, 70, 130, 200, 300)), keys=301, group=71)
     # Blocks of 64 keys, and columns that threads load 64 at a time: one and a half of four are turned.
-    angles = torch.linspace(0, 99, 200 * 48).view(1, 200, 48).repeat(1, 1, 2)
+    angles = torch.linspace(0, 99, 300 * 48).view(1, 300, 48).repeat(1, 1, 2)
     tables = {"rotary_cos": angles.cos(), "rotary_sin": angles.sin(), "rotary_dim": 96}
     some = (*range(20, 100, 11), *range(102, 196, 6))
     yield one("dim 256, rotary", HALF, dim=256, positions=ints((*some, -1)), keys=200, starts=ints(9), **tables)
     yield one("dim 256", HALF16, dim=256, positions=ints(some), keys=199, return_lse=True)
     wide = {"positions": ints((*range(140, 188, 6), *range(280, 316, 4))), "keys": 320, "window": 75}
     yield one("dim 256, window", HALF, dim=256, softcap=5.0, sinks=True, starts=ints(100), **wide)
+    # Heads that zeros fill up: NaN stands between rows of K and V, and that of the last query behind the one before it.
+    late = {"positions": ints((*range(100, 290, 11), -1)), "keys": 300}
+    tables = {"rotary_cos": angles.cos(), "rotary_sin": angles.sin()}
+    yield one("dim 96, rotary", HALF, dim=96, slack=32, **late, **tables)
+    yield one("dim 192", HALF16, dim=192, slack=64, **late, starts=ints(9))
     # One sequence has two tiles, and tiles between sequences have no query.
     lengths = {"selected": (70, 1, 3, 60), "keys": (140, 2, 40, 200)}
     for dtype in (HALF, HALF16):

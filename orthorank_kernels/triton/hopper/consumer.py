@@ -27,6 +27,7 @@ def consume(
     GROUP: gl.constexpr,
     PACK: gl.constexpr,
     BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
     SOFTCAP: gl.constexpr,
@@ -40,13 +41,13 @@ def consume(
     tile, column, start, low, high, blocks = where
     HAS_WINDOW: gl.constexpr = window is not None
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HEAD_DIM, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     dtype: gl.constexpr = k_bufs.dtype
 
     if PART == 0:  # before the queries: with both at hand, turned queries of head_dim 128 spill
         n = low + (blocks - 1) * BLOCK_N
-        fill_last_values(v_bufs.index(0), v_ptr, n, high, STRIDE_V, BLOCK_N, HEAD_DIM)
+        fill_last_values(v_bufs.index(0), v_ptr, n, high, STRIDE_V, BLOCK_N, BLOCK_D, HEAD_DIM)
         mbarrier.arrive(v_full.index(0), count=1)
 
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, WIDE))
@@ -54,7 +55,7 @@ def consume(
     position, sees, _first, _last = visible_keys(positions_ptr, query, in_tile, query_offset, keys, start, window)
     rows = head.to(gl.int64) * stride_q_head + query.to(gl.int64) * stride_q_token
     q = q_bufs.index(PART)
-    fill_queries(q, q_ptr, rows, in_tile, tables, position, sees, HEAD_DIM, ROTARY_DIM)
+    fill_queries(q, q_ptr, rows, in_tile, tables, position, sees, BLOCK_D, HEAD_DIM, ROTARY_DIM)
 
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
     query, head, in_tile = rows_of_part(PART, row, tile, begin, end, column, GROUP, PACK)
@@ -74,7 +75,7 @@ def consume(
     for i in range(i0):
         release(rings, i, STAGES)
 
-    acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, layout=O_LAYOUT)
+    acc = gl.zeros([ROWS, BLOCK_D], gl.float32, layout=O_LAYOUT)
     total = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, S_LAYOUT))
     peak = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, S_LAYOUT))
     peak += LOWEST_SCORE if SOFTCAP else LOWEST_SCORE * factors[0]
@@ -84,7 +85,7 @@ def consume(
         total = gl.exp2(sink - peak)
     n = low + (own_blocks - 1) * BLOCK_N
     mbarrier.wait(k_full.index(i0 % STAGES), (i0 // STAGES) & 1)
-    qk = warpgroup_mma_wait(0, deps=[scores(q, k_bufs.index(i0 % STAGES), BLOCK_N, HEAD_DIM, S_LAYOUT)])
+    qk = warpgroup_mma_wait(0, deps=[scores(q, k_bufs.index(i0 % STAGES), BLOCK_N, BLOCK_D, S_LAYOUT)])
     mbarrier.arrive(k_empty.index(i0 % STAGES), count=1)
     weights, peak, _shrink, total = softmax_step(
         qk, peak, total, first, last, n, factors, BLOCK_N, S_LAYOUT, True, HAS_WINDOW, SOFTCAP
@@ -93,24 +94,24 @@ def consume(
     for i in range(i0 + 1, masked_end):
         n = low + (blocks - 1 - i) * BLOCK_N
         acc, weights, peak, total = attend(
-            acc, weights, peak, total, i, q, rings, first, last, n, factors, BLOCK_N, HEAD_DIM, STAGES, S_LAYOUT, True,
+            acc, weights, peak, total, i, q, rings, first, last, n, factors, BLOCK_N, BLOCK_D, STAGES, S_LAYOUT, True,
             HAS_WINDOW, SOFTCAP,
         )  # fmt: skip
     for i in range(masked_end, unmasked_end if HAS_WINDOW else blocks):
         acc, weights, peak, total = attend(
-            acc, weights, peak, total, i, q, rings, first, last, 0, factors, BLOCK_N, HEAD_DIM, STAGES, S_LAYOUT, False,
+            acc, weights, peak, total, i, q, rings, first, last, 0, factors, BLOCK_N, BLOCK_D, STAGES, S_LAYOUT, False,
             HAS_WINDOW, SOFTCAP,
         )  # fmt: skip
     if HAS_WINDOW:
         for i in range(unmasked_end, end_blocks):
             n = low + (blocks - 1 - i) * BLOCK_N
             acc, weights, peak, total = attend(
-                acc, weights, peak, total, i, q, rings, first, last, n, factors, BLOCK_N, HEAD_DIM, STAGES, S_LAYOUT,
+                acc, weights, peak, total, i, q, rings, first, last, n, factors, BLOCK_N, BLOCK_D, STAGES, S_LAYOUT,
                 True, HAS_WINDOW, SOFTCAP,
             )  # fmt: skip
     at = (end_blocks - 1) % STAGES
     mbarrier.wait(v_full.index(at), ((end_blocks - 1) // STAGES) & 1)
-    sums = warpgroup_mma(weights, v_bufs.index(at).reshape([BLOCK_N, HEAD_DIM]), acc, is_async=True)
+    sums = warpgroup_mma(weights, v_bufs.index(at).reshape([BLOCK_N, BLOCK_D]), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[sums])
     if HAS_WINDOW:
         mbarrier.arrive(v_empty.index(at), count=1)
@@ -128,8 +129,9 @@ def consume(
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, WIDE))
     query, head, in_tile = rows_of_part(PART, row, tile, begin, end, column, GROUP, PACK)
     out_rows = head.to(gl.int64) * stride_out_head + query.to(gl.int64) * stride_out_token
-    offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, WIDE))
-    gl.store(out_ptr + out_rows[:, None] + offs_d[None, :], out, mask=in_tile[:, None])
+    offs_d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, WIDE))
+    mask = in_tile[:, None] & (offs_d < HEAD_DIM)[None, :]
+    gl.store(out_ptr + out_rows[:, None] + offs_d[None, :], out, mask=mask)
 
 
 @gluon.jit

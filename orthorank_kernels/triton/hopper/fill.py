@@ -13,20 +13,21 @@ WIDE = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [WARPS.value, 1], [1, 0]))
 
 @gluon.jit
 def fill_queries(
-    q_buf,  # [ROWS, HEAD_DIM]
+    q_buf,  # [ROWS, BLOCK_D]
     q_ptr,
     rows,  # [ROWS], in numbers from q_ptr
     in_tile,
     tables,
     position,
     sees,  # of the others the tables may have no row, and nobody uses the result
+    BLOCK_D: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     ROTARY_DIM: gl.constexpr,
 ):
-    """The rows of a part, turned by the angles of their positions, and zeros where there is none."""
-    for i in gl.static_range(HEAD_DIM // COLUMNS):
+    """The rows of a part, turned by the angles of their positions, and zeros elsewhere."""
+    for i in gl.static_range(BLOCK_D // COLUMNS):
         columns = q_buf.slice(i * COLUMNS, COLUMNS, 1)
-        _fill_columns(columns, q_ptr, rows, in_tile, tables, position, sees, i * COLUMNS, ROTARY_DIM)
+        _fill_columns(columns, q_ptr, rows, in_tile, tables, position, sees, i * COLUMNS, HEAD_DIM, ROTARY_DIM)
     fence_async_shared()
 
 
@@ -40,11 +41,13 @@ def _fill_columns(
     position,
     sees,
     FIRST: gl.constexpr,  # of the columns
+    HEAD_DIM: gl.constexpr,
     ROTARY_DIM: gl.constexpr,
 ):
     """COLUMNS columns of the rows: see `fill_queries`."""
     offs_d = FIRST + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, WIDE))
-    q = gl.load(q_ptr + rows[:, None] + offs_d[None, :], mask=in_tile[:, None], other=0.0)
+    mask = in_tile[:, None] & (offs_d < HEAD_DIM)[None, :]
+    q = gl.load(q_ptr + rows[:, None] + offs_d[None, :], mask=mask, other=0.0)
     if ROTARY_DIM > FIRST:  # each element's other one is read, too: see `attention_queries.turn_queries`
         cos_ptr, sin_ptr, stride_cos_token, stride_sin_token = tables
         HALF: gl.constexpr = ROTARY_DIM // 2
@@ -69,19 +72,21 @@ def _fill_columns(
 
 @gluon.jit
 def fill_last_values(
-    v_buf,  # [1, 1, BLOCK_N, HEAD_DIM]
+    v_buf,  # [1, 1, BLOCK_N, BLOCK_D]
     v_ptr,
     n,
     high,
     STRIDE_V: gl.constexpr,
     BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr,
     HEAD_DIM: gl.constexpr,
 ):
-    """The values of the keys from n on, and zeros behind the key ``high``."""
+    """The values of the keys from n on, and zeros behind the key ``high`` and from HEAD_DIM on."""
     row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, WIDE))
     ptrs = v_ptr + n.to(gl.int64) * STRIDE_V + (row * STRIDE_V)[:, None]
-    for i in gl.static_range(HEAD_DIM // COLUMNS):
+    for i in gl.static_range(BLOCK_D // COLUMNS):
         offs_d = i * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, WIDE))
-        v = gl.load(ptrs + offs_d[None, :], mask=(n + row <= high)[:, None], other=0.0)
-        v_buf.reshape([BLOCK_N, HEAD_DIM]).slice(i * COLUMNS, COLUMNS, 1).store(v)
+        mask = (n + row <= high)[:, None] & (offs_d < HEAD_DIM)[None, :]
+        v = gl.load(ptrs + offs_d[None, :], mask=mask, other=0.0)
+        v_buf.reshape([BLOCK_N, BLOCK_D]).slice(i * COLUMNS, COLUMNS, 1).store(v)
     fence_async_shared()

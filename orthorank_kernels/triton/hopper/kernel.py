@@ -17,6 +17,9 @@ Rows of V behind the tile's last key may hold anything, and 0 times NaN is NaN. 
 of V is not copied by it: the first consumer loads that one and puts zeros there. K needs nothing: its scores are
 replaced. What lies before the first key is never read.
 
+A head_dim of 96 or 192 is computed as BLOCK_D = 128 or 256, with zeros behind it: TMA puts them where a box reaches
+beyond the tensor's last dimension, and threads do the same.
+
 Not here: float32, pages, keys split over programs.
 """
 
@@ -65,7 +68,7 @@ def produce(k_desc, v_desc, rings, batch, kv_head, first_row, blocks, BLOCK_N: g
 )
 def hopper_attention_kernel(
     q_ptr,  # [batch, heads, selected, head_dim] by strides
-    k_desc,  # [batch, kv_heads, keys, head_dim] in blocks [1, 1, BLOCK_N, HEAD_DIM]
+    k_desc,  # [batch, kv_heads, keys, head_dim] in blocks [1, 1, BLOCK_N, BLOCK_D]
     v_desc,
     v_ptr,
     positions_ptr,  # [batch, selected]
@@ -108,6 +111,7 @@ def hopper_attention_kernel(
     GROUP: gl.constexpr,  # query heads that share a key/value head
     PACK: gl.constexpr,  # of these, how many share a tile
     BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr,  # the power of two that HEAD_DIM is filled up to
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
     PACKED: gl.constexpr,
@@ -142,10 +146,10 @@ def hopper_attention_kernel(
         low = gl.maximum(gl.min(gl.where(sees, first, high), 0), start)
     blocks = gl.maximum(high - low, 0) // BLOCK_N + 1
 
-    k_bufs = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout)
-    v_bufs = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], v_desc.layout)
-    Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, HEAD_DIM], k_desc.dtype)
-    q_bufs = gl.allocate_shared_memory(k_desc.dtype, [CONSUMERS, ROWS, HEAD_DIM], Q_LAYOUT)
+    k_bufs = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
+    v_bufs = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], v_desc.layout)
+    Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], k_desc.dtype)
+    q_bufs = gl.allocate_shared_memory(k_desc.dtype, [CONSUMERS, ROWS, BLOCK_D], Q_LAYOUT)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -177,15 +181,15 @@ def hopper_attention_kernel(
             (
                 consume,
                 (
-                    q_bufs, rings, tensors, tables, numbers, where, 0, STRIDE_V, GROUP, PACK, BLOCK_N, HEAD_DIM, STAGES,
-                    SOFTCAP, ROTARY_DIM,
+                    q_bufs, rings, tensors, tables, numbers, where, 0, STRIDE_V, GROUP, PACK, BLOCK_N, BLOCK_D,
+                    HEAD_DIM, STAGES, SOFTCAP, ROTARY_DIM,
                 ),
             ),
             (
                 consume,
                 (
-                    q_bufs, rings, tensors, tables, numbers, where, 1, STRIDE_V, GROUP, PACK, BLOCK_N, HEAD_DIM, STAGES,
-                    SOFTCAP, ROTARY_DIM,
+                    q_bufs, rings, tensors, tables, numbers, where, 1, STRIDE_V, GROUP, PACK, BLOCK_N, BLOCK_D,
+                    HEAD_DIM, STAGES, SOFTCAP, ROTARY_DIM,
                 ),
             ),
             (produce, (k_desc, v_desc, rings, batch, kv_head, key_base + low, blocks, BLOCK_N, STAGES)),

@@ -12,7 +12,7 @@ from orthorank_kernels.triton.strides import strides, table_strides
 
 VARIABLE = "ORTHORANK_ATTENTION"
 NAME = "hopper"
-BLOCKS = {64: 128, 128: 128, 256: 64}  # keys of a block, by head_dim
+BLOCKS = {64: 128, 96: 128, 128: 128, 192: 64, 256: 64}  # keys of a block, by head_dim
 STAGES = 2
 PART = 64  # rows of a tile that one group of four warps has; a tile has two parts
 # Threads begin with ENTRY registers each, and give up or take over what the copying warp does not need. Twelve warps,
@@ -142,6 +142,7 @@ def launch(
         GROUP=group,
         PACK=pack,
         BLOCK_N=BLOCKS[head_dim],
+        BLOCK_D=configs.next_power_of_2(head_dim),
         HEAD_DIM=head_dim,
         STAGES=STAGES,
         PACKED=packed,
@@ -164,7 +165,7 @@ def _descriptor(x: torch.Tensor) -> object:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    block = [1, 1, BLOCKS[x.shape[3]], x.shape[3]]
+    block = [1, 1, BLOCKS[x.shape[3]], configs.next_power_of_2(x.shape[3])]
     kind = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[x.dtype]
     layout = gl.NVMMASharedLayout.get_default_for(block, kind)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)

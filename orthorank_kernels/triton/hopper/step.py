@@ -93,7 +93,7 @@ def softmax_step(
 
 @gluon.jit
 def attend(
-    acc,  # [ROWS, HEAD_DIM], sums of values of the blocks before i - 1
+    acc,  # [ROWS, BLOCK_D], sums of values of the blocks before i - 1
     weights,  # [ROWS, BLOCK_N], of block i - 1
     peak,
     total,
@@ -105,7 +105,7 @@ def attend(
     n,  # first key of block i
     numbers,
     BLOCK_N: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
+    BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr,
     LAYOUT: gl.constexpr,  # of the scores
     MASKED: gl.constexpr,
@@ -119,9 +119,9 @@ def attend(
     at = i & (STAGES - 1)
     at_values = (i - 1) & (STAGES - 1)
     mbarrier.wait(k_full.index(at), (i & STAGES) // STAGES)
-    qk = scores(q, k_bufs.index(at), BLOCK_N, HEAD_DIM, LAYOUT)
+    qk = scores(q, k_bufs.index(at), BLOCK_N, BLOCK_D, LAYOUT)
     mbarrier.wait(v_full.index(at_values), ((i - 1) & STAGES) // STAGES)
-    sums = warpgroup_mma(weights, v_bufs.index(at_values).reshape([BLOCK_N, HEAD_DIM]), acc, is_async=True)
+    sums = warpgroup_mma(weights, v_bufs.index(at_values).reshape([BLOCK_N, BLOCK_D]), acc, is_async=True)
     qk = warpgroup_mma_wait(1, deps=[qk])
     mbarrier.arrive(k_empty.index(at), count=1)
     new_weights, peak, shrink, total = softmax_step(
@@ -135,8 +135,8 @@ def attend(
 
 
 @gluon.jit
-def scores(q, k_buf, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr):
+def scores(q, k_buf, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, LAYOUT: gl.constexpr):
     """q k^T, on its way: [ROWS, BLOCK_N]."""
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=LAYOUT)
-    k = k_buf.reshape([BLOCK_N, HEAD_DIM]).permute((1, 0))
+    k = k_buf.reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
     return warpgroup_mma(q, k, zero, use_acc=False, is_async=True)

@@ -20,7 +20,7 @@ def _no_splits(monkeypatch):
 
 
 HEADS = [(dim, heads) for dim in (64, 128) for heads in ((8, 2), (4, 4), (14, 2), (9, 3))]
-HEADS += [(256, (8, 2)), (256, (14, 2))]
+HEADS += [(96, (8, 2)), (192, (14, 2)), (256, (8, 2)), (256, (14, 2))]
 
 
 def check(
@@ -59,7 +59,7 @@ def test_it_is_within_the_budget(dim, heads, sizes, dtype, monkeypatch):
     check(dim, heads, sizes, dtype, monkeypatch)
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 def test_padding_and_rows_that_stand_nowhere(dim, monkeypatch):
     check(dim, (8, 2), (3, 1000, 333), torch.bfloat16, monkeypatch, starts=(0, 7, 600), fewer=150)
 
@@ -107,7 +107,7 @@ def test_windows_caps_and_sinks(dim, options, monkeypatch):
     torch.testing.assert_close(lse, eager_lse, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 def test_queries_are_turned_as_by_an_op_of_their_own(dim, monkeypatch):
     """To the bit."""
     q = random(2, 300, 8, dim, dtype=torch.bfloat16, seed=1).transpose(1, 2)

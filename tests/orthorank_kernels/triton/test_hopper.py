@@ -49,7 +49,7 @@ def launched(gpus: Gpus) -> list[str]:
     return [name for name, _, _ in gpus.launches]
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, HALF])
 def test_it_runs_where_it_is_asked_for(dim, dtype, monkeypatch):
     with fake_gpus() as gpus:
@@ -87,6 +87,15 @@ def test_tiles_hold_whole_queries_of_a_group():
     assert (name, options["GROUP"], options["PACK"]) == (NEW, 7, 7)
 
 
+@pytest.mark.parametrize(("dim", "block"), [(64, (128, 64)), (96, (128, 128)), (192, (64, 256)), (256, (64, 256))])
+def test_blocks_of_keys_are_filled_up_to_a_power_of_two(dim, block):
+    with fake_gpus() as gpus:
+        call(dim=dim)
+    ((_, _, options),) = gpus.launches
+    assert (options["BLOCK_N"], options["BLOCK_D"], options["HEAD_DIM"]) == (*block, dim)
+    assert [options[name].block_shape for name in ("k_desc", "v_desc")] == [[1, 1, *block]] * 2
+
+
 @pytest.mark.parametrize(
     ("what", "kernels"),
     [
@@ -105,11 +114,11 @@ def test_few_queries_stay_with_the_usual_kernel(what, kernels):
     ("options", "reason"),
     [
         ({"dtype": FLOAT}, "takes float16 and bfloat16, and q has float32"),
-        ({"dim": 96}, "takes head_dim 64, 128 and 256, and q has 96"),
+        ({"dim": 80}, "takes head_dim 64, 96, 128, 192 and 256, and q has 80"),
         ({"rotary": True, "interleaved": True}, "has no rotary_interleaved"),
         ({"keys": 0}, "no dimension may be empty"),
         ({"slack": 1}, "multiples of 16 bytes"),
-        ({"dim": 96, "selected": 3}, "takes head_dim 64, 128 and 256, and q has 96"),
+        ({"dim": 80, "selected": 3}, "takes head_dim 64, 96, 128, 192 and 256, and q has 80"),
     ],
 )
 def test_what_it_does_not_take_is_named(options, reason):
