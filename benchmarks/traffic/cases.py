@@ -195,6 +195,20 @@ def norm_select(hidden: int) -> Case:
     )
 
 
+def norm_select_long(tokens: int) -> Case:
+    """Of two channels, so that scores weigh most: written once, counted by an atomic each, and read twice."""
+
+    def build() -> tuple[Callable[[], Any], int, int]:
+        x = torch.randn(1, tokens, 2, generator=torch.Generator().manual_seed(0)).to(HALF)
+        scores, k = 4 * tokens, tokens // 3
+        options: dict[str, Any] = {"norm": "identity", "write_norm": False, "backend": "triton"}
+        call = lambda: ops.rms_norm_select(x, None, 1e-5, k, **options)  # noqa: E731
+        return call, bytes_of(x) + scores, scores + 4 * (k + 1)
+
+    shape = f"{tokens:,} x 2, k {tokens // 3:,}, scores counted"
+    return Case("rms_norm_select", shape, build, {"launches": 1, "requested": 1.7})
+
+
 def select(tokens: int, requested: float) -> Case:
     def build() -> tuple[Callable[[], Any], int, int]:
         scores, k = torch.rand(1, tokens, generator=torch.Generator().manual_seed(0)), tokens // 3
@@ -305,6 +319,7 @@ def cases() -> Iterator[Case]:
         yield gather_add_norm(4096, many)
         yield norm_score(4096, many)
     yield norm_select(4096)
+    yield norm_select_long(32768)
     yield rotary(9, 64)
     yield rotary(32, 128)
     for tokens, requested in ((2048, 1.0), (8192, 1.0), (32768, 5.0), (131072, 5.0)):
