@@ -2,6 +2,7 @@
 
 import shlex
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,13 +22,14 @@ NO_LLAMA_CPP = (
     "Not for llama.cpp: it tells this model's kinds of layers apart by their number, so those behind a removed one "
     "would be taken for another kind."
 )
-PART = "part"  # the folder within the output in which a checkpoint is until it is whole and right
 TOKENS = 64  # on which the checkpoint is compared with the plan
 
 
 def command(
     plan: Annotated[str, typer.Option(help=PLAN, show_default=False)],
-    output: Annotated[Path, typer.Option(help="Folder for the checkpoint, without one in it.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option(help="Folder for the checkpoint, without files of one in it.", show_default=False)
+    ],
     model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
     dtype: Annotated[str | None, typer.Option(help=DTYPE, show_default=False)] = None,
 ) -> int:
@@ -39,12 +41,12 @@ def command(
     llama.cpp prunes a .gguf file the same way.
     """
     from orthorank.config import OrthoRankConfig
-    from orthorank.hf.export import check_empty, export_pruned, layers_alike, removed_layers
+    from orthorank.hf.export import OF_MODEL, OF_TOKENIZER, check_empty, export_pruned, layers_alike, removed_layers
 
     followed = OrthoRankConfig.from_pretrained(plan)
     removed = removed_layers(followed)
     folder = writable_folder(output)
-    check_empty(folder, "output")
+    check_empty(folder, "output", (*OF_MODEL, *OF_TOKENIZER))
 
     from orthorank.common.loading import quiet
     from orthorank.hf.apply import apply
@@ -56,12 +58,11 @@ def command(
     with apply(loaded, followed):
         expected = _logits(loaded)
     alike, before = layers_alike(loaded.config), info.parameters
-    part = folder / PART
-    shutil.rmtree(part, ignore_errors=True)
+    part = Path(tempfile.mkdtemp(prefix=".orthorank-", dir=folder))  # until the checkpoint is whole and right
     try:
         with screen.progress(f"writing {folder}", 1), quiet():
             export_pruned(loaded, followed, part)
-            tokenizer.save_pretrained(part)
+            _save(tokenizer, part, folder)
         del loaded
         with screen.progress(f"loading {folder}", 1):
             written, _, read = load_model(str(part), "cpu", info.dtype)
@@ -71,6 +72,7 @@ def command(
                 f"the checkpoint's logits are not those of the model with the plan: they differ by {difference:.3g}. "
                 f"Something in {where.name}'s configuration goes by a layer's number; nothing was written to {folder}"
             )
+        check_empty(folder, "output", [file.name for file in part.iterdir()])  # again: others write, too
         for file in part.iterdir():
             file.replace(folder / file.name)
     finally:
@@ -95,6 +97,18 @@ def llama_cpp(removed: list[int], gguf_file: str | None) -> str:
     """
     pruned = ",".join(map(str, removed))
     return f"llama-quantize --prune-layers {pruned} {shlex.quote(gguf_file or 'MODEL.gguf')} PRUNED.gguf COPY"
+
+
+def _save(tokenizer: Any, part: Path, folder: Path) -> None:
+    """Write the tokenizer's files to ``part``.
+
+    Raises:
+        OrthoRankError: ``folder``, where it is, cannot be written to.
+    """
+    try:
+        tokenizer.save_pretrained(part)
+    except Exception as error:  # tokenizers raises nothing more special on a full disk
+        raise OrthoRankError(f"output folder {str(folder)!r} cannot be written to: {error}") from error
 
 
 def _logits(model: Any) -> "Tensor":

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ def export_pruned(model: "PreTrainedModel", config: OrthoRankConfig | str | os.P
         model: as for `orthorank.apply`, with plain weights in memory and no plan applied.
         config: a plan, or where it is, as for `orthorank.apply`. Each of its layers is removed (keep ratio 0) or dense
             (1).
-        folder: made where it is not there; no checkpoint may be in it.
+        folder: made where it is not there; no file of a checkpoint may be in it.
 
     Returns:
         The folder.
@@ -37,7 +38,7 @@ def export_pruned(model: "PreTrainedModel", config: OrthoRankConfig | str | os.P
     Raises:
         OrthoRankError: the plan selects tokens, is corrected, removes no layer or all of them, or was made for another
             model; the weights are quantised, adapted or offloaded; a plan is applied; the folder cannot be written to
-            or has a checkpoint.
+            or has a file of a checkpoint.
 
     Example:
         >>> import tempfile
@@ -60,12 +61,15 @@ def export_pruned(model: "PreTrainedModel", config: OrthoRankConfig | str | os.P
     where = writable_folder(folder, "folder")
     check_empty(where, "folder")
     before = decoder.layers, model.config
+    from safetensors import SafetensorError  # what it raises on a full disk
+
     try:
         decoder.layers = nn.ModuleList(layer for i, layer in enumerate(decoder.layers) if i not in removed)
         model.config = without_layers(model.config, removed)
         model.save_pretrained(where)
-    except OSError as error:
-        raise OrthoRankError(f"folder {str(where)!r} cannot be written to: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OrthoRankError(f"folder {str(where)!r} cannot be written to: {reason}") from error
     finally:
         decoder.layers, model.config = before
     return where
@@ -172,13 +176,27 @@ def _check_weights(model: Any) -> None:
         raise OrthoRankError("weights of the model are offloaded; load it without a device_map, on a CPU if need be")
 
 
-def check_empty(folder: Path, name: str) -> None:
-    """No checkpoint is in ``folder``, which the argument ``name`` says.
+# What `save_pretrained` of a model, and of a tokenizer, writes or replaces.
+OF_MODEL = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
+OF_TOKENIZER = (
+    "tokenizer.*",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+)
+
+
+def check_empty(folder: Path, name: str, patterns: Iterable[str] = OF_MODEL) -> None:
+    """No file that an export writes is in ``folder``, which the argument ``name`` says.
 
     Raises:
-        OrthoRankError: one is.
+        OrthoRankError: some are; nothing of a user's is overwritten.
     """
-    if (folder / "config.json").exists():
+    found = sorted({file.name for pattern in patterns for file in folder.glob(pattern)})
+    if found:
         raise OrthoRankError(
-            f"{name} {str(folder)!r} has a checkpoint (config.json); name another folder, or delete it"
+            f"{name} {str(folder)!r} has {', '.join(found[:4])}{', ...' if len(found) > 4 else ''}, which an export "
+            "writes and does not overwrite; name another folder, or delete it"
         )

@@ -36,7 +36,7 @@ def test_a_folder_with_everything(tiny_folder: Path, tmp_path: Path, capsys: pyt
     text = "the river is wide"
     assert AutoTokenizer.from_pretrained(out)(text) == AutoTokenizer.from_pretrained(source)(text)
     assert cli.main(line) == 2
-    assert "has a checkpoint" in capsys.readouterr().err
+    assert "does not overwrite" in capsys.readouterr().err
 
 
 def test_layers_that_go_by_their_number(
@@ -65,23 +65,33 @@ def test_layers_that_go_by_their_number(
     assert list((tmp_path / "second").iterdir()) == [], "a checkpoint that is wrong is not kept"
 
 
-def test_a_killed_export_leaves_no_checkpoint_and_the_next_one_begins_anew(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_nothing_of_a_users_is_touched(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A folder or file of any name in the output stays, the model itself among them; what would be overwritten is
+    refused before the model is loaded. An export that is stopped leaves nothing."""
     from orthorank.hf import export
 
     plan, out = OrthoRankConfig(layers=[1], keep_ratio=0).save_pretrained(tmp_path / "plan"), tmp_path / "out"
-    line = ["export", str(tiny_folder), "--plan", str(plan), "--output", str(out)]
+    shutil.copytree(tiny_folder, out / "part")
+    (out / "notes.txt").write_text("mine")
+    before = sorted(file.name for file in (out / "part").iterdir())
+    line = ["export", str(out / "part"), "--plan", str(plan), "--output", str(out)]
     with monkeypatch.context() as patch:
-        patch.setattr("orthorank.commands.export.shutil.rmtree", lambda *_, **__: None)  # nothing tidies a killed one
         patch.setattr(export, "writable_folder", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert cli.main(line) == 2
-        (out / "part").mkdir()
-        (out / "part" / "config.json").write_text("{")
-    assert not (out / "config.json").exists()
+        patch.setattr("orthorank.models.load_model", None)
+        for name in ("model.safetensors", "tokenizer.json", "generation_config.json"):
+            (out / name).write_text("mine")
+            assert cli.main(line) == 2
+            assert f"has {name}, which an export writes and does not overwrite" in capsys.readouterr().err
+            (out / name).unlink()
+    assert sorted(file.name for file in out.iterdir()) == ["notes.txt", "part"]
     assert cli.main(line) == 0
+    assert sorted(file.name for file in (out / "part").iterdir()) == before
+    assert (out / "notes.txt").read_text() == "mine"
     assert {file.name for file in out.iterdir()} >= NAMES
-    assert not (out / "part").exists()
+    assert not list(out.glob(".orthorank-*"))
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ def test_what_is_in_the_way(tmp_path: Path) -> None:
     with apply(model, plan), pytest.raises(OrthoRankError, match="a plan is applied"):
         export_pruned(model, plan, tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(OrthoRankError, match="has a checkpoint"):
+    with pytest.raises(OrthoRankError, match=r"has config\.json, .* does not overwrite"):
         export_pruned(model, plan, tmp_path)
     assert (tmp_path / "config.json").read_text() == "{}"
     (tmp_path / "config.json").unlink()
