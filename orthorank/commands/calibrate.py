@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, console, number, register, table_of
-from orthorank.common.files import writable_folder
+from orthorank.common.files import check_free, writable_folder
 from orthorank.common.texts import Bos, check_bos, find_text, halves_of, join_texts
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def command(
     OrthoRankConfig(layers=[], select="threshold", **changes)  # complains, if anything does, before the model loads
     followed = None if plan == "default" else OrthoRankConfig.from_pretrained(plan)
     source = join_texts([find_text(path) for path in text]) if text else find_text()
+    check_free(output)
     folder = writable_folder(output)
     terminal = console()
     screen = RichScreen(terminal)

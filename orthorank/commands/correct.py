@@ -8,7 +8,7 @@ import typer
 
 from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, console, register, table_of
 from orthorank.common.errors import OrthoRankError, check_choice, check_integer
-from orthorank.common.files import writable_folder
+from orthorank.common.files import check_free, user_path, writable_folder
 from orthorank.common.texts import Bos, Text, check_bos, find_text, halves_of, join_texts, remark_on
 
 if TYPE_CHECKING:
@@ -79,14 +79,16 @@ def command(
         check_distillable(followed)  # before the fit, which takes long
     sources = _sources(text or [], dataset or [])
     counts = windows_of(windows, shares, len(sources))
-    folder = writable_folder(output)
-    states = [folder / STATE, folder / DISTILLING]
+    states = [user_path("output", output) / name for name in (STATE, DISTILLING)]
     unfinished = [file.name for file in states if file.exists()]
     if unfinished and not resume:
         raise OrthoRankError(
             f"output folder {str(output)!r} has an unfinished fit ({', '.join(unfinished)}); go on with it by adding "
             "--resume, delete it, or name another folder with --output"
         )
+    if not unfinished:  # else the state says whether it is the same fit, before anything is written
+        check_free(output)
+    folder = writable_folder(output)
     screen = RichScreen(console())
 
     from orthorank.calibration.corrections import fit_correction

@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,30 @@ def writable_folder(path: str | os.PathLike[str], name: str = "output") -> Path:
     except OSError as error:
         raise OrthoRankError(f"{name} folder {str(path)!r} cannot be written to: {error.strerror}") from error
     return folder
+
+
+# What search, calibrate and correct write into their folders, hours of work some of it.
+KEPT = (
+    *("search.json", "search-state.json", "correct-state.safetensors", "distill-state.safetensors"),
+    *("orthorank.json", "correction.safetensors"),
+)
+
+
+def check_free(path: str | os.PathLike[str], remedy: str = "", leaving: Collection[str] = ()) -> None:
+    """No plan, search or fit is in the folder ``path``, which need not be there.
+
+    Args:
+        remedy: what to do beside naming another folder. leaving: files of `KEPT` that may be there.
+
+    Raises:
+        OrthoRankError: one is.
+    """
+    folder = user_path("output", path)
+    if found := [name for name in KEPT if name not in leaving and (folder / name).exists()]:
+        raise OrthoRankError(
+            f"output folder {str(folder)!r} has an earlier result ({', '.join(found)}), which is not overwritten; "
+            f"{remedy}name another folder with --output"
+        )
 
 
 def write_text(path: Path, text: str) -> None:

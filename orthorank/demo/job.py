@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from orthorank.common import format as words
 from orthorank.common.environment import environment
 from orthorank.common.errors import OrthoRankError
-from orthorank.common.files import writable_folder
+from orthorank.common.files import check_free, user_path, writable_folder
 from orthorank.common.progress import Screen, SilentScreen
 from orthorank.common.texts import remark_on
 from orthorank.demo import choose, measure
@@ -78,6 +78,8 @@ def _prepare(settings: Settings, screen: Screen) -> Run:
     pick_device(settings.device)
     choose.check_plan_file(settings)
     prompts = [] if settings.prompts is None else read_prompts(settings.prompts)
+    if not (user_path("output", settings.output) / RESULTS).exists():  # an earlier demo's plans are replaced
+        check_free(settings.output)
     folder = writable_folder(settings.output)
     screen.heading(f"OrthoRank on {where.name}")
     with screen.progress("loading the model", 1) as advance:

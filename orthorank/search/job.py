@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from orthorank.common import format as words
 from orthorank.common.criteria import code_of
 from orthorank.common.errors import OrthoRankError, shown
-from orthorank.common.files import read_json, user_path, writable_folder, write_json
+from orthorank.common.files import check_free, read_json, user_path, writable_folder, write_json
 from orthorank.common.progress import Screen
 from orthorank.config import FILE_NAME, OrthoRankConfig
 from orthorank.models import ModelInfo, load_model, locate, pick_device, pick_dtype
@@ -59,12 +59,8 @@ class Folder:
         Raises:
             OrthoRankError: it cannot be written to, or it holds a search or a plan and ``resume`` is False.
         """
-        found = [name for name in (SEARCH, STATE, FILE_NAME) if (self.path / name).exists()]
-        if found and not resume:
-            raise OrthoRankError(
-                f"output folder {str(self.path)!r} has an earlier result ({', '.join(found)}), which is not "
-                "overwritten; go on with that search by adding --resume, or name another folder with --output"
-            )
+        if not resume:
+            check_free(self.path, "go on with a search by adding --resume, or ")
         writable_folder(self.path)
 
     def open(self, identity: dict[str, Any]) -> bool:

@@ -156,6 +156,26 @@ def test_an_interrupted_fit_goes_on(folder: Path, tmp_path: Path, capsys: pytest
     assert not list((tmp_path / "spill").iterdir())
 
 
+@pytest.mark.parametrize("command", [["correct", "PLAN"], ["calibrate", "--plan", "PLAN"], ["demo", "--plan", "PLAN"]])
+def test_what_search_and_fits_wrote_is_not_replaced(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor by a fit with --resume, which has only a state to go on with."""
+    monkeypatch.setattr("orthorank.models.load_model", None)
+    monkeypatch.setattr("orthorank.demo.job.load_model", None)
+    plan = str(OrthoRankConfig(layers=[1]).save_pretrained(tmp_path / "plan"))
+    named = [plan if word == "PLAN" else word for word in command]
+    for name in ("orthorank.json", "correction.safetensors", "search.json", "search-state.json"):
+        out = tmp_path / name
+        out.mkdir()
+        (out / name).write_text("{}")
+        for more in ([], ["--resume"]) if command[0] == "correct" else ([],):
+            assert main([*named, "--output", str(out), *more]) == 2
+            said = " ".join(capsys.readouterr().err.split())
+            assert f"has an earlier result ({name}), which is not overwritten; name another folder" in said
+        assert [(file.name, file.read_text()) for file in out.iterdir()] == [(name, "{}")]
+
+
 def test_thresholds_are_refused_before_the_fit(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
