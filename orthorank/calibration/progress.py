@@ -14,7 +14,7 @@ from orthorank.common.errors import OrthoRankError, shown
 from orthorank.common.files import from_json, write_bytes
 from orthorank.config import OrthoRankConfig
 from orthorank.correction import LayerMap, name_of
-from orthorank.stack.layers import model_fingerprint
+from orthorank.stack.layers import config_fingerprint, model_fingerprint
 from orthorank_kernels._version import __version__
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def identity_of(model: "PreTrainedModel", input_ids: Tensor, plan: OrthoRankConf
     return {
         "version": __version__,
         "model_fingerprint": model_fingerprint(model),
+        "config_fingerprint": config_fingerprint(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "plan": bare.to_dict(),
         **code_of(plan.criterion),

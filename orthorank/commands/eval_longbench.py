@@ -45,11 +45,12 @@ def command(
     """
 
     from orthorank.config import OrthoRankConfig
+    from orthorank.evaluation.answer_cache import tokenizer_fingerprint
     from orthorank.evaluation.longbench import Question, metrics
     from orthorank.evaluation.longbench_run import run_longbench
     from orthorank.hf.apply import apply
     from orthorank.models import load_model, locate
-    from orthorank.stack.layers import model_fingerprint
+    from orthorank.stack.layers import config_fingerprint, model_fingerprint
 
     given = {"limit": limit, "max_tokens": max_tokens, "only_shorter": only_shorter}
     check_integers(given, limit=1, max_tokens=1, only_shorter=1)
@@ -68,7 +69,8 @@ def command(
             raise OrthoRankError(f"only_shorter is {only_shorter}, and every prompt has more tokens; raise it")
     Bos.of(bos, tokenizer)  # complains before the first answer
     about = [info.name, model_fingerprint(loaded), info.dtype, None if chosen is None else chosen.to_dict()]
-    what = json_module.dumps(about)
+    by = [config_fingerprint(loaded), tokenizer_fingerprint(tokenizer)]
+    identity, before = (hashlib.sha256(json_module.dumps(each).encode()).hexdigest() for each in ([*about, *by], about))
     with (
         nullcontext() if chosen is None else apply(loaded, chosen),
         screen.progress("LongBench", len(questions)) as advance,
@@ -85,7 +87,8 @@ def command(
                 max_tokens=max_tokens,
                 bos=bos,
                 answers=folder / "answers.jsonl",
-                identity=hashlib.sha256(what.encode()).hexdigest(),
+                identity=identity,
+                before=before,
                 on_answer=on_answer,
             )
         except KeyboardInterrupt:

@@ -100,7 +100,10 @@ def settings_of(
     batch_size: int | None,
     where: Bos,
 ) -> dict[str, Any]:
-    """What `orthorank.evaluation.perplexity` is called with, beside model, tokenizer and ``text``."""
+    """What `orthorank.evaluation.perplexity` is called with, beside model, tokenizer and ``text``, and the hash of the
+    text's tokens, which is kept with what is measured.
+    """
+    from orthorank.calibration.windows import record_of
     from orthorank.common.datasets import most_windows
     from orthorank.evaluation.perplexity import auto_batch_size
 
@@ -108,7 +111,8 @@ def settings_of(
     if windows is None and (most := most_windows(dataset)) is not None:
         windows = max(1, min(most * 2048, len(ids)) // window)
     size = auto_batch_size(model, window) if batch_size is None else batch_size
-    return {"window": window, "windows": windows, "batch_size": size, "bos": where.asked}
+    ids_hash = record_of(ids[None])["ids_sha256"]
+    return {"window": window, "windows": windows, "batch_size": size, "bos": where.asked, "ids_sha256": ids_hash}
 
 
 def measure(screen: Any, name: str, model: Any, tokenizer: Any, text: Any, settings: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +125,7 @@ def measure(screen: Any, name: str, model: Any, tokenizer: Any, text: Any, setti
             text=text.content,
             tokenizer=tokenizer,
             on_window=lambda done, total, so_far: advance(done, f"of {total}: {so_far:.2f}"),
-            **settings,
+            **{name: value for name, value in settings.items() if name != "ids_sha256"},
         )
     return result.to_dict() | {"standard_error": result.standard_error}
 

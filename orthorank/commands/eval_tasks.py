@@ -46,6 +46,7 @@ def command(
 
     from orthorank.commands.eval_ppl import read_plans
     from orthorank.commands.kept import KeptRows
+    from orthorank.evaluation.answer_cache import tokenizer_fingerprint
     from orthorank.evaluation.task_scores import definition_of, evaluate_tasks, task_differences
     from orthorank.hf.apply import check_plan
     from orthorank.models import load_model, locate
@@ -70,7 +71,7 @@ def command(
     results: dict[str, Any] = {"model": info.to_dict()}
     kept = KeptRows(None if folder is None else folder / "tasks-rows.jsonl")
     how: dict[str, Any] = {"limit": limit, "context_only": context_only, "bos": bos, "samples": several}
-    about = how | definition_of(names, include_path)
+    about = how | definition_of(names, include_path) | {"tokenizer": tokenizer_fingerprint(tokenizer)}
     for name, each in variants.items():
 
         def measured(each: Any = each) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import finite
-from orthorank.evaluation.answer_cache import owner_of
+from orthorank.evaluation.answer_cache import as_before, owner_of
 from orthorank.evaluation.answers import keep, kept_rows
 
 
@@ -25,7 +25,10 @@ class KeptRows:
         Raises:
             OrthoRankError: Ctrl-C was pressed; it says where the rows are.
         """
-        key = json.dumps(owner_of(model, plan, False, settings), sort_keys=True)
+        owner = owner_of(model, plan, False, settings)
+        key, before = (json.dumps(each, sort_keys=True) for each in (owner, as_before(owner)))
+        if key not in self._known and before in self._known:
+            key = before
         if key not in self._known:
             try:
                 self._known[key] = {"key": key, "row": finite(measure())}

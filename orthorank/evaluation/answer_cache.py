@@ -4,6 +4,7 @@ The harness finds an answer by its request alone. A file that the dense model fi
 plan's name, and no layer of the plan would run.
 """
 
+import hashlib
 import json
 from collections.abc import MutableMapping
 from typing import Any
@@ -11,18 +12,38 @@ from typing import Any
 from orthorank.common.criteria import code_of
 from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
-from orthorank.stack.layers import model_fingerprint
+from orthorank.stack.layers import config_fingerprint, model_fingerprint
 
 OWNER = "orthorank"  # no hash of a request, which has 64 characters
 RECORDS = ("calibration", "measured", "version", "model_id", "model_revision", "sink_layer")
 
 
+NEWER = ("config", "ids_sha256", "tokenizer")  # of an owner, which what earlier versions kept does not say
+PROBE = "The 3 quick foxes (Füchse, 狐) didn't jump:\n\tfor i in range(1024): pass"
+
+
 def owner_of(model: Any, plan: OrthoRankConfig | None, context_only: bool, further: dict[str, Any]) -> dict[str, Any]:
-    """What answers depend on: the weights, the plan, and how requests become calls."""
+    """What answers depend on: the weights, what they compute by, the plan, and how requests become calls."""
     fields = None if plan is None else _fields(plan)
     about = {"model": model.config._name_or_path or model.config.model_type, "weights": model_fingerprint(model)}
+    about["config"] = config_fingerprint(model)
     owner = about | {"dtype": str(model.dtype), "plan": fields, "context_only": context_only} | further
     return dict(json.loads(json.dumps(owner)))
+
+
+def as_before(owner: dict[str, Any]) -> dict[str, Any]:
+    """``owner`` as earlier versions wrote it, whose rows go on being found.
+
+    >>> as_before({"weights": "1f", "config": "2e"})
+    {'weights': '1f'}
+    """
+    return {name: value for name, value in owner.items() if name not in NEWER}
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A hash of the vocabulary, of how a text is cut, and of the chat template."""
+    said = [sorted(tokenizer.get_vocab().items()), tokenizer(PROBE)["input_ids"], str(tokenizer.chat_template)]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
 def _fields(plan: OrthoRankConfig) -> dict[str, Any]:
@@ -45,8 +66,8 @@ def claim(answers: MutableMapping[str, Any], owner: dict[str, Any], file: str) -
             )
         answers[OWNER] = owner
         return
-    if found != owner:
-        names = [name for name in {**found, **owner} if found.get(name) != owner.get(name)]
+    names = [name for name in {**found, **owner} if found.get(name) != owner.get(name)]
+    if names := [name for name in names if name in found or name not in NEWER]:
         raise OrthoRankError(
             f"the cache of answers {file} is of {_said(found)}, and this is {_said(owner)}: they differ in "
             f"{', '.join(names)}; {remedy}"

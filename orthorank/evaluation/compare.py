@@ -22,7 +22,7 @@ from orthorank.common.files import from_json, user_path
 from orthorank.common.paired import mean_of, rise_of
 from orthorank.common.texts import check_ids
 from orthorank.config import OrthoRankConfig
-from orthorank.evaluation.answer_cache import owner_of
+from orthorank.evaluation.answer_cache import as_before, owner_of
 from orthorank.evaluation.answers import greedy, keep, kept_rows, with_bos
 from orthorank.hf.apply import apply, check_plan, context
 from orthorank.hf.families import device_of
@@ -172,11 +172,14 @@ def compare_plans(
         check_plan(model, plan)
     inputs = inputs_of(model, tokenizer, prompts, max_new_tokens, bos)
     settings = {"max_new_tokens": max_new_tokens, "pads": tokenizer.pad_token_id}
-    owner = [[name, owner_of(model, plan, False, settings)] for name, plan in plans.items()]
+    owner: list[Any] = [[name, owner_of(model, plan, False, settings)] for name, plan in plans.items()]
+    owners = owner, [[name, as_before(each)] for name, each in owner]
     known = {} if kept is None else kept_rows(kept, row=dict)
     rows = []
     for number, (prompt, ids) in enumerate(zip(prompts, inputs, strict=True), 1):
-        key = hashlib.sha256(json.dumps([ids, owner]).encode()).hexdigest()[:24]
+        key, before = (_key(ids, each) for each in owners)
+        if key not in known and before in known:
+            key = before
         if key not in known:
             row = {"prompt": prompt.text, "tokens": len(ids)} | _row(model, tokenizer, plans, ids, max_new_tokens)
             known[key] = {"key": key, "row": row}
@@ -186,6 +189,10 @@ def compare_plans(
         if on_prompt is not None:
             on_prompt(number, len(inputs))
     return {"prompts": rows, "plans": {name: _summary(name, rows) for name in plans}}
+
+
+def _key(ids: list[int], owner: list[Any]) -> str:
+    return hashlib.sha256(json.dumps([ids, owner]).encode()).hexdigest()[:24]
 
 
 def inputs_of(

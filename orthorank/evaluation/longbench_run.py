@@ -25,6 +25,7 @@ def run_longbench(
     bos: str = "auto",
     answers: Path | None = None,
     identity: str = "",
+    before: str | None = None,
     on_answer: OnAnswer | None = None,
 ) -> dict[str, Any]:
     """Scores of ``model``, with whatever plan is applied to it, on ``questions``.
@@ -33,8 +34,8 @@ def run_longbench(
         max_tokens: longest prompt with its answer; longer prompts lose their middle. None: what the model takes.
         answers: a JSONL file that gets each answer as soon as it is there. Answers that it holds already are not
             computed again, if they are of the same question, ``max_tokens`` and ``identity``.
-        identity: what else the answers depend on: the model and the plan. bos: as for
-            `orthorank.evaluation.longbench.prompt_ids`.
+        identity: what else the answers depend on: the model and the plan. before: what an earlier version called it,
+            whose answers are taken, too. bos: as for `orthorank.evaluation.longbench.prompt_ids`.
         on_answer: called after each question as ``on_answer(done, total, question, score)``.
 
     Returns:
@@ -49,9 +50,13 @@ def run_longbench(
     known = _known(answers) if answers is not None else {}
     scores: dict[str, list[float]] = {}
     for number, question in enumerate(asked, 1):
-        key = _key(question, max_tokens, identity if bos == "auto" else f"{identity} bos {bos}")
-        if key in known:
-            text = known[key]
+        key, *others = (
+            _key(question, max_tokens, each if bos == "auto" else f"{each} bos {bos}")
+            for each in (identity, before)
+            if each is not None
+        )
+        if (found := next((each for each in (key, *others) if each in known), None)) is not None:
+            text = known[found]
         else:
             text = answer(model, tokenizer, question, max_tokens, bos)
             if answers is not None:

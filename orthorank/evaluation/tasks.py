@@ -124,6 +124,7 @@ class OrthoRankLM(HFLM):
         if (answers := getattr(cache_hook, "dbdict", None)) is not None:
             plan = None if self.handle is None else self.handle.config
             further = {"max_length": self.max_length, "add_bos_token": self.add_bos_token}
+            further["tokenizer"] = answer_cache.tokenizer_fingerprint(self.tokenizer)
             owner = answer_cache.owner_of(self.model, plan, self.context_only, further)
             answer_cache.claim(answers, owner, str(getattr(answers, "filename", "given")))
         super().set_cache_hook(cache_hook)

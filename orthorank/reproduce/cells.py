@@ -16,6 +16,7 @@ class Cells:
     Args:
         folder: where they are; made when the first one is finished.
         common: what all of them depend on, such as the model; a cell of other inputs is computed again.
+        config: hash of the model's configuration; a file that names none, of an earlier version, fits all.
 
     Example:
         >>> import tempfile
@@ -24,9 +25,10 @@ class Cells:
         (3, 3)
     """
 
-    def __init__(self, folder: Path, common: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, common: dict[str, Any], config: str | None = None) -> None:
         self.folder = folder
         self.common = common
+        self.config = config
         self.computed = 0
         self.found = 0
 
@@ -40,16 +42,18 @@ class Cells:
             text: hash of the text that was measured, where ``inputs`` do not say it; a file that names none fits all.
         """
         key = self.key(inputs)
-        for path in (self.folder / f"{name}.json", self.folder / f"{name}-{self.key([key, text])}.json"):
+        said = {field: value for field, value in (("text", text), ("config", self.config)) if value is not None}
+        others = ([key, text], [key, text, self.config])
+        for path in (self.folder / f"{name}{end}.json" for end in ("", *(f"-{self.key(each)}" for each in others))):
             known = self._read(path)
             if known is None:
                 break
-            if known.get("key") == key and known.get("text", text) == text:
+            if known.get("key") == key and all(known.get(field, value) == value for field, value in said.items()):
                 self.found += 1
                 return known["value"]
         value = json.loads(json.dumps(compute()))
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"key": key, "inputs": inputs, "value": value} | ({} if text is None else {"text": text}))
+        write_json(path, {"key": key, "inputs": inputs, "value": value} | said)
         self.computed += 1
         return self._read(path)["value"]  # type: ignore[index]
 

@@ -50,7 +50,9 @@ class Subject:
         self.windows = {
             name: self._windows(text, name, settings.window, settings.windows) for name, text in self.texts.items()
         }
-        self.cells = Cells(settings.output / "cells", self._identity())
+        from orthorank.stack.layers import config_fingerprint
+
+        self.cells = Cells(settings.output / "cells", self._identity(), config_fingerprint(self.model))
         self._corrected: dict[str, OrthoRankConfig] = {}
 
     @cached_property

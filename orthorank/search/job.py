@@ -17,7 +17,7 @@ from orthorank.config import FILE_NAME, OrthoRankConfig
 from orthorank.models import ModelInfo, load_model, locate, pick_device, pick_dtype
 from orthorank.search.calibration import Calibration, cut_windows, find_source
 from orthorank.search.settings import SearchSettings, candidates_of, count_of
-from orthorank.stack.layers import model_fingerprint
+from orthorank.stack.layers import config_fingerprint, model_fingerprint
 from orthorank.stack.resources import Group, local_device
 from orthorank_kernels._version import __version__
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SEARCH, STATE = "search.json", "search-state.json"
 FORMAT = 1
+NEWER = ("config_fingerprint",)  # which searches of earlier versions do not say
 FLOP_TOKENS = 2048  # prompt for which the FLOP-ideal speed-up is stated
 
 
@@ -85,7 +86,7 @@ class Folder:
             self.write(identity, None)
             return False
         now = json.loads(json.dumps(identity))
-        for name in sorted({*before, *now}):
+        for name in sorted({*before, *now} - ({*NEWER} - {*before})):
             if before.get(name) != now.get(name):
                 raise OrthoRankError(
                     f"{self.path / SEARCH} is of another search: its {name} is {_short(before.get(name))} and now it "
@@ -319,6 +320,7 @@ def identity_of(job: Job) -> dict[str, Any]:
         "version": __version__,
         "model": job.info.name,
         "model_fingerprint": model_fingerprint(job.model),
+        "config_fingerprint": config_fingerprint(job.model),
         "dtype": job.info.dtype,
         "method": settings.method,
         "metric": (settings.metric or "ppl") if settings.method == "one-shot" else None,

@@ -23,7 +23,7 @@ from orthorank.correction import FILE_NAME as MAPS
 from orthorank.evaluation.answers import keep, kept_rows
 from orthorank.evaluation.perplexity import perplexity
 from orthorank.hf.apply import apply
-from orthorank.search.job import Job, NothingWithin, Outcome, plan_of
+from orthorank.search.job import NEWER, Job, NothingWithin, Outcome, plan_of
 from orthorank.search.state import SearchState
 from orthorank.stack.flops import flop_speedup
 from orthorank.stack.resources import together
@@ -123,7 +123,8 @@ def _cost(job: Job, layers: list[int]) -> float:
 
 def _key(job: Job, layers: list[int]) -> str:
     """By which a row is found: what a continued search has in common, and the layers."""
-    about = json.dumps([job.identity, job.evaluator.batch_size, layers])
+    identity = {name: value for name, value in job.identity.items() if name not in NEWER}
+    about = json.dumps([identity, job.evaluator.batch_size, layers])
     return hashlib.sha256(about.encode()).hexdigest()[:24]
 
 

@@ -1,6 +1,7 @@
 """The model as a stack of layers, for search and analysis: run any layer on any states, dense, selecting or removed."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from orthorank.correction import LayerMap
 
+_RECORDS = ("transformers_version", "dtype", "torch_dtype", "name_or_path", "architectures", "use_cache")
 _SAMPLED = 64  # elements of each weight that the model's fingerprint reads
 LOGITS_AT_ONCE = 2**26  # elements: 256 MiB of fp32 logits
 
@@ -257,6 +259,21 @@ def model_fingerprint(model: "PreTrainedModel") -> str:
             some = weight.detach().reshape(-1)[:_SAMPLED].to("cpu", torch.float32).contiguous()
             digest.update(some.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def config_fingerprint(model: "PreTrainedModel") -> str:
+    """A hash of the model's configuration: what its weights compute by, such as a rotary base.
+
+    Paths, dtypes (of which the weights say more) and versions do not count.
+    """
+    text = json.dumps(_without_records(model.config.to_dict()), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _without_records(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {str(k): _without_records(v) for k, v in value.items() if k not in _RECORDS and not str(k).startswith("_")}
 
 
 def _on(device: torch.device, value: Any) -> Any:

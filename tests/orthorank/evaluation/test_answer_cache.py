@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from orthorank import OrthoRankConfig, OrthoRankError
+from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank.evaluation.tasks import OrthoRankLM
 
 PLAN = OrthoRankConfig(layers=[2, 3, 4], keep_ratio=0.3)
@@ -172,3 +172,27 @@ def test_answers_to_longbench_are_of_the_weights(
     assert main([*command, "--bos", "none"]) == 0
     assert kept() == 3, "and so do prompts of another BOS policy"
     capsys.readouterr()
+
+
+def test_a_configuration_counts_by_what_it_computes() -> None:
+    """Not by where it is from; what says nothing of one, of an earlier version, fits all."""
+    from orthorank.evaluation.answer_cache import OWNER, claim, owner_of
+    from orthorank.stack.layers import config_fingerprint
+    from tests.orthorank.models import plain
+
+    model = plain("llama")
+    before, owner = config_fingerprint(model), owner_of(model, None, False, {})
+    model.config.update({"_name_or_path": "elsewhere", "transformers_version": "9", "architectures": ["Other"]})
+    with apply(model, OrthoRankConfig(layers=[1], keep_ratio=0)):
+        assert config_fingerprint(model) == before
+    for name, value in (("rms_norm_eps", 0.1), ("rope_parameters", {"rope_type": "default", "rope_theta": 3.0})):
+        was = getattr(model.config, name)
+        setattr(model.config, name, value)
+        assert config_fingerprint(model) != before
+        if name == "rms_norm_eps":
+            other = owner_of(model, None, False, {}) | {"model": owner["model"]}
+            with pytest.raises(OrthoRankError, match="they differ in config"):
+                claim({OWNER: owner}, other, "a.db")
+            claim({OWNER: {key: said for key, said in owner.items() if key != "config"}}, other, "a.db")
+        setattr(model.config, name, was)
+    assert config_fingerprint(model) == before

@@ -9,6 +9,7 @@ import torch
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply, handle_of
 from orthorank.evaluation import compare
+from orthorank.evaluation.answer_cache import as_before, owner_of
 from orthorank.evaluation.compare import Prompt, compare_plans, read_prompts
 from tests.orthorank.hf.test_corrected import maps
 
@@ -118,6 +119,34 @@ def test_it_goes_on_where_it_stopped(
     file.write_text('{"key": "a", "row": 5}\n')
     with pytest.raises(OrthoRankError, match="is no file of answers"):
         compare_plans(*byte_model, PLANS, PROMPTS, kept=file)
+
+
+def test_another_configuration_is_answered_anew(
+    byte_model: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of earlier versions, which do not say of which one they are, are found as before."""
+    model, tokenizer = byte_model
+    answered: list[list[int]] = []
+    own = {"next_kl": 0.0, "answer_kl": 0.0, "loss": 0.0, "same": True}
+
+    def row(*given: Any) -> dict[str, Any]:
+        answered.append(given[3])
+        return {"dense": {"loss": 0.0}, "plans": {"layer pruning": own}}
+
+    monkeypatch.setattr(compare, "_row", row)
+    plans = {"layer pruning": PLANS["layer pruning"]}
+
+    def run(file: str) -> int:
+        compare_plans(model, tokenizer, plans, PROMPTS[:1], kept=tmp_path / file)
+        return len(answered)
+
+    assert (run("new"), run("new")) == (1, 1)
+    monkeypatch.setattr(model.config, "rms_norm_eps", 0.1)
+    assert (run("new"), run("new")) == (2, 2)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(compare, "owner_of", lambda *given: as_before(owner_of(*given)))
+        assert run("old") == 3
+    assert run("old") == 3
 
 
 def test_prompts_are_lines_or_json_lines(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,48 @@ def test_an_interrupted_measurement_goes_on(
     assert main([*line, "--window", "32"]) == 0
     assert measured[3:] == ["dense", "orthorank"], "other windows are measured anew"
     assert json.loads((tmp_path / "out" / "ppl.json").read_text())["window"] == 32
+
+
+def test_another_configuration_or_tokenizer_is_measured_anew(
+    tiny_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of the same weights; rows of earlier versions, which say neither, are found as before."""
+    from orthorank.commands import eval_ppl
+
+    measured: list[str] = []
+
+    def row(screen: Any, name: str, *_: Any) -> dict[str, Any]:
+        measured.append(name)
+        about = {"text_sha256": "", "windows": 1, "window": 64, "tokens": 64, "predictions": 63}
+        return about | {"perplexity": 1.0, "loss": 0.0, "standard_error": None, "window_losses": [0.0]}
+
+    monkeypatch.setattr(eval_ppl, "measure", row)
+    folder, out = shutil.copytree(tiny_folder, tmp_path / "model"), tmp_path / "out"
+    line = ["eval", "ppl", str(folder), "--text", str(text_file), "--device", "cpu", "--window", "64"]
+    line += ["--output", str(out), "--batch-size", "1"]
+    for times in (1, 1):
+        assert main(line) == 0
+        assert len(measured) == times
+    for file in (folder / "config.json", folder / "tokenizer.json"):
+        told = json.loads(file.read_text())
+        if "rms_norm_eps" in told:
+            told["rms_norm_eps"] = 0.1
+        else:
+            letters = told["model"]["vocab"]
+            letters["e"], letters["t"] = letters["t"], letters["e"]
+        file.write_text(json.dumps(told))
+        assert main(line) == 0
+        assert len(measured) == 2, file
+        measured.pop()
+    rows = [json.loads(kept) for kept in (out / "ppl-rows.jsonl").read_text().splitlines()][:1]
+    key = {name: value for name, value in json.loads(rows[0]["key"]).items() if name not in ("config", "ids_sha256")}
+    (out / "ppl-rows.jsonl").write_text(json.dumps(rows[0] | {"key": json.dumps(key, sort_keys=True)}) + "\n")
+    assert main(line) == 0
+    assert len(measured) == 1
 
 
 def test_wikitext_is_all_rows_of_the_test_split_joined_by_a_blank_line(tmp_path: Path) -> None:

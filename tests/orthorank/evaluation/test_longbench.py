@@ -136,6 +136,8 @@ def test_a_run_continues_where_it_stopped(
     assert file.read_text().splitlines(keepends=True) == lines
     run_longbench(model, tokenizer, questions, answers=file, identity="another plan")
     assert asked == [0, 1, 2, 2, 0, 1, 2], "answers of another plan are not these"
+    run_longbench(model, tokenizer, questions, answers=file, identity="newer", before="another plan")
+    assert asked == [0, 1, 2, 2, 0, 1, 2], "as an earlier version called them"
     file.write_text("nonsense\n")
     with pytest.raises(OrthoRankError, match="is no file of answers"):
         run_longbench(model, tokenizer, questions, answers=file)

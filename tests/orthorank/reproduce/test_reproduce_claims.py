@@ -37,6 +37,16 @@ def test_no_cell_takes_the_place_of_another(tmp_path: Path) -> None:
     assert one.get("x", {}, lambda: 9, text="any") == 0, "a file that names no text"
 
 
+def test_cells_of_another_configuration(tmp_path: Path) -> None:
+    """They go beside it; a file of an earlier version, which names none, fits all."""
+    cells = [Cells(tmp_path, {"model": "a"}, config) for config in (None, "1", "2", "3")]
+    assert [each.get("x", {}, lambda: 7) for each in cells] == [7, 7, 7, 7]
+    for text in (None, "text"):
+        for again in ("first", "again"):
+            found = [each.get("y", {}, lambda n=n: n, text) for n, each in enumerate(cells[1:])]
+            assert found == [0, 1, 2], (text, again)
+
+
 @pytest.mark.parametrize(
     ("figure", "error", "verdict"),
     [

@@ -140,14 +140,23 @@ def test_another_search_is_not_resumed(finished: Any, tiny_folder: Path, changes
 
 
 def test_another_model_is_not_resumed(tiny_folder: Path, tmp_path: Path) -> None:
-    """A model of the same name and shape with other weights."""
+    """A model of the same name and shape with another configuration, and with other weights."""
     import shutil
 
     from tests.orthorank.models import plain
 
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     run_search(settings(folder, tmp_path / "out"))
+    config, kept = (json.loads(file.read_text()) for file in (folder / "config.json", tmp_path / "out" / "search.json"))
+    other = json.dumps(config | {"rms_norm_eps": 0.1})
+    (folder / "config.json").write_text(other)
+    with pytest.raises(OrthoRankError, match="its config_fingerprint is"):
+        run_search(settings(folder, tmp_path / "out", resume=True))
+    del kept["search"]["config_fingerprint"]  # as earlier versions wrote it
+    (tmp_path / "out" / "search.json").write_text(json.dumps(kept))
+    run_search(settings(folder, tmp_path / "out", resume=True))
     plain("llama", seed=5, vocab_size=256, num_hidden_layers=6).save_pretrained(folder)
+    (folder / "config.json").write_text(other)
     with pytest.raises(OrthoRankError, match="its model_fingerprint is"):
         run_search(settings(folder, tmp_path / "out", resume=True))
 
