@@ -130,6 +130,11 @@ def locate(name_or_path: str | None) -> Location:
     repository, at, revision = name_or_path.partition("@")
     if at and not (repository and revision):
         raise OrthoRankError(f"model is {name_or_path!r}; a revision is written org/name@revision")
+    if at and Path(repository).exists():  # transformers would load that, of whatever revision
+        raise OrthoRankError(
+            f"model is {name_or_path!r} and {repository!r} is a local folder, which has no revisions; leave out "
+            f"@{revision}, or start the command elsewhere"
+        )
     return Location(name_or_path, repository, "Hugging Face hub", revision=revision or None)
 
 

@@ -121,6 +121,14 @@ def test_a_revision_that_means_nothing(name, revision, words):
         locate(at_revision(name, revision))
 
 
+def test_a_local_folder_has_no_revisions(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "org/name"):
+        (tmp_path / name).mkdir(parents=True)
+        with pytest.raises(OrthoRankError, match=f"'{name}' is a local folder, which has no revisions; leave out @v9"):
+            locate(f"{name}@v9")
+
+
 def test_code_in_a_repository_is_not_run(tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "own")
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "own"}
