@@ -41,8 +41,8 @@ def command(
 ) -> int:
     """Print the arguments with which vLLM serves a model with a plan.
 
-    One line, quoted for a shell: eval "vllm serve MODEL $(orthorank vllm-args PLAN)". Needs no vLLM. Refuses plans that
-    no server can serve.
+    One line, quoted for a shell: args=$(orthorank vllm-args PLAN) && eval "vllm serve MODEL $args". Needs no vLLM.
+    Refuses plans that no server can serve.
     """
     from orthorank.config import OrthoRankConfig
     from orthorank.serving.vllm.arguments import command_line, config_of, hints, vllm_arguments

@@ -1,6 +1,7 @@
 """``orthorank vllm-args``: the arguments of vLLM for a plan, and plans that no server can serve."""
 
 import json
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -154,3 +155,15 @@ def test_a_folder_with_another_file(tmp_path: Path, content: str) -> None:
 
 def test_true_is_an_option_without_no() -> None:
     assert command_line({"enforce_eager": True, "block_size": 32}) == "--enforce-eager --block-size 32"
+
+
+@pytest.mark.parametrize("file", ["docs/vllm.md", "README.md", "orthorank/commands/vllm_args.py"])
+def test_nothing_is_served_where_there_are_no_arguments(file: str) -> None:
+    """Of the line that is shown: a server without the plan would be a dense one."""
+    said = (Path(__file__).parents[3] / file).read_text()
+    line = re.search(r'(?:args=\$\(|eval ").*vllm serve .*?"', said)
+    assert line is not None
+    fails, serves = "orthorank() { return 2; }", "vllm() { echo served; }"
+    for orthorank, printed in ((fails, ""), ("orthorank() { :; }", "served\n")):
+        done = subprocess.run(["sh", "-c", f"{orthorank}; {serves}; {line[0]}"], capture_output=True, text=True)
+        assert (done.stdout, done.stderr) == (printed, "")
