@@ -52,7 +52,7 @@ EXAMPLES = {
     ],
     "compare": [
         "orthorank compare ./my-model --plan my-plan --plan better --prompts prompts.jsonl",
-        "orthorank compare ./my-model --plan better --text my.txt --max-loss 0.05",
+        "orthorank compare ./my-model --plan better --prompts prompts.jsonl --max-loss 0.05",
     ],
     "export": ["orthorank export ./my-model --plan pruned --output smaller-model"],
     "vllm-args": ["orthorank vllm-args my-plan", "orthorank vllm-args my-plan --python"],

@@ -1,12 +1,14 @@
 """Every command is said in a line that fits, and its help ends in examples that it would take."""
 
 import shlex
+from pathlib import Path
 
 import pytest
 import typer
 
 from orthorank.cli import COMMANDS, EVALUATIONS, _app, main
 from orthorank.commands.summaries import EXAMPLES, SHORT
+from orthorank.config import OrthoRankConfig
 
 EVERY = [*COMMANDS, "eval", *(f"eval {name}" for name in EVALUATIONS)]
 LINES = [line for lines in EXAMPLES.values() for line in lines]
@@ -48,6 +50,23 @@ def test_an_example_is_a_call_that_the_command_takes(line: str) -> None:
         return
     context = command.make_context(name, list(words))
     assert context.params
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if "./my-model" in line])
+def test_an_example_runs_as_far_as_its_model(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing that the command needs is missing: with its files there, it stops at the model, which is not."""
+    monkeypatch.chdir(tmp_path)
+    for name in {"my-plan", "better", "pruned"} - {line.partition(" --output ")[2]}:
+        OrthoRankConfig(layers=[1], keep_ratio=0 if name == "pruned" else 0.5).save_pretrained(name)
+    Path("my.txt").write_text("The river is wide. " * 999)
+    Path("prompts.jsonl").write_text('{"prompt": "The river"}\n{"prompt": "The bridge"}\n')
+    Path("longbench.jsonl").write_text('{"task": "trec", "prompt": "a", "gold": ["b"]}\n')
+    for name in ("evaluation_text", "dataset_texts"):  # no Hub
+        monkeypatch.setattr(f"orthorank.common.datasets.{name}", lambda *_, **__: (None, None))
+    assert main(shlex.split(line)[1:]) == 2
+    assert "'./my-model'" in capsys.readouterr().err
 
 
 def test_the_help_of_a_command_ends_in_its_examples(orthorank) -> None:
