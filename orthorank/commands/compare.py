@@ -27,8 +27,8 @@ PROMPTS = (
     "body, as logs of a server's requests have them; or one prompt a line."
 )
 SAMPLE = (
-    "So many of the prompts, drawn at random, the same ones each time; those of them that are too long for the "
-    "model are left out. Default: all."
+    "So many of the prompts, drawn at random, the same ones each time; lines that are none are left out, and drawn "
+    "ones that are too long for the model. Default: all."
 )
 TEXT = "UTF-8 text file to measure losses on, window by window. Default: losses of the dense model's answers."
 DATASET = "Instead of a text: wikitext2 (test split) or c4 (validation), with :FOLDER for a local copy."
@@ -61,7 +61,8 @@ def command(
     was stopped.
     """
     from orthorank.common.datasets import evaluation_text
-    from orthorank.evaluation.compare import read_prompts, that_fit
+    from orthorank.evaluation.compare import that_fit
+    from orthorank.evaluation.prompts import sample_prompts
     from orthorank.hf.apply import check_plan
     from orthorank.models import load_model, locate
 
@@ -76,7 +77,7 @@ def command(
         raise OrthoRankError("plan is not given; name what is compared with the dense model by --plan, once or more")
     if prompts is None:
         raise OrthoRankError("prompts is not given; name a file with one prompt a line by --prompts")
-    plans, asked = read_plans(plan), read_prompts(prompts, sample)
+    plans, (asked, odd) = read_plans(plan), sample_prompts(prompts, sample)
     chosen = evaluation_text(text, dataset) if text is not None or dataset is not None else None
     if most is not None and (len(asked) if chosen is None else windows) == 1:
         what = "prompt" if chosen is None else "window"
@@ -97,7 +98,11 @@ def command(
         settings = settings_of(loaded, tokenizer, chosen, dataset, window, windows, batch_size, Bos.of(bos, tokenizer))
     state = folder / "compare-state.jsonl"
     results: dict[str, Any] = {"model": info.to_dict(), "max_new_tokens": max_new_tokens, "bos": bos}
-    results["too_long"] = drawn - len(asked)
+    results |= {"too_long": drawn - len(asked), "no_prompts": odd}
+    if sample is not None and drawn < sample:
+        screen.say(f"{prompts} has {drawn} prompts, fewer than --sample {sample}: all of them are taken.")
+    if odd:
+        screen.say(f"{odd} of its lines are no prompts and are left out; without --sample the first one is named.")
     try:
         results |= _answers(screen, loaded, tokenizer, plans, asked, max_new_tokens, bos, state)
         results["text"] = None if chosen is None else chosen.name

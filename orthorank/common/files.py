@@ -71,7 +71,7 @@ def read_json(file: Path, most: int | None = None) -> Any:
         content = opened.read(-1 if most is None else most + 1)
     if most is not None and len(content) > most:
         raise OSError(errno.EFBIG, f"it has more than {most:,} bytes")
-    return from_json(content.decode("utf-8"))
+    return from_json(content.decode("utf-8-sig"))
 
 
 def from_json(text: str | bytes) -> Any:

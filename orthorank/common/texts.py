@@ -123,7 +123,7 @@ def find_text(path: str | Path | None = None) -> Text:
         return _standard_library()
     file = user_path("text", path)
     try:
-        content = file.read_bytes().decode("utf-8")  # as it is: reading as text would rewrite the ends of its lines
+        content = file.read_bytes().decode("utf-8-sig")  # as it is: reading as text would rewrite line ends
     except OSError as error:
         raise OrthoRankError(f"text {str(path)!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

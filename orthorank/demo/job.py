@@ -19,7 +19,8 @@ from orthorank.demo import choose, measure
 from orthorank.demo.correct import with_corrected
 from orthorank.demo.run import PLAN_FILES, REPORT, RESULTS, Run
 from orthorank.demo.settings import Settings
-from orthorank.evaluation.compare import inputs_of, read_prompts
+from orthorank.evaluation.compare import inputs_of
+from orthorank.evaluation.prompts import read_prompts
 from orthorank.models import load_model, locate, pick_device
 from orthorank.search.calibration import cut_windows, find_source
 from orthorank_kernels._version import __version__

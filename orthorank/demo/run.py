@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from orthorank.evaluation.compare import Prompt
+    from orthorank.evaluation.prompts import Prompt
 
 RESULTS, REPORT = "results.json", "report.html"
 PLAN_FILES = {  # by the row that they are of; maps lie beside their plan, so a corrected one has a folder of its own

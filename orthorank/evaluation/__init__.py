@@ -10,8 +10,9 @@ from orthorank.stack.flops import flop_speedup, layer_cost, plan_flops, plan_spe
 if TYPE_CHECKING:
     from orthorank.evaluation.bench import run_bench
     from orthorank.evaluation.bench_vllm import run_vllm_bench
-    from orthorank.evaluation.compare import compare_plans, read_prompts
+    from orthorank.evaluation.compare import compare_plans
     from orthorank.evaluation.estimates import estimate
+    from orthorank.evaluation.prompts import read_prompts
     from orthorank.evaluation.task_scores import evaluate_tasks, task_differences
 
 __all__ = [
@@ -39,7 +40,8 @@ __getattr__, __dir__ = exports(
     {
         "orthorank.evaluation.bench": ("run_bench",),
         "orthorank.evaluation.bench_vllm": ("run_vllm_bench",),
-        "orthorank.evaluation.compare": ("compare_plans", "read_prompts"),
+        "orthorank.evaluation.compare": ("compare_plans",),
+        "orthorank.evaluation.prompts": ("read_prompts",),
         "orthorank.evaluation.estimates": ("estimate",),
         "orthorank.evaluation.task_scores": ("evaluate_tasks", "task_differences"),
     },

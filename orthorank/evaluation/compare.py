@@ -7,9 +7,7 @@ divergence is KL(dense || plan), over the whole vocabulary.
 
 import hashlib
 import json
-import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +16,12 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from orthorank.common.errors import OrthoRankError, check_integer
-from orthorank.common.files import from_json, user_path
 from orthorank.common.paired import mean_of, rise_of
 from orthorank.common.texts import check_ids
 from orthorank.config import OrthoRankConfig
 from orthorank.evaluation.answer_cache import as_before, owner_of
-from orthorank.evaluation.answers import greedy, keep, kept_rows, with_bos
+from orthorank.evaluation.answers import greedy, keep, kept_rows
+from orthorank.evaluation.prompts import Prompt
 from orthorank.hf.apply import apply, check_plan, context
 from orthorank.hf.families import device_of
 
@@ -32,97 +30,6 @@ if TYPE_CHECKING:
 
 OnPrompt = Callable[[int, int], None]
 Plans = Mapping[str, OrthoRankConfig]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What a model is to go on from.
-
-    Args:
-        text: as it is. messages: of a chat instead, each with ``role`` and ``content``, for the tokenizer's template.
-        tokens: token ids instead, as they are.
-    """
-
-    text: str
-    messages: tuple[dict[str, str], ...] = ()
-    tokens: tuple[int, ...] = ()
-
-    def ids(self, tokenizer: "PreTrainedTokenizerBase", bos: str = "auto") -> list[int]:
-        """The prompt in tokens; ``bos`` as for `orthorank.evaluation.answers.with_bos`.
-
-        Raises:
-            OrthoRankError: there are messages, and the tokenizer has no template, or one that refuses them.
-        """
-        if self.tokens:
-            return list(self.tokens)
-        if not self.messages:
-            return with_bos(list(tokenizer(self.text, verbose=False)["input_ids"]), tokenizer, bos)
-        if not getattr(tokenizer, "chat_template", None):
-            raise OrthoRankError("messages are given and the tokenizer has no chat template; give prompts as text")
-        try:
-            made = tokenizer.apply_chat_template(list(self.messages), add_generation_prompt=True, return_dict=True)
-        except Exception as error:  # whatever a template raises
-            said = f"the tokenizer's chat template refuses the messages {self.text!r}: {error}"
-            raise OrthoRankError(said) from error
-        return with_bos(list(made["input_ids"]), tokenizer, bos)
-
-
-def read_prompts(path: str | Path, sample: int | None = None) -> list[Prompt]:
-    """The prompts in a file: JSON lines if its name ends in ``.jsonl`` or it begins with ``{``, else one a line.
-
-    Args:
-        path: UTF-8. A line of JSON has ``prompt``, a text or token ids, or ``messages``, a list of
-            ``{"role": .., "content": ..}``, or has these in ``body``, as logs of requests to a server do; further keys
-            do not matter. Empty lines are left out.
-        sample: so many of the lines, drawn at random, the same ones each time; None, or more than there are: all.
-
-    Raises:
-        OrthoRankError: it cannot be read, has no prompt, or a line is none.
-
-    Example:
-        >>> import tempfile
-        >>> file = Path(tempfile.mkdtemp()) / "prompts.txt"
-        >>> _ = file.write_text("The river\\n\\nThe bridge\\n")
-        >>> read_prompts(file)
-        [Prompt(text='The river', messages=(), tokens=()), Prompt(text='The bridge', messages=(), tokens=())]
-    """
-    file = user_path("prompts", path)
-    try:
-        content = file.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise OrthoRankError(f"prompts {str(path)!r} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise OrthoRankError(f"prompts {str(path)!r} is not a UTF-8 text file (byte {error.start})") from error
-    lines = [(number, line.strip()) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise OrthoRankError(f"prompts {str(path)!r} is empty; give one prompt a line")
-    are_json = file.suffix == ".jsonl" or lines[0][1].startswith("{")
-    if sample is not None:
-        check_integer("sample", sample, 1)
-        lines = sorted(random.Random(0).sample(lines, min(sample, len(lines))))
-    if are_json:
-        return [_parsed(f"line {number} of {str(path)!r}", line) for number, line in lines]
-    return [Prompt(line) for _, line in lines]
-
-
-def _parsed(where: str, line: str) -> Prompt:
-    try:
-        row = from_json(line)
-        row = row.get("body", row)
-        if "messages" in row:
-            messages = tuple({"role": str(each["role"]), "content": each["content"]} for each in row["messages"])
-            if messages and all(isinstance(each["content"], str) for each in messages):
-                return Prompt("\n".join(f"{each['role']}: {each['content']}" for each in messages), messages)
-        elif isinstance(row["prompt"], str) and row["prompt"]:
-            return Prompt(row["prompt"])
-        elif row["prompt"] and all(type(token) is int for token in row["prompt"]):
-            return Prompt(f"{len(row['prompt'])} token ids", tokens=tuple(row["prompt"]))
-    except (ValueError, TypeError, KeyError, AttributeError):
-        pass
-    raise OrthoRankError(
-        f"{where} is no prompt; it must be a JSON object with prompt, a text or a list of token ids, or with messages, "
-        "a list of objects with role and content, or have such an object as its body"
-    )
 
 
 def compare_plans(
@@ -140,7 +47,7 @@ def compare_plans(
 
     Args:
         model: without a plan applied, in eval mode; left as it was. tokenizer: the model's.
-        plans: by a name for each. prompts: at least one, see `read_prompts`.
+        plans: by a name for each. prompts: at least one, see `orthorank.evaluation.read_prompts`.
         max_new_tokens: longest answer; decoding is greedy. bos: as for `orthorank.evaluation.answers.with_bos`.
         kept: a JSONL file that gets each prompt's row as soon as it is there. Rows that it holds of the same prompt,
             model, plans and settings are not computed again.

@@ -95,7 +95,7 @@ def local_questions(path: str | Path) -> list[Question]:
     """
     file = user_path("data", path)
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON texts may hold U+2028
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON texts may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise OrthoRankError(f"data {str(path)!r} cannot be read: {error}") from error
     questions = [_parsed(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]

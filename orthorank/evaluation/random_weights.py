@@ -92,7 +92,7 @@ def read_config(config: str | Path, layers: int | None = None) -> Any:
 
     file = _file(config)
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
+        fields = json.loads(file.read_text(encoding="utf-8-sig"))
         kind = fields.pop("model_type")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise OrthoRankError(

@@ -97,7 +97,7 @@ def config_of(model: Path) -> SimpleNamespace:
     """
     file = user_path("model", model) / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise OrthoRankError(
             f"model is {str(model)!r}, and {file} cannot be read: {error.strerror}; name the folder of a checkpoint"

@@ -10,7 +10,8 @@ from orthorank.cli import main
 from orthorank.common import format as words
 from orthorank.demo import run_demo
 from orthorank.demo.measure import ANSWER_TOKENS
-from orthorank.evaluation.compare import compare_plans, read_prompts
+from orthorank.evaluation.compare import compare_plans
+from orthorank.evaluation.prompts import read_prompts
 from orthorank.models import load_model
 from tests.orthorank.demo.test_demo import Watcher, settings
 from tests.orthorank.report.test_report import Page

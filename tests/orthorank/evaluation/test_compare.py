@@ -10,7 +10,8 @@ import torch
 from orthorank import OrthoRankConfig, OrthoRankError, apply, handle_of
 from orthorank.evaluation import compare
 from orthorank.evaluation.answer_cache import as_before, owner_of
-from orthorank.evaluation.compare import Prompt, compare_plans, read_prompts
+from orthorank.evaluation.compare import compare_plans
+from orthorank.evaluation.prompts import Prompt, read_prompts, sample_prompts
 from tests.orthorank.hf.test_corrected import maps
 
 PLANS = {
@@ -158,9 +159,51 @@ def test_prompts_are_lines_or_json_lines(tmp_path: Path) -> None:
     assert second == Prompt("user: Hi\nassistant: Yes?", tuple(messages))
     assert read_prompts(file.rename(tmp_path / "prompts.txt")) == [first, second], "it begins with {"
     file.write_text("a\u2028b\r\n  \nc")
-    with pytest.raises(OrthoRankError, match=r"line 1 of .*prompts.jsonl' is no prompt; it must be a JSON object"):
+    with pytest.raises(OrthoRankError, match=r"line 1 of .*prompts.jsonl' is broken JSON: Expecting value"):
         read_prompts(file)
     assert read_prompts(file.rename(tmp_path / "prompts")) == [Prompt("a\u2028b"), Prompt("c")]
+
+
+def test_lines_of_json_that_are_no_prompts(tmp_path: Path) -> None:
+    """Each is said as what it is; a sample leaves them out, and draws among the others."""
+    file = tmp_path / "log.jsonl"
+    odd = {
+        '{"prompt": "a"': "line 1 of .* is broken JSON: Expecting",
+        '{"prompt": "\\ud800 a"}': r"line 1 of .* has half of a character, '\\ud800'",
+        '{"messages": [{"role": "user", "content": "\\ud800"}]}': "has half of a character",
+        '{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}': "not with both",
+        '{"body": {"prompt": "a", "messages": []}}': "not with both",
+    }
+    for line, words in odd.items():
+        file.write_text(line)
+        for sample in (None, 3):
+            with pytest.raises(OrthoRankError, match=words):
+                read_prompts(file, sample)
+    good = [json.dumps({"prompt": f"{n}"}) for n in range(20)]
+    file.write_text("\n".join(good))
+    some = read_prompts(file, 5)
+    file.write_text("\n".join([*odd, *good]))
+    assert sample_prompts(file, 5) == (some, 5)
+    for content in ('[{"prompt": "a"}]', '[\n{"prompt": "a"}]', "[]"):
+        file.write_text(content)
+        with pytest.raises(OrthoRankError, match="begins a JSON array; give JSON lines"):
+            read_prompts(file.rename(tmp_path / "prompts.txt"))
+    (tmp_path / "prompts.txt").write_text("[INST] Hi [/INST]")
+    assert read_prompts(tmp_path / "prompts.txt") == [Prompt("[INST] Hi [/INST]")]
+
+
+def test_a_byte_order_mark_is_no_character(tmp_path: Path) -> None:
+    """Editors on Windows write one before prompts, texts, plans and configurations."""
+    from orthorank.common.texts import find_text
+
+    for name, content in (("lines.jsonl", '{"prompt": "a"}'), ("begun", '{"prompt": "a"}'), ("plain.txt", "a")):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert read_prompts(tmp_path / name) == [Prompt("a")]
+    assert find_text(tmp_path / "plain.txt").content == "a"
+    plan = OrthoRankConfig(layers=[1])
+    file = plan.save_pretrained(tmp_path / "plan")
+    file.write_text(file.read_text(), encoding="utf-8-sig")
+    assert OrthoRankConfig.from_pretrained(file) == plan
 
 
 def test_prompts_of_a_log_of_requests(tmp_path: Path) -> None:
@@ -200,7 +243,7 @@ def test_prompts_of_a_log_of_requests(tmp_path: Path) -> None:
 def test_what_is_no_prompt(tmp_path: Path, line: str) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text(f'{{"prompt": "a"}}\n{line}\n')
-    with pytest.raises(OrthoRankError, match=r"line 2 of .* is no prompt"):
+    with pytest.raises(OrthoRankError, match=r"line 2 of .* is (no prompt|broken JSON)"):
         read_prompts(file)
 
 
