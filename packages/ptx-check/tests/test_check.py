@@ -54,7 +54,8 @@ def test_the_command_says_what_is_in_a_file(capsys, tmp_path):
     assert "parameter 2: 4 bytes" in said
     file = tmp_path / "add.ptx"
     file.write_text(ADD.replace("add.s32 %r4", "frob.s32 %r4"))
-    assert main([str(file)]) == 1
+    assert main([str(file)]) == 2
+    assert main([str(file), "--grid", "1", "--arg", "i32:20", "--arg", "20"]) == 2
     assert "cannot be run: frob.s32 %r4, %r3, 1" in capsys.readouterr().out
 
 
@@ -90,6 +91,28 @@ def test_arguments_that_are_none(wrong, capsys):
         main([*RUN[:3], "--arg", wrong])
     assert raised.value.code == 2, "not understood"
     assert "is no number, no FILE.npy and no array such as f32:7x200" in capsys.readouterr().err
+
+
+def test_what_is_no_ptx(capsys, tmp_path):
+    """The command was not understood, and nothing found."""
+    (tmp_path / "noise.ptx").write_bytes(bytes(range(128, 256)))
+    with pytest.raises(SystemExit) as raised:
+        main([str(tmp_path / "noise.ptx")])
+    assert raised.value.code == 2
+    assert "noise.ptx is no PTX, which is text" in capsys.readouterr().err
+    (tmp_path / "words.ptx").write_text("The river is wide.")
+    (tmp_path / "add.ptx").write_text(ADD)
+    assert main([str(tmp_path / "words.ptx")]) == 2
+    assert main([str(tmp_path / "add.ptx"), "--grid", "1", *["--arg", "1"] * 9]) == 2
+    (tmp_path / "add.json").write_text("[]")
+    assert main([str(tmp_path / "add.ptx"), "--grid", "1", "--arg", "i32:20", "--arg", "20"]) == 2
+
+
+def test_an_array_larger_than_the_memory(capsys):
+    with pytest.raises(SystemExit) as raised:
+        main([*RUN[:3], "--arg", "f32:99999999999999"])
+    assert raised.value.code == 2
+    assert "--arg f32:99999999999999 is larger than the memory here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wrong", [("--grid", "a"), ("--grid", "0"), ("--grid", "2,-1"), ("--schedules", "0")])

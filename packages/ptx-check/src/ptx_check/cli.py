@@ -15,7 +15,7 @@ import numpy as np
 from ptx_check.bits import round_to_bfloat16
 from ptx_check.check import check
 from ptx_check.decode import Instruction
-from ptx_check.errors import PtxError, UnknownInstruction
+from ptx_check.errors import Misuse, OutOfBounds, PtxError, Race, Stuck, Uninitialised, UnknownInstruction
 from ptx_check.launch import Argument
 from ptx_check.mutate import Mutant, mutate
 from ptx_check.scheduler import Trace
@@ -25,6 +25,7 @@ KINDS = {
     "f16": np.float16, "bf16": np.uint16, "f32": np.float32, "f64": np.float64, "i8": np.int8, "u8": np.uint8,
     "i16": np.int16, "i32": np.int32, "u32": np.uint32, "i64": np.int64, "u64": np.uint64,
 }  # fmt: skip
+FOUND = (Race, OutOfBounds, Uninitialised, Stuck, Misuse, AssertionError)  # in a kernel that was understood
 DESCRIPTION = """Runs PTX without a GPU, and checks it: races, missing barriers, bounds, values
 that were never written.
 
@@ -40,7 +41,7 @@ random and integers 0. Parameters past the last --arg are 0, as the pointers
 that Triton adds may be.
 
 The exit code is 0 where nothing was found, 1 where something was, and 2 where
-the command was not understood."""
+the command or the PTX was not understood."""
 
 
 def array(text: str, random: np.random.Generator) -> np.ndarray:
@@ -70,7 +71,9 @@ def argument(text: str, random: np.random.Generator) -> Argument:
         if ":" in text:
             return array(text, random)
         return int(text, 0) if text.lstrip("-").isalnum() and text[-1].isdigit() else float(text)
-    except (KeyError, ValueError, OSError) as error:
+    except MemoryError:
+        raise ArgumentTypeError(f"--arg {text} is larger than the memory here") from None
+    except (KeyError, ValueError, OSError, EOFError, OverflowError) as error:
         raise ArgumentTypeError(
             f"--arg {text} is no number, no FILE.npy and no array such as f32:7x200 or i32:64=1 ({error})"
         ) from None
@@ -91,7 +94,10 @@ def programs(text: str) -> list[int]:
 def shared_bytes(file: Path) -> int:
     """What NAME.json beside NAME.ptx says, as in Triton's cache; 0 where there is none."""
     beside = file.with_suffix(".json")
-    return int(json.loads(beside.read_text(encoding="utf-8")).get("shared", 0)) if beside.is_file() else 0
+    try:
+        return int(json.loads(beside.read_text(encoding="utf-8")).get("shared", 0)) if beside.is_file() else 0
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{beside} does not say the bytes of shared memory ({error}): give --shared") from error
 
 
 class Read(Program):
@@ -110,7 +116,7 @@ class Read(Program):
 
 
 def describe(ptx: str) -> int:
-    """Say what is in a kernel; 1 where some of it cannot be run."""
+    """Say what is in a kernel; 2 where some of it cannot be run."""
     read = Read(ptx)
     kernel = read.kernel
     print(f"{kernel.name}: {kernel.threads} threads, {len(kernel.instructions)} instructions")
@@ -120,7 +126,7 @@ def describe(ptx: str) -> int:
         print(f"  cannot be run: {instruction.text} {instruction.source}".rstrip())
     if not read.unknown:
         print("  all of it can be run: give --grid, and an --arg for each parameter")
-    return bool(read.unknown)
+    return 2 if read.unknown else 0
 
 
 def summary(found: Sequence[Mutant]) -> str:
@@ -156,7 +162,10 @@ def main(given: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given)
     if not options.file.is_file():
         parser.error(f"{options.file} is no file")
-    ptx = options.file.read_text(encoding="utf-8")
+    try:
+        ptx = options.file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"{options.file} is no PTX, which is text: {error}")
     try:
         if options.grid is None:
             return describe(ptx)
@@ -195,7 +204,7 @@ def main(given: Sequence[str] | None = None) -> int:
         return any(not mutant.noticed for mutant in found)
     except (PtxError, AssertionError, ValueError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, FOUND) else 2
 
 
 def written(old: np.ndarray, new: np.ndarray) -> str:
