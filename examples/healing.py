@@ -9,7 +9,12 @@ the plan is a folder that `apply` and vLLM read. *LoRA* (PEFT) trains low-rank c
 and loaded as any adapter, beside a plan without maps. Both have the same teacher: the model without the plan.
 """
 
-import sys
+import argparse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", metavar="HUB_ID_OR_PATH")
+    given = parser.parse_args()
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -77,9 +82,9 @@ def heal(
     return found
 
 
-def main() -> None:
-    model, tokenizer, _ = orthorank.load_model(sys.argv[1] if len(sys.argv) > 1 else None)
-    plan = default_plan(model) if len(sys.argv) < 2 else Plan(layers=range(20, 25))  # or the folder of a search
+def main(name: str | None) -> None:
+    model, tokenizer, _ = orthorank.load_model(name)
+    plan = default_plan(model) if name is None else Plan(layers=range(20, 25))  # or the folder of a search
     from pydoc_data.topics import topics  # Python's documentation, on every machine; take text of your own kind
 
     ids = tokenizer("\n".join(topics[name] for name in sorted(topics)), return_tensors="pt").input_ids[0]
@@ -89,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(given.model)

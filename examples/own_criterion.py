@@ -7,6 +7,12 @@ The paper compares normalised states with the sink's; this compares what attenti
 is looked at alone, so the criterion is pointwise and goes with thresholds and with chunks of a prompt.
 """
 
+import argparse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+
 import torch
 from torch import Tensor
 

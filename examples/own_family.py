@@ -4,6 +4,12 @@ Its decoder layer is GLM's with two more norms, one behind attention and one beh
 Nothing is downloaded: the model here is a small one with random weights. Run: python examples/own_family.py
 """
 
+import argparse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+
 import torch
 from transformers import Glm4Config, Glm4ForCausalLM
 

@@ -4,7 +4,12 @@ Packed layout: the new tokens of all sequences lie one after another. Every toke
 ones alone get queries, attention and MLP. No value is read on the host, so the whole layer can be captured in a graph.
 """
 
+import argparse
 from dataclasses import dataclass
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
 
 import torch
 

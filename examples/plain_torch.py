@@ -6,6 +6,12 @@
 all tokens it gives what `forward` gives. It runs where the tensors are: PyTorch on a CPU, the Triton kernels on a GPU.
 """
 
+import argparse
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu

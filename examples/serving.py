@@ -3,8 +3,15 @@
 python examples/serving.py HUB_ID_OR_PATH PLAN "A long prompt ..." "Another ..."
 """
 
-import sys
+import argparse
 from typing import Any
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="HUB_ID_OR_PATH")
+    parser.add_argument("plan", metavar="PLAN", help="a plan file, its folder, or org/name")
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT")
+    given = parser.parse_args()
 
 from transformers import AutoConfig
 
@@ -24,14 +31,13 @@ def engine(model: str, plan: str, **more: Any) -> Any:
     return LLM(model, **arguments, **more)
 
 
-def main() -> None:
+def main(model: str, plan: str, prompts: list[str]) -> None:
     from vllm import SamplingParams
 
-    model, plan, *prompts = sys.argv[1:]
     llm = engine(model, plan)
     for answer in llm.generate(prompts, SamplingParams(temperature=0, max_tokens=64)):
         print(answer.prompt, "->", answer.outputs[0].text)
 
 
 if __name__ == "__main__":
-    main()
+    main(given.model, given.plan, given.prompts)

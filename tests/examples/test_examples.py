@@ -1,6 +1,8 @@
 """examples/: each does what it says. Those of families, criteria and the paged layer are tested beside their pages."""
 
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +70,12 @@ def test_healing_brings_a_plan_nearer_to_the_dense_model() -> None:
     assert list(found) == ["the plan", "corrections, distilled", "LoRA"]
     assert found["corrections, distilled"] < found["the plan"]
     assert found["LoRA"] < found["the plan"]
+
+
+@pytest.mark.parametrize("name", ["healing", "own_criterion", "own_family", "paged_layer", "plain_torch", "serving"])
+def test_help_is_said_at_once(name: str) -> None:
+    """Without what the example needs: nothing but Python is imported before the command line is read."""
+    only_python = [sys.executable, "-S", "-E"]  # no site-packages
+    done = subprocess.run([*only_python, str(EXAMPLES / f"{name}.py"), "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: {name}.py")
