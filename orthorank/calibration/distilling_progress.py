@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthorank.common.errors import OrthoRankError, shown
+from orthorank.common.errors import OrthoRankError, difference, shown
 from orthorank.common.files import from_json, write_bytes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of each tensor
@@ -59,8 +59,9 @@ class DistillProgress:
         for name in sorted({*before, *now}):
             if before.get(name) != now.get(name):
                 raise OrthoRankError(
-                    f"{self.file} is of another distillation: its {name} is {shown(before.get(name))} and now it is "
-                    f"{shown(now.get(name))}; go on with the same model, plan, texts and options, or delete it"
+                    f"{self.file} is of another distillation: "
+                    f"{difference(name, shown(before.get(name)), shown(now.get(name)))}; go on with the same model, "
+                    "plan, texts and options, or delete it"
                 )
         for (layer, name), part in self.parts.items():
             with torch.no_grad():

@@ -10,7 +10,7 @@ from torch import Tensor
 from orthorank.calibration.fitting import Fitted
 from orthorank.calibration.windows import record_of
 from orthorank.common.criteria import code_of
-from orthorank.common.errors import OrthoRankError, shown
+from orthorank.common.errors import OrthoRankError, difference, shown
 from orthorank.common.files import from_json, write_bytes
 from orthorank.config import OrthoRankConfig
 from orthorank.correction import LayerMap, name_of
@@ -81,9 +81,8 @@ class FitProgress:
         for name in sorted({*before, *now}):
             if before.get(name) != now.get(name):
                 raise OrthoRankError(
-                    f"{file} is of another fit: its {name} is {shown(before.get(name))} and now it is "
-                    f"{shown(now.get(name))}; fit with the same model, plan, texts and options, or delete it to begin "
-                    "anew"
+                    f"{file} is of another fit: {difference(name, shown(before.get(name)), shown(now.get(name)))}; "
+                    "fit with the same model, plan, texts and options, or delete it to begin anew"
                 )
         return progress
 

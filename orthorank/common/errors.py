@@ -98,5 +98,23 @@ def shown(value: object) -> str:
         return f"a {type(value).__name__}"
 
 
+# Of what a run that goes on must have in common, what is kept as a hash.
+HASHED = {
+    "ids_sha256": "calibration text or windows",
+    "text_sha256": "text",
+    "model_fingerprint": "model's weights",
+    "config_fingerprint": "model's settings (config.json)",
+}
+
+
+def difference(name: str, before: str, now: str) -> str:
+    """In which an earlier run is another one than this.
+
+    >>> difference("layers", "2", "3"), difference("ids_sha256", "1f", "2e")
+    ('its layers is 2 and now it is 3', "its calibration text or windows are not this one's")
+    """
+    return f"its {HASHED[name]} are not this one's" if name in HASHED else f"its {name} is {before} and now it is {now}"
+
+
 _REPR = reprlib.Repr()
 _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = _REPR.maxdict = 20

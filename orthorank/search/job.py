@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from orthorank.common import format as words
 from orthorank.common.criteria import code_of
-from orthorank.common.errors import OrthoRankError, shown
+from orthorank.common.errors import OrthoRankError, difference, shown
 from orthorank.common.files import check_free, read_json, user_path, writable_folder, write_json
 from orthorank.common.progress import Screen
 from orthorank.config import FILE_NAME, OrthoRankConfig
@@ -89,8 +89,9 @@ class Folder:
         for name in sorted({*before, *now} - ({*NEWER} - {*before})):
             if before.get(name) != now.get(name):
                 raise OrthoRankError(
-                    f"{self.path / SEARCH} is of another search: its {name} is {_short(before.get(name))} and now it "
-                    f"is {_short(now.get(name))}; resume with the same options, or name another folder with --output"
+                    f"{self.path / SEARCH} is of another search: "
+                    f"{difference(name, _short(before.get(name)), _short(now.get(name)))}; resume with the same "
+                    "options, or name another folder with --output"
                 )
         return self.state.exists()
 

@@ -63,8 +63,8 @@ def test_what_is_fitted_is_not_fitted_again(ids: Tensor, tmp_path: Path, monkeyp
         ({"target": "layer"}, "its target is 'dense' and now it is 'layer'"),
         ({"batch_size": 3}, "its batch_size is 4 and now it is 3"),
         ({"plan": dataclasses.replace(PLAN, keep_ratio=0.5)}, "its plan is"),
-        ({"input_ids": torch.ones(9, 30, dtype=torch.long)}, "its ids_sha256 is"),
-        ({"model": plain("llama", seed=5)}, "its model_fingerprint is"),
+        ({"input_ids": torch.ones(9, 30, dtype=torch.long)}, "its calibration text or windows are not"),
+        ({"model": plain("llama", seed=5)}, "its model's weights are not"),
     ],
 )
 def test_another_fit_does_not_go_on(ids: Tensor, tmp_path: Path, change: dict[str, Any], message: str) -> None:

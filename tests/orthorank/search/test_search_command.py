@@ -126,7 +126,7 @@ def test_a_finished_search_resumed_repeats_nothing(finished: Any, tiny_folder: P
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"window": 31}, "its ids_sha256 is "),
+        ({"window": 31}, "its calibration text or windows are not this one's; resume with the same"),
         ({"layers": 3}, "its layers is 2 and now it is 3"),
         ({"keep_ratio": 0.5}, "its keep_ratio is 0.333"),
         ({"protect_first": 2}, r"its candidates is \[1, 2, 3, 4\] and now it is \[2, 3, 4\]"),
@@ -150,14 +150,14 @@ def test_another_model_is_not_resumed(tiny_folder: Path, tmp_path: Path) -> None
     config, kept = (json.loads(file.read_text()) for file in (folder / "config.json", tmp_path / "out" / "search.json"))
     other = json.dumps(config | {"rms_norm_eps": 0.1})
     (folder / "config.json").write_text(other)
-    with pytest.raises(OrthoRankError, match="its config_fingerprint is"):
+    with pytest.raises(OrthoRankError, match=r"its model's settings \(config.json\) are not"):
         run_search(settings(folder, tmp_path / "out", resume=True))
     del kept["search"]["config_fingerprint"]  # as earlier versions wrote it
     (tmp_path / "out" / "search.json").write_text(json.dumps(kept))
     run_search(settings(folder, tmp_path / "out", resume=True))
     plain("llama", seed=5, vocab_size=256, num_hidden_layers=6).save_pretrained(folder)
     (folder / "config.json").write_text(other)
-    with pytest.raises(OrthoRankError, match="its model_fingerprint is"):
+    with pytest.raises(OrthoRankError, match="its model's weights are not this one's"):
         run_search(settings(folder, tmp_path / "out", resume=True))
 
 
