@@ -28,6 +28,7 @@ RANDOM = (
 MODEL_LAYERS = "With --random-weights: decoder layers to make. Default: all."
 GRAPH = "With --random-weights: replay a CUDA graph of the prefill in place of calling the model."
 COMPILE = "With --random-weights: torch.compile of the layers, one compilation for all that are alike."
+LENGTHS_ARE = "numbers of tokens such as 128,512, or 0 for none"
 LENGTHS = "Prompt lengths, as 128,512, to find the shortest at which a plan is faster; 0: none. Default: 64, 128, ..."
 
 
@@ -66,7 +67,13 @@ def command(
 
     register(criterion)
     check_choice("engine", engine, ENGINES)
-    chosen = None if lengths is None else () if lengths.strip() == "0" else tuple(numbers("lengths", lengths) or ())
+    chosen = (
+        None
+        if lengths is None
+        else ()
+        if lengths.strip() == "0"
+        else tuple(numbers("--lengths", lengths, LENGTHS_ARE) or ())
+    )
     settings = BenchSettings(
         prompt_tokens=prompt_tokens,
         batch_size=batch_size,
@@ -111,7 +118,7 @@ def command(
     with screen.progress("timing", total) as advance:
         report = run_bench(loaded, variants, settings, on_step=counted(advance))
     results = results_of(loaded, info, variants, report)
-    return deliver(results, folder, as_json=json, show=lambda: _show(screen, results, folder))
+    return deliver(screen, results, folder, as_json=json, show=lambda: _show(screen, results))
 
 
 def _refuse_for_vllm(**options: Any) -> None:
@@ -148,7 +155,7 @@ def _set_threads(threads: int | None) -> None:
     torch.set_num_threads(threads)
 
 
-def _show(screen: Any, results: dict[str, Any], folder: Path | None) -> None:
+def _show(screen: Any, results: dict[str, Any]) -> None:
 
     speed, settings = results["bench"]["prefill"], results["bench"]["settings"]
     threads = f", {speed['threads']} threads" if speed["device"] == "cpu" else ""
@@ -167,8 +174,6 @@ def _show(screen: Any, results: dict[str, Any], folder: Path | None) -> None:
         screen.say(doubt)
     for row in results["rows"][1:]:
         screen.say(_break_even_sentence(row, results))
-    if folder is not None:
-        screen.say(f"Results: {folder / 'bench.json'}, {folder / 'bench.csv'}")
 
 
 def _table(results: dict[str, Any]) -> "Table":
@@ -192,8 +197,11 @@ def _table(results: dict[str, Any]) -> "Table":
 
 def _break_even_sentence(row: dict[str, Any], results: dict[str, Any]) -> str:
     lengths = results["bench"]["settings"]["lengths"]
-    begin = f"{row['name']}: prefill {row['prefill_speedup']:.2f}x ± {row['prefill_speedup_spread']:.2f} (half of the "
-    begin += "range between the rounds' quartiles);"
+    begin, rounds = f"{row['name']}: prefill {row['prefill_speedup']:.2f}x", results["bench"]["settings"]["rounds"]
+    if rounds > 1:
+        begin += f" ± {row['prefill_speedup_spread']:.2f} (half of the range between the rounds' quartiles);"
+    else:
+        begin += " in one round, which has no spread;"
     if not lengths:
         return f"{begin} the break-even was not looked for (--lengths)."
     measured = ", ".join(map(str, lengths))

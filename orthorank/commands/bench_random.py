@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orthorank.commands.screen import table_of
+from orthorank.commands.screen import half_range, table_of
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.format import doubts
 
@@ -62,7 +62,7 @@ def run(
     about = {"config": str(config), "num_hidden_layers": depth, "torch": torch.__version__, **_triton()}
     about |= {"parameters": sum(p.numel() for p in model.parameters())}
     results = about | results
-    return deliver(results, folder, as_json=as_json, show=lambda: _show(screen, results, folder))
+    return deliver(screen, results, folder, as_json=as_json, show=lambda: _show(screen, results))
 
 
 def _triton() -> dict[str, str]:
@@ -75,7 +75,7 @@ def _triton() -> dict[str, str]:
         return {}
 
 
-def _show(screen: Any, results: dict[str, Any], folder: Path | None) -> None:
+def _show(screen: Any, results: dict[str, Any]) -> None:
 
     speed = results["prefill"]
     threads = f", {speed['threads']} threads" if speed["device"] == "cpu" else ""
@@ -97,8 +97,6 @@ def _show(screen: Any, results: dict[str, Any], folder: Path | None) -> None:
         screen.say(doubt)
     screen.say(results["rule"])
     screen.say(results["remark"])
-    if folder is not None:
-        screen.say(f"Results: {folder / 'bench.json'}, {folder / 'bench.csv'}")
 
 
 def _table(results: dict[str, Any]) -> "Table":
@@ -111,7 +109,7 @@ def _table(results: dict[str, Any]) -> "Table":
             f"{100 * row['nominal_sparsity']:.0f} %",
             "-" if ideal is None else f"{ideal:.2f}x",
             f"{row['prefill_speedup']:.2f}x",
-            f"{row['prefill_speedup_spread']:.2f}",
+            half_range(row["prefill_speedup_spread"], results["prefill"]["rounds"]),
             f"{1000 * row['prefill_seconds']:,.1f}",
             f"{row['prefill_tokens_per_second']:,.0f}",
             "-" if peak is None else f"{peak / 2**20:,.0f}",

@@ -19,16 +19,22 @@ def counted(advance: Callable[[int, str], object]) -> Callable[[str, int, int], 
     return on_step
 
 
-def deliver(results: dict[str, Any], folder: Path | None, *, as_json: bool, show: Callable[[], None]) -> int:
-    """Write the results to ``folder`` if there is one, and print them, for a machine or (``show``) for people."""
+def deliver(
+    screen: Any, results: dict[str, Any], folder: Path | None, *, as_json: bool, show: Callable[[], None]
+) -> int:
+    """Print the results, for a machine or (``show``) for people, and then write them to ``folder`` if there is one: on
+    a full disk they are seen nevertheless.
+    """
     from orthorank.evaluation.bench_results import write_results
 
-    if folder is not None:
-        write_results(folder, results)
     if as_json:
         print(json_module.dumps(results, indent=2))
     else:
         show()
+    if folder is not None:
+        write_results(folder, results)
+        if not as_json:
+            screen.say(f"Results: {folder / 'bench.json'}, {folder / 'bench.csv'}")
     return 0
 
 

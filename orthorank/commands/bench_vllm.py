@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from orthorank.commands.screen import table_of
+from orthorank.commands.screen import half_range, table_of
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import from_json
 from orthorank.common.format import doubts
@@ -44,7 +44,7 @@ def run(
     with screen.progress("timing", total) as advance:
         report = run_vllm_bench(path, config, variants, settings, arguments=arguments, on_step=counted(advance))
     results = results_of(path, config, variants, report)
-    return deliver(results, folder, as_json=as_json, show=lambda: _show(screen, results, folder))
+    return deliver(screen, results, folder, as_json=as_json, show=lambda: _show(screen, results))
 
 
 def _arguments(words: str | None, dtype: str | None) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _model(name: str | None) -> tuple[str, str | None, Any]:
     return where.path, where.revision, config.get_text_config()
 
 
-def _show(screen: "RichScreen", results: dict[str, Any], folder: Path | None) -> None:
+def _show(screen: "RichScreen", results: dict[str, Any]) -> None:
 
     bench, model = results["bench"], results["model"]
     settings = bench["settings"]
@@ -114,8 +114,6 @@ def _show(screen: "RichScreen", results: dict[str, Any], folder: Path | None) ->
     else:
         ways = [f"{name} {way}" for name, way in bench["attention"].items() if way is not None]
         screen.say(f"The way in which selected queries attended: {', '.join(ways) or 'none was selected'}.")
-    if folder is not None:
-        screen.say(f"Results: {folder / 'bench.json'}, {folder / 'bench.csv'}")
 
 
 def _table(results: dict[str, Any]) -> "Table":
@@ -127,10 +125,10 @@ def _table(results: dict[str, Any]) -> "Table":
             f"{100 * row['nominal_sparsity']:.0f} %",
             "-" if ideal is None else f"{ideal:.2f}x",
             f"{row['prefill_speedup']:.2f}x",
-            f"{row['prefill_speedup_spread']:.2f}",
+            half_range(row["prefill_speedup_spread"], results["bench"]["settings"]["rounds"]),
             f"{row['prefill_tokens_per_second']:,.0f}",
             f"{row['first_token_speedup']:.2f}x",
-            f"{row['first_token_speedup_spread']:.2f}",
+            half_range(row["first_token_speedup_spread"], results["bench"]["settings"]["rounds"]),
             f"{1000 * row['first_token_seconds']:,.1f}",
         )
     return drawn

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, console, number, register, table_of
+from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, call, console, number, register, table_of
 from orthorank.common.files import check_free, writable_folder
 from orthorank.common.texts import Bos, check_bos, find_text, halves_of, join_texts
 
@@ -93,7 +93,7 @@ def command(
     screen.table(table(found, checked))
     for sentence in remarks(found):
         screen.say(sentence)
-    screen.say(f"Plan: {path}; use it with orthorank demo --plan {output}")
+    screen.say(f"Plan: {path}; use it with {call('demo', model, '--plan', output)}")
     return 0
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, console, register, table_of
+from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, call, console, register, table_of
 from orthorank.common.errors import OrthoRankError, check_choice, check_integer
 from orthorank.common.files import check_free, user_path, writable_folder
 from orthorank.common.texts import Bos, Text, check_bos, find_text, halves_of, join_texts, remark_on
@@ -160,7 +160,7 @@ def command(
             f"the dense model {first:.3f} nats a token in the first steps, {last:.3f} in the last"
         )
     screen.table(loss_table([each.name for each in sources], losses))
-    screen.say(f"Plan: {path}, maps beside it; use it with orthorank eval ppl --plan {output}")
+    screen.say(f"Plan: {path}, maps beside it; use it with {call('eval ppl', model, '--plan', output)}")
     return 0
 
 

@@ -1,5 +1,6 @@
 """The terminal: headings, sentences and progress bars with rich, and how options are read."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -81,6 +82,24 @@ def table_of(*heads: str, left: int = 1, no_wrap: bool = False) -> Table:
     return table
 
 
+def call(command: str, model: str | None, *rest: object) -> str:
+    """A command line on the same ``model`` (None: the default one), to be copied.
+
+    >>> call("eval ppl", "./my model", "--plan", "out")
+    "orthorank eval ppl './my model' --plan out"
+    """
+    return shlex.join(["orthorank", *command.split(), *([] if model is None else [model]), *map(str, rest)])
+
+
+def half_range(spread: float, rounds: int) -> str:
+    """Half of the range between the quartiles, as tables show it; of one round there is none.
+
+    >>> half_range(0.021, 5), half_range(0.0, 1)
+    ('0.02', '-')
+    """
+    return "-" if rounds < 2 else f"{spread:.2f}"
+
+
 def number(option: str, words: str | None) -> float | None:
     """A number as people write it: ``0.33``, ``1/3`` or ``20%``.
 
@@ -99,8 +118,8 @@ def number(option: str, words: str | None) -> float | None:
         raise OrthoRankError(f"{option} is {words!r}; it must be a number such as 0.25, 1/3 or 25%") from None
 
 
-def numbers(option: str, words: str | None) -> list[int] | None:
-    """Layer numbers: ``12,14`` or ``12-16,20``.
+def numbers(option: str, words: str | None, what: str = "layer numbers such as 12,14 or 12-16,20") -> list[int] | None:
+    """Layer numbers: ``12,14`` or ``12-16,20``; ``what`` says so where they are something else.
 
     >>> numbers("--layers", "12-14, 20")
     [12, 13, 14, 20]
@@ -115,7 +134,7 @@ def numbers(option: str, words: str | None) -> list[int] | None:
                 raise ValueError
             layers += range(int(first), int(last or first) + 1)
     except ValueError:
-        raise OrthoRankError(f"{option} is {words!r}; it must be layer numbers such as 12,14 or 12-16,20") from None
+        raise OrthoRankError(f"{option} is {words!r}; it must be {what}") from None
     return layers
 
 

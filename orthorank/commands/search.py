@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orthorank.commands.screen import BOS, MODEL, RichScreen, console, number, register, table_of
+from orthorank.commands.screen import BOS, MODEL, RichScreen, call, console, number, register, table_of
 from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.texts import find_text, remark_on
@@ -118,11 +118,14 @@ def command(
             screen.say(remark)
         return run_search(settings, screen)
 
-    return run(output, remarked, table)
+    return run(model, output, remarked, table)
 
 
 def run(
-    output: Path, search: Callable[["RichScreen"], dict[str, Any]], draw: Callable[[dict[str, Any]], "Table"]
+    model: str | None,
+    output: Path,
+    search: Callable[["RichScreen"], dict[str, Any]],
+    draw: Callable[[dict[str, Any]], "Table"],
 ) -> int:
     """Search, and print what came out; of several processes the first one prints, errors included."""
     from orthorank.search.job import NothingWithin
@@ -142,7 +145,7 @@ def run(
     if results.get("prefixes"):
         screen.table(prefix_table(results["prefixes"]))
     screen.table(draw(results))
-    screen.say(f"Plan: {results['plan_file']}; use it with orthorank demo --plan {output}")
+    screen.say(f"Plan: {results['plan_file']}; use it with {call('demo', model, '--plan', output)}")
     return 0
 
 

@@ -89,7 +89,7 @@ def _main(part: dict[str, Any]) -> str:
                 _share(row),
                 *(_perplexity(row["perplexity"][text]) for text in texts),
                 _list(row["paper_perplexity"]),
-                f"{speed['speedup']:.2f}x ± {speed['speedup_spread']:.2f}",
+                f"{speed['speedup']:.2f}x" + (f" ± {speed['speedup_spread']:.2f}" if len(speed["seconds"]) > 1 else ""),
                 f"{speed['tokens_per_second']:,.0f}",
                 "-" if ideal is None else f"{ideal:.2f}x",
                 "-" if row["paper_throughput"] is None else f"{row['paper_throughput']:.2f}x",

@@ -156,6 +156,7 @@ def test_the_command(orthorank: Any, tiny_folder: Path, text: Path, tmp_path: Pa
     line = next(line.split() for line in words.splitlines() if line.split()[:1] == ["4"])
     assert line[1:4] == ["0.2500", f"{found.thresholds[4]:.6g}", "0.2500"]
     assert "Generated tokens are dense; with --decode threshold" in words
+    assert f"use it with orthorank demo {tiny_folder} --plan {out}" in " ".join(words.split())
     assert "the last 1 of the prompt are always updated" in " ".join(words.split())
     with apply_to(tiny_folder, found) as handle, torch.no_grad():
         handle.model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)

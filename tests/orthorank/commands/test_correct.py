@@ -48,6 +48,7 @@ def test_it_is_what_the_function_fits(folder: Path, tmp_path: Path, capsys: pyte
     windows = torch.cat([each.calibration for each in samples])
     expected = fit_correction(model, windows, PLAN, rank=8)
     assert found.correction == expected.correction
+    assert f"orthorank eval ppl {folder} --plan {tmp_path / 'new'}" in said
     record = found.calibration["correction"]
     assert [each["windows"] for each in record["texts"]] == [5, 5]
     assert [Path(each["text"]).name for each in record["texts"]] == ["boats.txt", "code.txt"]

@@ -46,6 +46,14 @@ def test_headings_sentences_and_tables(monkeypatch: pytest.MonkeyPatch, name: st
     assert Text.from_ansi(out.getvalue()).plain.count(name) == 4
 
 
+def test_a_search_says_how_its_plan_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+    from orthorank.commands.search import run, table
+
+    found = {"rows": [], "plan_file": "out/orthorank.json"}
+    assert run("./my model", Path("out"), lambda _: found, table) == 0
+    assert "use it with orthorank demo './my model' --plan out" in " ".join(capsys.readouterr().out.split())
+
+
 def test_every_command_takes_its_terminal_from_one_place() -> None:
     folder = Path(__file__).parents[3] / "orthorank"
     makers = [file.name for file in folder.rglob("*.py") if "Console(" in file.read_text(encoding="utf-8")]

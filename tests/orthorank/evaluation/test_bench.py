@@ -121,6 +121,8 @@ def test_the_command(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
     assert "layer pruning" in shown
     assert "by wall clock" in " ".join(shown.split())
+    assert "in one round, which has no spread; worth it" in " ".join(shown.split()) or "no spread; slower" in shown
+    assert "±" not in shown
     written = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert [row["name"] for row in written["rows"]] == ["dense", "orthorank", "layer pruning"]
     assert written["rows"][1]["nominal_sparsity"] == pytest.approx(2 * 0.5 / 6)
@@ -130,11 +132,20 @@ def test_the_command(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert float(rows[1]["prefill_seconds"]) == written["rows"][1]["prefill_seconds"]
 
 
+def test_figures_are_seen_though_they_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from orthorank.commands.bench_shared import deliver
+
+    results = {"rows": [{"name": "dense"}]}
+    with pytest.raises(OrthoRankError, match="cannot be written"):
+        deliver(None, results, tmp_path / "gone", as_json=False, show=lambda: print("a table"))
+    assert capsys.readouterr().out == "a table\n"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--plan", "nowhere"], "no plan can be read at nowhere"),
-        (["--lengths", "a"], "lengths is 'a'"),
+        (["--lengths", "a"], "--lengths is 'a'; it must be numbers of tokens such as 128,512, or 0 for none"),
         (["--rounds", "0"], "rounds is 0"),
         (["--threads", "0"], "threads is 0"),
         ([], "--plan"),

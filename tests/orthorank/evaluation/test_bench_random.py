@@ -114,7 +114,10 @@ def test_a_graph_needs_a_gpu_and_says_so(model: Any, config: str, capsys: Any) -
 def test_the_command_measures_and_says_what_it_did_not(config: str, tmp_path: Path, capsys: Any) -> None:
     arguments = ["bench", "--random-weights", config, "--prompt-tokens", "12", "--rounds", "1", "--device", "cpu"]
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
-    said = " ".join(capsys.readouterr().out.split())
+    shown = capsys.readouterr().out
+    dense = next(line.split() for line in shown.splitlines() if line.split()[:1] == ["dense"])
+    assert dense[4:7] == ["1.00x", "1.00x", "-"], "one round has no spread"
+    said = " ".join(shown.split())
     assert "The weights are random: this is speed and memory alone, and says nothing about quality." in said
     assert "the last ones before the final layer" in said
     written = json.loads((tmp_path / "out" / "bench.json").read_text())
