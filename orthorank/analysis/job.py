@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from orthorank.common.criteria import check_criterion
 from orthorank.common.errors import OrthoRankError, check_integers
 from orthorank.common.files import writable_folder, write_json
-from orthorank.common.progress import Screen
+from orthorank.common.progress import Screen, say_replaced
 from orthorank.common.texts import check_bos, spread
 from orthorank.config import OrthoRankConfig
 
@@ -65,6 +65,7 @@ def run_analysis(settings: AnalysisSettings, screen: Screen) -> dict[str, Any]:
     plans = settings.read_plans()
     text = find_text(settings.text)
     folder = writable_folder(settings.output)
+    say_replaced(screen, folder, "analysis.json")
     with screen.progress(f"loading {locate(settings.model).name}", 1):
         model, tokenizer, info = load_model(settings.model, settings.device, settings.dtype)
     bos = Bos.of(settings.bos, tokenizer)

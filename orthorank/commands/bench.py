@@ -9,6 +9,7 @@ from orthorank.commands.screen import MODEL, OWN_CRITERION, RichScreen, console,
 from orthorank.common.errors import OrthoRankError, check_choice
 from orthorank.common.files import writable_folder
 from orthorank.common.format import doubts
+from orthorank.common.progress import say_replaced
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -84,6 +85,7 @@ def command(
     plans = _read(plan)
     folder = None if output is None else writable_folder(output)
     screen = RichScreen(console(stderr=json))
+    say_replaced(screen, folder, "bench.json", "bench.csv")
     if engine == "vllm":
         _refuse_for_vllm(
             decode_tokens=decode_tokens, lengths=lengths, threads=threads, device=device, random_weights=random_weights

@@ -13,6 +13,7 @@ from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError, check_integers, check_max_loss
 from orthorank.common.files import finite, writable_folder, write_json, write_text
 from orthorank.common.paired import is_within, rise_of
+from orthorank.common.progress import say_replaced
 from orthorank.common.texts import Bos, check_bos
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def command(
         raise OrthoRankError(f"max_loss is given with one {what}, which has no standard error; give two or more")
     folder = writable_folder(output)
     screen = RichScreen(console(stderr=json))
+    say_replaced(screen, folder, "compare.json", "compare.html")
     with screen.progress(f"loading {locate(model).name}", 1):
         loaded, tokenizer, info = load_model(model, device, dtype)
     for each in plans.values():

@@ -11,6 +11,7 @@ import typer
 from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, console, register, table_of
 from orthorank.common.errors import OrthoRankError, check_integers
 from orthorank.common.files import writable_folder, write_json
+from orthorank.common.progress import say_replaced
 from orthorank.common.texts import Bos, check_bos
 
 DATA = "JSONL file with task, prompt and gold in each line. Default: LongBench from the Hub."
@@ -61,6 +62,7 @@ def command(
     questions = _questions(data, tasks, limit)
     folder = writable_folder(output)
     screen = RichScreen(console(stderr=json))
+    say_replaced(screen, folder, "longbench.json")
     with screen.progress(f"loading {locate(model).name}", 1):
         loaded, tokenizer, info = load_model(model, device, dtype)
     if only_shorter is not None:

@@ -12,6 +12,7 @@ from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import finite, writable_folder, write_json
 from orthorank.common.paired import rise_of
+from orthorank.common.progress import say_replaced
 from orthorank.common.texts import Bos, check_bos, read_tokens
 
 PLAN = (
@@ -56,6 +57,7 @@ def command(
     folder = None if output is None else writable_folder(output)
     chosen = evaluation_text(text, dataset)
     screen = RichScreen(console(stderr=json))
+    say_replaced(screen, folder, "ppl.json")
     with screen.progress(f"loading {locate(model).name}", 1):
         loaded, tokenizer, info = load_model(model, device, dtype)
     for each in plans.values():

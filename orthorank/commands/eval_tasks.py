@@ -9,6 +9,7 @@ import typer
 from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, console, register, table_of
 from orthorank.common.errors import OrthoRankError, check_integers
 from orthorank.common.files import finite, writable_folder, write_json
+from orthorank.common.progress import say_replaced
 from orthorank.common.texts import check_bos
 
 TASKS = "Tasks of the harness, such as piqa,winogrande. Default: the paper's five."
@@ -61,6 +62,7 @@ def command(
     plans = read_plans(plan)
     dense = len(plans) > 1 if dense is None else dense
     screen = RichScreen(console(stderr=json))
+    say_replaced(screen, folder, "tasks.json")
     with screen.progress(f"loading {locate(model).name}", 1):
         loaded, tokenizer, info = load_model(model, device, dtype)
     for each in plans.values():

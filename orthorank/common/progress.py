@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Protocol
 
 Advance = Callable[[int, str], None]
@@ -36,3 +37,9 @@ class SilentScreen:
     def progress(self, title: str, total: int) -> AbstractContextManager[Advance]:
         """Nothing, with an ``advance`` that does nothing."""
         return nullcontext(lambda done, note: None)
+
+
+def say_replaced(screen: Screen, folder: Path | None, *names: str) -> None:
+    """Say which files of an earlier run in ``folder`` this one replaces at its end; None: it writes nowhere."""
+    if folder is not None and (found := [str(folder / name) for name in names if (folder / name).exists()]):
+        screen.say(f"Replaces {', '.join(found)}.")

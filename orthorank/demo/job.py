@@ -13,7 +13,7 @@ from orthorank.common import format as words
 from orthorank.common.environment import environment
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import check_free, user_path, writable_folder
-from orthorank.common.progress import Screen, SilentScreen
+from orthorank.common.progress import Screen, SilentScreen, say_replaced
 from orthorank.common.texts import remark_on
 from orthorank.demo import choose, measure
 from orthorank.demo.correct import with_corrected
@@ -82,6 +82,7 @@ def _prepare(settings: Settings, screen: Screen) -> Run:
     if not (user_path("output", settings.output) / RESULTS).exists():  # an earlier demo's plans are replaced
         check_free(settings.output)
     folder = writable_folder(settings.output)
+    say_replaced(screen, folder, RESULTS, REPORT, *PLAN_FILES.values())
     screen.heading(f"OrthoRank on {where.name}")
     with screen.progress("loading the model", 1) as advance:
         model, tokenizer, info = load_model(settings.model, settings.device)

@@ -10,6 +10,8 @@ from rich.text import Text
 
 from orthorank.cli import main
 from orthorank.commands.screen import RichScreen, console
+from orthorank.common.errors import OrthoRankError
+from orthorank.config import OrthoRankConfig
 
 NAMES = ("[/red]", "[bold]model", "a [/] b", ":smile:", "[link=x]y", "100 % {braces} [")
 
@@ -78,3 +80,47 @@ def test_a_table_in_the_environment(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(platform, "machine", lambda: "x[/red]")
     assert main(["env"]) == 0
     assert "x[/red]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        (["bench"], ["bench.json", "bench.csv"]),
+        (["eval", "ppl"], ["ppl.json"]),
+        (["eval", "tasks"], ["tasks.json"]),
+        (["eval", "longbench", "--data", "data.jsonl"], ["longbench.json"]),
+        (["compare", "--plan", "plan", "--prompts", "prompts.txt"], ["compare.json", "compare.html"]),
+        (["analyze"], ["analysis.json"]),
+        (["demo"], ["results.json", "report.html", "orthorank.json", "orthorank-pruning.json"]),
+    ],
+)
+def test_results_that_are_replaced_are_said(
+    command: list[str],
+    names: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Before the model is loaded, when there is time to stop."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise OrthoRankError("as far as this")
+
+    monkeypatch.chdir(tmp_path)
+    for module in ("orthorank.models", "orthorank.demo.job"):
+        monkeypatch.setattr(f"{module}.load_model", stop)
+    OrthoRankConfig(layers=[1]).save_pretrained("plan")
+    Path("prompts.txt").write_text("a\nb\n")
+    Path("data.jsonl").write_text('{"task": "trec", "prompt": "a", "gold": ["b"]}\n')
+    Path("out").mkdir()
+    for name in names:
+        assert main([*command, "--output", "out"]) == 2
+        said = capsys.readouterr()
+        assert "Replaces" not in said.out
+        assert "as far as this" in said.err
+        Path("out", "results.json" if command == ["demo"] else name).write_text("{}")
+        Path("out", name).write_text("{}")
+        assert main([*command, "--output", "out"]) == 2
+        assert f"out/{name}" in " ".join(capsys.readouterr().out.split()).partition("Replaces ")[2]
+        for file in Path("out").iterdir():
+            file.unlink()
