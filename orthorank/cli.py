@@ -9,7 +9,9 @@ import functools
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -39,7 +41,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing:
         return _fail(f"the command line needs {' and '.join(missing)}; run: {install('demo')}")
     given = sys.argv[1:] if arguments is None else arguments
+    if (empty := _empty(given)) is not None:
+        return _fail(f"{empty} is empty; give it a value, or leave it out")
     return answer(lambda: _app(next(iter(given), ""), helping="--help" in given), given, "orthorank")
+
+
+def _empty(given: Sequence[str]) -> str | None:
+    """The option or argument that is an empty string, as of a shell's variable that is not set; None: none is.
+
+    >>> _empty(["eval", "ppl", "--plan", ""]), _empty(["doctor", ""]), _empty(["demo", "--text="])
+    ('--plan', 'an argument of doctor', '--text')
+    """
+    for before, word in zip(("", *given), given if given[:1] != ["lm-eval"] else (), strict=False):
+        if word.startswith("--") and word.endswith("="):
+            return word[:-1]
+        if not word:
+            return before if before.startswith("--") else f"an argument of {given[0] or 'orthorank'}"
+    return None
 
 
 def answer(app: Callable[[], "typer.Typer"], arguments: Sequence[str] | None, name: str) -> int:
@@ -48,7 +66,8 @@ def answer(app: Callable[[], "typer.Typer"], arguments: Sequence[str] | None, na
 
     usage_error: Any = typer.BadParameter.__base__  # click's class, or that of the copy of click inside typer
     try:
-        code = int(app()(args=arguments, standalone_mode=False, prog_name=name) or 0)
+        with _plain_warnings(name):
+            code = int(app()(args=arguments, standalone_mode=False, prog_name=name) or 0)
         return code if code != INTERRUPTED else _fail(NOTHING_KEPT)
     except usage_error as error:
         return _fail(f"{error.format_message()} ({name} {_command_of(error, name)}--help lists what there is)")
@@ -179,6 +198,27 @@ def _as_typed(command: Callable[..., int], name: str) -> str:
     if any(type(info).__name__ == "ArgumentInfo" for info in said):
         return name.upper()
     return longest or f"--{name.replace('_', '-')}"
+
+
+@contextmanager
+def _plain_warnings(name: str) -> Iterator[None]:
+    """This package's own warnings as a line without the place in the code, which would be one of typer's."""
+    before = warnings.showwarning
+
+    def show(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+        frame = sys._getframe(1)
+        while frame.f_globals.get("__name__") == "warnings" and frame.f_back is not None:
+            frame = frame.f_back
+        if frame.f_globals.get("__name__", "").partition(".")[0] in ("orthorank", "orthorank_kernels"):
+            print(f"{name}: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        else:
+            before(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def _interrupted(error: BaseException | None) -> bool:

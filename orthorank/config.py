@@ -184,9 +184,12 @@ class OrthoRankConfig:
             raise OrthoRankError(f"the plan has the key {shown(wrong[0])}; its keys must be names of fields, strings")
         known = {f.name for f in dataclasses.fields(cls) if f.init}
         if unknown := sorted(set(values) - known):
+            version = values.get("version")
+            newer = isinstance(version, str) and release_of(version) > release_of(__version__)
+            remedy = "a newer version may follow them" if newer else "check the spelling"
             warnings.warn(
                 f"this plan (written by version {values.get('version', 'unknown')}) has keys that version "
-                f"{__version__} does not know and ignores: {', '.join(unknown)}; a newer version may follow them",
+                f"{__version__} does not know and ignores: {', '.join(unknown)}; {remedy}",
                 UnknownKeysWarning,
                 stacklevel=levels_to_caller(),
             )

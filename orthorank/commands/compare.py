@@ -34,6 +34,7 @@ SAMPLE = (
 TEXT = "UTF-8 text file to measure losses on, window by window. Default: losses of the dense model's answers."
 DATASET = "Instead of a text: wikitext2 (test split) or c4 (validation), with :FOLDER for a local copy."
 MAX_LOSS = "Exit code 1 if the mean rise of a plan's loss plus two standard errors is above this, in nats a token."
+STATE = "compare-state.jsonl"
 SHOWN = 4  # prompts whose answers the terminal shows
 
 
@@ -62,6 +63,7 @@ def command(
     was stopped.
     """
     from orthorank.common.datasets import evaluation_text
+    from orthorank.evaluation.answers import kept_rows
     from orthorank.evaluation.compare import that_fit
     from orthorank.evaluation.prompts import sample_prompts
     from orthorank.hf.apply import check_plan
@@ -84,6 +86,7 @@ def command(
         what = "prompt" if chosen is None else "window"
         raise OrthoRankError(f"max_loss is given with one {what}, which has no standard error; give two or more")
     folder = writable_folder(output)
+    kept_rows(folder / STATE, row=dict)  # complains, if at all, before the model is loaded
     screen = RichScreen(console(stderr=json))
     say_replaced(screen, folder, "compare.json", "compare.html")
     with screen.progress(f"loading {locate(model).name}", 1):
@@ -98,7 +101,7 @@ def command(
     settings = None
     if chosen is not None:
         settings = settings_of(loaded, tokenizer, chosen, dataset, window, windows, batch_size, Bos.of(bos, tokenizer))
-    state = folder / "compare-state.jsonl"
+    state = folder / STATE
     results: dict[str, Any] = {"model": info.to_dict(), "max_new_tokens": max_new_tokens, "bos": bos}
     results |= {"too_long": drawn - len(asked), "no_prompts": odd}
     if sample is not None and drawn < sample:
@@ -187,7 +190,9 @@ def compared_table(results: dict[str, Any]) -> "Table":
 
 
 def _verdict(name: str, rise: dict[str, Any], most: float) -> str:
-    said = f"its loss rises by {words.spread(rise)} nats a token"
+    falls = rise["mean"] < 0
+    size = rise | {"mean": abs(rise["mean"])}
+    said = f"its loss {'falls' if falls else 'rises'} by {words.spread(size)} nats a token"
     if is_within(rise, most):
         return f"{name} is within {most:g}: {said}."
     if rise["most"] != rise["most"]:

@@ -47,6 +47,7 @@ def command(
 
     from orthorank.config import OrthoRankConfig
     from orthorank.evaluation.answer_cache import tokenizer_fingerprint
+    from orthorank.evaluation.answers import kept_rows
     from orthorank.evaluation.longbench import Question, metrics
     from orthorank.evaluation.longbench_run import run_longbench
     from orthorank.hf.apply import apply
@@ -63,6 +64,7 @@ def command(
     folder = writable_folder(output)
     screen = RichScreen(console(stderr=json))
     say_replaced(screen, folder, "longbench.json")
+    kept_rows(folder / "answers.jsonl", answer=str)  # complains, if at all, before the model is loaded
     with screen.progress(f"loading {locate(model).name}", 1):
         loaded, tokenizer, info = load_model(model, device, dtype)
     if only_shorter is not None:

@@ -58,6 +58,7 @@ def command(
     chosen = evaluation_text(text, dataset)
     screen = RichScreen(console(stderr=json))
     say_replaced(screen, folder, "ppl.json")
+    kept = KeptRows(None if folder is None else folder / "ppl-rows.jsonl")
     with screen.progress(f"loading {locate(model).name}", 1):
         loaded, tokenizer, info = load_model(model, device, dtype)
     for each in plans.values():
@@ -66,7 +67,6 @@ def command(
     settings = settings_of(loaded, tokenizer, chosen, dataset, window, windows, batch_size, where)
     rows: list[dict[str, Any]] = []
     results = {"model": info.to_dict(), "text": chosen.name, "window": window, "rows": rows}
-    kept = KeptRows(None if folder is None else folder / "ppl-rows.jsonl")
     for name, each in ({"dense": None} | plans).items():
 
         def measured(name: str = name, each: Any = each) -> dict[str, Any]:

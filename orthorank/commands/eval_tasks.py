@@ -63,6 +63,7 @@ def command(
     dense = len(plans) > 1 if dense is None else dense
     screen = RichScreen(console(stderr=json))
     say_replaced(screen, folder, "tasks.json")
+    kept = KeptRows(None if folder is None else folder / "tasks-rows.jsonl")
     with screen.progress(f"loading {locate(model).name}", 1):
         loaded, tokenizer, info = load_model(model, device, dtype)
     for each in plans.values():
@@ -71,7 +72,6 @@ def command(
     several = len(variants) > 1
     rows: list[dict[str, Any]] = []
     results: dict[str, Any] = {"model": info.to_dict()}
-    kept = KeptRows(None if folder is None else folder / "tasks-rows.jsonl")
     how: dict[str, Any] = {"limit": limit, "context_only": context_only, "bos": bos, "samples": several}
     about = how | definition_of(names, include_path) | {"tokenizer": tokenizer_fingerprint(tokenizer)}
     for name, each in variants.items():

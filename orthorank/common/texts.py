@@ -122,6 +122,8 @@ def find_text(path: str | Path | None = None) -> Text:
     if path is None:
         return _standard_library()
     file = user_path("text", path)
+    if file.is_dir():
+        raise OrthoRankError(f"text {str(path)!r} is a folder; name a UTF-8 text file")
     try:
         content = file.read_bytes().decode("utf-8-sig")  # as it is: reading as text would rewrite line ends
     except OSError as error:

@@ -79,15 +79,20 @@ def kept_rows(path: Path, what: str = "answers", **fields: type) -> dict[str, di
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             os.truncate(path, len(whole))
-        rows = [from_json(line) for line in whole.decode("utf-8").splitlines()]
-        known = {row["key"]: row for row in rows}
-        if not all(isinstance(row[name], kind) for row in rows for name, kind in fields.items()):
-            raise ValueError("a row has a field of another type")
-        return known
     except OSError as error:
         raise OrthoRankError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise OrthoRankError(f"{path} is no file of {what}; delete it, or name another output folder") from error
+    known = {}
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            row = from_json(line.decode("utf-8"))
+            known[row["key"]] = row
+            if not all(isinstance(row[name], kind) for name, kind in fields.items()):
+                raise ValueError("a row has a field of another type")
+        except (ValueError, KeyError, TypeError) as error:
+            raise OrthoRankError(
+                f"{path} is no file of {what} (line {number}); delete it, or name another output folder"
+            ) from error
+    return known
 
 
 def keep(path: Path, row: dict[str, Any]) -> None:

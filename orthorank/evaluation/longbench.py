@@ -8,6 +8,7 @@ functions, as the harness carries them.
 
 import importlib
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,8 @@ def local_questions(path: str | Path) -> list[Question]:
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON texts may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
-        raise OrthoRankError(f"data {str(path)!r} cannot be read: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise OrthoRankError(f"data {str(path)!r} cannot be read: {reason}") from error
     questions = [_parsed(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not questions:
         raise OrthoRankError(f"data {str(path)!r} holds no questions")
@@ -232,7 +234,9 @@ def metrics() -> Any:
         OrthoRankError: it, or a library it needs, is not installed.
     """
     try:
-        return importlib.import_module("lm_eval.tasks.longbench.metrics")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Using slow pure-python SequenceMatcher")  # of fuzzywuzzy, and meant so
+            return importlib.import_module("lm_eval.tasks.longbench.metrics")
     except ImportError as error:
         raise OrthoRankError(
             "LongBench's metrics need lm-evaluation-harness with jieba, fuzzywuzzy and rouge "

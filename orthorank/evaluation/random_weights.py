@@ -93,8 +93,10 @@ def read_config(config: str | Path, layers: int | None = None) -> Any:
     file = _file(config)
     try:
         fields = json.loads(file.read_text(encoding="utf-8-sig"))
-        kind = fields.pop("model_type")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        kind = fields.pop("model_type") if isinstance(fields, dict) else None
+        if not isinstance(kind, str):
+            raise ValueError("it is no JSON object with a name as its model_type")
+    except (OSError, ValueError, KeyError) as error:
         raise OrthoRankError(
             f"config {str(config)!r} cannot be read as a model's configuration ({type(error).__name__}: {error}); name "
             f"a config.json as the hub has it, or one of {', '.join(shipped_configs())}"

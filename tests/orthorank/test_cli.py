@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,49 @@ assert not heavy, heavy
     assert "demo" in done.stdout
     assert "doctor" in done.stdout
     assert "--keep-ratio" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["eval", "ppl", "--plan", ""], "--plan is empty; give it a value"),
+        (["eval", "ppl", "--json", "--text="], "--text is empty; give it a value"),
+        (["doctor", "model", ""], "an argument of doctor is empty"),
+        ([""], "an argument of orthorank is empty"),
+    ],
+)
+def test_an_empty_word_is_a_variable_that_is_not_set(line, said, orthorank):
+    """Which would otherwise be the present folder."""
+    code, out, err = orthorank(*line)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"orthorank: {said}")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"layers": []}, "this plan names no layers: with it a model is the dense one"),
+        ({"version": "99.0"}, "this plan was written by version 99.0, and this is"),
+        ({"kep_ratio": 0.5}, "does not know and ignores: kep_ratio; check the spelling"),
+        ({"kep_ratio": 0.5, "version": "99.0"}, "ignores: kep_ratio; a newer version may follow them"),
+    ],
+)
+def test_a_warning_is_a_line_without_a_place_in_the_code(fields, said, tmp_path, orthorank):
+    (tmp_path / "plan.json").write_text(json.dumps({"layers": [1]} | fields))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        code, _, err = orthorank("estimate", "llama-3-8b", "--prompt", "512", "--plan", str(tmp_path / "plan.json"))
+    assert code == 0
+    assert any(line.startswith("orthorank: warning: ") and said in line for line in err.splitlines())
+    assert ".py" not in err
+
+
+def test_a_configuration_of_another_shape(tmp_path, orthorank):
+    for content in ('["llama"]', '{"model_type": ["llama"]}'):
+        (tmp_path / "list.json").write_text(content)
+        code, _, err = orthorank("estimate", str(tmp_path / "list.json"))
+        assert code == 2
+        assert "it is no JSON object with a name as its model_type" in err
 
 
 def test_a_wrong_option_ends_the_process_with_2_and_one_sentence():

@@ -96,6 +96,13 @@ def test_losses_of_a_text_are_paired_window_by_window(
     assert str(text) in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_loss_that_falls_is_not_said_to_rise() -> None:
+    rise = {"mean": -0.0025, "standard_error": 0.001, "most": -0.0005}
+    assert compare_command._verdict("better", rise, 0.05) == (
+        "better is within 0.05: its loss falls by 0.0025 ± 0.0010 nats a token."
+    )
+
+
 def test_the_exit_code_says_whether_every_plan_is_within_the_loss(
     line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

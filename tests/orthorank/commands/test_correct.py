@@ -162,8 +162,8 @@ def test_what_search_and_fits_wrote_is_not_replaced(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor by a fit with --resume, which has only a state to go on with."""
+    monkeypatch.setattr("orthorank.demo.job.load_model", None)  # first: a module imported now keeps what it finds
     monkeypatch.setattr("orthorank.models.load_model", None)
-    monkeypatch.setattr("orthorank.demo.job.load_model", None)
     plan = str(OrthoRankConfig(layers=[1]).save_pretrained(tmp_path / "plan"))
     named = [plan if word == "PLAN" else word for word in command]
     for name in ("orthorank.json", "correction.safetensors", "search.json", "search-state.json"):

@@ -107,7 +107,7 @@ def test_results_that_are_replaced_are_said(
         raise OrthoRankError("as far as this")
 
     monkeypatch.chdir(tmp_path)
-    for module in ("orthorank.models", "orthorank.demo.job"):
+    for module in ("orthorank.demo.job", "orthorank.models"):  # a module that is imported now keeps what it finds
         monkeypatch.setattr(f"{module}.load_model", stop)
     OrthoRankConfig(layers=[1]).save_pretrained("plan")
     Path("prompts.txt").write_text("a\nb\n")
@@ -124,3 +124,31 @@ def test_results_that_are_replaced_are_said(
         assert f"out/{name}" in " ".join(capsys.readouterr().out.split()).partition("Replaces ")[2]
         for file in Path("out").iterdir():
             file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["eval", "ppl"], "ppl-rows.jsonl"),
+        (["eval", "tasks"], "tasks-rows.jsonl"),
+        (["eval", "longbench", "--data", "data.jsonl"], "answers.jsonl"),
+        (["compare", "--plan", "plan", "--prompts", "prompts.txt"], "compare-state.jsonl"),
+    ],
+)
+def test_broken_rows_are_said_before_the_model_is_loaded(
+    command: list[str],
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("orthorank.models.load_model", None)
+    OrthoRankConfig(layers=[1]).save_pretrained("plan")
+    Path("prompts.txt").write_text("a\nb\n")
+    Path("data.jsonl").write_text('{"task": "trec", "prompt": "a", "gold": ["b"]}\n')
+    Path("out").mkdir()
+    Path("out", name).write_text('{"key": "a", "row": {}, "answer": ""}\nnonsense\n')
+    assert main([*command, "--output", "out"]) == 2
+    assert f"out/{name} is no file of " in (said := capsys.readouterr().err)
+    assert "(line 2); delete it, or name another output folder" in said

@@ -167,6 +167,11 @@ def test_local_files_say_what_is_wrong(tmp_path: Path, line: str, words: str) ->
         local_questions(file)
 
 
+def test_a_file_that_is_not_there_is_named_once(tmp_path: Path) -> None:
+    with pytest.raises(OrthoRankError, match=r"^data '[^']*nosuch' cannot be read: No such file or directory$"):
+        local_questions(tmp_path / "nosuch")
+
+
 def test_a_line_ends_at_its_newline_alone(tmp_path: Path) -> None:
     """JSON may hold characters that Python, too, takes for ends of lines."""
     rows = [{"task": "lcc", "idx": n, "prompt": f"a\u2028b\x85c {n}", "gold": ["x"]} for n in range(2)]
