@@ -53,7 +53,7 @@ def _empty(given: Sequence[str]) -> str | None:
     ('--plan', 'an argument of doctor', '--text')
     """
     for before, word in zip(("", *given), given if given[:1] != ["lm-eval"] else (), strict=False):
-        if word.startswith("--") and word.endswith("="):
+        if word.startswith("--") and word.find("=") == len(word) - 1:
             return word[:-1]
         if not word:
             return before if before.startswith("--") else f"an argument of {given[0] or 'orthorank'}"

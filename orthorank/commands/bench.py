@@ -68,13 +68,7 @@ def command(
 
     register(criterion)
     check_choice("engine", engine, ENGINES)
-    chosen = (
-        None
-        if lengths is None
-        else ()
-        if lengths.strip() == "0"
-        else tuple(numbers("--lengths", lengths, LENGTHS_ARE) or ())
-    )
+    chosen = None if lengths is None else _lengths(lengths)
     settings = BenchSettings(
         prompt_tokens=prompt_tokens,
         batch_size=batch_size,
@@ -121,6 +115,10 @@ def command(
         report = run_bench(loaded, variants, settings, on_step=counted(advance))
     results = results_of(loaded, info, variants, report)
     return deliver(screen, results, folder, as_json=json, show=lambda: _show(screen, results))
+
+
+def _lengths(words: str) -> tuple[int, ...]:
+    return () if words.strip() == "0" else tuple(numbers("--lengths", words, LENGTHS_ARE) or ())
 
 
 def _refuse_for_vllm(**options: Any) -> None:

@@ -107,7 +107,7 @@ def command(
     if sample is not None and drawn < sample:
         screen.say(f"{prompts} has {drawn} prompts, fewer than --sample {sample}: all of them are taken.")
     if odd:
-        screen.say(f"{odd} of its lines are no prompts and are left out; without --sample the first one is named.")
+        screen.say(f"Lines of {prompts} that are no prompts: {odd}, left out; without --sample the first one is named.")
     try:
         results |= _answers(screen, loaded, tokenizer, plans, asked, max_new_tokens, bos, state)
         results["text"] = None if chosen is None else chosen.name

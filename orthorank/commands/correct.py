@@ -28,8 +28,12 @@ WINDOWS = "Windows to fit on, from the first halves of the texts; as many of the
 SHARES = "How the texts share the windows, such as 2,1: in the order of --text, then --dataset. Default: equally."
 DISTILL = "Steps to train the fitted maps toward the dense model's next tokens, each about 3 forwards of 2 windows."
 SPILL = "Folder to keep the windows' hidden states in, until the end of the fit. Default: in memory."
-RESUME = "Go on with the fit whose state is in the output folder; begin one if there is none."
+RESUME = "Go on with the fit whose state is in the output folder; begin one if there is none. A finished one stays."
 DEVICE_MAP = "auto: spread a model that one device cannot hold, by accelerate."
+FOLLOWED = (  # of a plan, what its maps leave as it is
+    *("ratios", "criterion", "seed", "select", "select_window", "keep_multiple", "keep_last"),
+    *("min_prompt", "decode", "kv", "update_sink", "sinks"),
+)
 STATE = "correct-state.safetensors"
 DISTILLING = "distill-state.safetensors"
 
@@ -86,8 +90,12 @@ def command(
             f"output folder {str(output)!r} has an unfinished fit ({', '.join(unfinished)}); go on with it by adding "
             "--resume, delete it, or name another folder with --output"
         )
+    done = None
     if not unfinished:  # else the state says whether it is the same fit, before anything is written
-        check_free(output)
+        if resume and all((states[0].parent / name).exists() for name in ("orthorank.json", "correction.safetensors")):
+            done = OrthoRankConfig.from_pretrained(states[0].parent)
+        else:
+            check_free(output)
     folder = writable_folder(output)
     screen = RichScreen(console())
 
@@ -117,6 +125,11 @@ def command(
     import torch
 
     ids = torch.cat([each.calibration for each in samples])
+    if done is not None:
+        if not _is_of(done, loaded, ids, followed, distill, rank=rank, target=target):
+            check_free(output)
+        screen.say(f"This fit is finished: {folder / 'orthorank.json'}, maps beside it.")
+        return 0
     last = max((layer for layer, ratio in followed.ratios.items() if ratio < 1), default=0)
     with screen.progress("maps", last + 1) as advance:
         found = fit_correction(
@@ -162,6 +175,22 @@ def command(
     screen.table(loss_table([each.name for each in sources], losses))
     screen.say(f"Plan: {path}, maps beside it; use it with {call('eval ppl', model, '--plan', output)}")
     return 0
+
+
+def _is_of(
+    done: "OrthoRankConfig", model: Any, ids: "Tensor", plan: "OrthoRankConfig", distill: int, **how: Any
+) -> bool:
+    """Whether ``done`` is the plan that a fit of these windows would end with."""
+    from orthorank.calibration.windows import record_of
+    from orthorank.hf.provenance import differing, weights_fingerprint
+
+    record = done.calibration.get("correction")
+    if not isinstance(record, dict) or any(record.get(name) != value for name, value in (record_of(ids) | how).items()):
+        return False
+    apart = differing(record.get("model_fingerprint"), weights_fingerprint(model))
+    steps = record["distilled"]["steps"] if "distilled" in record else 0
+    same = [name for name in FOLLOWED if getattr(done, name) == getattr(plan, name)]
+    return len(same) == len(FOLLOWED) and steps == distill and apart is not None and apart[0] == 0
 
 
 def _sources(texts: list[Path], datasets: list[str]) -> list[Text]:

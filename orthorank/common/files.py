@@ -6,7 +6,6 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -114,22 +113,26 @@ def writable_folder(path: str | os.PathLike[str], name: str = "output") -> Path:
 
 # What search, calibrate and correct write into their folders, hours of work some of it.
 KEPT = (
-    *("search.json", "search-state.json", "correct-state.safetensors", "distill-state.safetensors"),
-    *("orthorank.json", "correction.safetensors"),
+    "search.json",
+    "search-state.json",
+    "correct-state.safetensors",
+    "distill-state.safetensors",
+    "orthorank.json",
+    "correction.safetensors",
 )
 
 
-def check_free(path: str | os.PathLike[str], remedy: str = "", leaving: Collection[str] = ()) -> None:
+def check_free(path: str | os.PathLike[str], remedy: str = "") -> None:
     """No plan, search or fit is in the folder ``path``, which need not be there.
 
     Args:
-        remedy: what to do beside naming another folder. leaving: files of `KEPT` that may be there.
+        remedy: what to do beside naming another folder.
 
     Raises:
         OrthoRankError: one is.
     """
     folder = user_path("output", path)
-    if found := [name for name in KEPT if name not in leaving and (folder / name).exists()]:
+    if found := [name for name in KEPT if (folder / name).exists()]:
         raise OrthoRankError(
             f"output folder {str(folder)!r} has an earlier result ({', '.join(found)}), which is not overwritten; "
             f"{remedy}name another folder with --output"

@@ -64,7 +64,8 @@ def test_a_sample_leaves_out_what_is_too_long(
     (tmp_path / "prompts.txt").write_text(log)
     assert main([*line, "--sample", "4"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "has 3 prompts, fewer than --sample 4: all of them are taken. 1 of its lines are no prompts" in shown
+    assert "has 3 prompts, fewer than --sample 4: all of them are taken. Lines of " in shown
+    assert "prompts.txt that are no prompts: 1, left out" in shown
     assert main([*line, "--sample", "3"]) == 0
     assert "Of the prompts drawn, 1 left out: too long for the model" in " ".join(capsys.readouterr().out.split())
     found = json.loads((tmp_path / "out" / "compare.json").read_text())

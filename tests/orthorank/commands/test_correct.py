@@ -154,6 +154,16 @@ def test_an_interrupted_fit_goes_on(folder: Path, tmp_path: Path, capsys: pytest
     whole, again = (OrthoRankConfig.from_pretrained(tmp_path / name) for name in ("whole", "out"))
     assert whole == again
     assert not state.exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("orthorank.calibration.corrections.fit_correction", None)
+        assert "This fit is finished: " in run(capsys, *command, "--output", tmp_path / "out", "--resume")
+        for others in (("--text", folder / "boats.txt"), ("--rank", 4), ("--distill", 3)):
+            given = [*map(str, (*command, *others)), "--output", str(tmp_path / "out"), "--resume"]
+            assert main(["correct", *given]) == 2
+            assert "has an earlier result (orthorank.json, correction.safetensors)" in capsys.readouterr().err
+        other = OrthoRankConfig(layers=[1, 3], keep_ratio=0.5).save_pretrained(tmp_path / "other")
+        assert main(["correct", str(other), *map(str, command[1:]), "--output", str(tmp_path / "out"), "--resume"]) == 2
+    assert OrthoRankConfig.from_pretrained(tmp_path / "out") == whole
     assert not list((tmp_path / "spill").iterdir())
 
 
