@@ -61,7 +61,10 @@ def command(
     part = Path(tempfile.mkdtemp(prefix=".orthorank-", dir=folder))  # until the checkpoint is whole and right
     try:
         with screen.progress(f"writing {folder}", 1), quiet():
-            export_pruned(loaded, followed, part)
+            try:
+                export_pruned(loaded, followed, part)
+            except OrthoRankError as error:  # of the folder that was named
+                raise OrthoRankError(str(error).replace(str(part), str(folder))) from error
             _save(tokenizer, part, folder)
         del loaded
         with screen.progress(f"loading {folder}", 1):

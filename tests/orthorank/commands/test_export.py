@@ -70,7 +70,12 @@ def test_nothing_of_a_users_is_touched(
 ) -> None:
     """A folder or file of any name in the output stays, the model itself among them; what would be overwritten is
     refused before the model is loaded. An export that is stopped leaves nothing."""
+    from safetensors import SafetensorError
+
     from orthorank.hf import export
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("No space left on device")
 
     plan, out = OrthoRankConfig(layers=[1], keep_ratio=0).save_pretrained(tmp_path / "plan"), tmp_path / "out"
     shutil.copytree(tiny_folder, out / "part")
@@ -80,6 +85,10 @@ def test_nothing_of_a_users_is_touched(
     with monkeypatch.context() as patch:
         patch.setattr(export, "writable_folder", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert cli.main(line) == 2
+        patch.undo()
+        patch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+        assert cli.main(line) == 2
+        assert f"folder '{out}' cannot be written to: No space left" in capsys.readouterr().err
         patch.setattr("orthorank.models.load_model", None)
         for name in ("model.safetensors", "tokenizer.json", "generation_config.json"):
             (out / name).write_text("mine")
