@@ -214,7 +214,7 @@ def test_what_is_no_plan(values: Any, words: str) -> None:
         ('{"layers": [1], "measured": {"a": [{"b": 1, "b": 2}]}}', "the key 'b' is there twice"),
         ("[" * 100_000, "is not a JSON file: it is nested too deeply"),
         ("1" * 10_000, "is not a JSON file"),
-        ("\ufeff{}", "is not a JSON file"),
+        ("\ufeff{}", "the plan has no key 'layers'"),
         ('{"layers": [1], "keep_ratio": NaN}', "keep_ratio is nan"),
     ],
 )
