@@ -163,8 +163,9 @@ def loads_ahead(
     hidden_states: torch.Tensor, residual: torch.Tensor | None, score: str, cu_seqlens: torch.Tensor | None
 ) -> bool:
     """Whether a program loads the next token's state while it norms one: where that takes no program from an SM."""
-    narrow = hidden_states.element_size() == 2 and 2 * hidden_states.shape[-1] <= AHEAD_BYTES
-    return narrow and residual is None and cu_seqlens is None and score == "inner"
+    state = hidden_states.element_size() * hidden_states.shape[-1]
+    narrow = hidden_states.element_size() == 2 and state <= AHEAD_BYTES
+    return narrow and state % 16 == 0 and residual is None and cu_seqlens is None and score == "inner"
 
 
 def norm_arguments(
