@@ -155,7 +155,8 @@ def watch_weights() -> None:
     from vllm.v1.worker.worker_base import WorkerBase
 
     for name in CHANGE_WEIGHTS:
-        setattr(Worker, name, _then_forgets(getattr(Worker, name)))
+        if (method := getattr(Worker, name, None)) is not None:  # vLLM 0.31 has no `reset_weights`
+            setattr(Worker, name, _then_forgets(method))
     WorkerBase.orthorank_weights_changed = weights_changed
     WorkerBase.orthorank_switch = switch
 

@@ -160,7 +160,6 @@ WORKER: Group = {
         "Worker.start_weight_update": function,
         "Worker.update_weights": function,
         "Worker.finish_weight_update": function,
-        "Worker.reset_weights": function,
         "Worker.wake_up": function,
     },
     "vllm.v1.worker.worker_base": {"WorkerBase": a(type)},
@@ -198,6 +197,7 @@ OPTIONAL: Group = {
         "ParallelConfig": with_fields("decode_context_parallel_size", "prefill_context_parallel_size", "enable_dbo")
     },
     "vllm.model_executor.models.mistral": {"MistralAttention._get_llama_4_attn_scale": called_as(2)},
+    "vllm.v1.worker.gpu_worker": {"Worker.reset_weights": function},
 }
 _MODULE, _TENSOR = kind("Module"), kind("Tensor")
 # Attributes of objects that vLLM makes; types of vLLM and PyTorch by name.
