@@ -12,6 +12,7 @@ REASONS = {
     "scalar": "every thread would store the same scalar to the same place",
     "one thread": "one thread stores all scores of a program and does the atomic, whose own barriers stand beside; AMD "
     "needs it, as the kernel says",
+    "beside": "sums before or behind it have barriers of their own, which the kernel's text does not count on",
     "one step": "keeps apart two steps of a loop over 256 sequences; here there is one step. In select_tokens, which "
     "calls the same function, a case of 258 sequences notices it",
     "twice": "64 channels on 128 threads: two hold each, and both would store the same",
@@ -53,6 +54,7 @@ SCATTER = "scatter_rows_, hidden 200, bfloat16"
 ROTARY = "apply_rotary_at, 2 heads of 80, 32 turned, float32"
 SCORE = "rms_norm_score, own sink, several rows a program, bfloat16"
 SELECT = "rms_norm_select, own sink, several rows a program, bfloat16"
+COUNTED = "rms_norm_select, scores counted, bfloat16"
 PACKED = "rms_norm_select, packed, float32"
 RAGGED = "select_tokens, ragged, float32"
 THRESHOLD = "select_tokens, 9001 tokens, threshold, float32"
@@ -70,15 +72,21 @@ HARMLESS = (
     Harmless(SELECT, "bound", "tl.store(scores_ptr + out, score)", (1, 1, 1), "scalar"),
     Harmless(SELECT, "barrier", "tl.debug_barrier()", (2, 2, 2), "one thread"),
     Harmless(SELECT, "bound", "tl.store(done_ptr, 0)", (1, 1, 1), "scalar"),
-    Harmless(SELECT, "bound", "tl.store(counts_ptr + row, count)", (1, 1, 1), "scalar"),
+    Harmless(SELECT, "bound", "tl.store(counts_ptr + seq, count)", (1, 1, 1), "scalar"),
+    Harmless(COUNTED, "barrier", "x *= tl.rsqrt(tl.sum(x * x, 0) / HIDDEN + eps)", (1, 1, 1), "beside"),
+    Harmless(COUNTED, "bound", "tl.store(normed_ptr + out * HIDDEN + channel, norm", (1, 1, 1), "twice"),
+    Harmless(COUNTED, "bound", "tl.store(scores_ptr + out, score)", (1, 1, 1), "scalar"),
+    Harmless(COUNTED, "barrier", "tl.debug_barrier()", (4, 4, 4), "beside"),
+    Harmless(COUNTED, "bound", "tl.store(done_ptr, 0)", (1, 1, 1), "scalar"),
+    Harmless(COUNTED, "bound", "tl.store(counts_ptr + seq, count)", (1, 1, 1), "scalar"),
     Harmless(PACKED, "bound", "tl.store(cu_selected_ptr, 0)", (1, 1, 1), "scalar"),
     Harmless(PACKED, "barrier", "end = total + tl.cumsum(taken, 0)", (1, 1, 1), "one step"),
     Harmless(PACKED, "bound", "tl.store(normed_ptr + out * HIDDEN + channel, norm", (1, 1, 1), "twice"),
     Harmless(PACKED, "bound", "tl.store(scores_ptr + out, score)", (1, 1, 1), "scalar"),
     Harmless(PACKED, "barrier", "tl.debug_barrier()", (2, 2, 2), "one thread"),
     Harmless(PACKED, "bound", "tl.store(done_ptr, 0)", (1, 1, 1), "scalar"),
-    Harmless(RAGGED, "bound", "tl.store(counts_ptr + row, count)", (1, 1, 1), "scalar"),
-    Harmless(THRESHOLD, "bound", "tl.store(counts_ptr + row, count)", (1, 1, 1), "scalar"),
+    Harmless(RAGGED, "bound", "tl.store(counts_ptr + seq, count)", (1, 1, 1), "scalar"),
+    Harmless(THRESHOLD, "bound", "tl.store(counts_ptr + seq, count)", (1, 1, 1), "scalar"),
     Harmless(PACKED_ALONE, "bound", "tl.store(cu_selected_ptr, 0)", (1, 1, 1), "scalar"),
     Harmless(TILE, "barrier", "for n in range(middle, unmasked_end, BLOCK_N):", (1, 8, 8), "loop"),
     Harmless(TILE, "barrier", "k = k_desc.load([batch, kv_head, key_base + n, 0])", (0, 3, 3), "one warp"),
