@@ -36,11 +36,11 @@ def front_section() -> str:
             lines.append([title(row["method"]), _layers(row["plan"]), f"{row['flops']:.3f}", *cells])
     note = (
         "From `python benchmarks/bench_frontier.py --kept --json benchmarks/results/frontier_smollm2.json`, float32 "
-        "on a CPU; differences with standard errors are in [what corrections are "
-        "worth](docs/correction-results.md#the-frontier)."
+        "on a CPU; [what corrections are worth](docs/correction-results.md#the-frontier) has more points."
     )
     table_ = table(["plan", "layers changed", "FLOPs of dense", *texts], lines)
-    return f"{table_}\n\n{' '.join([*_ahead(found['at_equal_flops']), note])}"
+    equal = found["at_equal_flops"]
+    return "\n\n".join([table_, " ".join(_ahead(equal)), *_apart(equal), note])
 
 
 def _layers(plan: dict[str, float]) -> str:
@@ -63,18 +63,28 @@ def _ahead(equal: dict[str, list[dict[str, Any]]]) -> list[str]:
                 for w in winners
             )
         sentences.append(f"At {share} of the FLOPs, of {len(rows)} methods measured there, {said}.")
+    return sentences
+
+
+def _apart(equal: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """A sentence and a table: paired differences from removed layers of the same kind, at the lowest share."""
     share, rows = list(equal.items())[-1]
+    lines = []
     for row in rows:
         if apart := row.get("against_removed"):
             kind = row["method"].partition(",")[2]
-            said = ", ".join(
-                f"{apart[text]['difference']:+.3f} ± {apart[text]['standard_error']:.3f} ({text})"
-                for text in TEXTS
-                if text in apart
-            )
             other = title(f"removed,{kind}" if kind else "removed")
-            sentences.append(f"{title(row['method'])} against {other} there: {said} nats a token.")
-    return sentences
+            cells = [
+                f"{apart[text]['difference']:+.3f} ± {apart[text]['standard_error']:.3f}" if text in apart else ""
+                for text in TEXTS
+            ]
+            lines.append([title(row["method"]), other, *cells])
+    if not lines:
+        return []
+    said = (
+        f"Between plans at {share} of the FLOPs, in nats a token with standard errors; below zero, the first is better:"
+    )
+    return [said, table(["plan", "against", *TEXTS], lines)]
 
 
 def paper_section() -> str:
