@@ -198,7 +198,7 @@ def handed_over(call: Call, plans: str = "1") -> Any:
     call()
 
     def plain(value: Any) -> Any:
-        if isinstance(value, tuple | list):
+        if isinstance(value, (tuple, list)):
             return [plain(part) for part in value]
         if isinstance(value, torch.Tensor):
             value = value.data_ptr()

@@ -177,7 +177,7 @@ def bounded(command: Callable[..., int]) -> Callable[..., int]:
             name = "named" if options.get("named") else "model"
             options[name] = at_revision(options[name], revision)
         for name, given in options.items():
-            for value in given if isinstance(given, list | tuple) else [given]:
+            for value in given if isinstance(given, (list, tuple)) else [given]:
                 if isinstance(value, int) and abs(value) > MOST:
                     bound = f"at most {MOST:,}" if value > 0 else f"at least -{MOST:,}"
                     raise OrthoRankError(f"{_as_typed(command, name)} is {shown(value)}; it must be {bound}")

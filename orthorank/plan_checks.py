@@ -94,12 +94,12 @@ def _check_record(name: str, value: object) -> None:
             if not isinstance(key, str):
                 raise OrthoRankError(f"{name} has the key {shown(key)}; keys must be strings, such as {str(key)!r}")
             _check_record(f"{name}[{key!r}]", item)
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, (list, tuple)):
         for number, item in enumerate(value):
             _check_record(f"{name}[{number}]", item)
     elif isinstance(value, int) and value.bit_length() > 1024:
         raise OrthoRankError(f"{name} is {shown(value)}; more than a file can hold")
-    elif not (value is None or isinstance(value, int | float | str)):
+    elif not (value is None or isinstance(value, (int, float, str))):
         raise OrthoRankError(
             f"{name} is a {type(value).__name__}; a plan's records hold numbers, strings, lists and mappings, and null"
         )
@@ -198,7 +198,7 @@ def misfits(plan: Any, config: Any) -> Iterator[str]:
 
 
 def _ratio(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise OrthoRankError(f"{name} is {shown(value)}; it must be a number from 0 to 1, such as 1/3")
     if not 0 <= value <= 1:  # NaN fails this, too
         raise OrthoRankError(
@@ -209,7 +209,7 @@ def _ratio(name: str, value: object) -> float:
 
 def _threshold(name: str, value: object) -> float:
     try:
-        tau = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+        tau = math.nan if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
     except OverflowError:  # an integer that no float is as large as
         tau = math.inf
     if not math.isfinite(tau):
@@ -220,7 +220,7 @@ def _threshold(name: str, value: object) -> float:
 
 
 def _layers(layers: object, total: int | None) -> list[int]:
-    if not isinstance(layers, list | tuple | range | set) or not all(type(i) is int for i in layers):
+    if not isinstance(layers, (list, tuple, range, set)) or not all(type(i) is int for i in layers):
         raise OrthoRankError(f"layers is {shown(layers)}; it must be a list of layer numbers, counted from 0")
     ordered = sorted(layers)
     if ordered and ordered[0] < 0:

@@ -32,7 +32,7 @@ def number(
     """
     if value is None and none is not None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} is {_shown(value)}; {_wanted('a number', _bound(above, at_least), none, because)}")
     if isinstance(value, int) and not -_INT64 <= value < _INT64:  # more than torch takes for a number
         wanted = _wanted("a number", _bound(above, at_least), none, because)
@@ -63,7 +63,7 @@ def integer(
     """``value`` is an int, not a bool or a float, from ``at_least`` to ``at_most``. See `number` for the others."""
     if value is None and none is not None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} is {_shown(value)}; {_wanted('an int', _bounds(at_least, at_most), none, because)}")
     # Lengths in a program that is compiled for any of them are ints of 64 bits; not every PyTorch's can be asked.
     if isinstance(value, int) and not torch.compiler.is_compiling() and not -_INT64 <= value < _INT64:
@@ -318,4 +318,4 @@ def boundaries(name: str, value: torch.Tensor, most: int, of: str) -> None:
 
 def kind_of(value: object) -> str:
     """What was given where a tuple of a certain length is wanted."""
-    return f"a tuple of {len(value)}" if isinstance(value, tuple | list) else f"a {type(value).__name__}"
+    return f"a tuple of {len(value)}" if isinstance(value, (tuple, list)) else f"a {type(value).__name__}"

@@ -62,7 +62,7 @@ def keep_count(
         >>> keep_count(torch.tensor([100, 3, 0]), 1 / 3)
         tensor([33,  1,  0], dtype=torch.int32)
     """
-    if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, int | float):
+    if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, (int, float)):
         raise TypeError(f"keep_ratio is {keep_ratio!r}; it must be a number from 0 to 1")
     if not 0.0 <= keep_ratio <= 1.0:
         raise ValueError(f"keep_ratio is {keep_ratio}; it must be from 0 to 1")
@@ -88,7 +88,7 @@ def keep_count(
             inside = sink_inside.to(torch.int32) if isinstance(sink_inside, Tensor) else int(sink_inside)
             counts = torch.minimum(valid.to(torch.int32) - inside, counts.clamp(min=at_least))
         return counts.clamp(min=0)
-    if not isinstance(n_valid, int | torch.SymInt):  # a length that an exported program leaves open
+    if not isinstance(n_valid, (int, torch.SymInt)):  # a length that an exported program leaves open
         raise TypeError(f"n_valid is a {type(n_valid).__name__}; it must be an int or an integer tensor")
     _checks.integer("n_valid", n_valid, at_least=0, at_most=MAX_COUNT)
     if isinstance(sink_inside, Tensor):

@@ -244,7 +244,7 @@ def device_of(device: object) -> torch.device:
     device(type='cuda', index=1)
     """
     wanted = "it must be a torch.device or a string such as 'cuda', 'cuda:1' or 'cpu'"
-    if not isinstance(device, torch.device | str):
+    if not isinstance(device, (torch.device, str)):
         raise TypeError(f"device is {device!r}; {wanted}")
     try:
         return torch.device(device)

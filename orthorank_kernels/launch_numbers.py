@@ -183,7 +183,7 @@ def _written(x: Any, constants: dict[str, Any]) -> str:
         return constant(value_of(x))
     if type(x) is dict:
         return "{" + ", ".join(f"{name!r}: {_written(part, constants)}" for name, part in x.items()) + "}"
-    parts = x if isinstance(x, tuple | list) else [getattr(x, field.name) for field in fields(x)]
+    parts = x if isinstance(x, (tuple, list)) else [getattr(x, field.name) for field in fields(x)]
     text = ", ".join(_written(part, constants) for part in parts)
     if type(x) is Bound:
         return f"{constant(x.compiled)}[{_written(x.grid, constants)}]"
@@ -195,4 +195,4 @@ def _has_numbers(x: Any) -> bool:
         return any(map(_has_numbers, x.values()))
     if is_dataclass(x) and not isinstance(x, type):
         return any(_has_numbers(getattr(x, field.name)) for field in fields(x))
-    return type(_plain(x)) is Number or type(x) is Bound or (isinstance(x, tuple | list) and any(map(_has_numbers, x)))
+    return type(_plain(x)) is Number or type(x) is Bound or (isinstance(x, (tuple, list)) and any(map(_has_numbers, x)))

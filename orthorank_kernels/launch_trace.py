@@ -118,7 +118,7 @@ class Trace(TorchFunctionMode):
 
 
 def _without_tensors(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: value_of(value) for name, value in arguments.items() if isinstance(value, int | float | str)}
+    return {name: value_of(value) for name, value in arguments.items() if isinstance(value, (int, float, str))}
 
 
 def _shape(trace: Trace, function: Any, x: Tensor) -> Any:
@@ -163,7 +163,7 @@ def _made(trace: Trace, function: Any, *args: Any, **kwargs: Any) -> Tensor:
     """`torch.empty`, and what makes a tensor like the first argument. Nothing is filled, which would be a launch."""
     function = _T.new_empty if function is _T.new_zeros else function
     like, sizes = ((args[0],), args[1:]) if isinstance(args[0], Tensor) else ((), args)
-    shape = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
+    shape = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
     return trace.make(function(*like, value_of(tuple(shape)), **kwargs), shape, _dense(shape))
 
 

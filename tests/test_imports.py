@@ -97,7 +97,7 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
 def is_deferred(node: ast.AST) -> bool:
     """Whether what is inside does not run when the file is imported."""
     only_for_types = isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
-    return only_for_types or isinstance(node, ast.FunctionDef | ast.Lambda)
+    return only_for_types or isinstance(node, (ast.FunctionDef, ast.Lambda))
 
 
 def belongs_to(name: str, package: str) -> bool:
@@ -158,3 +158,17 @@ def test_the_method_imports_heavy_packages_inside_functions():
         if at_the_top and belongs_to(name, "orthorank.evaluation.tasks")
     ]
     assert not importers
+
+
+def test_what_torch_2_6_does_not_compile_is_not_written():
+    """Its Dynamo knows no ``isinstance(x, A | B)``, so that a graph breaks where a compiled model checks arguments."""
+    found = [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for package in (KERNELS, ROOT / "orthorank")
+        for file in sorted(package.rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "isinstance"
+        and any(isinstance(argument, ast.BinOp) for argument in node.args[1:])
+    ]
+    assert not found, "write isinstance(x, (A, B))"

@@ -62,4 +62,4 @@ def tensors(result: Any) -> list[torch.Tensor]:
     """The tensors in what a call returned: one, or several in tuples."""
     if isinstance(result, torch.Tensor):
         return [result]
-    return [x for each in result for x in tensors(each)] if isinstance(result, tuple | list) else []
+    return [x for each in result for x in tensors(each)] if isinstance(result, (tuple, list)) else []

@@ -48,10 +48,10 @@ def describe(value: Any) -> Iterator[str]:
     """A value that a case's launch closes over, in words that are the same in every process."""
     if isinstance(value, torch.Tensor):
         yield f"{value.dtype}{list(value.shape)}{list(value.stride())}+{value.storage_offset()}"
-    elif value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
+    elif value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
         yield repr(value)
-    elif isinstance(value, list | tuple | set | frozenset):
-        for item in value if isinstance(value, list | tuple) else sorted(value, key=repr):
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        for item in value if isinstance(value, (list, tuple)) else sorted(value, key=repr):
             yield from describe(item)
     elif isinstance(value, dict):
         for name, item in value.items():
@@ -124,7 +124,7 @@ def stripped(source: str) -> str:
             lines[row - 1] = lines[row - 1][:column]
     for node in ast.walk(ast.parse(source)):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef):
+        if isinstance(body, list) and body and isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)):
             first = body[0]
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and type(first.value.value) is str:
                 lines[first.lineno - 1 : first.end_lineno] = [""] * (first.end_lineno - first.lineno + 1)

@@ -51,7 +51,7 @@ class Traffic:
             if storage.nbytes() and storage.data_ptr() not in self._regions:
                 flags = np.zeros((2, storage.nbytes()), dtype=bool)
                 self._regions[storage.data_ptr()] = _Region(storage.data_ptr(), *flags)
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, (list, tuple)):
             for item in value:
                 self.add_tensors(item)
         elif hasattr(value, "base"):

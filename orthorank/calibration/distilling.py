@@ -121,7 +121,7 @@ def _check(model: "PreTrainedModel", input_ids: Tensor, plan: "OrthoRankConfig",
     check_windows(model, input_ids, least=2)
     check_integers(settings, steps=1, batch_size=1)
     rate = settings["rate"]
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
         raise OrthoRankError(f"rate is {rate!r}; it must be a number above 0, and 1 at most")
     if plan.correction is None:
         raise OrthoRankError("the plan has no maps to distil; fit some with orthorank.fit_correction")

@@ -52,7 +52,7 @@ def _padded_row(given: Tensor, config: Any) -> tuple[int, int] | None:
     pad = getattr(config, "pad_token_id", None)
     if pad is not None and given.dim() == 2:
         ends = getattr(config, "eos_token_id", None)
-        ends = ends if isinstance(ends, list | tuple) else [ends]
+        ends = ends if isinstance(ends, (list, tuple)) else [ends]
         least = torch.where(given[:, -1] == pad, 2 if pad in ends else 1, least)
     wrong = (lengths >= least) & (lengths < given.shape[1])  # a row of one token alone is no text with padding
     if not bool(wrong.any()):

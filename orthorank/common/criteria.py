@@ -124,8 +124,8 @@ def register_criterion(
         raise OrthoRankError(f"fn is a {type(fn).__name__}; it must be a function of x, sink and valid")
     if not isinstance(pointwise, bool):
         raise OrthoRankError(f"pointwise is {shown(pointwise)}; it must be True or False")
-    if not isinstance(needs, list | tuple | set) or (wrong := [need for need in needs if need not in NEEDS]):
-        given = f"{list(needs)}, with {wrong[0]!r}" if isinstance(needs, list | tuple | set) else shown(needs)
+    if not isinstance(needs, (list, tuple, set)) or (wrong := [need for need in needs if need not in NEEDS]):
+        given = f"{list(needs)}, with {wrong[0]!r}" if isinstance(needs, (list, tuple, set)) else shown(needs)
         raise OrthoRankError(f"needs is {given}; it must be a list of {', '.join(map(repr, NEEDS))}")
     if not isinstance(normed, bool):
         raise OrthoRankError(f"normed is {shown(normed)}; it must be True or False")

@@ -93,7 +93,7 @@ def shown(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
         return f"an integer of {value.bit_length():,} bits"
     try:
-        return repr(value) if not isinstance(value, list | tuple | set | dict) else _REPR.repr(value)
+        return repr(value) if not isinstance(value, (list, tuple, set, dict)) else _REPR.repr(value)
     except ValueError:  # a long integer inside of it
         return f"a {type(value).__name__}"
 

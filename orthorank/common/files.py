@@ -178,7 +178,7 @@ def finite(value: Any) -> Any:
     """
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
     if isinstance(value, float) and value not in (float("inf"), float("-inf")) and value == value:
         return value

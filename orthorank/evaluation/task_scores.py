@@ -208,7 +208,7 @@ def paper_mean(results: dict[str, dict[str, Any]], tasks: Iterable[str] | None =
     values = []
     for task in results if tasks is None else tasks:
         by_name = {name.partition(",")[0]: value for name, value in results[task].items()}
-        metric = next((name for name in METRICS if isinstance(by_name.get(name), float | int)), None)
+        metric = next((name for name in METRICS if isinstance(by_name.get(name), (float, int))), None)
         if metric is None:
             raise OrthoRankError(f"task {task!r} has no acc_norm and no acc; the paper's mean is over accuracies")
         metrics[task] = metric

@@ -241,6 +241,6 @@ def _score(logits: Tensor, continuation: list[int], dtype: Any) -> tuple[float, 
 def _read(plan: Any) -> OrthoRankConfig | None:
     if plan is None or isinstance(plan, OrthoRankConfig):
         return plan
-    if not isinstance(plan, str | Path):
+    if not isinstance(plan, (str, Path)):
         raise OrthoRankError(f"plan is a {type(plan).__name__}; it must be a plan or the path of one")
     return OrthoRankConfig.from_pretrained(plan)

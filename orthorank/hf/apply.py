@@ -88,7 +88,7 @@ def apply(
     family = checked_family(model)
     if handle_of(model) is not None:
         raise OrthoRankError("a plan is applied to this model already; call handle.remove() first")
-    if isinstance(config, str | os.PathLike):
+    if isinstance(config, (str, os.PathLike)):
         config = OrthoRankConfig.from_pretrained(config, revision=revision, check=partial(check_plan, model))
     elif revision is not None:
         raise OrthoRankError(f"revision is {shown(revision)}; it is of a plan on the Hub, and config is not its name")

@@ -50,7 +50,7 @@ def export_pruned(model: "PreTrainedModel", config: OrthoRankConfig | str | os.P
         2
     """
     family_of(model)
-    if isinstance(config, str | os.PathLike):
+    if isinstance(config, (str, os.PathLike)):
         config = OrthoRankConfig.from_pretrained(config, check=partial(check_plan, model))
     check_plan(model, config)
     removed = removed_layers(config)
@@ -140,7 +140,7 @@ def layers_alike(config: Any) -> bool:
 def _by_layer(config: Any) -> list[str]:
     """The fields that hold a list with one value for each layer."""
     total = config.num_hidden_layers
-    lists = {name: value for name, value in vars(config).items() if isinstance(value, list | tuple)}
+    lists = {name: value for name, value in vars(config).items() if isinstance(value, (list, tuple))}
     return [name for name, value in lists.items() if "layer" in name and len(value) == total and name != MLPS]
 
 

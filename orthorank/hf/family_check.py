@@ -156,7 +156,7 @@ def _keep_layers(small: Any, layers: int) -> None:
     lists = {
         name: value
         for name, value in vars(small).items()
-        if isinstance(value, list | tuple) and len(value) == layers > LAYERS
+        if isinstance(value, (list, tuple)) and len(value) == layers > LAYERS
     }
     kinds = [repr([value[layer] for value in lists.values()]) for layer in range(layers)]
     kept = sorted({*(kinds.index(kind) for kind in kinds), *range(min(LAYERS, layers))})

@@ -99,7 +99,7 @@ def license_of(model: "PreTrainedModel") -> str | None:
         card: Any = Path(name, "README.md")
         if (repo := hub_id(model)) is not None:
             card = try_to_load_from_cache(repo, "README.md", revision=getattr(model.config, "_commit_hash", None))
-        if not name or not isinstance(card, str | Path) or not Path(card).is_file():
+        if not name or not isinstance(card, (str, Path)) or not Path(card).is_file():
             return None
         about = metadata_load(card) or {}
     except (OSError, ValueError, YAMLError):  # a card without a head, or with a broken one

@@ -106,9 +106,9 @@ def split_out(out: Out, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | 
         return None
     if isinstance(out, torch.Tensor):
         out = (out,)  # type: ignore[assignment]
-    if not isinstance(out, tuple | list) or len(out) != 1 + return_lse:
+    if not isinstance(out, (tuple, list)) or len(out) != 1 + return_lse:
         expected = "a pair of tensors (out, lse)" if return_lse else "one tensor"
-        got = f"{len(out)} of them" if isinstance(out, tuple | list) else f"a {type(out).__name__}"
+        got = f"{len(out)} of them" if isinstance(out, (tuple, list)) else f"a {type(out).__name__}"
         raise ValueError(f"out is {got}; with return_lse={return_lse} it must be {expected}")
     return out[0], out[1] if return_lse else None
 

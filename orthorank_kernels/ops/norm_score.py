@@ -267,7 +267,7 @@ def check_norm_out(
 ) -> tuple[Tensor | None, ...]:
     """Check ``out``: what is written needs a tensor, the rest None."""
     names = NormScore._fields
-    if not isinstance(out, tuple | list) or len(out) != len(names):
+    if not isinstance(out, (tuple, list)) or len(out) != len(names):
         raise TypeError(f"out is {_checks.kind_of(out)}; it must be a tuple ({', '.join(names)})")
     shape = hidden_states.shape
     wanted = (write_norm and norm != "identity", True, residual is not None or copy_input)

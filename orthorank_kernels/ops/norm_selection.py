@@ -115,7 +115,7 @@ def rms_norm_select(
     """
     check_norm(hidden_states, weight, residual, norm, bias, weight_offset, score, sink, starts, lengths, cu_seqlens)
     check_numbers(eps, weight_offset, write_norm, copy_input)
-    if out is not None and (not isinstance(out, tuple | list) or len(out) != len(NormSelection._fields)):
+    if out is not None and (not isinstance(out, (tuple, list)) or len(out) != len(NormSelection._fields)):
         raise TypeError(f"out is {_checks.kind_of(out)}; it must be a tuple ({', '.join(NormSelection._fields)})")
     request = select_request(
         hidden_states,

@@ -208,7 +208,7 @@ def select_request(
     if tokens > MAX_TOKENS:
         raise ValueError(f"{tokens} tokens are too many: positions are int32, so there may be {MAX_TOKENS}")
     indices = {"starts": starts, "lengths": lengths, "sink_positions": sink_positions}
-    for name, value in (indices | {"position_offsets": position_offsets}).items():
+    for name, value in {**indices, "position_offsets": position_offsets}.items():
         if value is not None:
             _checks.row_index(name, value, rows, tokens_like)
     if position_offsets is not None and cu_seqlens is not None:
@@ -218,7 +218,7 @@ def select_request(
         "max_selected", max_selected, at_least=0, at_most=MAX_TOKENS, none="the largest number that can be selected"
     )
     which = _which(k, threshold, rows, MAX_TOKENS if beyond else tokens, tokens_like)
-    width = tokens if cu_seqlens is not None or not isinstance(k, int | torch.SymInt) else k
+    width = tokens if cu_seqlens is not None or not isinstance(k, (int, torch.SymInt)) else k
     if max_selected is not None:
         width = max_selected
     elif out is not None:
@@ -272,7 +272,7 @@ def _which(
     if isinstance(k, Tensor):
         _per_row("k", k, (torch.int32, torch.int64), rows, like)
         return tokens, k, None, None
-    if isinstance(k, bool) or not isinstance(k, int | torch.SymInt):
+    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
         share = f": a share of n tokens is keep_count(n, {k!r})" if isinstance(k, float) else ""
         raise TypeError(f"k is a {type(k).__name__}; it must be an int or an int32 or int64 tensor [batch]{share}")
     if isinstance(k, int) and not 0 <= k <= tokens:  # of a length that is left open, no bound can be shown
@@ -290,13 +290,13 @@ def _per_row(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], rows: in
 
 def _room(out: Any) -> int:
     """What ``out`` has room for, if it is what it must be."""
-    first = out[0] if isinstance(out, tuple | list) and out else None
+    first = out[0] if isinstance(out, (tuple, list)) and out else None
     return first.shape[-1] if isinstance(first, Tensor) and first.dim() else 0
 
 
 def _check_out(out: Any, width: int, rows: int, packed: bool, like: Tensor) -> None:
     names = Selection._fields
-    if not isinstance(out, tuple | list) or len(out) != len(names):
+    if not isinstance(out, (tuple, list)) or len(out) != len(names):
         raise TypeError(f"out is {_checks.kind_of(out)}; it must be a tuple ({', '.join(names)})")
     shapes = ([width], [rows], [width], [rows + 1]) if packed else ([rows, width], [rows], None, None)
     for name, tensor, shape in zip(names, out, shapes, strict=True):

@@ -55,7 +55,7 @@ def sparse_query_attention_paged(
 
     def read(pages: torch.Tensor) -> Pair:
         """Keys and values of these pages, each ``[1, kv_heads, keys, head_dim]``."""
-        k, v = (cache[pages].flatten(0, 1) for cache in (k_cache, v_cache))
+        k, v = (_indexed(cache, pages).flatten(0, 1) for cache in (k_cache, v_cache))
         return _dequantised(k, k_scale, q.dtype), _dequantised(v, v_scale, q.dtype)
 
     if not may_read(positions, cu_selected, block_table, seq_lens):
@@ -75,6 +75,13 @@ def sparse_query_attention_paged(
         results.append(attend(*of, 0, fetch, options, below=window is not None, reads=True))
     results.append(nothing(rows[:, :, int(cu_selected[-1]) :], return_lse))
     return unbatched(joined(results, 1))
+
+
+def _indexed(cache: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    """``cache[pages]``; of float8 as bytes, since torch 2.6 has no index of it."""
+    if cache.dtype.itemsize == 1:
+        return cache.view(torch.uint8)[pages].view(cache.dtype)
+    return cache[pages]
 
 
 def _every_query(

@@ -125,7 +125,7 @@ def _distinct(values: Any) -> list[Tensor]:
             found.setdefault(id(value), value)
         elif isinstance(value, dict):
             walk(list(value.values()))
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, (list, tuple)):
             for item in value:
                 walk(item)
 

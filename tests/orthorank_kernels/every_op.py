@@ -260,6 +260,6 @@ def _packed_attention(new: Shapes, s: Sizes) -> dict[str, Call]:
 
 def flat(results: Any) -> list[Tensor]:
     """The tensors among what an op returns."""
-    if isinstance(results, tuple | list):
+    if isinstance(results, (tuple, list)):
         return [tensor for result in results for tensor in flat(result)]
     return [results] if isinstance(results, Tensor) else []

@@ -78,7 +78,7 @@ def _let_dynamo_look_first() -> None:
 def indexed(x: torch.Tensor, index: Any) -> torch.Tensor:
     """``x[index]``, which a PyTorch without CUDA refuses to a fake CUDA tensor; views by ints, slices and None."""
     index = index if isinstance(index, tuple) else (index,)
-    if not isinstance(x, FakeTensor) or any(isinstance(i, torch.Tensor | list) for i in index):
+    if not isinstance(x, FakeTensor) or any(isinstance(i, (torch.Tensor, list)) for i in index):
         return torch._C.TensorBase.__getitem__(x, index)
     if Ellipsis in index:
         at = index.index(Ellipsis)
@@ -131,7 +131,7 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         given = {memory(x) for x in (*args, *(kwargs or {}).values()) if isinstance(x, torch.Tensor)}
-        made = [x for x in (result if isinstance(result, tuple | list) else (result,)) if isinstance(x, torch.Tensor)]
+        made = [x for x in (result if isinstance(result, (tuple, list)) else (result,)) if isinstance(x, torch.Tensor)]
         self.operations += [str(func) for x in made if x.numel() and memory(x) not in given]
         return result
 

@@ -154,7 +154,7 @@ class Parts(torch.fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         result = super().call_module(target, args, kwargs)
-        given = result if isinstance(result, tuple | list) else (result,)
+        given = result if isinstance(result, (tuple, list)) else (result,)
         self.ran.append((target, addresses(args), addresses(given)))
         return result
 

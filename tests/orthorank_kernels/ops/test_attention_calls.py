@@ -25,7 +25,7 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else (result,):
+        for value in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(value, torch.Tensor) and not value._is_view():
                 self.elements = max(self.elements, value.numel())
         return result
