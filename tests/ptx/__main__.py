@@ -2,7 +2,7 @@
 
     python -m tests.ptx gather_rows --arch 80 --seed 3 --trace
     python -m tests.ptx "sparse_query_attention.*dim 64" --arch 90 --program 0 --trace | less
-    python -m tests.ptx rms_norm_score --arch 90 --drop 103          # what a missing barrier looks like
+    python -m tests.ptx rms_norm_score --arch 90 --drop bar.sync:2   # what a missing barrier looks like
     python -m tests.ptx --list
 
 KERNEL is a regular expression for the titles of cases (`cases`). With --trace every instruction is printed: program,
@@ -20,6 +20,17 @@ from ptx_check.table import Program
 from tests.ptx.cases import CASES
 
 
+def number_of(drop: str, ptx: str) -> int:
+    """The number of an instruction, given as it is or as its opcode and which of these it is, from 1."""
+    opcode, _, which = drop.partition(":")
+    if opcode.isdigit():
+        return int(opcode)
+    found = [n for n, i in enumerate(Program(ptx).kernel.instructions) if ".".join(i.opcode) == opcode]
+    if not 1 <= int(which or 1) <= len(found):
+        raise SystemExit(f"--drop {drop}: the kernel has {len(found)} of {opcode}")
+    return found[int(which or 1) - 1]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.ptx", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -30,7 +41,7 @@ def main() -> int:
     parser.add_argument("--resident", type=int, default=3, help="programs at a time")
     parser.add_argument("--trace", action="store_true", help="print every instruction")
     parser.add_argument("--program", type=int, help="trace this program alone, by its number")
-    parser.add_argument("--drop", type=int, help="leave out the instruction of this number: see `tests.ptx.mutate`")
+    parser.add_argument("--drop", metavar="N", help="leave out instruction N, or bar.sync:2, the second of that kind")
     parser.add_argument("--ptx", action="store_true", help="print the PTX after running it")
     parser.add_argument("--list", action="store_true", help="print the titles")
     options = parser.parse_args()
@@ -45,7 +56,7 @@ def main() -> int:
     settings.seed, settings.resident = options.seed, options.resident
     settings.trace = Trace(options.program) if options.trace or options.program is not None else None
     if options.drop is not None:
-        settings.edit = lambda ptx: Program(ptx, {options.drop: None})
+        settings.edit = lambda ptx: Program(ptx, {number_of(options.drop, ptx): None})
     case = found[0]
     print(f"{case.title}, sm_{options.arch}, seed {options.seed}", file=sys.stderr)
     try:

@@ -1,5 +1,7 @@
 """`python -m tests.ptx` shows a person what happened."""
 
+import re
+import shlex
 import subprocess
 import sys
 
@@ -29,9 +31,11 @@ def test_every_instruction_with_who_runs_it_and_its_line():
 
 
 def test_both_accesses_of_a_race_with_their_lines():
-    traced = show("^rms_norm_score, own sink, bfloat16", "--arch", "80", "--trace", "--program", "0")
-    barriers = [line.split()[1] for line in traced.stdout.splitlines() if "`bar.sync 0`" in line]
-    done = show("^rms_norm_score, own sink, bfloat16", "--arch", "80", "--drop", barriers[1])
+    """The command that docs/ptx.md gives for it."""
+    page = (ROOT / "docs" / "ptx.md").read_text(encoding="utf-8")
+    command = re.search(r"^python -m tests\.ptx (.*--drop \S+) ", page, re.MULTILINE)
+    assert command is not None
+    done = show(*shlex.split(command[1]))
     assert done.returncode == 1
     race, where = done.stderr.splitlines()[1:3]
     assert race.startswith("Race: reads byte ")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ptx_check import OutOfBounds, Uninitialised, UnknownInstruction, check
+from ptx_check import OutOfBounds, PtxError, Uninitialised, UnknownInstruction, check
 from ptx_check.cli import main
 
 KERNELS = Path(__file__).with_name("ptx_files")
@@ -47,6 +47,58 @@ def test_what_cannot_be_passed():
         check(ADD.replace("add.s32 %r4", "frob.s32 %r4"), (1,), [np.zeros(20, np.int32), 20])
 
 
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"arguments": [np.zeros(20, np.int32)]}, "1 arguments were given, and parameter 1 has 4 bytes: only pointers"),
+        ({"arguments": [np.zeros(20, np.int32), 20.0]}, "argument 1 is 20.0; parameter 1 is a whole number: pass an"),
+        ({"arguments": [[0] * 20, 20]}, "argument 0 is a list; it must be a NumPy array, a number or a Descriptor"),
+        ({"arguments": [np.broadcast_to(np.int32(0), 20), 20]}, "argument 0 is read-only, and kernels may write to it"),
+        ({"grid": 1}, "grid is 1; it must be one to three numbers of at least 1, such as"),
+        ({"grid": (0,)}, "grid is "),
+        ({"grid": (1, 1, 1, 1)}, "grid is "),
+        ({"kernel": ADD.encode()}, "kernel is bytes; it must be the text of a PTX file, or a Program"),
+        ({"kernel": "add.ptx"}, "no entry function in this PTX, which is the text of a file, not its name"),
+        ({"kernel": ADD.replace("32 {", "20 {")}, "has .reqntid 20; only whole warps are run, along x alone"),
+        ({"kernel": ADD.replace("32 {", "32, 2 {")}, "has .reqntid 32, 2; only whole warps are run, along x alone"),
+    ],
+)
+def test_what_is_not_run(wrong, sentence):
+    """Nothing that was left out or misunderstood ends as "nothing found"."""
+    with pytest.raises((ValueError, PtxError), match=sentence):
+        check(**{"kernel": ADD, "grid": (1,), "arguments": [np.zeros(20, np.int32), 20], **wrong})
+
+
+def test_a_whole_number_for_a_parameter_with_a_point():
+    ptx = """.visible .entry fill(.param .u64 x, .param .f32 v) .reqntid 32 { .reg .b32 %r<3>; .reg .b64 %rd<3>;
+        ld.param.b64 %rd1, [x]; ld.param.b32 %r1, [v]; st.global.b32 [%rd1], %r1; ret; }"""  # of each thread the same
+    x = np.zeros(1, np.float32)
+    check(ptx, (1,), [x, 2])
+    assert x[0] == 2
+
+
+def test_shared_memory_of_unknown_size():
+    ptx = Path(SOFTMAX).read_text(encoding="utf-8")
+    arguments = [np.zeros((3, 200), np.float32), np.zeros((3, 200), np.float32), 200, 200, 3, 200]
+    with pytest.raises(
+        OutOfBounds, match=r"of shared memory, which has 0: pass shared_bytes \(--shared\), which Triton"
+    ):
+        check(ptx, (2,), arguments)
+
+
+@pytest.mark.parametrize("option", [("--arg", "1"), ("--mutate",), ("--trace",)])
+def test_the_command_runs_nothing_without_a_grid(option, capsys):
+    with pytest.raises(SystemExit):
+        main([SOFTMAX, *option])
+    assert f"{option[0]} runs the kernel: give --grid" in capsys.readouterr().err
+
+
+def test_the_command_says_that_nothing_was_changed(capsys, tmp_path):
+    (tmp_path / "add.ptx").write_text(ADD)
+    assert main([str(tmp_path / "add.ptx"), "--grid", "1", "--arg", "i32:20", "--arg", "0"]) == 0
+    assert "no array was changed: are --grid and every --arg as in a real launch?" in capsys.readouterr().out
+
+
 def test_the_command_says_what_is_in_a_file(capsys, tmp_path):
     assert main([SOFTMAX]) == 0
     said = capsys.readouterr().out
@@ -63,7 +115,7 @@ def test_the_command_runs_a_kernel_and_breaks_it(capsys):
     assert main(RUN) == 0  # the bytes of shared memory are those of softmax_sm80.json
     said = capsys.readouterr().out
     assert said.startswith("nothing found under 4 schedules")
-    assert "argument 0: 600 of 600 elements written" in said
+    assert "argument 0: 600 of 600 elements changed" in said
     assert main([*RUN, "--schedules", "1", "--mutate"]) == 1
     said = capsys.readouterr().out
     assert "8 broken kernels: 6 noticed by a check, 0 by the result, 0 redundant, 2 not noticed" in said

@@ -30,8 +30,8 @@ def check(
         kernel: PTX with one kernel, as Triton has it in ``kernel.asm["ptx"]``, or a `Program` made of it.
         grid: one to three numbers of programs (blocks).
         arguments: in the order of the kernel's parameters: contiguous arrays for pointers, which are written in place
-            (bfloat16 as the uint16 of its bits), numbers, and a `Descriptor` for a tensor map. Parameters past the last
-            are 0: the pointers that Triton adds.
+            (bfloat16 as the uint16 of its bits), numbers, and a `Descriptor` for a tensor map. The pointers that Triton
+            adds at the end may be left out; they are 0.
         shared_bytes: dynamic shared memory of a program, ``kernel.metadata.shared`` of Triton.
         seeds: a schedule each; None runs programs in order and their warps together.
         resident: how many programs run at a time.
@@ -59,7 +59,12 @@ def check(
         Traceback (most recent call last):
         ptx_check.errors.OutOfBounds: an access of 4 bytes to byte 120 of the storage of argument 0, ...
     """
+    if not isinstance(kernel, str | Program):
+        raise ValueError(f"kernel is {type(kernel).__name__}; it must be the text of a PTX file, or a Program")
     program = kernel if isinstance(kernel, Program) else Program(kernel)
+    for number, argument in enumerate(arguments):
+        if isinstance(argument, np.ndarray) and not argument.flags.writeable:
+            raise ValueError(f"argument {number} is read-only, and kernels may write to it: pass a copy")
     before = [argument.copy() if isinstance(argument, np.ndarray) else None for argument in arguments]
     steps = 0
     for seed in seeds:

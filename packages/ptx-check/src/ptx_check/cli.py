@@ -37,8 +37,7 @@ that were never written.
 --arg, once for each parameter of the kernel, is a whole number, a number with
 a point or an exponent, FILE.npy, or an array KIND:SIZExSIZE[=FILL], where KIND
 is f16 bf16 f32 f64 i8 u8 i16 i32 u32 i64 or u64. Without FILL, floats are
-random and integers 0. Parameters past the last --arg are 0, as the pointers
-that Triton adds may be.
+random and integers 0. The pointers that Triton adds at the end need no --arg.
 
 The exit code is 0 where nothing was found, 1 where something was, and 2 where
 the command or the PTX was not understood."""
@@ -162,6 +161,9 @@ def main(given: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given)
     if not options.file.is_file():
         parser.error(f"{options.file} is no file")
+    for name, value in (("--arg", options.arg), ("--mutate", options.mutate), ("--trace", options.trace)):
+        if value and options.grid is None:
+            parser.error(f"{name} runs the kernel: give --grid, the number of programs, too")
     try:
         ptx = options.file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -186,9 +188,11 @@ def main(given: Sequence[str] | None = None) -> int:
         steps = check(ptx, arguments=arguments, seeds=seeds, **how)
         plural = "s" * (len(seeds) > 1)
         print(f"nothing found under {len(seeds)} schedule{plural}, in {steps} steps of groups of warps")
-        for number, (old, new) in enumerate(zip(before, arguments, strict=True)):
-            if isinstance(new, np.ndarray) and not same(old, new):
-                print(f"  argument {number}: {written(old, new)}")
+        pairs = [(n, old, new) for n, (old, new) in enumerate(zip(before, arguments, strict=True))]
+        lines = [
+            f"  argument {n}: {written(*of)}" for n, *of in pairs if isinstance(of[1], np.ndarray) and not same(*of)
+        ]
+        print("\n".join(lines or ["  no array was changed: are --grid and every --arg as in a real launch?"]))
         if not options.mutate:
             return 0
 
@@ -212,7 +216,7 @@ def written(old: np.ndarray, new: np.ndarray) -> str:
     bits = f"u{new.dtype.itemsize}"
     changed = int((old.view(bits) != new.view(bits)).sum())
     left = int(np.isnan(new).sum()) if new.dtype.kind == "f" else 0
-    return f"{changed} of {math.prod(new.shape)} elements written" + (f", {left} are NaN" if left else "")
+    return f"{changed} of {math.prod(new.shape)} elements changed" + (f", {left} are NaN" if left else "")
 
 
 def command() -> None:

@@ -39,6 +39,7 @@ class Kernel:
     name: str
     threads: int
     parameters: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset and size in bytes
+    parameter_types: list[str] = field(default_factory=list)  # "u", "s", "f" or "b" of each
     parameter_bytes: int = 0
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
@@ -52,11 +53,13 @@ def decode(ptx: str) -> Kernel:
     ptx = re.sub(r"//[^\n]*", "", ptx)
     entry = re.search(r"\.visible\s+\.entry\s+(\w+)\s*\((.*?)\)([^{]*)\{", ptx, re.DOTALL)
     if entry is None:
-        raise PtxError("no entry function in this PTX")
-    threads = re.search(r"\.reqntid\s+(\d+)", entry[3])
+        raise PtxError("no entry function in this PTX, which is the text of a file, not its name")
+    threads = re.search(r"\.reqntid\s+(\d+((?:\s*,\s*\d+)*))", entry[3])
     if threads is None:
         raise PtxError("the entry function does not say how many threads it has (.reqntid)")
-    kernel = Kernel(entry[1], int(threads[1]))
+    if int(threads[1].split(",")[0]) % 32 or set(re.findall(r"\d+", threads[2])) - {"1"}:
+        raise PtxError(f"the entry function has .reqntid {threads[1]}; only whole warps are run, along x alone")
+    kernel = Kernel(entry[1], int(threads[1].split(",")[0]))
     _decode_parameters(kernel, entry[2])
     _Body(kernel, ptx, entry.end(), files).decode()
     return kernel
@@ -66,15 +69,16 @@ def _decode_parameters(kernel: Kernel, text: str) -> None:
     offset = 0
     for parameter in filter(None, (p.strip() for p in text.split(","))):
         match = re.fullmatch(
-            r"\.param\s+(?:\.align\s+(\d+)\s+)?\.\w(\d+)\s+(?:\.ptr.*\s)?([\w$]+)(?:\[(\d+)\])?", parameter
+            r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w)(\d+)\s+(?:\.ptr.*\s)?([\w$]+)(?:\[(\d+)\])?", parameter
         )
         if match is None:
             raise PtxError(f"cannot read the parameter {parameter!r}")
-        size = int(match[2]) // 8
+        size = int(match[3]) // 8
         alignment = int(match[1] or size)
         offset = (offset + alignment - 1) // alignment * alignment
-        kernel.parameters[match[3]] = (offset, size * int(match[4] or 1))
-        offset += size * int(match[4] or 1)
+        kernel.parameters[match[4]] = (offset, size * int(match[5] or 1))
+        kernel.parameter_types.append(match[2])
+        offset += size * int(match[5] or 1)
     kernel.parameter_bytes = offset
 
 

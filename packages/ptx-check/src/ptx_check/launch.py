@@ -44,12 +44,14 @@ def launch(
     """Run a kernel on a grid. Returns the number of steps (instructions of groups of warps).
 
     Args:
-        arguments: in the order of the parameters; arrays are passed as pointers. Missing ones at the end are 0.
+        arguments: in the order of the parameters; arrays are passed as pointers. Pointers missing at the end are 0.
         memory: where pointers among the arguments point to; arrays are added to it.
         seed: None runs programs in order and warps together; a number draws who runs next.
         resident: programs that run at the same time.
     """
     check_fences(program.kernel)
+    if not isinstance(grid, Sequence) or not 1 <= len(grid) <= 3 or min(grid) < 1:
+        raise ValueError(f"grid is {grid!r}; it must be one to three numbers of at least 1, such as (3,)")
     memory = memory or GlobalMemory()
     parameters, descriptors = _bind(program, arguments, memory)
     size = (*grid, 1, 1)[:3]
@@ -71,7 +73,14 @@ def _bind(program: Program, arguments: Sequence[Argument], memory: GlobalMemory)
     places = list(program.kernel.parameters.values())
     if len(arguments) > len(places):
         raise PtxError(f"the kernel has {len(places)} parameters and was given {len(arguments)}")
+    for number in range(len(arguments), len(places)):
+        if places[number][1] != 8:
+            raise ValueError(
+                f"{len(arguments)} arguments were given, and parameter {number} has {places[number][1]} bytes: only "
+                "pointers at the end, which Triton adds, may be left out"
+            )
     out, descriptors = bytearray(program.kernel.parameter_bytes), {}
+    types = program.kernel.parameter_types
     for number, ((offset, size), argument) in enumerate(zip(places, arguments, strict=False)):
         if isinstance(argument, Descriptor):
             descriptors[offset] = argument
@@ -85,7 +94,17 @@ def _bind(program: Program, arguments: Sequence[Argument], memory: GlobalMemory)
                 )
             data = argument.reshape(-1).view(np.uint8)
             argument = memory.add(f"argument {number}", data, np.ones(data.size, bool))
-        if isinstance(argument, float):
+        if not isinstance(argument, int | float | np.number):
+            cure = ": pass x.numpy()" if hasattr(argument, "numpy") else ""
+            raise ValueError(
+                f"argument {number} is a {type(argument).__name__}; it must be a NumPy array, a number or a "
+                f"Descriptor{cure}"
+            )
+        if types[number] == "f":
+            argument = float(argument)
+        if isinstance(argument, float | np.floating):
+            if types[number] in "us":
+                raise ValueError(f"argument {number} is {argument}; parameter {number} is a whole number: pass an int")
             value = np.float64(argument) if size == 8 else np.float32(argument)
             out[offset : offset + size] = value.tobytes()
         else:

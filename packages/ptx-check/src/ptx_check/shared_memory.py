@@ -29,7 +29,11 @@ class SharedMemory:
         """[lanes, size] indices of the bytes of an access."""
         address = address.astype(np.int64)
         if ((address < 0) | (address + size > self.size)).any():
-            raise OutOfBounds(f"shared memory has {self.size} bytes; bytes {address.min()} to {address.max() + size}")
+            cure = "" if self.size else ": pass shared_bytes (--shared), which Triton has in kernel.metadata.shared"
+            raise OutOfBounds(
+                f"an access to bytes {address.min()} to {address.max() + size} of shared memory, which has {self.size}"
+                f"{cure}"
+            )
         if (address % (alignment or size)).any():
             raise OutOfBounds(f"an access of {size} bytes to shared memory at {address[address % size != 0][0]}")
         return address[:, None] + np.arange(size)
