@@ -107,15 +107,25 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def tensor(
-    name: str, value: object, layout: str, dtypes: Sequence[torch.dtype] = FLOATING, *, hints: Mapping[int, str] = {}
+    name: str,
+    value: object,
+    layout: str,
+    dtypes: Sequence[torch.dtype] = FLOATING,
+    *,
+    hints: Mapping[int, str] = {},
+    packed: str = "",
 ) -> None:
     """``value`` is a tensor with the dimensions of ``layout`` (such as ``"[batch, hidden]"``) and one of ``dtypes``.
 
     Args:
         hints: what to do, by a wrong number of dimensions that is likely to mean something.
+        packed: the other layout that the op takes in this place.
     """
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor {layout}")
+        of = f"an {_names(dtypes)}" if dtypes == (torch.int32,) else "a"
+        cure = f": pass torch.tensor({name}, dtype={dtypes[0]}, device=...)" if len(dtypes) == 1 else ""
+        cure = cure if isinstance(value, (list, tuple, int, float)) else ""
+        raise TypeError(f"{name} is {type_of(value)}; it must be {of} tensor {layout}{cure}")
     if value.layout is not torch.strided or value.is_nested:
         kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         raise TypeError(
@@ -124,12 +134,34 @@ def tensor(
     dims = layout.count(",") + 1
     if value.dim() != dims:
         hint = hints.get(value.dim(), "")
+        also = f", or {packed}" if packed else ""
         raise ValueError(
-            f"{name} has shape {list(value.shape)}; it must be {layout}, {dims} dimensions{hint and f': {hint}'}"
+            f"{name} has shape {list(value.shape)}; it must be {layout}, {dims} dimension{'s' * (dims > 1)}{also}"
+            f"{hint and f': {hint}'}"
         )
     if value.dtype not in dtypes:
-        cure = f": pass {name}.int()" if dtypes == (torch.int32,) and value.dtype in _INTEGERS else ""
-        raise TypeError(f"{name} has dtype {str(value.dtype).removeprefix('torch.')}; it may be {_names(dtypes)}{cure}")
+        raise TypeError(
+            f"{name} has dtype {_names((value.dtype,))}; it may be {_names(dtypes)}{_cast(name, value.dtype, dtypes)}"
+        )
+
+
+def _cast(name: str, given: torch.dtype, dtypes: Sequence[torch.dtype]) -> str:
+    """What to do where a tensor has a wrong dtype and its numbers may be meant; bytes may be another dtype's."""
+    if dtypes == (torch.int32,):
+        return f": pass {name}.int()" if given in _INTEGERS else ""
+    if given == torch.uint8 and torch.float8_e4m3fn in dtypes:
+        return f": if its bytes are float8, pass {name}.view(torch.float8_e4m3fn)"
+    if not given.is_floating_point:
+        return ""
+    return f": pass {name}.float()" if dtypes == (torch.float32,) else ": convert it with .to(dtype)"
+
+
+def type_of(value: object) -> str:
+    """The type of what is no tensor, with its article."""
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeio' or name == 'ndarray' else 'a'} {name}"
 
 
 def shape(name: str, value: torch.Tensor, expected: Sequence[int], because: str, hint: str = "") -> None:
@@ -168,14 +200,13 @@ def unit_last_stride(**tensors: torch.Tensor) -> None:
             )
 
 
-def row_index(name: str, value: object, batch: int, like: torch.Tensor) -> None:
+def row_index(name: str, value: object, batch: int, like: torch.Tensor, packed: bool = False) -> None:
     """``value`` is an int32 tensor ``[batch]`` (starts, lengths, sink_positions, ...) on the device of ``like``."""
-    tensor(name, value, "[batch]", (torch.int32,))
+    tensor(name, value, "[seqs]" if packed else "[batch]", (torch.int32,))
     assert isinstance(value, torch.Tensor)
     if value.shape[0] != batch:
-        raise ValueError(
-            f"{name} has shape {list(value.shape)}; it must be [{batch}], one entry for each row of the batch"
-        )
+        each = "sequence" if packed else "row of the batch"
+        raise ValueError(f"{name} has shape {list(value.shape)}; it must be [{batch}], one entry for each {each}")
     unit_last_stride(**{name: value})
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device}; it must be on {like.device} like the other tensors")
@@ -208,7 +239,7 @@ def positions_inside(value: torch.Tensor, tokens: int, of: str) -> None:
 def output(name: str, value: object, expected: Sequence[int], dtype: torch.dtype, like: torch.Tensor) -> None:
     """``value`` can take an op's output: shape ``expected``, ``dtype``, the device of ``like``, contiguous."""
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor to write the op's output to")
+        raise TypeError(f"{name} is {type_of(value)}; it must be a tensor to write the op's output to")
     shape(name, value, expected, "the op's output")
     if value.dtype != dtype:
         raise TypeError(f"{name} has dtype {str(value.dtype).removeprefix('torch.')}; it must be {_names((dtype,))}")
@@ -318,4 +349,4 @@ def boundaries(name: str, value: torch.Tensor, most: int, of: str) -> None:
 
 def kind_of(value: object) -> str:
     """What was given where a tuple of a certain length is wanted."""
-    return f"a tuple of {len(value)}" if isinstance(value, (tuple, list)) else f"a {type(value).__name__}"
+    return f"a tuple of {len(value)}" if isinstance(value, (tuple, list)) else type_of(value)

@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +71,11 @@ def _parser() -> argparse.ArgumentParser:
         "every later process on this GPU reads. Takes minutes: each candidate is compiled.",
     )
     tune.add_argument("--op", action="append", help="an op, may be given again; default: all that have settings")
-    tune.add_argument("--kind", action="append", help="a kind of problem, such as '16-bit, head_dim 128'; default: all")
+    tune.add_argument(
+        "--kind",
+        action="append",
+        help="a kind of problem, such as '16-bit, head_dim 128' (--kind ? lists them); default: all",
+    )
     tune.add_argument("--device", default="cuda", help="the GPU, such as cuda:1 (default: %(default)s)")
     tune.add_argument(
         "--output",
@@ -123,7 +128,20 @@ def _target(name: str) -> str:
         raise tuning.TuningError(f"compile is {name!r}; it may be an architecture such as sm_80, sm_90 or gfx942")
     if importlib.util.find_spec("triton") is None:
         raise tuning.TuningError(f"Triton is not installed; run: {install('triton')}")
+    if name.startswith("sm_") and (said := _unknown_to_ptxas(name)):
+        raise tuning.TuningError(f"compile is {name!r}, which Triton's ptxas does not know ({said}); name another")
     return name
+
+
+def _unknown_to_ptxas(name: str) -> str:
+    """What the assembler that Triton brings says of an architecture which it does not know, or nothing."""
+    import triton
+
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    if not ptxas.is_file():
+        return ""
+    asked = subprocess.run([ptxas, "--gpu-name", name, os.devnull], capture_output=True, text=True, check=False)
+    return asked.stderr.strip().splitlines()[0] if "gpu-name" in asked.stderr else ""
 
 
 def _late(sentence: str) -> int:

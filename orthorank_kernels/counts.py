@@ -89,7 +89,7 @@ def keep_count(
             counts = torch.minimum(valid.to(torch.int32) - inside, counts.clamp(min=at_least))
         return counts.clamp(min=0)
     if not isinstance(n_valid, (int, torch.SymInt)):  # a length that an exported program leaves open
-        raise TypeError(f"n_valid is a {type(n_valid).__name__}; it must be an int or an integer tensor")
+        raise TypeError(f"n_valid is {_checks.type_of(n_valid)}; it must be an int or an integer tensor")
     _checks.integer("n_valid", n_valid, at_least=0, at_most=MAX_COUNT)
     if isinstance(sink_inside, Tensor):
         raise TypeError("sink_inside is a tensor and n_valid an int; both must be tensors, or sink_inside a bool")

@@ -1,8 +1,9 @@
 """Compile what a model will launch before the first request does: `warmup`."""
 
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from orthorank_kernels.ops.rows import gather_rows, scatter_add_rows_, scatter_r
 from orthorank_kernels.ops.selection import select_tokens
 
 LAYOUTS = ("batch", "packed", "paged")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EPS = 1e-6
 # A selection of each size that has its own kernel, and a stream.
 TOKENS = (64, 2048, 8192, 16384)
@@ -73,7 +75,7 @@ def warmup(
         device: the GPU. On a CPU nothing is compiled.
 
     Returns:
-        Seconds that each op took, compilations included; empty on a CPU.
+        Seconds that each op took, compilations included; empty on a CPU, where arguments are checked all the same.
 
     Raises:
         ValueError, TypeError: an argument of the wrong kind, or an op that the layout has not.
@@ -92,19 +94,14 @@ def warmup(
         _checks.integer(name, size, at_least=1)
     _checks.integer("intermediate", intermediate, at_least=1, none="no gated MLP")
     _checks.integer("rank", rank, at_least=1, none="no maps")
+    model, options = _Model(dtype, hidden, heads, kv_heads, head_dim, intermediate, rank, cache, device), options or {}
+    _check(model, layout, ops, options, tokens)
     if device.type == "cpu" and not dispatch.interpreting():
         return {}
     if reason := dispatch.triton_unavailable(device) or _absent(device):
         raise dispatch.BackendError(f"warmup on device {device}: {reason}")
-    model = _Model(dtype, hidden, heads, kv_heads, head_dim, intermediate, rank, cache, device)
-    options = options or {}
     seconds: dict[str, float] = {}
-    known = set(_calls(model, layout, 1, 1))
-    for name in (*(ops or ()), *options):
-        if name not in known:
-            raise ValueError(f"op {name!r} is not among those of layout {layout!r}: {', '.join(sorted(known))}")
     for n in tokens:
-        _checks.integer("tokens", n, at_least=1)
         for selected in sorted({min(n, few) for few in FEW} | {max(1, n // 3)}):
             for name, call in _calls(model, layout, n, selected).items():
                 if ops is None or name in ops:
@@ -117,12 +114,32 @@ def warmup(
     return seconds
 
 
+def _check(m: "_Model", layout: str, ops: object, options: Mapping[str, Mapping[str, Any]], tokens: object) -> None:
+    """What no kernel says: there may be none to launch, and a run of minutes is not lost at its end."""
+    if m.dtype not in DTYPES:
+        raise TypeError(f"dtype is {m.dtype!r}; it may be one of {', '.join(map(str, DTYPES))}")
+    if m.heads % m.kv_heads:
+        raise ValueError(f"kv_heads is {m.kv_heads} and heads {m.heads}; kv_heads must divide heads")
+    for name, value in (("ops", ops), ("tokens", tokens)):
+        if value is not None and (isinstance(value, str) or not isinstance(value, Sequence)):
+            raise TypeError(f"{name} is {value!r}; it must be a sequence: pass ({value!r},)")
+    for n in tokens or ():  # type: ignore[attr-defined]
+        _checks.integer("tokens", n, at_least=1)
+    known = set(_calls(replace(m, device=torch.device("cpu")), layout, 1, 1))
+    for name in (*(ops or ()), *options):  # type: ignore[misc]
+        if name not in known:
+            raise ValueError(f"op {name!r} is not among those of layout {layout!r}: {', '.join(sorted(known))}")
+    for name, given in options.items():
+        takes = inspect.signature(globals()[name]).parameters
+        if wrong := [key for key in given if key not in takes]:
+            raise TypeError(f"options[{name!r}] has {wrong[0]!r}; {name} takes {', '.join(takes)}")
+
+
 def _absent(device: torch.device) -> str | None:
     """Why no kernel can be launched there, with the remedy."""
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        return (
-            f"PyTorch {torch.__version__} sees {count} GPUs here; name one of them, or call warmup where the model runs"
-        )
+        found = f"{count} GPUs here; name one of them, or" if count else "no GPU here;"
+        return f"PyTorch {torch.__version__} sees {found} call warmup where the model runs"
     return None
 
 

@@ -50,7 +50,7 @@ def silu_and_mul(
     """
     packed = isinstance(gate, Tensor) and gate.dim() == 2
     layout = "[selected, width]" if packed else "[batch, selected, width]"
-    _checks.tensor("gate", gate, layout)
+    _checks.tensor("gate", gate, layout, packed="packed [selected, width]")
     if up is None:
         if gate.shape[-1] % 2:
             raise ValueError(f"gate has shape {list(gate.shape)}; its last dimension, gate and up, must be even")

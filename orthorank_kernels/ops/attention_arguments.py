@@ -104,11 +104,11 @@ def split_out(out: Out, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | 
     """The caller's ``out`` as a pair; tensors are not checked yet."""
     if out is None:
         return None
-    if isinstance(out, torch.Tensor):
-        out = (out,)  # type: ignore[assignment]
+    if isinstance(out, torch.Tensor) and not return_lse:
+        return out, None
     if not isinstance(out, (tuple, list)) or len(out) != 1 + return_lse:
         expected = "a pair of tensors (out, lse)" if return_lse else "one tensor"
-        got = f"{len(out)} of them" if isinstance(out, (tuple, list)) else f"a {type(out).__name__}"
+        got = _checks.kind_of(out)
         raise ValueError(f"out is {got}; with return_lse={return_lse} it must be {expected}")
     return out[0], out[1] if return_lse else None
 

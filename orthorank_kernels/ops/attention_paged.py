@@ -229,13 +229,17 @@ def _scale(name: str, value: object, k_cache: torch.Tensor, q: torch.Tensor) -> 
         return None
     if isinstance(value, torch.Tensor) and value.dim() == 0:
         value = value.reshape(1)
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"{name} is {_checks.type_of(value)}; it must be a float32 tensor [], [1] or [kv_heads] on the caches' "
+            f"device: pass q.new_tensor({name}, dtype=torch.float32)"
+        )
     _checks.tensor(name, value, "[1] or [kv_heads]", (torch.float32,))
-    assert isinstance(value, torch.Tensor)
     if k_cache.dtype not in FP8:
         dtype = str(k_cache.dtype).removeprefix("torch.")
         raise ValueError(f"{name} is given and k_cache has dtype {dtype}; only float8 is scaled: leave {name} out")
     if value.shape[0] != 1:
-        _checks.shape(name, value, [k_cache.shape[2]], "the heads of k_cache")
+        _checks.shape(name, value, [k_cache.shape[2]], "the number of heads of k_cache")
     _checks.same_device("q", q, **{name: value})
     _checks.unit_last_stride(**{name: value})
     return value

@@ -63,7 +63,9 @@ def add_low_rank(
              [ 2.5000, 20.0000]]])
     """
     packed = cu_seqlens is not None
-    _checks.tensor("hidden_states", hidden_states, "[total, hidden]" if packed else "[batch, tokens, hidden]")
+    hints = {} if packed else {2: _checks.PACKED_NEEDS}
+    layout = "[total, hidden]" if packed else "[batch, tokens, hidden]"
+    _checks.tensor("hidden_states", hidden_states, layout, hints=hints)
     _checks.tensor("low", low, "[total, rank]" if packed else "[batch, tokens, rank]")
     _checks.shape("low", low, (*hidden_states.shape[:-1], low.shape[-1]), "hidden_states, before the rank,")
     if low.shape[-1] == 0:

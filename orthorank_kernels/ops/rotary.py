@@ -100,7 +100,8 @@ def _check(
     rotary_dim: int | None,
 ) -> int:
     """Check everything but ``out``; returns how many elements of a head are rotated."""
-    _checks.tensor("x", x, "[selected, heads, head_dim]" if packed else "[batch, heads, selected, head_dim]")
+    layout = "[selected, heads, head_dim]" if packed else "[batch, heads, selected, head_dim]"
+    _checks.tensor("x", x, layout, packed="packed [selected, heads, head_dim]")
     _checks.flag("interleaved", interleaved)
     batch, selected = None if packed else x.shape[0], x.shape[0 if packed else 2]
     width = check_tables(("cos", "sin"), cos, sin, "x", x, batch, rotary_dim)
@@ -187,7 +188,7 @@ def _check_repetition(name: str, table: Tensor, half: int) -> None:
 
 def _check_out(out: Tensor, x: Tensor) -> None:
     if not isinstance(out, Tensor):
-        raise TypeError(f"out is a {type(out).__name__}; it must be a tensor to write the op's output to")
+        raise TypeError(f"out is {_checks.type_of(out)}; it must be a tensor to write the op's output to")
     _checks.shape("out", out, x.shape, "the shape of x")
     _checks.same_dtype("x", x, out=out)
     _checks.same_device("x", x, out=out)

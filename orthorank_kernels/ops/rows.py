@@ -158,7 +158,7 @@ def scatter_add_rows_(
 def check_rows(name: str, x: torch.Tensor, positions: torch.Tensor) -> bool:
     """Check the layout of ``x``, called ``name``, and of ``positions``; whether it is the packed one."""
     packed = isinstance(x, torch.Tensor) and x.dim() == 2
-    _checks.tensor(name, x, "[total, hidden]" if packed else "[batch, tokens, hidden]")
+    _checks.tensor(name, x, "[total, hidden]" if packed else "[batch, tokens, hidden]", packed="packed [total, hidden]")
     _checks.positions(positions, None if packed else x.shape[0], x)
     _checks.positions_inside(positions, x.shape[-2], name)
     return packed

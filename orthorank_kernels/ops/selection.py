@@ -210,14 +210,15 @@ def select_request(
     indices = {"starts": starts, "lengths": lengths, "sink_positions": sink_positions}
     for name, value in {**indices, "position_offsets": position_offsets}.items():
         if value is not None:
-            _checks.row_index(name, value, rows, tokens_like)
+            _checks.row_index(name, value, rows, tokens_like, packed=cu_seqlens is not None)
     if position_offsets is not None and cu_seqlens is not None:
         _check_offsets(position_offsets, cu_seqlens)
     check_keep_last(keep_last)
     _checks.integer(
         "max_selected", max_selected, at_least=0, at_most=MAX_TOKENS, none="the largest number that can be selected"
     )
-    which = _which(k, threshold, rows, MAX_TOKENS if beyond else tokens, tokens_like)
+    each = "[batch]" if cu_seqlens is None else "[seqs]"
+    which = _which(k, threshold, rows, MAX_TOKENS if beyond else tokens, tokens_like, each)
     width = tokens if cu_seqlens is not None or not isinstance(k, (int, torch.SymInt)) else k
     if max_selected is not None:
         width = max_selected
@@ -256,33 +257,35 @@ def _check_offsets(offsets: Tensor, cu_seqlens: Tensor) -> None:
 
 
 def _which(
-    k: int | Tensor | None, threshold: float | Tensor | None, rows: int, tokens: int, like: Tensor
+    k: int | Tensor | None, threshold: float | Tensor | None, rows: int, tokens: int, like: Tensor, each: str
 ) -> tuple[int | None, Tensor | None, float | None, Tensor | None]:
     """The operator's arguments k, seq_k, threshold and seq_threshold; without k the threshold decides."""
     if (k is None) == (threshold is None):
         given = "neither k nor threshold was" if k is None else "k and threshold were both"
         raise ValueError(f"{given} given; pass one of them")
     if isinstance(threshold, Tensor):
-        _per_row("threshold", threshold, (torch.float32,), rows, like)
+        _per_row("threshold", threshold, (torch.float32,), rows, like, each)
         return None, None, None, threshold
     if threshold is not None:
         _checks.number("threshold", threshold)
         inside = -ROUNDS_TO_INFINITY < threshold < ROUNDS_TO_INFINITY
         return None, None, float(threshold) if inside else (math.inf if threshold > 0 else -math.inf), None
     if isinstance(k, Tensor):
-        _per_row("k", k, (torch.int32, torch.int64), rows, like)
+        _per_row("k", k, (torch.int32, torch.int64), rows, like, each)
         return tokens, k, None, None
     if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
-        share = f": a share of n tokens is keep_count(n, {k!r})" if isinstance(k, float) else ""
-        raise TypeError(f"k is a {type(k).__name__}; it must be an int or an int32 or int64 tensor [batch]{share}")
+        cure = f": a share of n tokens is keep_count(n, {k!r})" if isinstance(k, float) else ""
+        cure = ": pass int(k)" if hasattr(k, "__index__") and not isinstance(k, bool) else cure
+        raise TypeError(f"k is {_checks.type_of(k)}; it must be an int or an int32 or int64 tensor {each}{cure}")
     if isinstance(k, int) and not 0 <= k <= tokens:  # of a length that is left open, no bound can be shown
-        raise ValueError(f"k is {k}; it must be from 0 to the number of tokens, {tokens}")
+        cure = f": pass min(k, {tokens})" if k > tokens else ""
+        raise ValueError(f"k is {k}; it must be from 0 to the number of tokens, {tokens}{cure}")
     return k, None, None, None
 
 
-def _per_row(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], rows: int, like: Tensor) -> None:
-    _checks.tensor(name, value, "[batch]", dtypes)
-    _checks.shape(name, value, [rows], "the batch, or the number of sequences,")
+def _per_row(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], rows: int, like: Tensor, each: str) -> None:
+    _checks.tensor(name, value, each, dtypes)
+    _checks.shape(name, value, [rows], "the batch" if each == "[batch]" else "the number of sequences")
     _checks.unit_last_stride(**{name: value})
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device}; it must be on {like.device} like the other tensors")

@@ -70,9 +70,16 @@ def test_on_a_cpu_there_is_nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -
         ({"hidden": 0}, "hidden is 0; it must be an int of at least 1"),
         ({"rank": 0}, "rank is 0; it must be an int of at least 1, or None for no maps"),
         ({"tokens": (0,)}, "tokens is 0; it must be an int of at least 1"),
+        ({"tokens": 64}, r"tokens is 64; it must be a sequence: pass \(64,\)"),
+        ({"ops": "gather_rows"}, r"ops is 'gather_rows'; it must be a sequence: pass \('gather_rows',\)"),
+        ({"dtype": "float16"}, "dtype is 'float16'; it may be one of torch.float32, torch.float16, torch.bfloat16"),
+        ({"kv_heads": 3}, "kv_heads is 3 and heads 4; kv_heads must divide heads"),
+        ({"options": {"gather_rows": {"at": 1}}}, r"options\['gather_rows'\] has 'at'; gather_rows takes x, positions"),
     ],
 )
-@pytest.mark.skipif(DEVICE == "cpu" and not interpreting(), reason="nothing is checked where nothing is compiled")
-def test_wrong_arguments(changes: dict, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        ok.warmup(**{**MODEL, "device": DEVICE, **changes})
+@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+def test_wrong_arguments(changes: dict, sentence: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nothing is compiled, as on the machine where a server is written."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises((TypeError, ValueError), match=sentence):
+        ok.warmup(**{**MODEL, "device": device, **changes})

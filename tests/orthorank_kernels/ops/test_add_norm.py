@@ -322,7 +322,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "offset of no weight": ({"weight": None, "weight_offset": 1.0}, ValueError, "no weight is given that it could be"),
     "out is one tensor": ({"out": ROWS}, TypeError, r"out is a Tensor; it must be a tuple \(residual, normed\)"),
     "out of another shape": ({"out": (ROWS, X)}, ValueError, r"out\[1\] has shape \[2, 5, 4\]; the op's output"),
-    "out lacks the norm": ({"out": (ROWS, None)}, TypeError, r"out\[1\] is a NoneType; it must be a tensor"),
+    "out lacks the norm": ({"out": (ROWS, None)}, TypeError, r"out\[1\] is None; it must be a tensor"),
     "out for no norm": (
         {"out": (ROWS, ROWS), "weight": None, "norm": "identity"},
         ValueError,

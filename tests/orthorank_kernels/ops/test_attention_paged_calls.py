@@ -163,7 +163,7 @@ def bad_inputs() -> Iterator[tuple[str, dict[str, Any], type[Exception], str]]:
     yield "device", {"block_table": block_table.to("meta")}, ValueError, "block_table is on meta"
     yield "no float8", {"k_scale": one}, ValueError, "k_scale is given and k_cache has dtype float32; only float8 is"
     yield "scale", {**fp8, "v_scale": one.repeat(3)}, ValueError, r"v_scale has shape \[3\]; .* k_cache asks for \[2\]"
-    yield "scales", {**fp8, "k_scale": 0.5}, TypeError, r"k_scale is a float; it must be a tensor \[1\] or \[kv_heads\]"
+    yield "scales", {**fp8, "k_scale": 0.5}, TypeError, r"k_scale is a float; it must be a float32 tensor \[\], \[1\]"
     yield "double scale", {**fp8, "k_scale": one.double()}, TypeError, "k_scale has dtype float64; it may be float32"
     yield "bound", {"max_seqlen_k": "x"}, TypeError, "max_seqlen_k is 'x'; it must be an int"
     yield "out", {"out": q[:, :2]}, ValueError, r"out has shape \[10, 2, 32\]; the op's output asks for \[10, 4, 32\]"

@@ -282,7 +282,7 @@ def bad_inputs() -> Iterator[tuple[str, dict[str, Any], type[Exception], str]]:
     yield "stride", {"k": k.mT.contiguous().mT}, ValueError, r"k has strides .* k.contiguous\(\)"
     yield "long positions", {"positions": positions.long()}, TypeError, "positions has dtype int64; it may be int32"
     yield "positions", {"positions": positions[:5]}, ValueError, r"positions has shape \[5\]; q asks for \[10\]"
-    yield "list", {"cu_selected": [0, 6, 10]}, TypeError, r"cu_selected is a list; it must be a tensor \[seqs \+ 1\]"
+    yield "list", {"cu_selected": [0, 6, 10]}, TypeError, r"cu_selected is a list; it must be an int32 tensor \[seqs"
     yield "no sequence", {"cu_selected": cu_selected[:0]}, ValueError, r"cu_selected has shape \[0\]; .* with a 0"
     yield "sequences", {"cu_seqlens_k": cu_seqlens_k[:2]}, ValueError, r"cu_seqlens_k .* cu_selected asks for \[3\]"
     yield "device", {"cu_seqlens_k": cu_seqlens_k.to("meta")}, ValueError, "cu_seqlens_k is on meta"

@@ -36,6 +36,54 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "queries alone": (lambda: ok.sparse_query_attention(turned(Q), K, K, POSITIONS), "pass x.transpose(1, 2) of q"),
     "one cache for both": (lambda: paged((BOTH, BOTH)), "pass cache.unbind(0)"),
     "side by side": (lambda: paged((turned(SIDE_BY_SIDE),) * 2), "pass cache.transpose(1, 2).chunk(2, -1)"),
+    "a cache of bytes": (
+        lambda: paged((turned(K).byte(),) * 2),
+        "k_cache has dtype uint8; it may be float32, float16, bfloat16, float64, float8_e4m3fn, float8_e5m2: if its "
+        "bytes are float8, pass k_cache.view(torch.float8_e4m3fn)",
+    ),
+    "half scores": (lambda: ok.select_tokens(SCORES.half(), 3), "it may be float32: pass scores.float()"),
+    "double states": (lambda: ok.rms_norm_score(H.double(), W, 1e-5), "float16, bfloat16: convert it with .to(dtype)"),
+    "NumPy's k": (
+        lambda: ok.select_tokens(SCORES, SCORES.numpy().argmax()),
+        "k is an int64; it must be an int or an int32 or int64 tensor [batch]: pass int(k)",
+    ),
+    "k of a list": (
+        lambda: ok.select_tokens(SCORES[0], [1], cu_seqlens=CU),
+        "k is a list; it must be an int or an int32 or int64 tensor [seqs]",
+    ),
+    "k above the tokens": (lambda: ok.select_tokens(SCORES, 30), "the number of tokens, 12: pass min(k, 12)"),
+    "a number of lengths": (
+        lambda: ok.select_tokens(SCORES, 3, lengths=5),
+        "lengths is an int; it must be an int32 tensor [batch]: pass torch.tensor(lengths, dtype=torch.int32, device=",
+    ),
+    "no positions": (
+        lambda: ok.gather_rows(H, None),
+        "positions is None; it must be an int32 tensor [batch, selected]",
+    ),
+    "offsets for rows": (
+        lambda: ok.select_tokens(SCORES[0], 3, cu_seqlens=CU, position_offsets=CU),
+        "position_offsets has shape [2]; it must be [1], one entry for each sequence",
+    ),
+    "rows of a stack": (
+        lambda: ok.gather_rows(H[None], POSITIONS),
+        "x has shape [1, 1, 12, 16]; it must be [batch, tokens, hidden], 3 dimensions, or packed [total, hidden]",
+    ),
+    "one token's gate": (
+        lambda: ok.silu_and_mul(W),
+        "gate has shape [16]; it must be [batch, selected, width], 3 dimensions, or packed [selected, width]",
+    ),
+    "one head": (
+        lambda: ok.apply_rotary_at(H[0], H, H),
+        "it must be [batch, heads, selected, head_dim], 4 dimensions, or packed [selected, heads, head_dim]",
+    ),
+    "boundaries in rows": (
+        lambda: ok.select_tokens(SCORES[0], 3, cu_seqlens=CU[None]),
+        "cu_seqlens has shape [1, 2]; it must be [seqs + 1], 1 dimension",
+    ),
+    "packed states with a map": (
+        lambda: ok.add_low_rank(H[0], H[0], H[0]),
+        "packed sequences come with cu_seqlens",
+    ),
 }
 
 

@@ -362,7 +362,7 @@ def test_compiles_as_one_graph():
         ({"workspace": int32(0)}, ValueError, ["workspace", "[1]", "at least 2"]),
         ({"workspace": int32(0, 0, 0, 0)[::2]}, ValueError, ["workspace", "strides [2]"]),
         ({"out": (None,) * 4}, TypeError, ["out", "normed, scores, residual, positions"]),
-        ({"out": (None,) * 7}, TypeError, ["out.positions", "NoneType"]),
+        ({"out": (None,) * 7}, TypeError, ["out.positions", " is None; it must be"]),
         ({"out": (None, None, None, torch.ones(2, 1).int(), int32(0, 0), None, None)}, TypeError, ["out.normed"]),
     ],
 )

@@ -191,7 +191,7 @@ def test_compiles_as_one_graph():
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"hidden_states": None}, TypeError, ["hidden_states", "NoneType", "[batch, tokens, hidden]"]),
+        ({"hidden_states": None}, TypeError, ["hidden_states", " is None; it must be", "[batch, tokens, hidden]"]),
         ({"hidden_states": torch.ones(3, 4)}, ValueError, ["hidden_states", "[3, 4]", "[batch, tokens, hidden]"]),
         ({"hidden_states": torch.ones(2, 3, 4).double()}, TypeError, ["hidden_states", "float64", "bfloat16"]),
         ({"hidden_states": torch.ones(2, 4, 3).mT}, ValueError, ["hidden_states", "strides", ".contiguous()"]),

@@ -180,7 +180,7 @@ IN_PACKED = {"hidden_states": PACKED, "cu_seqlens": ENDS}
         ({"out": X}, TypeError, ["out", "Tensor", "(normed, scores, residual)"]),
         ({"out": (X, X[..., 0])}, TypeError, ["out", "tuple", "(normed, scores, residual)"]),
         ({"out": (X, X[..., 0].clone(), X)}, ValueError, ["out.residual", "None"]),
-        ({"out": (None, X[..., 0].clone(), None)}, TypeError, ["out.normed", "NoneType"]),
+        ({"out": (None, X[..., 0].clone(), None)}, TypeError, ["out.normed", " is None; it must be"]),
         ({"out": (X, X[..., 0], None)}, ValueError, ["out.scores", "contiguous"]),
         ({"out": (X.half(), X[..., 0].clone(), None)}, TypeError, ["out.normed", "float16", "float32"]),
     ],

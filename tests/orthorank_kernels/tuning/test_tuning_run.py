@@ -218,6 +218,10 @@ def test_what_is_compiled_is_what_is_launched() -> None:
     ("arguments", "sentence"),
     [
         (["--compile", "h100"], "compile is 'h100'; it may be an architecture such as sm_80, sm_90 or gfx942"),
+        (
+            ["--compile", "sm_77"],
+            "compile is 'sm_77', which Triton's ptxas does not know (ptxas fatal   : Value 'sm_77'",
+        ),
         (["--seconds", "-1"], "seconds is -1.0; it must be 0 or more"),
         (["--workers", "-1"], "workers is -1; it must be 0 or more"),
     ],
