@@ -61,8 +61,11 @@ def commands() -> str:
     import typer
 
     from orthorank.cli import _app
+    from orthorank_kernels.cli import _parser
 
-    return "\n\n".join(_help(typer.main.get_command(_app()), "orthorank", level=2))
+    tune = _parser()._subparsers._group_actions[0].choices["tune"]
+    kernels = ["## orthorank-kernels tune", f"```text\n{tune.format_help().strip()}\n```"]
+    return "\n\n".join(_help(typer.main.get_command(_app()), "orthorank", level=2) + kernels)
 
 
 def _help(command: Any, name: str, level: int) -> list[str]:

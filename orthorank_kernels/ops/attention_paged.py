@@ -72,7 +72,8 @@ def sparse_query_attention_paged(
         seq_lens: int32 ``[seqs]``, keys of each sequence, those of this call included.
         table_rows: int32 ``[seqs]``, the row of the block table of each sequence; its own number if None.
         max_seqlen_k: the largest of ``seq_lens`` or more, known on the host: how far few queries are split over the
-            keys. None takes ``max_blocks * block_size``. A smaller number gives undefined results.
+            keys. None takes ``max_blocks * block_size``. A smaller number is an error on a CPU; on a GPU results are
+            undefined.
         scale: factor on q k^T before the softmax, at least 1e-10; ``head_dim ** -0.5`` if None.
         window: how many keys a query sees at most, itself included (sliding window); None sees all.
         softcap: above 0 and at most 1e4, or None: the logits ``s = scale * q k`` become ``softcap * tanh(s / softcap)``
@@ -112,7 +113,7 @@ def sparse_query_attention_paged(
     """
     _check(q, k_cache, v_cache, positions, cu_selected, block_table, seq_lens, table_rows)
     k_scale, v_scale = _scale("k_scale", k_scale, k_cache, q), _scale("v_scale", v_scale, k_cache, q)
-    _checks.integer("max_seqlen_k", max_seqlen_k, at_least=0, none="no bound")
+    _attention.check_longest(max_seqlen_k, seq_lens, cu_selected)
     _attention.check_options(q, scale, window, softcap, sinks, return_lse)
     _check_pages(k_cache, positions, cu_selected, block_table, seq_lens, table_rows, window)
     rotary = _attention.check_rotary(q, positions, rotary_cos, rotary_sin, rotary_interleaved, rotary_dim)

@@ -53,7 +53,7 @@ def sparse_query_attention_varlen(
         cu_selected: int32 ``[seqs + 1]``, as `select_tokens` returns it.
         cu_seqlens_k: int32 ``[seqs + 1]``.
         max_seqlen_k: keys of the longest sequence or more, known on the host: how far few queries are split over the
-            keys. None takes total_k. A smaller number than the longest sequence's gives undefined results.
+            keys. None takes total_k. A smaller number is an error on a CPU; on a GPU results are undefined.
         scale: factor on q k^T before the softmax, at least 1e-10; ``head_dim ** -0.5`` if None.
         window: how many keys a query sees at most, itself included (sliding window); None sees all.
         softcap: above 0 and at most 1e4, or None: the logits ``s = scale * q k`` become ``softcap * tanh(s / softcap)``
@@ -86,7 +86,7 @@ def sparse_query_attention_varlen(
         tensor([0.0000, 1.0000, 3.5000])
     """
     _check(q, k, v, positions, cu_selected, cu_seqlens_k)
-    _checks.integer("max_seqlen_k", max_seqlen_k, at_least=0, none="no bound")
+    _attention.check_longest(max_seqlen_k, cu_seqlens_k.diff(), cu_selected)
     _attention.check_options(q, scale, window, softcap, sinks, return_lse)
     rotary = _attention.check_rotary(q, positions, rotary_cos, rotary_sin, rotary_interleaved, rotary_dim)
     if scale is None:

@@ -15,8 +15,13 @@ POSITIONS, PACKED = torch.arange(4)[None].int(), torch.arange(4).int()
 TABLE, LENGTHS, CU = torch.zeros(1, 3).int(), torch.tensor([12]).int(), torch.tensor([0, 4]).int()
 
 
-def paged(cache: Any) -> Any:
-    return ok.sparse_query_attention_paged(Q[0].transpose(0, 1), *cache, PACKED, CU, TABLE, LENGTHS)
+def paged(cache: Any, **options: Any) -> Any:
+    return ok.sparse_query_attention_paged(Q[0].transpose(0, 1), *cache, PACKED, CU, TABLE, LENGTHS, **options)
+
+
+def varlen(**options: Any) -> Any:
+    q, kv = Q[0].transpose(0, 1), K[0].transpose(0, 1)
+    return ok.sparse_query_attention_varlen(q, kv, kv, PACKED, CU, 3 * CU, **options)
 
 
 def turned(x: torch.Tensor) -> torch.Tensor:
@@ -40,6 +45,14 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: paged((turned(K).byte(),) * 2),
         "k_cache has dtype uint8; it may be float32, float16, bfloat16, float64, float8_e4m3fn, float8_e5m2: if its "
         "bytes are float8, pass k_cache.view(torch.float8_e4m3fn)",
+    ),
+    "a bound below the longest": (
+        lambda: varlen(max_seqlen_k=11),
+        "max_seqlen_k is 11, and a sequence has 12 keys; pass as many or more, or None",
+    ),
+    "a bound below the longest, in pages": (
+        lambda: paged(BOTH.unbind(0), max_seqlen_k=11),
+        "max_seqlen_k is 11, and a sequence has 12 keys; pass as many or more, or None",
     ),
     "half scores": (lambda: ok.select_tokens(SCORES.half(), 3), "it may be float32: pass scores.float()"),
     "double states": (lambda: ok.rms_norm_score(H.double(), W, 1e-5), "float16, bfloat16: convert it with .to(dtype)"),
@@ -97,5 +110,5 @@ def test_what_is_said_works() -> None:
     assert ok.select_tokens(SCORES, ok.keep_count(12, 0.33)).positions.shape == (1, 3)
     assert ok.rms_norm_score(H[0], W, 1e-5, cu_seqlens=torch.tensor([0, 12]).int()).scores.shape == (12,)
     assert ok.sparse_query_attention(Q, K, K, POSITIONS).shape == Q.shape
-    assert paged(BOTH.unbind(0)).shape == (4, 8, 16)
+    assert paged(BOTH.unbind(0), max_seqlen_k=12).shape == varlen(max_seqlen_k=12).shape == (4, 8, 16)
     assert paged(SIDE_BY_SIDE.transpose(1, 2).chunk(2, -1)).shape == (4, 8, 16)
