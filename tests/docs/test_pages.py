@@ -80,6 +80,14 @@ def test_documented_names_exist() -> None:
         assert found.__doc__, name
 
 
+def test_the_page_of_commands_has_both_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    shown = importlib.import_module("hooks").commands()
+    assert "\n## orthorank search\n" in shown or "\n### orthorank search\n" in shown
+    assert "\n## orthorank-kernels tune\n" in shown
+    assert "--compile TARGET" in shown
+
+
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
 def test_commands_in_the_pages_exist(page: Path) -> None:
     """``orthorank search --sparsity ...`` in a page is a command with these options."""
