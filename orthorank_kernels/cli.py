@@ -8,7 +8,6 @@ import contextlib
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,26 +121,16 @@ def _tune(options: argparse.Namespace) -> int:
 
 
 def _target(name: str) -> str:
+    from orthorank_kernels.tuning import compiling
     from orthorank_kernels.tuning import tune as tuning
 
     if not re.fullmatch(r"sm_\d{2,3}|gfx[0-9a-f]{3,4}", name):
         raise tuning.TuningError(f"compile is {name!r}; it may be an architecture such as sm_80, sm_90 or gfx942")
     if importlib.util.find_spec("triton") is None:
         raise tuning.TuningError(f"Triton is not installed; run: {install('triton')}")
-    if name.startswith("sm_") and (said := _unknown_to_ptxas(name)):
+    if name.startswith("sm_") and (said := compiling.unknown_to_ptxas(name)):
         raise tuning.TuningError(f"compile is {name!r}, which Triton's ptxas does not know ({said}); name another")
     return name
-
-
-def _unknown_to_ptxas(name: str) -> str:
-    """What the assembler that Triton brings says of an architecture which it does not know, or nothing."""
-    import triton
-
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    if not ptxas.is_file():
-        return ""
-    asked = subprocess.run([ptxas, "--gpu-name", name, os.devnull], capture_output=True, text=True, check=False)
-    return asked.stderr.strip().splitlines()[0] if "gpu-name" in asked.stderr else ""
 
 
 def _late(sentence: str) -> int:

@@ -6,12 +6,14 @@ GPU finds it.
 """
 
 import os
+import subprocess
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +32,18 @@ class Compiled(NamedTuple):
     kernels: int = 0
     shared: int = 0
     error: str | None = None
+
+
+def unknown_to_ptxas(architecture: str) -> str:
+    """What the assembler that Triton brings says of an architecture which it does not know, or nothing."""
+    import triton
+
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    if not ptxas.is_file():
+        return ""
+    command = [str(ptxas), "--gpu-name", architecture, os.devnull]
+    asked = subprocess.run(command, capture_output=True, text=True, check=False)
+    return asked.stderr.strip().splitlines()[0] if "gpu-name" in asked.stderr else ""
 
 
 class AbsentGpu:
