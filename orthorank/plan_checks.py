@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from orthorank.common.criteria import check_criterion, check_pointwise
-from orthorank.common.errors import OrthoRankError, check_integer, shown
+from orthorank.common.errors import OrthoRankError, check_integer, shown, type_of
 
 LEGAL: dict[str, tuple[str, ...]] = {
     "select": ("topk", "window", "threshold"),
@@ -101,7 +101,7 @@ def _check_record(name: str, value: object) -> None:
         raise OrthoRankError(f"{name} is {shown(value)}; more than a file can hold")
     elif not (value is None or isinstance(value, (int, float, str))):
         raise OrthoRankError(
-            f"{name} is a {type(value).__name__}; a plan's records hold numbers, strings, lists and mappings, and null"
+            f"{name} is {type_of(value)}; a plan's records hold numbers, strings, lists and mappings, and null"
         )
 
 
@@ -156,7 +156,7 @@ def _check_correction(plan: Any) -> None:
             "plan with OrthoRankConfig.from_pretrained(folder), or take the key out to follow it uncorrected"
         )
     if not isinstance(correction, Correction):
-        raise OrthoRankError(f"correction is a {type(correction).__name__}; it must be a Correction or None")
+        raise OrthoRankError(f"correction is {type_of(correction)}; it must be a Correction or None")
     check_maps(plan, correction.layers, correction.hidden_size)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from orthorank.calls.reading import Phase
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, type_of
 from orthorank.common.patching import Patch
 
 PREPARES = "prepare_inputs_for_generation"
@@ -51,7 +51,7 @@ def phase_inside(
     else:
         return dataclasses.replace(phase, keep_last=keep_last) if cached == 0 else phase
     raise OrthoRankError(
-        f"generate() of a {caller.name} calls a {type(decoder).__name__} with a plan applied {how}: which of them are "
+        f"generate() of a {caller.name} calls {type_of(decoder)} with a plan applied {how}: which of them are "
         "prompt is not known here; apply the plan to the model whose generate() you call, or let it decode plainly, "
         "with a cache and one token at a time"
     )

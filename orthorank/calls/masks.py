@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, type_of
 
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 Columns = tuple[Tensor, Tensor]  # first valid column and the one after the last, int64 [batch] each
@@ -28,7 +28,7 @@ def valid_columns(mask: Any, columns: int, batch: int) -> Columns | None:
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         shape = f" of shape {list(mask.shape)}" if isinstance(mask, Tensor) else ""
         raise OrthoRankError(
-            f"attention_mask is a {type(mask).__name__}{shape}, from which padding cannot be read while a plan is "
+            f"attention_mask is {type_of(mask)}{shape}, from which padding cannot be read while a plan is "
             "applied; pass a [batch, tokens] mask with 1 for tokens and 0 for padding"
         )
     if mask.shape[0] not in (1, batch):

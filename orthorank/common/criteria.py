@@ -17,7 +17,7 @@ from pathlib import Path
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
-from orthorank.common.errors import OrthoRankError, check_integer, shown
+from orthorank.common.errors import OrthoRankError, check_integer, shown, type_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,7 @@ class Criterion:
         import torch
 
         values = self.score(x, sink, valid, **needed)
-        found = f"a {type(values).__name__}"
+        found = type_of(values)
         if isinstance(values, torch.Tensor):
             of = values.dtype, values.shape, values.device, values.layout
             if of == (torch.float32, x.shape[:2], x.device, torch.strided):
@@ -121,7 +121,7 @@ def register_criterion(
     if name in BUILT_IN:
         raise OrthoRankError(f"name is {name!r}, which is one of the criteria that are there; choose another one")
     if not callable(fn):
-        raise OrthoRankError(f"fn is a {type(fn).__name__}; it must be a function of x, sink and valid")
+        raise OrthoRankError(f"fn is {type_of(fn)}; it must be a function of x, sink and valid")
     if not isinstance(pointwise, bool):
         raise OrthoRankError(f"pointwise is {shown(pointwise)}; it must be True or False")
     if not isinstance(needs, (list, tuple, set)) or (wrong := [need for need in needs if need not in NEEDS]):

@@ -95,7 +95,23 @@ def shown(value: object) -> str:
     try:
         return repr(value) if not isinstance(value, (list, tuple, set, dict)) else _REPR.repr(value)
     except ValueError:  # a long integer inside of it
-        return f"a {type(value).__name__}"
+        return type_of(value)
+
+
+def type_of(value: object) -> str:
+    """The type of ``value`` as an error says it.
+
+    >>> type_of(1), type_of([]), type_of(None)
+    ('an int', 'a list', 'None')
+    """
+    return with_article(type(value).__name__)
+
+
+def with_article(name: str) -> str:
+    """The name of a type as an error says it."""
+    if name == "NoneType":
+        return "None"
+    return f"{'an' if name[0] in 'aeioAEIO' or name == 'ndarray' else 'a'} {name}"
 
 
 # Of what a run that goes on must have in common, what is kept as a hash.

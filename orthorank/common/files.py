@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, type_of
 
 _NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP)  # no file can be there, whatever is asked of it
 
@@ -33,7 +33,7 @@ the path of a file: File name too long
     except RuntimeError as error:
         raise OrthoRankError(f"{name} is {str(path)!r}: there is no such home directory") from error
     except TypeError as error:
-        raise OrthoRankError(f"{name} is a {type(path).__name__}; it must be the path of a file or folder") from error
+        raise OrthoRankError(f"{name} is {type_of(path)}; it must be the path of a file or folder") from error
     except ValueError as error:  # a zero byte
         raise OrthoRankError(f"{name} is {_short(path)}, which cannot be the path of a file: {error}") from error
     except OSError as error:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from orthorank.calls.context import ForwardContext
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, type_of
 from orthorank.common.loading import Complete
 from orthorank.config import OrthoRankConfig
 from orthorank.evaluation import answer_cache
@@ -242,5 +242,5 @@ def _read(plan: Any) -> OrthoRankConfig | None:
     if plan is None or isinstance(plan, OrthoRankConfig):
         return plan
     if not isinstance(plan, (str, Path)):
-        raise OrthoRankError(f"plan is a {type(plan).__name__}; it must be a plan or the path of one")
+        raise OrthoRankError(f"plan is {type_of(plan)}; it must be a plan or the path of one")
     return OrthoRankConfig.from_pretrained(plan)

@@ -17,7 +17,7 @@ from orthorank.calls.reading import Phase, context_lengths, phase_of
 from orthorank.calls.unmasked import Watch
 from orthorank.common import format as words
 from orthorank.common.call_lock import CallLock
-from orthorank.common.errors import OrthoRankError, check_integer, shown
+from orthorank.common.errors import OrthoRankError, check_integer, shown, type_of
 from orthorank.common.patching import Patch, forward_of
 from orthorank.config import OrthoRankConfig, hub_id
 from orthorank.hf import cache_state as sink_state
@@ -196,7 +196,7 @@ def check_plan(model: Any, config: OrthoRankConfig) -> None:
         OrthoRankError: naming the field, what the plan says and what the model has.
     """
     if not isinstance(config, OrthoRankConfig):
-        raise OrthoRankError(f"config is a {type(config).__name__}; it must be an OrthoRankConfig or where one is")
+        raise OrthoRankError(f"config is {type_of(config)}; it must be an OrthoRankConfig or where one is")
     for misfit in misfits(config, model.config.get_text_config()):
         raise OrthoRankError(misfit)
     here = hub_id(model)
@@ -248,7 +248,7 @@ class Handle(AbstractContextManager["Handle"]):
         kinds = {"select": self.selecting, "removed": [i for i in self.config.layers if self.config.ratio(i) == 0]}
         said = [f"layers {words.layers(layers)} {kind}" for kind, layers in kinds.items() if layers]
         applied = "applied to" if self._patches else "was removed from"
-        return f"<Handle: {'; '.join(said) or 'all layers dense'}; {applied} a {type(self.model).__name__}>"
+        return f"<Handle: {'; '.join(said) or 'all layers dense'}; {applied} {type_of(self.model)}>"
 
     def __str__(self) -> str:
         """The table of `status`."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, type_of
 from orthorank.common.patching import not_compiled
 from orthorank.hf.family import Family, always, plain_heads, split_heads
 
@@ -171,7 +171,7 @@ def register_family(model_type: str, family: Family) -> None:
     if not isinstance(model_type, str) or not model_type:
         raise OrthoRankError(f"model_type is {model_type!r}; it must be the model_type of a model's config, a string")
     if not isinstance(family, Family):
-        raise OrthoRankError(f"family is a {type(family).__name__}; it must be an orthorank.Family")
+        raise OrthoRankError(f"family is {type_of(family)}; it must be an orthorank.Family")
     if model_type in TESTED:
         raise OrthoRankError(
             f"model_type is {model_type!r}, of which the package has a spec, {FAMILIES[model_type].name}, that its "
@@ -195,7 +195,7 @@ def family_of(model: "PreTrainedModel") -> Family:
     model_type = config.get_text_config().model_type if hasattr(config, "get_text_config") else None
     if model_type not in FAMILIES:
         raise OrthoRankError(
-            f"model is a {type(model).__name__} of type {model_type!r}, which has no spec: where its layers keep "
+            f"model is {type_of(model)} of type {model_type!r}, which has no spec: where its layers keep "
             f"norms, projections and MLP is not known. Known are: {known_families()}. To add one: "
             "orthorank.register_family(model_type, orthorank.Family(...))"
         )
@@ -224,7 +224,7 @@ def decoder_of(model: "PreTrainedModel") -> Any:
     decoder = getattr(model, "model", model)
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         raise OrthoRankError(
-            f"model is a {type(model).__name__} without decoder layers in .model.layers; pass the ...ForCausalLM model "
+            f"model is {type_of(model)} without decoder layers in .model.layers; pass the ...ForCausalLM model "
             "(of a model that reads images, too: its text part, loaded as one)"
         )
     return decoder

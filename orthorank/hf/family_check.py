@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from orthorank.calls.context import ForwardContext
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, type_of
 from orthorank.common.patching import forward_of
 from orthorank.config import OrthoRankConfig
 from orthorank.hf.families import TESTED, decoder_of, family_of, layers_of
@@ -83,7 +83,7 @@ def check_family(model: "PreTrainedModel", config: "PretrainedConfig | None" = N
     family = family_of(model)
     if config is not None and not hasattr(config, "get_text_config"):
         raise OrthoRankError(
-            f"config is a {type(config).__name__}; it must be a small configuration of transformers, of the model's "
+            f"config is {type_of(config)}; it must be a small configuration of transformers, of the model's "
             "own class, or None: then one is made of the model's"
         )
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
@@ -184,9 +184,9 @@ def _differences(decoder: Any, family: Family) -> list[float]:
 
 
 def _difference(family: Family, index: int, layer: Any, states: Tensor, tables: Any, dense: Any) -> float:
-    which = f"layer {index} of a tiny copy, a {type(layer).__name__}"
+    which = f"layer {index} of a tiny copy, {type_of(layer)}"
     if tables is None or not isinstance(dense, Tensor):
-        lacks = "is not handed position_embeddings" if tables is None else f"returns a {type(dense).__name__}"
+        lacks = "is not handed position_embeddings" if tables is None else f"returns {type_of(dense)}"
         raise OrthoRankError(
             f"{family.name} models cannot follow a plan: {which}, {lacks}; layers as transformers 5 has them are "
             "handed cos and sin by that name and return the hidden states alone"

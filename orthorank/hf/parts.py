@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, type_of
 from orthorank.common.patching import is_changed, is_code_of_class, not_compiled
 from orthorank.hf.family import Family, split_heads
 from orthorank.hf.norm import IDENTITY, Norm
@@ -53,7 +53,7 @@ class Parts:
         names = [name for name in (*norms, family.attention, family.mlp) if name is not None]
         if missing := [name for name in names if not isinstance(getattr(layer, name, None), nn.Module)]:
             raise OrthoRankError(
-                f"a {type(layer).__name__} has no {', '.join(missing)}, which {family.name} layers have by its spec; "
+                f"{type_of(layer)} has no {', '.join(missing)}, which {family.name} layers have by its spec; "
                 + _remedy(
                     family, "say in its orthorank.Family what they are called, or None for a norm that there is not"
                 )
@@ -72,7 +72,7 @@ class Parts:
             name for name in (*projections, "o_proj", "head_dim", "scaling") if not hasattr(attention, name)
         ]:
             raise OrthoRankError(
-                f"a {type(attention).__name__} has no {', '.join(missing)}, which the attention of {self.family.name} "
+                f"{type_of(attention)} has no {', '.join(missing)}, which the attention of {self.family.name} "
                 "models has; if it was put into another module, take that off first; else "
                 + _remedy(
                     self.family,

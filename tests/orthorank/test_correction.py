@@ -106,7 +106,7 @@ def test_maps_that_are_none_are_refused(name: str) -> None:
         ({"keep_ratios": {2: 1.0}}, "a map for layer 2, which leaves no token out"),
         ({"hidden_size": 16}, "maps of hidden size 8, and hidden_size is 16"),
         ({"correction": correction().to_dict()}, "read the plan with OrthoRankConfig.from_pretrained"),
-        ({"correction": 3}, "correction is a int; it must be a Correction or None"),
+        ({"correction": 3}, "correction is an int; it must be a Correction or None"),
     ],
 )
 def test_a_plan_that_it_does_not_fit(fields: dict[str, Any], message: str) -> None:

@@ -208,7 +208,7 @@ def test_apply_takes_the_name_and_status_tells_the_commit(hub: Hub, tmp_path: Pa
         OrthoRankError, match="revision is 'main'; it is of a plan on the Hub, and config is not its name"
     ):
         apply(model, CORRECTED, revision="main")
-    with pytest.raises(OrthoRankError, match="config is a int; it must be an OrthoRankConfig or where one is"):
+    with pytest.raises(OrthoRankError, match="config is an int; it must be an OrthoRankConfig or where one is"):
         apply(model, 3)  # type: ignore[arg-type]
 
 

@@ -161,8 +161,8 @@ LONG = "x" * 5000
     [
         (LONG, r"plan is 'x{24}\.\.\.' \(5000 characters\), which cannot be the path of a file: File name too long"),
         ("a\0b", "plan is 'a.x00b', which cannot be the path of a file: embedded null byte"),
-        (5, "plan is a int; it must be the path of a file or folder"),
-        (None, "plan is a NoneType; it must be the path"),
+        (5, "plan is an int; it must be the path of a file or folder"),
+        (None, "plan is None; it must be the path"),
         ("~nobody-has-this-name/plan", "there is no such home directory"),
     ],
 )

@@ -119,7 +119,7 @@ def test_a_private_name_that_changed_is_said(llama: Path, monkeypatch: pytest.Mo
     from vllm.v1.engine.input_processor import InputProcessor
 
     monkeypatch.setattr(InputProcessor, "process_inputs", None)
-    with pytest.raises(Exception, match=r"InputProcessor.process_inputs is a NoneType, not a function; this package"):
+    with pytest.raises(Exception, match=r"InputProcessor.process_inputs is None, not a function; this package"):
         _configure(llama, PLAN, **WHOLE_PROMPTS)
     _configure(llama, None)
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, type_of, with_article
 
 TESTED = "0.32"
 
@@ -47,7 +47,7 @@ def called_with(*names: str) -> Check:
 
     def look(found: Any) -> str | None:
         if not callable(found):
-            return f"is a {type(found).__name__}, not a function"
+            return f"is {type_of(found)}, not a function"
         known = inspect.signature(found).parameters
         if lacking := [name for name in names if name not in known]:
             return f"has no argument {', '.join(lacking)}"
@@ -70,7 +70,7 @@ def called_as(count: int, *names: str) -> Check:
 
     def look(found: Any) -> str | None:
         if not callable(found):
-            return f"is a {type(found).__name__}, not a function"
+            return f"is {type_of(found)}, not a function"
         signature = inspect.signature(found)
         try:
             signature.bind(*[None] * count, **dict.fromkeys(names))
@@ -86,7 +86,7 @@ def begins_with(*names: str) -> Check:
 
     def look(found: Any) -> str | None:
         if not inspect.isroutine(found):
-            return f"is a {type(found).__name__}, not a function"
+            return f"is {type_of(found)}, not a function"
         first = tuple(inspect.signature(found).parameters)[: len(names)]
         return None if first == names else f"begins with the arguments {', '.join(first)}, not {', '.join(names)}"
 
@@ -112,7 +112,7 @@ def gives(name: str) -> Check:
     def look(found: Any) -> str | None:
         given = found()
         if not isinstance(given, type):
-            return f"gives a {type(given).__name__}, not a class"
+            return f"gives {type_of(given)}, not a class"
         return None if name in _names(given) else f"gives {given.__name__}, which is no {name}"
 
     return Check(look)
@@ -122,7 +122,7 @@ def a(*types: type) -> Check:
     """An object of one of these types."""
 
     def look(found: Any) -> str | None:
-        return None if isinstance(found, types) else f"is a {type(found).__name__}, not a {types[0].__name__}"
+        return None if isinstance(found, types) else f"is {type_of(found)}, not {with_article(types[0].__name__)}"
 
     return Check(look)
 
@@ -137,7 +137,7 @@ def kind(*names: str) -> Check:
 
     def look(found: Any) -> str | None:
         known = not _names(type(found)).isdisjoint(names)
-        return None if known else f"is a {type(found).__name__}, not a {' or '.join(names)}"
+        return None if known else f"is {type_of(found)}, not {' or '.join(map(with_article, names))}"
 
     return Check(look)
 
@@ -148,7 +148,7 @@ def if_there(check: Check) -> Check:
 
 
 def _function(found: Any) -> str | None:
-    return None if inspect.isroutine(found) else f"is a {type(found).__name__}, not a function"
+    return None if inspect.isroutine(found) else f"is {type_of(found)}, not a function"
 
 
 # Any function: it is called with whatever vLLM gives.
@@ -173,7 +173,7 @@ def that_sets(*names: str) -> Check:
 
     def look(found: Any) -> str | None:
         if not isinstance(found, type):
-            return f"is a {type(found).__name__}, not a class"
+            return f"is {type_of(found)}, not a class"
         source = inspect.getsource(found)
         lacking = [name for name in names if not re.search(rf"\b{name}\b", source)]
         return f"has no attribute {', '.join(lacking)}" if lacking else None

@@ -201,7 +201,7 @@ def test_servers_take_what_is_pointwise_and_needs_no_more_than_they_have(registe
         (largest, {"pointwise": True, "needs": ("values",)}, "with 'values'; it must be a list of 'scores', 'keys'"),
         (largest, {"pointwise": True, "needs": ("keys",), "normed": False}, "normed is False"),
         (largest, {"pointwise": 1}, "pointwise is 1; it must be True or False"),
-        (3, {"pointwise": True}, "fn is a int"),
+        (3, {"pointwise": True}, "fn is an int"),
         (
             lambda x, sink, valid: x.float().sum(-1).to("meta"),
             {"pointwise": True},

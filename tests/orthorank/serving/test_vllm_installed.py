@@ -144,7 +144,7 @@ def test_checks_of_the_interface() -> None:
     assert interface.called_with("first", "second", "third")(some) is None
     assert interface.called_with("first", "fourth")(some) == "has no argument fourth"
     assert interface.called_with("first")(some) == "needs an argument second"
-    assert interface.called_with("first")(3) == "is a int, not a function"
+    assert interface.called_with("first")(3) == "is an int, not a function"
     assert interface.function(some) is None
     assert interface.function(Some) == "is a type, not a function"
     assert interface.a(list)([1]) is None
@@ -154,7 +154,7 @@ def test_checks_of_the_interface() -> None:
     assert interface.with_fields("field")(Some) == "is no dataclass"
     assert interface.that_sets("field", "other")(Some) is None
     assert interface.that_sets("fiel")(Some) == "has no attribute fiel"
-    assert interface.that_sets("field")(3) == "is a int, not a class"
+    assert interface.that_sets("field")(3) == "is an int, not a class"
 
 
 def test_what_is_not_as_needed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,16 +64,16 @@ def test_objects_that_are_as_expected(name: str) -> None:
 
 
 WRONG: list[tuple[str, str, Any, str]] = [
-    ("impl", "do_kv_cache_update", None, "do_kv_cache_update that is a NoneType, not a function"),
+    ("impl", "do_kv_cache_update", None, "do_kv_cache_update that is None, not a function"),
     ("impl", "do_kv_cache_update", lambda layer, key, value, kv_cache: None, "cannot be called with 5 arguments"),
     ("impl", "forward", lambda q, k, v: None, "forward that cannot be called with 6 arguments and output"),
     ("impl", "forward", lambda a, b, c, d, e, f: None, "unexpected keyword argument 'output'"),
     ("impl", "scale", "0.5", "scale of type str, and OrthoRank needs float or int"),
-    ("impl", "sinks", [1.0], "sinks that is a list, not a Tensor or NoneType"),
-    ("attention", "impl", object(), "impl that is a object, not a AttentionImplBase"),
+    ("impl", "sinks", [1.0], "sinks that is a list, not a Tensor or None"),
+    ("attention", "impl", object(), "impl that is an object, not an AttentionImplBase"),
     ("attention", "kv_cache", [Tensor()], "kv_cache that is a list, not a Tensor"),
-    ("attention", "sliding_window", (8, 8), "sliding_window that is a tuple, not a int or NoneType"),
-    ("backend", "get_builder_cls", lambda: None, "get_builder_cls that gives a NoneType, not a class"),
+    ("attention", "sliding_window", (8, 8), "sliding_window that is a tuple, not an int or None"),
+    ("backend", "get_builder_cls", lambda: None, "get_builder_cls that gives None, not a class"),
     ("backend", "get_builder_cls", lambda: dict, "get_builder_cls that gives dict, which is no Attention"),
     ("backend", "get_builder_cls", lambda config: dict, r"cannot be looked at \(TypeError: .*'config'"),
 ]
@@ -107,7 +107,7 @@ def test_functions_that_are_stood_in_for() -> None:
     assert check(lambda self, prompt, request_id, params: None) == (
         "begins with the arguments self, prompt, request_id, params, not self, request_id, prompt, params"
     )
-    assert check(None) == "is a NoneType, not a function"
+    assert check(None) == "is None, not a function"
 
 
 def test_what_cannot_be_looked_at_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

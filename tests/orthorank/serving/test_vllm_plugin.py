@@ -171,7 +171,7 @@ CHANGES = [
         "try_verify_and_update_config(self, how)",
         "argument how",
     ),
-    ("model_executor/models/config", "MAP = {}", "MAP = None", "MODELS_CONFIG_MAP is a NoneType, not a dict"),
+    ("model_executor/models/config", "MAP = {}", "MAP = None", "MODELS_CONFIG_MAP is None, not a dict"),
     ("model_executor/models/registry", "ModelRegistry.known.keys()", "None.keys()", "AttributeError: 'NoneType'"),
     (
         "model_executor/models/registry",

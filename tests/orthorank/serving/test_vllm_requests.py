@@ -65,7 +65,7 @@ def test_requests_that_say_how_many_tokens_are_their_prompt(monkeypatch: pytest.
 def test_a_runner_that_keeps_them_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = SimpleNamespace(num_reqs=1, req_ids=["a"], num_prompt_tokens=[3], token_ids_cpu=np.array([[7]]))
     monkeypatch.setattr(hooks._Running, "runner", SimpleNamespace(input_batch=batch, requests={}))
-    with pytest.raises(OrthoRankError, match="has a num_prompt_tokens that is a list, not a ndarray"):
+    with pytest.raises(OrthoRankError, match="has a num_prompt_tokens that is a list, not an ndarray"):
         RequestTable(4).rows(common(1, None))
 
 
