@@ -67,24 +67,22 @@ def _ahead(equal: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def _apart(equal: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """A sentence and a table: paired differences from removed layers of the same kind, at the lowest share."""
-    share, rows = list(equal.items())[-1]
+    """A sentence and a table: paired differences from removed layers of the same kind, at each share."""
     lines = []
-    for row in rows:
-        if apart := row.get("against_removed"):
-            kind = row["method"].partition(",")[2]
-            other = title(f"removed,{kind}" if kind else "removed")
-            cells = [
-                f"{apart[text]['difference']:+.3f} ± {apart[text]['standard_error']:.3f}" if text in apart else ""
-                for text in TEXTS
-            ]
-            lines.append([title(row["method"]), other, *cells])
+    for share, rows in equal.items():
+        for row in rows:
+            if apart := row.get("against_removed"):
+                kind = row["method"].partition(",")[2]
+                other = title(f"removed,{kind}" if kind else "removed")
+                cells = [
+                    f"{apart[text]['difference']:+.3f} ± {apart[text]['standard_error']:.3f}" if text in apart else ""
+                    for text in TEXTS
+                ]
+                lines.append([share, title(row["method"]), other, *cells])
     if not lines:
         return []
-    said = (
-        f"Between plans at {share} of the FLOPs, in nats a token with standard errors; below zero, the first is better:"
-    )
-    return [said, table(["plan", "against", *TEXTS], lines)]
+    said = "At equal FLOPs, nats a token with standard errors; below zero, the first plan is better:"
+    return [said, table(["FLOPs of dense", "plan", "against", *TEXTS], lines)]
 
 
 def paper_section() -> str:
