@@ -117,7 +117,7 @@ def show(result: dict[str, Any]) -> None:
         print(f"{name:6} {figures}")
     spread = result["measured_speedup_spread"]
     print(f"measured speed-up   {result['measured_speedup']:.3f} +- {spread:.3f} (median, half quartile range)")
-    print(f"FLOP-ideal speed-up {result['flop_speedup']:.3f} (one position's logits)")
+    print(f"FLOP bound {result['flop_speedup']:.3f} (one position's logits)")
     print(f"measured / ideal (goal: at least {GOAL}): {result['measured_over_ideal']:.3f}")
 
 

@@ -34,7 +34,7 @@ def demo_section() -> str:
         ]
         for row in results["rows"]
     ]
-    head = ["", "layers", "sparsity", "perplexity", "nats above dense", "prefill tokens/s", "speed-up", "FLOP-ideal"]
+    head = ["", "layers", "sparsity", "perplexity", "nats above dense", "prefill tokens/s", "speed-up", "FLOP bound"]
     model, settings = results["model_info"], results["settings"]
     unmeasured = "" if results.get("speed") else " Speed was not measured: the machine had other work."
     note = (

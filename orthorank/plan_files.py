@@ -58,9 +58,9 @@ def _read(file: Path) -> Any:
     try:
         return read_json(file, MOST_JSON)
     except OSError as error:
-        raise OrthoRankError(f"no plan can be read at {file}: {error.strerror}") from error
+        raise OrthoRankError(f"no plan can be read at {file}: {error.strerror}; check the path") from error
     except ValueError as error:
-        raise OrthoRankError(f"{file} is not a JSON file: {error}") from error
+        raise OrthoRankError(f"{file} is not a JSON file: {error}; copy or write the plan again") from error
 
 
 @contextmanager

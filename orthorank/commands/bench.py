@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orthorank.commands.eval_ppl import say_plans
 from orthorank.commands.screen import MODEL, OWN_CRITERION, RichScreen, console, numbers, register, table_of
 from orthorank.common.errors import OrthoRankError, check_choice
 from orthorank.common.files import writable_folder
-from orthorank.common.format import doubts
+from orthorank.common.format import count, doubts
 from orthorank.common.progress import say_replaced
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def command(
     _set_threads(threads)
     with screen.progress(f"loading {locate(model).name}", 1):
         loaded, _, info = load_model(model, device, dtype)
+    say_plans(screen, plans, plan)
     variants: dict[str, Any] = {"dense": None} | (plans if plans is not None else shipped(loaded))
     total = 2 * settings.rounds + len(settings.lengths or ())
     with screen.progress("timing", total) as advance:
@@ -158,10 +160,11 @@ def _set_threads(threads: int | None) -> None:
 def _show(screen: Any, results: dict[str, Any]) -> None:
 
     speed, settings = results["bench"]["prefill"], results["bench"]["settings"]
-    threads = f", {speed['threads']} threads" if speed["device"] == "cpu" else ""
+    threads = f", {count(speed['threads'], 'thread')}" if speed["device"] == "cpu" else ""
     screen.heading(f"{results['model']['name']}: {speed['dtype']} on {speed['device']}{threads}, by {speed['clock']}")
     screen.say(
-        f"Prompts of {settings['batch_size']} x {settings['prompt_tokens']} random tokens, {settings['rounds']} rounds."
+        f"Prompts of {settings['batch_size']} x {settings['prompt_tokens']} random tokens, "
+        f"{count(settings['rounds'], 'round')}."
     )
     screen.table(_table(results))
     screen.say(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from orthorank.commands.screen import half_range, table_of
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import from_json
-from orthorank.common.format import doubts
+from orthorank.common.format import count, doubts
 from orthorank.common.loading import quiet
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ def _show(screen: "RichScreen", results: dict[str, Any]) -> None:
         f"{bench['attention_backend']}, by {bench['prefill']['clock']}"
     )
     screen.say(
-        f"Prompts of {settings['batch_size']} x {settings['prompt_tokens']} random tokens, {settings['rounds']} rounds."
+        f"Prompts of {settings['batch_size']} x {settings['prompt_tokens']} random tokens, "
+        f"{count(settings['rounds'], 'round')}."
     )
     screen.table(_table(results))
     screen.say(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orthorank.commands.eval_ppl import check_window, measure, read_plans, settings_of
+from orthorank.commands.eval_ppl import check_window, measure, read_plans, say_plans, settings_of
 from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, console, number, register, table_of
 from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError, check_integers, check_max_loss
@@ -93,6 +93,7 @@ def command(
         loaded, tokenizer, info = load_model(model, device, dtype)
     for each in plans.values():
         check_plan(loaded, each)
+    say_plans(screen, plans, plan)
     drawn = len(asked)
     if sample is not None:
         asked = that_fit(loaded, tokenizer, asked, max_new_tokens, bos)
@@ -217,11 +218,16 @@ def _show(screen: RichScreen, results: dict[str, Any], folder: Path) -> None:
     for row in results["prompts"][:SHOWN]:
         answers = {"dense": row["dense"]} | row["plans"]
         drawn = table_of(*answers, left=len(answers))
-        drawn.add_row(*(" ".join(each["answer"].split()) for each in answers.values()))
+        drawn.add_row(*(" ".join(each["answer"].split()) or "(empty)" for each in answers.values()))
         screen.heading(" ".join(row["prompt"].split())[:200])
         screen.table(drawn)
     if (left := len(results["prompts"]) - SHOWN) > 0:
         screen.say(f"{left} more in the page.")
+    if empty := sum(not row["dense"]["answer"].strip() for row in results["prompts"]):
+        screen.say(
+            f"Of the dense model's answers {empty} of {len(results['prompts'])} are empty: it ended at once. A model "
+            "trained for chat answers prompts in its chat template: write them as JSON lines with messages."
+        )
     for sentence in results["verdicts"]:
         screen.say(sentence)
     screen.say(f"Results: {folder / 'compare.json'}; answers side by side: {folder / 'compare.html'}")

@@ -166,11 +166,12 @@ def command(
     for state in states:
         state.unlink(missing_ok=True)
     screen.table(table(found))
+    screen.say("explained: the share of what a layer leaves out that its map puts back, on held-out windows.")
     if distill:
         first, last = found.calibration["correction"]["distilled"]["kl"]
         screen.say(
-            f"Distilled for {distill} steps, after which the maps explain something else than the table says: KL from "
-            f"the dense model {first:.3f} nats a token in the first steps, {last:.3f} in the last"
+            f"Then distilled for {distill} steps; the table is of the maps before that. KL from the dense model: "
+            f"{first:.3f} nats a token in the first steps, {last:.3f} in the last."
         )
     screen.table(loss_table([each.name for each in sources], losses))
     screen.say(f"Plan: {path}, maps beside it; use it with {call('eval ppl', model, '--plan', output)}")
@@ -265,8 +266,8 @@ def table(plan: "OrthoRankConfig") -> "Table":
 
 
 def loss_table(names: list[str], losses: list[dict[str, float]]) -> "Table":
-    """Losses on the second half of each text, and what is won."""
-    drawn = table_of("loss on the second half of", *losses[0], "won")
+    """Losses on the second half of each text, and how much of the plan's rise the maps win back."""
+    drawn = table_of("loss on the second half of", *losses[0], "won back")
     for name, loss in zip(names, losses, strict=True):
         figures = [*loss.values(), loss["plan"] - loss["corrected"]]
         drawn.add_row(name, *(f"{figure:.4f}" for figure in figures))

@@ -119,7 +119,7 @@ def quality_table(results: dict[str, Any]) -> "Table":
 
 def speed_table(results: dict[str, Any]) -> "Table":
     """What each row brings in speed, as a rich table."""
-    drawn = table_of("", "tokens/s", "speed-up", "FLOP-ideal")
+    drawn = table_of("", "tokens/s", "speed-up", "FLOP bound")
     for row in results["rows"]:
         drawn.add_row(*words.speed_cells(row))
     return drawn

@@ -63,6 +63,7 @@ def command(
         loaded, tokenizer, info = load_model(model, device, dtype)
     for each in plans.values():
         check_plan(loaded, each)
+    say_plans(screen, plans, plan)
     where = Bos.of(bos, tokenizer)
     settings = settings_of(loaded, tokenizer, chosen, dataset, window, windows, batch_size, where)
     rows: list[dict[str, Any]] = []
@@ -139,6 +140,12 @@ def read_plans(paths: list[str] | None) -> dict[str, Any]:
 
     plans = [OrthoRankConfig.from_pretrained(path) for path in paths or []]
     return dict(zip(variant_names(plans), plans, strict=True))
+
+
+def say_plans(screen: Any, plans: "dict[str, Any] | None", paths: list[str] | None) -> None:
+    """Which row is which plan: tables name a plan by what it does, users by where it is."""
+    if plans:
+        screen.say(f"{'; '.join(f'{name} is {path}' for name, path in zip(plans, paths or [], strict=True))}.")
 
 
 def _show(screen: Any, results: dict[str, Any], bos: str, folder: Path | None) -> None:

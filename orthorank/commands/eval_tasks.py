@@ -45,10 +45,10 @@ def command(
     acc_norm where a task has it, else acc. Data come from the hub, or from --include-path's files.
     """
 
-    from orthorank.commands.eval_ppl import read_plans
+    from orthorank.commands.eval_ppl import read_plans, say_plans
     from orthorank.commands.kept import KeptRows
     from orthorank.evaluation.answer_cache import tokenizer_fingerprint
-    from orthorank.evaluation.task_scores import definition_of, evaluate_tasks, task_differences
+    from orthorank.evaluation.task_scores import check_harness, definition_of, evaluate_tasks, task_differences
     from orthorank.hf.apply import check_plan
     from orthorank.models import load_model, locate
 
@@ -58,6 +58,7 @@ def command(
         raise OrthoRankError(f"include_path is {str(include_path)!r}, and there is no such folder")
     check_bos(bos)
     register(criterion)
+    check_harness()
     folder = None if output is None else writable_folder(output)
     plans = read_plans(plan)
     dense = len(plans) > 1 if dense is None else dense
@@ -68,6 +69,7 @@ def command(
         loaded, tokenizer, info = load_model(model, device, dtype)
     for each in plans.values():
         check_plan(loaded, each)
+    say_plans(screen, plans, plan)
     variants: dict[str, Any] = ({"dense": None} if dense or not plans else {}) | plans
     several = len(variants) > 1
     rows: list[dict[str, Any]] = []

@@ -33,7 +33,7 @@ def console(*, stderr: bool = False, quiet: bool = False) -> Console:
 
 
 class RichScreen:
-    """A run shown on a terminal; on a file or pipe the bars are left out and the sentences stay."""
+    """A run shown on a terminal; on a file or pipe a bar is one line that says what is begun."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -54,6 +54,10 @@ class RichScreen:
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Advance]:
         """A bar that goes away when the work is done; a spinner where the work has no parts."""
+        if not self.console.is_terminal:
+            self.say(f"{title} ...")
+            yield lambda done, note: None
+            return
         if total <= 1:
             with self.console.status(Text(title)):
                 yield lambda done, note: None
@@ -67,7 +71,6 @@ class RichScreen:
             TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
             transient=True,
-            disable=not self.console.is_terminal,
         )
         with bar:
             task = bar.add_task(title, total=total, note="")

@@ -169,7 +169,7 @@ def table(results: Results, **more: Callable[[dict[str, Any]], str]) -> "Table":
         "layers changed": layers,
         "calibration loss": lambda row: "" if row["loss"] is None else f"{row['loss']:.4f}",
         "held-out perplexity": lambda row: words.figure(row["perplexity"]),
-        "FLOP-ideal": lambda row: f"{row['flop_speedup']:.2f}x",
+        "FLOP bound": lambda row: f"{row['flop_speedup']:.2f}x",
         **more,
     }
     drawn = table_of(*columns, left=2)

@@ -89,7 +89,7 @@ def sink_figures(sink: dict[str, Any]) -> list[str]:
     return [
         f"Norm of the first token's state: {own[at]:,.3g} before the layer and {own[at + 1]:,.0f} after it; of the "
         f"others: {others[at]:,.3g} and {others[at + 1]:,.3g}; {counted}.",
-        f"Cosine of its normalised state from layer to layer: {_span(sink['cos_self'][after])} after the sink forms.",
+        f"Cosine of its normalised state from layer to layer: {_span(sink['cos_self'][after])} over all later layers.",
         f"Cosine with the other tokens: {sink['cos_others'][after][0]:.3f} in the first layer after it, "
         f"{max(sink['cos_others'][after]):.3f} at most.",
     ]
@@ -223,6 +223,15 @@ def figure(value: float | None, digits: int = 4) -> str:
     return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:#.{digits}g}"
 
 
+def count(number: int, thing: str) -> str:
+    """How many of a thing.
+
+    >>> count(1, "round"), count(3, "round")
+    ('1 round', '3 rounds')
+    """
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def capital(sentence: str) -> str:
     """``sentence`` with a capital first letter."""
     return sentence[:1].upper() + sentence[1:]
@@ -283,7 +292,7 @@ def shown(key: str, value: float | None) -> str:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """The row of the page's table: that of `quality_cells`, then tokens/s, speed-up and FLOP-ideal speed-up."""
+    """The row of the page's table: that of `quality_cells`, then tokens/s, speed-up and FLOP bound."""
     return [*quality_cells(row), *speed_cells(row)[1:]]
 
 
@@ -299,7 +308,7 @@ def quality_cells(row: dict[str, Any]) -> list[str]:
 
 
 def speed_cells(row: dict[str, Any]) -> list[str]:
-    """Name, tokens/s, speed-up with half of the range between its quartiles, FLOP-ideal speed-up.
+    """Name, tokens/s, speed-up with half of the range between its quartiles, FLOP bound.
 
     >>> speed_cells({"name": "dense", "tokens_per_second": 321.4, "speedup": 1.0, "flop_speedup": 1.0})
     ['dense', '321', '1.00x', '1.00x']

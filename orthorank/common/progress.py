@@ -42,4 +42,4 @@ class SilentScreen:
 def say_replaced(screen: Screen, folder: Path | None, *names: str) -> None:
     """Say which files of an earlier run in ``folder`` this one replaces at its end; None: it writes nowhere."""
     if folder is not None and (found := [str(folder / name) for name in names if (folder / name).exists()]):
-        screen.say(f"Replaces {', '.join(found)}.")
+        screen.say(f"Replaces at its end: {', '.join(found)}.")

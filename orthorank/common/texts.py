@@ -127,7 +127,7 @@ def find_text(path: str | Path | None = None) -> Text:
     try:
         content = file.read_bytes().decode("utf-8-sig")  # as it is: reading as text would rewrite line ends
     except OSError as error:
-        raise OrthoRankError(f"text {str(path)!r} cannot be read: {error.strerror}") from error
+        raise OrthoRankError(f"text {str(path)!r} cannot be read: {error.strerror}; check the path") from error
     except UnicodeDecodeError as error:
         raise OrthoRankError(f"text {str(path)!r} is not a UTF-8 text file (byte {error.start})") from error
     if not content.strip():

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -208,11 +209,13 @@ def _time_generation(
     from transformers import DynamicCache
 
     cache, clock = DynamicCache(config=model.config), clock_of(prompt.device)[1]
+    # the name since transformers 5.24, and before
+    name = "cache" if "cache" in signature(type(model).forward).parameters else "past_key_values"
     chosen = prompt[:, -1:]
 
     def forward(ids: Tensor) -> None:
         nonlocal chosen
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{name: cache}).logits
         chosen = logits[:, -1:].argmax(dim=-1)
 
     def decode() -> None:

@@ -100,7 +100,7 @@ def _lines(path: str | Path) -> tuple[list[tuple[int, str]], bool]:
     try:
         content = file.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise OrthoRankError(f"prompts {str(path)!r} cannot be read: {error.strerror}") from error
+        raise OrthoRankError(f"prompts {str(path)!r} cannot be read: {error.strerror}; check the path") from error
     except UnicodeDecodeError as error:
         raise OrthoRankError(f"prompts {str(path)!r} is not a UTF-8 text file (byte {error.start})") from error
     lines = [(number, line.strip()) for number, line in enumerate(content.split("\n"), 1) if line.strip()]

@@ -111,6 +111,15 @@ def evaluate_tasks(
     }
 
 
+def check_harness() -> None:
+    """lm-evaluation-harness can be imported: before a model is loaded, which takes long.
+
+    Raises:
+        OrthoRankError: it is not installed.
+    """
+    import orthorank.evaluation.tasks  # noqa: F401 - raises, and says what to do
+
+
 def definition_of(tasks: Sequence[str], include_path: Path | None) -> dict[str, Any]:
     """What decides what ``tasks`` are: their names, the harness, and the files of ``include_path`` with what they hold.
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SEARCH, STATE = "search.json", "search-state.json"
 FORMAT = 1
 NEWER = ("config_fingerprint",)  # which searches of earlier versions do not say
-FLOP_TOKENS = 2048  # prompt for which the FLOP-ideal speed-up is stated
+FLOP_TOKENS = 2048  # prompt for which the FLOP bound is stated
 
 
 class Folder:

@@ -186,7 +186,8 @@ def find_sink_layer(ratios: Sequence[float], cos_self: Sequence[float] = ()) -> 
     reason = f"the sink forms in layer {layer} of {layers}: the first token's norm goes {jump} times that of the others"
     after = cos_self[layer + 1 : layer + 1 + needed]
     if after:
-        reason += f", and its normalised state then stays where it is (cosine from layer to layer {min(after):.3f})"
+        kept = f"cosine from layer to layer {min(after):.3f} or more in the next {len(after)} layers"
+        reason += f", and its normalised state then stays where it is ({kept})"
     return layer, reason
 
 

@@ -71,6 +71,13 @@ def test_tables_render(page: Path) -> None:
             assert cells(row) == cells(header), f"{row!r} has other cells than {header!r}"
 
 
+def test_the_bound_on_a_speed_up_has_one_name() -> None:
+    sources = [*PAGES, ROOT / "README.md", *(ROOT / "orthorank").rglob("*.py"), *(ROOT / "orthorank").rglob("*.j2")]
+    assert [
+        str(file) for file in sources if "flop-ideal" in file.read_text().lower().replace("flop ideal", "flop-ideal")
+    ] == []
+
+
 def test_documented_names_exist() -> None:
     names = [name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)]
     assert len(names) > 25

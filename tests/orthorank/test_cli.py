@@ -145,7 +145,10 @@ def test_a_doctor_in_a_process_says_no_with_exit_code_1(tiny_folder):
         (["demo", "--search", "--layers", "3"], "both layers and plan (search) say which layers to take"),
         (["demo", "--plan", "no-such-plan"], "plan is 'no-such-plan', and there is no such file or folder"),
         (["demo", "--plan", "pyproject.toml"], "pyproject.toml is not a JSON file"),
-        (["demo", "--text", "no-such-file.txt"], "text 'no-such-file.txt' cannot be read: No such file"),
+        (
+            ["demo", "--text", "no-such-file.txt"],
+            "text 'no-such-file.txt' cannot be read: No such file or directory; check the path",
+        ),
         (["demo", "--model", "./no-such-model"], "model './no-such-model' is no model folder"),
         (["demo", "--device", "cuda:99"], "device is 'cuda:99'"),
         (["demo", "--output", "pyproject.toml"], "output is 'pyproject.toml', which is not a folder"),
@@ -185,6 +188,17 @@ def test_an_unwritable_output_folder_is_named_before_the_model_is_loaded(orthora
     code, _, err = orthorank("demo", "--output", str(tmp_path / "out"))
     assert code == 2
     assert err == f"orthorank: output folder '{tmp_path}/out' cannot be written to: Permission denied\n"
+
+
+def test_without_the_harness_tasks_are_refused_before_the_model_is_loaded(orthorank, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.registry", None)
+    monkeypatch.delitem(sys.modules, "orthorank.evaluation.tasks", raising=False)
+    monkeypatch.setattr("orthorank.models._load", lambda *_, **__: pytest.fail("the model is loaded"))
+    code, _, err = orthorank("eval", "tasks", "--limit", "2")
+    assert code == 2
+    assert "evaluating tasks needs lm-evaluation-harness" in err
+    assert "run: pip install '.[eval]'" in err
 
 
 def test_without_typer_the_sentence_names_the_extra(monkeypatch, capsys):

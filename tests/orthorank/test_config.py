@@ -113,7 +113,7 @@ def test_unknown_newer_keys_warn(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "is not a JSON file"),
+        ("{", "is not a JSON file: .*; copy or write the plan again"),
         ("[1, 2]", "a plan is a JSON object, not list"),
         ("{}", "has no key 'layers'"),
         ('{"layers": [1], "keep_ratio": 7}', r"plan\.json: keep_ratio is 7"),

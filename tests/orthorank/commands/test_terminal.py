@@ -35,6 +35,16 @@ def test_titles_and_notes_of_progress(monkeypatch: pytest.MonkeyPatch, name: str
     assert (f"note {name}" in drawn) == (total > 1)
 
 
+def test_a_log_says_what_is_begun(capsys: pytest.CaptureFixture[str]) -> None:
+    """On a file or pipe, where no bar is drawn: else a command says nothing until its first result."""
+    screen = RichScreen(console())
+    for total in (1, 3):
+        with screen.progress(f"loading {total}", total) as advance:
+            assert f"loading {total} ..." in capsys.readouterr().out
+            advance(1, "note")
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_headings_sentences_and_tables(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     from orthorank.commands.search import table

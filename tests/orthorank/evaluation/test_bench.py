@@ -69,6 +69,20 @@ def test_decoding_continues_greedily(model: Any) -> None:
     assert timed == generated[0, 20:].tolist()
 
 
+def test_the_cache_is_passed_by_its_name(model: Any) -> None:
+    """transformers 5.24 calls it `cache`, and warns of the name before."""
+    seen: list[Any] = []
+
+    class Renamed(type(model)):  # type: ignore[misc]
+        def forward(self, input_ids: Any, cache: Any, use_cache: bool, logits_to_keep: int) -> Any:
+            seen.append(cache)
+            return super().forward(input_ids, past_key_values=cache, logits_to_keep=logits_to_keep)
+
+    model.__class__ = Renamed
+    bench._time_generation(model, None, bench.random_prompt(model, 1, 20), 2)
+    assert [each.get_seq_length() for each in seen] == [22, 22, 22], "one cache, of the prompt and two tokens"
+
+
 def test_peak_memory_sees_an_allocation() -> None:
     if memory_meter(torch.device("cpu")) is None:
         pytest.skip("this system does not tell a process its peak memory")

@@ -39,6 +39,10 @@ def test_the_rule_on_the_published_profile() -> None:
     assert layer == 11
     assert "layer 11 of 30" in reason
     assert "from 1 to 175" in reason
+    assert "cosine" not in reason, "none was given"
+    cosines = [0.5] * 12 + [0.9, *[0.99] * 6] + [0.1] * 10
+    reason = find_sink_layer(SMOLLM2, cosines)[1]
+    assert "(cosine from layer to layer 0.900 or more in the next 7 layers)" in reason, "not of all later ones"
 
 
 @pytest.mark.parametrize(
