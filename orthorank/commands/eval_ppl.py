@@ -145,7 +145,7 @@ def read_plans(paths: list[str] | None) -> dict[str, Any]:
 def say_plans(screen: Any, plans: "dict[str, Any] | None", paths: list[str] | None) -> None:
     """Which row is which plan: tables name a plan by what it does, users by where it is."""
     if plans:
-        screen.say(f"{'; '.join(f'{name} is {path}' for name, path in zip(plans, paths or [], strict=True))}.")
+        screen.say("Plans: " + ", ".join(f"{name} = {path}" for name, path in zip(plans, paths or [], strict=True)))
 
 
 def _show(screen: Any, results: dict[str, Any], bos: str, folder: Path | None) -> None:

@@ -275,7 +275,7 @@ def aim(job: Job) -> None:
     ratio = words.ratio(settings.keep_ratio)
     action = "remove" if settings.keep_ratio == 0 else f"update {ratio} of the tokens in"
     most = "at most " if settings.open_ended else ""
-    job.screen.say(f"{action} {most}{job.count} of the layers {words.layers(job.candidates)}")
+    job.screen.say(words.capital(f"{action} {most}{job.count} of the layers {words.layers(job.candidates)}."))
 
 
 def _windows_in_words(calibration: Calibration) -> str:

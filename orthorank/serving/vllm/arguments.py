@@ -79,11 +79,11 @@ def hints(serving: Serving, config: Any = None, max_model_len: int | None = None
         )
     if topk and max_model_len is None:
         context = getattr(config, "max_position_embeddings", None)
-        room = f"a whole context, {context} tokens of this model," if context else "the model's whole context"
+        room = f"up to {context:,} tokens, this model's context" if context else "up to the model's whole context"
         yield (
-            f"for the same reason vLLM gives a step room for {room} in place of its 2,048 to 16,384 "
-            "(max_num_batched_tokens), and takes the memory of that step's activations from the cache; pass "
-            "--max-model-len with the longest prompt and answer that you need"
+            f"since a prompt has to fit in one step, vLLM makes steps of {room} (max_num_batched_tokens, otherwise "
+            "2,048 to 16,384 tokens), and takes the memory of their activations from the cache; pass --max-model-len "
+            "with the tokens of your longest prompt and answer together"
         )
     if said := left_out(os.environ.get("VLLM_PLUGINS")):
         yield said

@@ -45,7 +45,7 @@ def test_the_command(line: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
         assert each["rise"]["mean"] == pytest.approx(statistics.fmean(losses))
         assert f"{each['rise']['mean']:+.4f} ± {each['rise']['standard_error']:.4f}" in shown
         assert each["plan"]["layers"] == PLANS[name].layers
-    named = f"orthorank is {line[3]}; layer pruning is {line[5]}."
+    named = f"Plans: orthorank = {line[3]}, layer pruning = {line[5]}"
     assert named.replace(" ", "") in shown.replace(" ", ""), "a terminal breaks lines within a path, too"
     assert "The old [bridge]" in shown
     page = Page((tmp_path / "out" / "compare.html").read_text())

@@ -113,8 +113,10 @@ def test_arguments_say_what_topk_costs(
     costs, room = err.splitlines()
     assert costs.startswith("orthorank: select is 'topk', which ranks a whole prompt at once, so chunked prefill and ")
     assert '"select": "window" and "select_window": 64' in costs
-    assert room.startswith("orthorank: for the same reason vLLM gives a step room for a whole context")
-    assert f"{context} tokens of this model" in err
+    assert room.startswith("orthorank: since a prompt has to fit in one step, vLLM makes steps of up to ")
+    assert (
+        f"{context:,} tokens, this model's context (max_num_batched_tokens, otherwise 2,048 to 16,384 tokens)" in room
+    )
     assert "max_model_len" not in json.loads(out)
     assert main(["vllm-args", plan, "--max-model-len", "512", "--python"]) == 0
     out, err = capsys.readouterr()
