@@ -37,7 +37,7 @@ class Step:
     cached: torch.Tensor  # int32 [seqs], tokens of each sequence that are in the cache already
     seq_lens: torch.Tensor  # int32 [seqs], cached and new
     k: torch.Tensor  # int32 [seqs], how many to select in each
-    slots: torch.Tensor  # [total], block * block_size + offset of each new token; of padding: in a page of no sequence
+    slots: torch.Tensor  # [total], block * block_size + offset of each new token; of padding: -1
     block_table: torch.Tensor  # int32 [seqs, max_blocks]
     cos: torch.Tensor  # [total, head_dim], rotary tables at each token's position
     sin: torch.Tensor
@@ -54,14 +54,13 @@ def selected_layer(
     step: Step,
     eps: float = 1e-5,
 ) -> None:
-    _, block_size, kv_heads, head_dim = k_cache.shape
+    kv_heads, head_dim = k_cache.shape[2:]
     chosen = ok.rms_norm_select(
         hidden_states, w.input_norm, eps, step.k, sink=sink, cu_seqlens=step.cu_seqlens, position_offsets=step.cached,
         max_selected=step.selected,
     )  # fmt: skip
     keys, values = (chosen.normed @ w.kv.T).unflatten(-1, (2 * kv_heads, head_dim)).split(kv_heads, 1)
-    at = step.slots // block_size, step.slots % block_size
-    k_cache[at], v_cache[at] = ok.apply_rotary_at(keys, step.cos, step.sin), values
+    ok.apply_rotary_and_cache_(k_cache, v_cache, step.slots, keys, values, step.cos, step.sin)
 
     queries = (ok.gather_rows(chosen.normed, chosen.rows) @ w.q.T).unflatten(-1, (-1, head_dim))
     queries = ok.apply_rotary_at(queries, step.cos, step.sin, chosen.rows)

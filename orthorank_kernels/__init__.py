@@ -7,6 +7,7 @@ from orthorank_kernels.ops.add_norm import gather_add_rms_norm
 from orthorank_kernels.ops.attention import sparse_query_attention
 from orthorank_kernels.ops.attention_paged import sparse_query_attention_paged
 from orthorank_kernels.ops.attention_varlen import sparse_query_attention_varlen
+from orthorank_kernels.ops.kv_cache import apply_rotary_and_cache_
 from orthorank_kernels.ops.low_rank import add_low_rank
 from orthorank_kernels.ops.norm_score import rms_norm_score
 from orthorank_kernels.ops.norm_selection import rms_norm_select
@@ -21,6 +22,7 @@ from orthorank_kernels.warmup import warmup
 __all__ = [
     "__version__",
     "add_low_rank",
+    "apply_rotary_and_cache_",
     "apply_rotary_at",
     "gather_add_rms_norm",
     "gather_rows",

@@ -81,7 +81,8 @@ class Plan:
 
     Args:
         made: shape, strides and dtype of each, and whether it begins with zeros.
-        apart: pairs of a written tensor and another, with the bytes of each; they must not share any.
+        apart: pairs of a written tensor and another, with the bytes from the first to the last of each, which must not
+            meet; or they do and are apart nevertheless, as rows that take turns in memory, at this distance alone.
         written: tensors of the call whose version PyTorch counts.
         result: builds it from all tensors.
     """
@@ -89,13 +90,17 @@ class Plan:
     device: torch.device
     made: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, bool]]
     launches: list[Launch]
-    apart: list[tuple[int, int, int, int]]
+    apart: list[tuple[int, int, int, int, int | None]]
     written: list[int]
     result: Callable[[list[Tensor]], Any]
 
     def fits(self, pointers: list[int]) -> bool:
         """Whether what is written to lies apart from the rest."""
-        return not self.apart or not any(-n < pointers[a] - pointers[b] < m for a, b, n, m in self.apart)
+        for a, b, n, m, woven in self.apart:
+            distance = pointers[a] - pointers[b]
+            if -n < distance < m and distance != woven:
+                return False
+        return True
 
     def run(self, tensors: list[Tensor], pointers: list[int]) -> Any:
         """The call's result. Both lists are the plan's to add to."""
@@ -144,7 +149,7 @@ def plan_of(notes: Notes, result: Any, tensors: list[Tensor], pointers: list[int
     sizes = [span(*layout(x), x.element_size()) for x in every] if traced else spans
     apart = _apart(where, spans, sizes, len(pointers), written)
     reached = {i for launched in launches if launched for _, i, _ in launched.pointers}
-    if not launches or None in launches or apart is None:
+    if not launches or None in launches:
         return None
     for i in range(len(pointers), len(every)):
         if spans[i] and not (i in reached and _is_whole(every[i], where[i], spans[i])):
@@ -177,20 +182,19 @@ def _is_whole(x: Tensor, pointer: int, size: int) -> bool:
 
 def _apart(
     where: list[int], spans: list[int], sizes: list[int], given: int, written: list[int]
-) -> list[tuple[int, int, int, int]] | None:
-    """What must stay apart of the tensors of a call; None if some already share bytes without being one.
+) -> list[tuple[int, int, int, int, int | None]]:
+    """What must stay apart of the tensors of a call, which are: the op has looked at them element by element.
 
     Args:
         spans: bytes of each; sizes: the same, or numbers of a trace.
     """
-    pairs = []
+    pairs: list[tuple[int, int, int, int, int | None]] = []
     for a in written:
         for b in range(given):
             if where[a] == where[b] and sizes[a] == sizes[b]:  # one and the same, and the key says so
                 continue
-            if -spans[a] < where[a] - where[b] < spans[b]:
-                return None
-            pairs.append((a, b, sizes[a], sizes[b]))
+            distance = where[a] - where[b]
+            pairs.append((a, b, sizes[a], sizes[b], distance if -spans[a] < distance < spans[b] else None))
     return pairs
 
 

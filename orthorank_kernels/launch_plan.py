@@ -25,6 +25,7 @@ With `ORTHORANK_LAUNCH_PLANS=0` in the environment every call goes the long way.
 
 import functools
 import inspect
+import itertools
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
@@ -43,6 +44,7 @@ R = TypeVar("R")
 DEVICES = set() if torch.version.hip else {"cuda"}  # kinds of devices that calls are planned for
 MOST = 512  # plans, and kinds of calls, of all ops together
 WAYS = 16  # that calls of one kind may go, by their numbers
+WRITTEN = ("out", "k_cache", "v_cache")  # what an op's first arguments are called that it writes to
 VARIABLES = ("TRITON_INTERPRET", "ORTHORANK_AUTOTUNE", "ORTHORANK_ATTENTION")  # read at each call
 SWITCH = "ORTHORANK_LAUNCH_PLANS"
 # What stands behind os.environ, where it can be seen: asking that for a name that is not there takes a microsecond.
@@ -65,13 +67,14 @@ def forget() -> None:
 
 
 def planned(op: Callable[P, R]) -> Callable[P, R]:
-    """A public op with launch plans. Whatever it writes to is its argument ``out``, a tensor or a tuple of them."""
-    names = list(inspect.signature(op).parameters)
-    first = names[0] == "out"
+    """A public op with launch plans. It writes to its argument ``out``, a tensor or a tuple of them, or to its first
+    one or two, which have names of `WRITTEN`.
+    """
+    changed = tuple(itertools.takewhile(WRITTEN.__contains__, inspect.signature(op).parameters))
 
     @functools.wraps(op)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        seen = None if torch.compiler.is_compiling() else _look(op, args, kwargs, first)
+        seen = None if torch.compiler.is_compiling() else _look(op, args, kwargs, changed)
         if seen is None:
             return op(*args, **kwargs)
         key, tensors, pointers, _ = seen
@@ -88,7 +91,7 @@ def planned(op: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def _look(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], first: bool) -> _Seen | None:
+def _look(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], changed: tuple[str, ...]) -> _Seen | None:
     """Key of a call, its tensors, where their memory is, and the places of those written to; None: it has no plan."""
     if THREAD.notes is not None or torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled():
         return None
@@ -100,7 +103,11 @@ def _look(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], first: bool) -
     tensors: list[Tensor] = []
     pointers: list[int] = []
     written: list[int] = []
-    out = args[0] if first and args else kwargs.get("out")
+    if changed:
+        out = args[0] if args else kwargs.get(changed[0])
+        other = args[len(changed) - 1] if len(args) >= len(changed) else kwargs.get(changed[-1])
+    else:
+        out = other = kwargs.get("out")
     for value in (*args, *kwargs.values()):
         kind = value.__class__
         if kind in TENSORS:
@@ -128,7 +135,7 @@ def _look(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], first: bool) -
                 return None
             if x.is_neg() or (graph and x.requires_grad):
                 return None
-            if value is out:
+            if value is out or value is other:
                 written.append(len(tensors))
                 kinds.append((x.is_inference(), torch.is_inference_mode_enabled()))
             try:

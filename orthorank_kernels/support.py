@@ -33,6 +33,7 @@ OPS = {
     "silu_and_mul": _Op(),
     "add_low_rank": _Op(),
     "apply_rotary_at": _Op(asks=("head_dim", "heads")),
+    "apply_rotary_and_cache_": _Op(asks=("head_dim", "kv_heads", "block_size")),
     "sparse_query_attention": _Op(asks=_ATTENTION, largest_head_dim=256),
     "sparse_query_attention_varlen": _Op(asks=_ATTENTION, largest_head_dim=256),
     "sparse_query_attention_paged": _Op(asks=(*_ATTENTION, "block_size", "kv_dtype"), largest_head_dim=256),
@@ -59,8 +60,10 @@ def is_supported(
         op: the name of a public op, such as ``"sparse_query_attention_paged"``.
         device: where the tensors would be.
         dtype: of hidden states, rows or queries; of ``select_tokens``, that of the scores.
-        head_dim, heads, kv_heads: of the attention ops; ``apply_rotary_at`` has the first two.
-        block_size, kv_dtype: tokens of a page, and dtype of the caches (``dtype`` if None), of the paged attention.
+        head_dim, heads, kv_heads: of the attention ops; ``apply_rotary_at`` has the first two, and
+            ``apply_rotary_and_cache_`` the first and the last.
+        block_size: tokens of a page, of the ops on a paged cache.
+        kv_dtype: of the caches (``dtype`` if None), of the paged attention.
 
     Returns:
         ``(supported, reason)``: the implementation that runs, or what is in the way and what would help.

@@ -18,6 +18,7 @@ from orthorank_kernels.ops.add_norm import gather_add_rms_norm
 from orthorank_kernels.ops.attention import sparse_query_attention
 from orthorank_kernels.ops.attention_paged import sparse_query_attention_paged
 from orthorank_kernels.ops.attention_varlen import sparse_query_attention_varlen
+from orthorank_kernels.ops.kv_cache import apply_rotary_and_cache_
 from orthorank_kernels.ops.low_rank import add_low_rank
 from orthorank_kernels.ops.norm_score import rms_norm_score
 from orthorank_kernels.ops.norm_selection import rms_norm_select
@@ -64,13 +65,13 @@ def warmup(
         layout: ``"batch"`` (``[batch, tokens, hidden]``), ``"packed"`` (``[total, hidden]`` with ``cu_seqlens``), or
             ``"paged"``: packed, with attention over a paged cache.
         cache: views ``[blocks, block_size, kv_heads, head_dim]`` of keys and values in the stack's own paged cache (see
-            `sparse_query_attention_paged`), of which the strides count and block 0 is read; None: contiguous ones of
-            ``dtype`` with blocks of 16.
+            `sparse_query_attention_paged`), of which the strides count and block 0 is read; nothing is written to them.
+            None: contiguous ones of ``dtype`` with blocks of 16.
         ops: names of the ops to prepare; None: all of the layout.
         options: keyword arguments that the model's calls will have, by op, such as
             ``{"rms_norm_score": {"weight_offset": 1.0}, "sparse_query_attention": {"window": 4096}}``. Without them,
-            k is an int in the batch layout and a tensor in the others, and no optional tensor is given, but that the
-            batch layout's attention is launched with queries to rotate, too.
+            k is an int in the batch layout and a tensor in the others, slots are int64, and no optional tensor is
+            given, but that the batch layout's attention is launched with queries to rotate, too.
         tokens: prompt lengths, one for each size that has a kernel of its own; fewer need less memory.
         device: the GPU. On a CPU nothing is compiled.
 
@@ -210,9 +211,14 @@ def _attention(
         varlen = partial(sparse_query_attention_varlen, q, k, k, positions, cu_selected, cu_keys)
         return {"sparse_query_attention_varlen": varlen}
     k_cache, v_cache = m.cache or [m.zeros(1, 16, m.kv_heads, m.head_dim) for _ in range(2)]
-    table = torch.zeros(1, -(-tokens // k_cache.shape[1]), dtype=torch.int32, device=m.device)
-    where = (positions, cu_selected, table, m.indices(tokens))
-    return {"sparse_query_attention_paged": partial(sparse_query_attention_paged, q, k_cache, v_cache, *where)}
+    blocks = torch.zeros(1, -(-tokens // k_cache.shape[1]), dtype=torch.int32, device=m.device)
+    where = (positions, cu_selected, blocks, m.indices(tokens))
+    calls = {"sparse_query_attention_paged": partial(sparse_query_attention_paged, q, k_cache, v_cache, *where)}
+    if k_cache.dtype == m.dtype:  # else a cache of 8 bits, which the stack writes itself
+        slots, k = m.zeros(tokens, dtype=torch.int64) - 1, m.zeros(tokens, m.kv_heads, m.head_dim)
+        of = {"slots": slots, "keys": k, "values": k, "cos": table, "sin": table}
+        calls["apply_rotary_and_cache_"] = partial(apply_rotary_and_cache_, k_cache=k_cache, v_cache=v_cache, **of)
+    return calls
 
 
 def _rotated_or_not(table: Tensor, *args: Any, **options: Any) -> None:

@@ -8,10 +8,12 @@ from types import ModuleType
 import pytest
 import torch
 
+from tests.orthorank.launches import Launches
 from tests.orthorank.statement import chosen
+from tests.orthorank_kernels.fake_gpu import fake_gpus
 
 HEADS, KV_HEADS, DIM, HIDDEN, WIDTH, EPS = 4, 2, 16, 48, 80, 1e-5
-BLOCK_SIZE = 16
+BLOCK_SIZE, PADDING = 16, 3
 # Tokens of each sequence, and new ones in each step: prompts in two chunks, and a generated token.
 LENGTHS, CHUNKS = (51, 10, 34), ((20, 9, 0), (30, 0, 33), (1, 1, 1))
 
@@ -29,6 +31,11 @@ def example() -> ModuleType:
 
 def random(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def padded(x: torch.Tensor, value: float) -> torch.Tensor:
+    """As for a graph that was captured with more tokens."""
+    return torch.cat([x, x.new_full((PADDING, *x.shape[1:]), value)])
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -104,18 +111,46 @@ def test_three_steps_of_three_sequences_equal_the_dense_layer_at_the_selected_to
             cached=torch.tensor(cached, dtype=torch.int32),
             seq_lens=torch.tensor(lengths, dtype=torch.int32),
             k=torch.tensor(count, dtype=torch.int32),
-            slots=torch.cat(slots).long(),
+            slots=padded(torch.cat(slots).long(), -1),
             block_table=table,
-            cos=cos,
-            sin=sin,
+            cos=padded(cos, 1.0),
+            sin=padded(sin, 0.0),
             selected=sum(count) + 5,
             longest=max(lengths),
         )
-        hidden_states = torch.cat([x[p] for x, p in zip(sequences, positions, strict=True)])
+        hidden_states = padded(torch.cat([x[p] for x, p in zip(sequences, positions, strict=True)]), float("nan"))
         example.selected_layer(hidden_states, sink, k_cache, v_cache, example.Weights(**w), step, EPS)
-        for s, rows in enumerate(hidden_states.split(list(chunk))):
+        assert hidden_states[-PADDING:].isnan().all()
+        for s, rows in enumerate(hidden_states[:-PADDING].split(list(chunk))):
             wanted = expected[s][positions[s]].float()
             torch.testing.assert_close(rows, wanted, rtol=1e-5, atol=1e-5)
             changed = (rows != sequences[s][positions[s]]).any(-1)
             assert int(changed.sum()) == count[s], "the selected tokens, and no others"
         cached = lengths
+
+
+def test_keys_are_rotated_and_written_in_one_launch(example: ModuleType) -> None:
+    """And everything else once, on a GPU that is not there."""
+    pytest.importorskip("triton")
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="cuda:0")
+
+    with fake_gpus() as gpus:
+        of_each, total = [empty(2, dtype=torch.int32) for _ in range(3)], 640
+        step = example.Step(
+            empty(3, dtype=torch.int32), *of_each, empty(total, dtype=torch.int64), empty(2, 32, dtype=torch.int32),
+            empty(total, DIM), empty(total, DIM), selected=200, longest=500,
+        )  # fmt: skip
+        weights = example.Weights(
+            empty(HIDDEN), empty(HEADS * DIM, HIDDEN), empty(2 * KV_HEADS * DIM, HIDDEN), empty(HIDDEN, HEADS * DIM),
+            empty(HIDDEN), empty(2 * WIDTH, HIDDEN), empty(HIDDEN, WIDTH),
+        )  # fmt: skip
+        caches = empty(70, KV_HEADS, BLOCK_SIZE, 2 * DIM).transpose(1, 2).split(DIM, -1)
+        with Launches(gpus) as traced:
+            example.selected_layer(empty(total, HIDDEN), empty(HIDDEN), *caches, weights, step)
+    assert [name for name in traced.names if name not in ("mm", "new_zeros", "zero_", "zeros")] == [
+        "rms_norm_select", "apply_rotary_and_cache_", "gather_rows", "apply_rotary_at", "sparse_query_attention_paged",
+        "gather_add_rms_norm", "silu_and_mul", "scatter_add_rows_",
+    ]  # fmt: skip
+    assert traced.names.count("mm") == 5

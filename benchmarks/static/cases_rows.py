@@ -1,4 +1,4 @@
-"""Cases of the row kernels: gather, scatter, add and norm, low-rank maps, rotary embedding."""
+"""Cases of the row kernels: gather, scatter, add and norm, low-rank maps, rotary embedding, writes to a paged cache."""
 
 from collections.abc import Iterator
 
@@ -136,6 +136,38 @@ def rotary_cases() -> Iterator[Case]:
             f"apply_rotary_at {heads} x {head_dim}/{rotary_dim} {name_of(dtype)}" + ("" if gathered else " all tokens"),
             launch("rotary.apply_rotary_at", x, table, table, some_positions(4, 682) if gathered else None),
             {"registers": 96, "spills": 0, "atomics": 0, "min_wide_stores": 0.0 if slow else 1.0},
+            slow=slow,
+        )
+
+
+def kv_cache_cases() -> Iterator[Case]:
+    """All keys and values of a projection to vLLM's cache, by tables of all positions."""
+    everyday = ((8, 128, 128, False), (3, 64, 64, False), (8, 128, 64, True))
+    others = ((1, 128, 128, False), (2, 64, 64, False), (32, 128, 128, False), (8, 96, 96, False), (32, 80, 32, False),
+              (4, 256, 256, False), (8, 256, 64, False), (71, 64, 64, False), (8, 128, 128, True))  # fmt: skip
+    for shape, dtype in ((shape, dtype) for shape in (*everyday, *others) for dtype in (HALF, FLOAT)):
+        heads, head_dim, rotary_dim, interleaved = shape
+        merged, slots = empty(2048, 4 * heads, head_dim, dtype=dtype), empty(2048, dtype=torch.int64)
+        caches = empty(4096, heads, 16, 2 * head_dim, dtype=dtype).transpose(1, 2).split(head_dim, -1)
+        keys, values = merged[:, 2 * heads :].split(heads, 1)
+        tables = empty(32768, rotary_dim, dtype=dtype).split(rotary_dim // 2, -1)
+        slow = shape not in everyday or dtype != HALF
+        yield Case(
+            "rows",
+            f"apply_rotary_and_cache_{' interleaved' if interleaved else ''} {heads} x {head_dim}/{rotary_dim} "
+            f"{name_of(dtype)}",
+            launch(
+                "kv_cache.apply_rotary_and_cache_",
+                *caches,
+                slots,
+                keys,
+                values,
+                *tables,
+                slots,
+                interleaved,
+                rotary_dim,
+            ),
+            {"registers": 112, "spills": 0, "atomics": 0, "min_wide_stores": 0.0 if slow or heads < 8 else 1.0},
             slow=slow,
         )
 

@@ -59,21 +59,12 @@ def rotated(q: Tensor, positions: Tensor, cos: Tensor | None = None, sin: Tensor
     return apply_rotary_at(q.transpose(0, 1)[None], cos[None], sin[None], positions[None], *how)[0].transpose(0, 1)
 
 
-def joined(parts: list[Pair], q: Tensor, return_lse: bool) -> Pair:
-    """The results of sequences one after the other, as many as q ``[n, heads, head_dim]``; zeros for what is left."""
-    left = len(q) - sum(len(out) for out, _ in parts)
-    out = torch.cat([*(out for out, _ in parts), q.new_zeros(left, *q.shape[1:])])
-    nothing = q.new_full((left, q.shape[1]), float("-inf"), dtype=torch.float32)
-    return out, torch.cat([*(lse for _, lse in parts), nothing]) if return_lse else nothing.new_empty(0)
-
-
 def sparse_query_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *options: Any) -> Pair:
     """Batches: q ``[batch, heads, selected, head_dim]``, k and v ``[batch, kv_heads, keys, head_dim]``."""
     scale, window, starts, query_offset, softcap, sinks, return_lse, *rotary = options
-    q = rotated(q, positions, *rotary)
+    q, how = rotated(q, positions, *rotary), (scale, window, softcap, sinks)
     places = torch.where(positions < 0, -1, positions.long() + query_offset)
     firsts, rows = listed(starts, q.shape[0], 0), (x.transpose(1, 2) for x in (q, k, v))
-    how = (scale, window, softcap, sinks)
     found = [attend(*of, how, first) for *of, first in zip(*rows, places, firsts, strict=True)]  # type: ignore[call-arg]
     if not found:
         return q.transpose(1, 2).contiguous().transpose(1, 2), q.new_empty(q.shape[:3] if return_lse else 0).float()
@@ -86,10 +77,11 @@ def sparse_query_attention_varlen(
 ) -> Pair:
     """Packed sequences: q ``[n, heads, head_dim]``, k and v ``[total, kv_heads, head_dim]``."""
     _, scale, window, softcap, sinks, return_lse, *rotary = options
-    q, parts, how = rotated(q, positions, *rotary), [], (scale, window, softcap, sinks)
+    q, how = rotated(q, positions, *rotary), (scale, window, softcap, sinks)
+    out, lse = q.new_zeros(q.shape), q.new_full(q.shape[:2], float("-inf"), dtype=torch.float32)
     for (a, b), (begin, end) in zip(pairwise(cu_selected.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True):
-        parts.append(attend(q[a:b], k[begin:end], v[begin:end], positions[a:b], how))
-    return joined(parts, q, return_lse)
+        out[a:b], lse[a:b] = attend(q[a:b], k[begin:end], v[begin:end], positions[a:b], how)
+    return out, lse if return_lse else lse.new_empty(0)
 
 
 def sparse_query_attention_paged(
@@ -100,15 +92,16 @@ def sparse_query_attention_paged(
     t is ``table_rows[s]``, or s. Values of a scaled cache are multiplied by ``k_scale`` or ``v_scale``, and rounded.
     """
     seq_lens, table_rows, _, scale, window, softcap, sinks, k_scale, v_scale, return_lse, *rotary = rest
-    q, parts, size = rotated(q, positions, *rotary), [], k_cache.shape[1]
+    q, size, how = rotated(q, positions, *rotary), k_cache.shape[1], (scale, window, softcap, sinks)
+    out, lse = q.new_zeros(q.shape), q.new_full(q.shape[:2], float("-inf"), dtype=torch.float32)
     tables = listed(table_rows, len(seq_lens), None)
     for s, ((begin, end), length) in enumerate(zip(pairwise(cu_selected.tolist()), seq_lens.tolist(), strict=True)):
         if begin < end:  # else the table may hold anything
             table = block_table[s if tables[s] is None else tables[s]].tolist()
             slots = [(table[j // size], j % size) for j in range(length)]
             k, v = (gathered(cache, slots, f, q) for cache, f in ((k_cache, k_scale), (v_cache, v_scale)))
-            parts.append(attend(q[begin:end], k, v, positions[begin:end], (scale, window, softcap, sinks)))
-    return joined(parts, q, return_lse)
+            out[begin:end], lse[begin:end] = attend(q[begin:end], k, v, positions[begin:end], how)
+    return out, lse if return_lse else lse.new_empty(0)
 
 
 def gathered(cache: Tensor, slots: list[tuple[int, int]], factor: Tensor | None, q: Tensor) -> Tensor:

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-NORMS = ("rms", "layer")
-
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums run in: float32, or float64 for float64 inputs."""
@@ -29,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float 
 def normalise(
     x: Tensor, weight: Tensor | None, eps: float, norm: str, bias: Tensor | None = None, weight_offset: float = 0.0
 ) -> Tensor:
-    """The norm called ``norm``, one of `NORMS`; ``"layer"`` is ``(x - mean) / sqrt(var + eps) * weight + bias``."""
+    """The norm called ``norm``: "rms", or "layer", ``(x - mean) / sqrt(var + eps) * weight + bias``."""
     if norm == "rms":
         return rms_norm(x, weight, eps, weight_offset)
     exact = x.to(wide(x.dtype))

@@ -53,9 +53,8 @@ def select_tokens(
     packed, values = cu_seqlens is not None, -scores.detach().float() if largest else scores.detach().float()
     ranges = valid_ranges(scores.shape, starts, lengths, cu_seqlens)
     count = len(ranges)
-    if threshold is not None:
-        seq_threshold = torch.full((count,), threshold, dtype=torch.float64).float()
-    bounds, wanted = listed(seq_threshold, count, None), listed(seq_k, count, k)
+    bound = None if threshold is None else torch.tensor(threshold, dtype=torch.float64).float().item()
+    bounds, wanted = listed(seq_threshold, count, bound), listed(seq_k, count, k)
     sinks, offsets = listed(sink_positions, count, None), listed(position_offsets, count, 0)
     room, picked = width, []
     for number, ((begin, end), sink) in enumerate(zip(ranges, sinks, strict=True)):

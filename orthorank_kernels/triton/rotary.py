@@ -36,6 +36,49 @@ from orthorank_kernels.triton.primitives import refuse_float64, turn
 from orthorank_kernels.triton.strides import strides, table_strides
 
 
+@triton.jit
+def rotate_heads(
+    x,  # [BLOCK_HEADS, 1]: where each head begins
+    out,  # [BLOCK_HEADS, 1]: where its rotated elements go; may be x
+    cos,  # [1 or BLOCK_HEADS, BLOCK_HALF] float32
+    sin,  # [1 or BLOCK_HEADS, BLOCK_HALF] float32
+    heads,  # [BLOCK_HEADS, 1]: their numbers
+    n_read,  # heads from there on are zeros
+    n_written,  # and from there on none is written
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    """Some heads of one token rotated by its angles, from memory to memory. Elements past ROTARY_DIM are copied."""
+    HALF: tl.constexpr = ROTARY_DIM // 2
+    BLOCK_HEADS: tl.constexpr = heads.shape[0]
+    dtype: tl.constexpr = out.dtype.element_ty
+    if INTERLEAVED:
+        pair = tl.arange(0, 2 * BLOCK_HALF)[None, :]  # [1, 2 * BLOCK_HALF]: both elements of each pair
+        in_pair = pair < ROTARY_DIM
+        both = tl.load(x + pair, mask=(heads < n_read) & in_pair, other=0.0).to(tl.float32)
+        x1, x2 = tl.split(tl.reshape(both, [BLOCK_HEADS, BLOCK_HALF, 2]))  # [BLOCK_HEADS, BLOCK_HALF]
+        x1, x2 = turn(x1, x2, cos, sin)
+        turned = tl.reshape(tl.join(x1, x2), [BLOCK_HEADS, 2 * BLOCK_HALF])
+        tl.store(out + pair, turned.to(dtype), mask=(heads < n_written) & in_pair)
+    else:
+        columns = tl.arange(0, BLOCK_HALF)[None, :]  # [1, BLOCK_HALF]
+        read = (heads < n_read) & (columns < HALF)  # [BLOCK_HEADS, BLOCK_HALF]
+        mask = (heads < n_written) & (columns < HALF)
+        x1 = tl.load(x + columns, mask=read, other=0.0).to(tl.float32)
+        x2 = tl.load(x + HALF + columns, mask=read, other=0.0).to(tl.float32)
+        x1, x2 = turn(x1, x2, cos, sin)
+        tl.store(out + columns, x1.to(dtype), mask=mask)
+        tl.store(out + HALF + columns, x2.to(dtype), mask=mask)
+    if ROTARY_DIM < HEAD_DIM:
+        rest = ROTARY_DIM + tl.arange(0, BLOCK_REST)[None, :]  # [1, BLOCK_REST]
+        in_rest = rest < HEAD_DIM
+        kept = tl.load(x + rest, mask=(heads < n_read) & in_rest, other=0.0)  # [BLOCK_HEADS, BLOCK_REST]
+        tl.store(out + rest, kept, mask=(heads < n_written) & in_rest)
+
+
 @triton.jit(do_not_specialize=["stride_positions_batch"])
 def apply_rotary_at_kernel(
     x_ptr,  # [batch, HEADS, selected, HEAD_DIM]
@@ -73,7 +116,6 @@ def apply_rotary_at_kernel(
     x_ptr += batch * stride_x_batch + entry * stride_x_entry
     out_ptr += batch * stride_out_batch + entry * stride_out_entry
 
-    HALF: tl.constexpr = ROTARY_DIM // 2
     columns = tl.arange(0, BLOCK_HALF)  # [BLOCK_HALF]
     cos_ptr += batch * stride_cos_batch + position * stride_cos_token
     sin_ptr += batch * stride_sin_batch + position * stride_sin_token
@@ -84,28 +126,9 @@ def apply_rotary_at_kernel(
         heads = first_head + tl.arange(0, BLOCK_HEADS)[:, None]  # [BLOCK_HEADS, 1]
         x = x_ptr + heads.to(tl.int64) * stride_x_head
         out = out_ptr + heads.to(tl.int64) * stride_out_head
-        if INTERLEAVED:
-            pair = tl.arange(0, 2 * BLOCK_HALF)[None, :]  # [1, 2 * BLOCK_HALF]: both elements of each pair
-            mask = (heads < HEADS) & (pair < ROTARY_DIM)  # [BLOCK_HEADS, 2 * BLOCK_HALF]
-            both = tl.load(x + pair, mask=(heads < heads_read) & (pair < ROTARY_DIM), other=0.0).to(tl.float32)
-            x1, x2 = tl.split(tl.reshape(both, [BLOCK_HEADS, BLOCK_HALF, 2]))  # [BLOCK_HEADS, BLOCK_HALF]
-            x1, x2 = turn(x1, x2, cos, sin)
-            turned = tl.reshape(tl.join(x1, x2), [BLOCK_HEADS, 2 * BLOCK_HALF])
-            tl.store(out + pair, turned.to(out_ptr.dtype.element_ty), mask=mask)
-        else:
-            in_half = columns[None, :] < HALF  # [1, BLOCK_HALF]
-            read = (heads < heads_read) & in_half  # [BLOCK_HEADS, BLOCK_HALF]
-            mask = (heads < HEADS) & in_half
-            x1 = tl.load(x + columns[None, :], mask=read, other=0.0).to(tl.float32)
-            x2 = tl.load(x + HALF + columns[None, :], mask=read, other=0.0).to(tl.float32)
-            x1, x2 = turn(x1, x2, cos, sin)
-            tl.store(out + columns[None, :], x1.to(out_ptr.dtype.element_ty), mask=mask)
-            tl.store(out + HALF + columns[None, :], x2.to(out_ptr.dtype.element_ty), mask=mask)
-        if ROTARY_DIM < HEAD_DIM:
-            rest = ROTARY_DIM + tl.arange(0, BLOCK_REST)[None, :]  # [1, BLOCK_REST]
-            in_rest = rest < HEAD_DIM
-            kept = tl.load(x + rest, mask=(heads < heads_read) & in_rest, other=0.0)  # [BLOCK_HEADS, BLOCK_REST]
-            tl.store(out + rest, kept, mask=(heads < HEADS) & in_rest)
+        rotate_heads(
+            x, out, cos, sin, heads, heads_read, HEADS, HEAD_DIM, ROTARY_DIM, INTERLEAVED, BLOCK_HALF, BLOCK_REST
+        )
 
 
 LARGEST_TOKEN = 8192  # bytes, of the kinds of problems

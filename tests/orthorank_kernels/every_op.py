@@ -16,7 +16,7 @@ import orthorank_kernels as ok
 NOT_OPS = {"__version__", "is_supported", "keep_count", "warmup"}
 PAGE = 16  # tokens of a page of the caches
 RANK = 16  # of a map
-IN_PLACE = {"scatter_rows_", "scatter_add_rows_"}
+IN_PLACE = {"scatter_rows_": 1, "scatter_add_rows_": 1, "apply_rotary_and_cache_": 2}  # how many first arguments
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,10 @@ class Call:
         given = {**dict(enumerate(self.args)), **self.options}
         return {at: value for at, value in given.items() if isinstance(value, Tensor)}
 
+    def written(self) -> list[Tensor]:
+        """The arguments that an op which returns nothing writes to."""
+        return list(self.args[: IN_PLACE[self.op]])
+
     def where(self, change: Callable[[Tensor], Tensor], *places: int | str) -> "Call":
         """The call with some of its tensors changed."""
         args = tuple(change(a) if i in places else a for i, a in enumerate(self.args))
@@ -97,7 +101,8 @@ class Call:
 
 def calls(tensors: Shapes, sizes: Sizes = Sizes()) -> dict[str, Call]:
     """Calls of every public op, by a name that begins with the op's."""
-    found = {**_selection(tensors, sizes), **_rows(tensors, sizes), **_attention(tensors, sizes)}
+    found = {**_selection(tensors, sizes), **_rows(tensors, sizes), **_caches(tensors, sizes)}
+    found |= _attention(tensors, sizes)
     assert {call.op for call in found.values()} == set(ok.__all__) - NOT_OPS, "an op is missing here"
     assert all(name.split(",")[0] == call.op for name, call in found.items())
     return found
@@ -199,6 +204,29 @@ def _low_rank(new: Shapes, s: Sizes, x: Tensor) -> dict[str, Call]:
         "add_low_rank, padding": Call("add_low_rank", (x, low, up), {**padding, "sink_positions": sinks}),
         "add_low_rank, packed": Call("add_low_rank", packed, ends),
         "add_low_rank, packed, sinks": Call("add_low_rank", packed[:3], {**ends, "sink_positions": sinks}),
+    }
+
+
+def _caches(new: Shapes, s: Sizes) -> dict[str, Call]:
+    """All tokens of the batch but each row's first, to caches as vLLM has them; slots from the last to the first."""
+    op, total = "apply_rotary_and_cache_", s.batch * s.tokens
+    pages = -(-total // PAGE)
+    merged = new.floats(total, 2 * s.kv_heads, s.head_dim, dtype=s.dtype)
+    keys, values = merged.split(s.kv_heads, 1)
+    slots = [-1 if s.tokens and t % s.tokens == 0 else total - t for t in range(total)]
+    cos, sin = (new.floats(total, s.head_dim // 2, dtype=s.dtype).repeat(1, 2) for _ in range(2))
+    positions = [-1 if t == 1 else total - 1 - t for t in range(total)]
+
+    def caches() -> list[Tensor]:
+        return list(new.floats(pages, s.kv_heads, PAGE, 2 * s.head_dim, dtype=s.dtype).transpose(1, 2).chunk(2, -1))
+
+    part = {"rotary_dim": s.head_dim // 4 * 2, "interleaved": True}
+    halves = (table.narrow(1, 0, s.head_dim // 4) for table in (cos, sin))
+    return {
+        op: Call(op, (*caches(), new.ints(*slots, dtype=torch.int64), keys, values, cos, sin), {}),
+        f"{op}, a part, interleaved": Call(
+            op, (*caches(), new.ints(*slots), keys, values, *halves, new.ints(*positions)), part
+        ),
     }
 
 

@@ -83,6 +83,28 @@ def apply_rotary_at(
     return out
 
 
+def apply_rotary_and_cache_(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    **how: Any,
+) -> tuple[Tensor, Tensor]:
+    found = k_cache.detach().double().clone(), v_cache.detach().double().clone()
+    blocks, size = k_cache.shape[:2]
+    there = {slot: (slot // size, slot % size) for slot in range(blocks * size)}
+    for token, slot in enumerate(slots.tolist()):
+        row = token if positions is None else int(positions[token])
+        if slot in there and row >= 0:
+            turned = apply_rotary_at(keys[token][None], cos[row][None], sin[row][None], **how)
+            found[0][there[slot]], found[1][there[slot]] = turned[0], values[token].double()
+    return found
+
+
 def add_low_rank(
     hidden_states: Tensor,
     low: Tensor,

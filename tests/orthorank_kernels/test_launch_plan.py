@@ -37,7 +37,7 @@ def plans() -> Iterator[pytest.MonkeyPatch]:
 def results(call: Call, **more: Any) -> list[torch.Tensor]:
     """What a call returns, or what it wrote to."""
     returned = call(backend="triton", **more)
-    return flat(returned) if call.op not in IN_PLACE else [call.args[0]]
+    return flat(returned) if call.op not in IN_PLACE else call.written()
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FEW else [pytest.mark.slow]) for n in NAMES])

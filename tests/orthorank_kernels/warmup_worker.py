@@ -27,7 +27,7 @@ CALLS = {
         "sparse_query_attention",
     ),
     "packed": (*(f"{name}, packed" for name in PLAIN), "sparse_query_attention_varlen"),
-    "paged": ("sparse_query_attention_paged",),
+    "paged": ("apply_rotary_and_cache_", "sparse_query_attention_paged"),
 }
 OPTIONS = {"window": 77, "scale": 0.3, "softcap": 30.0}
 OTHERS = {"window": 4096, "scale": 0.25, "softcap": 50.0}

@@ -15,7 +15,7 @@ class Case:
     """One call.
 
     Args:
-        writes: the argument that the op changes, if it returns nothing.
+        writes: the arguments that the op changes, if it returns nothing.
         forced: constants of the attention launcher that are other ones in this call, for what would take gigabytes.
         settings: by op, launch settings that are other ones in this call: what large inputs bring about in small ones.
         environment: variables that are set during this call; targets: GPUs that the case is for, all if empty.
@@ -27,7 +27,7 @@ class Case:
     dtype: torch.dtype
     arguments: Callable[[torch.dtype], dict[str, Any]]
     slow: bool = False
-    writes: str | None = None
+    writes: tuple[str, ...] = ()
     forced: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)

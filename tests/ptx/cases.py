@@ -49,7 +49,7 @@ def row_cases() -> Iterator[Case]:
             name = f"hidden {hidden}"
             yield Case("rows", "gather_rows", name, dtype, lambda d, h=hidden: gather(d, h), slow)
             yield Case("rows", "gather_add_rms_norm", name, dtype, lambda d, h=hidden: gather_add(d, h), slow)
-            yield Case("rows", "scatter_rows_", name, dtype, lambda d, h=hidden: scatter(d, h), slow, writes="out")
+            yield Case("rows", "scatter_rows_", name, dtype, lambda d, h=hidden: scatter(d, h), slow, writes=("out",))
     yield from low_rank_cases()
     # As with many rows, of which a program takes several.
     few = {"gather_add_rms_norm": {"few_rows": 1, "rows": 3}}
@@ -224,6 +224,7 @@ SMALL = Sizes(batch=2, tokens=11, selected=5, hidden=64, heads=4, kv_heads=2, he
 
 def every_op_cases() -> Iterator[Case]:
     for name, call in calls(Numbers(), SMALL).items():
+        names = inspect.signature(getattr(orthorank_kernels, call.op)).parameters
         for dtype in (HALF, HALF16, FLOAT):
 
             def arguments(d: torch.dtype, name: str = name) -> dict[str, Any]:
@@ -243,7 +244,7 @@ def every_op_cases() -> Iterator[Case]:
                 dtype,
                 arguments,
                 slow=dtype != HALF or (attention and (call.op == "sparse_query_attention" or title != "plain")),
-                writes="out" if call.op in IN_PLACE else None,
+                writes=tuple(names)[: IN_PLACE.get(call.op, 0)],
             )
 
 

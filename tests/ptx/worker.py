@@ -80,11 +80,11 @@ def forced(case: Case) -> Iterator[None]:
 def call(case: Case, backend: str, exact: bool = False) -> list[torch.Tensor]:
     """What the case's op gives; ``exact``: in float64."""
     arguments = case.arguments(case.dtype)
-    arguments = {n: v.clone() if n == case.writes else v for n, v in arguments.items()}
+    arguments = {n: v.clone() if n in case.writes else v for n, v in arguments.items()}
     with poisoned_outputs(), forced(case), in_float64() if exact else contextlib.nullcontext():
         result = getattr(orthorank_kernels, case.op)(**arguments, backend=backend)
     if case.writes:
-        result = arguments[case.writes]
+        result = tuple(arguments[name] for name in case.writes)
     results = result if isinstance(result, tuple) else (result,)
     return [x for x in results if isinstance(x, torch.Tensor)]
 

@@ -29,7 +29,7 @@ def one_op(context: Context, captured: Call, fresh: Call, expected: Call) -> Non
     """Capture one call, give it the inputs of another, replay, and compare with that one's results."""
 
     def results(call: Call, returned: Any) -> list[torch.Tensor]:
-        return [call.args[0]] if call.op in IN_PLACE else flat(returned)
+        return call.written() if call.op in IN_PLACE else flat(returned)
 
     returned, replay = context.machine.capture(captured)
     given = fresh.tensors()

@@ -1,4 +1,4 @@
-"""Attention of the chosen rows to vLLM's cache: by this package's kernel, or by the backend's own."""
+"""Attention of the chosen rows to vLLM's cache, and what is written there: by this package's kernels or the backend."""
 
 from typing import Any
 
@@ -11,10 +11,12 @@ from orthorank.packed.selection import PackedRows
 from orthorank.serving.vllm import hooks
 from orthorank.serving.vllm.backend import StepMetadata
 from orthorank.serving.vllm.interface import OBJECTS, expect
-from orthorank_kernels import sparse_query_attention_paged
+from orthorank_kernels import apply_rotary_and_cache_, sparse_query_attention_paged
 
 # Backends whose cache is [blocks, kv_heads, block_size, 2 * head_dim], keys before values in the last axis.
 KNOWN_LAYOUTS = ("FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
+# Modules whose backends write keys and values to a cache of their dtype as they are.
+PLAIN_WRITERS = tuple(f"vllm.v1.attention.backends.{name}" for name in ("flash_attn", "triton_attn", "flashinfer"))
 
 
 def backend_obstacle(backend: Any) -> str | None:
@@ -108,6 +110,30 @@ def attend_portable(attention: Any, queries: Tensor, chosen: PackedRows, metadat
         attention, queries, None, None, attention.kv_cache, metadata.build(0, rows, fast_build=True), output=out
     )
     return out
+
+
+def writes_plainly(attention: Any, dtype: torch.dtype) -> bool:
+    """Whether the backend's update of the cache that `attend_paged` reads is that write and nothing else."""
+    update = getattr(type(attention.impl), "do_kv_cache_update", None)
+    return (
+        getattr(update, "__module__", None) in PLAIN_WRITERS
+        and attention.kv_cache.dtype == dtype
+        and getattr(attention, "kv_sharing_target_layer_name", None) is None
+        and getattr(attention.impl, "attn_type", "decoder") == "decoder"
+    )
+
+
+def write_rotated(attention: Any, keys: Tensor, values: Tensor, positions: Tensor, rotation: dict[str, Any]) -> None:
+    """The backend's update of its cache, of keys that are not rotated yet: in one launch.
+
+    Args:
+        keys, values: ``[tokens, kv_heads, head_dim]``; positions: int64 ``[tokens]``; rotation: of `Projections`.
+    """
+    slots = hooks.slots_of(attention)
+    count = min(slots.shape[0], keys.shape[0])  # either may be padded
+    slots, keys, values, positions = (x if x.shape[0] == count else x[:count] for x in (slots, keys, values, positions))
+    k_cache, v_cache = views.split_last(attention.kv_cache, attention.head_size)
+    apply_rotary_and_cache_(k_cache, v_cache, slots, keys, values, positions=positions, **rotation)
 
 
 def choose_way(wanted: str, attention: Any, dtype: torch.dtype) -> bool:

@@ -85,11 +85,14 @@ def metadata_of(layer_name: str) -> Any:
     return found[layer_name]
 
 
+def slots_of(attention: Any) -> Any:
+    """Where the cache of that attention layer keeps each token of this step; -1: nowhere. There may be more tokens."""
+    return context().slot_mapping[attention.layer_name]
+
+
 def write_cache(attention: Any, keys: Any, values: Any) -> None:
     """The backend's own update of its cache with the keys and values of all tokens."""
-    attention.impl.do_kv_cache_update(
-        attention, keys, values, attention.kv_cache, context().slot_mapping[attention.layer_name]
-    )
+    attention.impl.do_kv_cache_update(attention, keys, values, attention.kv_cache, slots_of(attention))
 
 
 def breakable_graphs() -> bool:

@@ -107,6 +107,9 @@ WORKER: Group = {
     },
     "vllm.platforms.interface": {"Platform.fp8_dtype": called_with()},
     "vllm.model_executor.layers.linear": {"UnquantizedLinearMethod": a(type), "LinearBase": that_sets("quant_method")},
+    "vllm.model_executor.layers.rotary_embedding.base": {
+        "RotaryEmbedding": that_sets("cos_sin_cache", "is_neox_style", "rotary_dim")
+    },
     "vllm.v1.attention.backend": {
         "AttentionBackend": that_sets("forward_includes_kv_cache_update"),
         "AttentionCGSupport.UNIFORM_BATCH": a(enum.Enum),
@@ -222,6 +225,7 @@ OBJECTS: Mapping[str, Mapping[str, Expected]] = {
         "kv_cache_dtype": str,
         "kv_cache": _TENSOR,
         "sliding_window": kind("int", "NoneType"),
+        "kv_sharing_target_layer_name": if_there(kind("str", "NoneType")),
     },
     "attention with a float8 cache": {"_k_scale": _TENSOR, "_v_scale": _TENSOR},
     "backend": {
@@ -235,6 +239,7 @@ OBJECTS: Mapping[str, Mapping[str, Expected]] = {
         "scale": (float, int),
         "logits_soft_cap": if_there(kind("float", "int", "NoneType")),
         "sinks": if_there(kind("Tensor", "NoneType")),
+        "attn_type": if_there(a(str)),
     },
     "runner": {"input_batch": a(object), "requests": dict},
     "batch": {

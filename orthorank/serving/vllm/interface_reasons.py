@@ -58,6 +58,10 @@ REASONS: dict[str, Reason] = {
     "vllm.model_executor.layers.linear": Reason(
         "whether the merged weight may be used row by row", "the product of the whole weight, which is the other path"
     ),
+    "vllm.model_executor.layers.rotary_embedding.base": Reason(
+        "whether keys may be rotated as they are written to the cache, and the table of angles",
+        "the two operations, which is the other path",
+    ),
     "vllm.v1.attention.backend": Reason(
         "the step's metadata reach the selecting layers through the backend that vLLM chose",
         "the argument attn_backend= of Attention, which none of the four models hands on; --attention-backend, "

@@ -82,6 +82,11 @@ class SelectingLayer(nn.Module):
         wanted = self.orthorank.serving.attention
         return attending.choose_way(wanted, self.self_attn.attn, self.input_layernorm.weight.dtype)
 
+    @cached_property
+    def orthorank_writes(self) -> bool:
+        """Whether the package's kernel may write the cache, too, which it reads."""
+        return self.orthorank_paged and attending.writes_plainly(self.self_attn.attn, self.input_layernorm.weight.dtype)
+
 
 class LayerParts(PackedParts):
     """A layer of vLLM in one step."""
@@ -110,9 +115,14 @@ class LayerParts(PackedParts):
         return shared.bank.states[:, number].index_select(0, step.sink_slots)
 
     def project(self, normed: Tensor) -> None:
-        """Keys and values of all tokens go where the backend puts them."""
+        """Keys and values of all tokens go where the backend puts them: by one kernel, or by vLLM's two."""
+        attention = self.layer.self_attn.attn
+        rotation = self.projections.rotation if self.layer.orthorank_writes else None
+        if rotation is not None:
+            attending.write_rotated(attention, *self.projections.unrotated(normed), self.positions, rotation)
+            return
         keys, values = self.projections.keys_and_values(normed, self.positions)
-        hooks.write_cache(self.layer.self_attn.attn, keys, values)
+        hooks.write_cache(attention, keys, values)
 
     def attend(self, normed: Tensor, chosen: PackedRows) -> Tensor:
         """By the package's kernel or the backend's."""

@@ -31,6 +31,12 @@ class Projections:
         Args:
             normed: ``[tokens, hidden]``; positions: int64 ``[tokens]``.
         """
+        keys, values = self.unrotated(normed)
+        rotated, _ = self.attention.rotary_emb(positions, keys.flatten(1), None)
+        return rotated.view(keys.shape), values
+
+    def unrotated(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, of which the keys are not rotated."""
         attention = self.attention
         if self._split:
             merged = self._rows(normed, attention.q_size, None)
@@ -38,10 +44,23 @@ class Projections:
             self._merged, _ = attention.qkv_proj(normed)
             merged = self._merged[:, attention.q_size :]
         keys, values = merged.split(attention.kv_size, dim=-1)
-        keys = self._normed(keys, "k_norm")
-        keys, _ = attention.rotary_emb(positions, keys, None)
         heads = (-1, attention.num_kv_heads, attention.head_dim)
-        return keys.view(heads), values.view(heads)
+        return self._normed(keys, "k_norm").view(heads), values.view(heads)
+
+    @property
+    def rotation(self) -> dict[str, Any] | None:
+        """What `apply_rotary_and_cache_` takes to rotate keys as `keys_and_values` does; None: it cannot.
+
+        vLLM's kinds that differ in their angles alone have one forward, by a table of cosines, then sines.
+        """
+        from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+        rotary = self.attention.rotary_emb
+        forwards = [name for name in dir(RotaryEmbedding) if name.startswith("forward")]
+        if any(getattr(type(rotary), name, None) is not getattr(RotaryEmbedding, name) for name in forwards):
+            return None
+        cos, sin = rotary.cos_sin_cache.chunk(2, dim=-1)
+        return {"cos": cos, "sin": sin, "interleaved": not rotary.is_neox_style, "rotary_dim": rotary.rotary_dim}
 
     def queries(self, selected: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
         """Rotated queries ``[n, heads, head_dim]``.

@@ -45,6 +45,25 @@ def scattered(op: Any, x: Tensor, *args: Tensor, **options: Any) -> Tensor:
     return x.clone()
 
 
+def cached(**given: Tensor | dict[str, Any]) -> list[Tensor]:
+    """Keys and values of all tokens to the last slots of caches, of which the far one is given, or what is written."""
+    heads = max(x.shape[-2] for n, x in given.items() if n in ("k_cache", "v_cache", "keys", "values"))
+    shape = next((x.shape for n, x in given.items() if "cache" in n), (4, 1, heads, WIDTH))
+    tokens = next((x.shape[0] for n, x in given.items() if n in ("keys", "values")), 1)
+    rows = {"keys": random(tokens, heads, WIDTH, seed=1), "values": random(tokens, heads, WIDTH, seed=2)}
+    caches = {name: torch.zeros(shape).half() for name in ("k_cache", "v_cache")}
+    slots = shape[0] * shape[1] - 1 - torch.arange(tokens)
+    of = {
+        **caches,
+        **rows,
+        "slots": slots,
+        "cos": TABLE[0].expand(tokens, -1),
+        "sin": TABLE[0].expand(tokens, -1),
+    } | given
+    ok.apply_rotary_and_cache_(**of)
+    return [of["k_cache"].clone(), of["v_cache"].clone()]
+
+
 def paged(x: Tensor, cache: Tensor, last: int, table: Tensor, heads: int = 1, **options: Any) -> Tensor:
     q, lens = random(1, heads, WIDTH, seed=1), ints(last + 1)
     return ok.sparse_query_attention_paged(q, cache, cache, ints(last), ints(0, 1), table, lens, **options)
@@ -99,6 +118,14 @@ CALLS: dict[str, Callable[..., Any]] = {
     "apply_rotary_at: heads": lambda x, **o: ok.apply_rotary_at(x[None, :, None], TABLE, TABLE, **o),
     "apply_rotary_at: tables": lambda x, **o: ok.apply_rotary_at(
         random(1, 1, 4, 16, seed=1), x[None], x[None], ALL, rotary_dim=16, **o
+    ),
+    "apply_rotary_and_cache_: blocks": lambda x, **o: cached(k_cache=x[:, None, None], **o),
+    "apply_rotary_and_cache_: places in a block": lambda x, **o: cached(v_cache=x[None, :, None], **o),
+    "apply_rotary_and_cache_: heads of the cache": lambda x, **o: cached(k_cache=x[None, None], **o),
+    "apply_rotary_and_cache_: keys": lambda x, **o: cached(keys=x[:, None], **o),
+    "apply_rotary_and_cache_: heads of the values": lambda x, **o: cached(values=x[None], **o),
+    "apply_rotary_and_cache_: tables": lambda x, **o: cached(
+        cos=x, sin=x, positions=ints(3), keys=ONES[None, None], **o
     ),
     "sparse_query_attention: keys": lambda x, **o: ok.sparse_query_attention(
         random(1, 1, 1, 8, seed=1), x[None, None], x[None, None], LAST, **o

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import orthorank_kernels as ok
-from tests.orthorank_kernels.every_op import Call, Numbers, Shapes, Sizes, calls, flat
+from tests.orthorank_kernels.every_op import IN_PLACE, Call, Numbers, Shapes, Sizes, calls, flat
 from tests.orthorank_kernels.fake_gpu import fake_gpus
 
 # An operator whose outputs share memory with each other or its inputs: an error in later versions of PyTorch.
@@ -35,11 +35,11 @@ def arguments_of(found: dict[str, Call]) -> Arguments:
 
 
 def everything(arguments: Arguments) -> dict[str, Any]:
-    """The results of every call, and of those that write to an argument, that argument."""
+    """The results of every call, and of those that write to arguments, those arguments."""
     results = {}
     for name, (op, args, options) in arguments.items():
         result = getattr(ok, op)(*args, **options)
-        results[name] = args[0] * 1 if result is None else result
+        results[name] = [x * 1 for x in args[: IN_PLACE[op]]] if result is None else result
     return results
 
 

@@ -135,12 +135,12 @@ def assert_ours(error: BaseException, call: Call) -> None:
 
 
 def is_comparable(call: Call) -> bool:
-    """Real numbers on a CPU, of which the result is defined: no position twice in a scatter."""
+    """Real numbers on a CPU, of which the result is defined: no position twice in a scatter, no slot twice."""
     tensors = call.tensors().values()
     if any(x.device.type != "cpu" for x in tensors):
         return False
     if call.op in IN_PLACE:
-        positions = call.args[1]
+        positions = call.args[IN_PLACE[call.op]]
         rows = positions.tolist() if positions.dim() == 2 else [positions.tolist()]
         return all(len({*(there := [p for p in row if p >= 0])}) == len(there) for row in rows)
     return True
@@ -161,7 +161,8 @@ def assert_right(call: Call, result: Any, before: Call) -> None:
     state = getattr(statements, call.op, None)  # of `rms_norm_select` there is none: it is two others
     expected = None if state is None else state(*before.args, **before.options)
     if call.op in IN_PLACE:
-        assert_close(call.args[0], expected, call.args[0].dtype)
+        for got, wanted in zip(call.written(), flat(expected), strict=True):
+            assert_close(got, wanted, got.dtype)
     elif call.op == "select_tokens":
         assert_selects(result, expected)
     elif call.op == "rms_norm_select":
@@ -257,8 +258,9 @@ def tried(seed: int) -> str:
         result = call(backend=backend)
     except ERRORS as error:
         assert_ours(error, call)
-        if call.op in IN_PLACE and isinstance(call.args[0], Tensor) and before.args[0] is not call.args[0]:
-            assert torch.equal(call.args[0].detach().nan_to_num(), before.args[0].nan_to_num()), "half of it is written"
+        for x, y in zip(call.args[: IN_PLACE.get(call.op, 0)], before.args, strict=False):
+            if isinstance(x, Tensor) and y is not x:
+                assert torch.equal(x.detach().nan_to_num(), y.nan_to_num()), "half of it is written"
         return "refused"
     assert backend in ("auto", "torch")
     if is_comparable(call):

@@ -18,7 +18,9 @@ CLOSE = {torch.float32: (1e-5, 1e-5), torch.float16: (4e-3, 4e-3), torch.bfloat1
 def with_gaps(call: Call) -> Call:
     """The last query or row of each sequence missing."""
     if "positions" not in call.options and call.op.startswith(("gather", "scatter", "silu", "apply", "sparse")):
-        place = {"apply_rotary_at": 3, "silu_and_mul": -1}.get(call.op, 3 if "sparse" in call.op else 1)
+        place = {"apply_rotary_at": 3, "apply_rotary_and_cache_": 2, "silu_and_mul": -1}.get(
+            call.op, 3 if "sparse" in call.op else 1
+        )
 
         def gap(positions: Tensor) -> Tensor:
             positions = positions.clone()
@@ -32,9 +34,9 @@ def with_gaps(call: Call) -> Call:
 def results(call: Call, backend: str) -> list[Tensor]:
     """What a call returns, or wrote."""
     if call.op in IN_PLACE:
-        call = call.where(torch.clone, 0)
+        call = call.where(torch.clone, *range(IN_PLACE[call.op]))
         call(backend=backend)
-        return [call.args[0]]
+        return call.written()
     return flat(call(backend=backend))
 
 

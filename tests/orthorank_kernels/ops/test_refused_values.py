@@ -267,7 +267,7 @@ def test_views_with_the_negative_bit_are_read_right_or_refused_by_name(name: str
         for backend in ("auto", "torch", "triton") if interpreting() else ("auto", "torch"):
             plain, call = made()[name], made()[name].where(negated, at)
             assert call.tensors()[at].is_neg()
-            if backend == "triton" or (call.op in IN_PLACE and at == 0):
+            if backend == "triton" or at in range(IN_PLACE.get(call.op, 0)):
                 with pytest.raises(BackendError, match=r"^\w+ is a view whose values are negated.*\.resolve_neg\(\)"):
                     call(backend=backend)
                 continue
@@ -310,7 +310,7 @@ def in_inference_mode(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("what", UNWRITABLE)
-@pytest.mark.parametrize("name", [name for name, call in made().items() if call.op in IN_PLACE])
+@pytest.mark.parametrize("name", [name for name, call in made().items() if call.op.startswith("scatter")])
 def test_what_autograd_does_not_let_be_written_is_refused_by_name(name: str, what: str) -> None:
     make, sentence = UNWRITABLE[what]
     call = made()[name].where(filled(1), 1)
@@ -393,7 +393,7 @@ STEPS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "tables of half the width": (
         {"cos": lambda x: x[:, :2], "sin": lambda x: x[:, :2]},
         ValueError,
-        "cos has shape [18, 2] and x a head_dim of 4; without rotary_dim",
+        "cos has shape [18, 2] and keys a head_dim of 4; without rotary_dim",
     ),
     "a sequence past the end": ({"cu_seqlens": with_last(19)}, ValueError, "cu_seqlens ends with 19"),
 }
