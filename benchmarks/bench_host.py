@@ -124,6 +124,9 @@ def calls(tokens: int) -> dict[str, Call]:
     packed = [floats(tokens, KV_HEADS, HEAD_DIM) for _ in range(2)]
     pages = -(-tokens // PAGE)
     cache = [floats(pages, PAGE, KV_HEADS, HEAD_DIM) for _ in range(2)]
+    kv_cache = floats(4096, KV_HEADS, PAGE, 2 * HEAD_DIM).transpose(1, 2).split(HEAD_DIM, -1)  # as vLLM has it
+    merged, slots = floats(tokens, 2 * KV_HEADS, HEAD_DIM).split(KV_HEADS, 1), ints(tokens).long()
+    angles = floats(32768, HEAD_DIM).split(HEAD_DIM // 2, -1)
     cu_selected, cu_keys, table, lengths = ints(2), ints(2), ints(1, pages), ints(1)
     return {
         "rms_norm_select": lambda: ok.rms_norm_select(x, weight, 1e-5, k),
@@ -136,6 +139,9 @@ def calls(tokens: int) -> dict[str, Call]:
         "silu_and_mul": lambda: ok.silu_and_mul(gate, up),
         "add_low_rank": lambda: ok.add_low_rank(x, low, map_up),
         "apply_rotary_at": lambda: ok.apply_rotary_at(q, cos, sin, positions),
+        "apply_rotary_and_cache_": lambda: ok.apply_rotary_and_cache_(
+            *kv_cache, slots, *merged, *angles, slots, rotary_dim=HEAD_DIM
+        ),
         "sparse_query_attention": lambda: ok.sparse_query_attention(q, keys, values, positions),
         "sparse_query_attention_varlen": lambda: ok.sparse_query_attention_varlen(
             queries, *packed, places, cu_selected, cu_keys

@@ -157,6 +157,40 @@ def apply_rotary_at(device: torch.device, batch: int, tokens: int, hidden: int) 
     return Workload("apply_rotary_at", shape, "GB/s", moved, check, ours(device, call))
 
 
+def apply_rotary_and_cache(device: torch.device, batch: int, tokens: int, hidden: int) -> Workload:
+    """Bytes: keys and values of all tokens read and written, their angles, slots and positions.
+
+    A third as many heads of 64 as queries have, in pages of 16.
+    """
+    total, kv_heads = batch * tokens, max(1, hidden // 64 // 3)
+    keys, values = random(device, total, 2 * kv_heads, 64).split(kv_heads, 1)
+    k_cache, v_cache = random(device, -(-total // 16), kv_heads, 16, 128).transpose(1, 2).split(64, -1)
+    angles, slots = random(device, tokens, 32, dtype=torch.float32), torch.randperm(total).to(device)
+    cos, sin = angles.cos().to(keys.dtype), angles.sin().to(keys.dtype)
+    positions, at = torch.arange(total).to(device) % tokens, (slots // 16, slots % 16)
+    moved = 4 * bytes_of(keys) + total * 64 * keys.element_size() + bytes_of(slots, positions)
+
+    def call(backend: str) -> Any:
+        ops.apply_rotary_and_cache_(
+            k_cache, v_cache, slots, keys, values, cos, sin, positions, rotary_dim=64, backend=backend
+        )
+        return k_cache, v_cache
+
+    def by_index() -> Any:
+        k_cache[at], v_cache[at] = ops.apply_rotary_at(keys, cos, sin, rows, rotary_dim=64), values
+        return k_cache, v_cache
+
+    def reference(keys: torch.Tensor, values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        return ops.apply_rotary_at(keys, cos, sin, rows, rotary_dim=64, backend="torch"), values
+
+    def check(result: Any) -> None:
+        close(reference, keys, values, cos, sin, dtype=keys.dtype)(tuple(cache[at] for cache in result))
+
+    rows, providers = positions.int(), ours(device, call)
+    providers["rotary, write by index"] = lambda: by_index
+    return Workload("apply_rotary_and_cache_", f"{total} x {kv_heads} x 64", "GB/s", moved, check, providers)
+
+
 def rms_norm_score(device: torch.device, batch: int, tokens: int, hidden: int) -> Workload:
     """Bytes: every row read and written, the weight, and a score of 4 bytes for each row."""
     x, weight = random(device, batch, tokens, hidden), random(device, hidden)

@@ -167,7 +167,7 @@ def kv_cache_cases() -> Iterator[Case]:
                 interleaved,
                 rotary_dim,
             ),
-            {"registers": 112, "spills": 0, "atomics": 0, "min_wide_stores": 0.0 if slow or heads < 8 else 1.0},
+            {"registers": 128, "spills": 0, "atomics": 0, "min_wide_stores": 0.0 if slow or heads < 8 else 1.0},
             slow=slow,
         )
 

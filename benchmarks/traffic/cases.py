@@ -170,6 +170,25 @@ def rotary(heads: int, head_dim: int) -> Case:
     return Case("apply_rotary_at", f"170 x {heads} x {head_dim}", build, {**ONCE, "requested": 1.0, "atomics": 0})
 
 
+def kv_cache(kv_heads: int, head_dim: int) -> Case:
+    """The angles of a token are asked for once for each head, which memory serves once."""
+
+    def build() -> tuple[Callable[[], Any], int, int]:
+        merged = torch.ones(170, 2 * kv_heads, head_dim, dtype=HALF)
+        k_cache, v_cache = torch.zeros(12, kv_heads, 16, 2 * head_dim, dtype=HALF).transpose(1, 2).split(head_dim, -1)
+        table, positions = torch.ones(512, head_dim, dtype=HALF), positions_of(512, 170)[0]
+        how, slots = {"rotary_dim": head_dim, "backend": "triton"}, torch.arange(170)
+        to, rows, tables = (k_cache, v_cache, slots), merged.split(kv_heads, 1), table.split(head_dim // 2, -1)
+        return (
+            lambda: ops.apply_rotary_and_cache_(*to, *rows, *tables, positions, **how),
+            bytes_of(merged, slots, positions) + 170 * head_dim * HALF.itemsize,
+            bytes_of(merged),
+        )
+
+    limits = {**ONCE, "requested": 1.25, "atomics": 0}
+    return Case("apply_rotary_and_cache_", f"170 x {kv_heads} x {head_dim}", build, limits)
+
+
 def norm_score(hidden: int, many: bool) -> Case:
     def build() -> tuple[Callable[[], Any], int, int]:
         x, weight = torch.ones(1, 256, hidden, dtype=HALF), torch.ones(hidden, dtype=HALF)
@@ -322,6 +341,8 @@ def cases() -> Iterator[Case]:
     yield norm_select_long(32768)
     yield rotary(9, 64)
     yield rotary(32, 128)
+    yield kv_cache(3, 64)
+    yield kv_cache(8, 128)
     for tokens, requested in ((2048, 1.0), (8192, 1.0), (32768, 5.0), (131072, 5.0)):
         yield select(tokens, requested)
     for tokens in (2048, 40_000):

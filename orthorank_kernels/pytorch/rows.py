@@ -4,11 +4,13 @@
     scatter_rows_         out[b, positions[b, i]] = rows[b, i]
     scatter_add_rows_     out[b, positions[b, i]] = residual[b, i] + scale * rows[b, i]
 
-A position of -1 marks a missing entry: gathers give zeros there, scatters skip it. Nothing here reads a value on the
-host, so the functions also run inside a captured graph on a GPU. The packed layout is a batch of one.
+A position of -1 marks a missing entry: gathers give zeros there, scatters skip it. Values are read on the host only
+where they lie on a CPU: the functions also run inside a captured graph on a GPU. The packed layout is a batch of one.
 """
 
 import torch
+
+from orthorank_kernels.checks import readable
 
 
 def batch_index(positions: torch.Tensor) -> torch.Tensor:
@@ -36,6 +38,10 @@ def scatter_rows_(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
     tokens, selected = out.shape[1], positions.shape[1]
     if tokens == 0 or selected == 0:
         return
+    if readable(positions):
+        present = (positions >= 0).nonzero(as_tuple=True)
+        out[present[0], positions[present]] = rows[present]
+        return
     # How many entries are missing is not known on the host, so they are written too, where it changes nothing: a
     # missing entry repeats the first present entry of its batch row, and an empty batch row writes back its token 0.
     batch, entries = batch_index(positions), torch.arange(selected, device=positions.device)
@@ -47,7 +53,8 @@ def scatter_rows_(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
     empty_row = ~present.any(-1)[:, None, None]
     token_0 = out[:, :1].clone()  # [batch, 1, hidden]
     repeated = torch.where(empty_row, token_0, rows[batch, first])
-    # A repeated value must not add to the gradient again; token 0 of an empty row passes its gradient through entry 0.
+    # A repeated value must not add to the gradient again, at the cost of its tangent; token 0 of an empty row passes
+    # its gradient through entry 0.
     values = torch.where(present[..., None], rows, repeated.detach())
     if torch.is_grad_enabled() and out.requires_grad:
         values[:, :1] = torch.where(empty_row, token_0, values[:, :1])

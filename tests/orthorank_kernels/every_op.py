@@ -218,7 +218,8 @@ def _caches(new: Shapes, s: Sizes) -> dict[str, Call]:
     positions = [-1 if t == 1 else total - 1 - t for t in range(total)]
 
     def caches() -> list[Tensor]:
-        return list(new.floats(pages, s.kv_heads, PAGE, 2 * s.head_dim, dtype=s.dtype).transpose(1, 2).chunk(2, -1))
+        joint = new.floats(pages, s.kv_heads, PAGE, 2 * s.head_dim, dtype=s.dtype).transpose(1, 2)
+        return [joint.narrow(-1, begin, s.head_dim) for begin in (0, s.head_dim)]
 
     part = {"rotary_dim": s.head_dim // 4 * 2, "interleaved": True}
     halves = (table.narrow(1, 0, s.head_dim // 4) for table in (cos, sin))

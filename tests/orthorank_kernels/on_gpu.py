@@ -162,6 +162,7 @@ NOT = {
     "test_transforms": {
         "test_a_choice_has_no_derivative_and_says_none",
         "test_a_kernel_refuses_what_wants_a_tangent_or_a_gradient",
+        "test_what_is_missing_takes_no_tangent_from_the_rest",
     },
     "test_tuning": {
         "test_a_default_that_cannot_be_launched_is_an_error",

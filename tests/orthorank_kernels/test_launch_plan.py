@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 SMALL = Sizes(batch=2, tokens=16, selected=5, hidden=32, heads=4, kv_heads=2, head_dim=16)
 NAMES = list(calls(Shapes("meta")))
 FEW = (
+    "apply_rotary_and_cache_",
     "gather_add_rms_norm",
     "gather_rows",
     "scatter_add_rows_",
@@ -214,6 +215,39 @@ def test_what_is_written_over_what_is_read_is_refused_by_name(plans):
         ok.scatter_rows_(longer[:62], positions, longer[60:62], backend="triton")
     with by_plan_alone(plans):
         ok.scatter_rows_(out, positions, numbers(2, 16), backend="triton")
+
+
+def cached(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+    """Two tokens written to the first slot and the last."""
+    keys, angles, slots = numbers(2, 1, 8) + 1, numbers(2, 8) / 8, torch.tensor([11, 0], device=DEVICE)
+    ok.apply_rotary_and_cache_(k_cache, v_cache, slots, keys, -keys, angles.cos(), angles.sin(), backend="triton")
+
+
+def test_caches_between_each_other_are_planned_at_their_distance(plans):
+    """Keys and values of a head side by side, as vLLM has them: they take turns in memory and share none."""
+
+    def views(kv: torch.Tensor, begin: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+        kv = kv.transpose(1, 2)
+        return kv.narrow(-1, 0, 8), kv.narrow(-1, begin, 8)
+
+    for _ in range(3):
+        cached(*views(numbers(3, 1, 4, 16)))
+    expected, found = (numbers(3, 1, 4, 16) for _ in range(2))
+    with variable(launch_plan.SWITCH, "0"):
+        cached(*views(expected))
+    assert not torch.equal(expected, found)
+    for layout, plan in ((views, True), (lambda kv: views(kv)[::-1], False)):  # values before keys: another distance
+        found = numbers(3, 1, 4, 16)
+        with by_plan_alone(plans) if plan else contextlib.nullcontext():
+            cached(*layout(found))
+        wanted = expected if plan else torch.cat(expected.split(8, -1)[::-1], -1)
+        at = torch.tensor([True, *[False] * 10, True]).view(3, 4)
+        assert torch.equal(found.squeeze(1)[at], wanted.squeeze(1)[at])
+        assert torch.equal(found.squeeze(1)[~at], numbers(3, 4, 16)[~at])
+    with by_plan_alone(plans), pytest.raises(AssertionError, match="the long way"):
+        cached(*views(numbers(3, 1, 4, 16))[::-1])
+    with pytest.raises(ValueError, match="k_cache shares memory with v_cache"):
+        cached(*views(numbers(3, 1, 4, 16), begin=4))
 
 
 def test_memory_made_in_inference_mode_is_not_written_outside(plans):

@@ -106,6 +106,26 @@ def rotary_cases() -> Iterator[Case]:
             yield Case("rows", "apply_rotary_at", name, dtype, rotary, slow)
 
 
+def kv_cache_cases() -> Iterator[Case]:
+    """Columns of a projection to views of one cache; among the tokens some without a slot and without a position."""
+    shapes = ((3, 64, 64, False), (2, 80, 32, False), (9, 128, 128, False), (2, 40, 16, True))
+    for heads, head_dim, rotary_dim, interleaved in shapes:
+        for dtype in (HALF, HALF16, FLOAT):
+            slow = (heads, head_dim, dtype) not in ((3, 64, HALF), (2, 80, FLOAT), (9, 128, HALF16), (2, 40, HALF))
+
+            def cached(d: torch.dtype, h: int = heads, n: int = head_dim, r: int = rotary_dim, i: bool = interleaved):
+                k_cache, v_cache = random(3, h, 4, 2 * n, dtype=d).transpose(1, 2).split(n, -1)
+                keys, values = random(6, 2 * h, n, dtype=d)[:, :h], random(6, 2 * h, n, dtype=d, seed=1)[:, :h]
+                angles = random(9, r // 2)
+                of = {"k_cache": k_cache, "v_cache": v_cache, "slots": ints(11, -1, 12, 0, 5, 6), "keys": keys}
+                tables = {"cos": angles.cos().to(d), "sin": angles.sin().to(d), "positions": ints(8, 0, 1, 2, -1, 3)}
+                return {**of, "values": values, **tables, "rotary_dim": r, "interleaved": i}
+
+            name = f"{heads} heads of {head_dim}, {rotary_dim} turned"
+            writes = ("k_cache", "v_cache")
+            yield Case("rows", "apply_rotary_and_cache_", name, dtype, cached, slow, writes=writes)
+
+
 def score(dtype: torch.dtype, hidden: int, tokens: int, **more: Any) -> dict[str, Any]:
     """``more``: arguments, or functions that make them from a dtype."""
     return {
@@ -251,6 +271,7 @@ def every_op_cases() -> Iterator[Case]:
 CASES: tuple[Case, ...] = (
     *row_cases(),
     *rotary_cases(),
+    *kv_cache_cases(),
     *score_cases(),
     *norm_cases(),
     *selection_cases(),

@@ -52,6 +52,7 @@ class Harmless(NamedTuple):
 
 SCATTER = "scatter_rows_, hidden 200, bfloat16"
 ROTARY = "apply_rotary_at, 2 heads of 80, 32 turned, float32"
+CACHED = "apply_rotary_and_cache_, 2 heads of 80, 32 turned, float32"
 SCORE = "rms_norm_score, own sink, several rows a program, bfloat16"
 SELECT = "rms_norm_select, own sink, several rows a program, bfloat16"
 COUNTED = "rms_norm_select, scores counted, bfloat16"
@@ -66,8 +67,11 @@ PAGED = "sparse_query_attention_paged, e5m2, bfloat16"
 HOPPER = "sparse_query_attention, hopper, dim 64, padding, bfloat16"
 HARMLESS = (
     Harmless(SCATTER, "bound", "row = tl.load(rows_ptr + columns, mask=mask)  # [B", (6, 6, 6), "row"),
-    Harmless(ROTARY, "bound", "x1 = tl.load(x + columns[None, :], mask=read, othe", (1, 1, 1), "zeros"),
-    Harmless(ROTARY, "bound", "x2 = tl.load(x + HALF + columns[None, :], mask=rea", (1, 1, 1), "zeros"),
+    Harmless(ROTARY, "bound", "x1 = tl.load(x + columns, mask=read, other=0.0).to", (1, 1, 1), "zeros"),
+    Harmless(ROTARY, "bound", "x2 = tl.load(x + HALF + columns, mask=read, other=", (1, 1, 1), "zeros"),
+    Harmless(CACHED, "bound", "values = tl.load(values_ptr + far_heads * stride_v", (1, 1, 1), "row"),
+    Harmless(CACHED, "bound", "x1 = tl.load(x + columns, mask=read, other=0.0).to", (1, 1, 1), "row"),
+    Harmless(CACHED, "bound", "x2 = tl.load(x + HALF + columns, mask=read, other=", (1, 1, 1), "row"),
     Harmless(SCORE, "bound", "tl.store(scores_ptr + out, score)", (1, 1, 1), "scalar"),
     Harmless(SELECT, "bound", "tl.store(scores_ptr + out, score)", (1, 1, 1), "scalar"),
     Harmless(SELECT, "barrier", "tl.debug_barrier()", (2, 2, 2), "one thread"),

@@ -34,6 +34,7 @@ MUTATED = {
     "silu_and_mul, width 1100, bfloat16": (),
     "add_low_rank, hidden 200, rank 20, bfloat16": (),
     "apply_rotary_at, 2 heads of 80, 32 turned, float32": (),
+    "apply_rotary_and_cache_, 2 heads of 80, 32 turned, float32": (),
     "rms_norm_score, own sink, several rows a program, bfloat16": (),
     "rms_norm_select, own sink, several rows a program, bfloat16": (),
     "rms_norm_select, scores counted, bfloat16": (),

@@ -17,6 +17,9 @@ ALWAYS = {
     "add_low_rank_kernel": {"hidden_ptr", "low_ptr", "up_ptr", "out_ptr"},
     "silu_and_mul_kernel": {"gate_ptr", "up_ptr", "out_ptr"},
     "apply_rotary_at_kernel": {"x_ptr", "cos_ptr", "sin_ptr", "out_ptr"},
+    "apply_rotary_and_cache_kernel": {
+        f"{name}_ptr" for name in ("k_cache", "v_cache", "slots", "keys", "values", "cos", "sin")
+    },
     "rms_norm_score_kernel": {"x_ptr", "scores_ptr"},
     "rms_norm_select_kernel": {"x_ptr", "scores_ptr", "positions_ptr", "counts_ptr", "done_ptr"},
     "select_tokens_kernel": {"scores_ptr", "positions_ptr", "counts_ptr"},

@@ -105,6 +105,22 @@ def test_both_modes_give_the_slope(name: str, place: int | str) -> None:
             assert way(f, x, direction) == pytest.approx(exact, rel=1e-2, abs=3e-3), way.__name__
 
 
+@pytest.mark.parametrize("name", ["scatter_rows_", "scatter_add_rows_, packed", "apply_rotary_and_cache_"])
+def test_what_is_missing_takes_no_tangent_from_the_rest(name: str) -> None:
+    """Where nobody knows how many entries are missing, they are written somewhere, too."""
+    call = calls(Numbers(), DOUBLE)[name]
+    call = call.where(lambda x: torch.where(torch.arange(x.shape[-1]) % 3 == 1, -1, x), IN_PLACE[call.op])
+    rows = call.args[-1] if name.startswith("scatter_add") else call.args[IN_PLACE[call.op] + 1]
+    direction, found = Numbers(seed=5).floats(*rows.shape), {}
+    for backend in ("reference", "torch"):
+        with torch.no_grad(), forward_ad.dual_level():
+            made = call.where(lambda x: forward_ad.make_dual(x, direction) if x is rows else x, *range(len(call.args)))
+            written = results(made, backend=backend)[0]
+            found[backend] = forward_ad.unpack_dual(written).tangent
+    torch.testing.assert_close(found["torch"], found["reference"], rtol=1e-5, atol=1e-6)
+    assert found["torch"].any()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_choice_has_no_derivative_and_says_none(name: str) -> None:
     """Positions and counts are ints: no gradient flows through them, and none is claimed."""
