@@ -9,11 +9,21 @@ of ROTARY_DIM is read; positions [tokens], int32 or int64, or None. A token whos
 whose position is -1, reads nothing and writes nothing. Values of caches in 8 bits are scaled: not supported, nor is
 float64.
 
-DESIGN. Bytes: keys, values and their places in the cache once, the angles of a token once (half a row of cos and of
-sin), its slot and position: requested / minimal 1.000. Apart, as `apply_rotary_at` and a write, the rotated keys are
-written and read once more: 6 passes over keys or values instead of 4, and two launches. One program takes all heads of
-one token, as in `apply_rotary_at`, whose arithmetic it shares; values are loaded before the keys are stored, so that
-both are in flight.
+DESIGN. Bytes: keys, values and their places in the cache once, a token's slot and position, and its angles (half a row
+of cos and of sin). Apart, as `apply_rotary_at` and a write, the rotated keys are written and read once more: 6 passes
+over keys or values instead of 4, and two launches. One program takes all heads of one token, by the functions and the
+settings of `apply_rotary_at`, so the bits are its. Values are loaded before the keys are stored: all are in flight. The
+half-split angles are loaded for each head, of which all but the first come from the L1 cache: requested / minimal 1.21
+for 8 heads of 128, unique 1.000. Loaded once for few heads they are spread over the threads through shared memory, at
+the cost of a barrier and of 2 bytes a load.
+
+Compiled in bfloat16 for sm_80 / sm_90 / sm_100 / gfx942, without spills or atomics:
+
+    8 heads of 128                     44 / 38 / 36 / 34 registers, 86 % of load bytes 128 bits wide
+    32 heads of 128                    72 / 72 / 72 / 58
+    8 heads of 128, half, interleaved  64 / 64 / 64 / 34, 86 %, 128 bytes of shared memory
+
+Of few small heads (3 of 64) a thread has 8 bytes of each half, 25 %: a token is less than a warp can hold.
 """
 
 import torch
@@ -69,7 +79,8 @@ def apply_rotary_and_cache_kernel(
     n_heads = tl.where(is_cached, HEADS, 0)
     half_read = tl.where(is_cached, ROTARY_DIM // 2, 0)
 
-    block, place = slot // PAGE_SIZE, slot % PAGE_SIZE
+    block = slot // PAGE_SIZE
+    place = slot % PAGE_SIZE
     keys_ptr += token * stride_keys_token
     values_ptr += token * stride_values_token
     k_cache_ptr += block * stride_k_cache_block + place * stride_k_cache_token
