@@ -4,10 +4,11 @@
     v_cache[slots[t] // size, slots[t] % size] = values[t]
 
 A token whose slot is not there, or whose position is -1, is not written. Values are read on the host only where they
-lie on a CPU.
+lie on a CPU, or where tangents are wanted.
 """
 
 import torch
+from torch.autograd import forward_ad
 
 from orthorank_kernels.checks import readable
 from orthorank_kernels.pytorch.rotary import apply_rotary_at
@@ -34,7 +35,8 @@ def apply_rotary_and_cache_(
         rows = torch.where(present, positions, -1)[None]  # of other tokens it may be past the tables
     heads = keys.transpose(0, 1)[None]  # [1, kv_heads, tokens, head_dim]
     turned = apply_rotary_at(heads, cos[None], sin[None], rows, interleaved, rotary_dim)[0].transpose(0, 1)
-    write = _write_present if readable(slots, positions) else _write_all
+    reads = readable(slots, positions, anywhere=forward_ad._current_level >= 0)
+    write = _write_present if reads else _write_all
     write(k_cache, slots, present, turned)
     write(v_cache, slots, present, values)
 
@@ -56,8 +58,8 @@ def _write_all(cache: torch.Tensor, slots: torch.Tensor, present: torch.Tensor, 
     slot = slots[source].clamp(0, blocks * size - 1)
     at = slot // size, slot % size
     none, kept = ~present.any(), cache[at[0][:1], at[1][:1]]  # [1, kv_heads, head_dim]: new memory
-    # A repeated row must not add to the gradient again, at the cost of its tangent; a slot that keeps its row passes
-    # its gradient through token 0.
+    # A repeated row must not add to the gradient again; it loses its tangent, which nobody wants here.
+    # A slot that keeps its row passes its gradient through token 0.
     repeated = torch.where(none, kept, rows[first]).detach()
     rows = torch.where(present[:, None, None], rows, repeated)
     if torch.is_grad_enabled() and cache.requires_grad:

@@ -5,10 +5,12 @@
     scatter_add_rows_     out[b, positions[b, i]] = residual[b, i] + scale * rows[b, i]
 
 A position of -1 marks a missing entry: gathers give zeros there, scatters skip it. Values are read on the host only
-where they lie on a CPU: the functions also run inside a captured graph on a GPU. The packed layout is a batch of one.
+where they lie on a CPU, or where tangents are wanted: the functions also run inside a captured graph on a GPU. The
+packed layout is a batch of one.
 """
 
 import torch
+from torch.autograd import forward_ad
 
 from orthorank_kernels.checks import readable
 
@@ -38,7 +40,7 @@ def scatter_rows_(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
     tokens, selected = out.shape[1], positions.shape[1]
     if tokens == 0 or selected == 0:
         return
-    if readable(positions):
+    if readable(positions, anywhere=forward_ad._current_level >= 0):
         present = (positions >= 0).nonzero(as_tuple=True)
         out[present[0], positions[present]] = rows[present]
         return
@@ -53,8 +55,8 @@ def scatter_rows_(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
     empty_row = ~present.any(-1)[:, None, None]
     token_0 = out[:, :1].clone()  # [batch, 1, hidden]
     repeated = torch.where(empty_row, token_0, rows[batch, first])
-    # A repeated value must not add to the gradient again, at the cost of its tangent; token 0 of an empty row passes
-    # its gradient through entry 0.
+    # A repeated value must not add to the gradient again; it loses its tangent, which nobody wants here.
+    # Token 0 of an empty row passes its gradient through entry 0.
     values = torch.where(present[..., None], rows, repeated.detach())
     if torch.is_grad_enabled() and out.requires_grad:
         values[:, :1] = torch.where(empty_row, token_0, values[:, :1])

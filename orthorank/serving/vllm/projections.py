@@ -1,5 +1,6 @@
 """Keys and values of all tokens and queries of the chosen ones, from the one weight that vLLM keeps for all three."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,18 +50,22 @@ class Projections:
 
     @property
     def rotation(self) -> dict[str, Any] | None:
-        """What `apply_rotary_and_cache_` takes to rotate keys as `keys_and_values` does; None: it cannot.
+        """What `apply_rotary_and_cache_` takes to rotate keys as `keys_and_values` does; None: it cannot."""
+        if not self._rotates_by_table:
+            return None
+        rotary = self.attention.rotary_emb
+        cos, sin = rotary.cos_sin_cache.chunk(2, dim=-1)
+        return {"cos": cos, "sin": sin, "interleaved": not rotary.is_neox_style, "rotary_dim": rotary.rotary_dim}
 
-        vLLM's kinds that differ in their angles alone have one forward, by a table of cosines, then sines.
+    @cached_property
+    def _rotates_by_table(self) -> bool:
+        """Whether the rotary embedding has vLLM's plain forward, by a table of cosines, then sines. Kinds that differ
+        in their angles alone have.
         """
         from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
-        rotary = self.attention.rotary_emb
-        forwards = [name for name in dir(RotaryEmbedding) if name.startswith("forward")]
-        if any(getattr(type(rotary), name, None) is not getattr(RotaryEmbedding, name) for name in forwards):
-            return None
-        cos, sin = rotary.cos_sin_cache.chunk(2, dim=-1)
-        return {"cos": cos, "sin": sin, "interleaved": not rotary.is_neox_style, "rotary_dim": rotary.rotary_dim}
+        kind, forwards = type(self.attention.rotary_emb), (n for n in dir(RotaryEmbedding) if n.startswith("forward"))
+        return all(getattr(kind, name, None) is getattr(RotaryEmbedding, name) for name in forwards)
 
     def queries(self, selected: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
         """Rotated queries ``[n, heads, head_dim]``.
