@@ -101,8 +101,8 @@ class Call:
 
 def calls(tensors: Shapes, sizes: Sizes = Sizes()) -> dict[str, Call]:
     """Calls of every public op, by a name that begins with the op's."""
-    found = {**_selection(tensors, sizes), **_rows(tensors, sizes), **_caches(tensors, sizes)}
-    found |= _attention(tensors, sizes)
+    found = {**_selection(tensors, sizes), **_rows(tensors, sizes), **_attention(tensors, sizes)}
+    found |= _caches(tensors, sizes)
     assert {call.op for call in found.values()} == set(ok.__all__) - NOT_OPS, "an op is missing here"
     assert all(name.split(",")[0] == call.op for name, call in found.items())
     return found

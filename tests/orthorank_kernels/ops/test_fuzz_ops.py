@@ -61,7 +61,9 @@ ANY: list[Change] = [
     lambda rng, x: x.narrow(0, 0, 1).expand(x.shape) if x.dim() and x.shape[0] else x,
     lambda rng, x: x.flip(0) if x.dim() else x,
     lambda rng, x: torch.cat([x, x]) if x.dim() else x,
-    lambda rng, x: rng.choice([None, 3, "x", x.tolist() if x.numel() < 99 else (), 1.5, True]),
+    lambda rng, x: rng.choice(
+        [None, 3, "x", x.tolist() if x.numel() < 99 and x.device.type == "cpu" else (), 1.5, True]
+    ),
     lambda rng, x: x.to_sparse() if x.dim() and x.element_size() > 1 else x,
 ]
 FLOATS: list[Change] = [
@@ -246,12 +248,20 @@ def copied(call: Call) -> Call:
     return Call(call.op, tuple(map(copy, call.args)), {n: copy(v) for n, v in call.options.items()})
 
 
+def drawn(seed: int, rng: random.Random, names: list[str]) -> str:
+    """One of the names. `LATER` is drawn apart from the others: each of `TELLING` stays the call that it was."""
+    name, apart = rng.choice([name for name in names if not name.startswith(LATER)]), random.Random(f"{seed}, apart")
+    if seed in TELLING or apart.random() < 0.9:
+        return name
+    return apart.choice([name for name in names if name.startswith(LATER)])
+
+
 def tried(seed: int) -> str:
     """One call at random: "accepted" or "refused"."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     made = calls(Numbers(seed=seed), sizes(rng))
-    call = changed(rng, made[rng.choice(sorted(made))])
+    call = changed(rng, made[drawn(seed, rng, sorted(made))])
     backend = rng.choice(["auto", "auto", "auto", "torch", "torch", "no such", None])
     before = copied(call)
     try:
@@ -284,6 +294,9 @@ def try_many(seeds: Sequence[int]) -> None:
 
 # Keys and values that are not finite (a window, a late value, the reference, a softcap), and positions past int32.
 TELLING = (4482, 3750, 4256, 2567, 12901)
+
+
+LATER = "apply_rotary_and_cache_"
 
 
 def test_thirty_calls_at_random() -> None:
