@@ -95,7 +95,7 @@ def bit_probes() -> Iterator[Probe]:
         bits = width(kind)
         cases = [(x, y, p) for x, y in PAIRS[bits] for p in (0, 1)]
         yield of(f"selp.{kind}", bits, columns_of(cases, bits, bits, 1))
-    for kind in ("b16", "u16", "b32", "u32", "b64"):
+    for kind in ("b16", "u16", "b32", "u32", "b64", "u64"):
         yield of(f"mov.{kind}", width(kind), [(width(kind), EDGES[width(kind)])])
     for form in ("s64.s32", "u64.u32", "u32.u64", "u32.u16", "s32.s16", "u16.u32", "s32.s64", "s64.s16", "u64.u16"):
         result, kind = form.split(".")

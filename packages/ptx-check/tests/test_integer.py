@@ -228,7 +228,7 @@ def test_integer_conversion_extends_or_truncates(form):
     assert apply(f"cvt.{form}", [(int(kind[1:]), x)], int(result[1:])) == want
 
 
-@pytest.mark.parametrize("kind", ["b16", "u16", "b32", "u32", "b64"])
+@pytest.mark.parametrize("kind", ["b16", "u16", "b32", "u32", "b64", "u64"])
 def test_moves_copy(kind):
     """9.7.9.4 mov."""
     bits = int(kind[1:])
