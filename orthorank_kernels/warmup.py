@@ -213,10 +213,12 @@ def _attention(
     k_cache, v_cache = m.cache or [m.zeros(1, 16, m.kv_heads, m.head_dim) for _ in range(2)]
     blocks = torch.zeros(1, -(-tokens // k_cache.shape[1]), dtype=torch.int32, device=m.device)
     where = (positions, cu_selected, blocks, m.indices(tokens))
-    calls = {"sparse_query_attention_paged": partial(sparse_query_attention_paged, q, k_cache, v_cache, *where)}
+    calls: dict[str, Callable[..., Any]] = {
+        "sparse_query_attention_paged": partial(sparse_query_attention_paged, q, k_cache, v_cache, *where)
+    }
     if k_cache.dtype == m.dtype:  # else a cache of 8 bits, which the stack writes itself
         slots, k = m.zeros(tokens, dtype=torch.int64) - 1, m.zeros(tokens, m.kv_heads, m.head_dim)
-        of = {"slots": slots, "keys": k, "values": k, "cos": table, "sin": table}
+        of: dict[str, Any] = {"slots": slots, "keys": k, "values": k, "cos": table, "sin": table}
         calls["apply_rotary_and_cache_"] = partial(apply_rotary_and_cache_, k_cache=k_cache, v_cache=v_cache, **of)
     return calls
 

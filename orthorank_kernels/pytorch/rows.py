@@ -41,8 +41,8 @@ def scatter_rows_(out: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
     if tokens == 0 or selected == 0:
         return
     if readable(positions, anywhere=forward_ad._current_level >= 0):
-        present = (positions >= 0).nonzero(as_tuple=True)
-        out[present[0], positions[present]] = rows[present]
+        where = (positions >= 0).nonzero(as_tuple=True)
+        out[where[0], positions[where]] = rows[where]
         return
     # How many entries are missing is not known on the host, so they are written too, where it changes nothing: a
     # missing entry repeats the first present entry of its batch row, and an empty batch row writes back its token 0.
