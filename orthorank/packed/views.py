@@ -13,7 +13,7 @@ FP8 = {
 
 
 def split_last(cache: Tensor, head_dim: int, fp8: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """vLLM from 0.32 on: one tensor for each layer, a head's keys and values side by side.
+    """vLLM from 0.26 on: one tensor for each layer, a head's keys and values side by side.
 
     Args:
         cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``, strides as the stack laid it out.
@@ -40,7 +40,7 @@ def split_last(cache: Tensor, head_dim: int, fp8: torch.dtype | None = None) -> 
 
 
 def unbind(cache: Tensor, fp8: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """vLLM before 0.32: keys and values one after the other.
+    """vLLM before 0.26: keys and values one after the other.
 
     Args:
         cache: ``[2, blocks, block_size, kv_heads, head_dim]`` or ``[blocks, 2, block_size, kv_heads, head_dim]``.

@@ -55,7 +55,7 @@ def sparse_query_attention_paged(
     slots past it never reach a result, whatever they hold. The caches are read where they are, as the views that
     serving stacks have of them:
 
-    - vLLM from 0.32 on, ``[blocks, kv_heads, block_size, 2 * head_dim]``: ``.transpose(1, 2).split(head_dim, -1)``;
+    - vLLM from 0.26 on, ``[blocks, kv_heads, block_size, 2 * head_dim]``: ``.transpose(1, 2).split(head_dim, -1)``;
     - older vLLM, ``[2, blocks, block_size, kv_heads, head_dim]`` or ``[blocks, 2, ...]``: ``.unbind(0)`` or ``(1)``;
     - SGLang, ``[slots, kv_heads, head_dim]``: ``.view(-1, page_size, kv_heads, head_dim)``; with pages of 1, its
       ``req_to_token`` is the block table and ``req_pool_indices`` are the ``table_rows``;

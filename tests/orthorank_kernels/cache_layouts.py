@@ -13,7 +13,7 @@ New = Callable[..., torch.Tensor]
 
 
 def _joint(kv: torch.Tensor) -> Views:
-    """vLLM from 0.32 on: logical ``[blocks, kv_heads, block_size, 2 * head_dim]``."""
+    """vLLM from 0.26 on: logical ``[blocks, kv_heads, block_size, 2 * head_dim]``."""
     k, v = kv.transpose(1, 2).split(kv.shape[-1] // 2, -1)
     return k, v
 
@@ -26,8 +26,8 @@ LAYOUTS: dict[str, Callable[[New, int, int, int, int], Views]] = {
     "vllm BLHNC": lambda new, nb, bs, h, d: _joint(new(nb, 3, h, bs, 2 * d)[:, 1]),
     "vllm BLNHC": lambda new, nb, bs, h, d: _joint(new(nb, 3, bs, h, 2 * d)[:, 1].transpose(1, 2)),
     "vllm LHBNC": lambda new, nb, bs, h, d: _joint(new(h, nb, bs, 2 * d).transpose(0, 1)),
-    "vllm before 0.32, flash-attn": lambda new, nb, bs, h, d: new(2, nb, bs, h, d).unbind(0),
-    "vllm before 0.32, triton": lambda new, nb, bs, h, d: new(nb, 2, bs, h, d).unbind(1),
+    "vllm before 0.26, flash-attn": lambda new, nb, bs, h, d: new(2, nb, bs, h, d).unbind(0),
+    "vllm before 0.26, triton": lambda new, nb, bs, h, d: new(nb, 2, bs, h, d).unbind(1),
     "sglang NHD": lambda new, nb, bs, h, d: (
         new(nb * bs, h, d).view(-1, bs, h, d),
         new(nb * bs, h, d).view(-1, bs, h, d),
