@@ -163,21 +163,23 @@ def selecting_backend(backend: Any) -> Any:
             self._counts = self._shared.first in layer_names
 
         @classmethod
-        def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
+        def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any, *more: Any, **named: Any) -> Any:
             """Whole graphs of generated tokens alone: what a prompt selects is not the same twice."""
-            own = super().get_cudagraph_support(vllm_config, kv_cache_spec)
+            own = super().get_cudagraph_support(vllm_config, kv_cache_spec, *more, **named)
             return min(own, AttentionCGSupport.UNIFORM_BATCH, key=lambda support: support.value)
 
-        def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        def build(
+            self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **more: Any
+        ) -> Any:
             """The backend's metadata, with the step."""
-            metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+            metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **more)
             step = self._shared.step(common_attn_metadata, self._device, counted=self._counts)
             metadata.orthorank = StepMetadata(step, common_attn_metadata, super().build)
             return metadata
 
-        def update_block_table(self, metadata: Any, blk_table: Any, slot_mapping: Any) -> Any:
+        def update_block_table(self, metadata: Any, blk_table: Any, slot_mapping: Any, *more: Any, **named: Any) -> Any:
             """The metadata of another group of the cache."""
-            updated = super().update_block_table(metadata, blk_table, slot_mapping)
+            updated = super().update_block_table(metadata, blk_table, slot_mapping, *more, **named)
             common = metadata.orthorank.common.replace(block_table_tensor=blk_table, slot_mapping=slot_mapping)
             updated.orthorank = dataclasses.replace(metadata.orthorank, common=common)
             return updated

@@ -258,8 +258,8 @@ def watch_prompts() -> None:
     get_prompt, process = BeamSearchSequence.get_prompt, InputProcessor.process_inputs
 
     @functools.wraps(get_prompt)
-    def marked(self: Any) -> Any:
-        prompt = get_prompt(self)
+    def marked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        prompt = get_prompt(self, *args, **kwargs)
         if prompt["type"] == "token":
             prompt[PROMPT_TOKENS] = len(self.orig_prompt["prompt_token_ids"])
         return prompt

@@ -30,6 +30,7 @@ from orthorank.serving.vllm.interface_checks import (
     if_there,
     kind,
     may_lack,
+    takes,
     that_sets,
     with_fields,
 )
@@ -91,7 +92,7 @@ FRONT: Group = {
     "vllm.exceptions": {"VLLMValidationError": a(type)},
     "vllm.entrypoints.generate.beam_search.utils": {
         "BeamSearchSequence": with_fields("orig_prompt", "tokens"),
-        "BeamSearchSequence.get_prompt": called_with("self"),
+        "BeamSearchSequence.get_prompt": begins_with("self"),
     },
 }
 WORKER: Group = {
@@ -117,8 +118,8 @@ WORKER: Group = {
         "AttentionMetadataBuilder.build": called_with(
             "self", "common_prefix_len", "common_attn_metadata", "fast_build"
         ),
-        "AttentionMetadataBuilder.get_cudagraph_support": called_with("vllm_config", "kv_cache_spec"),
-        "AttentionMetadataBuilder.update_block_table": called_with("self", "metadata", "blk_table", "slot_mapping"),
+        "AttentionMetadataBuilder.get_cudagraph_support": begins_with("vllm_config", "kv_cache_spec"),
+        "AttentionMetadataBuilder.update_block_table": begins_with("self", "metadata", "blk_table", "slot_mapping"),
         "CommonAttentionMetadata": with_fields(
             "query_start_loc",
             "query_start_loc_cpu",
@@ -151,7 +152,7 @@ WORKER: Group = {
     "vllm.v1.worker.gpu.model_states": {"init_model_state": function},
     "vllm.v1.worker.gpu.model_states.default": {
         "DefaultModelState": that_sets("model"),
-        "DefaultModelState.add_request": called_with("self", "req_index", "new_req_data"),
+        "DefaultModelState.add_request": begins_with("self", "req_index", "new_req_data"),
     },
     "vllm.v1.core.sched.output": {
         "NewRequestData": with_fields("prompt_token_ids", "sampling_params", "pooling_params")
@@ -170,16 +171,16 @@ WORKER: Group = {
 SCHEDULER: Group = {
     "vllm.v1.core.sched.scheduler": {
         "Scheduler": that_sets("need_mamba_block_aligned_split", "hash_block_size", "kv_cache_manager"),
-        "Scheduler._mamba_block_aligned_split": called_with(
+        "Scheduler._mamba_block_aligned_split": takes(
             "self", "request", "num_new_tokens", "num_new_local_computed_tokens", "num_external_computed_tokens"
         ),
-        "Scheduler._update_request_as_session": called_with("self", "session", "update"),
+        "Scheduler._update_request_as_session": begins_with("self", "session"),
     },
     "vllm.v1.core.sched.async_scheduler": {"AsyncScheduler": a(type)},
-    "vllm.v1.core.kv_cache_manager": {"KVCacheManager.get_computed_blocks": called_with("self", "request")},
+    "vllm.v1.core.kv_cache_manager": {"KVCacheManager.get_computed_blocks": begins_with("self", "request")},
     "vllm.v1.core.kv_cache_coordinator": {
-        "KVCacheCoordinator.cache_blocks": called_with("self", "request", "num_computed_tokens"),
-        "KVCacheCoordinator.find_longest_cache_hit": called_with("self", "block_hashes", "max_cache_hit_length"),
+        "KVCacheCoordinator.cache_blocks": begins_with("self", "request", "num_computed_tokens"),
+        "KVCacheCoordinator.find_longest_cache_hit": begins_with("self", "block_hashes", "max_cache_hit_length"),
     },
     "vllm.v1.request": {
         "Request": that_sets(

@@ -82,13 +82,30 @@ def called_as(count: int, *names: str) -> Check:
 
 
 def begins_with(*names: str) -> Check:
-    """A function whose first arguments are these: it is stood in for, and called as vLLM calls it."""
+    """A function whose first arguments are these: it is stood in for, and called as vLLM calls it, with more if so."""
 
     def look(found: Any) -> str | None:
         if not inspect.isroutine(found):
             return f"is {type_of(found)}, not a function"
         first = tuple(inspect.signature(found).parameters)[: len(names)]
         return None if first == names else f"begins with the arguments {', '.join(first)}, not {', '.join(names)}"
+
+    return Check(look)
+
+
+def takes(*names: str) -> Check:
+    """A function with these arguments and no others: this package answers in its place, and would pass over more.
+
+    Example:
+        >>> takes("real", "imag")(lambda real, imag, base=10: None)
+        'has the arguments real, imag, base, not real, imag'
+    """
+
+    def look(found: Any) -> str | None:
+        if not inspect.isroutine(found):
+            return f"is {type_of(found)}, not a function"
+        known = tuple(inspect.signature(found).parameters)
+        return None if known == names else f"has the arguments {', '.join(known)}, not {', '.join(names)}"
 
     return Check(look)
 

@@ -94,9 +94,9 @@ class _WithPlan(nn.Module):
         class ModelState(DefaultModelState):
             """Passes each request's prompt on."""
 
-            def add_request(self, req_index: int, new_req_data: Any) -> None:
+            def add_request(self, req_index: int, new_req_data: Any, *more: Any, **named: Any) -> None:
                 """A new request in that row."""
-                super().add_request(req_index, new_req_data)
+                super().add_request(req_index, new_req_data, *more, **named)
                 requests: RequestTable = self.model.orthorank.requests
                 requests.add(req_index, new_req_data.prompt_token_ids, params_of(new_req_data))
 

@@ -52,7 +52,7 @@ def _refuse_lost_plans(configs: Any) -> None:
         return
 
     @functools.wraps(original)
-    def verify(self: Any) -> Any:
+    def verify(self: Any, *args: Any, **kwargs: Any) -> Any:
         model = getattr(self, "model_config", None)
         if getattr(getattr(model, "hf_config", None), "orthorank", None) is not None:
             from orthorank.common.errors import OrthoRankError
@@ -60,7 +60,7 @@ def _refuse_lost_plans(configs: Any) -> None:
 
             for obstacle in lost_plan(model):
                 raise OrthoRankError(obstacle)
-        return original(self)
+        return original(self, *args, **kwargs)
 
     verify.orthorank = True  # type: ignore[attr-defined]
     configs.try_verify_and_update_config = verify

@@ -52,25 +52,26 @@ class _Rules(Scheduler):
         )
         longest = 0
 
-        def cache_same(request: Any, num_computed_tokens: int) -> None:
-            cache_blocks(request, min(num_computed_tokens, same_tokens(request, plan)))
+        # What a vLLM gives besides is passed on: the number of arguments is not the same in all.
+        def cache_same(request: Any, num_computed_tokens: int, *more: Any, **named: Any) -> None:
+            cache_blocks(request, min(num_computed_tokens, same_tokens(request, plan)), *more, **named)
 
-        def find_same(block_hashes: Any, max_cache_hit_length: int) -> Any:
-            return find(block_hashes, min(max_cache_hit_length, longest))
+        def find_same(block_hashes: Any, max_cache_hit_length: int, *more: Any, **named: Any) -> Any:
+            return find(block_hashes, min(max_cache_hit_length, longest), *more, **named)
 
-        def computed_same(request: Any) -> Any:
+        def computed_same(request: Any, *more: Any, **named: Any) -> Any:
             nonlocal longest
             longest = same_tokens(request, plan)
-            return computed(request)
+            return computed(request, *more, **named)
 
         coordinator.cache_blocks = cache_same
         coordinator.find_longest_cache_hit = find_same
         manager.get_computed_blocks = computed_same
 
-    def _update_request_as_session(self, session: Any, update: Any) -> None:
+    def _update_request_as_session(self, session: Any, *more: Any, **named: Any) -> None:
         """The next input of a streaming session: from now on vLLM counts what was generated as prompt."""
         session.orthorank_prompt = getattr(session, "orthorank_prompt", session.num_prompt_tokens)
-        super()._update_request_as_session(session, update)
+        super()._update_request_as_session(session, *more, **named)
 
     def _mamba_block_aligned_split(
         self,

@@ -108,6 +108,10 @@ def test_functions_that_are_stood_in_for() -> None:
         "begins with the arguments self, prompt, request_id, params, not self, request_id, prompt, params"
     )
     assert check(None) == "is None, not a function"
+    answered = checks.takes("self", "request")  # in vLLM's place: an argument more would be passed over
+    assert answered(lambda self, request: None) is None
+    assert answered(lambda self, request, more=0: None) == "has the arguments self, request, more, not self, request"
+    assert answered(None) == "is None, not a function"
 
 
 def test_what_cannot_be_looked_at_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
