@@ -2,7 +2,7 @@
 
 A job has ``settings`` of the engine and ``prompts``, which are asked at once, or ``steps``: what is done one after
 another, each ``{"ask": prompts}``, ``{"one by one": prompts}``, ``{"converse": inputs}``, ``{"switch": on}`` or
-``{"reload": folder}``.
+``{"reload": folder}``; "one by one" may have "sampling": further sampling parameters.
 """
 
 import json
@@ -43,7 +43,7 @@ def _do(llm: Any, step: dict[str, Any]) -> dict[str, Any]:
         answers = ask(llm, step["ask"], tokens, step.get("log_probabilities", False))
     elif "one by one" in step:
         for prompt in step["one by one"]:
-            (output,) = outputs(llm, [prompt], tokens, log_probabilities=False)
+            (output,) = outputs(llm, [prompt], tokens, log_probabilities=False, **step.get("sampling", {}))
             answers.append(answer_of(output))
             cached.append(output.num_cached_tokens)
     elif "converse" in step:

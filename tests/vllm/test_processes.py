@@ -42,7 +42,9 @@ def test_second_model_runner(tmp_path: Path, llama: Path) -> None:
 
 
 def test_second_model_runner_with_a_prefix_cache(tmp_path: Path, untied: dict[str, Path]) -> None:
-    """Preemption with prefix caching, hits, a session, other weights: one engine, blocks for some 350 tokens."""
+    """Preemption with prefix caching, hits, a session, other weights, dense requests: one engine, blocks for some 350
+    tokens.
+    """
     first, second = untied["first"], untied["second"]
     (long,) = prompts([100], seed=3)
     together, hits = prompts([70, 75, 80], seed=4), [long, [*long[:70], *long[:30]], long]
@@ -53,6 +55,7 @@ def test_second_model_runner_with_a_prefix_cache(tmp_path: Path, untied: dict[st
         {"converse": inputs, "tokens": 8},
         {"reload": str(second)},
         {"one by one": [long]},
+        {"one by one": [long, long], "sampling": {"extra_args": {"orthorank_dense": True}}},
     ]
     chosen = settings(first, WINDOW, num_gpu_blocks_override=11, max_num_batched_tokens=100, max_model_len=256)
     found = run_job(tmp_path, {"settings": chosen, "steps": steps}, SECOND)
@@ -65,6 +68,10 @@ def test_second_model_runner_with_a_prefix_cache(tmp_path: Path, untied: dict[st
     with engine(first, WINDOW, max_num_batched_tokens=100) as of_the_first_runner:
         check(answers[2], converse(of_the_first_runner, inputs, 8))
     check(answers[4], expect(second, WINDOW, [long]))
+    dense = expect(second, WINDOW | {"keep_ratio": 1.0}, [long])
+    assert found[5]["cached"] == [0, 96]  # blocks of dense prompts alone
+    check(answers[5], dense * 2)
+    unlike(dense, answers[4])
 
 
 @pytest.mark.parametrize("scores", ["own", "first rank"])
