@@ -25,8 +25,8 @@ from benchmarks.static.case import Case
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "orthorank_kernels"
 MEASURING = [Path(__file__).with_name(name) for name in ("sass.py", "measure.py", "occupancy.py")]
-SETTINGS = PACKAGE / "_settings.py"  # reads the default launch settings
-SHARED = (SETTINGS, PACKAGE / "_layout.py")  # what kernels and launchers use of the rest of the package
+SETTINGS = PACKAGE / "settings" / "lookup.py"  # reads the default launch settings
+SHARED = (SETTINGS, PACKAGE / "layout.py")  # what kernels and launchers use of the rest of the package
 VENDORS = ("nvidia-", "amd-")  # settings tuned on one GPU start so; what is compiled here takes those of a family
 
 
@@ -134,7 +134,7 @@ def stripped(source: str) -> str:
 @functools.cache
 def _settings(code: str) -> str:
     """Default launch settings of the ops that ``code`` looks up, by file."""
-    files = sorted((PACKAGE / "configs").glob("*.json"))
+    files = sorted(SETTINGS.with_name("configs").glob("*.json"))
     shipped = [f for f in files if not f.name.split(".")[1].startswith(VENDORS)]
     used = [f for f in shipped if f'look_up("{f.name.split(".")[0]}"' in code or "look_up(op," in code]
     return json.dumps({f.name: json.loads(f.read_text(encoding="utf-8")) for f in used}, sort_keys=True)

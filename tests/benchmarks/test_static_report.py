@@ -52,6 +52,18 @@ def test_a_launcher_brings_what_it_imports_and_nothing_else():
     assert {"rows.py", "attention.py", "selection.py", "radix.py"} <= everything
 
 
+def test_a_changed_default_setting_makes_a_case_stale(monkeypatch):
+    assert all(path.exists() for path in fingerprint.SHARED)
+    launched = fingerprint.launched_sources("'selection.select_tokens'")
+    assert set(fingerprint.SHARED) <= set(launched)
+    settings = fingerprint._settings("\n".join(map(fingerprint.code_of, launched)))
+    assert "select_tokens.default.json" in settings
+    assert "gather_rows" not in settings
+    before = fingerprint.keys(case(), ["sm_80"], "3.9.0")
+    monkeypatch.setattr(fingerprint, "_settings", lambda code: settings.replace("num_warps", "warps"))
+    assert fingerprint.keys(case(), ["sm_80"], "3.9.0") != before
+
+
 def test_a_store_keeps_what_is_current_and_drops_what_is_no_case(tmp_path):
     path = tmp_path / "static.json"
     want, other = wanted("3.9.0", peers=False)[:2]
