@@ -37,7 +37,13 @@ OPTION_NTM = {
     "window": {64: (1500.0, 1520.0), 128: (780.0, 800.0), 256: (575.0, 590.0)},
     "soft": {64: (1610.0, 1875.0), 128: (840.0, 970.0), 256: (600.0, 680.0)},
 }
-SPILLS = {(64, "window and sinks"): 8 if triton_version().startswith("3.6.") else 6}  # before the loops
+# Before the loops and behind them, by head_dim and case; with Triton 3.6 and with newer ones.
+SPILLS = {
+    (64, "window and sinks"): (8, 6),
+    (64, "pages of 16, window"): (8, 4),
+    (128, "pages of 16, window"): (6, 9),
+    (256, "pages of 16, window"): (10, 22),
+}
 EXPONENTIALS = {dim: PART * keys // 128 for dim, keys in BLOCKS.items()}  # of a thread in each loop: one for each score
 LOOPS, WINDOW_LOOPS = 4, 6  # of two consumers: with a mask and without, and with the mask of a window behind them
 
@@ -62,6 +68,13 @@ def packed(dim: int) -> Callable[[], Any]:
     return launch("attention.sparse_query_attention_varlen", q, k, k, positions, ends, ends, *options)
 
 
+def paged(dim: int, page: int, window: int | None = None) -> Callable[[], Any]:
+    q, cache, ends = empty(681, 32, dim), empty(999, page, 8, dim), empty(6, dtype=torch.int32)
+    options = (None, None, dim**-0.5, window, None, None, None, None, False)
+    positions, table = empty(681, dtype=torch.int32), empty(5, 99, dtype=torch.int32)
+    return launch("attention.sparse_query_attention_paged", q, cache, cache, positions, ends, table, ends[1:], *options)
+
+
 CASES = {
     f"dim {dim}, {name}": (dim, case)
     for dim in BLOCKS
@@ -69,6 +82,9 @@ CASES = {
         "groups of 4": attention(dim, 4, False),
         "groups of 7, padding, rotary and log-sum-exp": attention(dim, 7, True),
         "packed": packed(dim),
+        "pages of 16": paged(dim, 16),
+        "pages of 256": paged(dim, 256),
+        "pages of 16, window": paged(dim, 16, window=500),
         "window and sinks": attention(dim, 4, False, window=500),
         "soft-capping": attention(dim, 4, False, softcap=30.0),
     }.items()
@@ -116,6 +132,7 @@ def measured(kernel: Any) -> dict[str, Any]:
         "warps": warps,
         "shared": kernel.metadata.shared,
         "spills": sass.count(code, sass.SPILLS),
+        "loop_spills": sum(sass.count(loop, sass.SPILLS) for loop in loops),
         "threads_registers": sass.registers(kernel.asm["cubin"]) * warps * 32,
         "exchanged": 128 * (2 * sorted({n for n in numbers if n != 256})[-1] + min(numbers)),
         "loops": len(loops),
@@ -131,8 +148,10 @@ def complaints(found: dict[str, Any], dim: int, name: str = "") -> list[str]:
     loops = WINDOW_LOOPS if "window" in name else LOOPS
     of_option = next((value for option, value in OPTION_NTM.items() if option in name), NTM)
     ntm, masked = of_option[configs.next_power_of_2(dim)]
-    limits = {"spills": SPILLS.get((dim, name.partition(", ")[2]), 0), "threads_registers": REGISTERS,
-              "exchanged": REGISTERS, "loops": loops, "min_loops": loops, "ntm": ntm, "ntm_masked": masked,
+    with_36, spills = SPILLS.get((dim, name.partition(", ")[2]), (0, 0))
+    spills = with_36 if triton_version().startswith("3.6.") else spills
+    limits = {"spills": spills, "loop_spills": 0, "threads_registers": REGISTERS, "exchanged": REGISTERS,
+              "loops": loops, "min_loops": loops, "ntm": ntm, "ntm_masked": masked,
               "min_between": EXPONENTIALS[dim], "elsewhere": 0}  # fmt: skip
     return broken_limits({"launches": 1, **found}, limits, TARGET)
 

@@ -80,12 +80,12 @@ def launch(
             f"{tiles:,} tiles of queries, {splits} splits, {columns} columns of heads and {batch} batch rows are "
             f"{programs:,} programs; a launch has at most {INT32_MAX:,}: call the op for parts of the batch"
         )
-    if asked and splits == 1 and constexprs["BLOCK_M"] > configs.FEW_ROWS[-1]:
+    if asked and hopper.takes(q, k, v, paged=paged, rows_of_a_tile=constexprs["BLOCK_M"], splits=splits):
         hopper.launch(
             q, k, v, positions, *outputs, pack=constexprs["PACK"], lanes_together=lanes_together, scale=scale,
             window=None if window is None else min(window, INT32_MAX), softcap=softcap, sinks=sinks, starts=starts,
             query_offset=query_offset, cos=cos, sin=sin, rotary_dim=rotary_dim or 0, cu_selected=cu_selected,
-            cu_keys=cu_keys,
+            cu_keys=cu_keys, seq_lens=seq_lens, block_table=block_table, table_rows=table_rows,
         )  # fmt: skip
         return
     out, lse, totals = (*outputs, None)

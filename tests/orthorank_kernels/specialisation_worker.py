@@ -30,6 +30,7 @@ HOPPER = (
     "sparse_query_attention, window, padding",
     "sparse_query_attention, cap, sinks, lse",
     "sparse_query_attention_varlen",
+    "sparse_query_attention_paged",
 )
 ORDINARY = {
     "one prompt": {"batch": 1, "tokens": 2048, "selected": 682},

@@ -73,12 +73,13 @@ def paged(
     float8: str = "",
     slack: int = 0,
     selected: tuple[int, ...] = (2, 5),
+    kv: int = 2,
     **more: Any,
 ) -> dict[str, Any]:
     """Pages in any order. ``float8``: format of the cache; ``slack``: tokens between the pages of the values alone."""
     pages = [-(-n // page) for n in keys]
-    k = random(sum(pages), page, 2, dim, dtype=dtype, seed=1)
-    v = random(sum(pages), page + slack, 2, dim, dtype=dtype, seed=2)[:, :page]
+    k = random(sum(pages), page, kv, dim, dtype=dtype, seed=1)
+    v = random(sum(pages), page + slack, kv, dim, dtype=dtype, seed=2)[:, :page]
     if float8:
         k, v = k.to(FLOAT8[float8]), v.to(FLOAT8[float8])
         more |= {"k_scale": torch.tensor([0.7]), "v_scale": torch.tensor([1.5, 0.3])}

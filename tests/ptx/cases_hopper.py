@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.ptx.case import HALF, HALF16, Case, ints
-from tests.ptx.cases_attention import GROUP, batched, packed
+from tests.ptx.cases_attention import GROUP, batched, packed, paged
 
 # Of four heads a part of a tile has sixteen queries. The first part, with the later ones, sees two blocks whole; the
 # second lets one block go unread, and has a mask in the others.
@@ -26,6 +26,40 @@ def surrounded(dtype: torch.dtype, positions: Tensor, keys: int, starts: Tensor 
             x._base[..., x.shape[3] :] = float("nan")
     made["q"].transpose(1, 2)[positions < 0] = float("nan")
     return made
+
+
+def in_pages(
+    dtype: torch.dtype,
+    page: int,
+    dim: int,
+    keys: tuple[int, ...] = (40, 330),
+    selected: tuple[int, ...] = (4, 64),
+    window: int | None = None,
+    **more: Any,
+) -> Any:
+    """Sequences in pages in any order. What no query sees is NaN: slots behind a sequence's last key and before its
+    first window, and the page that a table names elsewhere, behind the last key by a number too large."""
+    made = paged(dtype, page, keys, dim, selected=selected, slack=16, max_seqlen_k=330, **more)
+    positions, table = made["positions"], made["block_table"]
+    early = 200 + 2 * (selected[-1] - 24)
+    positions[-selected[-1] :] = torch.cat([torch.arange(200, early, 2), torch.arange(286, 310)])
+    nobody = made["k_cache"].shape[0]
+    seen = [*((0, n) for n in keys[:-1]), (0 if window is None else 200 - window + 1, 310)]
+    wide = torch.full((len(keys), table.shape[1] + 9), nobody + 2**20, dtype=torch.int32)
+    for row, (first, _end) in enumerate(seen):
+        own = -(-keys[row] // page)
+        wide[row, :own] = table[row, :own]
+        wide[row, : first // page] = nobody
+    for name in ("k_cache", "v_cache"):
+        x = torch.nn.functional.pad(made[name], (0, 8, 0, 0, 0, 0, 0, 1), value=float("nan"))[..., :-8]
+        for row, (first, end) in enumerate(seen):
+            for at in range(table.shape[1] * page):
+                if at < -(-keys[row] // page) * page and not first <= at < end:
+                    x[table[row, at // page], at % page] = float("nan")
+        made[name] = x
+    if "table_rows" in more:
+        wide = wide[more["table_rows"].long()]
+    return {**made, "block_table": wide, "window": window}
 
 
 def one(
@@ -88,3 +122,16 @@ def hopper_cases() -> Iterator[Case]:
     lengths = {"selected": (70, 1, 3, 60), "keys": (140, 2, 40, 200)}
     for dtype in (HALF, HALF16):
         yield one("dim 64, packed", dtype, op="_varlen", made=packed, **lengths, return_lse=True)
+    yield from paged_cases()
+
+
+def paged_cases() -> Iterator[Case]:
+    """Copies of 16 rows of a page each, of a whole page, and of a whole block; see `in_pages`."""
+    wide = {"op": "_paged", "made": in_pages}
+    few = {"keys": (330,), "selected": (32,), "kv": 1}
+    yield one("pages of 16, window", HALF, False, page=16, dim=64, window=99, **few, **wide)
+    yield one("pages of 16", HALF16, page=16, dim=64, return_lse=True, **wide)
+    yield one("dim 128, pages of 32", HALF, page=32, dim=128, table_rows=ints(1, 0), **wide)
+    yield one("dim 128, pages of 256, window", HALF16, page=256, dim=128, window=99, softcap=5.0, **wide)
+    yield one("dim 256, pages of 64", HALF, page=64, dim=256, **wide)
+    yield one("dim 96, pages of 16, window", HALF, page=16, dim=96, window=20, **wide)

@@ -23,6 +23,7 @@ def consume(
     numbers,
     where,
     PART: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
     STRIDE_V: gl.constexpr,
     GROUP: gl.constexpr,
     PACK: gl.constexpr,
@@ -35,10 +36,10 @@ def consume(
 ):
     """One part of a tile, from its queries to its output."""
     k_bufs, v_bufs, k_full, k_empty, v_full, v_empty = rings
-    q_ptr, v_ptr, positions_ptr, sinks_ptr, out_ptr, lse_ptr = tensors
+    q_ptr, values, positions_ptr, sinks_ptr, out_ptr, lse_ptr = tensors
     begin, end, keys, query_offset, window, factors, strides = numbers
     stride_q_head, stride_q_token, stride_out_head, stride_out_token, stride_lse_head, stride_lse_token = strides
-    tile, column, start, low, high, blocks = where
+    tile, column, start, low, lowest, high, blocks = where
     HAS_WINDOW: gl.constexpr = window is not None
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_D, 16])
@@ -47,7 +48,7 @@ def consume(
 
     if PART == 0:  # before the queries: with both at hand, turned queries of head_dim 128 spill
         n = low + (blocks - 1) * BLOCK_N
-        fill_last_values(v_bufs.index(0), v_ptr, n, high, STRIDE_V, BLOCK_N, BLOCK_D, HEAD_DIM)
+        fill_last_values(v_bufs.index(0), values, n, lowest, high, PAGE_SIZE, STRIDE_V, BLOCK_N, BLOCK_D, HEAD_DIM)
         mbarrier.arrive(v_full.index(0), count=1)
 
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, WIDE))

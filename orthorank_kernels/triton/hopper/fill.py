@@ -4,11 +4,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
+from orthorank_kernels.triton.hopper.gluon import page_of
 from orthorank_kernels.triton.hopper.step import WARPS
 
 COLUMNS = gl.constexpr(64)  # that threads load at a time: with all of head_dim 256 at hand, turned queries spill
 # Sixteen bytes a thread, for what goes to and from global memory.
 WIDE = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [WARPS.value, 1], [1, 0]))
+NARROW = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0]))  # the same of one warp
 
 
 @gluon.jit
@@ -73,20 +75,64 @@ def _fill_columns(
 @gluon.jit
 def fill_last_values(
     v_buf,  # [1, 1, BLOCK_N, BLOCK_D]
-    v_ptr,
+    values,
     n,
+    lowest,
     high,
+    PAGE_SIZE: gl.constexpr,
     STRIDE_V: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
     HEAD_DIM: gl.constexpr,
 ):
-    """The values of the keys from n on, and zeros behind the key ``high`` and from HEAD_DIM on."""
+    """The values of the keys from n on, and zeros before ``lowest``, behind ``high`` and from HEAD_DIM on."""
     row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, WIDE))
-    ptrs = v_ptr + n.to(gl.int64) * STRIDE_V + (row * STRIDE_V)[:, None]
+    there = n + row <= high
+    if PAGE_SIZE > 0:  # else ``lowest`` begins a block
+        there = there & (n + row >= lowest)
+    ptrs = _rows_of_values(values, n, row, there, PAGE_SIZE, STRIDE_V)
+    _fill_values(v_buf.reshape([BLOCK_N, BLOCK_D]), ptrs, there, WIDE, BLOCK_D, HEAD_DIM)
+
+
+@gluon.jit
+def fill_first_values(
+    v_buf,  # [1, 1, BLOCK_N, BLOCK_D]
+    values,
+    n,
+    lowest,
+    page,
+    PAGE_SIZE: gl.constexpr,
+    STRIDE_V: gl.constexpr,
+    ROWS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+):
+    """The same of the first ROWS keys alone, which one page has, by the threads of one warp."""
+    v_ptr, _table_ptr, _n_pages, stride_v_page = values
+    v_ptr += page.to(gl.int64) * stride_v_page + (n & (PAGE_SIZE - 1)).to(gl.int64) * STRIDE_V
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, NARROW))
+    v_buf = v_buf.reshape([BLOCK_N, BLOCK_D]).slice(0, ROWS, 0)
+    _fill_values(v_buf, v_ptr + row * STRIDE_V, n + row >= lowest, NARROW, BLOCK_D, HEAD_DIM)
+
+
+@gluon.jit
+def _rows_of_values(values, n, row, there, PAGE_SIZE: gl.constexpr, STRIDE_V: gl.constexpr):
+    """Pointers to the rows of V of the keys n + row: like ``row``."""
+    v_ptr, _table_ptr, _n_pages, stride_v_page = values
+    if PAGE_SIZE > 0:
+        page = page_of(values, n + row, there, PAGE_SIZE)
+        return v_ptr + page.to(gl.int64) * stride_v_page + ((n + row) & (PAGE_SIZE - 1)).to(gl.int64) * STRIDE_V
+    return v_ptr + n.to(gl.int64) * STRIDE_V + row * STRIDE_V
+
+
+@gluon.jit
+def _fill_values(v_buf, ptrs, there, LAYOUT: gl.constexpr, BLOCK_D: gl.constexpr, HEAD_DIM: gl.constexpr):
     for i in gl.static_range(BLOCK_D // COLUMNS):
-        offs_d = i * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, WIDE))
-        mask = (n + row <= high)[:, None] & (offs_d < HEAD_DIM)[None, :]
-        v = gl.load(ptrs + offs_d[None, :], mask=mask, other=0.0)
-        v_buf.reshape([BLOCK_N, BLOCK_D]).slice(i * COLUMNS, COLUMNS, 1).store(v)
+        offs_d = i * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
+        mask = there[:, None] & (offs_d < HEAD_DIM)[None, :]
+        v = gl.load(ptrs[:, None] + offs_d[None, :], mask=mask, other=0.0)
+        v_buf.slice(i * COLUMNS, COLUMNS, 1).store(v)
+        if LAYOUT == NARROW:  # no load passes a fence: with more than one at hand, the copying warp spills
+            fence_async_shared()
     fence_async_shared()

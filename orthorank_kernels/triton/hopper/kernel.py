@@ -15,12 +15,16 @@ behind its own last key it lets go unread, and with a window those before its ow
 
 Rows of V behind the tile's last key may hold anything, and 0 times NaN is NaN. TMA would bring them, so the last block
 of V is not copied by it: the first consumer loads that one and puts zeros there. K needs nothing: its scores are
-replaced. What lies before the first key is never read.
+replaced. What lies before the first key is not read.
+
+Pages are copied one by one, each into its rows of a block: ``k_desc`` and ``v_desc`` then have boxes of min(PAGE_SIZE,
+BLOCK_N) rows, and with a window of 16. The first block begins at a multiple of those. So with a window it may hold rows
+before the first key, and the producer loads its first 16 rows of V by threads, which put zeros there.
 
 A head_dim of 96 or 192 is computed as BLOCK_D = 128 or 256, with zeros behind it: TMA puts them where a box reaches
 beyond the tensor's last dimension, and threads do the same.
 
-Not here: float32, pages, keys split over programs.
+Not here: float32, float8, pages of other sizes than powers of two from 16 on, keys split over programs.
 """
 
 from triton.experimental import gluon
@@ -28,25 +32,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from orthorank_kernels.triton.hopper.consumer import consume
-from orthorank_kernels.triton.hopper.gluon import async_load, find_sequence, find_work
+from orthorank_kernels.triton.hopper.gluon import find_sequence, find_work
+from orthorank_kernels.triton.hopper.producer import produce
 from orthorank_kernels.triton.hopper.step import CONSUMERS, ROWS, WARPS, rows_of_part, visible_keys
-
-
-@gluon.jit
-def produce(k_desc, v_desc, rings, batch, kv_head, first_row, blocks, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
-    """Copy blocks of keys and values as their places in the rings become free."""
-    k_bufs, v_bufs, k_full, k_empty, v_full, v_empty = rings
-    for i in range(blocks):
-        at = i % STAGES
-        free = (i // STAGES & 1) ^ 1
-        n = first_row + (blocks - 1 - i) * BLOCK_N
-        mbarrier.wait(k_empty.index(at), free)
-        mbarrier.expect(k_full.index(at), k_desc.block_type.nbytes)
-        async_load(k_desc, [batch, kv_head, n, 0], k_full.index(at), k_bufs.index(at))
-        if i > 0:  # block 0 of V is the first consumer's: see `fill_last_values`
-            mbarrier.wait(v_empty.index(at), free)
-            mbarrier.expect(v_full.index(at), v_desc.block_type.nbytes)
-            async_load(v_desc, [batch, kv_head, n, 0], v_full.index(at), v_bufs.index(at))
 
 
 @gluon.jit(
@@ -56,11 +44,15 @@ def produce(k_desc, v_desc, rings, batch, kv_head, first_row, blocks, BLOCK_N: g
         "n_seqs",
         "query_offset",
         "window",
+        "n_pages",
+        "n_table_rows",
+        "most_keys",
         "tiles",
         "columns",
         "lanes",
         "lanes_together",
         "stride_positions_batch",
+        "stride_table_row",
         "stride_lse_batch",
         "stride_lse_head",
         "stride_lse_token",
@@ -68,13 +60,16 @@ def produce(k_desc, v_desc, rings, batch, kv_head, first_row, blocks, BLOCK_N: g
 )
 def hopper_attention_kernel(
     q_ptr,  # [batch, heads, selected, head_dim] by strides
-    k_desc,  # [batch, kv_heads, keys, head_dim] in blocks [1, 1, BLOCK_N, BLOCK_D]
+    k_desc,  # [batch or pages, kv_heads, keys of one, head_dim] in boxes [1, 1, rows of a copy, BLOCK_D]
     v_desc,
     v_ptr,
     positions_ptr,  # [batch, selected]
     starts_ptr,  # [batch]
     cu_selected_ptr,  # with PACKED: [n_seqs + 1]
-    cu_keys_ptr,  # with PACKED: [n_seqs + 1]
+    cu_keys_ptr,  # with PACKED and without pages: [n_seqs + 1]
+    seq_lens_ptr,  # with pages: [n_seqs]
+    table_ptr,  # with pages: [rows, pages]
+    table_rows_ptr,  # [n_seqs]
     sinks_ptr,  # [heads], logits
     out_ptr,  # [batch, heads, selected, head_dim] by strides
     lse_ptr,  # [batch, heads, selected] by strides, float32
@@ -82,6 +77,9 @@ def hopper_attention_kernel(
     sin_ptr,
     selected,
     keys,
+    n_pages,  # with pages: of the cache
+    n_table_rows,
+    most_keys,  # that a row of the table has pages for
     n_seqs,
     query_offset,
     window,
@@ -94,8 +92,9 @@ def hopper_attention_kernel(
     stride_q_batch,
     stride_q_head,
     stride_q_token,
-    stride_v_batch,
+    stride_v_batch,  # with pages: between pages
     stride_v_head,
+    stride_table_row,
     stride_positions_batch,
     stride_out_batch,
     stride_out_head,
@@ -115,6 +114,7 @@ def hopper_attention_kernel(
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
     PACKED: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,  # a power of two; 0: keys are not in pages
     SOFTCAP: gl.constexpr,
     ROTARY_DIM: gl.constexpr,  # elements of a query's head to turn, in halves; 0: none
     CONSUMER_REGISTERS: gl.constexpr,
@@ -125,14 +125,22 @@ def hopper_attention_kernel(
     kv_head = column // ((GROUP + PACK - 1) // PACK)
     query_begin = 0
     query_end = selected
-    key_base = 0
+    key_base = gl.to_tensor(0)
     start = 0
     if PACKED:
         QUERIES: gl.constexpr = CONSUMERS * (ROWS // PACK)
         sequence, query_begin, query_end, tile = find_sequence(cu_selected_ptr, n_seqs, selected, tile, QUERIES)
         owned = sequence < n_seqs  # else what lies past the last sequence, which sees no keys
-        key_base = gl.load(cu_keys_ptr + sequence, mask=owned, other=0)
-        keys = gl.load(cu_keys_ptr + sequence + 1, mask=owned, other=0) - key_base
+        if PAGE_SIZE > 0:
+            keys = gl.minimum(gl.load(seq_lens_ptr + sequence, mask=owned, other=0), most_keys)
+            table_row = sequence
+            if table_rows_ptr is not None:
+                table_row = gl.load(table_rows_ptr + sequence, mask=owned, other=0)
+                table_row = gl.minimum(gl.maximum(table_row, 0), n_table_rows - 1)
+            table_ptr += table_row.to(gl.int64) * stride_table_row
+        else:
+            key_base = gl.load(cu_keys_ptr + sequence, mask=owned, other=0)
+            keys = gl.load(cu_keys_ptr + sequence + 1, mask=owned, other=0) - key_base
     if starts_ptr is not None:
         start = gl.maximum(gl.load(starts_ptr + batch), 0)
     positions_ptr += batch.to(gl.int64) * stride_positions_batch
@@ -144,6 +152,9 @@ def hopper_attention_kernel(
     low = start
     if window is not None:
         low = gl.maximum(gl.min(gl.where(sees, first, high), 0), start)
+    lowest = low
+    if PAGE_SIZE > 0:  # a copy begins where a page does, or within it at a multiple of its rows
+        low = low // k_desc.block_type.shape[2] * k_desc.block_type.shape[2]
     blocks = gl.maximum(high - low, 0) // BLOCK_N + 1
 
     k_bufs = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
@@ -162,9 +173,9 @@ def hopper_attention_kernel(
 
     rings = (k_bufs, v_bufs, k_full, k_empty, v_full, v_empty)
     q_ptr += batch.to(gl.int64) * stride_q_batch
-    v_ptr += batch.to(gl.int64) * stride_v_batch + kv_head.to(gl.int64) * stride_v_head
-    if PACKED:
-        v_ptr += key_base.to(gl.int64) * STRIDE_V
+    v_ptr += kv_head.to(gl.int64) * stride_v_head
+    if PAGE_SIZE == 0:
+        v_ptr += batch.to(gl.int64) * stride_v_batch + key_base.to(gl.int64) * STRIDE_V
     out_ptr += batch.to(gl.int64) * stride_out_batch
     if lse_ptr is not None:
         lse_ptr += batch.to(gl.int64) * stride_lse_batch
@@ -172,27 +183,35 @@ def hopper_attention_kernel(
         cos_ptr += batch.to(gl.int64) * stride_cos_batch
         sin_ptr += batch.to(gl.int64) * stride_sin_batch
     tables = (cos_ptr, sin_ptr, stride_cos_token, stride_sin_token)
-    tensors = (q_ptr, v_ptr, positions_ptr, sinks_ptr, out_ptr, lse_ptr)
+    values = (v_ptr, table_ptr, n_pages, stride_v_batch)
+    tensors = (q_ptr, values, positions_ptr, sinks_ptr, out_ptr, lse_ptr)
     strides = (stride_q_head, stride_q_token, stride_out_head, stride_out_token, stride_lse_head, stride_lse_token)
     numbers = (query_begin, query_end, keys, query_offset, window, (to_bits, cap), strides)
-    where = (tile, column, start, low, high, blocks)
+    where = (tile, column, start, low, lowest, high, blocks)
+    EDGE: gl.constexpr = PAGE_SIZE > 0 and window is not None
     gl.warp_specialize(
         [
             (
                 consume,
                 (
-                    q_bufs, rings, tensors, tables, numbers, where, 0, STRIDE_V, GROUP, PACK, BLOCK_N, BLOCK_D,
-                    HEAD_DIM, STAGES, SOFTCAP, ROTARY_DIM,
+                    q_bufs, rings, tensors, tables, numbers, where, 0, PAGE_SIZE, STRIDE_V, GROUP, PACK, BLOCK_N,
+                    BLOCK_D, HEAD_DIM, STAGES, SOFTCAP, ROTARY_DIM,
                 ),
             ),
             (
                 consume,
                 (
-                    q_bufs, rings, tensors, tables, numbers, where, 1, STRIDE_V, GROUP, PACK, BLOCK_N, BLOCK_D,
-                    HEAD_DIM, STAGES, SOFTCAP, ROTARY_DIM,
+                    q_bufs, rings, tensors, tables, numbers, where, 1, PAGE_SIZE, STRIDE_V, GROUP, PACK, BLOCK_N,
+                    BLOCK_D, HEAD_DIM, STAGES, SOFTCAP, ROTARY_DIM,
                 ),
             ),
-            (produce, (k_desc, v_desc, rings, batch, kv_head, key_base + low, blocks, BLOCK_N, STAGES)),
+            (
+                produce,
+                (
+                    k_desc, v_desc, rings, values, (batch, kv_head, key_base), (low, lowest, high, blocks), PAGE_SIZE,
+                    EDGE, STRIDE_V, BLOCK_N, BLOCK_D, HEAD_DIM, STAGES,
+                ),
+            ),
         ],
         [WARPS, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

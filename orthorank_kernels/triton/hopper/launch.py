@@ -14,10 +14,13 @@ VARIABLE = "ORTHORANK_ATTENTION"
 NAME = "hopper"
 BLOCKS = {64: 128, 96: 128, 128: 128, 192: 64, 256: 64}  # keys of a block, by head_dim
 STAGES = 2
+ROWS_OF_A_PAGE = 16  # at least; with a window, which may begin anywhere, a copy has no more
+INT32_MAX = 2**31 - 1
 PART = 64  # rows of a tile that one group of four warps has; a tile has two parts
 # Threads begin with ENTRY registers each, and give up or take over what the copying warp does not need. Twelve warps,
 # of which three idle beside the one that copies: 168 * 384 is what an SM has, less than 1,024.
 ENTRY, CONSUMER, PRODUCER = 168, 240, 24
+CONSUMER_OF_PAGES, PRODUCER_OF_PAGES = 232, 40
 
 
 def is_asked_for() -> bool:
@@ -52,15 +55,13 @@ def check(
         reason = f"is for GPUs of compute capability 9.0, and this is {target}"
     elif not _has_gluon():
         reason = "needs Triton 3.6 or newer with triton.experimental.gluon"
-    elif paged:
-        reason = "takes keys in a batch or packed, and these are in pages"
     elif rotary_interleaved:
         reason = "has no rotary_interleaved"
     elif q.dtype not in (torch.float16, torch.bfloat16):
         reason = f"takes float16 and bfloat16, and q has {str(q.dtype).removeprefix('torch.')}"
     elif head_dim not in BLOCKS:
         reason = f"takes head_dim {', '.join(map(str, others))} and {largest}, and q has {head_dim}"
-    elif not (configs.fits_tma(k) and configs.fits_tma(v)):
+    elif not (paged or (configs.fits_tma(k) and configs.fits_tma(v))):
         reason = (
             "reads k and v by tensor descriptors: their memory and all strides must be multiples of 16 bytes, no "
             "dimension may be empty or expanded, and ORTHORANK_TMA must not be 0"
@@ -68,6 +69,21 @@ def check(
     else:
         return
     raise ValueError(f"{VARIABLE}={NAME} asks for a kernel that {reason}; leave {VARIABLE} out to run the usual one")
+
+
+def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, paged: bool, rows_of_a_tile: int, splits: int) -> bool:
+    """Whether the kernel takes a call that `check` has let pass, else the usual one does.
+
+    Stays there: keys that are split, tiles of few rows, and caches of float8, with pages of other sizes than powers of
+    two from 16 on, or that no tensor descriptor describes.
+    """
+    if splits > 1 or rows_of_a_tile <= configs.FEW_ROWS[-1]:
+        return False
+    if not paged:
+        return True
+    page = k.shape[2]
+    fits = configs.fits_tma(k) and configs.fits_tma(v)
+    return k.dtype == v.dtype == q.dtype and page >= ROWS_OF_A_PAGE and page & (page - 1) == 0 and fits
 
 
 def launch(
@@ -91,6 +107,9 @@ def launch(
     rotary_dim: int,
     cu_selected: torch.Tensor | None,
     cu_keys: torch.Tensor | None,
+    seq_lens: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    table_rows: torch.Tensor | None,
 ) -> None:
     """Launch the kernel on what `check` has let pass; arguments as in `triton.attention_launch.launch`.
 
@@ -104,6 +123,10 @@ def launch(
     kv_heads, keys = k.shape[1], k.shape[2]
     group = heads // kv_heads
     columns = kv_heads * configs.cdiv(group, pack)
+    paged = block_table is not None
+    rows = BLOCKS[head_dim]  # of a copy
+    if paged:
+        rows = min(keys, rows) if window is None else ROWS_OF_A_PAGE
     packed, n_seqs = cu_selected is not None, 0 if cu_selected is None else cu_selected.shape[0] - 1
     tiles, lanes = configs.tiles(selected, 2 * (PART // pack), n_seqs, packed=packed), columns * batch
     configs.launch(
@@ -111,13 +134,16 @@ def launch(
         (tiles * lanes,),
         q,
         q_ptr=q,
-        k_desc=_descriptor(k),
-        v_desc=_descriptor(v),
+        k_desc=_descriptor(k, rows),
+        v_desc=_descriptor(v, rows),
         v_ptr=v,
         positions_ptr=positions,
         starts_ptr=starts,
         cu_selected_ptr=cu_selected,
         cu_keys_ptr=cu_keys,
+        seq_lens_ptr=seq_lens,
+        table_ptr=block_table,
+        table_rows_ptr=table_rows,
         sinks_ptr=sinks,
         out_ptr=out,
         lse_ptr=lse,
@@ -125,6 +151,9 @@ def launch(
         sin_ptr=sin,
         selected=selected,
         keys=keys,
+        n_pages=min(k.shape[0], INT32_MAX),
+        n_table_rows=block_table.shape[0] if paged else 0,
+        most_keys=min(block_table.shape[1] * keys, INT32_MAX) if paged else 0,
         n_seqs=n_seqs,
         query_offset=query_offset,
         window=window,
@@ -137,6 +166,7 @@ def launch(
         **strides("batch", "head", "token", q=q, out=out, lse=lse),
         **strides("batch", "head", v=v),
         **strides("batch", positions=positions),
+        **strides("row", table=block_table),
         **table_strides(cos=cos, sin=sin),
         STRIDE_V=v.stride(2),
         GROUP=group,
@@ -146,10 +176,11 @@ def launch(
         HEAD_DIM=head_dim,
         STAGES=STAGES,
         PACKED=packed,
+        PAGE_SIZE=keys if paged else 0,
         SOFTCAP=softcap is not None,
         ROTARY_DIM=rotary_dim,
-        CONSUMER_REGISTERS=CONSUMER,
-        PRODUCER_REGISTERS=PRODUCER,
+        CONSUMER_REGISTERS=CONSUMER_OF_PAGES if paged else CONSUMER,
+        PRODUCER_REGISTERS=PRODUCER_OF_PAGES if paged else PRODUCER,
         num_warps=4,
         maxnreg=ENTRY,
         enable_fp_fusion=True,
@@ -161,11 +192,11 @@ def _has_gluon() -> bool:
     return found >= (3, 6) and find_spec("triton.experimental.gluon") is not None
 
 
-def _descriptor(x: torch.Tensor) -> object:
+def _descriptor(x: torch.Tensor, rows: int) -> object:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    block = [1, 1, BLOCKS[x.shape[3]], configs.next_power_of_2(x.shape[3])]
+    block = [1, 1, rows, configs.next_power_of_2(x.shape[3])]
     kind = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[x.dtype]
     layout = gl.NVMMASharedLayout.get_default_for(block, kind)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)

@@ -4,7 +4,12 @@ what its code computes, and this what the hardware does."""
 import pytest
 import torch
 
-from orthorank_kernels import apply_rotary_at, sparse_query_attention, sparse_query_attention_varlen
+from orthorank_kernels import (
+    apply_rotary_at,
+    sparse_query_attention,
+    sparse_query_attention_paged,
+    sparse_query_attention_varlen,
+)
 from orthorank_kernels.triton import configs
 from tests.orthorank_kernels.ops.test_attention import random, some_positions, written_out
 from tests.orthorank_kernels.tools import DEVICE, assert_within_budget, poisoned_outputs
@@ -76,6 +81,35 @@ def test_packed_sequences(dim, monkeypatch):
     monkeypatch.setenv("ORTHORANK_ATTENTION", "hopper")
     with poisoned_outputs():
         out = sparse_query_attention_varlen(q, k, v, positions, *ends, backend="triton")
+    assert_within_budget(out, eager, exact, torch.bfloat16)
+
+
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize(("dim", "page"), [(64, 16), (128, 16), (128, 32), (128, 256), (192, 16), (256, 64)])
+def test_pages(dim, page, window, monkeypatch):
+    """Slots that no query sees are NaN, and so is the page that a table names elsewhere."""
+    lengths, counts = (2000, 1, 700, 0, 350), (666, 1, 300, 0, 200)
+    q = random(sum(counts), 8, dim, dtype=torch.bfloat16, seed=1)
+    most = -(-max(lengths) // page)
+    k, v = (random(5 * most + 1, page, 2, dim, dtype=torch.bfloat16, seed=seed) for seed in (2, 3))
+    table = torch.randperm(5 * most, generator=torch.Generator().manual_seed(4)).view(5, most).int().to(DEVICE)
+    rows = [some_positions(1, n, c)[0] for n, c in zip(lengths, counts, strict=True)]
+    for row, positions in enumerate(rows):
+        first, end = (0, 0) if len(positions) == 0 else (int(positions[0]), int(positions[-1]) + 1)
+        first = 0 if window is None else max(0, first - window + 1)
+        slots = torch.arange(most * page, device=DEVICE)
+        slots = slots[(slots < first) | (slots >= end)]
+        for x in (k, v):
+            x[table[row, slots // page].long(), slots % page] = float("nan")
+        table[row, : first // page] = table[row, -(-end // page) :] = 5 * most
+    k[5 * most] = v[5 * most] = float("nan")
+    ends = torch.tensor((0, *counts), device=DEVICE).cumsum(0).int()
+    rest = (torch.cat(rows), ends, table, torch.tensor(lengths, dtype=torch.int32, device=DEVICE))
+    exact = sparse_query_attention_paged(q.float(), k.float(), v.float(), *rest, window=window, backend="torch")
+    eager = sparse_query_attention_paged(q, k, v, *rest, window=window, backend="torch")
+    monkeypatch.setenv("ORTHORANK_ATTENTION", "hopper")
+    with poisoned_outputs():
+        out = sparse_query_attention_paged(q, k, v, *rest, window=window, backend="triton")
     assert_within_budget(out, eager, exact, torch.bfloat16)
 
 

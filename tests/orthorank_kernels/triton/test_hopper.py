@@ -128,17 +128,57 @@ def test_what_it_does_not_take_is_named(options, reason):
     assert "leave ORTHORANK_ATTENTION out" in str(raised.value)
 
 
-def test_packed_keys_are_taken_and_pages_are_named():
+def test_packed_keys_are_taken():
     with fake_gpus() as gpus:
-        q, k, cache = empty(3000, 8, 128), empty(5000, 2, 128), empty(99, 16, 2, 128)
-        ends, positions, table = empty(3, dtype=INT), empty(3000, dtype=INT), empty(2, 40, dtype=INT)
-        rest = (None, 0.1, None, None, None)
-        launchers.sparse_query_attention_varlen(q, k, k, positions, ends, ends, *rest, False)
-        assert launched(gpus) == [NEW]
-        with pytest.raises(ValueError, match="these are in pages"):
-            launchers.sparse_query_attention_paged(
-                q, cache, cache, positions, ends, table, empty(2, dtype=INT), None, *rest, None, None, False
-            )
+        q, k = empty(3000, 8, 128), empty(5000, 2, 128)
+        ends, positions = empty(3, dtype=INT), empty(3000, dtype=INT)
+        launchers.sparse_query_attention_varlen(q, k, k, positions, ends, ends, None, 0.1, None, None, None, False)
+    assert launched(gpus) == [NEW]
+
+
+def call_paged(page: int, dim: int = 128, slack: int = 0, cache: torch.dtype = HALF, **options: Any) -> None:
+    kept = empty(99, page, 2, dim + slack, dtype=cache)[..., :dim]
+    q, positions = empty(3000, 8, dim, dtype=options.get("dtype", HALF)), empty(3000, dtype=INT)
+    tables, lengths = empty(2, 40, dtype=INT), empty(2, dtype=INT)
+    launchers.sparse_query_attention_paged(
+        q, kept, kept, positions, empty(3, dtype=INT), tables, lengths, None, None, 0.1, options.get("window"), None,
+        None, None, None, False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({"page": 16}, 16),
+        ({"page": 32}, 32),
+        ({"page": 1024}, 128),
+        ({"page": 1024, "dim": 256}, 64),
+        ({"page": 1024, "window": 99}, 16),
+    ],
+)
+def test_pages_are_copied_as_far_as_a_block_goes_and_with_a_window_by_sixteen_rows(options, rows):
+    with fake_gpus() as gpus:
+        call_paged(**options)
+    ((name, _, given),) = gpus.launches
+    assert (name, given["PAGE_SIZE"], given["n_pages"], given["most_keys"]) == (
+        NEW, options["page"], 99, 40 * options["page"],
+    )  # fmt: skip
+    assert [given[of].block_shape[2] for of in ("k_desc", "v_desc")] == [rows, rows]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"page": 8},
+        {"page": 48},
+        {"page": 16, "cache": torch.float8_e4m3fn},
+        {"page": 16, "slack": 1},
+    ],
+)
+def test_caches_that_no_copy_takes_stay_with_the_usual_kernel(options):
+    with fake_gpus() as gpus:
+        call_paged(**options)
+    assert launched(gpus) == [USUAL]
 
 
 def test_other_gpus_are_named():

@@ -26,7 +26,8 @@ _BLOCK = "rows of one block; where the block begins is 64 bits wide"
 NARROW_PRODUCTS = {
     "load_rows": _KEYS,
     "load_paged_rows": _KEYS.replace("keys * stride", "a page"),
-    "fill_last_values": _BLOCK,
+    "_rows_of_values": _BLOCK,
+    "fill_first_values": _BLOCK,
 }
 # Besides strides, what an index is multiplied by: the sizes of tensors, and the tokens that a program takes.
 SIZES = {
