@@ -75,6 +75,13 @@ def paged(dim: int, page: int, window: int | None = None) -> Callable[[], Any]:
     return launch("attention.sparse_query_attention_paged", q, cache, cache, positions, ends, table, ends[1:], *options)
 
 
+def split(dim: int) -> Callable[[], Any]:
+    """Few queries over many keys."""
+    q, k = empty(1, 100, 32, dim).transpose(1, 2), empty(1, 8, 30_000, dim)
+    return launch("attention.sparse_query_attention", q, k, k, some_positions(1, 100), dim**-0.5, None, None, 29_000,
+                  None, None, False)  # fmt: skip
+
+
 CASES = {
     f"dim {dim}, {name}": (dim, case)
     for dim in BLOCKS
@@ -85,6 +92,7 @@ CASES = {
         "pages of 16": paged(dim, 16),
         "pages of 256": paged(dim, 256),
         "pages of 16, window": paged(dim, 16, window=500),
+        "split keys": split(dim),
         "window and sinks": attention(dim, 4, False, window=500),
         "soft-capping": attention(dim, 4, False, softcap=30.0),
     }.items()

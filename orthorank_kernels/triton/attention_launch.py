@@ -80,20 +80,23 @@ def launch(
             f"{tiles:,} tiles of queries, {splits} splits, {columns} columns of heads and {batch} batch rows are "
             f"{programs:,} programs; a launch has at most {INT32_MAX:,}: call the op for parts of the batch"
         )
-    if asked and hopper.takes(q, k, v, paged=paged, rows_of_a_tile=constexprs["BLOCK_M"], splits=splits):
-        hopper.launch(
-            q, k, v, positions, *outputs, pack=constexprs["PACK"], lanes_together=lanes_together, scale=scale,
-            window=None if window is None else min(window, INT32_MAX), softcap=softcap, sinks=sinks, starts=starts,
-            query_offset=query_offset, cos=cos, sin=sin, rotary_dim=rotary_dim or 0, cu_selected=cu_selected,
-            cu_keys=cu_keys, seq_lens=seq_lens, block_table=block_table, table_rows=table_rows,
-        )  # fmt: skip
-        return
     out, lse, totals = (*outputs, None)
     to = {"stride_out_split": 0, "stride_lse_split": 0, **strides("batch", "head", "token", out=out, lse=lse)}
     parts = workspace(splits, batch, selected, heads, head_dim, q) if splits > 1 else None
     if parts is not None:
         out, lse, totals = parts
         to = strides("split", "batch", "head", "token", out=out.transpose(2, 3), lse=lse.transpose(2, 3))
+    if asked and hopper.takes(q, k, v, paged=paged, rows_of_a_tile=constexprs["BLOCK_M"]):
+        hopper.launch(
+            q, k, v, positions, out, lse, totals, to, splits=splits, pack=constexprs["PACK"],
+            lanes_together=lanes_together, scale=scale, window=None if window is None else min(window, INT32_MAX),
+            softcap=softcap, sinks=sinks, starts=starts, query_offset=query_offset, cos=cos, sin=sin,
+            rotary_dim=rotary_dim or 0, cu_selected=cu_selected, cu_keys=cu_keys, seq_lens=seq_lens,
+            block_table=block_table, table_rows=table_rows,
+        )  # fmt: skip
+        if parts is not None:
+            combine(parts, *outputs)
+        return
     configs.launch(
         sparse_query_attention_kernel,
         (programs,),

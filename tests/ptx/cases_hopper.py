@@ -35,11 +35,12 @@ def in_pages(
     keys: tuple[int, ...] = (40, 330),
     selected: tuple[int, ...] = (4, 64),
     window: int | None = None,
+    most: int = 330,
     **more: Any,
 ) -> Any:
     """Sequences in pages in any order. What no query sees is NaN: slots behind a sequence's last key and before its
     first window, and the page that a table names elsewhere, behind the last key by a number too large."""
-    made = paged(dtype, page, keys, dim, selected=selected, slack=16, max_seqlen_k=330, **more)
+    made = paged(dtype, page, keys, dim, selected=selected, slack=16, max_seqlen_k=most, **more)
     positions, table = made["positions"], made["block_table"]
     early = 200 + 2 * (selected[-1] - 24)
     positions[-selected[-1] :] = torch.cat([torch.arange(200, early, 2), torch.arange(286, 310)])
@@ -123,6 +124,7 @@ def hopper_cases() -> Iterator[Case]:
     for dtype in (HALF, HALF16):
         yield one("dim 64, packed", dtype, op="_varlen", made=packed, **lengths, return_lse=True)
     yield from paged_cases()
+    yield from split_cases()
 
 
 def paged_cases() -> Iterator[Case]:
@@ -135,3 +137,18 @@ def paged_cases() -> Iterator[Case]:
     yield one("dim 128, pages of 256, window", HALF16, page=256, dim=128, window=99, softcap=5.0, **wide)
     yield one("dim 256, pages of 64", HALF, page=64, dim=256, **wide)
     yield one("dim 96, pages of 16, window", HALF, page=16, dim=96, window=20, **wide)
+
+
+def split_cases() -> Iterator[Case]:
+    """Keys split over programs: rows that see nothing of a split, and splits of which no row sees anything."""
+    apart = ints((*range(10, 30, 4), *range(285, 305)))
+    every = {"sinks": True, "return_lse": True, "starts": ints(9)}
+    yield one("dim 64, split keys", HALF, False, dim=64, positions=apart, keys=1030, **every)
+    yield one("dim 64, more splits than blocks", HALF16, dim=64, positions=apart[:, 1:], keys=2600, **every)
+    late = ints((*range(700, 1000, 13), -1, -1))
+    yield one("dim 128, split keys, window", HALF16, dim=128, positions=late, keys=1100, window=500, softcap=5.0)
+    yield one("dim 256, split keys", HALF, dim=256, positions=late, keys=1100, query_offset=50, sinks=True)
+    packs = {"selected": (60, 1, 43), "keys": (140, 2, 1100), "max_seqlen_k": 1100}
+    yield one("dim 64, packed, split keys", HALF, op="_varlen", made=packed, **packs, return_lse=True)
+    pages = {"keys": (1100,), "selected": (32,), "kv": 1, "most": 1100, "page": 16, "dim": 64, "window": 180}
+    yield one("pages of 16, split keys, window", HALF, op="_paged", made=in_pages, **pages)

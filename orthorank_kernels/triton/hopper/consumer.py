@@ -32,14 +32,15 @@ def consume(
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
     SOFTCAP: gl.constexpr,
+    SPLIT: gl.constexpr,
     ROTARY_DIM: gl.constexpr,
 ):
     """One part of a tile, from its queries to its output."""
     k_bufs, v_bufs, k_full, k_empty, v_full, v_empty = rings
-    q_ptr, values, positions_ptr, sinks_ptr, out_ptr, lse_ptr = tensors
+    q_ptr, values, positions_ptr, sinks_ptr, out_ptr, lse_ptr, totals_ptr = tensors
     begin, end, keys, query_offset, window, factors, strides = numbers
     stride_q_head, stride_q_token, stride_out_head, stride_out_token, stride_lse_head, stride_lse_token = strides
-    tile, column, start, low, lowest, high, blocks = where
+    tile, column, start, low, lowest, high, blocks, to_the_end = where
     HAS_WINDOW: gl.constexpr = window is not None
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_D, 16])
@@ -60,7 +61,7 @@ def consume(
 
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
     query, head, in_tile = rows_of_part(PART, row, tile, begin, end, column, GROUP, PACK)
-    _position, sees, first, last = visible_keys(positions_ptr, query, in_tile, query_offset, keys, start, window)
+    position, sees, first, last = visible_keys(positions_ptr, query, in_tile, query_offset, keys, start, window)
     own_high = gl.max(gl.where(sees, last, low), 0)
     last = gl.where(sees, last, own_high)
     own_blocks = (own_high - low) // BLOCK_N + 1
@@ -82,6 +83,8 @@ def consume(
     peak += LOWEST_SCORE if SOFTCAP else LOWEST_SCORE * factors[0]
     if sinks_ptr is not None:  # a key of which only the weight counts, so it is where the softmax starts
         sink = gl.load(sinks_ptr + head, mask=in_tile, other=0.0).to(gl.float32) * LOG2_E
+        if SPLIT:  # with the row's last key
+            sink = gl.where(sees & (to_the_end | (position + query_offset <= high)), sink, NOTHING)
         peak = gl.maximum(peak, sink)
         total = gl.exp2(sink - peak)
     n = low + (own_blocks - 1) * BLOCK_N
@@ -119,18 +122,26 @@ def consume(
         for i in range(end_blocks, blocks):
             release(rings, i, STAGES)
 
-    total = gl.where(sees, total, 1.0)
-    factor = gl.convert_layout(1.0 / total, gl.SliceLayout(1, O_LAYOUT))
-    seen = gl.convert_layout(sees, gl.SliceLayout(1, O_LAYOUT))
-    out = gl.convert_layout(gl.where(seen[:, None], acc * factor[:, None], 0.0).to(dtype), WIDE)
-    if lse_ptr is not None:
-        lse = gl.where(sees, (peak + gl.log2(total)) * LN_2, NOTHING)
+    if SPLIT:  # to be divided when all are there
         lse_rows = head.to(gl.int64) * stride_lse_head + query.to(gl.int64) * stride_lse_token
-        gl.store(lse_ptr + lse_rows, lse, mask=in_tile)
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, WIDE))
+        gl.store(lse_ptr + lse_rows, gl.where(sees, peak, NOTHING), mask=in_tile)
+        gl.store(totals_ptr + lse_rows, gl.where(sees, total, 0.0), mask=in_tile)
+        seen = gl.convert_layout(sees, gl.SliceLayout(1, O_LAYOUT))
+        out = gl.where(seen[:, None], acc, 0.0)
+    else:
+        total = gl.where(sees, total, 1.0)
+        factor = gl.convert_layout(1.0 / total, gl.SliceLayout(1, O_LAYOUT))
+        seen = gl.convert_layout(sees, gl.SliceLayout(1, O_LAYOUT))
+        out = gl.convert_layout(gl.where(seen[:, None], acc * factor[:, None], 0.0).to(dtype), WIDE)
+        if lse_ptr is not None:
+            lse = gl.where(sees, (peak + gl.log2(total)) * LN_2, NOTHING)
+            lse_rows = head.to(gl.int64) * stride_lse_head + query.to(gl.int64) * stride_lse_token
+            gl.store(lse_ptr + lse_rows, lse, mask=in_tile)
+    OUT: gl.constexpr = O_LAYOUT if SPLIT else WIDE
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
     query, head, in_tile = rows_of_part(PART, row, tile, begin, end, column, GROUP, PACK)
     out_rows = head.to(gl.int64) * stride_out_head + query.to(gl.int64) * stride_out_token
-    offs_d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, WIDE))
+    offs_d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, OUT))
     mask = in_tile[:, None] & (offs_d < HEAD_DIM)[None, :]
     gl.store(out_ptr + out_rows[:, None] + offs_d[None, :], out, mask=mask)
 

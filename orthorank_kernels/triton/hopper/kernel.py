@@ -24,7 +24,7 @@ before the first key, and the producer loads its first 16 rows of V by threads, 
 A head_dim of 96 or 192 is computed as BLOCK_D = 128 or 256, with zeros behind it: TMA puts them where a box reaches
 beyond the tensor's last dimension, and threads do the same.
 
-Not here: float32, float8, pages of other sizes than powers of two from 16 on, keys split over programs.
+Not here: float32, float8, pages of other sizes than powers of two from 16 on.
 """
 
 from triton.experimental import gluon
@@ -51,8 +51,10 @@ from orthorank_kernels.triton.hopper.step import CONSUMERS, ROWS, WARPS, rows_of
         "columns",
         "lanes",
         "lanes_together",
+        "splits",
         "stride_positions_batch",
         "stride_table_row",
+        "stride_lse_split",
         "stride_lse_batch",
         "stride_lse_head",
         "stride_lse_token",
@@ -71,8 +73,9 @@ def hopper_attention_kernel(
     table_ptr,  # with pages: [rows, pages]
     table_rows_ptr,  # [n_seqs]
     sinks_ptr,  # [heads], logits
-    out_ptr,  # [batch, heads, selected, head_dim] by strides
-    lse_ptr,  # [batch, heads, selected] by strides, float32
+    out_ptr,  # [batch, heads, selected, head_dim] by strides; with SPLIT: float32 [splits, ...], not yet divided
+    lse_ptr,  # [batch, heads, selected] by strides, float32; with SPLIT: the largest score so far, in bits
+    totals_ptr,  # with SPLIT: like lse_ptr, the sum of weights so far
     cos_ptr,  # [batch or 1, tokens, at least ROTARY_DIM // 2]
     sin_ptr,
     selected,
@@ -87,6 +90,7 @@ def hopper_attention_kernel(
     columns,  # of heads: key/value heads times tiles of a group
     lanes,  # columns of heads times batch rows
     lanes_together,
+    splits,
     to_bits,  # softmax scale * log2(e), with SOFTCAP: * 2 / softcap
     cap,  # softcap * log2(e)
     stride_q_batch,
@@ -96,9 +100,11 @@ def hopper_attention_kernel(
     stride_v_head,
     stride_table_row,
     stride_positions_batch,
+    stride_out_split,
     stride_out_batch,
     stride_out_head,
     stride_out_token,
+    stride_lse_split,
     stride_lse_batch,
     stride_lse_head,
     stride_lse_token,
@@ -116,12 +122,13 @@ def hopper_attention_kernel(
     PACKED: gl.constexpr,
     PAGE_SIZE: gl.constexpr,  # a power of two; 0: keys are not in pages
     SOFTCAP: gl.constexpr,
+    SPLIT: gl.constexpr,
     ROTARY_DIM: gl.constexpr,  # elements of a query's head to turn, in halves; 0: none
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
-    """One program: one tile of queries and heads, grid (tiles * lanes,)."""
-    batch, column, tile, _split = find_work(gl.program_id(0), tiles, columns, lanes, lanes_together, 1, False)
+    """One program: one tile of queries and heads, grid (tiles * splits * lanes,)."""
+    batch, column, tile, split = find_work(gl.program_id(0), tiles, columns, lanes, lanes_together, splits, SPLIT)
     kv_head = column // ((GROUP + PACK - 1) // PACK)
     query_begin = 0
     query_end = selected
@@ -156,6 +163,17 @@ def hopper_attention_kernel(
     if PAGE_SIZE > 0:  # a copy begins where a page does, or within it at a multiple of its rows
         low = low // k_desc.block_type.shape[2] * k_desc.block_type.shape[2]
     blocks = gl.maximum(high - low, 0) // BLOCK_N + 1
+    to_the_end = True
+    if SPLIT:  # whole blocks, so that the splits' ends are ends of blocks; to the rows there are no other keys
+        begin = (blocks.to(gl.int64) * split // splits).to(gl.int32)
+        end = (blocks.to(gl.int64) * (split + 1) // splits).to(gl.int32)
+        to_the_end = end == blocks
+        high = gl.minimum(high, low + end * BLOCK_N - 1)
+        low += begin * BLOCK_N
+        lowest = gl.maximum(lowest, low)
+        start = gl.maximum(start, low)
+        keys = gl.minimum(keys, high + 1)
+        blocks = gl.maximum(end - begin, 1)
 
     k_bufs = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
     v_bufs = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], v_desc.layout)
@@ -177,17 +195,23 @@ def hopper_attention_kernel(
     if PAGE_SIZE == 0:
         v_ptr += batch.to(gl.int64) * stride_v_batch + key_base.to(gl.int64) * STRIDE_V
     out_ptr += batch.to(gl.int64) * stride_out_batch
+    if SPLIT:
+        out_ptr += split.to(gl.int64) * stride_out_split
     if lse_ptr is not None:
-        lse_ptr += batch.to(gl.int64) * stride_lse_batch
+        lse_rows = batch.to(gl.int64) * stride_lse_batch
+        if SPLIT:
+            lse_rows += split.to(gl.int64) * stride_lse_split
+            totals_ptr += lse_rows
+        lse_ptr += lse_rows
     if ROTARY_DIM > 0:
         cos_ptr += batch.to(gl.int64) * stride_cos_batch
         sin_ptr += batch.to(gl.int64) * stride_sin_batch
     tables = (cos_ptr, sin_ptr, stride_cos_token, stride_sin_token)
     values = (v_ptr, table_ptr, n_pages, stride_v_batch)
-    tensors = (q_ptr, values, positions_ptr, sinks_ptr, out_ptr, lse_ptr)
+    tensors = (q_ptr, values, positions_ptr, sinks_ptr, out_ptr, lse_ptr, totals_ptr)
     strides = (stride_q_head, stride_q_token, stride_out_head, stride_out_token, stride_lse_head, stride_lse_token)
     numbers = (query_begin, query_end, keys, query_offset, window, (to_bits, cap), strides)
-    where = (tile, column, start, low, lowest, high, blocks)
+    where = (tile, column, start, low, lowest, high, blocks, to_the_end)
     EDGE: gl.constexpr = PAGE_SIZE > 0 and window is not None
     gl.warp_specialize(
         [
@@ -195,14 +219,14 @@ def hopper_attention_kernel(
                 consume,
                 (
                     q_bufs, rings, tensors, tables, numbers, where, 0, PAGE_SIZE, STRIDE_V, GROUP, PACK, BLOCK_N,
-                    BLOCK_D, HEAD_DIM, STAGES, SOFTCAP, ROTARY_DIM,
+                    BLOCK_D, HEAD_DIM, STAGES, SOFTCAP, SPLIT, ROTARY_DIM,
                 ),
             ),
             (
                 consume,
                 (
                     q_bufs, rings, tensors, tables, numbers, where, 1, PAGE_SIZE, STRIDE_V, GROUP, PACK, BLOCK_N,
-                    BLOCK_D, HEAD_DIM, STAGES, SOFTCAP, ROTARY_DIM,
+                    BLOCK_D, HEAD_DIM, STAGES, SOFTCAP, SPLIT, ROTARY_DIM,
                 ),
             ),
             (

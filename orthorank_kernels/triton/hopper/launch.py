@@ -71,13 +71,13 @@ def check(
     raise ValueError(f"{VARIABLE}={NAME} asks for a kernel that {reason}; leave {VARIABLE} out to run the usual one")
 
 
-def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, paged: bool, rows_of_a_tile: int, splits: int) -> bool:
+def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, paged: bool, rows_of_a_tile: int) -> bool:
     """Whether the kernel takes a call that `check` has let pass, else the usual one does.
 
-    Stays there: keys that are split, tiles of few rows, and caches of float8, with pages of other sizes than powers of
+    Stays there: tiles of few rows, and caches of float8, with pages of other sizes than powers of
     two from 16 on, or that no tensor descriptor describes.
     """
-    if splits > 1 or rows_of_a_tile <= configs.FEW_ROWS[-1]:
+    if rows_of_a_tile <= configs.FEW_ROWS[-1]:
         return False
     if not paged:
         return True
@@ -93,7 +93,10 @@ def launch(
     positions: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor | None,
+    totals: torch.Tensor | None,
+    to: dict[str, int],
     *,
+    splits: int,
     pack: int,
     lanes_together: int,
     scale: float,
@@ -114,6 +117,8 @@ def launch(
     """Launch the kernel on what `check` has let pass; arguments as in `triton.attention_launch.launch`.
 
     Args:
+        out, lse, totals: the results, or with ``splits`` above 1 what these leave (`attention_combine.Workspace`).
+        to: their strides, as the kernel names them.
         pack: heads of a group that share a tile. lanes_together: see `attention_tiles.find_work`.
         cos, sin: ``[batch or 1, tokens, width]``, to turn the first ``rotary_dim`` elements of q by, or none and 0.
     """
@@ -131,7 +136,7 @@ def launch(
     tiles, lanes = configs.tiles(selected, 2 * (PART // pack), n_seqs, packed=packed), columns * batch
     configs.launch(
         hopper_attention_kernel,
-        (tiles * lanes,),
+        (tiles * splits * lanes,),
         q,
         q_ptr=q,
         k_desc=_descriptor(k, rows),
@@ -147,6 +152,7 @@ def launch(
         sinks_ptr=sinks,
         out_ptr=out,
         lse_ptr=lse,
+        totals_ptr=totals,
         cos_ptr=cos,
         sin_ptr=sin,
         selected=selected,
@@ -161,9 +167,11 @@ def launch(
         columns=columns,
         lanes=lanes,
         lanes_together=lanes_together,
+        splits=splits,
         to_bits=scale * math.log2(math.e) * (1 if softcap is None else 2 / softcap),
         cap=0.0 if softcap is None else softcap * math.log2(math.e),
-        **strides("batch", "head", "token", q=q, out=out, lse=lse),
+        **strides("batch", "head", "token", q=q),
+        **to,
         **strides("batch", "head", v=v),
         **strides("batch", positions=positions),
         **strides("row", table=block_table),
@@ -178,6 +186,7 @@ def launch(
         PACKED=packed,
         PAGE_SIZE=keys if paged else 0,
         SOFTCAP=softcap is not None,
+        SPLIT=totals is not None,
         ROTARY_DIM=rotary_dim,
         CONSUMER_REGISTERS=CONSUMER_OF_PAGES if paged else CONSUMER,
         PRODUCER_REGISTERS=PRODUCER_OF_PAGES if paged else PRODUCER,

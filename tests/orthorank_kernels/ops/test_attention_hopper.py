@@ -20,7 +20,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
 
 @pytest.fixture(autouse=True)
 def _no_splits(monkeypatch):
-    """Few programs share their keys, which is the usual kernel's."""
+    """But where a test says so: few programs share their keys."""
     monkeypatch.setattr(configs, "splits", lambda *given: 1)
 
 
@@ -111,6 +111,25 @@ def test_pages(dim, page, window, monkeypatch):
     with poisoned_outputs():
         out = sparse_query_attention_paged(q, k, v, *rest, window=window, backend="triton")
     assert_within_budget(out, eager, exact, torch.bfloat16)
+
+
+@pytest.mark.parametrize("splits", [2, 5, 40])
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+def test_split_keys(dim, window, splits, monkeypatch):
+    q = random(2, 8, 300, dim, dtype=torch.bfloat16, seed=1)
+    k, v = (random(2, 2, 2100, dim, dtype=torch.bfloat16, seed=seed) for seed in (2, 3))
+    positions = some_positions(2, 2100, 300, fewer=40)
+    sinks = torch.linspace(-1, 3, 8, device=DEVICE)
+    given = {"window": window, "sinks": sinks, "return_lse": True}
+    exact, _ = sparse_query_attention(q.float(), k.float(), v.float(), positions, backend="torch", **given)
+    eager, eager_lse = sparse_query_attention(q, k, v, positions, backend="torch", **given)
+    monkeypatch.setenv("ORTHORANK_ATTENTION", "hopper")
+    monkeypatch.setattr(configs, "splits", lambda *given: splits)
+    with poisoned_outputs():
+        out, lse = sparse_query_attention(q, k, v, positions, backend="triton", **given)
+    assert_within_budget(out, eager, exact, torch.bfloat16)
+    torch.testing.assert_close(lse, eager_lse, atol=1e-3, rtol=1e-3)
 
 
 OPTIONS = {

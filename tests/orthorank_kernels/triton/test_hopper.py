@@ -101,13 +101,26 @@ def test_blocks_of_keys_are_filled_up_to_a_power_of_two(dim, block):
     [
         ({"selected": 3, "keys": 500}, [USUAL]),
         ({"selected": 16, "keys": 500}, [USUAL]),
-        ({"selected": 40, "keys": 90_000}, [USUAL, "combine_kernel"]),
+        ({"selected": 3, "keys": 90_000}, [USUAL, "combine_kernel"]),
     ],
 )
 def test_few_queries_stay_with_the_usual_kernel(what, kernels):
     with fake_gpus() as gpus:
         call(**what)
     assert launched(gpus) == kernels
+
+
+def test_programs_share_keys_where_they_would_leave_the_gpu_idle():
+    """Eight programs for 132 multiprocessors: sixteen times as many leave sums, which a second kernel joins."""
+    with fake_gpus() as gpus:
+        call(selected=40, keys=90_000, lse=True)
+    (name, _, given), (second, _, joined) = gpus.launches
+    assert (name, second) == (NEW, "combine_kernel")
+    assert (given["tiles"] * given["lanes"], given["splits"], given["SPLIT"]) == (8, 16, True)
+    assert given["out_ptr"] is joined["sums_ptr"]
+    assert given["lse_ptr"] is joined["peaks_ptr"]
+    assert given["totals_ptr"] is joined["totals_ptr"]
+    assert given["stride_out_split"] == 2 * 40 * 8 * 128
 
 
 @pytest.mark.parametrize(
