@@ -49,13 +49,18 @@ LOOPS, WINDOW_LOOPS = 4, 6  # of two consumers: with a mask and without, and wit
 
 
 def attention(
-    dim: int, group: int, more: bool, window: int | None = None, softcap: float | None = None
+    dim: int,
+    group: int,
+    more: bool,
+    window: int | None = None,
+    softcap: float | None = None,
+    interleaved: bool = False,
 ) -> Callable[[], Any]:
     """``more``: with left padding, the log-sum-exp, and queries that are turned. With a window: with sinks as well."""
     q = empty(2, 681, 8 * group, dim).transpose(1, 2)
     k = empty(2, 8, 2047, dim)
     starts = empty(2, dtype=torch.int32) if more else None
-    tables = (empty(2, 2047, dim), empty(2, 2047, dim), False, dim) if more else (None, None, False, None)
+    tables = (empty(2, 2047, dim), empty(2, 2047, dim), interleaved, dim) if more else (None, None, False, None)
     sinks = None if window is None else empty(8 * group)
     options = (dim**-0.5, window, starts, 2047 - 681, softcap, sinks, more, *tables)
     return launch("attention.sparse_query_attention", q, k, k, some_positions(2, 681), *options)
@@ -88,6 +93,7 @@ CASES = {
     for name, case in {
         "groups of 4": attention(dim, 4, False),
         "groups of 7, padding, rotary and log-sum-exp": attention(dim, 7, True),
+        "rotary, interleaved": attention(dim, 4, True, interleaved=True),
         "packed": packed(dim),
         "pages of 16": paged(dim, 16),
         "pages of 256": paged(dim, 256),
@@ -97,7 +103,7 @@ CASES = {
         "soft-capping": attention(dim, 4, False, softcap=30.0),
     }.items()
     # Where zeros fill a head up, the loops are those of the next power of two: what threads load is another thing.
-    if configs.next_power_of_2(dim) == dim or "rotary" in name
+    if configs.next_power_of_2(dim) == dim or "rotary and" in name
 }
 
 

@@ -59,7 +59,7 @@ def launch(
     target = configs.target_of(q.device)
     asked = hopper.is_asked_for()
     if asked:
-        hopper.check(q, k, v, paged=block_table is not None, rotary_interleaved=interleaved, target=target)
+        hopper.check(q, k, v, paged=block_table is not None, target=target)
     constexprs, num_warps, num_stages = configs.launch_settings(head_dim, heads // kv_heads, q.dtype, target, rows)
     fp8 = FP8.get(k.dtype, "")
     if fp8:
@@ -91,8 +91,8 @@ def launch(
             q, k, v, positions, out, lse, totals, to, splits=splits, pack=constexprs["PACK"],
             lanes_together=lanes_together, scale=scale, window=None if window is None else min(window, INT32_MAX),
             softcap=softcap, sinks=sinks, starts=starts, query_offset=query_offset, cos=cos, sin=sin,
-            rotary_dim=rotary_dim or 0, cu_selected=cu_selected, cu_keys=cu_keys, seq_lens=seq_lens,
-            block_table=block_table, table_rows=table_rows,
+            rotary_dim=rotary_dim or 0, rotary_interleaved=interleaved, cu_selected=cu_selected, cu_keys=cu_keys,
+            seq_lens=seq_lens, block_table=block_table, table_rows=table_rows,
         )  # fmt: skip
         if parts is not None:
             combine(parts, *outputs)

@@ -88,6 +88,9 @@ def hopper_cases() -> Iterator[Case]:
         late = ints((*range(100, 290, 11), -1, -1))
         yield one("dim 64, rotary", dtype, dim=64, positions=late, keys=300, **turned)
         yield one("dim 128, rotary", dtype, dim=128, positions=late, keys=300, **tables, rotary_dim=64)
+        yield one(
+            "dim 64, rotary, interleaved", dtype, dim=64, positions=late, keys=300, **turned, rotary_interleaved=True
+        )
     # Windows: the first part lets blocks before its window go unread, and the others have a mask at either end.
     for dtype in (HALF, HALF16):
         wide = {"positions": ints((*range(280, 376, 6), *range(560, 624, 4))), "keys": 640, "window": 150}
@@ -111,6 +114,8 @@ def hopper_cases() -> Iterator[Case]:
     tables = {"rotary_cos": angles.cos(), "rotary_sin": angles.sin(), "rotary_dim": 96}
     some = (*range(20, 100, 11), *range(102, 196, 6))
     yield one("dim 256, rotary", HALF, dim=256, positions=ints((*some, -1)), keys=200, starts=ints(9), **tables)
+    tables |= {"rotary_interleaved": True}
+    yield one("dim 256, rotary, interleaved", HALF16, dim=256, positions=ints((*some, -1)), keys=200, **tables)
     yield one("dim 256", HALF16, dim=256, positions=ints(some), keys=199, return_lse=True)
     wide = {"positions": ints((*range(140, 188, 6), *range(280, 316, 4))), "keys": 320, "window": 75}
     yield one("dim 256, window", HALF, dim=256, softcap=5.0, sinks=True, starts=ints(100), **wide)

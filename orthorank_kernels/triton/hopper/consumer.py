@@ -34,6 +34,7 @@ def consume(
     SOFTCAP: gl.constexpr,
     SPLIT: gl.constexpr,
     ROTARY_DIM: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
 ):
     """One part of a tile, from its queries to its output."""
     k_bufs, v_bufs, k_full, k_empty, v_full, v_empty = rings
@@ -57,7 +58,7 @@ def consume(
     position, sees, _first, _last = visible_keys(positions_ptr, query, in_tile, query_offset, keys, start, window)
     rows = head.to(gl.int64) * stride_q_head + query.to(gl.int64) * stride_q_token
     q = q_bufs.index(PART)
-    fill_queries(q, q_ptr, rows, in_tile, tables, position, sees, BLOCK_D, HEAD_DIM, ROTARY_DIM)
+    fill_queries(q, q_ptr, rows, in_tile, tables, position, sees, BLOCK_D, HEAD_DIM, ROTARY_DIM, INTERLEAVED)
 
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
     query, head, in_tile = rows_of_part(PART, row, tile, begin, end, column, GROUP, PACK)

@@ -123,7 +123,8 @@ def hopper_attention_kernel(
     PAGE_SIZE: gl.constexpr,  # a power of two; 0: keys are not in pages
     SOFTCAP: gl.constexpr,
     SPLIT: gl.constexpr,
-    ROTARY_DIM: gl.constexpr,  # elements of a query's head to turn, in halves; 0: none
+    ROTARY_DIM: gl.constexpr,  # elements of a query's head to turn; 0: none
+    INTERLEAVED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
@@ -219,14 +220,14 @@ def hopper_attention_kernel(
                 consume,
                 (
                     q_bufs, rings, tensors, tables, numbers, where, 0, PAGE_SIZE, STRIDE_V, GROUP, PACK, BLOCK_N,
-                    BLOCK_D, HEAD_DIM, STAGES, SOFTCAP, SPLIT, ROTARY_DIM,
+                    BLOCK_D, HEAD_DIM, STAGES, SOFTCAP, SPLIT, ROTARY_DIM, INTERLEAVED,
                 ),
             ),
             (
                 consume,
                 (
                     q_bufs, rings, tensors, tables, numbers, where, 1, PAGE_SIZE, STRIDE_V, GROUP, PACK, BLOCK_N,
-                    BLOCK_D, HEAD_DIM, STAGES, SOFTCAP, SPLIT, ROTARY_DIM,
+                    BLOCK_D, HEAD_DIM, STAGES, SOFTCAP, SPLIT, ROTARY_DIM, INTERLEAVED,
                 ),
             ),
             (

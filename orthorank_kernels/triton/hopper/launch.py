@@ -41,7 +41,6 @@ def check(
     v: torch.Tensor,
     *,
     paged: bool,
-    rotary_interleaved: bool,
     target: str,
 ) -> None:
     """Raise unless the kernel takes a call with these arguments on this target.
@@ -55,8 +54,6 @@ def check(
         reason = f"is for GPUs of compute capability 9.0, and this is {target}"
     elif not _has_gluon():
         reason = "needs Triton 3.6 or newer with triton.experimental.gluon"
-    elif rotary_interleaved:
-        reason = "has no rotary_interleaved"
     elif q.dtype not in (torch.float16, torch.bfloat16):
         reason = f"takes float16 and bfloat16, and q has {str(q.dtype).removeprefix('torch.')}"
     elif head_dim not in BLOCKS:
@@ -108,6 +105,7 @@ def launch(
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
     rotary_dim: int,
+    rotary_interleaved: bool,
     cu_selected: torch.Tensor | None,
     cu_keys: torch.Tensor | None,
     seq_lens: torch.Tensor | None,
@@ -188,6 +186,7 @@ def launch(
         SOFTCAP=softcap is not None,
         SPLIT=totals is not None,
         ROTARY_DIM=rotary_dim,
+        INTERLEAVED=rotary_interleaved,
         CONSUMER_REGISTERS=CONSUMER_OF_PAGES if paged else CONSUMER,
         PRODUCER_REGISTERS=PRODUCER_OF_PAGES if paged else PRODUCER,
         num_warps=4,

@@ -160,18 +160,20 @@ def test_windows_caps_and_sinks(dim, options, monkeypatch):
     torch.testing.assert_close(lse, eager_lse, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
-def test_queries_are_turned_as_by_an_op_of_their_own(dim, monkeypatch):
+def test_queries_are_turned_as_by_an_op_of_their_own(dim, interleaved, monkeypatch):
     """To the bit."""
     q = random(2, 300, 8, dim, dtype=torch.bfloat16, seed=1).transpose(1, 2)
     k, v = (random(2, 2, 900, dim, dtype=torch.bfloat16, seed=seed) for seed in (2, 3))
     positions = some_positions(2, 900, 300, fewer=40)
     angles = torch.linspace(0, 99, 900 * dim // 2, device=DEVICE).view(1, 900, -1).repeat(2, 1, 2)
     cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
-    turned = apply_rotary_at(q, cos, sin, positions)
+    turned = apply_rotary_at(q, cos, sin, positions, interleaved=interleaved)
     monkeypatch.setenv("ORTHORANK_ATTENTION", "hopper")
     there = sparse_query_attention(turned, k, v, positions, backend="triton")
-    here = sparse_query_attention(q, k, v, positions, rotary_cos=cos, rotary_sin=sin, backend="triton")
+    tables = {"rotary_cos": cos, "rotary_sin": sin, "rotary_interleaved": interleaved}
+    here = sparse_query_attention(q, k, v, positions, **tables, backend="triton")
     assert torch.equal(here, there)
 
 

@@ -53,8 +53,9 @@ def launched(gpus: Gpus) -> list[str]:
 @pytest.mark.parametrize("dtype", [torch.float16, HALF])
 def test_it_runs_where_it_is_asked_for(dim, dtype, monkeypatch):
     with fake_gpus() as gpus:
-        call(dim=dim, dtype=dtype, starts=True, lse=True, rotary=True)
+        call(dim=dim, dtype=dtype, starts=True, lse=True, rotary=True, interleaved=True)
         assert launched(gpus) == [NEW]
+        assert gpus.launches[0][2]["INTERLEAVED"]
         monkeypatch.delenv("ORTHORANK_ATTENTION")
         call(dim=dim, dtype=dtype)
         assert launched(gpus) == [NEW, USUAL]
@@ -128,7 +129,6 @@ def test_programs_share_keys_where_they_would_leave_the_gpu_idle():
     [
         ({"dtype": FLOAT}, "takes float16 and bfloat16, and q has float32"),
         ({"dim": 80}, "takes head_dim 64, 96, 128, 192 and 256, and q has 80"),
-        ({"rotary": True, "interleaved": True}, "has no rotary_interleaved"),
         ({"keys": 0}, "no dimension may be empty"),
         ({"slack": 1}, "multiples of 16 bytes"),
         ({"dim": 80, "selected": 3}, "takes head_dim 64, 96, 128, 192 and 256, and q has 80"),
