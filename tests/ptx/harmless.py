@@ -120,10 +120,9 @@ HARMLESS = (
     Harmless(HOPPER, "barrier", "mbarrier.arrive(v_empty.index(i % STAGES)", (0, 1, 0), "unread"),
     Harmless(HOPPER, "barrier", "mbarrier.arrive(k_empty.index(at)", (0, 2, 0), "later"),
     Harmless(HOPPER, "barrier", "mbarrier.expect(k_full.index(at)", (0, 2, 0), "one warp"),
-    Harmless(HOPPER, "barrier", "async_load(k_desc, ", (0, 2, 0), "one warp"),
+    Harmless(HOPPER, "barrier", "async_load(desc, ", (0, 3, 0), "one warp"),
     Harmless(HOPPER, "barrier", "mbarrier.expect(v_full.index(at)", (0, 1, 0), "one warp"),
-    Harmless(HOPPER, "barrier", "async_load(v_desc, ", (0, 1, 0), "one warp"),
-    Harmless(HOPPER, "fence", "async_load(k_desc, ", (0, 1, 0), "stored"),
+    Harmless(HOPPER, "fence", "async_load(desc, ", (0, 1, 0), "stored"),
     # The assembly of a wait counts its own lines: four lines on in the source.
     Harmless(HOPPER, "wait for an mbarrier", "mbarrier.wait(v_empty.index(at)", (0, 1, 0), "free"),
 )  # fmt: skip

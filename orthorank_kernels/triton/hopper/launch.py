@@ -129,7 +129,7 @@ def launch(
     paged = block_table is not None
     rows = BLOCKS[head_dim]  # of a copy
     if paged:
-        rows = min(keys, rows) if window is None else ROWS_OF_A_PAGE
+        rows = min(int(keys), rows) if window is None else ROWS_OF_A_PAGE  # an int in every launch plan
     packed, n_seqs = cu_selected is not None, 0 if cu_selected is None else cu_selected.shape[0] - 1
     tiles, lanes = configs.tiles(selected, 2 * (PART // pack), n_seqs, packed=packed), columns * batch
     configs.launch(
