@@ -104,3 +104,16 @@ def test_the_commands_and_variables_are_the_real_ones() -> None:
         assert f'"{variable}"' in sources, variable
     for option in re.findall(r"--[a-z]+", blocks(KERNELS, "")[0]):
         assert option in help_text
+
+
+def test_no_page_holds_both_sides_of_a_merge() -> None:
+    root = DOCS.parent
+    pages = [*root.glob("*.md"), *DOCS.rglob("*.md"), *(root / "packages").rglob("*.md")]
+    assert len(pages) > 20
+    found = [
+        f"{page.relative_to(root)}: {line}"
+        for page in pages
+        for line in page.read_text(encoding="utf-8").splitlines()
+        if re.match(r"(<{7}|>{7}) |={7}$", line)
+    ]
+    assert not found
