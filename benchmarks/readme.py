@@ -141,13 +141,15 @@ def byte_rows() -> list[list[str]]:
 
 
 def prefill_rows() -> list[list[str]]:
-    command = "`python benchmarks/bench_prefill.py --threads 1 2 --json benchmarks/results/prefill_smollm2.json`"
-    lines = []
-    for r in load("prefill_smollm2.json")["rows"]:
+    options = "--dtype float32 bfloat16 --threads 1 2 --json benchmarks/results/prefill_smollm2.json"
+    command = f"`python benchmarks/bench_prefill.py {options}`"
+    lines, found = [], load("prefill_smollm2.json")
+    cpu = ", ".join(found["cpu"])
+    for r in found["rows"]:
         speed = r["speed"]
         what = (
             f"prefill of {speed['prompt']:,} tokens, SmolLM2-135M, {len(r['layers'])} layers at ratio 1/3, "
-            f"{speed['dtype']}, {speed['threads']} CPU thread(s)"
+            f"{speed['dtype']}, {speed['threads']} CPU thread(s) with {cpu}"
         )
         figure = (
             f"{r['measured_speedup']:.3f}x of an ideal {r['flop_speedup']:.3f}x by FLOPs: "
