@@ -122,12 +122,24 @@ def check_packed(q: torch.Tensor, positions: torch.Tensor, cu_selected: torch.Te
     _checks.boundaries("cu_selected", cu_selected, q.shape[0], "q")
 
 
-def check_longest(max_seqlen_k: int | None, lengths: torch.Tensor, cu_selected: torch.Tensor) -> None:
-    """No sequence with queries has more keys than the host says. Seen on a CPU; on a GPU keys would be left out."""
+def check_longest(
+    max_seqlen_k: int | None,
+    cu_selected: torch.Tensor,
+    *,
+    lengths: torch.Tensor | None = None,
+    boundaries: torch.Tensor | None = None,
+) -> None:
+    """No sequence with queries has more keys than the host says. Seen on a CPU; on a GPU keys would be left out.
+
+    Args:
+        lengths: keys of each sequence, or ``boundaries``: where each one's begin. Nothing is made of them on a GPU.
+    """
     _checks.integer("max_seqlen_k", max_seqlen_k, at_least=0, none="no bound")
-    if max_seqlen_k is None or not _checks.readable(lengths, cu_selected):
+    if max_seqlen_k is None or not _checks.readable(lengths, boundaries, cu_selected):
         return
-    asked = lengths[cu_selected.diff() > 0]
+    keys = lengths if boundaries is None else boundaries.diff()
+    assert keys is not None
+    asked = keys[cu_selected.diff() > 0]
     if asked.numel() and (longest := int(asked.max())) > max_seqlen_k:
         raise ValueError(
             f"max_seqlen_k is {max_seqlen_k}, and a sequence has {longest} keys; pass as many or more, or None"

@@ -113,7 +113,7 @@ def sparse_query_attention_paged(
     """
     _check(q, k_cache, v_cache, positions, cu_selected, block_table, seq_lens, table_rows)
     k_scale, v_scale = _scale("k_scale", k_scale, k_cache, q), _scale("v_scale", v_scale, k_cache, q)
-    _attention.check_longest(max_seqlen_k, seq_lens, cu_selected)
+    _attention.check_longest(max_seqlen_k, cu_selected, lengths=seq_lens)
     _attention.check_options(q, scale, window, softcap, sinks, return_lse)
     _check_pages(k_cache, positions, cu_selected, block_table, seq_lens, table_rows, window)
     rotary = _attention.check_rotary(q, positions, rotary_cos, rotary_sin, rotary_interleaved, rotary_dim)

@@ -86,7 +86,7 @@ def sparse_query_attention_varlen(
         tensor([0.0000, 1.0000, 3.5000])
     """
     _check(q, k, v, positions, cu_selected, cu_seqlens_k)
-    _attention.check_longest(max_seqlen_k, cu_seqlens_k.diff(), cu_selected)
+    _attention.check_longest(max_seqlen_k, cu_selected, boundaries=cu_seqlens_k)
     _attention.check_options(q, scale, window, softcap, sinks, return_lse)
     rotary = _attention.check_rotary(q, positions, rotary_cos, rotary_sin, rotary_interleaved, rotary_dim)
     if scale is None:

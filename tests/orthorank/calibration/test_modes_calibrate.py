@@ -187,7 +187,9 @@ def test_the_command_says_what_is_wrong(
     given = OrthoRankConfig(layers=[2]).save_pretrained(tmp_path / "given")
     fixed = ["calibrate", str(tiny_folder), "--output", str(tmp_path / "out"), "--device", "cpu", "--plan", str(given)]
     code, out, err = orthorank(*fixed, *arguments)
-    assert (code, out.strip()) == (2, "")
+    assert code == 2
+    begun = " ".join(out.split())
+    assert not begun or (begun.startswith("loading ") and begun.endswith(" ...") and begun.count("...") == 1), out
     assert sentence in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out" / "orthorank.json").exists()
