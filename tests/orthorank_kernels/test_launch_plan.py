@@ -1,7 +1,7 @@
 """Launch plans: a call by plan does what the call does, and a call of another kind is none of its."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -217,10 +217,11 @@ def test_what_is_written_over_what_is_read_is_refused_by_name(plans):
         ok.scatter_rows_(out, positions, numbers(2, 16), backend="triton")
 
 
-def cached(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
-    """Two tokens written to the first slot and the last."""
-    keys, angles, slots = numbers(2, 1, 8) + 1, numbers(2, 8) / 8, torch.tensor([11, 0], device=DEVICE)
-    ok.apply_rotary_and_cache_(k_cache, v_cache, slots, keys, -keys, angles.cos(), angles.sin(), backend="triton")
+def cached(k_cache: torch.Tensor, v_cache: torch.Tensor, slots: Sequence[int] = (11, 0)) -> None:
+    """A token written to each of the slots, as a rule the last and the first."""
+    keys, angles = numbers(len(slots), k_cache.shape[2], 8) + 1, numbers(len(slots), 8) / 8
+    where = torch.tensor(slots, device=DEVICE)
+    ok.apply_rotary_and_cache_(k_cache, v_cache, where, keys, -keys, angles.cos(), angles.sin(), backend="triton")
 
 
 def test_caches_between_each_other_are_planned_at_their_distance(plans):
@@ -248,6 +249,19 @@ def test_caches_between_each_other_are_planned_at_their_distance(plans):
         cached(*views(numbers(3, 1, 4, 16))[::-1])
     with pytest.raises(ValueError, match="k_cache shares memory with v_cache"):
         cached(*views(numbers(3, 1, 4, 16), begin=4))
+
+
+def test_a_distance_that_keeps_caches_apart_holds_for_their_shapes_alone(plans):
+    """Blocks of a head one after the other: two of each lie side by side, and of three the last meets the first."""
+
+    def views(blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+        kv, shape, strides = numbers(640), (blocks, 8, 2, 8), (64, 8, 256, 1)
+        return kv.as_strided(shape, strides), kv.as_strided(shape, strides, 128)
+
+    for _ in range(3):
+        cached(*views(2), [3, 0])
+    with pytest.raises(ValueError, match="k_cache shares memory with v_cache"):
+        cached(*views(3), [3, 0])
 
 
 def test_memory_made_in_inference_mode_is_not_written_outside(plans):
