@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from orthorank.common.criteria import check_criterion, check_pointwise
-from orthorank.common.errors import OrthoRankError, check_integer, shown
-from orthorank_kernels.checks import type_of
+from orthorank.common.errors import OrthoRankError, check_integer, shown, type_of
 
 LEGAL: dict[str, tuple[str, ...]] = {
     "select": ("topk", "window", "threshold"),

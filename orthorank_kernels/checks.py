@@ -157,19 +157,11 @@ def _cast(name: str, given: torch.dtype, dtypes: Sequence[torch.dtype]) -> str:
 
 
 def type_of(value: object) -> str:
-    """The type of ``value`` as an error says it.
-
-    >>> type_of(1), type_of([]), type_of(None)
-    ('an int', 'a list', 'None')
-    """
-    return with_article(type(value).__name__)
-
-
-def with_article(name: str) -> str:
-    """The name of a type as an error says it."""
-    if name == "NoneType":
+    """The type of what is no tensor, with its article."""
+    if value is None:
         return "None"
-    return f"{'an' if name[0] in 'aeioAEIO' or name == 'ndarray' else 'a'} {name}"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeio' or name == 'ndarray' else 'a'} {name}"
 
 
 def shape(name: str, value: torch.Tensor, expected: Sequence[int], because: str, hint: str = "") -> None:

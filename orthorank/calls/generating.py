@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from orthorank.calls.reading import Phase
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, type_of
 from orthorank.common.patching import Patch
-from orthorank_kernels.checks import type_of
 
 PREPARES = "prepare_inputs_for_generation"
 

@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthorank.common.errors import OrthoRankError
-from orthorank_kernels.checks import type_of
+from orthorank.common.errors import OrthoRankError, type_of
 
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 Columns = tuple[Tensor, Tensor]  # first valid column and the one after the last, int64 [batch] each

@@ -17,8 +17,7 @@ from pathlib import Path
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
-from orthorank.common.errors import OrthoRankError, check_integer, shown
-from orthorank_kernels.checks import type_of
+from orthorank.common.errors import OrthoRankError, check_integer, shown, type_of
 
 if TYPE_CHECKING:
     from torch import Tensor

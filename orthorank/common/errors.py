@@ -5,8 +5,6 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any, TypeGuard
 
-from orthorank_kernels.checks import type_of
-
 
 class OrthoRankError(ValueError):
     """Something the user can mend: the message names the argument, what it was, what it may be and what to do."""
@@ -98,6 +96,24 @@ def shown(value: object) -> str:
         return repr(value) if not isinstance(value, (list, tuple, set, dict)) else _REPR.repr(value)
     except ValueError:  # a long integer inside of it
         return type_of(value)
+
+
+def type_of(value: object) -> str:
+    """The type of ``value`` as an error says it.
+
+    `orthorank_kernels.checks.type_of` says it too, and needs torch, which vLLM's plugin must not load to register.
+
+    >>> type_of(1), type_of([]), type_of(None)
+    ('an int', 'a list', 'None')
+    """
+    return with_article(type(value).__name__)
+
+
+def with_article(name: str) -> str:
+    """The name of a type as an error says it."""
+    if name == "NoneType":
+        return "None"
+    return f"{'an' if name[0] in 'aeioAEIO' or name == 'ndarray' else 'a'} {name}"
 
 
 # Of what a run that goes on must have in common, what is kept as a hash.

@@ -9,8 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from orthorank.common.errors import OrthoRankError
-from orthorank_kernels.checks import type_of
+from orthorank.common.errors import OrthoRankError, type_of
 
 _NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP)  # no file can be there, whatever is asked of it
 

@@ -16,13 +16,12 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from orthorank.calls.context import ForwardContext
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, type_of
 from orthorank.common.loading import Complete
 from orthorank.config import OrthoRankConfig
 from orthorank.evaluation import answer_cache
 from orthorank.hf.apply import Handle, apply
 from orthorank.hf.apply import context as prompts_of
-from orthorank_kernels.checks import type_of
 from orthorank_kernels.remedies import install
 
 try:

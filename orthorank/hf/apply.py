@@ -17,7 +17,7 @@ from orthorank.calls.reading import Phase, context_lengths, phase_of
 from orthorank.calls.unmasked import Watch
 from orthorank.common import format as words
 from orthorank.common.call_lock import CallLock
-from orthorank.common.errors import OrthoRankError, check_integer, shown
+from orthorank.common.errors import OrthoRankError, check_integer, shown, type_of
 from orthorank.common.patching import Patch, forward_of
 from orthorank.config import OrthoRankConfig, hub_id
 from orthorank.hf import cache_state as sink_state
@@ -30,7 +30,6 @@ from orthorank.hf.parts import Parts
 from orthorank.hf.refusals import refused_methods
 from orthorank.hf.status import LayerCounts, Status, status_of
 from orthorank.plan_checks import MOST, misfits
-from orthorank_kernels.checks import type_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, type_of
 from orthorank.common.patching import not_compiled
 from orthorank.hf.family import Family, always, plain_heads, split_heads
-from orthorank_kernels.checks import type_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from orthorank.calls.context import ForwardContext
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, type_of
 from orthorank.common.patching import forward_of
 from orthorank.config import OrthoRankConfig
 from orthorank.hf.families import TESTED, decoder_of, family_of, layers_of
@@ -22,7 +22,6 @@ from orthorank.hf.family import Family
 from orthorank.hf.intact import TakenApart
 from orthorank.hf.layer import selected_forward
 from orthorank.hf.selection import prepared
-from orthorank_kernels.checks import type_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

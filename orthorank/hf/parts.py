@@ -10,12 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, type_of
 from orthorank.common.patching import is_changed, is_code_of_class, not_compiled
 from orthorank.hf.family import Family, split_heads
 from orthorank.hf.norm import IDENTITY, Norm
 from orthorank_kernels import apply_rotary_at, gather_add_rms_norm, silu_and_mul
-from orthorank_kernels.checks import type_of
 
 Tables = tuple[Tensor, Tensor]  # cos and sin
 

@@ -11,8 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from orthorank.common.errors import OrthoRankError
-from orthorank_kernels.checks import type_of, with_article
+from orthorank.common.errors import OrthoRankError, type_of, with_article
 
 TESTED = "0.32"
 

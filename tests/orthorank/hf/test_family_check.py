@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from orthorank import FAMILIES, Family, OrthoRankConfig, OrthoRankError, apply, check_family, register_family
+from orthorank.common.errors import type_of
 from orthorank.hf import family_check
 from orthorank.hf.family import always
 from orthorank.stack.layers import LayerStack
-from orthorank_kernels.checks import type_of
 from tests.orthorank.hf.test_families import padded
 from tests.orthorank.models import MODELS, tiny
 from tests.orthorank.statement import DenseRows, assert_close, call
