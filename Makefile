@@ -54,7 +54,7 @@ test-slow: install ## the full compile matrix, the long runs, and with TRANSFORM
 	$(if $(TRANSFORMERS_TESTS),$(BIN)/python -m pip install --quiet --constraint constraints.txt parameterized httpx)
 	TRANSFORMERS_TESTS='$(TRANSFORMERS_TESTS)' $(PYTEST) -n $(WORKERS) -m 'slow and not vllm'
 
-test-order: install ## slow, some hours: each test file alone, then the suite in three random orders
+test-order: install ## an hour or two: each test file alone, then the suite in three random orders
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.order --workers $(WORKERS)
 
 test-gpu: install ## on a machine with a GPU: the tests that a GPU can judge, in less than 8 minutes; a line for each as it ends

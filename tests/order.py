@@ -1,34 +1,65 @@
 """Each test file in a process of its own, then the suite in random orders: ``python -m tests.order [FILE ...]``.
 
-``make test-order`` runs it, for some hours. Files that fail alone are printed, and orders by their seed: to see one
+``make test-order`` runs it, for an hour or two. Files that fail alone are printed, and orders by their seed: to see one
 again, ``python -m pytest -p randomly --randomly-seed=SEED`` and the files that ran (``-v`` prints the order).
+
+A file's process is forked from one that has imported PyTorch and Transformers, and nothing of this project: without
+that, most of the time would go into importing them 250 times.
 """
 
 import argparse
+import multiprocessing
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-CHOICE = ("-m", "not slow and not gpu and not browser and not vllm")  # as `make test`
+CHOICE = ("-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu and not browser and not vllm")  # as `make test`
 NO_TESTS = 5  # pytest's exit code, where all tests of a file are left out
+# The set-up first: it decides whether Triton interprets, which counts when something imports it.
+IMPORTED = ["tests.conftest", "transformers.models.llama.modeling_llama", "hypothesis"]
 
 
-def pytest(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    """One run in a fresh process."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *CHOICE, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+class Run(NamedTuple):
+    """How a run ended, and what it printed."""
+
+    status: int
+    printed: str
 
 
-def told(name: str, run: "subprocess.CompletedProcess[str]") -> bool:
+def alone(name: str) -> Run:
+    """The tests of one file, in this process, which runs nothing else before or after."""
+    import pytest
+
+    with tempfile.TemporaryFile() as file:
+        for stream in (1, 2):  # what native code and subprocesses print, too
+            os.dup2(file.fileno(), stream)
+        status = int(pytest.main([*CHOICE, name]))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        file.seek(0)
+        return Run(status, file.read().decode(errors="replace"))
+
+
+def in_order(seed: int, workers: int, names: Sequence[str]) -> Run:
+    """The suite in a random order."""
+    chosen = ["-n", str(workers), "-p", "randomly", f"--randomly-seed={seed}"]
+    command = [sys.executable, "-m", "pytest", *CHOICE, *chosen, *names]
+    run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    return Run(run.returncode, run.stdout)
+
+
+def told(name: str, run: Run) -> bool:
     """Whether it passed; if not, what it said."""
-    passed = run.returncode in (0, NO_TESTS)
-    last = (run.stdout.strip() or run.stderr.strip() or "nothing was said").splitlines()[-1]
+    passed = run.status in (0, NO_TESTS)
+    last = (run.printed.strip() or "nothing was said").splitlines()[-1]
     print(f"{'ok' if passed else 'FAILED'}  {name}: {last}", flush=True)
     if not passed:
-        print(run.stdout, run.stderr, sep="\n", flush=True)
+        print(run.printed, flush=True)
     return passed
 
 
@@ -42,14 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = [Path(name).resolve() for name in options.files] or [ROOT / "tests"]
     files = [file for one in given for file in (sorted(one.rglob("test_*.py")) if one.is_dir() else [one])]
     names = [str(file.relative_to(ROOT)) for file in files]
-    with ThreadPoolExecutor(options.workers) as pool:
-        alone = [told(name, run) for name, run in zip(names, pool.map(pytest, names), strict=True)]
+    os.chdir(ROOT)
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(IMPORTED)
+    with processes.Pool(options.workers, maxtasksperchild=1) as pool:
+        each = [told(name, run) for name, run in zip(names, pool.imap(alone, names, chunksize=1), strict=True)]
     again = names if options.files else []  # without names the examples in docstrings are run, too
-    shuffled = [
-        told(f"seed {seed}", pytest("-n", str(options.workers), "-p", "randomly", f"--randomly-seed={seed}", *again))
-        for seed in options.seeds
-    ]
-    failed = [name for name, passed in zip(names, alone, strict=True) if not passed]
+    shuffled = [told(f"seed {seed}", in_order(seed, options.workers, again)) for seed in options.seeds]
+    failed = [name for name, passed in zip(names, each, strict=True) if not passed]
     failed += [f"seed {seed}" for seed, passed in zip(options.seeds, shuffled, strict=True) if not passed]
     print("all passed" if not failed else f"failed: {', '.join(failed)}")
     return len(failed) > 0
