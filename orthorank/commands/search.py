@@ -31,6 +31,8 @@ LAST = "Layers at the end that are never chosen. Default: 2; layer removal: gree
 FLOOR = "Also choose among the layers before the one in which the sink forms."
 SINK_LAYER = "Choose layers after this one, instead of the one in which the sink was found to form."
 CRITERION = "What a chosen layer ranks tokens by: a name, or module:function for one of your own."
+SELECT = "How a chosen layer selects: topk, the best of the prompt, or window, the best of each selection window."
+SELECT_WINDOW = "Tokens of a selection window. Default: 64."
 CORRECT = "Evaluate every plan with maps of this rank (see orthorank correct). With --method greedy only."
 FIT_WINDOWS = "Windows to fit maps on, in addition to --windows. Default: twice as many."
 MAX_LOSS = (
@@ -60,6 +62,8 @@ def command(
     no_sink_floor: Annotated[bool, typer.Option("--no-sink-floor", help=FLOOR)] = False,
     sink_layer: Annotated[int | None, typer.Option(help=SINK_LAYER)] = None,
     criterion: Annotated[str, typer.Option(help=CRITERION)] = "orthogonal",
+    select: Annotated[str, typer.Option(help=SELECT)] = "topk",
+    select_window: Annotated[int | None, typer.Option(help=SELECT_WINDOW)] = None,
     fast: Annotated[bool, typer.Option("--fast", help=FAST)] = False,
     correct: Annotated[int | None, typer.Option(help=CORRECT)] = None,
     fit_windows: Annotated[int | None, typer.Option(help=FIT_WINDOWS)] = None,
@@ -89,6 +93,8 @@ def command(
         metric=metric,
         keep_ratio=DEFAULT_RATIO if ratio is None else ratio,
         criterion=register([criterion])[0],
+        select=select,
+        select_window=select_window,
         sparsity=number("sparsity", sparsity),
         layers=layers,
         text=text,

@@ -158,6 +158,7 @@ class Job:
         options: dict[str, Any] = {
             "keep_ratio": settings.keep_ratio,
             "criterion": settings.criterion,
+            "options": settings.selection,
             "batch_size": settings.batch_size,
             "memory": None if settings.memory is None else int(settings.memory * 2**30),
             "processes": self.group,
@@ -329,6 +330,7 @@ def identity_of(job: Job) -> dict[str, Any]:
         "keep_ratio": settings.keep_ratio,
         "criterion": settings.criterion,
         **code_of(settings.criterion),
+        **settings.selection,
         **({} if settings.correct is None else {"correct": settings.correct}),
         "candidates": job.candidates,
         "layers": job.count,
@@ -343,6 +345,7 @@ def plan_of(job: Job, outcome: Outcome, **calibration: Any) -> OrthoRankConfig:
         layers=sorted(outcome.order),
         keep_ratio=job.settings.keep_ratio,
         criterion=job.settings.criterion,
+        **job.settings.selection,
         sink_layer=job.sink_layer,
         calibration=job.calibration.to_dict()
         | {

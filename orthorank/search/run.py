@@ -297,7 +297,9 @@ def _held_out(job: Job, plan: OrthoRankConfig) -> dict[str, Any]:
     ids = job.calibration.held_out
     if ids is None:
         return {}
-    evaluator = Evaluator(job.stack, ids, criterion=plan.criterion, batch_size=1, memory=0)
+    evaluator = Evaluator(
+        job.stack, ids, criterion=plan.criterion, options=job.settings.selection, batch_size=1, memory=0
+    )
     dense, loss = evaluator.loss([]), evaluator.loss(plan.ratios) if plan.correction is None else _loss(job, plan, ids)
     figures = {"dense_perplexity": _perplexity(dense), "perplexity": _perplexity(loss)}
     windows, window = ids.shape

@@ -27,6 +27,7 @@ DATASET_SEQ_LEN = 2048
 # Layers at the beginning and at the end that a method leaves alone as its paper has it: SLEB the first and the last,
 # Shortened LLaMA ("+") the first four and the last two, ShortGPT none.
 PROTECTED = {"greedy": (1, 1), "one-shot": (4, 2), "influence": (0, 0)}
+SELECT_WINDOW = 64  # tokens of a selection window: a multiple of it fills vLLM's blocks
 MOST_MEMORY = 2**20  # GiB, a pebibyte
 SELECTION_PROTECT_LAST = 2  # token selection in the last two layers costs many models more than anywhere else
 
@@ -42,6 +43,8 @@ class SearchSettings:
         metric: of one-shot: ``"ppl"``, ``"taylor"`` or ``"magnitude"``; None: ppl.
         keep_ratio: of a chosen layer; 0 removes it.
         criterion: by which a chosen layer selects tokens.
+        select, select_window: of the plan and of every evaluation, see `OrthoRankConfig`: ``"topk"``, or ``"window"``
+            with its tokens (None: 64). A plan by thresholds comes out of a found one: `orthorank.calibrate`.
         sparsity, layers: how many layers, as a nominal sparsity or as their number; None: a sparsity of 0.1, or with
             ``max_loss`` as many as it takes.
         text: a UTF-8 file; dataset: ``"wikitext2"`` or ``"c4"``, with ``:FOLDER`` for a local copy; neither: the
@@ -80,6 +83,8 @@ class SearchSettings:
     metric: str | None = None
     keep_ratio: float = KEEP_RATIO
     criterion: str = "orthogonal"
+    select: str = "topk"
+    select_window: int | None = None
     sparsity: float | None = None
     layers: int | None = None
     text: Path | None = None
@@ -112,7 +117,8 @@ class SearchSettings:
                 raise OrthoRankError(f"metric is for the method one-shot; the method is {self.method}, drop --metric")
         check_share("keep_ratio", self.keep_ratio, "such as 1/3 (0 removes the layers)", zero=True)
         check_integers(vars(self), windows=1, window=2, protect_first=0, protect_last=0)
-        check_integers(vars(self), sink_layer=0, layers=1, batch_size=1, correct=1, fit_windows=2)
+        check_integers(vars(self), sink_layer=0, layers=1, batch_size=1, correct=1, fit_windows=2, select_window=1)
+        self._check_select()
         if self.memory is not None and not (is_number(self.memory) and 0 <= self.memory <= MOST_MEMORY):
             given = f"{self.memory:g}" if isinstance(self.memory, float) else shown(self.memory)
             raise OrthoRankError(
@@ -121,6 +127,18 @@ class SearchSettings:
             )
         check_max_loss(self.max_loss)
         self._check_pairs()
+
+    def _check_select(self) -> None:
+        if self.select == "threshold":
+            raise OrthoRankError(
+                "select is 'threshold', which takes numbers that belong to layers: search with topk or window, then "
+                "orthorank calibrate --plan PLAN"
+            )
+        check_choice("select", self.select, ("topk", "window"))
+        if self.select == "topk" and self.select_window is not None:
+            raise OrthoRankError("select_window is for select window; add --select window, or drop --select-window")
+        if self.select == "window" and self.keep_ratio == 0:
+            raise OrthoRankError("select is 'window', and keep_ratio 0 removes layers, which select nothing: drop one")
 
     def _check_pairs(self) -> None:
         """Options that exclude each other."""
@@ -146,6 +164,13 @@ class SearchSettings:
             )
         if self.device_map is not None and self.device != "auto":
             raise OrthoRankError("both device and device_map say where the model goes; give one of them")
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """Fields of the plan that say how a chosen layer selects, where it is not top-k over the whole row."""
+        if self.select == "topk":
+            return {}
+        return {"select": self.select, "select_window": self.select_window or SELECT_WINDOW}
 
     @property
     def protected(self) -> tuple[int, int]:

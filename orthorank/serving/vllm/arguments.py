@@ -75,7 +75,8 @@ def hints(serving: Serving, config: Any = None, max_model_len: int | None = None
             "select is 'topk', which ranks a whole prompt at once, so chunked prefill and prefix caching are off: a "
             "long prompt holds up all answers, and no prompt uses what another one computed. Two plans with the same "
             f'layers keep both: one with "select": "window" and "select_window": 64{single} in its file, or one by '
-            "thresholds, which `orthorank calibrate --plan PLAN` finds"
+            "thresholds, which `orthorank calibrate --plan PLAN` finds; `orthorank search --select window` looks for "
+            "layers that suit windows"
         )
     if topk and max_model_len is None:
         context = getattr(config, "max_position_embeddings", None)

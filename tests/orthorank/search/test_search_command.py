@@ -1,5 +1,6 @@
 """``orthorank search`` on a tiny saved model: what it writes, what it refuses, and that a killed search goes on."""
 
+import dataclasses
 import json
 import os
 import re
@@ -58,6 +59,30 @@ def test_the_plan_says_where_it_is_from(finished: Any, tiny_folder: Path) -> Non
         assert record["loss"] == pytest.approx(perplexity(model, samples.calibration).loss, rel=1e-5)
         assert plan.measured["perplexity"] == perplexity(model, samples.held_out).perplexity
     assert record["loss"] == record["losses"][-1]
+
+
+@pytest.mark.parametrize("options", [{}, {"correct": 4, "fit_windows": 2}, {"max_loss": 5.0}], ids=str)
+def test_a_plan_of_windows_is_searched_as_it_selects(tiny_folder: Path, tmp_path: Path, options: Any) -> None:
+    from orthorank.evaluation import perplexity
+    from orthorank.hf.apply import apply
+
+    chosen = settings(tiny_folder, tmp_path / "out", select="window", select_window=8, **options)
+    results = run_search(chosen)
+    plan = OrthoRankConfig.from_pretrained(tmp_path / "out")
+    assert (plan.select, plan.select_window) == ("window", 8)
+    model, tokenizer, _ = load_model(str(tiny_folder), device="cpu")
+    ids = calibration_ids(tiny_folder, tokenizer)
+    losses = []
+    for select in ({"select": "window", "select_window": 8}, {"select": "topk", "select_window": None}):
+        with apply(model, dataclasses.replace(plan, **select)):
+            losses.append(perplexity(model, ids).loss)
+    assert losses[0] != losses[1], "top-k selects other tokens"
+    if "correct" not in options:  # whose last fit is on more windows than a round's
+        assert plan.calibration["loss"] == pytest.approx(losses[0], rel=1e-5)
+    held_out = results["rows"][-1]["perplexity"]
+    assert held_out == plan.measured["perplexity"]
+    with pytest.raises(OrthoRankError, match="select"):
+        run_search(dataclasses.replace(chosen, select="topk", select_window=None, resume=True))
 
 
 def test_the_plan_is_sleb_s_when_layers_are_removed(tiny_folder: Path, tmp_path: Path) -> None:
