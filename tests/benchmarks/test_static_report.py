@@ -13,7 +13,7 @@ pytest.importorskip("rich")
 from benchmarks.static import fingerprint
 from benchmarks.static.case import REPORTED_TARGETS, Case, empty, launch, worst_ratio
 from benchmarks.static.occupancy import occupancy
-from benchmarks.static.run import ROOT
+from benchmarks.static.run import ROOT, triton_version
 from benchmarks.static.store import Store, wanted
 from benchmarks.static_report import measure_all
 
@@ -80,6 +80,8 @@ def test_a_store_keeps_what_is_current_and_drops_what_is_no_case(tmp_path):
 
 def test_what_the_compiler_would_be_asked_for_again_is_not_compiled():
     """The row of the first case stays, though its key is of other sources; that of the second is of another request."""
+    if triton_version() != "3.9.0":
+        pytest.skip("the committed report has what Triton 3.9.0 is asked for")
     committed = Store(ROOT / "benchmarks" / "results" / "static.json")
     names = {"gather_rows 576 bfloat16", "scatter_rows_ 576 bfloat16"}
     wants = [w for w in wanted("3.9.0", peers=False) if w.target == "sm_80" and w.case.name in names]

@@ -31,7 +31,8 @@ def complaints(target: str, cases: list[Case], measured: dict[str, dict]) -> lis
         if "error" in result:
             found.append(f"{case.name}: {result['error']}")
             continue
-        limits = case.limits_for(target) if HAS_LIMITS else {}
+        launches = {"launches": case.limits.get("launches", 1)}
+        limits = case.limits_for(target) if HAS_LIMITS else launches
         found += [f"{case.name}: {broken}" for broken in broken_limits(result, limits, target)]
     return found
 

