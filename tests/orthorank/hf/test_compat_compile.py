@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank.correction import Correction
+from orthorank.plan_checks import release_of
 from orthorank_kernels import checks as _checks
 from tests.orthorank.hf.test_corrected import maps
 from tests.orthorank.hf.test_layer import ids_of
@@ -133,6 +135,7 @@ def test_generate_compiles_its_decode_step_once(tiny_model: Any, ratio: float, c
 @torch.no_grad()
 def test_decoding_over_a_static_cache_by_hand(tiny_model: Any, corrected: str) -> None:
     """Its length lies in a tensor, which a graph cannot read: one token is a decode step, several by what is said."""
+    several = 3 if release_of(transformers.__version__) >= (5, 20) else 0  # 5.19 compiles it for no model, dense or not
     model, graphs = tiny_model("llama", num_hidden_layers=2), Graphs()
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
     with apply(model, PLANS[corrected]) as handle:
@@ -142,10 +145,10 @@ def test_decoding_over_a_static_cache_by_hand(tiny_model: Any, corrected: str) -
             model(ids_of(2, 12), past_key_values=cache)
             logits.append([run(ids_of(2, 1, seed=i), past_key_values=cache).logits for i in range(4)])
             with handle.decoding():
-                logits[-1] += [run(ids_of(2, 3, seed=i), past_key_values=cache).logits for i in range(3)]
+                logits[-1] += [run(ids_of(2, 3, seed=i), past_key_values=cache).logits for i in range(several)]
     for eager, other in zip(*logits, strict=True):
         assert_close(other, eager)
-    assert len(graphs.graphs) == 2
+    assert len(graphs.graphs) == (2 if several else 1)
 
 
 @pytest.mark.parametrize("corrected", PLANS)

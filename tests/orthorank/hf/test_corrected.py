@@ -365,6 +365,10 @@ def test_compiled_in_one_graph(tiny_model: Any, ratios: dict[int, float]) -> Non
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients(tiny_model: Any, checkpointing: bool) -> None:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if checkpointing and "__call__" in vars(GradientCheckpointingLayer):  # refused, see test_apply
+        return
     plan, ids = plan_of(), ids_of()
     grads = []
     for follows in (False, True):
