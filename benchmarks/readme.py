@@ -215,7 +215,8 @@ def reproduce_section() -> str:
     """The paper's main rows and claims on SmolLM2."""
     summary = load(f"{readme_reproduce.FOLDER}/summary.json")
     rows, claims = readme_reproduce.main_rows(summary), readme_reproduce.claim_rows(summary)
-    return f"{table(*rows)}\n\n{table(*claims)}\n\n{readme_reproduce.note(summary)}"
+    corrected = readme_reproduce.corrected_note(summary)
+    return f"{table(*rows)}\n\n{table(*claims)}\n\n{readme_reproduce.note(summary)}\n\n{corrected}"
 
 
 def gpu_section() -> str:

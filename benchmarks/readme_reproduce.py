@@ -37,6 +37,22 @@ def claim_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["claim of the paper", "figure", "must exceed", "verdict", "behind it"], rows
 
 
+def corrected_note(summary: dict[str, Any]) -> str:
+    """What maps that are fitted to the windows of the searches do for the last row."""
+    row, calibration = summary["corrected"]["rows"][-1], summary["sizes"]["calibration"]
+    plain = next(found["accuracy"] for found in summary["table2"]["rows"] if found["row"] == row["row"])
+    texts = ", ".join(
+        f"{row['plain_perplexity'][text]['perplexity']:.1f} to {found['perplexity']:.1f} on {text}"
+        for text, found in row["perplexity"].items()
+    )
+    return (
+        f"Beyond the paper: with maps of rank {row['rank']} fitted to the {calibration['tokens']:,} tokens that the "
+        f'layers were chosen on, the row "{_name(row["row"])}" goes from {texts}, and from {100 * plain["mean"]:.1f} '
+        f"to {100 * row['accuracy']['mean']:.1f} in zero-shot tasks. So few tokens, of one kind of text, are too few for "
+        "another kind."
+    )
+
+
 def note(summary: dict[str, Any]) -> str:
     """What it was measured on."""
     speed, sizes = summary["table1"]["rows"][0]["throughput"], summary["sizes"]
