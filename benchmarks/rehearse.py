@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NUMPY = Path(sys.prefix) / "NP22"  # for Triton's interpreter
 IMPORTS = (
     "import orthorank, orthorank_kernels, torch, triton, transformers; "
-    "from orthorank.evaluation.random_weights import random_model; "
+    "from orthorank.speed.random_weights import random_model; "
     "from benchmarks.campaign.steps import *; import benchmarks.campaign.cuda; "
     "print('torch', torch.__version__, 'triton', triton.__version__, 'transformers', transformers.__version__)"
 )
@@ -54,7 +54,7 @@ def parts(folder: Path) -> list[Part]:
         Part("probes", "PTX instructions assembled for sm_80, sm_90a and sm_100a",
              (*PYTEST, "tests/ptx/test_on_gpu.py", "-k", "assembled")),
         Part("compiled", "models with a plan compiled: one graph for all layers, and counts that count",
-             (*PYTEST, "tests/orthorank/hf/test_compiled_layers.py", "tests/orthorank/evaluation/test_bench_random.py"),
+             (*PYTEST, "tests/orthorank/hf/test_compiled_layers.py", "tests/orthorank/speed/test_bench_random.py"),
              interpreter=True),
         Part("settings", "all settings of every op compiled for sm_90", (*COMPILE, "--slow")),
         Part("hopper", "the limits of the attention kernel for sm_90", ("-m", "benchmarks.static.hopper")),

@@ -23,6 +23,7 @@ ARROWS = {
         {"search"},
         {"calibration"},
         {"evaluation"},
+        {"speed"},
         {"stack"},
         {"serving"},
         {"models", "packed"},

@@ -46,7 +46,7 @@ class AnalysisSettings:
 
     def read_plans(self) -> dict[str, OrthoRankConfig]:
         """The plans by a title; raises when one cannot be read."""
-        from orthorank.evaluation.bench import variant_names
+        from orthorank.speed.bench import variant_names
 
         plans = [OrthoRankConfig.from_pretrained(path) for path in self.plans]
         return dict(zip(variant_names(plans), plans, strict=True))

@@ -63,9 +63,9 @@ def command(
 
     from orthorank.commands import bench_random, bench_vllm
     from orthorank.commands.bench_shared import counted, deliver, shipped
-    from orthorank.evaluation.bench import BenchSettings, run_bench
-    from orthorank.evaluation.bench_results import results_of
     from orthorank.models import load_model, locate
+    from orthorank.speed.bench import BenchSettings, run_bench
+    from orthorank.speed.bench_results import results_of
 
     register(criterion)
     check_choice("engine", engine, ENGINES)
@@ -139,7 +139,7 @@ def _refuse_for_vllm(**options: Any) -> None:
 
 def _read(paths: list[str] | None) -> dict[str, Any] | None:
     from orthorank.config import OrthoRankConfig
-    from orthorank.evaluation.bench import variant_names
+    from orthorank.speed.bench import variant_names
 
     if not paths:
         return None

@@ -10,7 +10,7 @@ from orthorank.common.format import doubts
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from orthorank.evaluation.bench import BenchSettings
+    from orthorank.speed.bench import BenchSettings
 
 NOT_HERE = {
     "model": "the model is made from the configuration",
@@ -42,13 +42,13 @@ def run(
     folder: Path | None,
     as_json: bool,
 ) -> int:
-    """Measure and show; see `orthorank.evaluation.bench_random.bench_random`."""
+    """Measure and show; see `orthorank.speed.bench_random.bench_random`."""
     import torch
 
     from orthorank.commands.bench_shared import counted, deliver
-    from orthorank.evaluation.bench_random import bench_random
-    from orthorank.evaluation.random_weights import random_model, read_config, unsearched_plans
     from orthorank.models import pick_device
+    from orthorank.speed.bench_random import bench_random
+    from orthorank.speed.random_weights import random_model, read_config, unsearched_plans
 
     read_config(config, layers)  # what is wrong with it is said before a model is made
     if graph and (place := pick_device(device)).type != "cuda":

@@ -25,7 +25,7 @@ def deliver(
     """Print the results, for a machine or (``show``) for people, and then write them to ``folder`` if there is one: on
     a full disk they are seen nevertheless.
     """
-    from orthorank.evaluation.bench_results import write_results
+    from orthorank.speed.bench_results import write_results
 
     if as_json:
         print(json_module.dumps(results, indent=2))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from orthorank.commands.screen import RichScreen
-    from orthorank.evaluation.bench import BenchSettings
+    from orthorank.speed.bench import BenchSettings
 
 NEEDS_FOLDER = "vLLM loads folders with config.json and safetensors, and hub ids"
 
@@ -32,7 +32,7 @@ def run(
 ) -> int:
     """Measure, write and show; arguments are those of `orthorank.commands.bench.command`, read."""
     from orthorank.commands.bench_shared import counted, deliver, shipped
-    from orthorank.evaluation.bench_vllm import check_installed, results_of, run_vllm_bench
+    from orthorank.speed.bench_vllm import check_installed, results_of, run_vllm_bench
 
     check_installed()
     path, revision, config = _model(model)

@@ -44,8 +44,8 @@ def command(
     share, ratio = number("sparsity", sparsity), number("keep_ratio", keep_ratio)
     given = None if plan is None else _read(plan)
 
-    from orthorank.evaluation.estimates import estimate, find_config
     from orthorank.models import SHORT
+    from orthorank.speed.estimates import estimate, find_config
 
     found = {"config": config} | estimate(
         find_config(config),

@@ -136,7 +136,7 @@ def measure(screen: Any, name: str, model: Any, tokenizer: Any, text: Any, setti
 def read_plans(paths: list[str] | None) -> dict[str, Any]:
     """The plans at ``paths``, by a name for each."""
     from orthorank.config import OrthoRankConfig
-    from orthorank.evaluation.bench import variant_names
+    from orthorank.speed.bench import variant_names
 
     plans = [OrthoRankConfig.from_pretrained(path) for path in paths or []]
     return dict(zip(variant_names(plans), plans, strict=True))

@@ -4,16 +4,16 @@ from typing import TYPE_CHECKING
 
 from orthorank.common.exports import exports
 from orthorank.evaluation.perplexity import PerplexityResult, perplexity
-from orthorank.evaluation.speed import SpeedReport, Timing, time_prefill
+from orthorank.speed.timing import SpeedReport, Timing, time_prefill
 from orthorank.stack.flops import flop_speedup, layer_cost, plan_flops, plan_speedup, prefill_flops
 
 if TYPE_CHECKING:
-    from orthorank.evaluation.bench import run_bench
-    from orthorank.evaluation.bench_vllm import run_vllm_bench
     from orthorank.evaluation.compare import compare_plans
-    from orthorank.evaluation.estimates import estimate
     from orthorank.evaluation.prompts import read_prompts
     from orthorank.evaluation.task_scores import evaluate_tasks, task_differences
+    from orthorank.speed.bench import run_bench
+    from orthorank.speed.bench_vllm import run_vllm_bench
+    from orthorank.speed.estimates import estimate
 
 __all__ = [
     "PerplexityResult",
@@ -38,11 +38,11 @@ __all__ = [
 __getattr__, __dir__ = exports(
     __name__,
     {
-        "orthorank.evaluation.bench": ("run_bench",),
-        "orthorank.evaluation.bench_vllm": ("run_vllm_bench",),
+        "orthorank.speed.bench": ("run_bench",),
+        "orthorank.speed.bench_vllm": ("run_vllm_bench",),
         "orthorank.evaluation.compare": ("compare_plans",),
         "orthorank.evaluation.prompts": ("read_prompts",),
-        "orthorank.evaluation.estimates": ("estimate",),
+        "orthorank.speed.estimates": ("estimate",),
         "orthorank.evaluation.task_scores": ("evaluate_tasks", "task_differences"),
     },
 )

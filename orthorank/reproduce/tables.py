@@ -176,8 +176,8 @@ def left_out(subject: Subject, plan: OrthoRankConfig | None) -> float:
 
 def throughput(subject: Subject, plans: dict[str, OrthoRankConfig | None]) -> dict[str, Any]:
     """Prefill tokens per second of every plan, interleaved in one run, and the speed-up that FLOPs alone would give."""
-    from orthorank.evaluation.bench import random_prompt
-    from orthorank.evaluation.speed import time_prefill
+    from orthorank.speed.bench import random_prompt
+    from orthorank.speed.timing import time_prefill
 
     settings = subject.settings
     inputs: dict[str, Any] = {name: measured_of(plan) for name, plan in plans.items()}

@@ -9,7 +9,7 @@ from benchmarks.campaign.sizes import LLAMA_3
 from benchmarks.campaign.steps.backends import one_backend
 from benchmarks.campaign.steps.layers import near
 from orthorank import OrthoRankConfig, apply
-from orthorank.evaluation.random_weights import random_model
+from orthorank.speed.random_weights import random_model
 from orthorank.stack.flops import plan_flops
 
 LAYERS = 4

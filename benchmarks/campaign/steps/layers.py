@@ -8,11 +8,11 @@ import torch
 from benchmarks.campaign.measure import Context
 from orthorank import OrthoRankConfig
 from orthorank.calls.context import ForwardContext
-from orthorank.evaluation.random_weights import random_model
 from orthorank.hf.families import family_of
 from orthorank.hf.layer import selected_forward
 from orthorank.hf.parts import Parts
 from orthorank.hf.selection import prepared
+from orthorank.speed.random_weights import random_model
 
 KEEP_RATIO = 1 / 3
 INDEX = 1

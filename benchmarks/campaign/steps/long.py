@@ -4,7 +4,7 @@ from benchmarks.campaign.measure import Context
 from benchmarks.campaign.sizes import LLAMA_3
 from benchmarks.campaign.steps.backends import one_backend
 from benchmarks.campaign.steps.prefill import turn, variants_of
-from orthorank.evaluation.random_weights import random_model
+from orthorank.speed.random_weights import random_model
 
 VARIANTS = ("dense", "orthorank 20 %")
 

@@ -17,7 +17,7 @@ from benchmarks.campaign.sizes import cut_of
 from benchmarks.campaign.steps.backends import one_backend
 from orthorank import OrthoRankConfig, apply
 from orthorank.evaluation import plan_speedup
-from orthorank.evaluation.random_weights import random_model, unsearched_plans
+from orthorank.speed.random_weights import random_model, unsearched_plans
 
 Variants = Mapping[str, OrthoRankConfig | None]
 

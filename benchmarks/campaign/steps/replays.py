@@ -7,7 +7,7 @@ import torch
 from benchmarks.campaign.measure import Context
 from benchmarks.campaign.sizes import TINY
 from orthorank import OrthoRankConfig, apply
-from orthorank.evaluation.random_weights import random_model
+from orthorank.speed.random_weights import random_model
 from tests.orthorank_kernels.every_op import IN_PLACE, Call, Numbers, Sizes, calls, flat
 
 TOKENS = 64

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
-from orthorank.evaluation.prefill_ways import compiled_layers
+from orthorank.speed.prefill_ways import compiled_layers
 from tests.orthorank.hf.test_layer import ids_of
 from tests.orthorank.models import tiny
 

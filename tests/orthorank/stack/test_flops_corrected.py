@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
 from orthorank.correction import Correction, LayerMap
-from orthorank.evaluation.bench_results import flop_speedup_of
+from orthorank.speed.bench_results import flop_speedup_of
 from orthorank.stack.flops import flop_speedup, plan_flops, plan_speedup, prefill_flops
 
 RANK, TOKENS = 8, 60

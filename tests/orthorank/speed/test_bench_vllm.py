@@ -12,10 +12,10 @@ import orthorank
 from orthorank.cli import main
 from orthorank.commands import bench_vllm as command
 from orthorank.common.errors import OrthoRankError
-from orthorank.evaluation import bench_vllm
-from orthorank.evaluation.bench import BenchSettings
-from orthorank.evaluation.bench_vllm import VLLMReport, engine_arguments
-from orthorank.evaluation.speed import SpeedReport, timings_of
+from orthorank.speed import bench_vllm
+from orthorank.speed.bench import BenchSettings
+from orthorank.speed.bench_vllm import VLLMReport, engine_arguments
+from orthorank.speed.timing import SpeedReport, timings_of
 
 PLAN = orthorank.OrthoRankConfig(layers=[1, 2], keep_ratio=0.25)
 WINDOW = orthorank.OrthoRankConfig(layers=[1, 2], select="window", select_window=512)

@@ -13,8 +13,8 @@ from orthorank.config import OrthoRankConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from orthorank.evaluation.bench import BenchReport
     from orthorank.models import ModelInfo
+    from orthorank.speed.bench import BenchReport
 
 
 def results_of(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from orthorank.common.errors import OrthoRankError, check_choice, check_integer, check_share
 from orthorank.common.files import user_path
 from orthorank.config import SPARSITY, OrthoRankConfig, layer_count
-from orthorank.evaluation.random_weights import KEEP_RATIO, read_config, shipped_configs
+from orthorank.speed.random_weights import KEEP_RATIO, read_config, shipped_configs
 from orthorank.stack.flops import Dimensions, plan_flops, prefill_flops, ranks_at
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Speed and memory of several variants of one model: prefill, time to first token, decoding, and from which length on.
 
-Everything is interleaved (see `orthorank.evaluation.speed`): variants take turns, and a speed-up is the median over
+Everything is interleaved (see `orthorank.speed.timing`): variants take turns, and a speed-up is the median over
 the rounds of the ratio within a round.
 """
 
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from orthorank.common.errors import OrthoRankError, check_integer, check_integers
 from orthorank.config import OrthoRankConfig
-from orthorank.evaluation.memory import memory_meter, peak_bytes
-from orthorank.evaluation.speed import SpeedReport, Timing, clock_of, in_turns, time_prefill, timings_of
 from orthorank.hf.apply import apply
 from orthorank.hf.families import device_of
+from orthorank.speed.memory import memory_meter, peak_bytes
+from orthorank.speed.timing import SpeedReport, Timing, clock_of, in_turns, time_prefill, timings_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

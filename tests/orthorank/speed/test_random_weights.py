@@ -11,8 +11,8 @@ import torch._dynamo
 from torch.nn import functional
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply
-from orthorank.evaluation.random_weights import random_model, read_config, shipped_configs, unsearched_plans
-from orthorank.evaluation.speed import time_prefill
+from orthorank.speed.random_weights import random_model, read_config, shipped_configs, unsearched_plans
+from orthorank.speed.timing import time_prefill
 from orthorank.stack import causal_attention, flops
 
 TINY = {

@@ -11,7 +11,7 @@ from orthorank import OrthoRankConfig, OrthoRankError, fit_correction
 from orthorank.cli import main
 from orthorank.correction import FILE_NAME as MAPS
 from orthorank.evaluation import estimate
-from orthorank.evaluation.estimates import find_config
+from orthorank.speed.estimates import find_config
 from tests.orthorank.models import MODELS, tiny
 
 LAYERS, D, Q, C, M, V = 32, 4096, 4096, 1024, 14336, 128256  # of Llama-3-8B

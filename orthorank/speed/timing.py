@@ -17,8 +17,8 @@ from torch import Tensor
 
 from orthorank.common.errors import OrthoRankError, check_integers
 from orthorank.config import OrthoRankConfig
-from orthorank.evaluation.prefill_ways import Ways
 from orthorank.hf.families import device_of
+from orthorank.speed.prefill_ways import Ways
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -122,7 +122,7 @@ def time_prefill(
         rounds: timed forwards of each variant; warmup: untimed ones before.
         logits_to_keep: positions from the end whose logits are computed; 1 is what generation needs, 0 means all.
         graph: replay a CUDA graph of each variant's forward instead of calling the model; compiled: compile its layers,
-            once for all that are alike. See `orthorank.evaluation.prefill_ways`.
+            once for all that are alike. See `orthorank.speed.prefill_ways`.
         on_round: called after each round as ``on_round(done, rounds)``.
 
     Returns:

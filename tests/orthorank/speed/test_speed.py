@@ -11,8 +11,8 @@ import torch
 
 import orthorank
 from orthorank.common.errors import OrthoRankError
-from orthorank.evaluation import speed
-from orthorank.evaluation.speed import Timing, time_prefill
+from orthorank.speed import timing as speed
+from orthorank.speed.timing import Timing, time_prefill
 
 PLAN = orthorank.OrthoRankConfig(layers=[1, 2], keep_ratio=0.25)
 

@@ -1,6 +1,6 @@
 """Prefill throughput and time to first token inside vLLM: an engine for the dense model and one for each plan.
 
-All engines are up before anything is timed, with the same settings, and take turns (see `orthorank.evaluation.speed`).
+All engines are up before anything is timed, with the same settings, and take turns (see `orthorank.speed.timing`).
 A time is the wall clock around `vllm.LLM.generate` for one token: scheduler, sampling and the way between processes
 are in it, as a server's users have them.
 """
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orthorank.common.errors import OrthoRankError
-from orthorank.evaluation.bench import BenchSettings, OnStep
-from orthorank.evaluation.speed import SpeedReport, Timing, clock_of, in_turns, timings_of
+from orthorank.speed.bench import BenchSettings, OnStep
+from orthorank.speed.timing import SpeedReport, Timing, clock_of, in_turns, timings_of
 from orthorank_kernels.remedies import install
 
 if TYPE_CHECKING:
@@ -251,8 +251,8 @@ def _first_tokens(llm: Any, prompts: list[Any]) -> None:
 
 
 def results_of(path: str, config: Any, variants: Mapping[str, Any], report: VLLMReport) -> dict[str, Any]:
-    """The report with a row for each variant, as `orthorank.evaluation.bench_results.results_of` has them."""
-    from orthorank.evaluation.bench_results import prefill_fields
+    """The report with a row for each variant, as `orthorank.speed.bench_results.results_of` has them."""
+    from orthorank.speed.bench_results import prefill_fields
 
     rows = [
         prefill_fields(name, plan, config, report) | {"attention": report.attention[name]}

@@ -12,11 +12,11 @@ import torch._dynamo
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply, handle_of
 from orthorank.cli import main
-from orthorank.evaluation.bench import BenchSettings
-from orthorank.evaluation.bench_random import bench_random
-from orthorank.evaluation.prefill_ways import Ways, compiled_layers
-from orthorank.evaluation.random_weights import random_model
-from tests.orthorank.evaluation.test_random_weights import IDS, TINY
+from orthorank.speed.bench import BenchSettings
+from orthorank.speed.bench_random import bench_random
+from orthorank.speed.prefill_ways import Ways, compiled_layers
+from orthorank.speed.random_weights import random_model
+from tests.orthorank.speed.test_random_weights import IDS, TINY
 
 SMALL = BenchSettings(prompt_tokens=12, rounds=2, decode_tokens=0, lengths=())
 PLAN = OrthoRankConfig(layers=[2, 3, 4], keep_ratio=1 / 3)

@@ -9,12 +9,12 @@ import torch
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
-from orthorank.evaluation.bench import BenchSettings, OnStep, random_prompt
-from orthorank.evaluation.bench_results import flop_speedup_of
-from orthorank.evaluation.memory import memory_meter, peak_bytes
-from orthorank.evaluation.prefill_ways import Ways
-from orthorank.evaluation.speed import time_prefill
 from orthorank.hf.families import device_of
+from orthorank.speed.bench import BenchSettings, OnStep, random_prompt
+from orthorank.speed.bench_results import flop_speedup_of
+from orthorank.speed.memory import memory_meter, peak_bytes
+from orthorank.speed.prefill_ways import Ways
+from orthorank.speed.timing import time_prefill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +35,7 @@ def bench_random(
     """Time one prefill of each variant in turn, and measure the memory that it takes.
 
     Args:
-        model: from `orthorank.evaluation.random_weights.random_model`, or any other.
+        model: from `orthorank.speed.random_weights.random_model`, or any other.
         variants: names and plans; None is the dense model. The first one is the baseline.
         settings: of the prompt and the rounds; nothing is decoded and no break-even looked for.
         graph, compiled: as for `time_prefill`.

@@ -11,9 +11,9 @@ import torch
 import orthorank
 from orthorank.cli import main
 from orthorank.common.errors import OrthoRankError
-from orthorank.evaluation import bench
-from orthorank.evaluation.bench import BenchSettings, break_even, run_bench, variant_names
-from orthorank.evaluation.memory import memory_meter, peak_bytes
+from orthorank.speed import bench
+from orthorank.speed.bench import BenchSettings, break_even, run_bench, variant_names
+from orthorank.speed.memory import memory_meter, peak_bytes
 
 PLAN = orthorank.OrthoRankConfig(layers=[1, 2], keep_ratio=0.25)
 SMALL: dict[str, Any] = {"prompt_tokens": 20, "rounds": 2, "decode_tokens": 3, "lengths": (8, 16), "length_rounds": 1}
