@@ -36,7 +36,8 @@ from orthorank import OrthoRankConfig, OrthoRankError, apply, context, fit_corre
 from orthorank.common.files import write_json
 from orthorank.evaluation import plan_speedup
 from orthorank.evaluation.answer_cache import owner_of
-from orthorank.evaluation.answers import greedy, keep, kept_rows
+from orthorank.evaluation.answers import greedy
+from orthorank.evaluation.kept import keep, kept_rows
 from orthorank.evaluation.longbench import Question, local_questions, prompt_ids, score, task_of
 from orthorank.models import load_model
 from orthorank.plans import default_plan

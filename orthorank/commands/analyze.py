@@ -5,24 +5,23 @@ from typing import Annotated
 
 import typer
 
-from orthorank.commands.screen import BOS, MODEL, RichScreen, console, number, register
+from orthorank.commands.options import BosChoice, Device, Dtype, Model, number, register
+from orthorank.commands.screen import RichScreen, console
 from orthorank.common.errors import OrthoRankError
 
+OUTPUT = Path("orthorank-analysis")
 TEXT = "UTF-8 text file. Default: the documentation of Python inside its standard library."
 PLANS = (
     "Plan whose layers are drawn: a file, a folder, or org/name@revision on the Hub; may be given several times. "
     "Default: the shipped ones, if any."
 )
-
 CRITERION = "What Figure 4 compares the orthogonal criterion with: a name, or module:function."
 
 
 def command(
-    model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
+    model: Model = None,
     text: Annotated[Path | None, typer.Option(help=TEXT)] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the figures and analysis.json.")] = Path(
-        "orthorank-analysis"
-    ),
+    output: Annotated[Path, typer.Option(help="Folder for the figures and analysis.json.")] = OUTPUT,
     plan: Annotated[list[str] | None, typer.Option(help=PLANS)] = None,
     criterion: Annotated[str, typer.Option(help=CRITERION)] = "inverse",
     passages: Annotated[int, typer.Option(help="Passages of text for the similarities.")] = 64,
@@ -30,16 +29,15 @@ def command(
     windows: Annotated[int, typer.Option(help="Windows for Figure 4, layer by layer; 0 leaves it out.")] = 4,
     window: Annotated[int, typer.Option(help="Tokens of such a window.")] = 512,
     keep_ratio: Annotated[str, typer.Option(help="Share of tokens that a layer updates there.")] = "1/3",
-    bos: Annotated[str, typer.Option(help=BOS)] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    bos: BosChoice = "auto",
+    device: Device = "auto",
+    dtype: Dtype = None,
 ) -> int:
     """Draw the paper's figures of any model, as PNG and SVG, and write the numbers behind them as JSON.
 
     Similarities with the sink token (Figures 2 and 7) and across layers (3 and 6), selection layer by layer (4), and
     the chosen layers of plans (5).
     """
-
     from orthorank.analysis.job import AnalysisSettings, run_analysis
 
     ratio = number("keep_ratio", keep_ratio)

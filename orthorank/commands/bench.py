@@ -1,19 +1,18 @@
 """``orthorank bench``: how fast the dense model and plans run here, and how much memory they hold."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from orthorank.commands.eval_ppl import say_plans
-from orthorank.commands.screen import MODEL, OWN_CRITERION, RichScreen, console, numbers, register, table_of
+from orthorank.commands.bench_shared import counted, deliver, refuse, shipped, show_rows
+from orthorank.commands.loading import load, read_plans
+from orthorank.commands.options import Criteria, Device, Dtype, Model, numbers, register
+from orthorank.commands.screen import RichScreen, console
 from orthorank.common.errors import OrthoRankError, check_choice
 from orthorank.common.files import writable_folder
-from orthorank.common.format import count, doubts
+from orthorank.common.format import count
 from orthorank.common.progress import say_replaced
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 ENGINES = ("transformers", "vllm")
 PLANS = (
@@ -32,19 +31,43 @@ GRAPH = "With --random-weights: replay a CUDA graph of the prefill in place of c
 COMPILE = "With --random-weights: torch.compile of the layers, one compilation for all that are alike."
 LENGTHS_ARE = "numbers of tokens such as 128,512, or 0 for none"
 LENGTHS = "Prompt lengths, as 128,512, to find the shortest at which a plan is faster; 0: none. Default: 64, 128, ..."
+NOT_IN_VLLM = {
+    "decode_tokens": "generated tokens pass all layers there, so only the prefill is measured",
+    "lengths": "one length is measured, that of --prompt-tokens",
+    "threads": "vLLM binds threads by VLLM_CPU_OMP_THREADS_BIND",
+    "device": "vLLM chooses it; hide others with CUDA_VISIBLE_DEVICES",
+    "random_weights": "the model that is measured there is loaded by vLLM",
+}
+NOT_RANDOM = {
+    "model": "the model is made from the configuration",
+    "decode_tokens": "only the prefill is measured",
+    "lengths": "one length is measured, that of --prompt-tokens",
+    "vllm_args": "the model runs in transformers",
+}
+COLUMNS = [
+    ("", "name"),
+    ("nominal", "nominal_sparsity"),
+    ("FLOPs", "flop_speedup"),
+    ("prefill", "prefill_speedup"),
+    ("tok/s", "prefill_tokens_per_second"),
+    ("token 1", "first_token_speedup"),
+    ("decode", "decode_speedup"),
+    ("tok/s", "decode_tokens_per_second"),
+    ("MiB", "peak_bytes"),
+]
 
 
 def command(
-    model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
+    model: Model = None,
     plan: Annotated[list[str] | None, typer.Option(help=PLANS)] = None,
-    criterion: Annotated[list[str] | None, typer.Option(help=OWN_CRITERION)] = None,
+    criterion: Criteria = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Prompts processed together.")] = 1,
     rounds: Annotated[int, typer.Option(help="Timed runs of each variant.")] = 10,
     decode_tokens: Annotated[int | None, typer.Option(help=DECODE, show_default=False)] = None,
     lengths: Annotated[str | None, typer.Option(help=LENGTHS)] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
     threads: Annotated[int | None, typer.Option(help="Threads of PyTorch on a CPU. Default: PyTorch's choice.")] = None,
     engine: Annotated[str, typer.Option(help=ENGINE)] = "transformers",
     vllm_args: Annotated[str | None, typer.Option(help=VLLM_ARGS)] = None,
@@ -60,34 +83,30 @@ def command(
     Prompts are random. The dense model and each plan run once a round, in rotating order. Speed-ups are medians of the
     ratios within a round. GPUs are timed by CUDA events, CPUs and vLLM by the wall clock.
     """
-
     from orthorank.commands import bench_random, bench_vllm
-    from orthorank.commands.bench_shared import counted, deliver, shipped
-    from orthorank.models import load_model, locate
     from orthorank.speed.bench import BenchSettings, run_bench
     from orthorank.speed.bench_results import results_of
 
     register(criterion)
     check_choice("engine", engine, ENGINES)
-    chosen = None if lengths is None else _lengths(lengths)
     settings = BenchSettings(
         prompt_tokens=prompt_tokens,
         batch_size=batch_size,
         rounds=rounds,
         decode_tokens=32 if decode_tokens is None else decode_tokens,
-        lengths=chosen,
+        lengths=None if lengths is None else _lengths(lengths),
     )
-    plans = _read(plan)
+    plans = read_plans(plan)
     folder = None if output is None else writable_folder(output)
     screen = RichScreen(console(stderr=json))
     say_replaced(screen, folder, "bench.json", "bench.csv")
+    given = {"model": model, "decode_tokens": decode_tokens, "lengths": lengths, "threads": threads, "device": device}
+    given |= {"random_weights": random_weights, "vllm_args": vllm_args}
     if engine == "vllm":
-        _refuse_for_vllm(
-            decode_tokens=decode_tokens, lengths=lengths, threads=threads, device=device, random_weights=random_weights
-        )
+        refuse("--engine vllm", NOT_IN_VLLM, given)
         return bench_vllm.run(screen, model, plans, settings, dtype, vllm_args, folder, as_json=json)
     if random_weights is not None:
-        bench_random.refuse(model=model, decode_tokens=decode_tokens, lengths=lengths, vllm_args=vllm_args)
+        refuse("--random-weights", NOT_RANDOM, given)
         _set_threads(threads)
         return bench_random.run(
             screen,
@@ -108,10 +127,8 @@ def command(
     if vllm_args is not None:
         raise OrthoRankError("vllm_args is for --engine vllm")
     _set_threads(threads)
-    with screen.progress(f"loading {locate(model).name}", 1):
-        loaded, _, info = load_model(model, device, dtype)
-    say_plans(screen, plans, plan)
-    variants: dict[str, Any] = {"dense": None} | (plans if plans is not None else shipped(loaded))
+    loaded, _, info = load(screen, model, device, dtype, plans, plan)
+    variants: dict[str, Any] = {"dense": None} | (plans or shipped(loaded))
     total = 2 * settings.rounds + len(settings.lengths or ())
     with screen.progress("timing", total) as advance:
         report = run_bench(loaded, variants, settings, on_step=counted(advance))
@@ -121,30 +138,6 @@ def command(
 
 def _lengths(words: str) -> tuple[int, ...]:
     return () if words.strip() == "0" else tuple(numbers("--lengths", words, LENGTHS_ARE) or ())
-
-
-def _refuse_for_vllm(**options: Any) -> None:
-    """Options that vLLM's engine leaves no choice in, or that are not measured there."""
-    remedies = {
-        "decode_tokens": "generated tokens pass all layers there, so only the prefill is measured",
-        "lengths": "one length is measured, that of --prompt-tokens",
-        "threads": "vLLM binds threads by VLLM_CPU_OMP_THREADS_BIND",
-        "device": "vLLM chooses it; hide others with CUDA_VISIBLE_DEVICES",
-        "random_weights": "the model that is measured there is loaded by vLLM",
-    }
-    for name, value in options.items():
-        if value not in (None, "auto"):
-            raise OrthoRankError(f"--{name.replace('_', '-')} is not for --engine vllm: {remedies[name]}; leave it out")
-
-
-def _read(paths: list[str] | None) -> dict[str, Any] | None:
-    from orthorank.config import OrthoRankConfig
-    from orthorank.speed.bench import variant_names
-
-    if not paths:
-        return None
-    plans = [OrthoRankConfig.from_pretrained(path) for path in paths]
-    return dict(zip(variant_names(plans), plans, strict=True))
 
 
 def _set_threads(threads: int | None) -> None:
@@ -157,8 +150,7 @@ def _set_threads(threads: int | None) -> None:
     torch.set_num_threads(threads)
 
 
-def _show(screen: Any, results: dict[str, Any]) -> None:
-
+def _show(screen: RichScreen, results: dict[str, Any]) -> None:
     speed, settings = results["bench"]["prefill"], results["bench"]["settings"]
     threads = f", {count(speed['threads'], 'thread')}" if speed["device"] == "cpu" else ""
     screen.heading(f"{results['model']['name']}: {speed['dtype']} on {speed['device']}{threads}, by {speed['clock']}")
@@ -166,36 +158,14 @@ def _show(screen: Any, results: dict[str, Any]) -> None:
         f"Prompts of {settings['batch_size']} x {settings['prompt_tokens']} random tokens, "
         f"{count(settings['rounds'], 'round')}."
     )
-    screen.table(_table(results))
-    screen.say(
+    legend = (
         "nominal: share of token updates left out; FLOPs: the speed-up that they alone would give; then speed-ups of "
         "the prefill, of the time to the first token (with a cache) and of decoding, medians of the ratios within a "
-        "round; MiB: peak memory of a prefill"
-        + (f" ({results['bench']['memory_meter']})." if results["bench"]["memory_meter"] else " (not measured here).")
+        f"round; MiB: peak memory of a prefill ({results['bench']['memory_meter'] or 'not measured here'})."
     )
-    for doubt in doubts(results["rows"], "prefill_speedup"):
-        screen.say(doubt)
+    show_rows(screen, results["rows"], settings["rounds"], COLUMNS, legend)
     for row in results["rows"][1:]:
         screen.say(_break_even_sentence(row, results))
-
-
-def _table(results: dict[str, Any]) -> "Table":
-    columns = ("", "nominal", "FLOPs", "prefill", "tok/s", "token 1", "decode", "tok/s", "MiB")
-    drawn = table_of(*columns, no_wrap=True)
-    for row in results["rows"]:
-        decode, peak, ideal = row["decode_tokens_per_second"], row["peak_bytes"], row["flop_speedup"]
-        drawn.add_row(
-            row["name"],
-            f"{100 * row['nominal_sparsity']:.0f} %",
-            "-" if ideal is None else f"{ideal:.2f}x",
-            f"{row['prefill_speedup']:.2f}x",
-            f"{row['prefill_tokens_per_second']:,.0f}",
-            f"{row['first_token_speedup']:.2f}x",
-            "-" if decode is None else f"{row['decode_speedup']:.2f}x",
-            "-" if decode is None else f"{decode:,.1f}",
-            "-" if peak is None else f"{peak / 2**20:,.0f}",
-        )
-    return drawn
 
 
 def _break_even_sentence(row: dict[str, Any], results: dict[str, Any]) -> str:

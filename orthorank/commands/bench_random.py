@@ -1,37 +1,37 @@
 """``orthorank bench --random-weights``: prefill at a real model's shapes, without its weights."""
 
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orthorank.commands.screen import half_range, table_of
+from orthorank.commands.bench_shared import counted, deliver, show_rows
+from orthorank.commands.screen import RichScreen
 from orthorank.common.errors import OrthoRankError
-from orthorank.common.format import doubts
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from orthorank.speed.bench import BenchSettings
 
-NOT_HERE = {
-    "model": "the model is made from the configuration",
-    "decode_tokens": "only the prefill is measured",
-    "lengths": "one length is measured, that of --prompt-tokens",
-    "vllm_args": "the model runs in transformers",
-}
-
-
-def refuse(**options: Any) -> None:
-    """Options of ``orthorank bench`` that mean nothing with random weights."""
-    for name, value in options.items():
-        if value is not None:
-            shown = name if name == "model" else f"--{name.replace('_', '-')}"
-            raise OrthoRankError(f"{shown} is not for --random-weights: {NOT_HERE[name]}; leave it out")
+COLUMNS = [
+    ("", "name"),
+    ("layers", "layers"),
+    ("nominal", "nominal_sparsity"),
+    ("FLOPs", "flop_speedup"),
+    ("prefill", "prefill_speedup"),
+    ("±", "prefill_speedup_spread"),
+    ("ms", "prefill_seconds"),
+    ("tok/s", "prefill_tokens_per_second"),
+    ("MiB", "peak_bytes"),
+]
+LEGEND = (
+    "FLOPs: the speed-up that these alone would give; prefill: median of the ratios within a round; ±: half of the "
+    "range between their quartiles; MiB: peak memory of an eager prefill."
+)
 
 
 def run(
-    screen: Any,
+    screen: RichScreen,
     config: str,
-    plans: dict[str, Any] | None,
+    plans: dict[str, Any],
     settings: "BenchSettings",
     *,
     device: str,
@@ -45,7 +45,6 @@ def run(
     """Measure and show; see `orthorank.speed.bench_random.bench_random`."""
     import torch
 
-    from orthorank.commands.bench_shared import counted, deliver
     from orthorank.models import pick_device
     from orthorank.speed.bench_random import bench_random
     from orthorank.speed.random_weights import random_model, read_config, unsearched_plans
@@ -56,7 +55,7 @@ def run(
     with screen.progress(f"making {config} with random weights", 1):
         model = random_model(config, device=device, dtype=dtype, layers=layers)
     depth = model.config.num_hidden_layers
-    variants = {"dense": None, **(unsearched_plans(depth) if plans is None else plans)}
+    variants = {"dense": None, **(plans or unsearched_plans(depth))}
     with screen.progress("timing", settings.rounds) as advance:
         results = bench_random(model, variants, settings, graph=graph, compiled=compiled, on_step=counted(advance))
     about = {"config": str(config), "num_hidden_layers": depth, "torch": torch.__version__, **_triton()}
@@ -67,16 +66,13 @@ def run(
 
 def _triton() -> dict[str, str]:
     """The version that compiles the kernels: settings and code differ between them."""
-    from importlib import metadata
-
     try:
         return {"triton": metadata.version("triton")}
     except metadata.PackageNotFoundError:
         return {}
 
 
-def _show(screen: Any, results: dict[str, Any]) -> None:
-
+def _show(screen: RichScreen, results: dict[str, Any]) -> None:
     speed = results["prefill"]
     threads = f", {speed['threads']} threads" if speed["device"] == "cpu" else ""
     how = [word for word, on in (("compiled", results["compiled"]), ("replayed as a graph", results["graph"])) if on]
@@ -88,30 +84,6 @@ def _show(screen: Any, results: dict[str, Any]) -> None:
         f"{' and '.join(how) or 'eager'}. "
         f"Attention of dense layers: {results['attention']}."
     )
-    screen.table(_table(results))
-    screen.say(
-        "FLOPs: the speed-up that these alone would give; prefill: median of the ratios within a round; ±: half of the "
-        "range between their quartiles; MiB: peak memory of an eager prefill."
-    )
-    for doubt in doubts(results["rows"], "prefill_speedup"):
-        screen.say(doubt)
+    show_rows(screen, results["rows"], speed["rounds"], COLUMNS, LEGEND)
     screen.say(results["rule"])
     screen.say(results["remark"])
-
-
-def _table(results: dict[str, Any]) -> "Table":
-    drawn = table_of("", "layers", "nominal", "FLOPs", "prefill", "±", "ms", "tok/s", "MiB", no_wrap=True)
-    for row in results["rows"]:
-        ideal, peak = row["flop_speedup"], row["peak_bytes"]
-        drawn.add_row(
-            row["name"],
-            str(row["layers"]),
-            f"{100 * row['nominal_sparsity']:.0f} %",
-            "-" if ideal is None else f"{ideal:.2f}x",
-            f"{row['prefill_speedup']:.2f}x",
-            half_range(row["prefill_speedup_spread"], results["prefill"]["rounds"]),
-            f"{1000 * row['prefill_seconds']:,.1f}",
-            f"{row['prefill_tokens_per_second']:,.0f}",
-            "-" if peak is None else f"{peak / 2**20:,.0f}",
-        )
-    return drawn

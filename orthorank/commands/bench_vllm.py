@@ -4,25 +4,39 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from orthorank.commands.screen import half_range, table_of
+from orthorank.commands.bench_shared import counted, deliver, shipped, show_rows
+from orthorank.commands.screen import RichScreen
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import from_json
-from orthorank.common.format import count, doubts
+from orthorank.common.format import count
 from orthorank.common.loading import quiet
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from orthorank.commands.screen import RichScreen
     from orthorank.speed.bench import BenchSettings
 
 NEEDS_FOLDER = "vLLM loads folders with config.json and safetensors, and hub ids"
+COLUMNS = [
+    ("", "name"),
+    ("nominal", "nominal_sparsity"),
+    ("FLOPs", "flop_speedup"),
+    ("prefill", "prefill_speedup"),
+    ("±", "prefill_speedup_spread"),
+    ("tok/s", "prefill_tokens_per_second"),
+    ("token 1", "first_token_speedup"),
+    ("±", "first_token_speedup_spread"),
+    ("ms", "first_token_seconds"),
+]
+LEGEND = (
+    "nominal: share of token updates left out; FLOPs: the speed-up that they alone would give; then the measured "
+    "prefill of all prompts at once and time to the first token of one prompt; ±: half of the range between the "
+    "quartiles of the speed-up."
+)
 
 
 def run(
-    screen: "RichScreen",
+    screen: RichScreen,
     model: str | None,
-    plans: dict[str, Any] | None,
+    plans: dict[str, Any],
     settings: "BenchSettings",
     dtype: str | None,
     vllm_args: str | None,
@@ -31,15 +45,12 @@ def run(
     as_json: bool,
 ) -> int:
     """Measure, write and show; arguments are those of `orthorank.commands.bench.command`, read."""
-    from orthorank.commands.bench_shared import counted, deliver, shipped
     from orthorank.speed.bench_vllm import check_installed, results_of, run_vllm_bench
 
     check_installed()
     path, revision, config = _model(model)
     arguments = ({} if revision is None else {"revision": revision}) | _arguments(vllm_args, dtype)
-    variants: dict[str, Any] = {"dense": None} | (
-        plans if plans is not None else shipped(SimpleNamespace(config=config))
-    )
+    variants: dict[str, Any] = {"dense": None} | (plans or shipped(SimpleNamespace(config=config)))
     total = len(variants) + 2 * settings.rounds
     with screen.progress("timing", total) as advance:
         report = run_vllm_bench(path, config, variants, settings, arguments=arguments, on_step=counted(advance))
@@ -53,7 +64,6 @@ def _arguments(words: str | None, dtype: str | None) -> dict[str, Any]:
     dtype = SHORT.get(dtype or "", dtype)
     if dtype is not None and dtype not in DTYPES:
         raise OrthoRankError(f"dtype is {dtype!r}; it may be {', '.join(DTYPES)}")
-
     try:
         arguments = from_json(words or "{}")
     except ValueError:
@@ -89,8 +99,7 @@ def _model(name: str | None) -> tuple[str, str | None, Any]:
     return where.path, where.revision, config.get_text_config()
 
 
-def _show(screen: "RichScreen", results: dict[str, Any]) -> None:
-
+def _show(screen: RichScreen, results: dict[str, Any]) -> None:
     bench, model = results["bench"], results["model"]
     settings = bench["settings"]
     threads = f", {bench['prefill']['threads']} threads" if model["device"] == "cpu" else ""
@@ -102,34 +111,9 @@ def _show(screen: "RichScreen", results: dict[str, Any]) -> None:
         f"Prompts of {settings['batch_size']} x {settings['prompt_tokens']} random tokens, "
         f"{count(settings['rounds'], 'round')}."
     )
-    screen.table(_table(results))
-    screen.say(
-        "nominal: share of token updates left out; FLOPs: the speed-up that they alone would give; then the measured "
-        "prefill of all prompts at once and time to the first token of one prompt; ±: half of the range between the "
-        "quartiles of the speed-up."
-    )
-    for doubt in doubts(results["rows"], "prefill_speedup"):
-        screen.say(doubt)
+    show_rows(screen, results["rows"], settings["rounds"], COLUMNS, LEGEND)
     if bench["remark"] is not None:
         screen.say(bench["remark"])
     else:
         ways = [f"{name} {way}" for name, way in bench["attention"].items() if way is not None]
         screen.say(f"The way in which selected queries attended: {', '.join(ways) or 'none was selected'}.")
-
-
-def _table(results: dict[str, Any]) -> "Table":
-    drawn = table_of("", "nominal", "FLOPs", "prefill", "±", "tok/s", "token 1", "±", "ms", no_wrap=True)
-    for row in results["rows"]:
-        ideal = row["flop_speedup"]
-        drawn.add_row(
-            row["name"],
-            f"{100 * row['nominal_sparsity']:.0f} %",
-            "-" if ideal is None else f"{ideal:.2f}x",
-            f"{row['prefill_speedup']:.2f}x",
-            half_range(row["prefill_speedup_spread"], results["bench"]["settings"]["rounds"]),
-            f"{row['prefill_tokens_per_second']:,.0f}",
-            f"{row['first_token_speedup']:.2f}x",
-            half_range(row["first_token_speedup_spread"], results["bench"]["settings"]["rounds"]),
-            f"{1000 * row['first_token_seconds']:,.1f}",
-        )
-    return drawn

@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, call, console, number, register, table_of
+from orthorank.commands.loading import load
+from orthorank.commands.options import PLAN_OR_DEFAULT, BosChoice, Criteria, Device, Dtype, Model, number, register
+from orthorank.commands.screen import RichScreen, call, console, table_of
 from orthorank.common.files import check_free, writable_folder
 from orthorank.common.texts import Bos, check_bos, find_text, halves_of, join_texts
 
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from orthorank.config import OrthoRankConfig
 
 OUTPUT = Path("orthorank-calibrate")
-PLAN = "A plan file, its folder, org/name@revision on the Hub, or default: the plan shipped for the model."
 TEXT = "UTF-8 text file to calibrate on; may be given several times. Default: the documentation of Python."
 KEEP_RATIO = "Share of tokens to update, in layers without a ratio of their own in the plan. Default: the plan's."
 DECODE = "dense, or threshold: select generated tokens, too. Default: the plan's."
@@ -26,19 +27,19 @@ WINDOWS = "Windows of the first half to calibrate on, and as many of the second 
 
 
 def command(
-    model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
-    plan: Annotated[str, typer.Option(help=PLAN)] = "default",
-    criterion: Annotated[list[str] | None, typer.Option(help=OWN_CRITERION)] = None,
+    model: Model = None,
+    plan: Annotated[str, typer.Option(help=PLAN_OR_DEFAULT)] = "default",
+    criterion: Criteria = None,
     text: Annotated[list[Path] | None, typer.Option(help=TEXT)] = None,
     keep_ratio: Annotated[str | None, typer.Option(help=KEEP_RATIO)] = None,
     decode: Annotated[str | None, typer.Option(help=DECODE)] = None,
     keep_last: Annotated[int | None, typer.Option(help=KEEP_LAST)] = None,
     windows: Annotated[int, typer.Option(help=WINDOWS)] = 8,
     window: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
-    bos: Annotated[str, typer.Option(help=BOS)] = "auto",
+    bos: BosChoice = "auto",
     output: Annotated[Path, typer.Option(help="Folder for the plan (orthorank.json).")] = OUTPUT,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows in one forward. Default: by the free memory.")] = None,
 ) -> int:
     """Find a threshold for each layer of a plan and write the plan to orthorank.json.
@@ -47,7 +48,6 @@ def command(
     is updated no longer depends on other tokens. The thresholds are found on windows of the text's first half; windows
     of its second half show which share of tokens they select there.
     """
-
     from orthorank.config import OrthoRankConfig
 
     check_bos(bos)
@@ -59,18 +59,14 @@ def command(
     source = join_texts([find_text(path) for path in text]) if text else find_text()
     check_free(output)
     folder = writable_folder(output)
-    terminal = console()
-    screen = RichScreen(terminal)
+    screen = RichScreen(console())
 
     from orthorank.calibration.thresholds import calibrate
-    from orthorank.models import load_model, locate
     from orthorank.plans import default_plan
 
-    with screen.progress(f"loading {locate(model).name}", 1):
-        loaded, tokenizer, info = load_model(model, device, dtype)
+    loaded, tokenizer, info = load(screen, model, device, dtype)
     where = Bos.of(bos, tokenizer)
-    sizes = {"windows": windows, "window": window, "longest": info.max_tokens}
-    samples = halves_of(source, tokenizer, loaded, where, **sizes)
+    samples = halves_of(source, tokenizer, loaded, where, windows=windows, window=window, longest=info.max_tokens)
     followed = default_plan(loaded) if followed is None else followed
     screen.heading(f"{info.name}: thresholds on {windows} windows of {window} tokens")
     screen.say(f"{source.name}; {where}")
@@ -83,11 +79,7 @@ def command(
             batch_size=batch_size,
             on_layer=lambda done, _, tau: advance(done, "" if tau is None else f"threshold {tau:.4g}"),
         )
-    found.calibration["thresholds"] |= {
-        "text": source.name,
-        "text_sha256": source.sha256,
-        "bos": where.policy,
-    }
+    found.calibration["thresholds"] |= {"text": source.name, "text_sha256": source.sha256, "bos": where.policy}
     checked = _check(screen, loaded, found, samples.held_out)
     path = found.save_pretrained(folder)
     screen.table(table(found, checked))

@@ -1,17 +1,18 @@
 """``orthorank compare``: answers of the dense model and of plans side by side, and how far apart they are."""
 
-import json as json_module
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orthorank.commands.eval_ppl import check_window, measure, read_plans, say_plans, settings_of
-from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, console, number, register, table_of
+from orthorank.commands.eval_ppl import measure, settings_of
+from orthorank.commands.loading import load, read_plans
+from orthorank.commands.options import BosChoice, Criteria, Device, Dtype, Model, number, register
+from orthorank.commands.screen import RichScreen, console, print_json, table_of
 from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError, check_integers, check_max_loss
-from orthorank.common.files import finite, writable_folder, write_json, write_text
+from orthorank.common.files import writable_folder, write_json, write_text
 from orthorank.common.paired import is_within, rise_of
 from orthorank.common.progress import say_replaced
 from orthorank.common.texts import Bos, check_bos
@@ -39,7 +40,7 @@ SHOWN = 4  # prompts whose answers the terminal shows
 
 
 def command(
-    model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
+    model: Model = None,
     plan: Annotated[list[str] | None, typer.Option(help=PLAN)] = None,
     prompts: Annotated[Path | None, typer.Option(help=PROMPTS)] = None,
     sample: Annotated[int | None, typer.Option(help=SAMPLE)] = None,
@@ -49,11 +50,11 @@ def command(
     window: Annotated[int, typer.Option(help="Tokens of a window of the text.")] = 2048,
     windows: Annotated[int | None, typer.Option(help="First N windows of the text only. Default: all.")] = None,
     max_loss: Annotated[str | None, typer.Option(help=MAX_LOSS)] = None,
-    criterion: Annotated[list[str] | None, typer.Option(help=OWN_CRITERION)] = None,
-    bos: Annotated[str, typer.Option(help=BOS)] = "auto",
+    criterion: Criteria = None,
+    bos: BosChoice = "auto",
     batch_size: Annotated[int | None, typer.Option(help="Windows at a time. Default: as memory allows.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
     output: Annotated[Path, typer.Option(help="Folder for compare.json, compare.html and the state.")] = OUTPUT,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> int:
@@ -63,11 +64,11 @@ def command(
     was stopped.
     """
     from orthorank.common.datasets import evaluation_text
-    from orthorank.evaluation.answers import kept_rows
-    from orthorank.evaluation.compare import that_fit
+    from orthorank.evaluation.compare import compare_plans, that_fit
+    from orthorank.evaluation.kept import going_on, kept_rows
+    from orthorank.evaluation.perplexity import check_window
     from orthorank.evaluation.prompts import sample_prompts
-    from orthorank.hf.apply import check_plan
-    from orthorank.models import load_model, locate
+    from orthorank.report.page import render
 
     most = number("--max-loss", max_loss)
     check_max_loss(most)
@@ -86,14 +87,11 @@ def command(
         what = "prompt" if chosen is None else "window"
         raise OrthoRankError(f"max_loss is given with one {what}, which has no standard error; give two or more")
     folder = writable_folder(output)
-    kept_rows(folder / STATE, row=dict)  # complains, if at all, before the model is loaded
+    state = folder / STATE
+    kept_rows(state, row=dict)  # complains, if at all, before the model is loaded
     screen = RichScreen(console(stderr=json))
     say_replaced(screen, folder, "compare.json", "compare.html")
-    with screen.progress(f"loading {locate(model).name}", 1):
-        loaded, tokenizer, info = load_model(model, device, dtype)
-    for each in plans.values():
-        check_plan(loaded, each)
-    say_plans(screen, plans, plan)
+    loaded, tokenizer, info = load(screen, model, device, dtype, plans, plan)
     drawn = len(asked)
     if sample is not None:
         asked = that_fit(loaded, tokenizer, asked, max_new_tokens, bos)
@@ -102,58 +100,41 @@ def command(
     settings = None
     if chosen is not None:
         settings = settings_of(loaded, tokenizer, chosen, dataset, window, windows, batch_size, Bos.of(bos, tokenizer))
-    state = folder / STATE
     results: dict[str, Any] = {"model": info.to_dict(), "max_new_tokens": max_new_tokens, "bos": bos}
     results |= {"too_long": drawn - len(asked), "no_prompts": odd}
     if sample is not None and drawn < sample:
         screen.say(f"{prompts} has {drawn} prompts, fewer than --sample {sample}: all of them are taken.")
     if odd:
         screen.say(f"Lines of {prompts} that are no prompts: {odd}, left out; without --sample the first one is named.")
-    try:
-        results |= _answers(screen, loaded, tokenizer, plans, asked, max_new_tokens, bos, state)
+    with going_on(f"what is measured is in {state}"):
+        with screen.progress("prompts", len(asked)) as advance:
+            results |= compare_plans(
+                loaded,
+                tokenizer,
+                plans,
+                asked,
+                max_new_tokens=max_new_tokens,
+                bos=bos,
+                kept=state,
+                on_prompt=lambda done, total: advance(done, ""),
+            )
         results["text"] = None if chosen is None else chosen.name
         if chosen is not None:
             losses = _window_losses(screen, loaded, tokenizer, plans, chosen, settings, state)
             results |= {"window": window, "text_sha256": chosen.sha256, "windows": len(losses["dense"])}
             for name, found in results["plans"].items():
                 found |= {"answer_rise": found["rise"], "rise": rise_of(losses["dense"], losses[name])}
-    except KeyboardInterrupt:
-        raise OrthoRankError(f"interrupted; what is measured is in {state}: the same command goes on there") from None
     for name, each in plans.items():
         results["plans"][name]["plan"] = each.to_dict()
     verdicts = [] if most is None else [_verdict(name, each["rise"], most) for name, each in results["plans"].items()]
     results |= {"max_loss": most, "verdicts": verdicts}
-    _write(folder, results)
+    write_json(folder / "compare.json", results)
+    write_text(folder / "compare.html", render("compare.html.j2", results=results))
     if json:
-        print(json_module.dumps(finite(results), indent=2))
+        print_json(results)
     else:
         _show(screen, results, folder)
     return int(most is not None and not all(is_within(each["rise"], most) for each in results["plans"].values()))
-
-
-def _answers(
-    screen: RichScreen,
-    model: Any,
-    tokenizer: Any,
-    plans: "dict[str, OrthoRankConfig]",
-    prompts: list[Any],
-    max_new_tokens: int,
-    bos: str,
-    state: Path,
-) -> dict[str, Any]:
-    from orthorank.evaluation.compare import compare_plans
-
-    with screen.progress("prompts", len(prompts)) as advance:
-        return compare_plans(
-            model,
-            tokenizer,
-            plans,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            bos=bos,
-            kept=state,
-            on_prompt=lambda done, total: advance(done, ""),
-        )
 
 
 def _window_losses(
@@ -166,7 +147,7 @@ def _window_losses(
     state: Path,
 ) -> dict[str, list[float]]:
     """Mean loss of each window of the text, dense and with each plan, the windows that are kept already among them."""
-    from orthorank.commands.kept import KeptRows
+    from orthorank.evaluation.kept import KeptRows
     from orthorank.hf.apply import apply
 
     kept, losses = KeptRows(state), {}
@@ -177,7 +158,7 @@ def _window_losses(
                 found = measure(screen, name, model, tokenizer, text, settings)
             return {"losses": list(found["window_losses"])}
 
-        losses[name] = kept.row(model, plan, {"text": text.sha256} | settings, measured)["losses"]
+        losses[name] = kept.of_model(model, plan, {"text": text.sha256} | settings, measured)["losses"]
     return losses
 
 
@@ -199,13 +180,6 @@ def _verdict(name: str, rise: dict[str, Any], most: float) -> str:
     if rise["most"] != rise["most"]:
         return f"{name} is not shown to be within {most:g}: {said}, and the standard error is not known."
     return f"{name} is not within {most:g}: {said}, and with two standard errors that is {rise['most']:.4f}."
-
-
-def _write(folder: Path, results: dict[str, Any]) -> None:
-    from orthorank.report.page import render
-
-    write_json(folder / "compare.json", results)
-    write_text(folder / "compare.html", render("compare.html.j2", results=results))
 
 
 def _show(screen: RichScreen, results: dict[str, Any], folder: Path) -> None:

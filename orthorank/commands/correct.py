@@ -1,12 +1,16 @@
 """``orthorank correct``: maps for a plan, which put back part of what its layers leave out."""
 
+import dataclasses
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, call, console, register, table_of
+from orthorank.commands.loading import load
+from orthorank.commands.options import PLAN_OR_DEFAULT, BosChoice, Criteria, Device, DeviceMap, Dtype, Model, register
+from orthorank.commands.screen import RichScreen, call, console, table_of
 from orthorank.common.errors import OrthoRankError, check_choice, check_integer
 from orthorank.common.files import check_free, user_path, writable_folder
 from orthorank.common.texts import Bos, Text, check_bos, find_text, halves_of, join_texts, remark_on
@@ -19,7 +23,6 @@ if TYPE_CHECKING:
     from orthorank.config import OrthoRankConfig
 
 OUTPUT = Path("orthorank-correct")
-PLAN = "A plan file, its folder, org/name@revision on the Hub, or default: the plan shipped for the model."
 TEXT = "UTF-8 text file to fit on; give one of every kind you will process. Default: the documentation of Python."
 DATASET = "Fit on wikitext2 or c4, by the package datasets; wikitext2:FOLDER reads a local copy. May be repeated."
 RANK = "Rank of the maps. Higher restores more and costs more: 4 * rank * hidden size FLOPs for each token and layer."
@@ -29,7 +32,6 @@ SHARES = "How the texts share the windows, such as 2,1: in the order of --text, 
 DISTILL = "Steps to train the fitted maps toward the dense model's next tokens, each about 3 forwards of 2 windows."
 SPILL = "Folder to keep the windows' hidden states in, until the end of the fit. Default: in memory."
 RESUME = "Go on with the fit whose state is in the output folder; begin one if there is none. A finished one stays."
-DEVICE_MAP = "auto: spread a model that one device cannot hold, by accelerate."
 FOLLOWED = (  # of a plan, what its maps leave as it is
     *("ratios", "criterion", "seed", "select", "select_window", "keep_multiple", "keep_last"),
     *("min_prompt", "decode", "kv", "update_sink", "sinks"),
@@ -39,8 +41,8 @@ DISTILLING = "distill-state.safetensors"
 
 
 def command(
-    plan: Annotated[str, typer.Argument(help=PLAN, show_default=False)],
-    model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
+    plan: Annotated[str, typer.Argument(help=PLAN_OR_DEFAULT, show_default=False)],
+    model: Model = None,
     text: Annotated[list[Path] | None, typer.Option(help=TEXT)] = None,
     dataset: Annotated[list[str] | None, typer.Option(help=DATASET)] = None,
     rank: Annotated[int, typer.Option(help=RANK)] = 64,
@@ -49,14 +51,14 @@ def command(
     windows: Annotated[int, typer.Option(help=WINDOWS)] = 16,
     shares: Annotated[str | None, typer.Option(help=SHARES)] = None,
     window: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
-    criterion: Annotated[list[str] | None, typer.Option(help=OWN_CRITERION)] = None,
-    bos: Annotated[str, typer.Option(help=BOS)] = "auto",
+    criterion: Criteria = None,
+    bos: BosChoice = "auto",
     output: Annotated[Path, typer.Option(help="Folder for the plan and its maps.")] = OUTPUT,
     resume: Annotated[bool, typer.Option("--resume", help=RESUME)] = False,
     spill: Annotated[Path | None, typer.Option(help=SPILL)] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    device_map: Annotated[str | None, typer.Option(help=DEVICE_MAP)] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Device = "auto",
+    device_map: DeviceMap = None,
+    dtype: Dtype = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows in one forward. Default: by the free memory.")] = None,
 ) -> int:
     """Fit a small linear map to each layer of a plan, which puts back part of what the layer leaves out.
@@ -101,15 +103,12 @@ def command(
 
     from orthorank.calibration.corrections import fit_correction
     from orthorank.calibration.distilling import distill_correction
-    from orthorank.models import load_model, locate
     from orthorank.plans import default_plan
 
-    with screen.progress(f"loading {locate(model).name}", 1):
-        loaded, tokenizer, info = load_model(model, device, dtype, device_map=device_map)
+    loaded, tokenizer, info = load(screen, model, device, dtype, device_map=device_map)
     where = Bos.of(bos, tokenizer)
-    sizes = {"window": window, "longest": info.max_tokens}
     samples = [
-        halves_of(source, tokenizer, loaded, where, windows=count, **sizes)
+        halves_of(source, tokenizer, loaded, where, windows=count, window=window, longest=info.max_tokens)
         for source, count in zip(sources, counts, strict=True)
     ]
     followed = default_plan(loaded) if followed is None else followed
@@ -239,8 +238,6 @@ def _measure(
     screen: "Screen", model: Any, before: "OrthoRankConfig", after: "OrthoRankConfig", held_out: "list[Tensor]"
 ) -> list[dict[str, float]]:
     """The loss on each text's second half, in nats a token: dense, with the plan as it was, and corrected."""
-    import dataclasses
-
     from orthorank.evaluation import perplexity
     from orthorank.hf.apply import apply
 
@@ -248,12 +245,10 @@ def _measure(
     losses: list[dict[str, float]] = [{} for _ in held_out]
     with screen.progress("second halves of the texts", len(plans) * len(held_out)) as advance:
         for number, (name, plan) in enumerate(plans.items()):
-            handle = None if plan is None else apply(model, plan)
-            for i, windows in enumerate(held_out):
-                losses[i][name] = round(perplexity(model, windows).loss, 4)
-                advance(number * len(held_out) + i + 1, name)
-            if handle is not None:
-                handle.remove()
+            with nullcontext() if plan is None else apply(model, plan):
+                for i, windows in enumerate(held_out):
+                    losses[i][name] = round(perplexity(model, windows).loss, 4)
+                    advance(number * len(held_out) + i + 1, name)
     return losses
 
 

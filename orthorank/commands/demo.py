@@ -1,18 +1,15 @@
 """``orthorank demo``: the main job on a real model, with a table at the end and a report beside it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from orthorank.commands.compare import compared_table
-from orthorank.commands.screen import BOS, MODEL, RichScreen, console, number, numbers, table_of
+from orthorank.commands.options import BosChoice, Device, Model, number, numbers
+from orthorank.commands.screen import RichScreen, console, table_of
 from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
 
 OUTPUT = Path("orthorank-demo")
 TEXT = "UTF-8 text file. Default: the documentation of Python inside its standard library."
@@ -35,7 +32,7 @@ SINK_LAYER = "Search after this layer, instead of the one in which the sink was 
 
 
 def command(
-    model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
+    model: Model = None,
     named: Annotated[str | None, typer.Option("--model", help="The same as the argument.", show_default=False)] = None,
     text: Annotated[Path | None, typer.Option(help=TEXT)] = None,
     plan: Annotated[str | None, typer.Option(help=PLAN)] = None,
@@ -46,8 +43,8 @@ def command(
     windows: Annotated[int, typer.Option(help=WINDOWS)] = 8,
     window: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 512,
     rank: Annotated[int, typer.Option(help=RANK)] = 64,
-    bos: Annotated[str, typer.Option(help=BOS)] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    bos: BosChoice = "auto",
+    device: Device = "auto",
     layers: Annotated[str | None, typer.Option(help=LAYERS)] = None,
     sink_layer: Annotated[int | None, typer.Option(help=SINK_LAYER)] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt whose prefill is timed.")] = 2048,
@@ -62,10 +59,8 @@ def command(
     """
     if search and plan not in (None, "search"):
         raise OrthoRankError(f"both --search and --plan ({plan}) say where the layers come from; give one of them")
-
     if model is not None and named is not None:
         raise OrthoRankError(f"the model is named twice, {model!r} and --model {named!r}; name it once")
-
     from orthorank.demo.settings import Settings
 
     settings = Settings(
@@ -91,12 +86,18 @@ def command(
     screen = RichScreen(console())
 
     def show(results: dict[str, Any]) -> None:
-        screen.table(quality_table(results))
+        drawn = table_of("", "layers changed", "perplexity", "nats above dense", left=2)
+        for row in results["rows"]:
+            drawn.add_row(*words.quality_cells(row))
+        screen.table(drawn)
         for sentence in words.differences(results):
             screen.say(f"{sentence} nats a token")
 
     results = run_demo(settings, screen, show)
-    screen.table(speed_table(results))
+    drawn = table_of("", "tokens/s", "speed-up", "FLOP bound")
+    for row in results["rows"]:
+        drawn.add_row(*words.speed_cells(row))
+    screen.table(drawn)
     screen.say(
         "Speed-ups are medians over the rounds, in which all take turns; ±: half of the range between the quartiles."
     )
@@ -107,19 +108,3 @@ def command(
     files += [output / "corrected"] if "corrected_plan_file" in results else []
     screen.say(f"Report, results and plans: {', '.join(map(str, files))}")
     return 0
-
-
-def quality_table(results: dict[str, Any]) -> "Table":
-    """What each row costs in quality, as a rich table."""
-    drawn = table_of("", "layers changed", "perplexity", "nats above dense", left=2)
-    for row in results["rows"]:
-        drawn.add_row(*words.quality_cells(row))
-    return drawn
-
-
-def speed_table(results: dict[str, Any]) -> "Table":
-    """What each row brings in speed, as a rich table."""
-    drawn = table_of("", "tokens/s", "speed-up", "FLOP bound")
-    for row in results["rows"]:
-        drawn.add_row(*words.speed_cells(row))
-    return drawn

@@ -1,19 +1,20 @@
 """``orthorank doctor``: does OrthoRank apply to a model, and why or why not."""
 
-import json as json_module
 from typing import Annotated
 
 import typer
 
-from orthorank.commands.screen import BOS, MODEL, RichScreen, console
+from orthorank.commands.loading import load
+from orthorank.commands.options import BosChoice, Device, Model
+from orthorank.commands.screen import RichScreen, console, print_json
 from orthorank.common import format as words
 from orthorank.common.texts import Bos, check_bos
 
 
 def command(
-    model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    bos: Annotated[str, typer.Option(help=BOS)] = "auto",
+    model: Model = None,
+    device: Device = "auto",
+    bos: BosChoice = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> int:
     """Say whether OrthoRank applies to a model, and why.
@@ -21,30 +22,26 @@ def command(
     Looks for the layer after which the first token is an attention sink. The exit code is 0 if OrthoRank applies, 1 if
     it does not, and 2 if the model could not be examined.
     """
-
-    from orthorank.models import load_model, locate
     from orthorank.serving.vllm.installed import installed
     from orthorank.stack.sink import candidate_layers, detect_sink
 
     check_bos(bos)
-
-    terminal = console(stderr=json)
-    with RichScreen(terminal).progress(f"loading {locate(model).name}", 1):
-        loaded, tokenizer, info = load_model(model, device)
+    screen = RichScreen(console(stderr=json))
+    loaded, tokenizer, info = load(screen, model, device)
     where = Bos.of(bos, tokenizer)
     sink = detect_sink(loaded, tokenizer, bos=bos)
     candidates, vllm = candidate_layers(sink) if sink.applies else [], installed()
     if json:
-        report = {
-            "model": info.to_dict(),
-            "bos": where.policy,
-            "sink": sink.to_dict(),
-            "candidate_layers": candidates,
-            "vllm": vllm.to_dict() | {"serves": vllm.serves(info.model_type)},
-        }
-        print(json_module.dumps(report, indent=2))
+        print_json(
+            {
+                "model": info.to_dict(),
+                "bos": where.policy,
+                "sink": sink.to_dict(),
+                "candidate_layers": candidates,
+                "vllm": vllm.to_dict() | {"serves": vllm.serves(info.model_type)},
+            }
+        )
         return 0 if sink.applies else 1
-    screen = RichScreen(terminal)
     screen.heading(f"{info.name}: OrthoRank {'applies' if sink.applies else 'does not apply'}")
     screen.say(words.sink_sentence(sink.to_dict()))
     for line in words.sink_figures(sink.to_dict()):

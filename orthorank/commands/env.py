@@ -1,11 +1,10 @@
 """``orthorank env``: versions, devices, and which implementation each op would take."""
 
-import json as json_module
 from typing import Annotated
 
 import typer
 
-from orthorank.commands.screen import console
+from orthorank.commands.screen import console, print_json
 
 
 def command(
@@ -18,8 +17,7 @@ def command(
     here, vllm = environment(), installed()
     choices = [choice for device in here.devices for choice in op_backends(device.split()[0])]
     if json:
-        ops_found = [vars(choice) for choice in choices]
-        print(json_module.dumps({**here.to_dict(), "vllm": vllm.to_dict(), "ops": ops_found}, indent=2))
+        print_json({**here.to_dict(), "vllm": vllm.to_dict(), "ops": [vars(choice) for choice in choices]})
         return 0
 
     from rich.markup import escape

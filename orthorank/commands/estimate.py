@@ -1,11 +1,11 @@
 """``orthorank estimate``: what a plan could save on a model, before anything is downloaded."""
 
-import json as json_module
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orthorank.commands.screen import RichScreen, console, number, table_of
+from orthorank.commands.options import number
+from orthorank.commands.screen import RichScreen, console, print_json, table_of
 from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import user_path
@@ -57,9 +57,9 @@ def command(
         dtype=SHORT.get(dtype, dtype),
     )
     if json:
-        print(json_module.dumps(found, indent=2))
-        return 0
-    _show(RichScreen(console()), found, named=given is not None)
+        print_json(found)
+    else:
+        _show(RichScreen(console()), found, named=given is not None)
     return 0
 
 

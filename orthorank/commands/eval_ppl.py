@@ -1,16 +1,16 @@
 """``orthorank eval ppl``: perplexity of a text, dense and with plans."""
 
-import json as json_module
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, console, register, table_of
+from orthorank.commands.loading import load, read_plans
+from orthorank.commands.options import BosChoice, Criteria, Device, Dtype, Model, register
+from orthorank.commands.screen import RichScreen, console, print_json, table_of
 from orthorank.common import format as words
-from orthorank.common.errors import OrthoRankError
-from orthorank.common.files import finite, writable_folder, write_json
+from orthorank.common.files import writable_folder, write_json
 from orthorank.common.paired import rise_of
 from orthorank.common.progress import say_replaced
 from orthorank.common.texts import Bos, check_bos, read_tokens
@@ -25,17 +25,17 @@ DATASET = "wikitext2 (test split) or c4 (validation), with :FOLDER for a local c
 
 
 def command(
-    model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
+    model: Model = None,
     plan: Annotated[list[str] | None, typer.Option(help=PLAN)] = None,
     text: Annotated[Path | None, typer.Option(help=TEXT)] = None,
     dataset: Annotated[str | None, typer.Option(help=DATASET)] = None,
-    criterion: Annotated[list[str] | None, typer.Option(help=OWN_CRITERION)] = None,
+    criterion: Criteria = None,
     window: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     windows: Annotated[int | None, typer.Option(help="First N windows of the text only. Default: all.")] = None,
-    bos: Annotated[str, typer.Option(help=BOS)] = "auto",
+    bos: BosChoice = "auto",
     batch_size: Annotated[int | None, typer.Option(help="Windows at a time. Default: as memory allows.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
     output: Annotated[Path | None, typer.Option(help=OUTPUT)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> int:
@@ -44,11 +44,10 @@ def command(
     The text is tokenised in one call and cut into windows without overlap, the tail is dropped, and the perplexity is
     exp(mean over windows of the mean cross entropy). A plan's loss is compared with the dense model's window by window.
     """
-
-    from orthorank.commands.kept import KeptRows
     from orthorank.common.datasets import evaluation_text
-    from orthorank.hf.apply import apply, check_plan
-    from orthorank.models import load_model, locate
+    from orthorank.evaluation.kept import KeptRows
+    from orthorank.evaluation.perplexity import check_window
+    from orthorank.hf.apply import apply
 
     check_window(window)
     check_bos(bos)
@@ -59,11 +58,7 @@ def command(
     screen = RichScreen(console(stderr=json))
     say_replaced(screen, folder, "ppl.json")
     kept = KeptRows(None if folder is None else folder / "ppl-rows.jsonl")
-    with screen.progress(f"loading {locate(model).name}", 1):
-        loaded, tokenizer, info = load_model(model, device, dtype)
-    for each in plans.values():
-        check_plan(loaded, each)
-    say_plans(screen, plans, plan)
+    loaded, tokenizer, info = load(screen, model, device, dtype, plans, plan)
     where = Bos.of(bos, tokenizer)
     settings = settings_of(loaded, tokenizer, chosen, dataset, window, windows, batch_size, where)
     rows: list[dict[str, Any]] = []
@@ -74,23 +69,17 @@ def command(
             with nullcontext() if each is None else apply(loaded, each):
                 return measure(screen, name, loaded, tokenizer, chosen, settings)
 
-        found = kept.row(loaded, each, {"text": chosen.sha256} | settings, measured)
+        found = kept.of_model(loaded, each, {"text": chosen.sha256} | settings, measured)
         rows.append({"name": name, "plan": None if each is None else each.to_dict()} | found)
         if each is not None:
             rows[-1]["rise"] = rise_of(rows[0]["window_losses"], found["window_losses"])
     if folder is not None:
         write_json(folder / "ppl.json", results)
     if json:
-        print(json_module.dumps(finite(results), indent=2))
-        return 0
-    _show(screen, results, str(where), folder)
+        print_json(results)
+    else:
+        _show(screen, results, str(where), folder)
     return 0
-
-
-def check_window(window: int) -> None:
-    """``window`` holds a token that is predicted."""
-    if window < 2:
-        raise OrthoRankError(f"window is {window}; it must be at least 2, since the first token is not predicted")
 
 
 def settings_of(
@@ -131,21 +120,6 @@ def measure(screen: Any, name: str, model: Any, tokenizer: Any, text: Any, setti
             **{name: value for name, value in settings.items() if name != "ids_sha256"},
         )
     return result.to_dict() | {"standard_error": result.standard_error}
-
-
-def read_plans(paths: list[str] | None) -> dict[str, Any]:
-    """The plans at ``paths``, by a name for each."""
-    from orthorank.config import OrthoRankConfig
-    from orthorank.speed.bench import variant_names
-
-    plans = [OrthoRankConfig.from_pretrained(path) for path in paths or []]
-    return dict(zip(variant_names(plans), plans, strict=True))
-
-
-def say_plans(screen: Any, plans: "dict[str, Any] | None", paths: list[str] | None) -> None:
-    """Which row is which plan: tables name a plan by what it does, users by where it is."""
-    if plans:
-        screen.say("Plans: " + ", ".join(f"{name} = {path}" for name, path in zip(plans, paths or [], strict=True)))
 
 
 def _show(screen: Any, results: dict[str, Any], bos: str, folder: Path | None) -> None:

@@ -1,16 +1,20 @@
 """``orthorank eval tasks``: tasks of lm-evaluation-harness, with true lengths and the paper's mean."""
 
-import json as json_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orthorank.commands.screen import BOS, MODEL, OWN_CRITERION, RichScreen, console, register, table_of
+from orthorank.commands.loading import load, read_plans
+from orthorank.commands.options import BosChoice, Criteria, Device, Dtype, Model, names, register
+from orthorank.commands.screen import RichScreen, console, print_json, table_of
 from orthorank.common.errors import OrthoRankError, check_integers
-from orthorank.common.files import finite, writable_folder, write_json
+from orthorank.common.files import writable_folder, write_json
 from orthorank.common.progress import say_replaced
 from orthorank.common.texts import check_bos
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 TASKS = "Tasks of the harness, such as piqa,winogrande. Default: the paper's five."
 PAPER = "piqa,winogrande,hellaswag,arc_easy,arc_challenge"
@@ -24,18 +28,18 @@ CONTEXT = "Select among the context's tokens only; the answer's tokens are dense
 
 
 def command(
-    model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
+    model: Model = None,
     plan: Annotated[list[str] | None, typer.Option(help=PLAN)] = None,
     dense: Annotated[bool | None, typer.Option("--dense/--no-dense", help=DENSE, show_default=False)] = None,
-    criterion: Annotated[list[str] | None, typer.Option(help=OWN_CRITERION)] = None,
+    criterion: Criteria = None,
     tasks: Annotated[str, typer.Option(help=TASKS, show_default=False)] = PAPER,
     include_path: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option(help="First N rows of each task only. Default: all.")] = None,
     batch_size: Annotated[int, typer.Option(help="Requests at a time; results do not depend on it.")] = 8,
     context_only: Annotated[bool, typer.Option("--context-only", help=CONTEXT)] = False,
-    bos: Annotated[str, typer.Option(help=BOS)] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    bos: BosChoice = "auto",
+    device: Device = "auto",
+    dtype: Dtype = None,
     output: Annotated[Path | None, typer.Option(help=OUTPUT)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> int:
@@ -44,15 +48,11 @@ def command(
     Of several plans the differences from the dense model are printed as well, paired row by row. The mean is over
     acc_norm where a task has it, else acc. Data come from the hub, or from --include-path's files.
     """
-
-    from orthorank.commands.eval_ppl import read_plans, say_plans
-    from orthorank.commands.kept import KeptRows
     from orthorank.evaluation.answer_cache import tokenizer_fingerprint
+    from orthorank.evaluation.kept import KeptRows
     from orthorank.evaluation.task_scores import check_harness, definition_of, evaluate_tasks, task_differences
-    from orthorank.hf.apply import check_plan
-    from orthorank.models import load_model, locate
 
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    asked = names(tasks)
     check_integers({"limit": limit, "batch_size": batch_size}, limit=1, batch_size=1)
     if include_path is not None and not include_path.is_dir():
         raise OrthoRankError(f"include_path is {str(include_path)!r}, and there is no such folder")
@@ -65,24 +65,20 @@ def command(
     screen = RichScreen(console(stderr=json))
     say_replaced(screen, folder, "tasks.json")
     kept = KeptRows(None if folder is None else folder / "tasks-rows.jsonl")
-    with screen.progress(f"loading {locate(model).name}", 1):
-        loaded, tokenizer, info = load_model(model, device, dtype)
-    for each in plans.values():
-        check_plan(loaded, each)
-    say_plans(screen, plans, plan)
+    loaded, tokenizer, info = load(screen, model, device, dtype, plans, plan)
     variants: dict[str, Any] = ({"dense": None} if dense or not plans else {}) | plans
     several = len(variants) > 1
     rows: list[dict[str, Any]] = []
     results: dict[str, Any] = {"model": info.to_dict()}
     how: dict[str, Any] = {"limit": limit, "context_only": context_only, "bos": bos, "samples": several}
-    about = how | definition_of(names, include_path) | {"tokenizer": tokenizer_fingerprint(tokenizer)}
+    about = how | definition_of(asked, include_path) | {"tokenizer": tokenizer_fingerprint(tokenizer)}
     for name, each in variants.items():
 
         def measured(each: Any = each) -> dict[str, Any]:
             given = how | {"include_path": include_path, "batch_size": batch_size}
-            return evaluate_tasks(loaded, tokenizer, names, plan=each, **given)
+            return evaluate_tasks(loaded, tokenizer, asked, plan=each, **given)
 
-        found = kept.row(loaded, each, about, measured)
+        found = kept.of_model(loaded, each, about, measured)
         if several:
             rows.append({"name": name} | found)
         else:
@@ -93,16 +89,33 @@ def command(
     if folder is not None:
         write_json(folder / "tasks.json", results)
     if json:
-        print(json_module.dumps(finite(results), indent=2))
-        return 0
-    (_show_several if several else _show)(screen, results, folder)
+        print_json(results)
+    else:
+        _show(screen, results, folder)
     return 0
 
 
-def _show_several(screen: Any, results: dict[str, Any], folder: Path | None) -> None:
+def _show(screen: RichScreen, results: dict[str, Any], folder: Path | None) -> None:
+    rows = results.get("rows", [results])
+    first, several = rows[0], len(rows) > 1
+    of = ", ".join(row["name"] for row in rows) if several else "dense" if first["plan"] is None else "with a plan"
+    screen.heading(f"{results['model']['name']}{':' if several else ','} {of}")
+    screen.table(_compared(results) if several else _accuracies(results))
+    if several:
+        screen.say(f"Beneath: the difference from {first['name']}, paired row by row, with its standard error.")
+    screen.say(f"Requests begin with {'BOS' if first['bos'] else 'no BOS'}.")
+    for row in rows:
+        if (share := row["last_token_selected"]) is not None:
+            begin = f"{row['name']}: the" if several else "The"
+            updated = f"{100 * share:.1f} % of the cases"
+            screen.say(f"{begin} last token of a request was among those that a layer updated in {updated}.")
+    if folder is not None:
+        screen.say(f"Results: {folder / 'tasks.json'}")
+
+
+def _compared(results: dict[str, Any]) -> "Table":
     """Accuracies of all, and beneath each what it is more than the first, paired row by row."""
     rows, first = results["rows"], results["rows"][0]
-    screen.heading(f"{results['model']['name']}: {', '.join(row['name'] for row in rows)}")
     drawn = table_of("task", "rows", "metric", *(row["name"] for row in rows))
     for number, task in enumerate(first["tasks"]):
         values = [f"{100 * row['tasks'][number]['value']:.2f}" for row in rows]
@@ -110,13 +123,7 @@ def _show_several(screen: Any, results: dict[str, Any], folder: Path | None) -> 
         drawn.add_row("", "", "", "", *(_difference(results, row, number) for row in rows[1:]), style="dim")
     drawn.add_row("mean", "", "", *(f"{100 * row['mean']:.2f}" for row in rows), style="bold")
     drawn.add_row("", "", "", "", *(_difference(results, row) for row in rows[1:]), style="dim")
-    screen.table(drawn)
-    screen.say(f"Beneath: the difference from {first['name']}, paired row by row, with its standard error.")
-    screen.say(f"Requests begin with {'BOS' if first['bos'] else 'no BOS'}.")
-    for row in rows:
-        _say_last_token(screen, row, f"{row['name']}: the")
-    if folder is not None:
-        screen.say(f"Results: {folder / 'tasks.json'}")
+    return drawn
 
 
 def _difference(results: dict[str, Any], row: dict[str, Any], task: int | None = None) -> str:
@@ -128,30 +135,10 @@ def _difference(results: dict[str, Any], row: dict[str, Any], task: int | None =
     return f"{100 * found['mean']:+.2f}" + (f" ± {100 * error:.2f}" if error == error else "")
 
 
-def _show(screen: Any, results: dict[str, Any], folder: Path | None) -> None:
-    plan = results["plan"]
-    screen.heading(f"{results['model']['name']}, {'dense' if plan is None else 'with a plan'}")
+def _accuracies(results: dict[str, Any]) -> "Table":
     drawn = table_of("task", "rows", "metric", "accuracy", "standard error")
     for row in results["tasks"]:
-        error = row["standard_error"]
-        drawn.add_row(
-            row["task"],
-            str(row["rows"]),
-            row["metric"],
-            f"{100 * row['value']:.2f}",
-            "-" if error is None else f"{100 * error:.2f}",
-        )
+        error = "-" if row["standard_error"] is None else f"{100 * row['standard_error']:.2f}"
+        drawn.add_row(row["task"], str(row["rows"]), row["metric"], f"{100 * row['value']:.2f}", error)
     drawn.add_row("mean", "", "", f"{100 * results['mean']:.2f}", "", style="bold")
-    screen.table(drawn)
-    screen.say(f"Requests begin with {'BOS' if results['bos'] else 'no BOS'}.")
-    _say_last_token(screen, results, "The")
-    if folder is not None:
-        screen.say(f"Results: {folder / 'tasks.json'}")
-
-
-def _say_last_token(screen: Any, results: dict[str, Any], begin: str) -> None:
-    if results["last_token_selected"] is not None:
-        share = 100 * results["last_token_selected"]
-        screen.say(
-            f"{begin} last token of a request was among those that a layer updated in {share:.1f} % of the cases."
-        )
+    return drawn

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orthorank.commands.screen import MODEL, RichScreen, console
+from orthorank.commands.options import Model
+from orthorank.commands.screen import RichScreen, console
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import writable_folder
 
@@ -30,7 +31,7 @@ def command(
     output: Annotated[
         Path, typer.Option(help="Folder for the checkpoint, without files of one in it.", show_default=False)
     ],
-    model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
+    model: Model = None,
     dtype: Annotated[str | None, typer.Option(help=DTYPE, show_default=False)] = None,
 ) -> int:
     """Write a model without the layers that a plan removes, as an ordinary smaller checkpoint.

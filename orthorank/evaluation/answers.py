@@ -1,15 +1,11 @@
-"""What commands that let a model answer have in common: the prompt's BOS, greedy decoding, and rows that are kept."""
+"""What all have in common that let a model answer: the prompt's BOS, and greedy decoding."""
 
-import json
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from orthorank.common.errors import OrthoRankError
-from orthorank.common.files import from_json
 from orthorank.common.texts import Bos
 
 if TYPE_CHECKING:
@@ -60,46 +56,3 @@ def greedy(
         **settings,
     )
     return generated[0, ids.shape[1] :]
-
-
-def kept_rows(path: Path, what: str = "answers", **fields: type) -> dict[str, dict[str, Any]]:
-    """Rows that an earlier run kept, by their key. A last line without its end, of a killed process, is cut off.
-
-    Args:
-        path: a file of `keep`; there need be none. what: it is a file of, in the error's words.
-        fields: what each row has beside its key, and of which type.
-
-    Raises:
-        OrthoRankError: it cannot be read, or holds something else.
-    """
-    if not path.exists():
-        return {}
-    try:
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            os.truncate(path, len(whole))
-    except OSError as error:
-        raise OrthoRankError(f"{path} cannot be read: {error.strerror}") from error
-    known = {}
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            row = from_json(line.decode("utf-8"))
-            known[row["key"]] = row
-            if not all(isinstance(row[name], kind) for name, kind in fields.items()):
-                raise ValueError("a row has a field of another type")
-        except (ValueError, KeyError, TypeError) as error:
-            raise OrthoRankError(
-                f"{path} is no file of {what} (line {number}); delete it, or name another output folder"
-            ) from error
-    return known
-
-
-def keep(path: Path, row: dict[str, Any]) -> None:
-    """Add ``row``, which has a ``key``, to the JSONL file ``path``."""
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-    except OSError as error:
-        raise OrthoRankError(f"{path} cannot be written: {error.strerror}") from error

@@ -20,7 +20,8 @@ from orthorank.common.paired import mean_of, rise_of
 from orthorank.common.texts import check_ids
 from orthorank.config import OrthoRankConfig
 from orthorank.evaluation.answer_cache import as_before, owner_of
-from orthorank.evaluation.answers import greedy, keep, kept_rows
+from orthorank.evaluation.answers import greedy
+from orthorank.evaluation.kept import KeptRows
 from orthorank.evaluation.prompts import Prompt
 from orthorank.hf.apply import apply, check_plan, context
 from orthorank.hf.families import device_of
@@ -81,18 +82,15 @@ def compare_plans(
     settings = {"max_new_tokens": max_new_tokens, "pads": tokenizer.pad_token_id}
     owner: list[Any] = [[name, owner_of(model, plan, False, settings)] for name, plan in plans.items()]
     owners = owner, [[name, as_before(each)] for name, each in owner]
-    known = {} if kept is None else kept_rows(kept, row=dict)
+    answered = KeptRows(kept, "answers")
     rows = []
     for number, (prompt, ids) in enumerate(zip(prompts, inputs, strict=True), 1):
+
+        def measure(prompt: Prompt = prompt, ids: list[int] = ids) -> dict[str, Any]:
+            return {"prompt": prompt.text, "tokens": len(ids)} | _row(model, tokenizer, plans, ids, max_new_tokens)
+
         key, before = (_key(ids, each) for each in owners)
-        if key not in known and before in known:
-            key = before
-        if key not in known:
-            row = {"prompt": prompt.text, "tokens": len(ids)} | _row(model, tokenizer, plans, ids, max_new_tokens)
-            known[key] = {"key": key, "row": row}
-            if kept is not None:
-                keep(kept, known[key])
-        rows.append(known[key]["row"])
+        rows.append(answered.get(key, measure, before))
         if on_prompt is not None:
             on_prompt(number, len(inputs))
     return {"prompts": rows, "plans": {name: _summary(name, rows) for name in plans}}

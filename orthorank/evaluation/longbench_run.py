@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthorank.common.errors import OrthoRankError
-from orthorank.evaluation.answers import keep, kept_rows
+from orthorank.evaluation.kept import keep, kept_rows
 from orthorank.evaluation.longbench import Question, answer, score, summary
 
 if TYPE_CHECKING:

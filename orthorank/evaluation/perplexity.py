@@ -137,6 +137,12 @@ def perplexity(
     )
 
 
+def check_window(window: int) -> None:
+    """``window`` holds a token that is predicted."""
+    if window < 2:
+        raise OrthoRankError(f"window is {window}; it must be at least 2, since the first token is not predicted")
+
+
 def auto_batch_size(model: "PreTrainedModel", window: int) -> int:
     """Windows that fit into the device's free memory together, 1 to 16, with their logits and a layer's states.
 
@@ -155,8 +161,7 @@ def _windows(
     input_ids: Tensor | None, text: str | None, tokenizer: Any, window: int, bos: str
 ) -> tuple[Tensor, str | None, str | None]:
     """``[windows, tokens]`` tokens, the hash of the text, and the BOS policy."""
-    if window < 2:
-        raise OrthoRankError(f"window is {window}; it must be at least 2, since the first token is not predicted")
+    check_window(window)
     if input_ids is None:
         if text is None:
             raise OrthoRankError("neither input_ids nor text is given; give one of them")

@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from orthorank.common import format as words
@@ -20,7 +19,7 @@ from orthorank.common.paired import is_within, rise_of
 from orthorank.common.progress import SilentScreen
 from orthorank.config import FILE_NAME, OrthoRankConfig
 from orthorank.correction import FILE_NAME as MAPS
-from orthorank.evaluation.answers import keep, kept_rows
+from orthorank.evaluation.kept import KeptRows
 from orthorank.evaluation.perplexity import perplexity
 from orthorank.hf.apply import apply
 from orthorank.search.job import NEWER, Job, NothingWithin, Outcome, plan_of
@@ -87,8 +86,7 @@ def _sentence(rows: list[dict[str, Any]], most: float) -> str:
 
 def _measured(job: Job, outcome: Outcome, most: float, with_maps: WithMaps) -> list[dict[str, Any]]:
     """Rows of the prefixes, fewest FLOPs first: up to the first that is within, and what was measured before."""
-    file = job.folder.path / PREFIXES
-    known = kept_rows(file, "measured plans", row=dict)
+    kept = KeptRows(job.folder.path / PREFIXES, "measured plans")
     paths = [outcome.order[:count] for count in range(1, len(outcome.order) + 1)]
     costs = {len(path): _cost(job, path) for path in paths}
     rows: list[dict[str, Any]] = []
@@ -97,19 +95,19 @@ def _measured(job: Job, outcome: Outcome, most: float, with_maps: WithMaps) -> l
     quiet.screen = SilentScreen()  # one bar at a time
     try:
         with job.screen.progress("plans on held-out windows", 1 + len(paths)) as advance:
-            dense = _losses(quiet, [], known, file, with_maps)
+            dense = _losses(quiet, [], kept, with_maps)
             for number, path in enumerate(sorted(paths, key=lambda path: (costs[len(path)], len(path))), 1):
-                if over and _key(job, path) not in known:
+                if over and _key(job, path) not in kept.known:
                     continue
-                losses = _losses(quiet, path, known, file, with_maps)
+                losses = _losses(quiet, path, kept, with_maps)
                 row = {"layers": path, "flops": round(costs[len(path)], 6), **rise_of(dense, losses)}
                 rows.append(row | {"window_losses": losses})
                 over = over or is_within(row, most)
                 advance(1 + number, f"{len(path)} layers: {row['mean']:+.4f} ± {row['standard_error']:.4f}")
     except KeyboardInterrupt:
         raise OrthoRankError(
-            f"interrupted after {len(known)} measured plans, the dense model among them; go on with the same command "
-            "and --resume"
+            f"interrupted after {len(kept.known)} measured plans, the dense model among them; go on with the same "
+            "command and --resume"
         ) from None
     return rows
 
@@ -128,15 +126,12 @@ def _key(job: Job, layers: list[int]) -> str:
     return hashlib.sha256(about.encode()).hexdigest()[:24]
 
 
-def _losses(
-    job: Job, layers: list[int], known: dict[str, dict[str, Any]], file: Path, with_maps: WithMaps
-) -> list[float]:
+def _losses(job: Job, layers: list[int], kept: KeptRows, with_maps: WithMaps) -> list[float]:
     """Mean loss of each held-out window with these layers changed, and maps as the final plan has them."""
-    key = _key(job, layers)
-    if key not in known:
-        ids = job.calibration.held_out
+
+    def measure() -> dict[str, Any]:
         with apply(job.model, with_maps(job, plan_of(job, Outcome(layers)))) if layers else nullcontext():
-            found = perplexity(job.model, ids)
-        known[key] = {"key": key, "row": {"layers": layers, "losses": list(found.window_losses)}}
-        keep(file, known[key])
-    return [float(loss) for loss in known[key]["row"]["losses"]]
+            found = perplexity(job.model, job.calibration.held_out)
+        return {"layers": layers, "losses": list(found.window_losses)}
+
+    return [float(loss) for loss in kept.get(_key(job, layers), measure)["losses"]]

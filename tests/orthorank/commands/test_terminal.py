@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.padding import Padding
 from rich.text import Text
 
 from orthorank.cli import main
@@ -47,22 +46,23 @@ def test_a_log_says_what_is_begun(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_headings_sentences_and_tables(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    from orthorank.commands.search import table
+    from orthorank.commands.search import show
 
     screen, out = terminal(monkeypatch)
     screen.heading(name)
     screen.say(name)
     row: dict[str, Any] = {"name": name, "layers": [1], "loss": 1.0, "perplexity": 2.0, "flop_speedup": 1.0}
-    screen.console.print(Padding(table({"rows": [row]}), 1))
+    show(screen, {"rows": [row], "plan_file": name}, "orthorank demo")
     screen.console.print(name)
-    assert Text.from_ansi(out.getvalue()).plain.count(name) == 4
+    assert Text.from_ansi(out.getvalue()).plain.count(name) == 5
 
 
-def test_a_search_says_how_its_plan_is_used(capsys: pytest.CaptureFixture[str]) -> None:
-    from orthorank.commands.search import run, table
-
+def test_a_search_says_how_its_plan_is_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = {"rows": [], "plan_file": "out/orthorank.json"}
-    assert run("./my model", Path("out"), lambda _: found, table) == 0
+    monkeypatch.setattr("orthorank.search.run.run_search", lambda settings, screen: found)
+    assert main(["search", "./my model", "--output", "out"]) == 0
     assert "use it with orthorank demo './my model' --plan out" in " ".join(capsys.readouterr().out.split())
 
 
