@@ -44,13 +44,6 @@ class AnalysisSettings:
         check_bos(self.bos)
         check_criterion(self.criterion)
 
-    def read_plans(self) -> dict[str, OrthoRankConfig]:
-        """The plans by a title; raises when one cannot be read."""
-        from orthorank.speed.bench import variant_names
-
-        plans = [OrthoRankConfig.from_pretrained(path) for path in self.plans]
-        return dict(zip(variant_names(plans), plans, strict=True))
-
 
 def run_analysis(settings: AnalysisSettings, screen: Screen) -> dict[str, Any]:
     """Measure, draw, and write ``analysis.json``; what was measured is also returned."""
@@ -59,10 +52,11 @@ def run_analysis(settings: AnalysisSettings, screen: Screen) -> dict[str, Any]:
     from orthorank.analysis.similarity import measure_similarities
     from orthorank.common.texts import Bos, find_text, read_tokens
     from orthorank.models import load_model, locate
+    from orthorank.speed.bench import read_plans
     from orthorank.stack.layers import LayerStack
     from orthorank.stack.sink import detect_sink
 
-    plans = settings.read_plans()
+    plans = read_plans(settings.plans)
     text = find_text(settings.text)
     folder = writable_folder(settings.output)
     say_replaced(screen, folder, "analysis.json")

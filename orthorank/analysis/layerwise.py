@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from orthorank.common.errors import OrthoRankError
+from orthorank.common.paired import paired
 
 if TYPE_CHECKING:
     from orthorank.stack.layers import LayerStack
@@ -44,15 +45,12 @@ class LayerComparison:
     @property
     def margin(self) -> float:
         """Mean over windows of the second loss minus the first, in nats: positive where the first is better."""
-        return statistics.fmean(b - a for a, b in zip(self.losses, self.other_losses, strict=True))
+        return paired(self.losses, self.other_losses)[0]
 
     @property
     def standard_error(self) -> float:
         """Of the margin, from the spread between windows (paired); NaN for a single window."""
-        if len(self.losses) < 2:
-            return math.nan
-        spread = statistics.stdev(b - a for a, b in zip(self.losses, self.other_losses, strict=True))
-        return spread / math.sqrt(len(self.losses))
+        return paired(self.losses, self.other_losses)[1]
 
     def to_dict(self) -> dict[str, Any]:
         """Losses and the figures drawn from them, as JSON stores them."""

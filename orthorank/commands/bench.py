@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from orthorank.commands.bench_shared import counted, deliver, refuse, shipped, show_rows
-from orthorank.commands.loading import load, read_plans
+from orthorank.commands.loading import load
 from orthorank.commands.options import Criteria, Device, Dtype, Model, numbers, register
 from orthorank.commands.screen import RichScreen, console
 from orthorank.common.errors import OrthoRankError, check_choice
@@ -84,7 +84,7 @@ def command(
     ratios within a round. GPUs are timed by CUDA events, CPUs and vLLM by the wall clock.
     """
     from orthorank.commands import bench_random, bench_vllm
-    from orthorank.speed.bench import BenchSettings, run_bench
+    from orthorank.speed.bench import BenchSettings, read_plans, run_bench
     from orthorank.speed.bench_results import results_of
 
     register(criterion)

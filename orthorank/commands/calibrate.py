@@ -12,10 +12,6 @@ from orthorank.common.files import check_free, writable_folder
 from orthorank.common.texts import Bos, check_bos, find_text, halves_of, join_texts
 
 if TYPE_CHECKING:
-    from rich.table import Table
-    from torch import Tensor
-
-    from orthorank.common.progress import Screen
     from orthorank.config import OrthoRankConfig
 
 OUTPUT = Path("orthorank-calibrate")
@@ -61,6 +57,7 @@ def command(
     folder = writable_folder(output)
     screen = RichScreen(console())
 
+    from orthorank.calibration.results import selected_shares
     from orthorank.calibration.thresholds import calibrate
     from orthorank.plans import default_plan
 
@@ -80,42 +77,18 @@ def command(
             on_layer=lambda done, _, tau: advance(done, "" if tau is None else f"threshold {tau:.4g}"),
         )
     found.calibration["thresholds"] |= {"text": source.name, "text_sha256": source.sha256, "bos": where.policy}
-    checked = _check(screen, loaded, found, samples.held_out)
+    held_out = selected_shares(screen, loaded, found, samples.held_out)
     path = found.save_pretrained(folder)
-    screen.table(table(found, checked))
+    drawn = table_of("layer", "keep ratio", "threshold", "calibrated", "second half", left=0)
+    for layer in found.selecting:
+        shares = found.ratio(layer), found.calibration["thresholds"]["achieved"][str(layer)], held_out[layer]
+        wanted, here, there = (f"{share:.4f}" for share in shares)
+        drawn.add_row(str(layer), wanted, f"{found.thresholds[layer]:.6g}", here, there)
+    screen.table(drawn)
     for sentence in remarks(found):
         screen.say(sentence)
     screen.say(f"Plan: {path}; use it with {call('demo', model, '--plan', output)}")
     return 0
-
-
-def _check(screen: "Screen", model: Any, plan: "OrthoRankConfig", held_out: "Tensor") -> dict[int, float]:
-    """The share of tokens that each layer updates on the second half of the text; noted in ``plan.measured``."""
-    from orthorank.evaluation import perplexity
-    from orthorank.hf.apply import apply
-
-    with apply(model, plan) as handle, screen.progress("second half of the text", len(held_out)) as advance:
-        result = perplexity(model, held_out, on_window=lambda done, _, value: advance(done, f"perplexity {value:.2f}"))
-        achieved = {layer: handle.stats[layer].achieved_ratio or 0.0 for layer in plan.selecting}
-    plan.measured = {
-        "perplexity": result.perplexity,
-        "seq_len": result.window,
-        "windows": result.windows,
-        "text": "second half of the calibration text",
-        "achieved": {str(layer): round(share, 6) for layer, share in achieved.items()},
-    }
-    return achieved
-
-
-def table(plan: "OrthoRankConfig", held_out: dict[int, float]) -> "Table":
-    """Each selecting layer's threshold, and the shares of tokens below it."""
-    drawn = table_of("layer", "keep ratio", "threshold", "calibrated", "second half", left=0)
-    achieved = plan.calibration["thresholds"]["achieved"]
-    for layer in plan.selecting:
-        shares = (plan.ratio(layer), achieved[str(layer)], held_out[layer])
-        wanted, here, there = (f"{share:.4f}" for share in shares)
-        drawn.add_row(str(layer), wanted, f"{plan.thresholds[layer]:.6g}", here, there)
-    return drawn
 
 
 def remarks(plan: "OrthoRankConfig") -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orthorank.commands.eval_ppl import measure, settings_of
-from orthorank.commands.loading import load, read_plans
+from orthorank.commands.loading import load
 from orthorank.commands.options import BosChoice, Criteria, Device, Dtype, Model, number, register
 from orthorank.commands.screen import RichScreen, console, print_json, table_of
 from orthorank.common import format as words
@@ -69,6 +69,7 @@ def command(
     from orthorank.evaluation.perplexity import check_window
     from orthorank.evaluation.prompts import sample_prompts
     from orthorank.report.page import render
+    from orthorank.speed.bench import read_plans
 
     most = number("--max-loss", max_loss)
     check_max_loss(most)

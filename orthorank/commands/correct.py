@@ -1,10 +1,8 @@
 """``orthorank correct``: maps for a plan, which put back part of what its layers leave out."""
 
-import dataclasses
 import math
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,11 +14,7 @@ from orthorank.common.files import check_free, user_path, writable_folder
 from orthorank.common.texts import Bos, Text, check_bos, find_text, halves_of, join_texts, remark_on
 
 if TYPE_CHECKING:
-    from rich.table import Table
-    from torch import Tensor
-
-    from orthorank.common.progress import Screen
-    from orthorank.config import OrthoRankConfig
+    pass
 
 OUTPUT = Path("orthorank-correct")
 TEXT = "UTF-8 text file to fit on; give one of every kind you will process. Default: the documentation of Python."
@@ -32,10 +26,6 @@ SHARES = "How the texts share the windows, such as 2,1: in the order of --text, 
 DISTILL = "Steps to train the fitted maps toward the dense model's next tokens, each about 3 forwards of 2 windows."
 SPILL = "Folder to keep the windows' hidden states in, until the end of the fit. Default: in memory."
 RESUME = "Go on with the fit whose state is in the output folder; begin one if there is none. A finished one stays."
-FOLLOWED = (  # of a plan, what its maps leave as it is
-    *("ratios", "criterion", "seed", "select", "select_window", "keep_multiple", "keep_last"),
-    *("min_prompt", "decode", "kv", "update_sink", "sinks"),
-)
 STATE = "correct-state.safetensors"
 DISTILLING = "distill-state.safetensors"
 
@@ -101,8 +91,11 @@ def command(
     folder = writable_folder(output)
     screen = RichScreen(console())
 
+    import torch
+
     from orthorank.calibration.corrections import fit_correction
     from orthorank.calibration.distilling import distill_correction
+    from orthorank.calibration.results import corrected_losses, is_of
     from orthorank.plans import default_plan
 
     loaded, tokenizer, info = load(screen, model, device, dtype, device_map=device_map)
@@ -121,11 +114,9 @@ def command(
     size = windows * window * loaded.config.get_text_config().hidden_size * loaded.dtype.itemsize
     place = "in memory" if spill is None else f"in {spill}"
     screen.say(f"States kept {place}: {(2 if target == 'dense' else 1) * size / 2**20:,.0f} MiB")
-    import torch
-
     ids = torch.cat([each.calibration for each in samples])
     if done is not None:
-        if not _is_of(done, loaded, ids, followed, distill, rank=rank, target=target):
+        if not is_of(done, loaded, ids, followed, distill, rank=rank, target=target):
             check_free(output)
         screen.say(f"This fit is finished: {folder / 'orthorank.json'}, maps beside it.")
         return 0
@@ -159,12 +150,15 @@ def command(
         ],
         "bos": where.policy,
     }
-    losses = _measure(screen, loaded, followed, found, [each.held_out for each in samples])
+    losses = corrected_losses(screen, loaded, followed, found, [each.held_out for each in samples])
     found.measured = {"held_out": [{"text": each.name} | loss for each, loss in zip(sources, losses, strict=True)]}
     path = found.save_pretrained(folder)
     for state in states:
         state.unlink(missing_ok=True)
-    screen.table(table(found))
+    drawn = table_of("layer", "keep ratio", "explained", left=0)
+    for layer, share in found.calibration["correction"]["explained"].items():
+        drawn.add_row(layer, f"{found.ratio(int(layer)):.4f}", f"{share:.1%}")
+    screen.table(drawn)
     screen.say("explained: the share of what a layer leaves out that its map puts back, on held-out windows.")
     if distill:
         first, last = found.calibration["correction"]["distilled"]["kl"]
@@ -172,25 +166,12 @@ def command(
             f"Then distilled for {distill} steps; the table is of the maps before that. KL from the dense model: "
             f"{first:.3f} nats a token in the first steps, {last:.3f} in the last."
         )
-    screen.table(loss_table([each.name for each in sources], losses))
+    drawn = table_of("loss on the second half of", *losses[0], "won back")
+    for each, loss in zip(sources, losses, strict=True):
+        drawn.add_row(each.name, *(f"{figure:.4f}" for figure in (*loss.values(), loss["plan"] - loss["corrected"])))
+    screen.table(drawn)
     screen.say(f"Plan: {path}, maps beside it; use it with {call('eval ppl', model, '--plan', output)}")
     return 0
-
-
-def _is_of(
-    done: "OrthoRankConfig", model: Any, ids: "Tensor", plan: "OrthoRankConfig", distill: int, **how: Any
-) -> bool:
-    """Whether ``done`` is the plan that a fit of these windows would end with."""
-    from orthorank.calibration.windows import record_of
-    from orthorank.hf.provenance import differing, weights_fingerprint
-
-    record = done.calibration.get("correction")
-    if not isinstance(record, dict) or any(record.get(name) != value for name, value in (record_of(ids) | how).items()):
-        return False
-    apart = differing(record.get("model_fingerprint"), weights_fingerprint(model))
-    steps = record["distilled"]["steps"] if "distilled" in record else 0
-    same = [name for name in FOLLOWED if getattr(done, name) == getattr(plan, name)]
-    return len(same) == len(FOLLOWED) and steps == distill and apart is not None and apart[0] == 0
 
 
 def _sources(texts: list[Path], datasets: list[str]) -> list[Text]:
@@ -232,38 +213,3 @@ def _share(shares: str, part: str) -> float:
     if not (share > 0 and math.isfinite(share)):
         raise OrthoRankError(f"--shares is {shares!r}; it must be numbers above 0 with commas between, such as 2,1")
     return share
-
-
-def _measure(
-    screen: "Screen", model: Any, before: "OrthoRankConfig", after: "OrthoRankConfig", held_out: "list[Tensor]"
-) -> list[dict[str, float]]:
-    """The loss on each text's second half, in nats a token: dense, with the plan as it was, and corrected."""
-    from orthorank.evaluation import perplexity
-    from orthorank.hf.apply import apply
-
-    plans = {"dense": None, "plan": dataclasses.replace(before, correction=None), "corrected": after}
-    losses: list[dict[str, float]] = [{} for _ in held_out]
-    with screen.progress("second halves of the texts", len(plans) * len(held_out)) as advance:
-        for number, (name, plan) in enumerate(plans.items()):
-            with nullcontext() if plan is None else apply(model, plan):
-                for i, windows in enumerate(held_out):
-                    losses[i][name] = round(perplexity(model, windows).loss, 4)
-                    advance(number * len(held_out) + i + 1, name)
-    return losses
-
-
-def table(plan: "OrthoRankConfig") -> "Table":
-    """What each layer's map explains on windows that it was not fitted to."""
-    drawn = table_of("layer", "keep ratio", "explained", left=0)
-    for layer, share in plan.calibration["correction"]["explained"].items():
-        drawn.add_row(layer, f"{plan.ratio(int(layer)):.4f}", f"{share:.1%}")
-    return drawn
-
-
-def loss_table(names: list[str], losses: list[dict[str, float]]) -> "Table":
-    """Losses on the second half of each text, and how much of the plan's rise the maps win back."""
-    drawn = table_of("loss on the second half of", *losses[0], "won back")
-    for name, loss in zip(names, losses, strict=True):
-        figures = [*loss.values(), loss["plan"] - loss["corrected"]]
-        drawn.add_row(name, *(f"{figure:.4f}" for figure in figures))
-    return drawn

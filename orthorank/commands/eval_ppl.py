@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orthorank.commands.loading import load, read_plans
+from orthorank.commands.loading import load
 from orthorank.commands.options import BosChoice, Criteria, Device, Dtype, Model, register
 from orthorank.commands.screen import RichScreen, console, print_json, table_of
 from orthorank.common import format as words
@@ -48,6 +48,7 @@ def command(
     from orthorank.evaluation.kept import KeptRows
     from orthorank.evaluation.perplexity import check_window
     from orthorank.hf.apply import apply
+    from orthorank.speed.bench import read_plans
 
     check_window(window)
     check_bos(bos)

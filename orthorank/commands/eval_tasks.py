@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orthorank.commands.loading import load, read_plans
+from orthorank.commands.loading import load
 from orthorank.commands.options import BosChoice, Criteria, Device, Dtype, Model, names, register
 from orthorank.commands.screen import RichScreen, console, print_json, table_of
 from orthorank.common.errors import OrthoRankError, check_integers
@@ -51,6 +51,7 @@ def command(
     from orthorank.evaluation.answer_cache import tokenizer_fingerprint
     from orthorank.evaluation.kept import KeptRows
     from orthorank.evaluation.task_scores import check_harness, definition_of, evaluate_tasks, task_differences
+    from orthorank.speed.bench import read_plans
 
     asked = names(tasks)
     check_integers({"limit": limit, "batch_size": batch_size}, limit=1, batch_size=1)

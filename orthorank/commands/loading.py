@@ -1,4 +1,4 @@
-"""What commands load: a model, and the plans that are named for it."""
+"""What commands load: a model, on which the plans that are named are checked."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,15 +8,6 @@ from orthorank.commands.screen import RichScreen
 if TYPE_CHECKING:
     from orthorank.config import OrthoRankConfig
     from orthorank.models import ModelInfo
-
-
-def read_plans(paths: Sequence[str] | None) -> "dict[str, OrthoRankConfig]":
-    """The plans at ``paths``, by a name for each that says what it does."""
-    from orthorank.config import OrthoRankConfig
-    from orthorank.speed.bench import variant_names
-
-    plans = [OrthoRankConfig.from_pretrained(path) for path in paths or ()]
-    return dict(zip(variant_names(plans), plans, strict=True))
 
 
 def load(
@@ -31,7 +22,8 @@ def load(
     """`orthorank.models.load_model`, with a bar.
 
     Args:
-        plans: from `read_plans` of ``paths``: they fit the model, else this raises, and the screen says which is which.
+        plans: from `orthorank.speed.bench.read_plans` of ``paths``: they fit the model, else this raises, and the
+            screen says which is which.
     """
     from orthorank.hf.apply import check_plan
     from orthorank.models import load_model, locate

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, reason_of
 from orthorank.common.files import user_path
 from orthorank.common.texts import Text, find_text
 from orthorank_kernels.remedies import install
@@ -193,13 +193,12 @@ def rows_of(dataset: str, recipe: Recipe, folder: Path | None, most: int | None 
             f"dataset {dataset!r} has no {error}; its split {recipe.split} needs a column text"
         ) from error
     except Exception as error:  # the library's own errors, those of the hub, of arrow and of the file formats
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         remedy = (
             "check the folder"
             if folder
             else f"where the hub cannot be reached, name a local copy ({dataset}:FOLDER) or a text file (--text)"
         )
-        raise OrthoRankError(f"dataset {dataset!r} cannot be loaded: {reason[:200]}; {remedy}") from error
+        raise OrthoRankError(f"dataset {dataset!r} cannot be loaded: {reason_of(error)}; {remedy}") from error
 
 
 def _load(dataset: str, recipe: Recipe, folder: Path | None) -> Any:

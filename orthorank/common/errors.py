@@ -116,6 +116,15 @@ def with_article(name: str) -> str:
     return f"{'an' if name[0] in 'aeioAEIO' or name == 'ndarray' else 'a'} {name}"
 
 
+def reason_of(error: Exception) -> str:
+    """What the error of another library says, in one line of bounded length.
+
+    >>> reason_of(OSError("\\n  no room\\nleft")), reason_of(KeyError())
+    ('no room', 'KeyError')
+    """
+    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 # Of what a run that goes on must have in common, what is kept as a hash.
 HASHED = {
     "ids_sha256": "calibration text or windows",

@@ -48,6 +48,23 @@ def _short(path: str | os.PathLike[str]) -> str:
     return repr(said) if len(said) <= 200 else f"{said[:24] + '...'!r} ({len(said)} characters)"
 
 
+def read_text(name: str, path: str | os.PathLike[str]) -> str:
+    """What the UTF-8 file ``path`` holds, without a byte order mark, its line ends as they are.
+
+    Raises:
+        OrthoRankError: it cannot be read, or is something else; ``name`` is the argument's.
+    """
+    file = user_path(name, path)
+    if file.is_dir():
+        raise OrthoRankError(f"{name} {str(path)!r} is a folder; name a UTF-8 text file")
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise OrthoRankError(f"{name} {str(path)!r} cannot be read: {error.strerror}; check the path") from error
+    except UnicodeDecodeError as error:
+        raise OrthoRankError(f"{name} {str(path)!r} is not a UTF-8 text file (byte {error.start})") from error
+
+
 def read_json(file: Path, most: int | None = None) -> Any:
     """What the JSON file ``file`` holds.
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from orthorank.common.errors import OrthoRankError, shown
+from orthorank.common.errors import OrthoRankError, reason_of, shown
 from orthorank_kernels._version import __version__
 from orthorank_kernels.remedies import install
 
@@ -140,5 +140,5 @@ def _reason(error: Exception, place: Place, what: str) -> str:
         return "you are not logged in; run `hf auth login`, or give a token"
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
         return "the token may not do this; log in with one that may write, with `hf auth login`, or give it"
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    said = reason_of(error)
     return f"{said}; try again" if isinstance(error, errors.HTTPError) else said

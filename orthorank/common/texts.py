@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthorank.common.errors import OrthoRankError, check_choice, check_integer
-from orthorank.common.files import user_path
+from orthorank.common.files import read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,15 +121,7 @@ def find_text(path: str | Path | None = None) -> Text:
     """
     if path is None:
         return _standard_library()
-    file = user_path("text", path)
-    if file.is_dir():
-        raise OrthoRankError(f"text {str(path)!r} is a folder; name a UTF-8 text file")
-    try:
-        content = file.read_bytes().decode("utf-8-sig")  # as it is: reading as text would rewrite line ends
-    except OSError as error:
-        raise OrthoRankError(f"text {str(path)!r} cannot be read: {error.strerror}; check the path") from error
-    except UnicodeDecodeError as error:
-        raise OrthoRankError(f"text {str(path)!r} is not a UTF-8 text file (byte {error.start})") from error
+    content = read_text("text", path)
     if not content.strip():
         raise OrthoRankError(f"text {str(path)!r} is empty; name a file with some thousand words")
     return Text(str(path), content)
@@ -289,6 +281,11 @@ def halves_of(
         name=f"the text ({source.name})",
         leading=where.leading,
     )
+
+
+def ids_sha256(ids: "Tensor") -> str:
+    """A hash of token ids, as little-endian int64, whatever their shape."""
+    return hashlib.sha256(ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def spread(tokens: "Tensor", windows: int, length: int, leading: int | None = None) -> "Tensor":

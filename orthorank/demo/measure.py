@@ -1,12 +1,12 @@
 """Perplexity, prefill speed and answers of the dense model and of the plans."""
 
-import math
-import statistics
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 from orthorank.common import format as words
+from orthorank.common.files import finite
+from orthorank.common.paired import paired
 from orthorank.config import OrthoRankConfig
 from orthorank.demo.correct import Plans
 from orthorank.demo.run import Run
@@ -107,18 +107,15 @@ def _add_perplexity(run: Run, variants: Variants) -> None:
                 "differences": _differences(losses),
             }
             if plan is not None:
-                row["above_dense"] = paired(losses[row["name"]], losses["dense"])
+                row["above_dense"] = _above(losses[row["name"]], losses["dense"])
             run.save()
 
 
 def _add_speed(run: Run, variants: Variants) -> None:
-    import torch
-
     from orthorank.evaluation import time_prefill
+    from orthorank.speed.bench import random_prompt
 
-    length, vocabulary = _prompt_tokens(run), run.model.config.get_text_config().vocab_size
-    prompt = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
-    rounds = run.settings.rounds
+    rounds, prompt = run.settings.rounds, random_prompt(run.model, 1, _prompt_tokens(run))
     with run.screen.progress("prefill speed", rounds) as advance:
         report = time_prefill(
             run.model, variants, prompt, rounds=rounds, on_round=lambda done, total: advance(done, f"of {total} rounds")
@@ -169,15 +166,11 @@ def _measured(run: Run, name: str) -> dict[str, Any]:
 def _differences(losses: dict[str, Sequence[float]]) -> list[dict[str, Any]]:
     """Each pair of rows that is measured: the mean difference of their losses, in nats a token."""
     pairs = [(of, against) for of, against in PAIRS if {of, against} <= set(losses)]
-    return [{"of": of, "against": against} | paired(losses[of], losses[against]) for of, against in pairs]
+    return [{"of": of, "against": against} | _above(losses[of], losses[against]) for of, against in pairs]
 
 
-def paired(losses: Sequence[float], others: Sequence[float]) -> dict[str, float | None]:
-    """The mean of ``losses - others`` over windows, and its standard error; None for a single window.
-
-    >>> paired([1.0, 2.5], [1.5, 2.0])
-    {'mean': 0.0, 'standard_error': 0.5}
-    """
-    found = [a - b for a, b in zip(losses, others, strict=True)]
-    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None
-    return {"mean": statistics.mean(found), "standard_error": error}
+def _above(losses: Sequence[float], others: Sequence[float]) -> dict[str, float | None]:
+    """The mean of ``losses - others`` over windows, and its standard error; None for a single window."""
+    mean, error = paired(others, losses)
+    found: dict[str, float | None] = finite({"mean": mean, "standard_error": error})
+    return found

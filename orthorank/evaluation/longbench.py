@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, reason_of
 from orthorank.common.files import from_json, user_path
 from orthorank.evaluation.answers import greedy, with_bos
 from orthorank.hf.families import device_of
@@ -125,10 +125,9 @@ def hub_questions(names: list[str]) -> Iterator[Question]:
         try:
             rows = list(datasets.load_dataset(HUB, name, split="test"))
         except Exception as error:  # of the hub, the library itself, or arrow
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise OrthoRankError(
-                f"LongBench's {name} cannot be loaded from the hub ({HUB}): {reason[:200]}; where there is no network, "
-                "name a JSONL file with --data"
+                f"LongBench's {name} cannot be loaded from the hub ({HUB}): {reason_of(error)}; where there is no "
+                "network, name a JSONL file with --data"
             ) from error
         for index, row in enumerate(rows):
             yield Question(name, index, template(row), tuple(row["answers"]), tuple(row.get("all_classes") or ()))

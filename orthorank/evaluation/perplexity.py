@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from orthorank.common.errors import OrthoRankError, check_integer
-from orthorank.common.texts import Bos, Text, beginning_with, tokenize
+from orthorank.common.paired import mean_of
+from orthorank.common.texts import Bos, Text, beginning_with, ids_sha256, tokenize
 from orthorank.hf.families import device_of
 
 if TYPE_CHECKING:
@@ -59,10 +60,7 @@ class PerplexityResult:
     @property
     def standard_error(self) -> float:
         """Of ``loss``, from the spread between windows; NaN for a single one."""
-        if self.windows < 2:
-            return math.nan
-        variance = sum((loss - self.loss) ** 2 for loss in self.window_losses) / (self.windows - 1)
-        return math.sqrt(variance / self.windows)
+        return mean_of(self.window_losses)[1]
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON stores them."""
@@ -133,7 +131,7 @@ def perplexity(
         predictions=cut.shape[0] * (cut.shape[1] - 1),
         bos=policy,
         text_sha256=sha256,
-        ids_sha256=hashlib.sha256(cut.cpu().numpy().astype("<i8").tobytes()).hexdigest(),
+        ids_sha256=ids_sha256(cut),
     )
 
 

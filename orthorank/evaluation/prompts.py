@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthorank.common.errors import OrthoRankError, check_integer
-from orthorank.common.files import from_json, user_path
+from orthorank.common.files import from_json, read_text
 from orthorank.evaluation.answers import with_bos
 
 if TYPE_CHECKING:
@@ -96,14 +96,8 @@ def sample_prompts(path: str | Path, sample: int | None = None) -> tuple[list[Pr
 
 def _lines(path: str | Path) -> tuple[list[tuple[int, str]], bool]:
     """The lines of the file that are not empty, each with its number, and whether they are JSON."""
-    file = user_path("prompts", path)
-    try:
-        content = file.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise OrthoRankError(f"prompts {str(path)!r} cannot be read: {error.strerror}; check the path") from error
-    except UnicodeDecodeError as error:
-        raise OrthoRankError(f"prompts {str(path)!r} is not a UTF-8 text file (byte {error.start})") from error
-    lines = [(number, line.strip()) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+    content = read_text("prompts", path).split("\n")
+    lines = [(number, line.strip()) for number, line in enumerate(content, 1) if line.strip()]
     if not lines:
         raise OrthoRankError(f"prompts {str(path)!r} is empty; give one prompt a line")
     if _ARRAY.match(lines[0][1]):
@@ -111,7 +105,7 @@ def _lines(path: str | Path) -> tuple[list[tuple[int, str]], bool]:
             f"prompts {str(path)!r} begins a JSON array; give JSON lines, one object a line, without [ and "
             "commas, as jq -c '.[]' writes them"
         )
-    return lines, file.suffix == ".jsonl" or lines[0][1].startswith("{")
+    return lines, Path(path).suffix == ".jsonl" or lines[0][1].startswith("{")
 
 
 def _parsed(where: str, line: str) -> Prompt:

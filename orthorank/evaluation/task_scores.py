@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, reason_of
 from orthorank.common.paired import paired
 from orthorank.common.texts import adds_bos, check_bos
 
@@ -93,8 +93,7 @@ def evaluate_tasks(
             model=adapter, tasks=list(tasks), task_manager=manager, num_fewshot=0, limit=limit, log_samples=samples
         )
     except (OSError, ConnectionError, ValueError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise OrthoRankError(f"the tasks cannot be evaluated: {reason[:300]}") from error
+        raise OrthoRankError(f"the tasks cannot be evaluated: {reason_of(error)}") from error
     finally:
         if adapter.handle is not None:
             adapter.handle.remove()

@@ -1,6 +1,7 @@
 """The model under test: its texts, its plans, and measurements of it, each a cell."""
 
 import hashlib
+import json
 from contextlib import nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from orthorank.common.criteria import code_of
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.progress import Screen
-from orthorank.common.texts import Text, check_ids, tokenize
+from orthorank.common.texts import Text, check_ids, find_text, ids_sha256, tokenize
 from orthorank.config import OrthoRankConfig, layer_count
 from orthorank.hf.apply import apply
 from orthorank.models import load_model, locate
@@ -249,20 +250,17 @@ def digest(inputs: Any) -> str:
     >>> digest({"a": 1}) == digest({"a": 1}) != digest({"a": 2})
     True
     """
-    import json
-
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def ids_hash(ids: Tensor) -> str:
-    """A hash of token ids, whatever their shape."""
-    return hashlib.sha256(ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()[:16]
+    """A short hash of token ids."""
+    return ids_sha256(ids)[:16]
 
 
 def _text(source: str, calibration: bool = False) -> Text:
     """A file or a dataset, by its name; of a dataset the calibration text is from its training split."""
     from orthorank.common.datasets import RECIPES, dataset_texts, evaluation_text
-    from orthorank.common.texts import find_text
 
     if source.partition(":")[0] not in RECIPES:
         return find_text(source)

@@ -1,11 +1,10 @@
 """The windows that a search measures losses on, and those held out from it."""
 
-import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orthorank.common.errors import OrthoRankError
-from orthorank.common.texts import Bos, Text, beginning_with, find_text, read_tokens, take_samples, tokenize
+from orthorank.common.texts import Bos, Text, beginning_with, find_text, ids_sha256, read_tokens, take_samples, tokenize
 from orthorank.search import settings as defaults
 from orthorank.search.settings import SearchSettings
 
@@ -54,15 +53,11 @@ class Calibration:
         return {
             "text": self.text.name,
             "text_sha256": self.text.sha256,
-            "ids_sha256": _hash(self.windows),
+            "ids_sha256": ids_sha256(self.windows),
             "tokens": windows * window,
             "windows": windows,
             "seq_len": window,
-        } | ({} if self.fit is None else {"fit_windows": len(self.fit), "fit_ids_sha256": _hash(self.fit)})
-
-
-def _hash(windows: "Tensor") -> str:
-    return hashlib.sha256(windows.cpu().numpy().astype("<i8").tobytes()).hexdigest()
+        } | ({} if self.fit is None else {"fit_windows": len(self.fit), "fit_ids_sha256": ids_sha256(self.fit)})
 
 
 def find_source(settings: SearchSettings) -> Source:

@@ -259,3 +259,13 @@ def variant_names(plans: Iterable[OrthoRankConfig]) -> list[str]:
         same = sum(name.startswith(kind) for name in names)
         names.append(f"{kind} {same + 1}" if same else kind)
     return names
+
+
+def read_plans(paths: Iterable[str] | None) -> dict[str, OrthoRankConfig]:
+    """The plans at ``paths``, by `variant_names`.
+
+    Raises:
+        OrthoRankError: one cannot be read.
+    """
+    plans = [OrthoRankConfig.from_pretrained(path) for path in paths or ()]
+    return dict(zip(variant_names(plans), plans, strict=True))
