@@ -15,7 +15,8 @@ import readme_reproduce
 
 from benchmarks import readme_docs, readme_front, readme_gpu
 from benchmarks.readme_docs import RESULTS, load, table
-from orthorank.common import format as words
+from orthorank.common import format as form
+from orthorank.report import words
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,7 +28,7 @@ def demo_section() -> str:
         [
             words.TITLES[row["name"]],
             str(len(row["layers"])) if row["layers"] else "",
-            words.percent(row["nominal_sparsity"]),
+            form.percent(row["nominal_sparsity"]),
             f"{row['perplexity']:.2f}",
             words.quality_cells(row)[-1] if row["layers"] else "",
             *words.speed_cells(row)[1:],

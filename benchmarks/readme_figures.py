@@ -10,10 +10,9 @@ from typing import Any
 
 from orthorank.analysis import LayerComparison, figures
 from orthorank.analysis.similarity import Similarities
-from orthorank.common import format as words
 from orthorank.common.files import write_text
 from orthorank.common.plot import LIGHT, new_figure, svg
-from orthorank.report import pictures
+from orthorank.report import pictures, words
 from orthorank.reproduce.markdown import titled
 
 ROOT = Path(__file__).resolve().parents[1]

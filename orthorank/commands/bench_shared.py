@@ -7,7 +7,7 @@ from typing import Any
 
 from orthorank.commands.screen import RichScreen, print_json, table_of
 from orthorank.common.errors import OrthoRankError
-from orthorank.common.format import doubts
+from orthorank.report.words import doubts
 
 
 def refuse(engine: str, reasons: Mapping[str, str], options: Mapping[str, Any]) -> None:

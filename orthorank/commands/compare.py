@@ -10,12 +10,13 @@ from orthorank.commands.eval_ppl import measure, settings_of
 from orthorank.commands.loading import load
 from orthorank.commands.options import BosChoice, Criteria, Device, Dtype, Model, number, register
 from orthorank.commands.screen import RichScreen, console, print_json, table_of
-from orthorank.common import format as words
+from orthorank.common import format as form
 from orthorank.common.errors import OrthoRankError, check_integers, check_max_loss
 from orthorank.common.files import writable_folder, write_json, write_text
 from orthorank.common.paired import is_within, rise_of
 from orthorank.common.progress import say_replaced
 from orthorank.common.texts import Bos, check_bos
+from orthorank.report import words
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -175,7 +176,7 @@ def compared_table(results: dict[str, Any]) -> "Table":
 def _verdict(name: str, rise: dict[str, Any], most: float) -> str:
     falls = rise["mean"] < 0
     size = rise | {"mean": abs(rise["mean"])}
-    said = f"its loss {'falls' if falls else 'rises'} by {words.spread(size)} nats a token"
+    said = f"its loss {'falls' if falls else 'rises'} by {form.spread(size)} nats a token"
     if is_within(rise, most):
         return f"{name} is within {most:g}: {said}."
     if rise["most"] != rise["most"]:

@@ -8,8 +8,8 @@ import typer
 from orthorank.commands.compare import compared_table
 from orthorank.commands.options import BosChoice, Device, Model, number, numbers
 from orthorank.commands.screen import RichScreen, console, table_of
-from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
+from orthorank.report import words
 
 OUTPUT = Path("orthorank-demo")
 TEXT = "UTF-8 text file. Default: the documentation of Python inside its standard library."

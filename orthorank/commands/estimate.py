@@ -6,9 +6,10 @@ import typer
 
 from orthorank.commands.options import number
 from orthorank.commands.screen import RichScreen, console, print_json, table_of
-from orthorank.common import format as words
+from orthorank.common import format as form
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import user_path
+from orthorank.report import words
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,9 +77,9 @@ def _show(screen: RichScreen, found: dict[str, Any], named: bool) -> None:
     screen.heading(f"{found['config']}: {found['model_type']}, {found['num_hidden_layers']} layers")
     weights = ", ".join(f"{size(found['weight_bytes'][name])} in {name}" for name in ("bfloat16", "float32"))
     screen.say(f"{found['parameters'] / 1e9:,.2f} billion weights: {weights}")
-    which = f" ({words.layers(plan['layers'])})" if named else ""
+    which = f" ({form.layers(plan['layers'])})" if named else ""
     title = words.plan_title(plan | {"name": "orthorank" if plan["keep_ratio"] else "layer-pruning"})
-    screen.say(f"{title}{which}; {words.percent(plan['nominal_sparsity'])} of all token updates are left out")
+    screen.say(f"{title}{which}; {form.percent(plan['nominal_sparsity'])} of all token updates are left out")
     if not named and not found["alike"]:
         screen.say("Its layers differ: the last ones before the final one stand for those that a search would choose.")
     if maps is not None:

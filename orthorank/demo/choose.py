@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from orthorank.common import format as words
+from orthorank.common import format as form
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import user_path
 from orthorank.common.progress import Advance, Screen, SilentScreen
@@ -17,6 +17,7 @@ from orthorank.demo.run import PLAN_FILES, Run
 from orthorank.demo.settings import PLANS, Settings
 from orthorank.hf.apply import check_plan
 from orthorank.plans import default_plan, find_plan
+from orthorank.report import words
 from orthorank.search.job import Folder, Job, plan_of
 from orthorank.search.run import greedy, outcome_of
 from orthorank.search.settings import KEEP_RATIO, candidates_of, count_of
@@ -89,7 +90,7 @@ def intend(run: Run, sink: "SinkReport") -> list[Intention]:
         ortho = Intention("orthorank", origin, given)
     removed = int(total * sparsity + 1e-6)
     if removed < 1:
-        run.screen.say(f"{words.percent(sparsity)} of {total} layers is less than one: there is no layer to remove")
+        run.screen.say(f"{form.percent(sparsity)} of {total} layers is less than one: there is no layer to remove")
         return [ortho]
     if shipped and (pruning := find_plan(run.model, "layer-pruning", sparsity)) is not None:
         return [ortho, Intention("layer-pruning", _shipped_origin(pruning), pruning)]
@@ -121,7 +122,7 @@ def carry_out(run: Run, intention: Intention) -> OrthoRankConfig:
         if plan.correction is not None:  # it may have come from this very folder
             run.save_plan(intention.method + words.CORRECTED, plan)
     run.save()
-    run.screen.say(f"{title}: layers {words.layers(plan.layers)}, {outcome}")
+    run.screen.say(f"{title}: layers {form.layers(plan.layers)}, {outcome}")
     return plan
 
 

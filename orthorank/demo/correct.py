@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
 from orthorank.demo.run import Run
+from orthorank.report import words
 
 Plans = dict[str, OrthoRankConfig]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from orthorank.common import format as words
+from orthorank.common import format as form
 from orthorank.common.environment import environment
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import check_free, user_path, writable_folder
@@ -134,5 +134,5 @@ def _look_at_sink(run: Run) -> "SinkReport":
     with run.timed("sink"):
         sink = detect_sink(run.model, run.tokenizer, bos=run.settings.bos)
     run.results["sink"] = sink.to_dict()
-    run.screen.say(words.sink_sentence(run.results["sink"]))
+    run.screen.say(form.sink_sentence(run.results["sink"]))
     return sink

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from orthorank.common import format as words
+from orthorank.common import format as form
 from orthorank.common.files import finite
 from orthorank.common.paired import paired
 from orthorank.config import OrthoRankConfig
 from orthorank.demo.correct import Plans
 from orthorank.demo.run import Run
+from orthorank.report import words
 
 ANSWER_TOKENS = 32  # at most, of the answer to a prompt
 MAP_TOKENS = 200  # of the token map: as much as one looks at
@@ -93,7 +94,7 @@ def _add_perplexity(run: Run, variants: Variants) -> None:
             before, title = number * len(ids), words.TITLES[row["name"]]
 
             def on_window(done: int, _: int, value: float, before: int = before, title: str = title) -> None:
-                advance(before + done, f"{title}: {words.figure(value)}")
+                advance(before + done, f"{title}: {form.figure(value)}")
 
             with nullcontext() if plan is None else apply(run.model, plan):
                 result = perplexity(run.model, ids, on_window=on_window)

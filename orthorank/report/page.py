@@ -6,11 +6,11 @@ What it says stands in ``page.html.j2``, how it looks in ``page.css``.
 import shlex
 from typing import Any
 
-from orthorank.common import format as words
+from orthorank.common import format as form
 from orthorank.common.errors import OrthoRankError
-from orthorank.common.format import Results
 from orthorank.common.plot import DARK, LIGHT, dark_rules
-from orthorank.report import pictures
+from orthorank.report import pictures, words
+from orthorank.report.words import Results
 from orthorank_kernels.remedies import install
 
 
@@ -44,4 +44,4 @@ def render(template: str, **given: Any) -> str:
     )
     environment.filters |= {"repr": repr, "quoted": shlex.quote}
     colours = {"light": LIGHT, "dark": DARK, "dark_rules": dark_rules()}
-    return environment.get_template(template).render(words=words, pictures=pictures, **colours, **given)
+    return environment.get_template(template).render(words=words, form=form, pictures=pictures, **colours, **given)

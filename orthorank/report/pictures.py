@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from orthorank.common import format as words
 from orthorank.common.plot import LIGHT, layer_strip, mark_sink, new_figure, svg
+from orthorank.report import words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

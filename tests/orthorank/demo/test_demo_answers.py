@@ -7,12 +7,12 @@ import pytest
 
 from orthorank import OrthoRankConfig, OrthoRankError
 from orthorank.cli import main
-from orthorank.common import format as words
 from orthorank.demo import run_demo
 from orthorank.demo.measure import ANSWER_TOKENS
 from orthorank.evaluation.compare import compare_plans
 from orthorank.evaluation.prompts import read_prompts
 from orthorank.models import load_model
+from orthorank.report import words
 from tests.orthorank.demo.test_demo import Watcher, settings
 from tests.orthorank.report.test_report import Page
 

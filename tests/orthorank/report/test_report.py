@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.plot import DARK, LIGHT
-from orthorank.report import html_page, pictures
+from orthorank.report import html_page, pictures, words
 
 VOID = {"meta", "br", "hr", "img", "link", "input", "wbr"}
 
