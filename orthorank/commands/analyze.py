@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from orthorank.commands.options import BosChoice, Device, Dtype, Model, number, register
+from orthorank.commands import BosChoice, Device, Dtype, Model, number, register
 from orthorank.commands.screen import RichScreen, console
 from orthorank.common.errors import OrthoRankError
 
@@ -38,25 +38,13 @@ def command(
     Similarities with the sink token (Figures 2 and 7) and across layers (3 and 6), selection layer by layer (4), and
     the chosen layers of plans (5).
     """
+    options = locals()  # they have the names of the settings' fields
     from orthorank.analysis.job import AnalysisSettings, run_analysis
 
     ratio = number("keep_ratio", keep_ratio)
     if ratio is None or not 0 < ratio < 1:
         raise OrthoRankError(f"keep_ratio is {keep_ratio!r}; it must be above 0 and below 1, such as 1/3")
-    settings = AnalysisSettings(
-        model=model,
-        text=text,
-        output=output,
-        plans=tuple(plan or ()),
-        criterion=register([criterion])[0],
-        passages=passages,
-        passage_tokens=passage_tokens,
-        windows=windows,
-        window=window,
-        keep_ratio=ratio,
-        bos=bos,
-        device=device,
-        dtype=dtype,
-    )
+    options |= {"keep_ratio": ratio, "criterion": register([criterion])[0], "plans": tuple(options.pop("plan") or ())}
+    settings = AnalysisSettings(**options)
     run_analysis(settings, RichScreen(console()))
     return 0

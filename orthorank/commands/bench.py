@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+from orthorank.commands import Criteria, Device, Dtype, Model, numbers, register
 from orthorank.commands.bench_shared import counted, deliver, refuse, shipped, show_rows
 from orthorank.commands.loading import load
-from orthorank.commands.options import Criteria, Device, Dtype, Model, numbers, register
 from orthorank.commands.screen import RichScreen, console
 from orthorank.common.errors import OrthoRankError, check_choice
 from orthorank.common.files import writable_folder

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orthorank.commands import PLAN_OR_DEFAULT, BosChoice, Criteria, Device, Dtype, Model, number, register
 from orthorank.commands.loading import load
-from orthorank.commands.options import PLAN_OR_DEFAULT, BosChoice, Criteria, Device, Dtype, Model, number, register
 from orthorank.commands.screen import RichScreen, call, console, table_of
 from orthorank.common.files import check_free, writable_folder
 from orthorank.common.texts import Bos, check_bos, find_text, halves_of, join_texts

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orthorank.commands.eval_ppl import measure, settings_of
+from orthorank.commands import BosChoice, Criteria, Device, Dtype, Model, number, register
 from orthorank.commands.loading import load
-from orthorank.commands.options import BosChoice, Criteria, Device, Dtype, Model, number, register
 from orthorank.commands.screen import RichScreen, console, print_json, table_of
 from orthorank.common import format as form
 from orthorank.common.errors import OrthoRankError, check_integers, check_max_loss
@@ -69,6 +68,7 @@ def command(
     from orthorank.evaluation.kept import going_on, kept_rows
     from orthorank.evaluation.perplexity import check_window
     from orthorank.evaluation.prompts import sample_prompts
+    from orthorank.evaluation.windows import settings_of
     from orthorank.report.page import render
     from orthorank.speed.bench import read_plans
 
@@ -150,6 +150,7 @@ def _window_losses(
 ) -> dict[str, list[float]]:
     """Mean loss of each window of the text, dense and with each plan, the windows that are kept already among them."""
     from orthorank.evaluation.kept import KeptRows
+    from orthorank.evaluation.windows import measure
     from orthorank.hf.apply import apply
 
     kept, losses = KeptRows(state), {}

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from orthorank.commands import PLAN_OR_DEFAULT, BosChoice, Criteria, Device, DeviceMap, Dtype, Model, register
 from orthorank.commands.loading import load
-from orthorank.commands.options import PLAN_OR_DEFAULT, BosChoice, Criteria, Device, DeviceMap, Dtype, Model, register
 from orthorank.commands.screen import RichScreen, call, console, table_of
 from orthorank.common.errors import OrthoRankError, check_choice, check_integer
 from orthorank.common.files import check_free, user_path, writable_folder

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from orthorank.commands import BosChoice, Device, Model, number, numbers
 from orthorank.commands.compare import compared_table
-from orthorank.commands.options import BosChoice, Device, Model, number, numbers
 from orthorank.commands.screen import RichScreen, console, table_of
 from orthorank.common.errors import OrthoRankError
 from orthorank.report import words

@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
+from orthorank.commands import BosChoice, Device, Model
 from orthorank.commands.loading import load
-from orthorank.commands.options import BosChoice, Device, Model
 from orthorank.commands.screen import RichScreen, console, print_json
 from orthorank.common import format as words
 from orthorank.common.texts import Bos, check_bos

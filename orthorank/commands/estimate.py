@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orthorank.commands.options import number
+from orthorank.commands import number
 from orthorank.commands.screen import RichScreen, console, print_json, table_of
 from orthorank.common import format as form
 from orthorank.common.errors import OrthoRankError

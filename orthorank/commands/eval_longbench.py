@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from orthorank.commands import BosChoice, Criteria, Device, Dtype, Model, names, register
 from orthorank.commands.loading import load
-from orthorank.commands.options import BosChoice, Criteria, Device, Dtype, Model, names, register
 from orthorank.commands.screen import RichScreen, console, print_json, table_of
 from orthorank.common.errors import OrthoRankError, check_integers
 from orthorank.common.files import writable_folder, write_json

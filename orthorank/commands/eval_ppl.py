@@ -6,14 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
+from orthorank.commands import BosChoice, Criteria, Device, Dtype, Model, register
 from orthorank.commands.loading import load
-from orthorank.commands.options import BosChoice, Criteria, Device, Dtype, Model, register
 from orthorank.commands.screen import RichScreen, console, print_json, table_of
 from orthorank.common import format as words
 from orthorank.common.files import writable_folder, write_json
 from orthorank.common.paired import rise_of
 from orthorank.common.progress import say_replaced
-from orthorank.common.texts import Bos, check_bos, read_tokens
+from orthorank.common.texts import Bos, check_bos
 
 PLAN = (
     "Plan: a file, a folder, or org/name@revision on the Hub; may be given several times. The dense model is measured "
@@ -47,6 +47,7 @@ def command(
     from orthorank.common.datasets import evaluation_text
     from orthorank.evaluation.kept import KeptRows
     from orthorank.evaluation.perplexity import check_window
+    from orthorank.evaluation.windows import measure, settings_of
     from orthorank.hf.apply import apply
     from orthorank.speed.bench import read_plans
 
@@ -81,46 +82,6 @@ def command(
     else:
         _show(screen, results, str(where), folder)
     return 0
-
-
-def settings_of(
-    model: Any,
-    tokenizer: Any,
-    text: Any,
-    dataset: str | None,
-    window: int,
-    windows: int | None,
-    batch_size: int | None,
-    where: Bos,
-) -> dict[str, Any]:
-    """What `orthorank.evaluation.perplexity` is called with, beside model, tokenizer and ``text``, and the hash of the
-    text's tokens, which is kept with what is measured.
-    """
-    from orthorank.calibration.windows import record_of
-    from orthorank.common.datasets import most_windows
-    from orthorank.evaluation.perplexity import auto_batch_size
-
-    ids = read_tokens(text, tokenizer, model, where)
-    if windows is None and (most := most_windows(dataset)) is not None:
-        windows = max(1, min(most * 2048, len(ids)) // window)
-    size = auto_batch_size(model, window) if batch_size is None else batch_size
-    ids_hash = record_of(ids[None])["ids_sha256"]
-    return {"window": window, "windows": windows, "batch_size": size, "bos": where.asked, "ids_sha256": ids_hash}
-
-
-def measure(screen: Any, name: str, model: Any, tokenizer: Any, text: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """Perplexity of ``model``, with whatever plan is applied to it, with a bar that says whose it is."""
-    from orthorank.evaluation.perplexity import perplexity
-
-    with screen.progress(f"perplexity of {name}", settings["windows"] or 2) as advance:
-        result = perplexity(
-            model,
-            text=text.content,
-            tokenizer=tokenizer,
-            on_window=lambda done, total, so_far: advance(done, f"of {total}: {so_far:.2f}"),
-            **{name: value for name, value in settings.items() if name != "ids_sha256"},
-        )
-    return result.to_dict() | {"standard_error": result.standard_error}
 
 
 def _show(screen: Any, results: dict[str, Any], bos: str, folder: Path | None) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orthorank.commands.options import Model
+from orthorank.commands import Model
 from orthorank.commands.screen import RichScreen, console
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import writable_folder

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from orthorank.commands.options import Device, Dtype, Model, names, register
+from orthorank.commands import Device, Dtype, Model, names, register
 from orthorank.commands.screen import RichScreen, console
 from orthorank.common.errors import OrthoRankError
 

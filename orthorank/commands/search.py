@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orthorank.commands.options import BosChoice, Device, DeviceMap, Dtype, Model, number, register
+from orthorank.commands import BosChoice, Device, DeviceMap, Dtype, Model, number, register
 from orthorank.commands.screen import RichScreen, call, console, table_of
 from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
@@ -79,41 +79,19 @@ def command(
     The loss of every evaluation is kept in the output folder: after an interruption, the same command with --resume
     goes on where it stopped. Several processes (accelerate launch -m orthorank search ...) share the windows.
     """
+    options = locals()  # they have the names of the settings' fields
     from orthorank.search.settings import KEEP_RATIO as DEFAULT_RATIO
     from orthorank.search.settings import SearchSettings
 
     ratio = number("keep_ratio", keep_ratio)
-    settings = SearchSettings(
-        output=output,
-        model=model,
-        method=method,
-        metric=metric,
-        keep_ratio=DEFAULT_RATIO if ratio is None else ratio,
-        criterion=register([criterion])[0],
-        select=select,
-        select_window=select_window,
-        sparsity=number("sparsity", sparsity),
-        layers=layers,
-        text=text,
-        dataset=dataset,
-        windows=windows,
-        window=window,
-        bos=bos,
-        protect_first=protect_first,
-        protect_last=protect_last,
-        sink_floor=False if no_sink_floor else None,
-        sink_layer=sink_layer,
-        fast=fast,
-        correct=correct,
-        fit_windows=fit_windows,
-        max_loss=number("--max-loss", max_loss),
-        resume=resume,
-        device=device,
-        device_map=device_map,
-        dtype=dtype,
-        batch_size=batch_size,
-        memory=memory,
-    )
+    options |= {
+        "keep_ratio": DEFAULT_RATIO if ratio is None else ratio,
+        "criterion": register([criterion])[0],
+        "sparsity": number("sparsity", sparsity),
+        "sink_floor": False if options.pop("no_sink_floor") else None,
+        "max_loss": number("--max-loss", max_loss),
+    }
+    settings = SearchSettings(**options)
     from orthorank.search.job import NothingWithin
     from orthorank.search.run import run_search  # after the checks above, which need no torch
     from orthorank.stack.resources import launched_rank

@@ -293,7 +293,7 @@ def test_doctor_says_yes_to_smollm2(orthorank, monkeypatch, smollm2):
     ids=["overflow", "huge", "long", "hex", "zero", "empty"],
 )
 def test_numbers_that_are_none(words: str) -> None:
-    from orthorank.commands.options import number
+    from orthorank.commands import number
 
     with pytest.raises(OrthoRankError, match=r"sparsity is .*must be a number"):
         number("sparsity", words)
@@ -301,7 +301,7 @@ def test_numbers_that_are_none(words: str) -> None:
 
 @pytest.mark.parametrize("words", ["0-9999999999", "a", "1,,2", "-"])
 def test_layer_numbers_that_are_none(words: str) -> None:
-    from orthorank.commands.options import numbers
+    from orthorank.commands import numbers
 
     with pytest.raises(OrthoRankError, match=r"layers is .*must be layer numbers"):
         numbers("layers", words)

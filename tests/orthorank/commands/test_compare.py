@@ -12,7 +12,7 @@ from orthorank import OrthoRankConfig, apply
 from orthorank.cli import main
 from orthorank.commands import compare as compare_command
 from orthorank.commands.screen import RichScreen, console
-from orthorank.evaluation import perplexity
+from orthorank.evaluation import perplexity, windows
 from orthorank.models import load_model
 from orthorank.report.page import render
 from tests.orthorank.report.test_report import Page
@@ -147,7 +147,7 @@ def test_an_interrupted_comparison_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    real, measured = compare_command.measure, []
+    real, measured = windows.measure, []
 
     def interrupted(screen: Any, name: str, *rest: Any) -> dict[str, Any]:
         measured.append(name)
@@ -155,13 +155,13 @@ def test_an_interrupted_comparison_goes_on(
             raise KeyboardInterrupt
         return real(screen, name, *rest)
 
-    monkeypatch.setattr(compare_command, "measure", interrupted)
-    windows = ["--text", str(short_text(tiny_folder)), "--window", "32", "--windows", "2"]
-    assert main([*line, *windows]) == 2
+    monkeypatch.setattr(windows, "measure", interrupted)
+    options = ["--text", str(short_text(tiny_folder)), "--window", "32", "--windows", "2"]
+    assert main([*line, *options]) == 2
     assert "the same command goes on there" in capsys.readouterr().err
     rows = (tmp_path / "out" / "compare-state.jsonl").read_text().splitlines()
     assert len(rows) == 3 + 1, "three prompts, and the dense model's windows"
-    assert main([*line, *windows]) == 0
+    assert main([*line, *options]) == 0
     assert measured == ["dense", "orthorank", "orthorank", "layer pruning"]
     assert (tmp_path / "out" / "compare-state.jsonl").read_text().splitlines()[:4] == rows
 

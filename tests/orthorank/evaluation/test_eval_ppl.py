@@ -14,6 +14,7 @@ import orthorank
 from orthorank.cli import main
 from orthorank.common.datasets import evaluation_text, most_windows
 from orthorank.common.errors import OrthoRankError
+from orthorank.evaluation import windows
 from orthorank.evaluation.perplexity import auto_batch_size, perplexity
 
 LINES = [f"line {n} of some text" for n in range(40)]
@@ -97,9 +98,7 @@ def test_an_interrupted_measurement_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from orthorank.commands import eval_ppl
-
-    real, measured = eval_ppl.measure, []
+    real, measured = windows.measure, []
 
     def interrupted(screen: Any, name: str, *rest: Any) -> dict[str, Any]:
         measured.append(name)
@@ -107,7 +106,7 @@ def test_an_interrupted_measurement_goes_on(
             raise KeyboardInterrupt
         return real(screen, name, *rest)
 
-    monkeypatch.setattr(eval_ppl, "measure", interrupted)
+    monkeypatch.setattr(windows, "measure", interrupted)
     plan = orthorank.OrthoRankConfig(layers=[2], keep_ratio=0.5).save_pretrained(tmp_path / "plan")
     options = ["--text", str(text_file), "--device", "cpu", "--plan", str(plan), "--output", str(tmp_path / "out")]
     line = ["eval", "ppl", str(tiny_folder), *options]
@@ -128,8 +127,6 @@ def test_another_configuration_or_tokenizer_is_measured_anew(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Of the same weights; rows of earlier versions, which say neither, are found as before."""
-    from orthorank.commands import eval_ppl
-
     measured: list[str] = []
 
     def row(screen: Any, name: str, *_: Any) -> dict[str, Any]:
@@ -137,7 +134,7 @@ def test_another_configuration_or_tokenizer_is_measured_anew(
         about = {"text_sha256": "", "windows": 1, "window": 64, "tokens": 64, "predictions": 63}
         return about | {"perplexity": 1.0, "loss": 0.0, "standard_error": None, "window_losses": [0.0]}
 
-    monkeypatch.setattr(eval_ppl, "measure", row)
+    monkeypatch.setattr(windows, "measure", row)
     folder, out = shutil.copytree(tiny_folder, tmp_path / "model"), tmp_path / "out"
     line = ["eval", "ppl", str(folder), "--text", str(text_file), "--device", "cpu", "--window", "64"]
     line += ["--output", str(out), "--batch-size", "1"]

@@ -42,7 +42,6 @@ def test_a_plain_search_loads_few_modules(tiny_folder: Path, tmp_path: Path) -> 
     others = {"one_shot", "taylor", "influence"}
     assert not {name.rpartition(".")[2] for name in loaded} & others
     assert {name for name in loaded if name.startswith("orthorank.commands.")} == {
-        "orthorank.commands.options",
         "orthorank.commands.screen",
         "orthorank.commands.search",
     }
