@@ -47,6 +47,11 @@ class Calibration:
     bos: Bos
     fit: "Tensor | None" = None
 
+    def __str__(self) -> str:
+        count, length = self.windows.shape
+        beside = "" if self.fit is None else f", maps fitted on {len(self.fit)} others"
+        return f"{count} windows of {length} tokens{beside}; {self.text.name}"
+
     def to_dict(self) -> dict[str, Any]:
         """What a plan records of its calibration: the text's hash, the tokens' hash (little-endian int64), sizes."""
         windows, window = self.windows.shape

@@ -1,12 +1,11 @@
-"""``orthorank search`` without its terminal: from the settings to a plan in a folder, resumable at every evaluation."""
+"""A search in progress: its folder, what it works on and what it found; resumable at every evaluation."""
 
 import json
-import time
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from orthorank.common import format as words
 from orthorank.common.criteria import code_of
@@ -14,11 +13,11 @@ from orthorank.common.errors import OrthoRankError, difference, shown
 from orthorank.common.files import check_free, read_json, user_path, writable_folder, write_json
 from orthorank.common.progress import Screen
 from orthorank.config import FILE_NAME, OrthoRankConfig
-from orthorank.models import ModelInfo, load_model, locate, pick_device, pick_dtype
-from orthorank.search.calibration import Calibration, cut_windows, find_source
-from orthorank.search.settings import SearchSettings, candidates_of, count_of
+from orthorank.models import ModelInfo
+from orthorank.search.calibration import Calibration
+from orthorank.search.settings import SearchSettings
 from orthorank.stack.layers import config_fingerprint, model_fingerprint
-from orthorank.stack.resources import Group, local_device
+from orthorank.stack.resources import Group, together
 from orthorank_kernels._version import __version__
 
 if TYPE_CHECKING:
@@ -33,26 +32,18 @@ FORMAT = 1
 NEWER = ("config_fingerprint",)  # which searches of earlier versions do not say
 FLOP_TOKENS = 2048  # prompt for which the FLOP bound is stated
 
+S = TypeVar("S")
+
 
 class Folder:
-    """The output folder.
+    """The output folder ``path``, with its files of the losses so far (``state``) and of the plan (``plan``).
 
-    Args:
-        path: where it is. Nothing is touched before `claim`.
+    Nothing is touched before `claim`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = user_path("output", path)
-
-    @property
-    def state(self) -> Path:
-        """The file with the losses so far."""
-        return self.path / STATE
-
-    @property
-    def plan(self) -> Path:
-        """The plan's file."""
-        return self.path / FILE_NAME
+        self.state, self.plan = self.path / STATE, self.path / FILE_NAME
 
     def claim(self, resume: bool) -> None:
         """Make the folder if it is not there; ``resume``: whether files of an earlier search may be in it.
@@ -104,20 +95,21 @@ class Folder:
         try:
             value = read_json(file)
             format_, search = value["format"], value["search"]
+            if type(format_) is not int or (format_ == FORMAT and not isinstance(search, dict)):
+                raise ValueError("its fields are of other types")
         except FileNotFoundError:
             return None
         except OSError as error:
             raise OrthoRankError(f"{file} cannot be read: {error.strerror}") from error
         except (ValueError, TypeError, KeyError) as error:
             raise OrthoRankError(f"{file} is no record of a search; name another folder with --output") from error
-        if type(format_) is int and format_ != FORMAT:  # before what such a format may hold is judged by this one
+        if format_ != FORMAT:  # what such a format may hold is not judged by this one
             raise OrthoRankError(
                 f"{file} has format {shown(format_)} and this version reads {FORMAT}; go on with the version that "
                 "wrote it, or name another folder with --output"
             )
-        if type(format_) is not int or not isinstance(search, dict):
-            raise OrthoRankError(f"{file} is no record of a search; name another folder with --output")
-        return search
+        found: dict[str, Any] = search
+        return found
 
 
 def _short(value: Any) -> str:
@@ -134,7 +126,6 @@ class Job:
         calibration: the windows. sink_layer: l_sink, None where it was not asked for.
         candidates: layers that may be chosen, ascending. count: how many are.
         group: the processes that share the windows. began: on the clock of `time.perf_counter`.
-        identity: what a continued search must have in common.
     """
 
     settings: SearchSettings
@@ -149,7 +140,6 @@ class Job:
     count: int
     group: Group
     began: float
-    identity: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def evaluator(self) -> "Evaluator":
@@ -173,6 +163,29 @@ class Job:
         return Evaluator(self.stack, calibration.windows, **options)
 
     @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides the result, and so must not change between the parts of a resumed search."""
+        settings = self.settings
+        return {
+            "version": __version__,
+            "model": self.info.name,
+            "model_fingerprint": model_fingerprint(self.model),
+            "config_fingerprint": config_fingerprint(self.model),
+            "dtype": self.info.dtype,
+            "method": settings.method,
+            "metric": (settings.metric or "ppl") if settings.method == "one-shot" else None,
+            "fast": settings.fast,
+            "keep_ratio": settings.keep_ratio,
+            "criterion": settings.criterion,
+            **code_of(settings.criterion),
+            **settings.selection,
+            **({} if settings.correct is None else {"correct": settings.correct}),
+            "candidates": self.candidates,
+            "layers": self.count,
+            **self.calibration.to_dict(),
+        }
+
+    @cached_property
     def dense_loss(self) -> float:
         """The calibration loss of the dense model. Called on every process, once the batch size is set."""
         return self.evaluator.loss([])
@@ -186,6 +199,18 @@ class Job:
     def first(self) -> bool:
         """Whether this process is the one that writes."""
         return self.group.rank == 0
+
+    def saved_state(self, load: Callable[[str], S]) -> S | None:
+        """What rank 0 loads from the folder, on every process; None: this is the beginning.
+
+        Raises:
+            OrthoRankError: it is of another search.
+        """
+
+        def open_folder() -> S | None:
+            return load(str(self.folder.state)) if self.first and self.folder.open(self.identity) else None
+
+        return self.group.share(together(self.group, open_folder))
 
 
 @dataclass(frozen=True)
@@ -217,78 +242,14 @@ class NothingWithin(OrthoRankError):
         self.prefixes = prefixes
 
 
-def prepare(settings: SearchSettings, screen: Screen, group: Group) -> Job:
-    """What every search needs. What can go wrong early goes wrong here, the cheap things first."""
-    from orthorank.stack.layers import LayerStack
-
-    began = time.perf_counter()
-    where, device = locate(settings.model), local_device(settings.device)
-    pick_dtype(settings.dtype, pick_device(device))
-    if settings.device_map is not None and group.size > 1:
-        raise OrthoRankError(
-            "device_map spreads the model of one process over the devices, and here are several processes; leave out "
-            "--device-map, or start one process"
-        )
-    folder = Folder(settings.output)
-    if group.rank == 0:
-        folder.claim(settings.resume)
-    with screen.progress("fetching the dataset", 1) if settings.dataset else nullcontext():
-        source = find_source(settings)
-    screen.heading(f"Search on {where.name}: {settings.title}")
-    with screen.progress("loading the model", 1):
-        model, tokenizer, info = load_model(settings.model, device, settings.dtype, device_map=settings.device_map)
-    calibration = cut_windows(settings, source, model, tokenizer, info.max_tokens)
-    shape = f"{info.num_hidden_layers} layers, {info.parameters / 1e6:,.0f} M weights, {info.dtype} on {info.device}"
-    screen.say(shape if group.size == 1 else f"{shape}; {group.size} processes")
-    screen.say(f"calibration: {_windows_in_words(calibration)}; {calibration.bos}")
-    sink_layer = _sink_layer(settings, screen, model, tokenizer)
-    return Job(
-        settings=settings,
-        screen=screen,
-        folder=folder,
-        model=model,
-        info=info,
-        stack=LayerStack(model),
-        calibration=calibration,
-        sink_layer=sink_layer,
-        candidates=candidates_of(settings, info.num_hidden_layers, sink_layer),
-        count=0,
-        group=group,
-        began=began,
-    )
-
-
-def aim(job: Job) -> None:
-    """Settle how many of the candidates are chosen, and with what a continued search is compared.
-
-    Raises:
-        OrthoRankError: there are not as many candidates.
-    """
-    settings = job.settings
-    held_out = job.calibration.held_out
-    if settings.max_loss is not None and (held_out is None or len(held_out) < 2):
-        raise OrthoRankError(
-            f"max_loss is judged on held-out windows, 2 or more, and here are {0 if held_out is None else 1}; give a "
-            "longer text or more --windows"
-        )
-    job.count = count_of(settings, job.info.num_hidden_layers, job.candidates)
-    job.identity = identity_of(job)
-    ratio = words.ratio(settings.keep_ratio)
-    action = "remove" if settings.keep_ratio == 0 else f"update {ratio} of the tokens in"
-    most = "at most " if settings.open_ended else ""
-    job.screen.say(words.capital(f"{action} {most}{job.count} of the layers {words.layers(job.candidates)}."))
-
-
-def _windows_in_words(calibration: Calibration) -> str:
-    count, length = calibration.windows.shape
-    beside = "" if calibration.fit is None else f", maps fitted on {len(calibration.fit)} others"
-    return f"{count} windows of {length} tokens{beside}; {calibration.text.name}"
-
-
-def _sink_layer(
+def sink_layer_of(
     settings: SearchSettings, screen: Screen, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
 ) -> int | None:
-    """l_sink where the candidates depend on it."""
+    """l_sink where the candidates depend on it, else None.
+
+    Raises:
+        OrthoRankError: the model has no sink.
+    """
     if not settings.floored:
         return None
     if settings.sink_layer is not None:
@@ -303,39 +264,6 @@ def _sink_layer(
         )
     screen.say(words.sink_sentence(sink.to_dict()))
     return sink.sink_layer
-
-
-def check_agreement(job: Job) -> None:
-    """All processes found the same model, text and candidates."""
-    identities = job.group.collect(job.identity)
-    for rank, other in enumerate(identities):
-        if wrong := [name for name in other if other[name] != identities[0][name]]:
-            raise OrthoRankError(
-                f"process {rank} has another {wrong[0]} than process 0; give all of them the same model and text"
-            )
-
-
-def identity_of(job: Job) -> dict[str, Any]:
-    """What decides the result, and so must not change between the parts of a resumed search."""
-    settings = job.settings
-    return {
-        "version": __version__,
-        "model": job.info.name,
-        "model_fingerprint": model_fingerprint(job.model),
-        "config_fingerprint": config_fingerprint(job.model),
-        "dtype": job.info.dtype,
-        "method": settings.method,
-        "metric": (settings.metric or "ppl") if settings.method == "one-shot" else None,
-        "fast": settings.fast,
-        "keep_ratio": settings.keep_ratio,
-        "criterion": settings.criterion,
-        **code_of(settings.criterion),
-        **settings.selection,
-        **({} if settings.correct is None else {"correct": settings.correct}),
-        "candidates": job.candidates,
-        "layers": job.count,
-        **job.calibration.to_dict(),
-    }
 
 
 def plan_of(job: Job, outcome: Outcome, **calibration: Any) -> OrthoRankConfig:

@@ -1,25 +1,26 @@
-"""A whole search: from settings to a plan in a folder."""
+"""``orthorank search`` without its terminal: from the settings to a plan in a folder."""
 
 import math
 import time
-from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.progress import Screen, SilentScreen
 from orthorank.config import OrthoRankConfig
+from orthorank.models import load_model, locate, pick_device, pick_dtype
+from orthorank.search.calibration import cut_windows, find_source
 from orthorank.search.greedy import begin_search, greedy_search
-from orthorank.search.job import Job, Outcome, aim, check_agreement, plan_of, prepare
-from orthorank.search.settings import SearchSettings
+from orthorank.search.job import Folder, Job, Outcome, plan_of, sink_layer_of
+from orthorank.search.settings import SearchSettings, candidates_of, count_of
 from orthorank.search.state import SearchInterrupted, SearchState
 from orthorank.stack.evaluator import Evaluator
 from orthorank.stack.flops import plan_speedup
-from orthorank.stack.resources import joined, together
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from orthorank.stack.layers import LayerStack
+from orthorank.stack.resources import Group, joined, local_device, together
 
 
 def run_search(settings: SearchSettings, screen: Screen | None = None) -> dict[str, Any]:
@@ -41,7 +42,6 @@ def run_search(settings: SearchSettings, screen: Screen | None = None) -> dict[s
     with joined() as group:
         watched = screen if screen is not None and group.rank == 0 else SilentScreen()
         job = together(group, lambda: prepare(settings, watched, group))
-        together(group, lambda: aim(job))
         check_agreement(job)
         outcome = choose(job)
         if settings.max_loss is not None:
@@ -51,7 +51,68 @@ def run_search(settings: SearchSettings, screen: Screen | None = None) -> dict[s
         return finish(job, outcome)
 
 
-S = TypeVar("S")
+def prepare(settings: SearchSettings, screen: Screen, group: Group) -> Job:
+    """What every search needs. What can go wrong early goes wrong here, the cheap things first.
+
+    Raises:
+        OrthoRankError: something is missing, or there are not as many candidates as layers to choose.
+    """
+    began = time.perf_counter()
+    where, device = locate(settings.model), local_device(settings.device)
+    pick_dtype(settings.dtype, pick_device(device))
+    if settings.device_map is not None and group.size > 1:
+        raise OrthoRankError(
+            "device_map spreads the model of one process over the devices, and here are several processes; leave out "
+            "--device-map, or start one process"
+        )
+    folder = Folder(settings.output)
+    if group.rank == 0:
+        folder.claim(settings.resume)
+    with screen.progress("fetching the dataset", 1) if settings.dataset else nullcontext():
+        source = find_source(settings)
+    screen.heading(f"Search on {where.name}: {settings.title}")
+    with screen.progress("loading the model", 1):
+        model, tokenizer, info = load_model(settings.model, device, settings.dtype, device_map=settings.device_map)
+    calibration = cut_windows(settings, source, model, tokenizer, info.max_tokens)
+    shape = f"{info.num_hidden_layers} layers, {info.parameters / 1e6:,.0f} M weights, {info.dtype} on {info.device}"
+    screen.say(shape if group.size == 1 else f"{shape}; {group.size} processes")
+    screen.say(f"calibration: {calibration}; {calibration.bos}")
+    sink_layer = sink_layer_of(settings, screen, model, tokenizer)
+    candidates = candidates_of(settings, info.num_hidden_layers, sink_layer)
+    held_out = 0 if calibration.held_out is None else len(calibration.held_out)
+    if settings.max_loss is not None and held_out < 2:
+        raise OrthoRankError(
+            f"max_loss is judged on held-out windows, 2 or more, and here are {held_out}; give a longer text or more "
+            "--windows"
+        )
+    count = count_of(settings, info.num_hidden_layers, candidates)
+    action = "remove" if settings.keep_ratio == 0 else f"update {words.ratio(settings.keep_ratio)} of the tokens in"
+    most = "at most " if settings.open_ended else ""
+    screen.say(words.capital(f"{action} {most}{count} of the layers {words.layers(candidates)}."))
+    return Job(
+        settings=settings,
+        screen=screen,
+        folder=folder,
+        model=model,
+        info=info,
+        stack=LayerStack(model),
+        calibration=calibration,
+        sink_layer=sink_layer,
+        candidates=candidates,
+        count=count,
+        group=group,
+        began=began,
+    )
+
+
+def check_agreement(job: Job) -> None:
+    """All processes found the same model, text and candidates."""
+    identities = job.group.collect(together(job.group, lambda: job.identity))
+    for rank, other in enumerate(identities):
+        if wrong := [name for name in other if other[name] != identities[0][name]]:
+            raise OrthoRankError(
+                f"process {rank} has another {wrong[0]} than process 0; give all of them the same model and text"
+            )
 
 
 def choose(job: Job) -> Outcome:
@@ -60,14 +121,11 @@ def choose(job: Job) -> Outcome:
     Raises:
         OrthoRankError: the folder holds another search, or Ctrl-C; the message says how to go on.
     """
-    method = job.settings.method
-    if method == "one-shot":
-        return ONE_SHOT[job.settings.metric or "ppl"](job)
-    return RUN[method](job)
+    if job.settings.method != "greedy":
+        from orthorank.search.scores import choose_by_scores
 
-
-def _greedy(job: Job) -> Outcome:
-    saved = saved_state(job, SearchState.load)
+        return choose_by_scores(job)
+    saved = job.saved_state(SearchState.load)
     try:
         return outcome_of(greedy(job, "search", saved, job.folder.state))
     except SearchInterrupted as stop:
@@ -77,6 +135,11 @@ def _greedy(job: Job) -> Outcome:
 def greedy(job: Job, title: str, saved: SearchState | None = None, save_to: Path | None = None) -> SearchState:
     """SLEB's search on the job's windows, with a bar called ``title``. Arguments and errors as for `greedy_search`."""
     state = begin_search(job.evaluator, job.candidates, job.count, fast=job.settings.fast, state=saved)
+    until = None
+    if job.settings.open_ended:
+        from orthorank.search.quality import far_enough
+
+        until = partial(far_enough, job)
     began, before = time.perf_counter(), state.done
     with job.screen.progress(title, state.total) as advance:
         if saved is not None:
@@ -101,7 +164,7 @@ def greedy(job: Job, title: str, saved: SearchState | None = None, save_to: Path
             state=state,
             on_evaluation=on_evaluation,
             save_to=save_to,
-            until=_until(job),
+            until=until,
         )
 
 
@@ -111,103 +174,6 @@ def _expected(job: Job, layer: int, seconds: float, left: int) -> str:
     usual = sum(depth - each for each in job.candidates) / len(job.candidates)
     most = "at most " if job.settings.open_ended else ""
     return f"{most}{left} evaluations are left, about {words.duration(seconds * left * usual / (depth - layer))}"
-
-
-def _until(job: Job) -> Callable[[SearchState], bool] | None:
-    """When the path of a search without a number of layers has gone far enough."""
-    if not job.settings.open_ended:
-        return None
-    from orthorank.search.quality import far_enough
-
-    return lambda state: far_enough(job, state)
-
-
-def _by_loss(job: Job) -> Outcome:
-    from orthorank.search.one_shot import ScoreState, ScoringInterrupted, loss_scores
-
-    saved = saved_state(job, ScoreState.load)
-    total = len(job.candidates)
-    with job.screen.progress("losses", total) as advance:
-        if saved is not None:
-            job.screen.say(f"resumed after {len(saved.scores)} of {total} evaluations")
-            advance(len(saved.scores), "")
-        best = (math.inf, -1)
-
-        def on_score(layer: int, loss: float, done: int, total: int) -> None:
-            nonlocal best
-            best = min(best, (loss, layer)) if math.isfinite(loss) else best
-            found = "" if best[1] < 0 else f"; best: layer {best[1]}, {best[0]:.4f}"
-            advance(done, f"layer {layer}: {loss:.4f}{found}")
-
-        try:
-            state = loss_scores(job.evaluator, job.candidates, state=saved, on_score=on_score, save_to=job.folder.state)
-        except ScoringInterrupted as stop:
-            raise OrthoRankError(f"{stop}; go on with the same command and --resume") from None
-    return _scored(job, state.finite, total)
-
-
-def _by_taylor(job: Job) -> Outcome:
-    from orthorank.search.taylor import taylor_scores
-
-    _begin_anew(job)
-    with job.screen.progress("backward pass", job.stack.num_layers) as advance:
-        scores = taylor_scores(
-            job.stack,
-            job.calibration.windows,
-            batch_size=job.evaluator.batch_size,
-            processes=job.group,
-            on_layer=lambda done, total: advance(done, f"layer {total - done}"),
-        )
-    return _scored(job, scores)
-
-
-def _by_magnitude(job: Job) -> Outcome:
-    from orthorank.search.one_shot import magnitude_scores
-
-    _begin_anew(job)
-    return _scored(job, magnitude_scores(job.stack))
-
-
-def _by_influence(job: Job) -> Outcome:
-    from orthorank.search.influence import block_influence
-
-    _begin_anew(job)
-    windows, size = len(job.calibration.windows), job.evaluator.batch_size
-    with job.screen.progress("block influence", windows if job.group.size == 1 else 0) as advance:
-        scores = block_influence(
-            job.stack,
-            job.calibration.windows,
-            batch_size=size,
-            processes=job.group,
-            on_batch=lambda done, total: advance(min(done * size, windows), ""),
-        )
-    return _scored(job, scores)
-
-
-def saved_state(job: Job, load: Callable[[str], S]) -> S | None:
-    """The state that rank 0 finds in the folder, on every process; None: this is the beginning.
-
-    Raises:
-        OrthoRankError: it is the state of another search.
-    """
-
-    def open_folder() -> S | None:
-        if job.first and job.folder.open(job.identity):
-            return load(str(job.folder.state))
-        return None
-
-    return job.group.share(together(job.group, open_folder))
-
-
-def _begin_anew(job: Job) -> None:
-    """For methods of one pass: there is nothing to go on from, but the folder must be that of the same search."""
-    together(job.group, lambda: job.first and job.folder.open(job.identity))
-
-
-def _scored(job: Job, scores: dict[int, float], evaluations: int = 0) -> Outcome:
-    from orthorank.search.one_shot import rank_layers
-
-    return Outcome(rank_layers({at: scores[at] for at in job.candidates}, job.count), [], scores, evaluations)
 
 
 def outcome_of(state: SearchState) -> Outcome:
@@ -226,14 +192,6 @@ def _interrupted(job: Job, state: SearchState) -> OrthoRankError:
         f"interrupted after {state.done} of {state.total} evaluations ({kept}); go on with the same command and "
         "--resume"
     )
-
-
-RUN: dict[str, Callable[[Job], Outcome]] = {"greedy": _greedy, "influence": _by_influence}
-ONE_SHOT: dict[str, Callable[[Job], Outcome]] = {
-    "ppl": _by_loss,
-    "taylor": _by_taylor,
-    "magnitude": _by_magnitude,
-}
 
 
 def finish(job: Job, outcome: Outcome) -> dict[str, Any]:
@@ -300,19 +258,23 @@ def _held_out(job: Job, plan: OrthoRankConfig) -> dict[str, Any]:
     evaluator = Evaluator(
         job.stack, ids, criterion=plan.criterion, options=job.settings.selection, batch_size=1, memory=0
     )
-    dense, loss = evaluator.loss([]), evaluator.loss(plan.ratios) if plan.correction is None else _loss(job, plan, ids)
-    figures = {"dense_perplexity": _perplexity(dense), "perplexity": _perplexity(loss)}
+    dense = evaluator.loss([])
+    if plan.correction is None:
+        loss = evaluator.loss(plan.ratios)
+    else:  # which the evaluator knows nothing of
+        from orthorank.evaluation import perplexity
+        from orthorank.hf.apply import apply
+
+        with apply(job.model, plan):
+            loss = perplexity(job.model, ids).loss
     windows, window = ids.shape
-    return figures | {"text": job.calibration.held_out_words, "windows": windows, "seq_len": window}
-
-
-def _loss(job: Job, plan: OrthoRankConfig, ids: "Tensor") -> float:
-    """Of the plan with the maps it has."""
-    from orthorank.evaluation import perplexity
-    from orthorank.hf.apply import apply
-
-    with apply(job.model, plan):
-        return perplexity(job.model, ids).loss
+    return {
+        "dense_perplexity": _perplexity(dense),
+        "perplexity": _perplexity(loss),
+        "text": job.calibration.held_out_words,
+        "windows": windows,
+        "seq_len": window,
+    }
 
 
 def _perplexity(loss: float) -> float:

@@ -10,8 +10,7 @@ import torch
 from orthorank import OrthoRankError, cli
 from orthorank.demo import SilentScreen
 from orthorank.search import Evaluator
-from orthorank.search.job import prepare
-from orthorank.search.run import run_search
+from orthorank.search.run import prepare, run_search
 from orthorank.stack import resources as memory
 from orthorank.stack.resources import OneProcess
 from tests.orthorank.models import plain
