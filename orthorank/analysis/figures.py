@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from orthorank.analysis.similarity import Similarities
 
 
+def draw_similarities(found: "Similarities", sink_layer: int | None, folder: Path) -> list[Path]:
+    """Figures 2, 3, 6 and 7."""
+    draws = draw_similarity_with_sink, draw_similarity_across_layers, draw_similarity_of_others
+    return [path for draw in draws for path in draw(found, sink_layer, folder)]
+
+
 def draw_similarity_with_sink(found: "Similarities", sink_layer: int | None, folder: Path) -> list[Path]:
     """Figure 2: cosine of the sink with tokens 1 to 10, layer by layer."""
     with new_figure(670, 380) as figure:

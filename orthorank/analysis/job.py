@@ -10,6 +10,7 @@ from orthorank.common.files import writable_folder, write_json
 from orthorank.common.progress import Screen, say_replaced
 from orthorank.common.texts import check_bos, spread
 from orthorank.config import OrthoRankConfig
+from orthorank.plans import default_plans
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,11 +72,7 @@ def run_analysis(settings: AnalysisSettings, screen: Screen) -> dict[str, Any]:
     passages = _cut(ids, settings.passages, settings.passage_tokens, "passages", bos.leading).to(model.device)
     with screen.progress("similarities", 1):
         similar = measure_similarities(stack, passages)
-    paths = [
-        *figures.draw_similarity_with_sink(similar, sink.sink_layer, folder),
-        *figures.draw_similarity_across_layers(similar, sink.sink_layer, folder),
-        *figures.draw_similarity_of_others(similar, sink.sink_layer, folder),
-    ]
+    paths = figures.draw_similarities(similar, sink.sink_layer, folder)
     results: dict[str, Any] = {
         "model": info.to_dict(),
         "text": {"name": text.name, "sha256": text.sha256},
@@ -129,9 +126,7 @@ def _layers_after_sink(stack: "LayerStack", sink_layer: int | None) -> range:
 
 
 def _shipped(model: Any) -> dict[str, OrthoRankConfig]:
-    from orthorank.plans import default_plan
-
     try:
-        return {"layer pruning": default_plan(model, "layer-pruning"), "orthorank": default_plan(model)}
+        return default_plans(model)
     except OrthoRankError:
         return {}

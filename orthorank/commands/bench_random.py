@@ -1,11 +1,11 @@
 """``orthorank bench --random-weights``: prefill at a real model's shapes, without its weights."""
 
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthorank.commands.bench_shared import counted, deliver, show_rows
 from orthorank.commands.screen import RichScreen
+from orthorank.common.environment import version_of
 from orthorank.common.errors import OrthoRankError
 
 if TYPE_CHECKING:
@@ -58,18 +58,11 @@ def run(
     variants = {"dense": None, **(plans or unsearched_plans(depth))}
     with screen.progress("timing", settings.rounds) as advance:
         results = bench_random(model, variants, settings, graph=graph, compiled=compiled, on_step=counted(advance))
-    about = {"config": str(config), "num_hidden_layers": depth, "torch": torch.__version__, **_triton()}
-    about |= {"parameters": sum(p.numel() for p in model.parameters())}
-    results = about | results
+    about = {"config": str(config), "num_hidden_layers": depth, "torch": torch.__version__}
+    if (triton := version_of("triton")) is not None:  # it compiles the kernels: settings and code differ by version
+        about |= {"triton": triton}
+    results = about | {"parameters": sum(p.numel() for p in model.parameters())} | results
     return deliver(screen, results, folder, as_json=as_json, show=lambda: _show(screen, results))
-
-
-def _triton() -> dict[str, str]:
-    """The version that compiles the kernels: settings and code differ between them."""
-    try:
-        return {"triton": metadata.version("triton")}
-    except metadata.PackageNotFoundError:
-        return {}
 
 
 def _show(screen: RichScreen, results: dict[str, Any]) -> None:

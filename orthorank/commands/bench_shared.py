@@ -87,9 +87,9 @@ def _written(field: str, value: Any, rounds: int) -> str:
 
 def shipped(model: Any) -> dict[str, Any]:
     """The plans that come with the package for ``model`` (anything with its ``config``), by what they are."""
-    from orthorank.plans import default_plan
+    from orthorank.plans import default_plans
 
     try:
-        return {"layer pruning": default_plan(model, "layer-pruning"), "orthorank": default_plan(model)}
+        return default_plans(model)
     except OrthoRankError as error:
         raise OrthoRankError(f"{error}; or name the plans to measure with --plan") from error

@@ -9,7 +9,7 @@ from orthorank.commands import PLAN_OR_DEFAULT, BosChoice, Criteria, Device, Dty
 from orthorank.commands.loading import load
 from orthorank.commands.screen import RichScreen, call, console, table_of
 from orthorank.common.files import check_free, writable_folder
-from orthorank.common.texts import Bos, check_bos, find_text, halves_of, join_texts
+from orthorank.common.texts import Bos, check_bos, find_text, join_texts
 
 if TYPE_CHECKING:
     from orthorank.config import OrthoRankConfig
@@ -57,7 +57,7 @@ def command(
     folder = writable_folder(output)
     screen = RichScreen(console())
 
-    from orthorank.calibration.results import selected_shares
+    from orthorank.calibration.halves import halves_of, selected_shares
     from orthorank.calibration.thresholds import calibrate
     from orthorank.plans import default_plan
 

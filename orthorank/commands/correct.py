@@ -11,7 +11,7 @@ from orthorank.commands.loading import load
 from orthorank.commands.screen import RichScreen, call, console, table_of
 from orthorank.common.errors import OrthoRankError, check_choice, check_integer
 from orthorank.common.files import check_free, user_path, writable_folder
-from orthorank.common.texts import Bos, Text, check_bos, find_text, halves_of, join_texts, remark_on
+from orthorank.common.texts import Bos, Text, check_bos, find_text, join_texts, remark_on
 
 if TYPE_CHECKING:
     pass
@@ -95,7 +95,7 @@ def command(
 
     from orthorank.calibration.corrections import fit_correction
     from orthorank.calibration.distilling import distill_correction
-    from orthorank.calibration.results import corrected_losses, is_of
+    from orthorank.calibration.halves import corrected_losses, halves_of, is_of
     from orthorank.plans import default_plan
 
     loaded, tokenizer, info = load(screen, model, device, dtype, device_map=device_map)

@@ -47,7 +47,7 @@ def environment() -> Environment:
     return Environment(
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
-        versions={name: _version(name) for name in DISTRIBUTIONS},
+        versions={name: version_of(name) for name in DISTRIBUTIONS},
         processor=_processor(),
         threads=torch.get_num_threads(),
         devices=["cpu", *gpus],
@@ -74,7 +74,8 @@ def op_backends(device: str) -> list[OpBackend]:
     return [OpBackend(op, device, backend, reason) for op in ops]
 
 
-def _version(distribution: str) -> str | None:
+def version_of(distribution: str) -> str | None:
+    """The installed version; None: it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

@@ -102,12 +102,10 @@ class Samples:
     Args:
         calibration: int64 ``[windows, tokens]``, from the first half of the text.
         held_out: int64 ``[held_out_windows, held_out_len]``, from the second half.
-        text_tokens: how many tokens the whole text has.
     """
 
     calibration: "Tensor"
     held_out: "Tensor"
-    text_tokens: int
 
 
 def find_text(path: str | Path | None = None) -> Text:
@@ -255,31 +253,6 @@ def take_samples(
         held_out=spread(
             tokens[half:], min(held_out_windows, (len(tokens) - half) // (held_out_len - room)), held_out_len, leading
         ),
-        text_tokens=len(tokens),
-    )
-
-
-def halves_of(
-    source: Text, tokenizer: Any, model: Any, where: Bos, *, windows: int, window: int, longest: int
-) -> Samples:
-    """``windows`` windows of each half of a text, read by the model's tokenizer: to fit on, and to measure on.
-
-    Args:
-        where: where BOS stands; longest: tokens of the model's longest input.
-
-    Raises:
-        OrthoRankError: ``window`` is more than that, or the text is too short.
-    """
-    if window > longest:
-        raise OrthoRankError(f"window is {window}; the model's longest input has {longest} tokens")
-    return take_samples(
-        read_tokens(source, tokenizer, model, where),
-        windows=windows,
-        window=window,
-        held_out_windows=windows,
-        held_out_len=window,
-        name=f"the text ({source.name})",
-        leading=where.leading,
     )
 
 

@@ -1,7 +1,8 @@
 """The main job: look at the sink, find a plan, measure it against layer pruning, and write down what came out."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from orthorank.common.exports import exports
 from orthorank.common.progress import Screen, SilentScreen
 from orthorank.demo.settings import Settings
 
@@ -10,12 +11,4 @@ if TYPE_CHECKING:
 
 __all__ = ["Screen", "Settings", "SilentScreen", "run_demo"]
 
-
-def __getattr__(name: str) -> Any:
-    """``run_demo``, imported when first asked for: options are checked before torch is there."""
-    if name != "run_demo":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from orthorank.demo.job import run_demo
-
-    globals()[name] = run_demo
-    return run_demo
+__getattr__, __dir__ = exports(__name__, {"orthorank.demo.job": ("run_demo",)})

@@ -79,6 +79,11 @@ def default_plan(model: "PreTrainedModel", method: str = "orthorank", sparsity: 
     )
 
 
+def default_plans(model: "PreTrainedModel") -> dict[str, OrthoRankConfig]:
+    """Layer pruning's and OrthoRank's `default_plan`, by what they are; errors as there."""
+    return {"layer pruning": default_plan(model, "layer-pruning"), "orthorank": default_plan(model)}
+
+
 def _layers_for(plan: OrthoRankConfig, sparsity: float) -> int:
     assert plan.num_hidden_layers is not None  # a shipped plan says which model it is for
     return layer_count(plan.num_hidden_layers, sparsity, plan.keep_ratio)

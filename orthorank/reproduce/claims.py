@@ -78,7 +78,7 @@ def still_sink(similarities: dict[str, Any], sink_layer: int | None) -> Claim:
     """Observation 2: after the sink forms its normalised state hardly moves, unlike another token's."""
     first = 0 if sink_layer is None else sink_layer + 1
     own, other = (_mean_of_pairs(similarities[name], first) for name in ("sink_across", "other_across"))
-    pairs = _pairs(len(similarities["sink_across"]) - first)
+    pairs = math.comb(len(similarities["sink_across"]) - first, 2)
     return Claim(
         "the sink's normalised state is nearly the same in all layers after it forms (mean cosine of two of them)",
         "section 2, Observation 2, Figure 3",
@@ -187,10 +187,6 @@ def _sizes(better: dict[str, Any], worse: dict[str, Any]) -> str:
     if not abs(ours - theirs) >= 5e-4:
         return ""
     return f"; {100 * ours:.1f} % of the updates left out against {100 * theirs:.1f} %"
-
-
-def _pairs(layers: int) -> int:
-    return layers * (layers - 1) // 2
 
 
 def _mean_of_pairs(matrix: list[list[float]], first: int) -> float:

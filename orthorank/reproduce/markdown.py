@@ -1,9 +1,12 @@
 """A reproduction as Markdown: tables with the paper's figures beside those measured here, and the verdicts."""
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import Any
+
+from orthorank.common.format import count
 
 
 def markdown(summary: dict[str, Any]) -> str:
@@ -99,8 +102,7 @@ def _main(part: dict[str, Any]) -> str:
 
 
 def _how_timed(speed: dict[str, Any]) -> str:
-    many = "thread" if speed["threads"] == 1 else "threads"
-    threads = f" with {speed['threads']} {many}" if speed["device"] == "cpu" else ""
+    threads = f" with {count(speed['threads'], 'thread')}" if speed["device"] == "cpu" else ""
     return (
         f"Left out: share of all token updates. Throughput: prefill of a prompt of {speed['prompt']:,} tokens without "
         f"a cache, on {speed['device']}{threads}, by {speed['clock']}; median of the ratios to the dense model within "
@@ -138,7 +140,7 @@ def _mean(accuracy: dict[str, Any]) -> str:
     shown = f"{100 * accuracy['mean']:.2f}"
     if not errors or None in errors:
         return shown
-    return f"{shown} ± {100 * sum(error**2 for error in errors) ** 0.5 / len(errors):.2f}"
+    return f"{shown} ± {100 * math.hypot(*errors) / len(errors):.2f}"
 
 
 def _ablation(part: dict[str, Any]) -> str:

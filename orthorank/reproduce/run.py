@@ -101,13 +101,7 @@ def _similarities(subject: Subject, folder: Path) -> dict[str, Any]:
 
     inputs = {"passages": count, "tokens": PASSAGE_TOKENS}
     found = subject.cells.get("similarities", inputs, measure, text=ids_hash(passages))
-    similar = Similarities(**found)
-    for draw in (
-        figures.draw_similarity_with_sink,
-        figures.draw_similarity_across_layers,
-        figures.draw_similarity_of_others,
-    ):
-        draw(similar, subject.sink["sink_layer"], folder)
+    figures.draw_similarities(Similarities(**found), subject.sink["sink_layer"], folder)
     return found
 
 

@@ -14,6 +14,7 @@ from orthorank.common.errors import OrthoRankError
 from orthorank.common.progress import Screen
 from orthorank.common.texts import Text, check_ids, find_text, ids_sha256, tokenize
 from orthorank.config import OrthoRankConfig, layer_count
+from orthorank.evaluation.answer_cache import RECORDS
 from orthorank.hf.apply import apply
 from orthorank.models import load_model, locate
 from orthorank.reproduce.cells import Cells
@@ -231,8 +232,7 @@ def plan_key(plan: OrthoRankConfig | None) -> dict[str, Any] | None:
     """What measurements of a plan depend on: its fields without what they say of where it came from."""
     if plan is None:
         return None
-    about = ("calibration", "measured", "version", "model_id", "model_revision", "sink_layer")
-    key = {name: value for name, value in plan.to_dict().items() if name not in about}
+    key = {name: value for name, value in plan.to_dict().items() if name not in RECORDS}
     for name, value in (("keep_multiple", 1), ("min_prompt", 0)):  # which there were not when figures were kept first
         if key[name] == value:
             del key[name]

@@ -7,7 +7,7 @@ from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
 from orthorank.reproduce import paper
 from orthorank.reproduce.subject import KEEP_RATIO, Subject, digest, measured_of, plan_key
-from orthorank.stack.flops import flop_speedup
+from orthorank.speed.bench_results import flop_speedup_of
 
 # Table 1's rows: name, search, keep ratio, nominal sparsity.
 MAIN_ROWS: tuple[tuple[str, str, float, float], ...] = (
@@ -47,9 +47,7 @@ def table1(subject: Subject) -> dict[str, Any]:
     rows = [
         {
             "row": name,
-            "plan": plan_key(plan),
-            "nominal_sparsity": left_out(subject, plan),
-            "perplexity": {text: subject.perplexity(plan, text) for text in subject.windows},
+            **_measured(subject, plan),
             "throughput": speeds[name],
             "paper_perplexity": dict(zip(paper.MODELS, paper.PERPLEXITY.get(name, ()), strict=False)),
             "paper_throughput": paper.THROUGHPUT.get(name),
@@ -80,9 +78,7 @@ def table3(subject: Subject) -> dict[str, Any]:
         rows.append(
             {
                 "row": name,
-                "plan": plan_key(plan),
-                "nominal_sparsity": left_out(subject, plan),
-                "perplexity": {text: subject.perplexity(plan, text) for text in subject.windows},
+                **_measured(subject, plan),
                 "accuracy": zero_shot(subject, plan),
                 "paper_perplexity": dict(zip(paper.ABLATION_MODELS, known, strict=False)),
                 "paper_accuracy": dict(zip(paper.ABLATION_MODELS, accuracies, strict=False)),
@@ -98,12 +94,7 @@ def table4(subject: Subject) -> dict[str, Any]:
         row: dict[str, Any] = {"row": name, "paper_accuracy": {"Llama-2-13B": paper.LAYER_AND_KEEP_RATIO[name]}}
         if subject.reaches("greedy", keep_ratio, 0.2):
             plan = subject.plan("greedy", keep_ratio, 0.2)
-            row |= {
-                "plan": plan_key(plan),
-                "nominal_sparsity": left_out(subject, plan),
-                "perplexity": {text: subject.perplexity(plan, text) for text in subject.windows},
-                "accuracy": zero_shot(subject, plan),
-            }
+            row |= _measured(subject, plan) | {"accuracy": zero_shot(subject, plan)}
         rows.append(row)
     return {"rows": rows}
 
@@ -123,7 +114,7 @@ def sweep(subject: Subject) -> dict[str, Any]:
                     "layers": plan.layers,
                     "nominal_sparsity": left_out(subject, plan),
                     "flop_speedup": _flops(subject, plan),
-                    "perplexity": {text: subject.perplexity(plan, text) for text in subject.windows},
+                    "perplexity": _perplexities(subject, plan),
                 }
             )
     return {"points": points}
@@ -139,8 +130,8 @@ def corrected(subject: Subject) -> dict[str, Any]:
             "rank": rank,
             "nominal_sparsity": left_out(subject, plan),
             "flop_speedup": _flops(subject, plan, rank),
-            "perplexity": {text: subject.perplexity(plan, text, rank) for text in subject.windows},
-            "plain_perplexity": {text: subject.perplexity(plan, text) for text in subject.windows},
+            "perplexity": _perplexities(subject, plan, rank),
+            "plain_perplexity": _perplexities(subject, plan),
             "accuracy": zero_shot(subject, plan, rank),
         }
         for name, plan in main_plans(subject).items()
@@ -167,6 +158,20 @@ def longbench(subject: Subject) -> dict[str, Any]:
     ]
     name = source if source == "hub" else Path(source).name
     return {"data": name, "questions": len(questions), "longest_prompt": longest, "rows": rows}
+
+
+def _measured(subject: Subject, plan: OrthoRankConfig | None) -> dict[str, Any]:
+    """What the rows of Tables 1, 3 and 4 have in common."""
+    return {
+        "plan": plan_key(plan),
+        "nominal_sparsity": left_out(subject, plan),
+        "perplexity": _perplexities(subject, plan),
+    }
+
+
+def _perplexities(subject: Subject, plan: OrthoRankConfig | None, rank: int = 0) -> dict[str, Any]:
+    """On every held-out text."""
+    return {text: subject.perplexity(plan, text, rank) for text in subject.windows}
 
 
 def left_out(subject: Subject, plan: OrthoRankConfig | None) -> float:
@@ -248,10 +253,5 @@ def _answered(subject: Subject, plan: OrthoRankConfig | None, questions: list[An
 
 
 def _flops(subject: Subject, plan: OrthoRankConfig | None, rank: int = 0) -> float | None:
-    if plan is None:
-        return 1.0
-    config, tokens, ranks = subject.model.config, subject.settings.prompt_tokens, dict.fromkeys(plan.layers, rank)
-    try:
-        return flop_speedup(config, tokens, plan.layers, plan.keep_ratio, ranks=ranks)
-    except OrthoRankError:  # a kind of model whose FLOPs are not counted
-        return None
+    ranks = None if plan is None else dict.fromkeys(plan.layers, rank)
+    return flop_speedup_of(subject.model.config, plan, subject.settings.prompt_tokens, ranks)

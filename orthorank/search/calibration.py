@@ -116,7 +116,7 @@ def cut_windows(
     )
     words = f"{source.text.name} (second half)"
     judged, fit = _divided(samples.calibration, windows)
-    return Calibration(judged, samples.held_out, source.text, samples.text_tokens, words, bos, fit)
+    return Calibration(judged, samples.held_out, source.text, len(tokens), words, bos, fit)
 
 
 def _fit_windows(settings: SearchSettings, windows: int) -> int:

@@ -11,7 +11,7 @@ from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
 from orthorank.hf.families import device_of
 from orthorank.speed.bench import BenchSettings, OnStep, random_prompt
-from orthorank.speed.bench_results import flop_speedup_of
+from orthorank.speed.bench_results import prefill_fields
 from orthorank.speed.memory import memory_meter, peak_bytes
 from orthorank.speed.prefill_ways import Ways
 from orthorank.speed.timing import time_prefill
@@ -66,22 +66,10 @@ def bench_random(
     eager = Ways(model, variants, prompt)
     rows = []
     for name, plan in variants.items():
-        timing = report.timings[name]
         with eager.running(name) as run, torch.inference_mode():
             peak = peak_bytes(run, device)
-        rows.append(
-            {
-                "name": name,
-                "layers": 0 if plan is None else len(plan.layers),
-                "nominal_sparsity": 0.0 if plan is None else plan.nominal_sparsity(model.config.num_hidden_layers),
-                "flop_speedup": flop_speedup_of(model.config, plan, settings.prompt_tokens),
-                "prefill_speedup": timing.speedup,
-                "prefill_speedup_spread": timing.speedup_spread,
-                "prefill_seconds": timing.median,
-                "prefill_tokens_per_second": timing.tokens_per_second,
-                "peak_bytes": peak,
-            }
-        )
+        row = prefill_fields(name, plan, model.config, report.timings[name], settings.prompt_tokens)
+        rows.append(row | {"peak_bytes": peak})
     return {
         "remark": REMARK,
         "rule": RULE,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from orthorank.models import ModelInfo
     from orthorank.speed.bench import BenchReport
+    from orthorank.speed.timing import Timing
 
 
 def results_of(
@@ -50,7 +51,7 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
 
 def _row(name: str, plan: OrthoRankConfig | None, model: "PreTrainedModel", report: "BenchReport") -> dict[str, Any]:
     decode = None if report.decode is None else report.decode[name]
-    return prefill_fields(name, plan, model.config, report) | {
+    return fields_of(name, plan, model.config, report) | {
         "decode_speedup": None if decode is None else decode.speedup,
         "decode_speedup_spread": None if decode is None else decode.speedup_spread,
         "decode_tokens_per_second": None if decode is None else decode.tokens_per_second,
@@ -59,35 +60,49 @@ def _row(name: str, plan: OrthoRankConfig | None, model: "PreTrainedModel", repo
     }
 
 
-def prefill_fields(name: str, plan: OrthoRankConfig | None, config: Any, report: Any) -> dict[str, Any]:
-    """The fields that every engine's row has: the plan's size, prefill, and time to the first token.
+def fields_of(name: str, plan: OrthoRankConfig | None, config: Any, report: Any) -> dict[str, Any]:
+    """The fields that every engine's row has: `prefill_fields`, and the time to the first token.
 
     Args:
         config: the model's; report: a `BenchReport` or a `VLLMReport`.
     """
-    prefill, first = report.prefill.timings[name], report.first_token[name]
-    return {
-        "name": name,
-        "layers": 0 if plan is None else len(plan.layers),
-        "nominal_sparsity": 0.0 if plan is None else plan.nominal_sparsity(config.num_hidden_layers),
-        "flop_speedup": flop_speedup_of(config, plan, report.settings.prompt_tokens),
-        "prefill_speedup": prefill.speedup,
-        "prefill_speedup_spread": prefill.speedup_spread,
-        "prefill_seconds": prefill.median,
-        "prefill_tokens_per_second": prefill.tokens_per_second,
+    first = report.first_token[name]
+    return prefill_fields(name, plan, config, report.prefill.timings[name], report.settings.prompt_tokens) | {
         "first_token_speedup": first.speedup,
         "first_token_speedup_spread": first.speedup_spread,
         "first_token_seconds": first.median,
     }
 
 
-def flop_speedup_of(config: Any, plan: OrthoRankConfig | None, tokens: int) -> float | None:
-    """What the FLOPs left out alone would give with prompts of ``tokens``; None where they cannot be counted."""
-    from orthorank.stack.flops import plan_speedup
+def prefill_fields(
+    name: str, plan: OrthoRankConfig | None, config: Any, timing: "Timing", tokens: int
+) -> dict[str, Any]:
+    """A row's fields of the plan's size, and of the prefill of ``tokens``."""
+    return {
+        "name": name,
+        "layers": 0 if plan is None else len(plan.layers),
+        "nominal_sparsity": 0.0 if plan is None else plan.nominal_sparsity(config.num_hidden_layers),
+        "flop_speedup": flop_speedup_of(config, plan, tokens),
+        "prefill_speedup": timing.speedup,
+        "prefill_speedup_spread": timing.speedup_spread,
+        "prefill_seconds": timing.median,
+        "prefill_tokens_per_second": timing.tokens_per_second,
+    }
+
+
+def flop_speedup_of(
+    config: Any, plan: OrthoRankConfig | None, tokens: int, ranks: Mapping[int, int] | None = None
+) -> float | None:
+    """What the FLOPs left out alone would give with prompts of ``tokens``; None where they cannot be counted.
+
+    Args:
+        ranks: of maps that the plan has not yet, by layer; None: its own.
+    """
+    from orthorank.stack.flops import plan_flops, prefill_flops
 
     if plan is None:
         return 1.0
     try:
-        return plan_speedup(config, tokens, plan)
+        return prefill_flops(config, tokens) / plan_flops(config, tokens, plan, ranks=ranks)
     except OrthoRankError:  # a kind of model whose FLOPs are not counted
         return None

@@ -252,11 +252,10 @@ def _first_tokens(llm: Any, prompts: list[Any]) -> None:
 
 def results_of(path: str, config: Any, variants: Mapping[str, Any], report: VLLMReport) -> dict[str, Any]:
     """The report with a row for each variant, as `orthorank.speed.bench_results.results_of` has them."""
-    from orthorank.speed.bench_results import prefill_fields
+    from orthorank.speed.bench_results import fields_of
 
     rows = [
-        prefill_fields(name, plan, config, report) | {"attention": report.attention[name]}
-        for name, plan in variants.items()
+        fields_of(name, plan, config, report) | {"attention": report.attention[name]} for name, plan in variants.items()
     ]
     plans = {name: plan.to_dict() for name, plan in variants.items() if plan is not None}
     about = {name: getattr(config, name) for name in ("model_type", "num_hidden_layers", "hidden_size")}

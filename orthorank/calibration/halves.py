@@ -1,4 +1,4 @@
-"""What a fit is of, and what a plan does after it on windows that it was not fitted to."""
+"""The two halves of a text: what is fitted to windows of the first is measured on windows of the second."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,19 +8,52 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from orthorank.calibration.windows import record_of
+from orthorank.common.errors import OrthoRankError
 from orthorank.common.progress import Screen
+from orthorank.common.texts import Bos, Samples, Text, read_tokens, take_samples
 from orthorank.config import OrthoRankConfig
 from orthorank.evaluation.perplexity import perplexity
 from orthorank.hf.apply import apply
 from orthorank.hf.provenance import differing, weights_fingerprint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FOLLOWED = (  # of a plan, what its maps leave as it is
     *("ratios", "criterion", "seed", "select", "select_window", "keep_multiple", "keep_last"),
     *("min_prompt", "decode", "kv", "update_sink", "sinks"),
 )
+
+
+def halves_of(
+    source: Text,
+    tokenizer: "PreTrainedTokenizerBase",
+    model: "PreTrainedModel",
+    where: Bos,
+    *,
+    windows: int,
+    window: int,
+    longest: int,
+) -> Samples:
+    """``windows`` windows of each half of a text, read by the model's tokenizer: to fit on, and to measure on.
+
+    Args:
+        where: where BOS stands; longest: tokens of the model's longest input.
+
+    Raises:
+        OrthoRankError: ``window`` is more than that, or the text is too short.
+    """
+    if window > longest:
+        raise OrthoRankError(f"window is {window}; the model's longest input has {longest} tokens")
+    return take_samples(
+        read_tokens(source, tokenizer, model, where),
+        windows=windows,
+        window=window,
+        held_out_windows=windows,
+        held_out_len=window,
+        name=f"the text ({source.name})",
+        leading=where.leading,
+    )
 
 
 def is_of(
