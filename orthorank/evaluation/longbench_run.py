@@ -47,7 +47,7 @@ def run_longbench(
     asked = list(questions)
     if not asked:
         raise OrthoRankError("questions is empty; there is nothing to answer")
-    known = _known(answers) if answers is not None else {}
+    rows = {} if answers is None else kept_rows(answers, answer=str)
     scores: dict[str, list[float]] = {}
     for number, question in enumerate(asked, 1):
         key, *others = (
@@ -55,8 +55,8 @@ def run_longbench(
             for each in (identity, before)
             if each is not None
         )
-        if (found := next((each for each in (key, *others) if each in known), None)) is not None:
-            text = known[found]
+        if (found := next((each for each in (key, *others) if each in rows), None)) is not None:
+            text = rows[found]["answer"]
         else:
             text = answer(model, tokenizer, question, max_tokens, bos)
             if answers is not None:
@@ -71,8 +71,3 @@ def run_longbench(
 def _key(question: Question, max_tokens: int | None, identity: str) -> str:
     parts = json.dumps([question.task, question.prompt, max_tokens, identity])
     return hashlib.sha256(parts.encode()).hexdigest()[:24]
-
-
-def _known(path: Path) -> dict[str, str]:
-    """Answers of an earlier run."""
-    return {key: row["answer"] for key, row in kept_rows(path, answer=str).items()}

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 
 from orthorank.common.errors import OrthoRankError
-from orthorank.search.state import OnEvaluation, SearchInterrupted, SearchState, evaluation_count
+from orthorank.search.state import OnEvaluation, SearchInterrupted, SearchState, check_same, evaluation_count
 from orthorank.stack.evaluator import Evaluator
 
 
@@ -120,20 +120,12 @@ def begin_search(
         raise OrthoRankError(f"candidates holds {wrong[0]}; the model has layers 0 to {evaluator.stack.num_layers - 1}")
     evaluation_count(len(layers), rounds)  # raises when there are too few candidates
     fresh = SearchState(layers, rounds, evaluator.fingerprint, fast=fast)
-    state = fresh if state is None else _continued(state, fresh, evaluator)
+    if state is None:
+        state = fresh
+    else:
+        check_same(state, fresh, "candidates", "rounds", "fingerprint", "fast")
+        evaluator.go_on_with(state.batch_size)
     state.windows, state.batch_size = evaluator.windows, evaluator.batch_size
-    return state
-
-
-def _continued(state: SearchState, fresh: SearchState, evaluator: Evaluator) -> SearchState:
-    for name in ("candidates", "rounds", "fingerprint", "fast"):
-        before, now = getattr(state, name), getattr(fresh, name)
-        if before != now:
-            raise OrthoRankError(
-                f"state is of another search: its {name} is {before} and this search's is {now}; search with the same "
-                "text, windows, keep ratio and candidates, or begin anew without a state"
-            )
-    evaluator.go_on_with(state.batch_size)
     return state
 
 

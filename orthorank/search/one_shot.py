@@ -18,7 +18,7 @@ from torch import nn
 
 from orthorank.common.errors import OrthoRankError, check_integer
 from orthorank.common.files import read_json, write_text
-from orthorank.search.state import check_layers, check_losses, check_size
+from orthorank.search.state import check_layers, check_losses, check_same, check_size
 from orthorank.stack.evaluator import Evaluator
 
 if TYPE_CHECKING:
@@ -175,12 +175,7 @@ def loss_scores(
     """
     fresh = ScoreState(sorted(candidates), evaluator.fingerprint)
     state = fresh if state is None else state
-    for name in ("candidates", "fingerprint"):
-        if getattr(state, name) != getattr(fresh, name):
-            raise OrthoRankError(
-                f"state is of another search: its {name} is {getattr(state, name)} and this search's is "
-                f"{getattr(fresh, name)}; search with the same text, windows, keep ratio and candidates, or begin anew"
-            )
+    check_same(state, fresh, "candidates", "fingerprint")
     evaluator.go_on_with(state.batch_size)
     state.batch_size = evaluator.batch_size
     evaluator.start([], state.candidates)

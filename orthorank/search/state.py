@@ -230,6 +230,21 @@ def halving_stages(candidates: int, windows: int, batch_size: int = 1) -> list[t
     return stages
 
 
+def check_same(state: Any, fresh: Any, *names: str) -> None:
+    """``state``, with which a search is to go on, has the fields ``names`` of the state in which it would begin.
+
+    Raises:
+        OrthoRankError: one is another.
+    """
+    for name in names:
+        before, now = getattr(state, name), getattr(fresh, name)
+        if before != now:
+            raise OrthoRankError(
+                f"state is of another search: its {name} is {before} and this search's is {now}; search with the same "
+                "text, windows, keep ratio and candidates, or begin anew without a state"
+            )
+
+
 def check_layers(layers: Any, among: Collection[int] | None = None) -> None:
     """A list of layer numbers, none of them twice, all of them in ``among``."""
     if not isinstance(layers, list) or any(type(layer) is not int or layer < 0 for layer in layers):

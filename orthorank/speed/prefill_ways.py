@@ -6,7 +6,6 @@ selects. So compiling takes seconds whatever the depth of the model.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,11 +97,9 @@ class Ways:
     @contextmanager
     def _in_force(self, name: str) -> Iterator[None]:
         plan = self.variants[name]
-        with nullcontext() if plan is None else apply(self.model, plan), self._layers():
+        layers = compiled_layers(self.model, self.backend) if self.compiled else nullcontext()
+        with nullcontext() if plan is None else apply(self.model, plan), layers:
             yield
-
-    def _layers(self) -> Any:
-        return compiled_layers(self.model, self.backend) if self.compiled else nullcontext()
 
     @torch.inference_mode()
     def _captured(self, name: str) -> Callable[[], Any]:
@@ -125,8 +122,4 @@ class Ways:
                 f"the captured graph of {name} gives logits that differ from the eager model's by {apart:.3g} (the "
                 f"largest is {largest:.3g}); measure without graph"
             )
-        return partial(_replay, graph)
-
-
-def _replay(graph: "torch.cuda.CUDAGraph") -> None:
-    graph.replay()
+        return graph.replay

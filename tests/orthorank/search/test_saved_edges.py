@@ -1,14 +1,15 @@
 """Records that a run goes on from: of another format, of a newer version, with a key twice. Each is named."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orthorank import OrthoRankError
+from orthorank.evaluation.kept import kept_rows
 from orthorank.evaluation.longbench import local_questions
-from orthorank.evaluation.longbench_run import _known
 from orthorank.reproduce.cells import Cells
 from orthorank.search.job import Folder
 from orthorank.search.one_shot import ScoreState
@@ -60,8 +61,8 @@ SEARCH = {"candidates": [1, 2], "rounds": 1}
         (SearchState.load, '{"candidates": [1], "candidates": [2], "rounds": 1}', "is not a saved search state"),
         (ScoreState.load, '{"candidates": [1], "scores": {"1": 2.0, "1": 3.0}}', "is not a saved one-shot search"),
         (Cells._read, '{"key": "a", "value": 1, "value": 2}', "is not a JSON file; delete it"),
-        (_known, '{"key": "a", "answer": "b", "answer": "c"}\n', "is no file of answers"),
-        (_known, '{"key": "a", "answer": 5}\n', "is no file of answers"),
+        (partial(kept_rows, answer=str), '{"key": "a", "answer": "b", "answer": "c"}\n', "is no file of answers"),
+        (partial(kept_rows, answer=str), '{"key": "a", "answer": 5}\n', "is no file of answers"),
         (
             local_questions,
             '{"task": "trec", "prompt": "a", "prompt": "b", "gold": ["c"]}',
