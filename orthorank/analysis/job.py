@@ -15,8 +15,6 @@ from orthorank.plans import default_plans
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from orthorank.stack.layers import LayerStack
-
 
 @dataclass(frozen=True)
 class AnalysisSettings:
@@ -83,7 +81,8 @@ def run_analysis(settings: AnalysisSettings, screen: Screen) -> dict[str, Any]:
     write_json(folder / "analysis.json", results)
     if settings.windows:
         windows = _cut(ids, settings.windows, settings.window, "windows", bos.leading).to(model.device)
-        layers = _layers_after_sink(stack, sink.sink_layer)
+        # with the last layers, which the paper's Figure 4 shows, too; without a sink all but the first
+        layers = range(1 if sink.sink_layer is None else sink.sink_layer + 1, stack.num_layers)
         with screen.progress("layer by layer", len(layers)) as advance:
             compared = compare_layers(
                 stack,
@@ -118,11 +117,6 @@ def _cut(ids: "Tensor", count: int, length: int, name: str, leading: int | None)
             f"text, or lower --{name}"
         )
     return spread(ids, count, length, leading)
-
-
-def _layers_after_sink(stack: "LayerStack", sink_layer: int | None) -> range:
-    """All layers after the sink, the last ones included (the paper's Figure 4 shows them); without a sink all but 0."""
-    return range(1 if sink_layer is None else sink_layer + 1, stack.num_layers)
 
 
 def _shipped(model: Any) -> dict[str, OrthoRankConfig]:

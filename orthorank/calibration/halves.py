@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from orthorank.calibration import corrections
 from orthorank.calibration.windows import record_of
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.progress import Screen
@@ -54,6 +55,19 @@ def halves_of(
         name=f"the text ({source.name})",
         leading=where.leading,
     )
+
+
+def fit_maps(
+    screen: Screen, title: str, model: "PreTrainedModel", ids: Tensor, plan: OrthoRankConfig, **how: Any
+) -> OrthoRankConfig:
+    """`orthorank.calibration.fit_correction` with a bar called ``title``, which says what each layer's map explains."""
+    last = max((layer for layer, ratio in plan.ratios.items() if ratio < 1), default=0)
+    with screen.progress(title, last + 1) as advance:
+
+        def on_layer(done: int, _: int, explained: float | None) -> None:
+            advance(done, "" if explained is None else f"explains {explained:.0%}")
+
+        return corrections.fit_correction(model, ids, plan, on_layer=on_layer, **how)
 
 
 def is_of(

@@ -93,9 +93,8 @@ def command(
 
     import torch
 
-    from orthorank.calibration.corrections import fit_correction
     from orthorank.calibration.distilling import distill_correction
-    from orthorank.calibration.halves import corrected_losses, halves_of, is_of
+    from orthorank.calibration.halves import corrected_losses, fit_maps, halves_of, is_of
     from orthorank.plans import default_plan
 
     loaded, tokenizer, info = load(screen, model, device, dtype, device_map=device_map)
@@ -120,19 +119,8 @@ def command(
             check_free(output)
         screen.say(f"This fit is finished: {folder / 'orthorank.json'}, maps beside it.")
         return 0
-    last = max((layer for layer, ratio in followed.ratios.items() if ratio < 1), default=0)
-    with screen.progress("maps", last + 1) as advance:
-        found = fit_correction(
-            loaded,
-            ids,
-            followed,
-            rank=rank,
-            target=target,
-            batch_size=batch_size,
-            save_to=states[0],
-            spill=spill,
-            on_layer=lambda done, _, explained: advance(done, "" if explained is None else f"explains {explained:.0%}"),
-        )
+    how = {"rank": rank, "target": target, "batch_size": batch_size, "save_to": states[0], "spill": spill}
+    found = fit_maps(screen, "maps", loaded, ids, followed, **how)
     if distill:
         with screen.progress("distilling", distill) as advance:
             found = distill_correction(

@@ -50,7 +50,7 @@ def command(
     """
     from orthorank.evaluation.answer_cache import tokenizer_fingerprint
     from orthorank.evaluation.kept import KeptRows
-    from orthorank.evaluation.task_scores import check_harness, definition_of, evaluate_tasks, task_differences
+    from orthorank.evaluation.task_scores import definition_of, evaluate_tasks, task_differences
     from orthorank.speed.bench import read_plans
 
     asked = names(tasks)
@@ -59,7 +59,8 @@ def command(
         raise OrthoRankError(f"include_path is {str(include_path)!r}, and there is no such folder")
     check_bos(bos)
     register(criterion)
-    check_harness()
+    import orthorank.evaluation.tasks  # noqa: F401 - before a model is loaded: it says what to do without the harness
+
     folder = None if output is None else writable_folder(output)
     plans = read_plans(plan)
     dense = len(plans) > 1 if dense is None else dense

@@ -1,6 +1,6 @@
 """What a criterion must keep to, tried on random states when it is registered."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -101,15 +101,10 @@ def _values(name: str, values: Callable[..., Tensor], arguments: dict[str, Any])
         raise OrthoRankError(
             f"criterion {name!r} fails with {type(error).__name__}: {error} (tried with {shapes})"
         ) from error
-    for key in _changed(given, arguments):
-        raise OrthoRankError(f"criterion {name!r} writes into {key}, which the layer goes on with; copy it")
+    for key, value in arguments.items():
+        if isinstance(value, Tensor) and not torch.equal(given[key], value):
+            raise OrthoRankError(f"criterion {name!r} writes into {key}, which the layer goes on with; copy it")
     return found
-
-
-def _changed(now: dict[str, Any], before: dict[str, Any]) -> Iterator[str]:
-    for key, value in before.items():
-        if isinstance(value, Tensor) and not torch.equal(now[key], value):
-            yield key
 
 
 def _difference(values: Tensor, expected: Tensor) -> float:

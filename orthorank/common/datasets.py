@@ -6,7 +6,6 @@ held out.
 To measure, as the pruning literature does: WikiText-2's test rows, and the first 1,100 documents of C4's validation.
 """
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 from orthorank.common.errors import OrthoRankError, reason_of
 from orthorank.common.files import user_path
+from orthorank.common.loading import silent
 from orthorank.common.texts import Text, find_text
 from orthorank_kernels.remedies import install
 
@@ -232,14 +232,12 @@ def _joined(recipe: Recipe, rows: list[str], begin: int, folder: Path | None) ->
 def _quiet() -> Iterator[None]:
     """No progress bars, and none of the hub's lines about its retries: the outcome is told in one sentence."""
     import datasets
-    from huggingface_hub.utils import logging as hub_logging
 
-    bars, level = datasets.are_progress_bars_disabled(), hub_logging.get_verbosity()
+    bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
-    hub_logging.set_verbosity(logging.CRITICAL)
     try:
-        yield
+        with silent("huggingface_hub"):
+            yield
     finally:
-        hub_logging.set_verbosity(level)
         if not bars:
             datasets.enable_progress_bars()

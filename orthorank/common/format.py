@@ -81,15 +81,15 @@ def spread(figure: dict[str, Any], form: str = ".4f") -> str:
     return f"{figure['mean']:{form}}" + (f" ± {error:{form.lstrip('+')}}" if error == error else "")
 
 
-def figure(value: float | None, digits: int = 4) -> str:
-    """A number with ``digits`` significant digits, at least to the unit; a dash when there is none.
+def figure(value: float | None) -> str:
+    """A number with four significant digits, at least to the unit; a dash when there is none.
 
     >>> figure(21.153), figure(1234.4), figure(None)
     ('21.15', '1,234', '-')
     """
     if value is None:
         return "-"
-    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:#.{digits}g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}"
 
 
 def count(number: int, thing: str) -> str:

@@ -11,6 +11,9 @@ from typing import Any
 from orthorank.common.errors import OrthoRankError
 
 NAMED = 8  # tensors that an error lists
+# The Hub tells of its retries: their outcome is told in one sentence. Where torchao is installed, transformers imports
+# it, and it lists the CUDA parts that a machine without GPU lacks.
+NOISY = ("transformers", "huggingface_hub", "torchao", "torch.utils._pytree")
 _IN_A_LAYER = re.compile(r"(.*\blayers\.)\d+\.")
 _COMPUTED = ("rotary_emb.inv_freq", "masked_bias")  # old checkpoints have them; models compute them
 
@@ -80,29 +83,30 @@ def _by(shape: Any) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers' notices and progress bars; downloads keep theirs. Everything is put back afterwards."""
-    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
-    level, hub_level = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
-    # Where torchao is installed, transformers imports it, and it lists the CUDA parts that a machine without GPU lacks.
-    others = {logger: logger.level for logger in map(logging.getLogger, ("torchao", "torch.utils._pytree"))}
     bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    hub_logging.set_verbosity(logging.CRITICAL)  # its retries; the outcome is told in one sentence
     transformers_logging.disable_progress_bar()
-    for logger in others:
-        logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with silent(*NOISY), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        transformers_logging.set_verbosity(level)
-        hub_logging.set_verbosity(hub_level)
-        for logger, before in others.items():
-            logger.setLevel(before)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def silent(*loggers: str, level: int = logging.CRITICAL) -> Iterator[None]:
+    """Inside, the loggers of these names say nothing below ``level``."""
+    before = {logger: logger.level for logger in map(logging.getLogger, loggers)}
+    for logger in before:
+        logger.setLevel(level)
+    try:
+        yield
+    finally:
+        for logger, known in before.items():
+            logger.setLevel(known)
 
 
 @contextmanager

@@ -36,18 +36,11 @@ def with_corrected(run: Run, plans: Plans) -> Plans:
 
 
 def _fit(run: Run, name: str, plan: OrthoRankConfig, rank: int) -> OrthoRankConfig:
-    from orthorank.calibration.corrections import fit_correction
+    from orthorank.calibration.halves import fit_maps
 
     title, windows, text = words.TITLES[name + words.CORRECTED], run.calibration.windows, run.calibration.text
-    last = max(layer for layer, ratio in plan.ratios.items() if ratio < 1)
-    with run.timed(f"maps {name}"), run.screen.progress(title, last + 1) as advance:
-        found = fit_correction(
-            run.model,
-            windows,
-            plan,
-            rank=rank,
-            on_layer=lambda done, _, explained: advance(done, "" if explained is None else f"explains {explained:.0%}"),
-        )
+    with run.timed(f"maps {name}"):
+        found = fit_maps(run.screen, title, run.model, windows, plan, rank=rank)
     record = found.calibration["correction"]
     record["texts"] = [{"text": text.name, "text_sha256": text.sha256, "windows": len(windows)}]
     record["bos"] = run.calibration.bos.policy

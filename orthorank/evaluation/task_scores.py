@@ -5,12 +5,12 @@ import hashlib
 import logging
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthorank.common.errors import OrthoRankError, reason_of
+from orthorank.common.loading import silent
 from orthorank.common.paired import paired
 from orthorank.common.texts import adds_bos, check_bos
 
@@ -79,7 +79,9 @@ def evaluate_tasks(
             "add one (add_bos_token in its tokenizer_config.json)"
         )
     own = copy.deepcopy(tokenizer)  # the harness gives it a padding token
-    with _quiet("lm_eval.models.huggingface"):  # which warns of a model that is loaded already: as is meant here
+    with silent(
+        "lm_eval.models.huggingface", level=logging.ERROR
+    ):  # which warns of a model that is loaded already: as is meant here
         adapter = OrthoRankLM(
             model,
             plan=plan,
@@ -110,15 +112,6 @@ def evaluate_tasks(
     }
 
 
-def check_harness() -> None:
-    """lm-evaluation-harness can be imported: before a model is loaded, which takes long.
-
-    Raises:
-        OrthoRankError: it is not installed.
-    """
-    import orthorank.evaluation.tasks  # noqa: F401 - raises, and says what to do
-
-
 def definition_of(tasks: Sequence[str], include_path: Path | None) -> dict[str, Any]:
     """What decides what ``tasks`` are: their names, the harness, and the files of ``include_path`` with what they hold.
 
@@ -134,18 +127,6 @@ def definition_of(tasks: Sequence[str], include_path: Path | None) -> dict[str, 
         digest.update(f"{file.relative_to(include_path)}\0".encode())
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return found | {"task_files": digest.hexdigest()[:16]}
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """The logger ``name`` says nothing below an error."""
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _row(task: str, metric: str, found: dict[str, Any]) -> dict[str, Any]:

@@ -71,11 +71,11 @@ def default_plan(model: "PreTrainedModel", method: str = "orthorank", sparsity: 
     if (plan := find_plan(model, method, sparsity)) is not None:
         return plan
     config, here = model.config.get_text_config(), hub_id(model)
-    known = ", ".join(f"{plan.model_id} at {_percent(plan)} %" for plan in shipped_plans(method)) or "none"
+    shipped = [f"{plan.model_id} at {100 * plan.nominal_sparsity():.2g} %" for plan in shipped_plans(method)]
     raise OrthoRankError(
         f"no plan is shipped for {here or 'this model'} ({config.model_type}, {config.num_hidden_layers} layers, "
-        f"hidden size {config.hidden_size}) at a sparsity of {100 * sparsity:g} %; there are plans for: {known}. Find "
-        "one with: orthorank search"
+        f"hidden size {config.hidden_size}) at a sparsity of {100 * sparsity:g} %; there are plans for: "
+        f"{', '.join(shipped) or 'none'}. Find one with: orthorank search"
     )
 
 
@@ -87,7 +87,3 @@ def default_plans(model: "PreTrainedModel") -> dict[str, OrthoRankConfig]:
 def _layers_for(plan: OrthoRankConfig, sparsity: float) -> int:
     assert plan.num_hidden_layers is not None  # a shipped plan says which model it is for
     return layer_count(plan.num_hidden_layers, sparsity, plan.keep_ratio)
-
-
-def _percent(plan: OrthoRankConfig) -> str:
-    return f"{100 * plan.nominal_sparsity():.2g}"

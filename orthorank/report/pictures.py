@@ -48,9 +48,10 @@ def bars(axes: "Axes", rows: Sequence[dict[str, Any]], key: str) -> None:
 
 def scatter(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
     """Perplexity over measured speed-up, each point with its name beside it."""
-    found = sorted((row for row in rows if row.get("perplexity") and row.get("speedup")), key=_perplexity)
+    found = [row for row in rows if row.get("perplexity") and row.get("speedup")]
+    found.sort(key=lambda row: float(row["perplexity"]))
     middle = sum(row["speedup"] for row in found) / max(1, len(found))
-    spread = (_perplexity(found[-1]) - _perplexity(found[0])) or 1.0 if found else 1.0
+    spread = (found[-1]["perplexity"] - found[0]["perplexity"]) or 1.0 if found else 1.0
     free = -math.inf  # names stand above each other where points are close
     for row in found:
         at, right = (row["speedup"], row["perplexity"]), row["speedup"] <= middle  # the name goes where there is room
@@ -64,10 +65,6 @@ def scatter(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
     axes.margins(0.08)
     axes.set(xlabel="measured prefill speed-up", ylabel="perplexity")
     axes.grid(axis="y", clip_on=False)
-
-
-def _perplexity(row: dict[str, Any]) -> float:
-    return float(row["perplexity"])
 
 
 def layers(axes: "Axes", row: dict[str, Any], num_layers: int, numbered: bool) -> None:

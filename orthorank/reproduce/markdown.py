@@ -22,15 +22,13 @@ def markdown(summary: dict[str, Any]) -> str:
         parts += ["## Claims", _claims([claim for claim in summary["claims"] if claim not in layers])]
         if layers:
             parts += ["### Figure 4, layer by layer", _claims(layers)]
-    for name, title in TITLES.items():
+    for name, (title, drawn) in TABLES.items():
         if name in summary:
-            parts += [f"## {title}", TABLES[name](summary[name])]
-    parts += _pictures(summary)
+            parts += [f"## {title}", drawn(summary[name])]
+    for key, figures in PICTURES.items():
+        if key in summary:
+            parts += [f"![{words}]({file}.png)" for file, words in figures]
     return "\n\n".join(parts) + "\n"
-
-
-def _pictures(summary: dict[str, Any]) -> list[str]:
-    return [f"![{words}]({file}.png)" for key, figures in PICTURES.items() if key in summary for file, words in figures]
 
 
 def titled(row: str) -> str:
@@ -235,25 +233,15 @@ PICTURES = {
     "layerwise": (("fig4-layerwise-selection", "Figure 4: one layer selecting, orthogonal tokens or the others"),),
     "fig5": (("fig5-chosen-layers", "Figure 5: the chosen layers at 20 %"),),
 }
-TITLES = {
-    "table1": "Table 1: perplexity and throughput",
-    "table2": "Table 2: zero-shot accuracy in per cent",
-    "table3": "Table 3: ablations at 20 %",
-    "table4": "Table 4: share of layers x keep ratio, at 20 %",
-    "sweep": "Perplexity over sparsity",
-    "longbench": "LongBench",
-    "corrected": "Beyond the paper: corrected plans",
-    "fig5": "Figure 5: the chosen layers",
-}
 TABLES = {
-    "table1": _main,
-    "table2": _accuracies,
-    "table3": _ablation,
-    "table4": _ablation,
-    "sweep": _sweep,
-    "longbench": _longbench,
-    "corrected": _corrected,
-    "fig5": _chosen,
+    "table1": ("Table 1: perplexity and throughput", _main),
+    "table2": ("Table 2: zero-shot accuracy in per cent", _accuracies),
+    "table3": ("Table 3: ablations at 20 %", _ablation),
+    "table4": ("Table 4: share of layers x keep ratio, at 20 %", _ablation),
+    "sweep": ("Perplexity over sparsity", _sweep),
+    "longbench": ("LongBench", _longbench),
+    "corrected": ("Beyond the paper: corrected plans", _corrected),
+    "fig5": ("Figure 5: the chosen layers", _chosen),
 }
 
 

@@ -62,15 +62,7 @@ def _measured(part: str, subject: Subject, folder: Path) -> dict[str, Any]:
         return {"fig5": _chosen(subject, folder)}
     if part == "longbench":
         return _longbench(subject)
-    measure = {
-        "table1": tables.table1,
-        "table2": tables.table2,
-        "table3": tables.table3,
-        "table4": tables.table4,
-        "sweep": tables.sweep,
-        "corrected": tables.corrected,
-    }[part]
-    return {part: measure(subject)}
+    return {part: getattr(tables, part)(subject)}  # table1, ..., sweep, corrected
 
 
 def _longbench(subject: Subject) -> dict[str, Any]:

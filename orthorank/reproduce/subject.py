@@ -52,9 +52,12 @@ class Subject:
         self.windows = {
             name: self._windows(text, name, settings.window, settings.windows) for name, text in self.texts.items()
         }
-        from orthorank.stack.layers import config_fingerprint
+        from orthorank.stack.layers import config_fingerprint, model_fingerprint
 
-        self.cells = Cells(settings.output / "cells", self._identity(), config_fingerprint(self.model))
+        identity = {"model": model_fingerprint(self.model), "dtype": self.info.dtype, "torch": torch.__version__}
+        if self.info.device != "cpu":  # figures of one kind of device, throughput above all, are not those of another
+            identity["device"] = self.info.device.partition(":")[0]
+        self.cells = Cells(settings.output / "cells", identity, config_fingerprint(self.model))
         self._corrected: dict[str, OrthoRankConfig] = {}
 
     @cached_property
@@ -118,17 +121,14 @@ class Subject:
         """``plan`` with maps of ``rank`` fitted to the calibration windows; with rank 0, as it is."""
         if plan is None or rank == 0:
             return plan
-        from orthorank.calibration.corrections import fit_correction
+        from orthorank.calibration.halves import fit_maps
 
         key = digest([measured_of(plan), rank])
         if key not in self._corrected:
             ids, half = self.calibration, self.calibration.shape[1] // 2
             if len(ids) == 1:  # some must be held out
                 ids = ids[:, : 2 * half].view(2, half)
-            with self.screen.progress("maps", 1 + max(plan.layers)) as advance:
-                self._corrected[key] = fit_correction(
-                    self.model, ids, plan, rank=rank, on_layer=lambda done, *_: advance(done, "")
-                )
+            self._corrected[key] = fit_maps(self.screen, "maps", self.model, ids, plan, rank=rank)
         return self._corrected[key]
 
     def perplexity(self, plan: OrthoRankConfig | None, text: str, rank: int = 0) -> dict[str, Any]:
@@ -219,13 +219,6 @@ class Subject:
                 "longer text or fewer or shorter windows"
             )
         return ids[: count * window].view(count, window).to(self.model.device)
-
-    def _identity(self) -> dict[str, Any]:
-        from orthorank.stack.layers import model_fingerprint
-
-        identity = {"model": model_fingerprint(self.model), "dtype": self.info.dtype, "torch": torch.__version__}
-        # Figures of one kind of device, throughput above all, are not those of another.
-        return identity if self.info.device == "cpu" else identity | {"device": self.info.device.partition(":")[0]}
 
 
 def plan_key(plan: OrthoRankConfig | None) -> dict[str, Any] | None:

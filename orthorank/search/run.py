@@ -237,17 +237,10 @@ def with_maps(job: Job, plan: OrthoRankConfig) -> OrthoRankConfig:
         return plan
     from torch import cat
 
-    from orthorank.calibration.corrections import fit_correction
+    from orthorank.calibration.halves import fit_maps
 
-    with job.screen.progress("maps", 1 + max(plan.layers)) as advance:
-        return fit_correction(
-            job.model,
-            cat([fit, job.calibration.windows]),
-            plan,
-            rank=rank,
-            batch_size=job.evaluator.batch_size,
-            on_layer=lambda done, *_: advance(done, ""),
-        )
+    how = {"rank": rank, "batch_size": job.evaluator.batch_size}
+    return fit_maps(job.screen, "maps", job.model, cat([fit, job.calibration.windows]), plan, **how)
 
 
 def _held_out(job: Job, plan: OrthoRankConfig) -> dict[str, Any]:

@@ -139,8 +139,6 @@ def run_bench(
         >>> report.decode["dense"].tokens, sorted(report.by_length)
         (2, [8, 16])
     """
-    if not variants:
-        raise OrthoRankError("variants is empty; give at least one, such as {'dense': None}")
     lengths = settings.lengths or ()
     _check_length(model, max(settings.prompt_tokens + settings.decode_tokens, *lengths, 0))
     step = on_step or (lambda what, done, total: None)
