@@ -86,24 +86,12 @@ def answer(app: Callable[[], "typer.Typer"], arguments: Sequence[str] | None, na
         return _fail(f"the file system says of{where or ' a file'}: {error.strerror or error}")
 
 
-# Each command's module, in the order of the help.
-COMMANDS = {
-    "demo": "demo",
-    "doctor": "doctor",
-    "estimate": "estimate",
-    "bench": "bench",
-    "env": "env",
-    "reproduce": "reproduce",
-    "analyze": "analyze",
-    "search": "search",
-    "calibrate": "calibrate",
-    "correct": "correct",
-    "compare": "compare",
-    "export": "export",
-    "vllm-args": "vllm_args",
-    "lm-eval": "lm_eval",
-}
-EVALUATIONS = {"ppl": "eval_ppl", "tasks": "eval_tasks", "longbench": "eval_longbench"}
+# In the order of the help; each has a module of its name.
+COMMANDS = (
+    *("demo", "doctor", "estimate", "bench", "env", "reproduce", "analyze", "search", "calibrate", "correct"),
+    *("compare", "export", "vllm-args", "lm-eval"),
+)
+EVALUATIONS = ("ppl", "tasks", "longbench")
 
 
 def _app(wanted: str = "", helping: bool = True) -> "typer.Typer":
@@ -130,18 +118,19 @@ def _app(wanted: str = "", helping: bool = True) -> "typer.Typer":
 
         return {"short_help": SHORT[name], "epilog": epilog(name)}
 
-    for name, module in COMMANDS.items():
-        if not known or name == wanted:
-            command = import_module(f"orthorank.commands.{module}")
-            settings = getattr(command, "SETTINGS", None)
-            passed_on = {} if settings is None else {"add_help_option": False, "context_settings": settings}
-            app.command(name, **passed_on, **said_of(name))(command.command if passed_on else bounded(command.command))
+    def module_of(name: str) -> Any:
+        return import_module(f"orthorank.commands.{name.replace('-', '_').replace(' ', '_')}")
+
+    for name in COMMANDS if not known else {wanted} & set(COMMANDS):
+        module = module_of(name)
+        if (settings := getattr(module, "SETTINGS", None)) is None:
+            app.command(name, **said_of(name))(bounded(module.command))
+        else:  # its arguments are passed on
+            app.command(name, add_help_option=False, context_settings=settings, **said_of(name))(module.command)
     if not known or wanted == "eval":
         measure = typer.Typer(help="Measure a model, dense and with plans: perplexity, tasks, LongBench.")
-        for name, module in EVALUATIONS.items():
-            measure.command(name, **said_of(f"eval {name}"))(
-                bounded(import_module(f"orthorank.commands.{module}").command)
-            )
+        for name in EVALUATIONS:
+            measure.command(name, **said_of(f"eval {name}"))(bounded(module_of(f"eval {name}").command))
         app.add_typer(measure, name="eval", **said_of("eval"))
 
     @app.callback(invoke_without_command=True)

@@ -79,9 +79,8 @@ def evaluate_tasks(
             "add one (add_bos_token in its tokenizer_config.json)"
         )
     own = copy.deepcopy(tokenizer)  # the harness gives it a padding token
-    with silent(
-        "lm_eval.models.huggingface", level=logging.ERROR
-    ):  # which warns of a model that is loaded already: as is meant here
+    # It warns of a model that is loaded already, as is meant here.
+    with silent("lm_eval.models.huggingface", level=logging.ERROR):
         adapter = OrthoRankLM(
             model,
             plan=plan,
