@@ -2,11 +2,15 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from operator import itemgetter
 from pathlib import PurePath
 from typing import Any
 
 from orthorank.common.format import count
+
+Column = tuple[str, Callable[[dict[str, Any]], str]]  # its head, and what it says of a row
 
 
 def markdown(summary: dict[str, Any]) -> str:
@@ -57,46 +61,53 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(text)
 
 
+def _drawn(rows: Iterable[dict[str, Any]], *columns: Column) -> str:
+    """A Markdown table: of each column its head, and what it says of a row."""
+    return table([head for head, _ in columns], [[say(row) for _, say in columns] for row in rows])
+
+
+def _texts(row: dict[str, Any]) -> list[Column]:
+    """A column for each held-out text."""
+    return [(f"perplexity, {text}", partial(_perplexity, text=text)) for text in row["perplexity"]]
+
+
 def _claims(claims: list[dict[str, Any]]) -> str:
-    rows = [
-        [
-            claim["claim"],
-            claim["where"],
-            f"{claim['figure']:.4g}" if claim["figure"] is not None else "-",
-            claim["unit"],
-            f"{claim['threshold']:g}",
-            str(claim["n"]),
-            "-" if claim["standard_error"] is None else f"{claim['standard_error']:.2g}",
-            f"**{claim['verdict']}**",
-            claim["detail"],
-        ]
-        for claim in claims
-    ]
-    heads = ["claim", "where", "figure", "in", "threshold", "n", "standard error", "verdict", "detail"]
-    return table(heads, rows)
+    return _drawn(
+        claims,
+        ("claim", itemgetter("claim")),
+        ("where", itemgetter("where")),
+        ("figure", lambda claim: "-" if claim["figure"] is None else f"{claim['figure']:.4g}"),
+        ("in", itemgetter("unit")),
+        ("threshold", lambda claim: f"{claim['threshold']:g}"),
+        ("n", lambda claim: str(claim["n"])),
+        ("standard error", lambda claim: "-" if claim["standard_error"] is None else f"{claim['standard_error']:.2g}"),
+        ("verdict", lambda claim: f"**{claim['verdict']}**"),
+        ("detail", itemgetter("detail")),
+    )
 
 
 def _main(part: dict[str, Any]) -> str:
-    texts = list(part["rows"][0]["perplexity"])
-    heads = ["", "layers", "left out", *(f"perplexity, {text}" for text in texts), "paper (C4)"]
-    heads += ["throughput", "tokens/s", "by FLOPs", "paper"]
-    rows = []
-    for row in part["rows"]:
-        speed, ideal = row["throughput"], row["throughput"]["flop_speedup"]
-        rows.append(
-            [
-                titled(row["row"]),
-                str(len(row["plan"]["layers"])) if row["plan"] else "0",
-                _share(row),
-                *(_perplexity(row["perplexity"][text]) for text in texts),
-                _list(row["paper_perplexity"]),
-                f"{speed['speedup']:.2f}x" + (f" ± {speed['speedup_spread']:.2f}" if len(speed["seconds"]) > 1 else ""),
-                f"{speed['tokens_per_second']:,.0f}",
-                "-" if ideal is None else f"{ideal:.2f}x",
-                "-" if row["paper_throughput"] is None else f"{row['paper_throughput']:.2f}x",
-            ]
-        )
-    return table(heads, rows) + f"\n\n{_how_timed(part['rows'][0]['throughput'])}"
+    drawn = _drawn(
+        part["rows"],
+        NAME,
+        LAYERS,
+        LEFT_OUT,
+        *_texts(part["rows"][0]),
+        ("paper (C4)", lambda row: _list(row["paper_perplexity"])),
+        ("throughput", lambda row: _speedup(row["throughput"])),
+        ("tokens/s", lambda row: f"{row['throughput']['tokens_per_second']:,.0f}"),
+        ("by FLOPs", lambda row: _times(row["throughput"]["flop_speedup"])),
+        ("paper", lambda row: _times(row["paper_throughput"])),
+    )
+    return f"{drawn}\n\n{_how_timed(part['rows'][0]['throughput'])}"
+
+
+def _speedup(speed: dict[str, Any]) -> str:
+    return _times(speed["speedup"]) + (f" ± {speed['speedup_spread']:.2f}" if len(speed["seconds"]) > 1 else "")
+
+
+def _times(factor: float | None) -> str:
+    return "-" if factor is None else f"{factor:.2f}x"
 
 
 def _how_timed(speed: dict[str, Any]) -> str:
@@ -145,40 +156,30 @@ def _ablation(part: dict[str, Any]) -> str:
     measured = [row for row in part["rows"] if "perplexity" in row]
     if not measured:
         return "This model has too few layers behind the sink."
-    texts = list(measured[0]["perplexity"])
-    heads = ["", "layers", "left out", *(f"perplexity, {text}" for text in texts), "paper", "accuracy", "paper"]
-    rows = [
-        [
-            titled(row["row"]),
-            str(len(row["plan"]["layers"])),
-            _share(row),
-            *(_perplexity(row["perplexity"][text]) for text in texts),
-            _list(row.get("paper_perplexity", {})),
-            "-" if not row["accuracy"] else _mean(row["accuracy"]),
-            _list(row["paper_accuracy"]),
-        ]
-        for row in measured
-    ]
-    return table(heads, rows)
+    return _drawn(
+        measured,
+        NAME,
+        LAYERS,
+        LEFT_OUT,
+        *_texts(measured[0]),
+        ("paper", lambda row: _list(row.get("paper_perplexity", {}))),
+        ACCURACY,
+        ("paper", lambda row: _list(row["paper_accuracy"])),
+    )
 
 
 def _sweep(part: dict[str, Any]) -> str:
     if not part["points"]:
         return "No sparsity of the sweep can be reached with this model."
-    texts = list(part["points"][0]["perplexity"])
-    rows = [
-        [
-            point["method"],
-            f"{100 * point['sparsity']:.0f} %",
-            str(len(point["layers"])),
-            _share(point),
-            "-" if point["flop_speedup"] is None else f"{point['flop_speedup']:.2f}x",
-            *(_perplexity(point["perplexity"][text]) for text in texts),
-        ]
-        for point in part["points"]
-    ]
-    heads = ["method", "sparsity", "layers", "left out", "by FLOPs", *(f"perplexity, {text}" for text in texts)]
-    return table(heads, rows)
+    return _drawn(
+        part["points"],
+        ("method", itemgetter("method")),
+        ("sparsity", lambda point: f"{100 * point['sparsity']:.0f} %"),
+        ("layers", lambda point: str(len(point["layers"]))),
+        LEFT_OUT,
+        FLOPS,
+        *_texts(part["points"][0]),
+    )
 
 
 def _longbench(part: dict[str, Any]) -> str:
@@ -197,23 +198,13 @@ def _longbench(part: dict[str, Any]) -> str:
 def _corrected(part: dict[str, Any]) -> str:
     if not part["rows"]:
         return "This model has too few layers."
-    texts = list(part["rows"][0]["perplexity"])
-    heads = ["", "layers", "left out", "by FLOPs", *(f"perplexity, {text}" for text in texts), "accuracy"]
-    rows = [
-        [
-            titled(row["row"]),
-            str(len(row["plan"]["layers"])),
-            _share(row),
-            "-" if row["flop_speedup"] is None else f"{row['flop_speedup']:.2f}x",
-            *(f"{_perplexity(row['perplexity'][t])} ({_perplexity(row['plain_perplexity'][t])})" for t in texts),
-            "-" if not row["accuracy"] else _mean(row["accuracy"]),
-        ]
-        for row in part["rows"]
+    both = [
+        (head, lambda row, say=say: f"{say(row)} ({say({'perplexity': row['plain_perplexity']})})")
+        for head, say in _texts(part["rows"][0])
     ]
-    note = (
-        f"Maps of rank {part['rows'][0]['rank']}, fitted to the windows of the searches; in parentheses without them."
-    )
-    return table(heads, rows) + f"\n\n{note} Not in the paper."
+    drawn = _drawn(part["rows"], NAME, LAYERS, LEFT_OUT, FLOPS, *both, ACCURACY)
+    note = f"Maps of rank {part['rows'][0]['rank']}, fitted to the windows of the searches"
+    return f"{drawn}\n\n{note}; in parentheses without them. Not in the paper."
 
 
 def _chosen(part: dict[str, Any]) -> str:
@@ -223,6 +214,11 @@ def _chosen(part: dict[str, Any]) -> str:
     )
 
 
+NAME: Column = ("", lambda row: titled(row["row"]))
+LAYERS: Column = ("layers", lambda row: str(len(row["plan"]["layers"])) if row["plan"] else "0")
+LEFT_OUT: Column = ("left out", _share)
+FLOPS: Column = ("by FLOPs", lambda row: _times(row["flop_speedup"]))
+ACCURACY: Column = ("accuracy", lambda row: _mean(row["accuracy"]) if row["accuracy"] else "-")
 METHODS = {"sleb": "SLEB", "shortened": "Shortened LLaMA"}
 PICTURES = {
     "similarities": (
@@ -245,8 +241,9 @@ TABLES = {
 }
 
 
-def _perplexity(found: dict[str, Any]) -> str:
-    return f"{found['perplexity']:.2f}" if found["perplexity"] is not None else "infinite"
+def _perplexity(row: dict[str, Any], text: str) -> str:
+    found = row["perplexity"][text]["perplexity"]
+    return "infinite" if found is None else f"{found:.2f}"
 
 
 def _list(known: dict[str, float]) -> str:
