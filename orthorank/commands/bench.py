@@ -104,36 +104,28 @@ def command(
     given |= {"random_weights": random_weights, "vllm_args": vllm_args}
     if engine == "vllm":
         refuse("--engine vllm", NOT_IN_VLLM, given)
-        return bench_vllm.run(screen, model, plans, settings, dtype, vllm_args, folder, as_json=json)
-    if random_weights is not None:
+        results, show = bench_vllm.measured(screen, model, plans, settings, dtype, vllm_args), bench_vllm.show
+    elif random_weights is not None:
         refuse("--random-weights", NOT_RANDOM, given)
         _set_threads(threads)
-        return bench_random.run(
-            screen,
-            random_weights,
-            plans,
-            settings,
-            device=device,
-            dtype=dtype,
-            layers=model_layers,
-            graph=graph,
-            compiled=compiled,
-            folder=folder,
-            as_json=json,
-        )
-    for name, value in (("--model-layers", model_layers), ("--graph", graph), ("--compile", compiled)):
-        if value:
-            raise OrthoRankError(f"{name} is for --random-weights; leave it out")
-    if vllm_args is not None:
-        raise OrthoRankError("vllm_args is for --engine vllm")
-    _set_threads(threads)
-    loaded, _, info = load(screen, model, device, dtype, plans, plan)
-    variants: dict[str, Any] = {"dense": None} | (plans or shipped(loaded))
-    total = 2 * settings.rounds + len(settings.lengths or ())
-    with screen.progress("timing", total) as advance:
-        report = run_bench(loaded, variants, settings, on_step=counted(advance))
-    results = results_of(loaded, info, variants, report)
-    return deliver(screen, results, folder, as_json=json, show=lambda: _show(screen, results))
+        how: dict[str, Any] = {"device": device, "dtype": dtype, "layers": model_layers}
+        results = bench_random.measured(screen, random_weights, plans, settings, graph=graph, compiled=compiled, **how)
+        show = bench_random.show
+    else:
+        for name, value in (("--model-layers", model_layers), ("--graph", graph), ("--compile", compiled)):
+            if value:
+                raise OrthoRankError(f"{name} is for --random-weights; leave it out")
+        if vllm_args is not None:
+            raise OrthoRankError("vllm_args is for --engine vllm")
+        _set_threads(threads)
+        loaded, _, info = load(screen, model, device, dtype, plans, plan)
+        variants: dict[str, Any] = {"dense": None} | (plans or shipped(loaded))
+        total = 2 * settings.rounds + len(settings.lengths or ())
+        with screen.progress("timing", total) as advance:
+            report = run_bench(loaded, variants, settings, on_step=counted(advance))
+        results, show = results_of(loaded, info, variants, report), _show
+    deliver(screen, results, folder, as_json=json, show=show)
+    return 0
 
 
 def _lengths(words: str) -> tuple[int, ...]:

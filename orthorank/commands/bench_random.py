@@ -1,9 +1,8 @@
 """``orthorank bench --random-weights``: prefill at a real model's shapes, without its weights."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orthorank.commands.bench_shared import counted, deliver, show_rows
+from orthorank.commands.bench_shared import counted, show_rows
 from orthorank.commands.screen import RichScreen
 from orthorank.common.environment import version_of
 from orthorank.common.errors import OrthoRankError
@@ -28,7 +27,7 @@ LEGEND = (
 )
 
 
-def run(
+def measured(
     screen: RichScreen,
     config: str,
     plans: dict[str, Any],
@@ -39,10 +38,8 @@ def run(
     layers: int | None,
     graph: bool,
     compiled: bool,
-    folder: Path | None,
-    as_json: bool,
-) -> int:
-    """Measure and show; see `orthorank.speed.bench_random.bench_random`."""
+) -> dict[str, Any]:
+    """What `orthorank.speed.bench_random.bench_random` measures, and what it is of."""
     import torch
 
     from orthorank.models import pick_device
@@ -61,11 +58,11 @@ def run(
     about = {"config": str(config), "num_hidden_layers": depth, "torch": torch.__version__}
     if (triton := version_of("triton")) is not None:  # it compiles the kernels: settings and code differ by version
         about |= {"triton": triton}
-    results = about | {"parameters": sum(p.numel() for p in model.parameters())} | results
-    return deliver(screen, results, folder, as_json=as_json, show=lambda: _show(screen, results))
+    return about | {"parameters": sum(p.numel() for p in model.parameters())} | results
 
 
-def _show(screen: RichScreen, results: dict[str, Any]) -> None:
+def show(screen: RichScreen, results: dict[str, Any]) -> None:
+    """Print the results for people."""
     speed = results["prefill"]
     threads = f", {speed['threads']} threads" if speed["device"] == "cpu" else ""
     how = [word for word, on in (("compiled", results["compiled"]), ("replayed as a graph", results["graph"])) if on]

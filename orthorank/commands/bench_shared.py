@@ -35,8 +35,13 @@ def counted(advance: Callable[[int, str], object]) -> Callable[[str, int, int], 
 
 
 def deliver(
-    screen: RichScreen, results: dict[str, Any], folder: Path | None, *, as_json: bool, show: Callable[[], None]
-) -> int:
+    screen: RichScreen,
+    results: dict[str, Any],
+    folder: Path | None,
+    *,
+    as_json: bool,
+    show: Callable[[RichScreen, dict[str, Any]], None],
+) -> None:
     """Print the results, for a machine or (``show``) for people, and then write them to ``folder`` if there is one: on
     a full disk they are seen nevertheless.
     """
@@ -45,12 +50,11 @@ def deliver(
     if as_json:
         print_json(results)
     else:
-        show()
+        show(screen, results)
     if folder is not None:
         write_results(folder, results)
         if not as_json:
             screen.say(f"Results: {folder / 'bench.json'}, {folder / 'bench.csv'}")
-    return 0
 
 
 def show_rows(

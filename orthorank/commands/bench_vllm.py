@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from orthorank.commands.bench_shared import counted, deliver, shipped, show_rows
+from orthorank.commands.bench_shared import counted, shipped, show_rows
 from orthorank.commands.screen import RichScreen
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import from_json
@@ -33,18 +33,15 @@ LEGEND = (
 )
 
 
-def run(
+def measured(
     screen: RichScreen,
     model: str | None,
     plans: dict[str, Any],
     settings: "BenchSettings",
     dtype: str | None,
     vllm_args: str | None,
-    folder: Path | None,
-    *,
-    as_json: bool,
-) -> int:
-    """Measure, write and show; arguments are those of `orthorank.commands.bench.command`, read."""
+) -> dict[str, Any]:
+    """What `run_vllm_bench` measures; arguments are those of `orthorank.commands.bench.command`, read."""
     from orthorank.speed.bench_vllm import check_installed, results_of, run_vllm_bench
 
     check_installed()
@@ -54,8 +51,7 @@ def run(
     total = len(variants) + 2 * settings.rounds
     with screen.progress("timing", total) as advance:
         report = run_vllm_bench(path, config, variants, settings, arguments=arguments, on_step=counted(advance))
-    results = results_of(path, config, variants, report)
-    return deliver(screen, results, folder, as_json=as_json, show=lambda: _show(screen, results))
+    return results_of(path, config, variants, report)
 
 
 def _arguments(words: str | None, dtype: str | None) -> dict[str, Any]:
@@ -99,7 +95,8 @@ def _model(name: str | None) -> tuple[str, str | None, Any]:
     return where.path, where.revision, config.get_text_config()
 
 
-def _show(screen: RichScreen, results: dict[str, Any]) -> None:
+def show(screen: RichScreen, results: dict[str, Any]) -> None:
+    """Print the results for people."""
     bench, model = results["bench"], results["model"]
     settings = bench["settings"]
     threads = f", {bench['prefill']['threads']} threads" if model["device"] == "cpu" else ""

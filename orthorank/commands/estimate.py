@@ -12,8 +12,6 @@ from orthorank.common.files import user_path
 from orthorank.report import words
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from orthorank.config import OrthoRankConfig
 
 CONFIG = (
@@ -87,17 +85,7 @@ def _show(screen: RichScreen, found: dict[str, Any], named: bool) -> None:
             f"maps of rank {maps['rank']} in {len(maps['layers'])} layers: {size(maps['bytes'])}, "
             f"{maps['flops_per_token'] / 1e6:,.2f} MFLOP a token, counted below"
         )
-    screen.table(table(found))
-    screen.say(
-        "FLOP bound: dense FLOPs over the plan's, the speed-up of a prefill at best. Cache: keys and values of one "
-        f"prompt in {found['dtype']}."
-    )
-
-
-def table(found: dict[str, Any]) -> "Table":
-    """FLOPs and the cache by prompt length."""
-    heads = ("prompt", "dense TFLOP", "plan TFLOP", "FLOP bound", "dense cache", "plan cache")
-    drawn = table_of(*heads, left=0)
+    drawn = table_of("prompt", "dense TFLOP", "plan TFLOP", "FLOP bound", "dense cache", "plan cache", left=0)
     for row in found["rows"]:
         drawn.add_row(
             f"{row['prompt']:,}",
@@ -107,7 +95,11 @@ def table(found: dict[str, Any]) -> "Table":
             size(row["dense_cache_bytes"]),
             size(row["plan_cache_bytes"]),
         )
-    return drawn
+    screen.table(drawn)
+    screen.say(
+        "FLOP bound: dense FLOPs over the plan's, the speed-up of a prefill at best. Cache: keys and values of one "
+        f"prompt in {found['dtype']}."
+    )
 
 
 def size(count: float) -> str:

@@ -66,7 +66,10 @@ def command(
                 export_pruned(loaded, followed, part)
             except OrthoRankError as error:  # of the folder that was named
                 raise OrthoRankError(str(error).replace(str(part), str(folder))) from error
-            _save(tokenizer, part, folder)
+            try:
+                tokenizer.save_pretrained(part)
+            except Exception as error:  # tokenizers raises nothing more special on a full disk
+                raise OrthoRankError(f"output folder {str(folder)!r} cannot be written to: {error}") from error
         del loaded
         with screen.progress(f"loading {folder}", 1):
             written, _, read = load_model(str(part), "cpu", info.dtype)
@@ -101,18 +104,6 @@ def llama_cpp(removed: list[int], gguf_file: str | None) -> str:
     """
     pruned = ",".join(map(str, removed))
     return f"llama-quantize --prune-layers {pruned} {shlex.quote(gguf_file or 'MODEL.gguf')} PRUNED.gguf COPY"
-
-
-def _save(tokenizer: Any, part: Path, folder: Path) -> None:
-    """Write the tokenizer's files to ``part``.
-
-    Raises:
-        OrthoRankError: ``folder``, where it is, cannot be written to.
-    """
-    try:
-        tokenizer.save_pretrained(part)
-    except Exception as error:  # tokenizers raises nothing more special on a full disk
-        raise OrthoRankError(f"output folder {str(folder)!r} cannot be written to: {error}") from error
 
 
 def _logits(model: Any) -> "Tensor":

@@ -151,7 +151,7 @@ def test_figures_are_seen_though_they_cannot_be_written(tmp_path: Path, capsys: 
 
     results = {"rows": [{"name": "dense"}]}
     with pytest.raises(OrthoRankError, match="cannot be written"):
-        deliver(None, results, tmp_path / "gone", as_json=False, show=lambda: print("a table"))
+        deliver(None, results, tmp_path / "gone", as_json=False, show=lambda *_: print("a table"))
     assert capsys.readouterr().out == "a table\n"
 
 
