@@ -5,15 +5,14 @@ import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.paired import paired
-
-if TYPE_CHECKING:
-    from orthorank.stack.layers import LayerStack
+from orthorank.stack.evaluator import Evaluator
+from orthorank.stack.layers import LayerStack
 
 OnLayer = Callable[[int, int, "LayerComparison"], None]
 
@@ -63,7 +62,7 @@ class LayerComparison:
 
 
 def compare_layers(
-    stack: "LayerStack",
+    stack: LayerStack,
     input_ids: Tensor,
     layers: Iterable[int],
     *,
@@ -92,8 +91,6 @@ def compare_layers(
         >>> [one.layer for one in found], len(found[0].losses)
         ([1, 2], 2)
     """
-    from orthorank.stack.evaluator import Evaluator
-
     asked = sorted(set(layers))
     if not asked:
         raise OrthoRankError("layers is empty; give at least one layer to compare")

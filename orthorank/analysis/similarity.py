@@ -6,15 +6,13 @@ Paper, section 2: after the sink forms, other tokens turn towards it as layers p
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from orthorank.common.errors import OrthoRankError
-
-if TYPE_CHECKING:
-    from orthorank.stack.layers import LayerStack
+from orthorank.stack.layers import LayerStack
 
 OTHERS = 10  # tokens 1 to 10, as in the paper's Figure 2
 
@@ -48,7 +46,7 @@ class Similarities:
 
 
 @torch.no_grad()
-def measure_similarities(stack: "LayerStack", passages: Tensor, *, other: int = 5) -> Similarities:
+def measure_similarities(stack: LayerStack, passages: Tensor, *, other: int = 5) -> Similarities:
     """Measure the cosines on ``passages``.
 
     Args:

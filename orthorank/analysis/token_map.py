@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from orthorank.calls.context import ForwardContext
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.texts import check_ids
+from orthorank.config import OrthoRankConfig
 from orthorank.hf.apply import apply
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from orthorank.calls.context import ForwardContext
-    from orthorank.config import OrthoRankConfig
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class TokenMap:
 def token_map(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    plan: "OrthoRankConfig",
+    plan: OrthoRankConfig,
     text: str,
     tokens: int = 256,
 ) -> TokenMap:
@@ -65,7 +64,7 @@ def token_map(
     check_ids(input_ids, model)
     chosen: dict[int, set[int]] = {}
 
-    def watch(layer: int, positions: Tensor, call: "ForwardContext") -> None:
+    def watch(layer: int, positions: Tensor, call: ForwardContext) -> None:
         chosen[layer] = {position for position in positions[0].tolist() if position >= 0}
 
     with apply(model, plan) as handle, handle.watching(watch):

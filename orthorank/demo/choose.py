@@ -6,7 +6,6 @@
 import dataclasses
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from orthorank.common import format as form
 from orthorank.common.errors import OrthoRankError
@@ -22,10 +21,9 @@ from orthorank.search.job import Folder, Job, plan_of
 from orthorank.search.run import greedy, outcome_of
 from orthorank.search.settings import KEEP_RATIO, candidates_of, count_of
 from orthorank.search.state import SearchInterrupted, SearchState
+from orthorank.stack.layers import LayerStack
 from orthorank.stack.resources import OneProcess
-
-if TYPE_CHECKING:
-    from orthorank.stack.sink import SinkReport
+from orthorank.stack.sink import SinkReport
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def check_plan_file(settings: Settings) -> None:
     OrthoRankConfig.from_pretrained(path)
 
 
-def intend(run: Run, sink: "SinkReport") -> list[Intention]:
+def intend(run: Run, sink: SinkReport) -> list[Intention]:
     """What to do for OrthoRank and, where its sparsity is at least one layer, for layer pruning.
 
     Raises:
@@ -167,9 +165,7 @@ def _given_pruning(run: Run, removed: int) -> OrthoRankConfig | None:
     return plan if plan.keep_ratio == 0 and len(plan.layers) == removed else None
 
 
-def _search_intention(run: Run, sink: "SinkReport", method: str, sparsity: float, keep_ratio: float) -> Intention:
-    from orthorank.stack.layers import LayerStack
-
+def _search_intention(run: Run, sink: SinkReport, method: str, sparsity: float, keep_ratio: float) -> Intention:
     sink_layer = sink.sink_layer if run.settings.sink_layer is None else run.settings.sink_layer
     if sink_layer is None and keep_ratio > 0:
         raise OrthoRankError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from orthorank.calibration.halves import fit_maps
 from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
 from orthorank.demo.run import Run
@@ -36,8 +37,6 @@ def with_corrected(run: Run, plans: Plans) -> Plans:
 
 
 def _fit(run: Run, name: str, plan: OrthoRankConfig, rank: int) -> OrthoRankConfig:
-    from orthorank.calibration.halves import fit_maps
-
     title, windows, text = words.TITLES[name + words.CORRECTED], run.calibration.windows, run.calibration.text
     with run.timed(f"maps {name}"):
         found = fit_maps(run.screen, title, run.model, windows, plan, rank=rank)

@@ -7,7 +7,7 @@ whole files at any time, also after Ctrl-C.
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orthorank.common import format as form
 from orthorank.common.environment import environment
@@ -23,10 +23,8 @@ from orthorank.evaluation.compare import inputs_of
 from orthorank.evaluation.prompts import read_prompts
 from orthorank.models import load_model, locate, pick_device
 from orthorank.search.calibration import cut_windows, find_source
+from orthorank.stack.sink import SinkReport, detect_sink
 from orthorank_kernels._version import __version__
-
-if TYPE_CHECKING:
-    from orthorank.stack.sink import SinkReport
 
 
 def run_demo(
@@ -127,9 +125,7 @@ def _preamble(run: Run) -> dict[str, Any]:
     }
 
 
-def _look_at_sink(run: Run) -> "SinkReport":
-    from orthorank.stack.sink import detect_sink
-
+def _look_at_sink(run: Run) -> SinkReport:
     run.screen.heading("1  The sink token")
     with run.timed("sink"):
         sink = detect_sink(run.model, run.tokenizer, bos=run.settings.bos)

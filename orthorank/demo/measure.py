@@ -4,13 +4,18 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
+from orthorank.analysis.token_map import token_map
 from orthorank.common import format as form
 from orthorank.common.files import finite
 from orthorank.common.paired import paired
 from orthorank.config import OrthoRankConfig
 from orthorank.demo.correct import Plans
 from orthorank.demo.run import Run
+from orthorank.evaluation import perplexity, plan_speedup, time_prefill
+from orthorank.evaluation.compare import compare_plans
+from orthorank.hf.apply import apply
 from orthorank.report import words
+from orthorank.speed.bench import random_prompt
 
 ANSWER_TOKENS = 32  # at most, of the answer to a prompt
 MAP_TOKENS = 200  # of the token map: as much as one looks at
@@ -46,8 +51,6 @@ def speed(run: Run, plans: Plans) -> None:
 
 def answers(run: Run, plans: Plans) -> None:
     """The answers of the dense model and of the plans to the prompts, and how far apart they are."""
-    from orthorank.evaluation.compare import compare_plans
-
     named = {words.TITLES[name]: plan for name, plan in _variants(plans).items() if plan is not None}
     with run.timed("answers"), run.screen.progress("answers", len(run.prompts)) as advance:
         found = compare_plans(
@@ -84,9 +87,6 @@ def _row(run: Run, name: str, plan: OrthoRankConfig | None) -> dict[str, Any]:
 
 
 def _add_perplexity(run: Run, variants: Variants) -> None:
-    from orthorank.evaluation import perplexity
-    from orthorank.hf.apply import apply
-
     ids = run.held_out
     losses: dict[str, Sequence[float]] = {}
     with run.screen.progress("perplexity", len(variants) * len(ids)) as advance:
@@ -113,9 +113,6 @@ def _add_perplexity(run: Run, variants: Variants) -> None:
 
 
 def _add_speed(run: Run, variants: Variants) -> None:
-    from orthorank.evaluation import time_prefill
-    from orthorank.speed.bench import random_prompt
-
     rounds, prompt = run.settings.rounds, random_prompt(run.model, 1, _prompt_tokens(run))
     with run.screen.progress("prefill speed", rounds) as advance:
         report = time_prefill(
@@ -130,8 +127,6 @@ def _add_speed(run: Run, variants: Variants) -> None:
 
 def _add_token_map(run: Run, plan: OrthoRankConfig) -> None:
     """Which layers updated which token, at the beginning of the held-out text."""
-    from orthorank.analysis.token_map import token_map
-
     if not getattr(run.tokenizer, "is_fast", False):
         return
     text = run.tokenizer.decode(run.held_out[0][:MAP_TOKENS], skip_special_tokens=True)
@@ -144,8 +139,6 @@ def _prompt_tokens(run: Run) -> int:
 
 
 def _flop_speedup(run: Run, plan: OrthoRankConfig | None) -> float:
-    from orthorank.evaluation import plan_speedup
-
     return 1.0 if plan is None else plan_speedup(run.model.config, _prompt_tokens(run), plan)
 
 

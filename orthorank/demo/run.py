@@ -13,14 +13,15 @@ from orthorank.common.progress import Screen
 from orthorank.config import FILE_NAME, OrthoRankConfig
 from orthorank.correction import FILE_NAME as MAPS_NAME
 from orthorank.demo.settings import Settings
+from orthorank.evaluation.prompts import Prompt
 from orthorank.models import ModelInfo
+from orthorank.report import html_page
 from orthorank.search.calibration import Calibration
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from orthorank.evaluation.prompts import Prompt
 
 RESULTS, REPORT = "results.json", "report.html"
 PLAN_FILES = {  # by the row that they are of; maps lie beside their plan, so a corrected one has a folder of its own
@@ -49,7 +50,7 @@ class Run:
     info: ModelInfo
     calibration: Calibration
     began: float
-    prompts: "list[Prompt]" = field(default_factory=list)
+    prompts: list[Prompt] = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -60,8 +61,6 @@ class Run:
 
     def save(self) -> None:
         """Write what is known so far: the results and the page."""
-        from orthorank.report import html_page
-
         self.results["seconds"]["total"] = round(time.perf_counter() - self.began, 1)
         write_json(self.folder / RESULTS, self.results)
         write_text(self.folder / REPORT, html_page(self.results))

@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from orthorank.common.format import count
+from orthorank.reproduce.paper import ABLATION_MODELS, MODELS
 
 Column = tuple[str, Callable[[dict[str, Any]], str]]  # its head, and what it says of a row
 
@@ -251,8 +252,6 @@ def _list(known: dict[str, float]) -> str:
 
 
 def _models(summary: dict[str, Any]) -> str:
-    from orthorank.reproduce.paper import ABLATION_MODELS, MODELS
-
     return f"{', '.join(MODELS)}; in Table 3 {', '.join(ABLATION_MODELS)}; in Table 4 Llama-2-13B"
 
 

@@ -5,6 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from orthorank.analysis import figures
+from orthorank.analysis.layerwise import LayerComparison, compare_layers
+from orthorank.analysis.similarity import Similarities, measure_similarities
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import finite, read_json, writable_folder, write_json, write_text
 from orthorank.common.progress import Screen, SilentScreen
@@ -77,9 +80,6 @@ def _longbench(subject: Subject) -> dict[str, Any]:
 
 
 def _similarities(subject: Subject, folder: Path) -> dict[str, Any]:
-    from orthorank.analysis import figures
-    from orthorank.analysis.similarity import Similarities, measure_similarities
-
     ids = next(iter(subject.windows.values())).flatten()
     count = min(PASSAGES, len(ids) // PASSAGE_TOKENS)
     if count < 1:
@@ -98,9 +98,6 @@ def _similarities(subject: Subject, folder: Path) -> dict[str, Any]:
 
 
 def _layerwise(subject: Subject, folder: Path) -> list[dict[str, Any]]:
-    from orthorank.analysis import figures
-    from orthorank.analysis.layerwise import LayerComparison, compare_layers
-
     layers = list(range(subject.floor, subject.num_layers))
     windows = next(iter(subject.windows.values()))[:8]
 
@@ -123,8 +120,6 @@ def _layerwise(subject: Subject, folder: Path) -> list[dict[str, Any]]:
 
 
 def _chosen(subject: Subject, folder: Path) -> dict[str, Any]:
-    from orthorank.analysis import figures
-
     plans = {name: plan for name, plan in tables.main_plans(subject).items() if plan is not None and "20" in name}
     ratios = {titled(name): {layer: plan.ratio(layer) for layer in plan.layers} for name, plan in plans.items()}
     if ratios:

@@ -4,26 +4,30 @@ import hashlib
 import json
 from contextlib import nullcontext
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from orthorank.calibration.halves import fit_maps
 from orthorank.common.criteria import code_of
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.progress import Screen
 from orthorank.common.texts import Text, check_ids, find_text, ids_sha256, tokenize
 from orthorank.config import OrthoRankConfig, layer_count
 from orthorank.evaluation.answer_cache import RECORDS
+from orthorank.evaluation.perplexity import auto_batch_size, perplexity
 from orthorank.hf.apply import apply
 from orthorank.models import load_model, locate
 from orthorank.reproduce.cells import Cells
 from orthorank.reproduce.settings import ReproduceSettings
+from orthorank.search.greedy import greedy_search
+from orthorank.search.one_shot import loss_scores, rank_layers
 from orthorank.search.settings import SearchSettings
-
-if TYPE_CHECKING:
-    from orthorank.stack.evaluator import Evaluator
-    from orthorank.stack.layers import LayerStack
+from orthorank.search.state import SearchState
+from orthorank.stack.evaluator import Evaluator
+from orthorank.stack.layers import LayerStack, config_fingerprint, model_fingerprint
+from orthorank.stack.sink import detect_sink
 
 KEEP_RATIO = 1 / 3
 METHODS = ("greedy", "one-shot")
@@ -52,8 +56,6 @@ class Subject:
         self.windows = {
             name: self._windows(text, name, settings.window, settings.windows) for name, text in self.texts.items()
         }
-        from orthorank.stack.layers import config_fingerprint, model_fingerprint
-
         identity = {"model": model_fingerprint(self.model), "dtype": self.info.dtype, "torch": torch.__version__}
         if self.info.device != "cpu":  # figures of one kind of device, throughput above all, are not those of another
             identity["device"] = self.info.device.partition(":")[0]
@@ -61,10 +63,8 @@ class Subject:
         self._corrected: dict[str, OrthoRankConfig] = {}
 
     @cached_property
-    def stack(self) -> "LayerStack":
+    def stack(self) -> LayerStack:
         """The model layer by layer, for searches and analyses."""
-        from orthorank.stack.layers import LayerStack
-
         return LayerStack(self.model)
 
     @property
@@ -75,8 +75,6 @@ class Subject:
     @cached_property
     def sink(self) -> dict[str, Any]:
         """What `orthorank.stack.sink.detect_sink` reports, with a BOS where the tokenizer puts it, as in the paper."""
-        from orthorank.stack.sink import detect_sink
-
         return self.cells.get("sink", {}, lambda: detect_sink(self.model, self.tokenizer, bos="first").to_dict())
 
     @property
@@ -97,8 +95,6 @@ class Subject:
         """At least ``count`` layers in the order in which the method chooses them; its prefixes are the plans."""
         if method == "greedy":
             return self._greedy_order(keep_ratio, count)
-        from orthorank.search.one_shot import rank_layers
-
         scores = {int(layer): score for layer, score in self._one_shot_scores(keep_ratio).items()}
         return rank_layers(scores, count)
 
@@ -121,8 +117,6 @@ class Subject:
         """``plan`` with maps of ``rank`` fitted to the calibration windows; with rank 0, as it is."""
         if plan is None or rank == 0:
             return plan
-        from orthorank.calibration.halves import fit_maps
-
         key = digest([measured_of(plan), rank])
         if key not in self._corrected:
             ids, half = self.calibration, self.calibration.shape[1] // 2
@@ -137,8 +131,6 @@ class Subject:
         Args:
             rank: of the maps it gets; 0: none.
         """
-        from orthorank.evaluation.perplexity import auto_batch_size, perplexity
-
         windows = self.windows[text]
 
         def measure() -> dict[str, Any]:
@@ -162,17 +154,12 @@ class Subject:
         """What a cell depends on beside its plan, where that gets maps of ``rank``."""
         return {"rank": rank, "fitted_to": ids_hash(self.calibration)} if rank else {}
 
-    def evaluator(self, keep_ratio: float, **options: Any) -> "Evaluator":
+    def evaluator(self, keep_ratio: float, **options: Any) -> Evaluator:
         """The calibration loss."""
-        from orthorank.stack.evaluator import Evaluator
-
         return Evaluator(self.stack, self.calibration, keep_ratio=keep_ratio, **options)
 
     def _greedy_order(self, keep_ratio: float, count: int) -> list[int]:
         """One greedy run per keep ratio, as long as has been asked for; a longer one continues it."""
-        from orthorank.search.greedy import greedy_search
-        from orthorank.search.state import SearchState
-
         candidates, evaluator = self.candidates("greedy", keep_ratio), self.evaluator(keep_ratio, batch_size=1)
         path = self.cells.folder / f"greedy-{keep_ratio:.4f}-{self.cells.key({'ids': ids_hash(self.calibration)})}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,8 +180,6 @@ class Subject:
         return state.chosen
 
     def _one_shot_scores(self, keep_ratio: float) -> dict[str, float]:
-        from orthorank.search.one_shot import loss_scores
-
         inputs = {"keep_ratio": keep_ratio, "ids": ids_hash(self.calibration)}
 
         def measure() -> dict[str, float]:

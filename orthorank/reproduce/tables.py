@@ -1,13 +1,20 @@
 """The paper's tables, as rows of cells: each function measures what is missing and returns JSON."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
+from orthorank.evaluation.longbench import TASKS, hub_questions, local_questions
+from orthorank.evaluation.longbench_run import run_longbench
+from orthorank.evaluation.task_scores import evaluate_tasks
+from orthorank.hf.apply import apply
 from orthorank.reproduce import paper
 from orthorank.reproduce.subject import KEEP_RATIO, Subject, digest, measured_of, plan_key
+from orthorank.speed.bench import random_prompt
 from orthorank.speed.bench_results import flop_speedup_of
+from orthorank.speed.timing import time_prefill
 
 # Table 1's rows: name, search, keep ratio, nominal sparsity.
 MAIN_ROWS: tuple[tuple[str, str, float, float], ...] = (
@@ -142,8 +149,6 @@ def corrected(subject: Subject) -> dict[str, Any]:
 
 def longbench(subject: Subject) -> dict[str, Any]:
     """LongBench of the dense model, of layer pruning and of OrthoRank at 20 %."""
-    from orthorank.evaluation.longbench import TASKS, hub_questions, local_questions
-
     source = subject.settings.longbench
     if source is None:
         raise OrthoRankError("longbench is None; name a JSONL file of questions, or hub")
@@ -181,9 +186,6 @@ def left_out(subject: Subject, plan: OrthoRankConfig | None) -> float:
 
 def throughput(subject: Subject, plans: dict[str, OrthoRankConfig | None]) -> dict[str, Any]:
     """Prefill tokens per second of every plan, interleaved in one run, and the speed-up that FLOPs alone would give."""
-    from orthorank.speed.bench import random_prompt
-    from orthorank.speed.timing import time_prefill
-
     settings = subject.settings
     inputs: dict[str, Any] = {name: measured_of(plan) for name, plan in plans.items()}
     inputs |= {"prompt_tokens": settings.prompt_tokens, "rounds": settings.rounds}
@@ -203,8 +205,6 @@ def throughput(subject: Subject, plans: dict[str, OrthoRankConfig | None]) -> di
 
 def zero_shot(subject: Subject, plan: OrthoRankConfig | None, rank: int = 0) -> dict[str, Any] | None:
     """Accuracy on the settings' tasks, with maps of ``rank``; None when there are no tasks."""
-    from orthorank.evaluation.task_scores import evaluate_tasks
-
     settings = subject.settings
     if not settings.tasks:
         return None
@@ -226,11 +226,6 @@ def zero_shot(subject: Subject, plan: OrthoRankConfig | None, rank: int = 0) -> 
 
 
 def _answered(subject: Subject, plan: OrthoRankConfig | None, questions: list[Any]) -> dict[str, Any]:
-    from contextlib import nullcontext
-
-    from orthorank.evaluation.longbench_run import run_longbench
-    from orthorank.hf.apply import apply
-
     inputs = {"plan": measured_of(plan), "questions": digest([[q.task, q.prompt] for q in questions])}
     folder = subject.cells.folder / "longbench"
 

@@ -6,22 +6,19 @@ The layer's own output is meant: the last of a Hugging Face model's ``hidden_sta
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from orthorank.common.errors import OrthoRankError, check_integer
 from orthorank.hf.families import device_of
+from orthorank.stack.layers import LayerStack
 from orthorank.stack.resources import OneProcess, Processes
-
-if TYPE_CHECKING:
-    from orthorank.stack.layers import LayerStack
 
 
 @torch.no_grad()
 def block_influence(
-    stack: "LayerStack",
+    stack: LayerStack,
     input_ids: Tensor,
     *,
     batch_size: int = 1,
@@ -71,7 +68,7 @@ def block_influence(
     return {layer: total / input_ids.numel() for layer, total in enumerate(totals)}
 
 
-def _summed(stack: "LayerStack", ids: Tensor) -> list[float]:
+def _summed(stack: LayerStack, ids: Tensor) -> list[float]:
     """Each layer's sum of 1 - cos over the tokens of ``ids``."""
     inputs = stack.embed(ids)
     hidden, sums = inputs.hidden_states, []

@@ -16,15 +16,13 @@ from orthorank.config import FILE_NAME, OrthoRankConfig
 from orthorank.models import ModelInfo
 from orthorank.search.calibration import Calibration
 from orthorank.search.settings import SearchSettings
-from orthorank.stack.layers import config_fingerprint, model_fingerprint
+from orthorank.stack.evaluator import Evaluator
+from orthorank.stack.layers import LayerStack, config_fingerprint, model_fingerprint
 from orthorank.stack.resources import Group, together
 from orthorank_kernels._version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from orthorank.stack.evaluator import Evaluator
-    from orthorank.stack.layers import LayerStack
 
 
 SEARCH, STATE = "search.json", "search-state.json"
@@ -133,7 +131,7 @@ class Job:
     folder: Folder
     model: "PreTrainedModel"
     info: ModelInfo
-    stack: "LayerStack"
+    stack: LayerStack
     calibration: Calibration
     sink_layer: int | None
     candidates: list[int]
@@ -142,7 +140,7 @@ class Job:
     began: float
 
     @cached_property
-    def evaluator(self) -> "Evaluator":
+    def evaluator(self) -> Evaluator:
         """The calibration loss. One for the whole job: its batch size, which decides the last bits, is set once."""
         settings, calibration = self.settings, self.calibration
         options: dict[str, Any] = {
@@ -158,8 +156,6 @@ class Job:
 
             options |= {"rank": settings.correct, "refit": not settings.fast}
             return CorrectedEvaluator(self.stack, calibration.windows, calibration.fit, **options)
-        from orthorank.stack.evaluator import Evaluator
-
         return Evaluator(self.stack, calibration.windows, **options)
 
     @cached_property

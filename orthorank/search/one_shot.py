@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,9 +19,7 @@ from orthorank.common.errors import OrthoRankError, check_integer
 from orthorank.common.files import read_json, write_text
 from orthorank.search.state import check_layers, check_losses, check_same, check_size
 from orthorank.stack.evaluator import Evaluator
-
-if TYPE_CHECKING:
-    from orthorank.stack.layers import LayerStack
+from orthorank.stack.layers import LayerStack
 
 PROTECT_FIRST, PROTECT_LAST = 4, 2
 OnScore = Callable[[int, float, int, int], None]
@@ -192,7 +189,7 @@ def loss_scores(
     return state
 
 
-def magnitude_scores(stack: "LayerStack") -> dict[int, float]:
+def magnitude_scores(stack: LayerStack) -> dict[int, float]:
     """Sum of the absolute weights of each layer, norms included (Shortened LLaMA, "Mag").
 
     Args:
@@ -219,7 +216,7 @@ def magnitude_scores(stack: "LayerStack") -> dict[int, float]:
     return scores
 
 
-def layer_weights(stack: "LayerStack", layer: int) -> list[nn.Parameter]:
+def layer_weights(stack: LayerStack, layer: int) -> list[nn.Parameter]:
     """The parameters of a layer.
 
     Raises:

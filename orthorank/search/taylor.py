@@ -9,7 +9,7 @@ summed over the batches before the absolute value is taken.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,12 @@ from torch import Tensor, nn
 from orthorank.common.errors import OrthoRankError, check_integer
 from orthorank.hf.families import device_of
 from orthorank.search.one_shot import layer_weights
+from orthorank.stack.layers import LayerStack, Pass
 from orthorank.stack.resources import Group, OneProcess
-
-if TYPE_CHECKING:
-    from orthorank.stack.layers import LayerStack, Pass
 
 
 def taylor_scores(
-    stack: "LayerStack",
+    stack: LayerStack,
     input_ids: Tensor,
     *,
     batch_size: int = 1,
@@ -86,7 +84,7 @@ class _Run:
         predictions: of all batches, over which the loss is the mean.
     """
 
-    def __init__(self, stack: "LayerStack", ids: Tensor, predictions: int) -> None:
+    def __init__(self, stack: LayerStack, ids: Tensor, predictions: int) -> None:
         self.stack = stack
         self.inputs: Pass = stack.embed(ids)
         hidden = self.inputs.hidden_states
@@ -110,7 +108,7 @@ class _Run:
         return list(gradients[1:])
 
 
-def _layer_score(stack: "LayerStack", layer: int, runs: list[_Run], group: Group) -> float:
+def _layer_score(stack: LayerStack, layer: int, runs: list[_Run], group: Group) -> float:
     weights = layer_weights(stack, layer)
     for weight in weights:
         weight.requires_grad_(True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import write_json, write_text
 from orthorank.config import OrthoRankConfig
+from orthorank.stack.flops import plan_flops, prefill_flops
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,8 +99,6 @@ def flop_speedup_of(
     Args:
         ranks: of maps that the plan has not yet, by layer; None: its own.
     """
-    from orthorank.stack.flops import plan_flops, prefill_flops
-
     if plan is None:
         return 1.0
     try:

@@ -9,15 +9,20 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from orthorank.common.errors import OrthoRankError
+from orthorank.config import OrthoRankConfig
+from orthorank.serving.vllm.arguments import vllm_arguments
+from orthorank.serving.vllm.installed import installed
+from orthorank.serving.vllm.serving import Serving
 from orthorank.speed.bench import BenchSettings, OnStep
+from orthorank.speed.bench_results import fields_of
 from orthorank.speed.timing import SpeedReport, Timing, clock_of, in_turns, timings_of
+from orthorank.stack.flops import Dimensions
 from orthorank_kernels.remedies import install
-
-if TYPE_CHECKING:
-    from orthorank.config import OrthoRankConfig
 
 MEMORY = 0.9  # of a GPU, shared by the engines
 PAGE = 128  # tokens; no default block of vLLM is larger
@@ -72,7 +77,7 @@ class VLLMReport:
 def run_vllm_bench(
     path: str,
     config: Any,
-    variants: Mapping[str, "OrthoRankConfig | None"],
+    variants: Mapping[str, OrthoRankConfig | None],
     settings: BenchSettings,
     *,
     arguments: Mapping[str, Any] | None = None,
@@ -104,7 +109,7 @@ def run_vllm_bench(
 
 
 def engine_arguments(
-    config: Any, variants: Mapping[str, "OrthoRankConfig | None"], settings: BenchSettings
+    config: Any, variants: Mapping[str, OrthoRankConfig | None], settings: BenchSettings
 ) -> dict[str, Any]:
     """What all engines are started with: every plan gets what it needs, and the dense model the same.
 
@@ -117,8 +122,6 @@ def engine_arguments(
         >>> found["enable_chunked_prefill"], found["enable_prefix_caching"], found["max_num_batched_tokens"]
         (False, False, 101)
     """
-    from orthorank.stack.flops import Dimensions
-
     length, sizes = settings.prompt_tokens + 1, Dimensions.of(config)
     blocks = -(-length // PAGE) + 1
     needed: dict[str, Any] = {
@@ -141,18 +144,13 @@ def engine_arguments(
 
 def check_installed() -> None:
     """vLLM is there, with what the plugin needs of it."""
-    from orthorank.serving.vllm.installed import installed
-
     if (here := installed()).version is None:
         raise OrthoRankError(f"engine is 'vllm', which is not installed; run: {install('vllm')}")
     if here.obstacle is not None:
         raise OrthoRankError(f"engine is 'vllm', and its plugin {here.obstacle}")
 
 
-def _plan_arguments(plan: "OrthoRankConfig | None", config: Any) -> dict[str, Any]:
-    from orthorank.serving.vllm.arguments import vllm_arguments
-    from orthorank.serving.vllm.serving import Serving
-
+def _plan_arguments(plan: OrthoRankConfig | None, config: Any) -> dict[str, Any]:
     return {} if plan is None else vllm_arguments(Serving(plan), config, prefix_caching=False)
 
 
@@ -197,8 +195,6 @@ def _leave() -> None:
 def _measure(
     engines: Mapping[str, Any], config: Any, settings: BenchSettings, common: dict[str, Any], step: OnStep
 ) -> VLLMReport:
-    import torch
-
     from orthorank.serving.vllm import interface
 
     prompts = _prompts(config, settings)
@@ -234,8 +230,6 @@ def _measure(
 
 def _prompts(config: Any, settings: BenchSettings) -> list[dict[str, list[int]]]:
     """Random prompts that begin with the model's BOS, as those of a server do."""
-    import torch
-
     vocabulary, first = config.vocab_size, config.bos_token_id or 0
     seeded = torch.Generator().manual_seed(0)
     drawn = torch.randint(0, vocabulary, (settings.batch_size, settings.prompt_tokens - 1), generator=seeded)
@@ -252,8 +246,6 @@ def _first_tokens(llm: Any, prompts: list[Any]) -> None:
 
 def results_of(path: str, config: Any, variants: Mapping[str, Any], report: VLLMReport) -> dict[str, Any]:
     """The report with a row for each variant, as `orthorank.speed.bench_results.results_of` has them."""
-    from orthorank.speed.bench_results import fields_of
-
     rows = [
         fields_of(name, plan, config, report) | {"attention": report.attention[name]} for name, plan in variants.items()
     ]
