@@ -1,5 +1,6 @@
 """Figures in words, as all tables and sentences write them."""
 
+import statistics
 from typing import Any
 
 
@@ -109,4 +110,4 @@ def capital(sentence: str) -> str:
 def _span(values: list[float]) -> str:
     if not values:
         return "not measured"
-    return f"{min(values):.3f} to {max(values):.3f}, median {sorted(values)[len(values) // 2]:.3f}"
+    return f"{min(values):.3f} to {max(values):.3f}, median {statistics.median_high(values):.3f}"
