@@ -82,7 +82,7 @@ def _row(run: Run, name: str, plan: OrthoRankConfig | None) -> dict[str, Any]:
         "above_dense": None,
         "tokens_per_second": None,
         "speedup": None,
-        "flop_speedup": _flop_speedup(run, plan),
+        "flop_speedup": 1.0 if plan is None else plan_speedup(run.model.config, _prompt_tokens(run), plan),
     }
 
 
@@ -136,10 +136,6 @@ def _add_token_map(run: Run, plan: OrthoRankConfig) -> None:
 
 def _prompt_tokens(run: Run) -> int:
     return min(run.settings.prompt_tokens, run.info.max_tokens)
-
-
-def _flop_speedup(run: Run, plan: OrthoRankConfig | None) -> float:
-    return 1.0 if plan is None else plan_speedup(run.model.config, _prompt_tokens(run), plan)
 
 
 def _measured(run: Run, name: str) -> dict[str, Any]:

@@ -16,15 +16,15 @@ from orthorank.stack.layers import config_fingerprint, model_fingerprint
 
 OWNER = "orthorank"  # no hash of a request, which has 64 characters
 RECORDS = ("calibration", "measured", "version", "model_id", "model_revision", "sink_layer")
-
-
 NEWER = ("config", "ids_sha256", "tokenizer")  # of an owner, which what earlier versions kept does not say
 PROBE = "The 3 quick foxes (Füchse, 狐) didn't jump:\n\tfor i in range(1024): pass"
 
 
 def owner_of(model: Any, plan: OrthoRankConfig | None, context_only: bool, further: dict[str, Any]) -> dict[str, Any]:
     """What answers depend on: the weights, what they compute by, the plan, and how requests become calls."""
-    fields = None if plan is None else _fields(plan)
+    fields = None
+    if plan is not None:
+        fields = {k: v for k, v in plan.to_dict().items() if k not in RECORDS} | code_of(plan.criterion)
     about = {"model": model.config._name_or_path or model.config.model_type, "weights": model_fingerprint(model)}
     about["config"] = config_fingerprint(model)
     owner = about | {"dtype": str(model.dtype), "plan": fields, "context_only": context_only} | further
@@ -44,10 +44,6 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """A hash of the vocabulary, of how a text is cut, and of the chat template."""
     said = [sorted(tokenizer.get_vocab().items()), tokenizer(PROBE)["input_ids"], str(tokenizer.chat_template)]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
-
-
-def _fields(plan: OrthoRankConfig) -> dict[str, Any]:
-    return {k: v for k, v in plan.to_dict().items() if k not in RECORDS} | code_of(plan.criterion)
 
 
 def claim(answers: MutableMapping[str, Any], owner: dict[str, Any], file: str) -> None:

@@ -20,7 +20,7 @@ def markdown(summary: dict[str, Any]) -> str:
     parts = [
         f"# The paper's tables on {where.name if where.is_absolute() else where}",
         f"{model['dtype']} on {model['device']}; {_sizes(summary)}. Beside each figure: the paper's, for its models "
-        f"({_models(summary)}).",
+        f"({', '.join(MODELS)}; in Table 3 {', '.join(ABLATION_MODELS)}; in Table 4 Llama-2-13B).",
     ]
     if "claims" in summary:
         layers = [claim for claim in summary["claims"] if claim["claim"].startswith("layer ")]
@@ -249,10 +249,6 @@ def _perplexity(row: dict[str, Any], text: str) -> str:
 
 def _list(known: dict[str, float]) -> str:
     return " / ".join(f"{value:g}" for value in known.values()) or "-"
-
-
-def _models(summary: dict[str, Any]) -> str:
-    return f"{', '.join(MODELS)}; in Table 3 {', '.join(ABLATION_MODELS)}; in Table 4 Llama-2-13B"
 
 
 def _sizes(summary: dict[str, Any]) -> str:

@@ -58,7 +58,8 @@ class BenchSettings:
     def __post_init__(self) -> None:
         check_integers(vars(self), prompt_tokens=2, batch_size=1, rounds=1, warmup=0, decode_tokens=0, length_rounds=1)
         if self.lengths is None:
-            object.__setattr__(self, "lengths", _powers_up_to(self.prompt_tokens))
+            powers = [2**n for n in range(6, 31) if 2**n < self.prompt_tokens]
+            object.__setattr__(self, "lengths", (*powers, self.prompt_tokens))
         for length in self.lengths or ():
             check_integer("a prompt length in lengths", length, 2)
         object.__setattr__(self, "lengths", tuple(sorted(set(self.lengths or ()))))
@@ -191,12 +192,6 @@ def random_prompt(model: "PreTrainedModel", batch: int, tokens: int) -> Tensor:
     vocabulary = model.config.get_text_config().vocab_size
     seeded = torch.Generator().manual_seed(0)
     return torch.randint(0, vocabulary, (batch, tokens), generator=seeded).to(device_of(model))
-
-
-def _powers_up_to(longest: int) -> tuple[int, ...]:
-    """64, 128, ... and ``longest`` itself."""
-    powers = [2**n for n in range(6, 31) if 2**n < longest]
-    return (*powers, longest)
 
 
 @torch.inference_mode()
