@@ -48,8 +48,8 @@ def corrected_note(summary: dict[str, Any]) -> str:
     return (
         f"Beyond the paper: with maps of rank {row['rank']} fitted to the {calibration['tokens']:,} tokens that the "
         f'layers were chosen on, the row "{_name(row["row"])}" goes from {texts}, and from {100 * plain["mean"]:.1f} '
-        f"to {100 * row['accuracy']['mean']:.1f} in zero-shot tasks. So few tokens, of one kind of text, are too few for "
-        "another kind."
+        f"to {100 * row['accuracy']['mean']:.1f} in zero-shot tasks. So few tokens, of one kind of text, are too few "
+        "for another kind."
     )
 
 
