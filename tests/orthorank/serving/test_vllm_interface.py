@@ -2,6 +2,7 @@
 
 import ast
 import enum
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,9 +14,9 @@ from orthorank import OrthoRankError
 from orthorank.serving.vllm import hooks, interface
 from orthorank.serving.vllm import interface_checks as checks
 from orthorank.serving.vllm.interface import OBJECTS, expect
-from orthorank.serving.vllm.interface_reasons import REASONS
 
 FOLDER = Path(interface.__file__).parent
+PAGE = Path(__file__).parents[3] / "docs" / "vllm-interface.md"
 
 
 class AttentionImplBase:
@@ -177,11 +178,12 @@ def test_what_is_imported_of_vllm_is_in_the_table() -> None:
 
 
 def test_each_has_its_reason() -> None:
-    """And a word on the public way, where there is one."""
+    """On its page, which says the public way, too, where there is one."""
     groups = (interface.REGISTERED, interface.FRONT, interface.WORKER, interface.SCHEDULER, interface.BENCH)
     named = {module for group in (*groups, interface.OPTIONAL) for module in group} | set(OBJECTS)
-    assert named == set(REASONS)
-    assert all(reason.why for reason in REASONS.values())
+    reasons = dict(re.findall(r"^\| `(.+?)` \| (.*?) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+    assert named == set(reasons)
+    assert all(reasons.values())
 
 
 @pytest.mark.parametrize(
