@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from orthorank.common.criteria import register_criterion
     from orthorank.common.errors import OrthoRankError
     from orthorank.config import OrthoRankConfig
+    from orthorank.export import export_pruned
     from orthorank.hf.apply import Handle, apply, context, handle_of, status
-    from orthorank.hf.export import export_pruned
     from orthorank.hf.families import FAMILIES, register_family
     from orthorank.hf.family import Family
     from orthorank.hf.family_check import check_family
@@ -54,7 +54,7 @@ __getattr__, __dir__ = exports(
         "orthorank.common.errors": ("OrthoRankError",),
         "orthorank.config": ("OrthoRankConfig",),
         "orthorank.hf.apply": ("Handle", "apply", "context", "handle_of", "status"),
-        "orthorank.hf.export": ("export_pruned",),
+        "orthorank.export": ("export_pruned",),
         "orthorank.hf.families": ("FAMILIES", "register_family"),
         "orthorank.hf.family": ("Family",),
         "orthorank.hf.family_check": ("check_family",),

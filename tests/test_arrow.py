@@ -26,7 +26,7 @@ ARROWS = {
         {"speed"},
         {"stack"},
         {"serving"},
-        {"models", "packed"},
+        {"export", "models", "packed"},
         {"hf"},
         {"calls"},
         {"plans"},

@@ -42,7 +42,7 @@ def command(
     llama.cpp prunes a .gguf file the same way.
     """
     from orthorank.config import OrthoRankConfig
-    from orthorank.hf.export import OF_MODEL, OF_TOKENIZER, check_empty, export_pruned, layers_alike, removed_layers
+    from orthorank.export import OF_MODEL, OF_TOKENIZER, check_empty, export_pruned, layers_alike, removed_layers
 
     followed = OrthoRankConfig.from_pretrained(plan)
     removed = removed_layers(followed)

@@ -43,7 +43,7 @@ def test_layers_that_go_by_their_number(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """llama.cpp's command is not given for them; a checkpoint that computes something else is named."""
-    from orthorank.hf import export
+    from orthorank import export
 
     plan = OrthoRankConfig(layers=[1], keep_ratio=0).save_pretrained(tmp_path / "plan")
     line = ["export", str(tiny_folder), "--plan", str(plan)]
@@ -72,7 +72,7 @@ def test_nothing_of_a_users_is_touched(
     refused before the model is loaded. An export that is stopped leaves nothing."""
     from safetensors import SafetensorError
 
-    from orthorank.hf import export
+    from orthorank import export
 
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("No space left on device")

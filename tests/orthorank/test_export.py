@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from orthorank import OrthoRankConfig, OrthoRankError, apply, export_pruned
-from orthorank.hf.export import layers_alike, without_layers
+from orthorank.export import layers_alike, without_layers
 from tests.orthorank.hf.test_corrected import maps
 from tests.orthorank.hf.test_layer import ids_of
 from tests.orthorank.models import BASE, MODELS, tiny
