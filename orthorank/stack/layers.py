@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -98,9 +98,17 @@ class LayerStack:
         call = read_call(
             (input_ids.shape[0], input_ids.shape[1]), input_ids.device, Phase(), {"attention_mask": attention_mask}
         )
-        with _idle_layers(self.decoder.layers) as seen:
+        seen: list[tuple[Tensor, dict[str, Any]]] = []
+
+        def idle(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+            seen.append((hidden_states, kwargs))
+            return hidden_states
+
+        with ExitStack() as undone:
+            for layer in self.decoder.layers:
+                undone.enter_context(_standing_in(layer, idle))
             self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        return Pass(seen[0].hidden_states, [idle.kwargs for idle in seen], call)
+        return Pass(seen[0][0], [kwargs for _, kwargs in seen], call)
 
     def run(
         self,
@@ -126,46 +134,34 @@ class LayerStack:
             OrthoRankError: criterion or an option is one that a plan may not have, or the layer cannot be taken apart
                 (see `orthorank.hf.intact`).
         """
-        with torch.set_grad_enabled(self.records_gradients and torch.is_grad_enabled()):
-            return self._run(layer, hidden_states, inputs, keep_ratio, criterion, layer_map, options)
-
-    def _run(
-        self,
-        layer: int,
-        hidden_states: Tensor,
-        inputs: Pass,
-        keep_ratio: float,
-        criterion: str,
-        layer_map: "LayerMap | None",
-        options: dict[str, Any],
-    ) -> Tensor:
         device = device_of(self.layers[layer])
-        if layer_map is not None:
-            from orthorank.hf.correction import corrected, on  # corrected plans alone need it
+        with torch.set_grad_enabled(self.records_gradients and torch.is_grad_enabled()):
+            if layer_map is not None:
+                from orthorank.hf.correction import corrected, on  # corrected plans alone need it
 
-            layer_map = on(layer_map, device)
+                layer_map = on(layer_map, device)
+                if keep_ratio == 0:
+                    given = hidden_states.to(device)
+                    return corrected(given, self.parts[layer].input_norm(given), inputs.call.on(device), layer_map)
             if keep_ratio == 0:
-                given = hidden_states.to(device)
-                return corrected(given, self.parts[layer].input_norm(given), inputs.call.on(device), layer_map)
-        if keep_ratio == 0:
-            return hidden_states
-        hidden_states, kwargs = hidden_states.to(device), _on(device, inputs.layer_kwargs[layer])
-        if keep_ratio == 1:
-            output = self.layers[layer](hidden_states, **kwargs)
+                return hidden_states
+            of_layer, kwargs = self.layers[layer], _on(device, inputs.layer_kwargs[layer])
+            with ExitStack() as undone:
+                if keep_ratio != 1:
+                    plan = OrthoRankConfig(layers=[layer], keep_ratio=keep_ratio, criterion=criterion, **options)
+                    call = replace(inputs.call, update_sink=plan.update_sink, multiple=plan.keep_multiple).on(device)
+                    select = partial(selected_forward, self._apart(layer), layer, plan, call, layer_map=layer_map)
+                    # called as a layer of a patched model is, with all its hooks
+                    undone.enter_context(_standing_in(of_layer, lambda h, **kw: select(h, kw["position_embeddings"])))
+                output = of_layer(hidden_states.to(device), **kwargs)
             return output[0] if isinstance(output, tuple) else output
-        plan = OrthoRankConfig(layers=[layer], keep_ratio=keep_ratio, criterion=criterion, **options)
-        call = replace(inputs.call, update_sink=plan.update_sink, multiple=plan.keep_multiple).on(device)
-        of_layer, found = self.layers[layer], self._taken_apart.get(layer)
-        if found is None or found.beneath is not forward_of(of_layer):
-            found = self._taken_apart[layer] = TakenApart(self.family, of_layer, layer, forward_of(of_layer))
-        run = partial(selected_forward, found.check(), layer, plan, call, layer_map=layer_map)
-        selecting = _Selecting(of_layer, "forward")  # called as a layer of a patched model is, with all its hooks
-        selecting.run = run
-        try:
-            output = of_layer(hidden_states, **kwargs)
-        finally:
-            selecting.undo()
-        return output[0] if isinstance(output, tuple) else output
+
+    def _apart(self, layer: int) -> Parts:
+        """The parts of a layer that is to be run from them, looked at anew."""
+        beneath, found = forward_of(self.layers[layer]), self._taken_apart.get(layer)
+        if found is None or found.beneath is not beneath:
+            found = self._taken_apart[layer] = TakenApart(self.family, self.layers[layer], layer, beneath)
+        return found.check()
 
     @torch.no_grad()
     def ranks(
@@ -238,12 +234,11 @@ class LayerStack:
 
     def _head(self, normed: Tensor) -> Tensor:
         """What the model's own forward makes of the decoder's output ``[windows, tokens, hidden]``."""
-        given = _Given(self.decoder, "forward")
-        given.output = normed
-        try:
+        from transformers.modeling_outputs import MoeModelOutputWithPast  # every causal LM finds its fields in it
+
+        known = MoeModelOutputWithPast(last_hidden_state=normed)
+        with _standing_in(self.decoder, lambda *_, **__: known):
             return self.model(inputs_embeds=normed, use_cache=False, return_dict=True).logits
-        finally:
-            given.undo()
 
 
 def model_fingerprint(model: "PreTrainedModel") -> str:
@@ -287,42 +282,21 @@ def _on(device: torch.device, value: Any) -> Any:
     return value
 
 
-class _Selecting(Patch):
-    """A layer that updates the selected tokens alone."""
+class _StandIn(Patch):
+    """A function in place of a module's forward."""
 
-    run: Callable[..., Tensor]
-
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.run(hidden_states, kwargs["position_embeddings"])
-
-
-class _Given(Patch):
-    """A decoder that gives what is already known."""
-
-    output: Tensor
+    run: Callable[..., Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from transformers.modeling_outputs import MoeModelOutputWithPast
-
-        return MoeModelOutputWithPast(last_hidden_state=self.output)  # every causal LM finds its fields in it
-
-
-class _Idle(Patch):
-    """A layer that does nothing but remember what it was called with."""
-
-    hidden_states: Tensor
-    kwargs: dict[str, Any]
-
-    def __call__(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        self.hidden_states, self.kwargs = hidden_states, kwargs
-        return hidden_states
+        return self.run(*args, **kwargs)
 
 
 @contextmanager
-def _idle_layers(layers: Any) -> Iterator[list[_Idle]]:
-    idle = [_Idle(layer, "forward") for layer in layers]
+def _standing_in(module: Any, run: Callable[..., Any]) -> Iterator[None]:
+    """Inside, ``run`` is the forward of ``module``."""
+    patch = _StandIn(module, "forward")
+    patch.run = run
     try:
-        yield idle
+        yield
     finally:
-        for patch in reversed(idle):
-            patch.undo()
+        patch.undo()
