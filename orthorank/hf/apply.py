@@ -11,24 +11,21 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from orthorank.calls.context import ForwardContext, Watcher
+from orthorank.calls.context import Watcher
 from orthorank.calls.generating import generating
 from orthorank.calls.reading import Phase, context_lengths, phase_of
-from orthorank.calls.unmasked import Watch
 from orthorank.common import format as words
-from orthorank.common.call_lock import CallLock
 from orthorank.common.errors import OrthoRankError, check_integer, shown, type_of
 from orthorank.common.patching import Patch, forward_of
 from orthorank.config import OrthoRankConfig, hub_id
-from orthorank.hf import cache_state as sink_state
-from orthorank.hf.families import decoder_of, device_of, family_of, layers_of, unwrapped
+from orthorank.hf.families import decoder_of, family_of, layers_of, unwrapped
 from orthorank.hf.family import Family
 from orthorank.hf.family_check import checked_family
-from orthorank.hf.forwards import DecoderForward, Generate, LayerForward, PrepareInputs
-from orthorank.hf.intact import TakenApart, check_classes, implementation_of
+from orthorank.hf.forwards import Applied, DecoderForward, Generate, LayerForward, PrepareInputs
+from orthorank.hf.intact import TakenApart, check_classes
 from orthorank.hf.parts import Parts
 from orthorank.hf.refusals import refused_methods
-from orthorank.hf.status import LayerCounts, Status, status_of
+from orthorank.hf.status import Status, status_of
 from orthorank.plan_checks import MOST, misfits
 
 if TYPE_CHECKING:
@@ -141,10 +138,7 @@ def status(model: Any) -> Status:
     Raises:
         OrthoRankError: no plan is applied.
     """
-    handle = handle_of(model)
-    if handle is None:
-        raise OrthoRankError("no plan is applied to this model; apply one with orthorank.apply(model, config)")
-    return status_of(handle.config, len(decoder_of(model).layers), handle.stats, family_of(model).note)
+    return _applied_to(model)._status()
 
 
 def context(
@@ -183,10 +177,13 @@ def context(
         >>> handle.stats[2].tokens_updated == (3 + 3) + (2 + 6)
         True
     """
-    handle = handle_of(model)
-    if handle is None:
+    return _applied_to(model).context(lengths, keep_last)
+
+
+def _applied_to(model: Any) -> "Handle":
+    if (handle := handle_of(model)) is None:
         raise OrthoRankError("no plan is applied to this model; apply one with orthorank.apply(model, config)")
-    return handle.context(lengths, keep_last)
+    return handle
 
 
 def check_plan(model: Any, config: OrthoRankConfig) -> None:
@@ -207,7 +204,7 @@ def check_plan(model: Any, config: OrthoRankConfig) -> None:
         )
 
 
-class Handle(AbstractContextManager["Handle"]):
+class Handle(Applied, AbstractContextManager["Handle"]):
     """A plan that is applied to a model; made by `apply`.
 
     Args:
@@ -219,21 +216,8 @@ class Handle(AbstractContextManager["Handle"]):
     """
 
     def __init__(self, model: "PreTrainedModel", config: OrthoRankConfig, family: Family) -> None:
+        super().__init__(model, config)
         decoder, layers = decoder_of(model), layers_of(model)
-        self.model, self.config = model, config
-        self._as_applied = copy.deepcopy(config)
-        self.stats = {index: LayerCounts(device_of(layers[index])) for index in config.layers}
-        self.selecting = config.selecting
-        self.skips = any(config.ratio(layer) < 1 for layer in config.layers)
-        self.removes = any(config.ratio(layer) == 0 for layer in config.layers)
-        maps = {} if config.correction is None else config.correction.maps
-        self.corrects_removed = any(config.ratio(layer) == 0 for layer in maps)
-        self.identity = sink_state.identity(config)
-        self.phase = self._plain()
-        self.lock = CallLock()
-        self.call: ForwardContext | None = None
-        self.watcher: Watcher | None = None
-        self.unmasked = Watch()
         self._applied_inside = generating(decoder) is not None  # a generate(): what runs in it may come and go
         self._patches: list[Patch] = [DecoderForward(self, decoder)]
         if hasattr(model, "generate"):
@@ -252,20 +236,15 @@ class Handle(AbstractContextManager["Handle"]):
 
     def __str__(self) -> str:
         """The table of `status`."""
+        return str(self._status())
+
+    def _status(self) -> Status:
         number = len(decoder_of(self.model).layers)
-        return str(status_of(self.config, number, self.stats, family_of(self.model).note))
+        return status_of(self.config, number, self.stats, family_of(self.model).note)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the plan; what is said or under way around the original's calls is not of the copy."""
         return vars(self) | {"phase": self._plain(), "call": None, "watcher": None}
-
-    def _plain(self) -> Phase:
-        """What holds of a call that the user said nothing of.
-
-        A model that generates is scored, as the paper does it, with no token forced. Of one that does not, an encoder
-        or a classifier, the last token's state is what is asked for.
-        """
-        return Phase(keep_last=0 if hasattr(self.model, "generate") else self.config.keep_last)
 
     def remove(self) -> None:
         """Undo the plan: the model gets back the identical objects it had.
@@ -284,23 +263,6 @@ class Handle(AbstractContextManager["Handle"]):
             for module in {self.model, decoder_of(self.model)}:
                 module.__dict__.pop(ATTRIBUTE, None)
 
-    def check_config(self) -> None:
-        """``config`` is the plan that was applied.
-
-        Raises:
-            OrthoRankError: a field of it was changed: the layers go by what they were made with.
-        """
-        if self.config == self._as_applied:
-            return
-        for field in dataclasses.fields(self._as_applied):
-            now, then = getattr(self.config, field.name), getattr(self._as_applied, field.name)
-            if now != then:
-                raise OrthoRankError(
-                    f"handle.config.{field.name} is {shown(now)}, and was {shown(then)} when the plan was applied: "
-                    "what is changed there changes no layer; call handle.remove(), then apply(model, config) with the "
-                    "plan that you want"
-                )
-
     def _refuse_inside(self) -> None:
         """A call would go on with the plan in some layers, and `generate()` with the plan for the prompt alone."""
         where = ""
@@ -313,20 +275,6 @@ class Handle(AbstractContextManager["Handle"]):
                 f"handle.remove() was called {where}, which would go on without the plan that it began with; remove "
                 "the plan when that has returned, or use a copy.deepcopy of the model without it"
             )
-
-    def check_layers(self, config: Any) -> None:
-        """The selecting layers are what their family's spec says; see `orthorank.hf.intact`.
-
-        Args:
-            config: of the decoder.
-
-        Raises:
-            OrthoRankError: one is not any more.
-        """
-        implementation = implementation_of(config)
-        for layer in self.layers:
-            if layer.taken_apart is not None:
-                layer.taken_apart.check(implementation)
 
     def decoding(self) -> AbstractContextManager[None]:
         """Inside, every token of every call is a generated one, however many come in one call.
@@ -341,17 +289,19 @@ class Handle(AbstractContextManager["Handle"]):
         Args:
             keep_last: tokens at each row's end that are always updated; None: the plan's.
         """
-        keep = self.config.keep_last if keep_last is None else keep_last
-        check_integer("keep_last", keep, 0, MOST["keep_last"])
-        return phase_of(self, Phase(keep_last=keep))
+        return phase_of(self, Phase(keep_last=self._kept(keep_last)))
 
     def context(
         self, lengths: int | Sequence[int] | Tensor, keep_last: int | None = None
     ) -> AbstractContextManager[None]:
         """Inside, so many tokens of each row are prompt and the others generated ones; see `orthorank.context`."""
+        keep = self._kept(keep_last)
+        return phase_of(self, Phase(context=context_lengths(lengths), keep_last=keep))
+
+    def _kept(self, keep_last: int | None) -> int:
         keep = self.config.keep_last if keep_last is None else keep_last
         check_integer("keep_last", keep, 0, MOST["keep_last"])
-        return phase_of(self, Phase(context=context_lengths(lengths), keep_last=keep))
+        return keep
 
     @contextmanager
     def watching(self, watcher: Watcher) -> Iterator[None]:

@@ -1,9 +1,10 @@
 """What stands in the methods of a patched model: its decoder's forward, its layers', and `generate()`."""
 
+import copy
 import dataclasses
 from functools import partial
 from inspect import signature
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,51 +14,83 @@ from orthorank.calls.generating import PREPARES, phase_inside
 from orthorank.calls.reading import Phase, cache_of, phase_of, read_call
 from orthorank.calls.unmasked import Watch
 from orthorank.common.call_lock import CallLock
-from orthorank.common.criteria import is_pointwise
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.criteria import check_pointwise, is_pointwise
+from orthorank.common.errors import OrthoRankError, shown
 from orthorank.common.patching import Patch
 from orthorank.config import OrthoRankConfig
 from orthorank.correction import LayerMap
 from orthorank.hf import cache_state as sink_state
 from orthorank.hf.ablations import without_cache
 from orthorank.hf.correction import corrected, map_of, normed_of, on
-from orthorank.hf.families import device_of
+from orthorank.hf.families import device_of, layers_of
 from orthorank.hf.family import Family
-from orthorank.hf.intact import TakenApart
+from orthorank.hf.intact import TakenApart, implementation_of
 from orthorank.hf.layer import keep_sinks, removed_forward, selected_forward
 from orthorank.hf.norm import Norm
 from orthorank.hf.parts import Parts
-from orthorank.hf.refusals import refuse_chunks, refuse_outputs, refuse_unrun
+from orthorank.hf.refusals import refuse_outputs, refuse_unrun
 from orthorank.hf.selection import LayerPlan, prepared
 from orthorank.hf.status import LayerCounts
 
 
-class Applied(Protocol):
-    """What the methods of a patched model know of the plan that is applied to it: the `Handle`."""
+class Applied:
+    """What the methods of a patched model know of the plan ``config`` that is applied to it: see `Handle`."""
 
-    model: Any
-    config: OrthoRankConfig
-    stats: dict[int, LayerCounts]
-    selecting: list[int]
-    skips: bool
-    removes: bool
-    corrects_removed: bool
-    identity: str
-    phase: Phase
-    lock: CallLock
-    call: ForwardContext | None
-    watcher: Watcher | None
-    unmasked: Watch
-    layers: "list[LayerForward]"
+    def __init__(self, model: Any, config: OrthoRankConfig) -> None:
+        layers, ratios = layers_of(model), config.ratios
+        self.model, self.config = model, config
+        self._as_applied = copy.deepcopy(config)
+        self.stats = {index: LayerCounts(device_of(layers[index])) for index in config.layers}
+        self.selecting = config.selecting
+        self.skips = any(ratio < 1 for ratio in ratios.values())
+        self.removes = any(ratio == 0 for ratio in ratios.values())
+        self.corrects_removed = any(ratios[layer] == 0 for layer in config.ranks)
+        self.identity = sink_state.identity(config)
+        self.phase = self._plain()
+        self.lock = CallLock()
+        self.call: ForwardContext | None = None
+        self.watcher: Watcher | None = None
+        self.unmasked = Watch()
+        self.layers: list[LayerForward] = []
+
+    def _plain(self) -> Phase:
+        """What holds of a call that the user said nothing of.
+
+        A model that generates is scored, as the paper does it, with no token forced. Of one that does not, an encoder
+        or a classifier, the last token's state is what is asked for.
+        """
+        return Phase(keep_last=0 if hasattr(self.model, "generate") else self.config.keep_last)
 
     def check_config(self) -> None:
-        """The plan is what it was when it was applied."""
+        """``config`` is the plan that was applied.
+
+        Raises:
+            OrthoRankError: a field of it was changed: the layers go by what they were made with.
+        """
+        if self.config == self._as_applied:
+            return
+        for field in dataclasses.fields(self._as_applied):
+            now, then = getattr(self.config, field.name), getattr(self._as_applied, field.name)
+            if now != then:
+                raise OrthoRankError(
+                    f"handle.config.{field.name} is {shown(now)}, and was {shown(then)} when the plan was applied: "
+                    "what is changed there changes no layer; call handle.remove(), then apply(model, config) with the "
+                    "plan that you want"
+                )
 
     def check_layers(self, config: Any) -> None:
-        """The selecting layers are what their family's spec says."""
+        """The selecting layers are what their family's spec says; see `orthorank.hf.intact`.
 
-    def remove(self) -> None:
-        """Undo the plan."""
+        Args:
+            config: of the decoder.
+
+        Raises:
+            OrthoRankError: one is not any more.
+        """
+        implementation = implementation_of(config)
+        for layer in self.layers:
+            if layer.taken_apart is not None:
+                layer.taken_apart.check(implementation)
 
 
 class DecoderForward(Patch):
@@ -123,7 +156,8 @@ class DecoderForward(Patch):
             if not torch.compiler.is_compiling():
                 handle.check_layers(self.owner.config)
             if not (call.first or is_pointwise(handle.config.criterion)):  # asked anew: an edit may have changed it
-                refuse_chunks(handle.config.criterion, call.past)
+                what = f"a chunk over {call.past} cached tokens: give the prompt in one call"
+                check_pointwise(handle.config.criterion, what)
             if not call.first:  # a model that drafts for itself runs its lower layers alone
                 runs = [layer for layer in handle.selecting if layer < self.owner.config.num_hidden_layers]
                 sink_state.check(cache_of(kwargs), runs, call.batch, handle.config.decode)

@@ -43,12 +43,7 @@ class Norm:
     @property
     def eps(self) -> float:
         """What is added to the mean square."""
-        return getattr(self.module, self.eps_name)
-
-    @property
-    def eps_name(self) -> str:
-        """How the module calls it."""
-        return "eps" if hasattr(self.module, "eps") else "variance_epsilon"
+        return getattr(self.module, "eps" if hasattr(self.module, "eps") else "variance_epsilon")
 
     def is_weights(self, x: Tensor) -> bool:
         """Whether the kernels may compute the norm of ``x`` from its weights, or the module has to be called.

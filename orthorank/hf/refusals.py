@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from orthorank.common.criteria import check_pointwise
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.patching import Patch
 
@@ -41,15 +40,6 @@ def refuse_outputs(decoder: Any, kwargs: dict[str, Any]) -> None:
                 f"{name} is True; a layer that selects tokens {reason}: pass {name}=False, or call handle.remove() "
                 "first"
             )
-
-
-def refuse_chunks(criterion: str, past: int) -> None:
-    """A chunk of a prompt over ``past`` cached tokens, where a criterion looks at these, too.
-
-    Raises:
-        OrthoRankError: ``criterion`` is not pointwise.
-    """
-    check_pointwise(criterion, f"a chunk over {past} cached tokens: give the prompt in one call")
 
 
 def refuse_unrun(layers: list[int], ran: list[int], total: int) -> None:

@@ -18,7 +18,7 @@ window is one packed sequence. Row i of a call turns into these, one after the o
 import dataclasses
 import math
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,18 +59,6 @@ def threshold_of(plan: OrthoRankConfig, layer: int) -> float:
     return plan.thresholds[layer] if own is None else own
 
 
-class Picked(NamedTuple):
-    """What is updated.
-
-    Args:
-        positions: int32 ``[batch, most]``, ascending, -1 past a row's count.
-        counts: int32 ``[batch]``.
-    """
-
-    positions: Tensor
-    counts: Tensor
-
-
 def prepared(call: ForwardContext, plan: OrthoRankConfig, device: torch.device) -> ForwardContext:
     """``call`` with what every selecting layer of ``plan`` would compute anew, on ``device``."""
     counted = call.tokens if plan.select == "topk" else 0  # other ways to select count no scores
@@ -78,11 +66,12 @@ def prepared(call: ForwardContext, plan: OrthoRankConfig, device: torch.device) 
     call = dataclasses.replace(call, workspace=workspace, update_sink=plan.update_sink, multiple=plan.keep_multiple)
     if call.lengths is not None:
         call = dataclasses.replace(call, valid=call.lengths.sum())
-    if plan.select == "window":
-        return dataclasses.replace(call, windows=windows_by_ratio(plan, call, device))
+    ratios = {plan.ratio(layer) for layer in plan.selecting}
+    if plan.select_window is not None:
+        windows = {ratio: windows_of(call, plan.select_window, ratio, device) for ratio in ratios}
+        return dataclasses.replace(call, windows=windows)
     if plan.select == "threshold":
         return call
-    ratios = {plan.ratio(layer) for layer in plan.selecting}
     return dataclasses.replace(call, counted={ratio: call.counted_for(ratio) for ratio in ratios})
 
 
@@ -100,16 +89,21 @@ def request(plan: OrthoRankConfig, layer: int, call: ForwardContext) -> dict[str
     return {"k": each, "keep_last": forced, "max_selected": most}
 
 
-def pick(plan: OrthoRankConfig, layer: int, call: ForwardContext, ranks: Tensor, sinks: Tensor | None) -> Picked:
+def pick(
+    plan: OrthoRankConfig, layer: int, call: ForwardContext, ranks: Tensor, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The tokens that ``plan`` selects in ``layer`` by their ``ranks``.
 
     Args:
         ranks: float32 ``[batch, tokens]``, the smallest first; sinks: as ``sink_positions`` of `select_tokens`.
+
+    Returns:
+        Positions, int32 ``[batch, most]``, ascending, -1 past a row's count; counts, int32 ``[batch]``.
     """
     if not is_plain(plan, call):
         ranks = torch.where(call.forced_mask(ranks.device), -torch.inf, ranks)
     if plan.select == "window":
-        return Picked(*select_in_windows(plan, layer, call, ranks))
+        return _pick_in_windows(plan, layer, call, ranks)
     chosen = select_tokens(
         ranks,
         **request(plan, layer, call),
@@ -117,7 +111,7 @@ def pick(plan: OrthoRankConfig, layer: int, call: ForwardContext, ranks: Tensor,
         lengths=call.lengths,
         sink_positions=sinks,
     )
-    return Picked(chosen.positions, chosen.counts)
+    return chosen.positions, chosen.counts
 
 
 def count_of(
@@ -126,7 +120,7 @@ def count_of(
     """How many tokens are updated in all: an int where it is known beforehand, or else a tensor that is not read yet.
 
     Args:
-        positions, counts: as in `Picked`.
+        positions, counts: as `pick` gives them.
     """
     if plan.select == "topk":
         return call.tokens_updated(plan.ratio(layer))
@@ -145,19 +139,10 @@ def fitted(plan: OrthoRankConfig, call: ForwardContext, positions: Tensor, count
     known = plan.select != "threshold" and call.tails is None
     if known or positions.shape[1] <= 1 or torch.compiler.is_compiling():
         return positions
-    if positions.device.type != "cpu" and (call.tokens < WORTH_A_WAIT or _is_capturing(positions)):
+    capturing = positions.is_cuda and torch.cuda.is_current_stream_capturing()
+    if positions.device.type != "cpu" and (call.tokens < WORTH_A_WAIT or capturing):
         return positions
     return positions[:, : int(counts.max())]
-
-
-def _is_capturing(positions: Tensor) -> bool:
-    return positions.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def windows_by_ratio(plan: OrthoRankConfig, call: ForwardContext, device: torch.device) -> dict[float, Windows]:
-    """The windows of ``call`` at each ratio of ``plan``, once for all layers."""
-    ratios = {plan.ratio(layer) for layer in plan.selecting}
-    return {ratio: windows_of(call, _size(plan), ratio, device) for ratio in ratios}
 
 
 def windows_of(call: ForwardContext, window: int, ratio: float, device: torch.device) -> Windows:
@@ -191,16 +176,12 @@ def windows_of(call: ForwardContext, window: int, ratio: float, device: torch.de
     )
 
 
-def select_in_windows(plan: OrthoRankConfig, layer: int, call: ForwardContext, ranks: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens of smallest rank in each window: positions int32 ``[batch, most]`` and counts ``[batch]``.
-
-    Args:
-        ranks: float32 ``[batch, tokens]``; the tokens that are selected in any case have -inf.
-    """
-    ratio = plan.ratio(layer)
-    windows = call.windows.get(ratio)
+def _pick_in_windows(plan: OrthoRankConfig, layer: int, call: ForwardContext, ranks: Tensor) -> tuple[Tensor, Tensor]:
+    """`pick` in each window; the tokens that are selected in any case have rank -inf."""
+    windows = call.windows.get(plan.ratio(layer))
     if windows is None:
-        windows = windows_of(call, _size(plan), ratio, ranks.device)
+        assert plan.select_window is not None  # a plan that selects in windows has their size
+        windows = windows_of(call, plan.select_window, plan.ratio(layer), ranks.device)
     chosen = select_tokens(
         ranks.flatten(),
         windows.counts,
@@ -224,11 +205,6 @@ def is_exact(call: ForwardContext) -> bool:
     for as many tokens as a row may select, and what is left over is -1.
     """
     return call.lengths is None and not torch.compiler.is_compiling()
-
-
-def _size(plan: OrthoRankConfig) -> int:
-    assert plan.select_window is not None  # a plan that selects in windows has their size
-    return plan.select_window
 
 
 def _unpacked(rows: Tensor, counts: Tensor, tokens: int, most: int) -> Tensor:
