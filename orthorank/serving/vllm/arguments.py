@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from orthorank.common.errors import OrthoRankError
+from orthorank.common.errors import OrthoRankError, check_integers
 from orthorank.common.files import user_path
 from orthorank.serving.vllm.checks import model_obstacles, plan_obstacles
 from orthorank.serving.vllm.hooks import ARCHITECTURES
@@ -53,7 +53,8 @@ def vllm_arguments(
     for obstacle in plan_obstacles(serving):
         raise OrthoRankError(obstacle)
     overrides = {"architectures": [_architecture(serving, config)], "orthorank": serving.to_dict()}
-    longest = {} if max_model_len is None else {"max_model_len": _positive("max_model_len", max_model_len)}
+    check_integers({"block_size": block_size, "max_model_len": max_model_len}, block_size=1, max_model_len=1)
+    longest = {} if max_model_len is None else {"max_model_len": max_model_len}
     return {"hf_overrides": overrides} | _settings(serving, prefix_caching, block_size) | longest
 
 
@@ -143,7 +144,7 @@ def _settings(serving: Serving, prefix_caching: bool, block_size: int | None) ->
     elif window is not None and serving.reuse == "prompt":
         block_size = _whole_windows(window, block_size)
     if block_size is not None:
-        settings["block_size"] = _positive("block_size", block_size)
+        settings["block_size"] = block_size
     if window is not None and window + MOST_REQUESTS > LEAST_STEP:
         settings["max_num_batched_tokens"] = window + MOST_REQUESTS
     return settings
@@ -159,12 +160,6 @@ def _whole_windows(window: int, block_size: int | None) -> int:
             f"window; use a multiple of the window, such as {math.lcm(window, BLOCK)}, or switch the prefix cache off"
         )
     return block_size
-
-
-def _positive(name: str, value: int) -> int:
-    if value < 1:
-        raise OrthoRankError(f"{name} is {value}; it must be at least 1")
-    return value
 
 
 def _architecture(serving: Serving, config: Any) -> str:

@@ -10,11 +10,10 @@ from functools import cache, partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
-from orthorank.common.errors import OrthoRankError
 from orthorank.packed.sinks import SinkBank
 from orthorank.packed.steps import Step, judged, make_step, selects
 from orthorank.serving.vllm.counts import Counts
-from orthorank.serving.vllm.interface import TESTED
+from orthorank.serving.vllm.interface import served_dense
 from orthorank.serving.vllm.requests import RequestTable
 from orthorank.serving.vllm.serving import Serving
 
@@ -66,10 +65,9 @@ class Shared:
         ends = common.seq_lens_cpu_upper_bound
         if ends is None:
             if _may_hold_prompts(common, prompts):
-                raise OrthoRankError(
+                raise served_dense(
                     "vLLM's metadata of this step has no seq_lens_cpu_upper_bound, so which of its tokens are prompt "
-                    "is not known on the host, and they would be served dense; this package is tested with vLLM "
-                    f"{TESTED}, whose two model runners give it: use one of these, or serve the model without a plan"
+                    "is not known on the host"
                 )
             count("none", prompts)
             return None
@@ -137,10 +135,8 @@ def step_metadata(metadata: Any) -> StepMetadata | None:
     if metadata is None:
         return None
     if (found := getattr(metadata, "orthorank", None)) is None:
-        raise OrthoRankError(
-            f"vLLM's {type(metadata).__name__} of a selecting layer was built by another builder than the plan's, so "
-            f"its prompts would be served dense; this package is tested with vLLM {TESTED}: use that, or serve the "
-            "model without a plan"
+        raise served_dense(
+            f"vLLM's {type(metadata).__name__} of a selecting layer was built by another builder than the plan's"
         )
     return cast(StepMetadata, found)
 

@@ -132,9 +132,9 @@ def _settings(vllm_config: Any) -> Iterator[str]:
             "--pipeline-parallel-size is above 1, which is not tested with OrthoRank; use --tensor-parallel-size, over "
             "several nodes if need be"
         )
-    if hooks.breakable_graphs():
+    if hooks.switched_on("VLLM_USE_BREAKABLE_CUDAGRAPH"):  # captured across the operators where vLLM splits others
         yield "VLLM_USE_BREAKABLE_CUDAGRAPH is set, which is not tested with OrthoRank; unset it"
-    if hooks.rust_front():
+    if hooks.switched_on("VLLM_USE_RUST_FRONTEND"):
         yield (
             "VLLM_USE_RUST_FRONTEND is set, and vLLM's front end in Rust has no plugins: nobody would check what "
             "requests say of their prompts (orthorank_dense), nor keep blocks of dense ones apart; unset it"

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 from orthorank.common.errors import OrthoRankError
-from orthorank.serving.vllm.interface_checks import TESTED
+from orthorank.serving.vllm.interface_checks import served_dense
 from orthorank.serving.vllm.rules import (
     DENSE,
     PROMPT_TOKENS,
@@ -77,10 +77,8 @@ def metadata_of(layer_name: str) -> Any:
     if found is None:
         return None
     if not isinstance(found, dict) or layer_name not in found:
-        raise OrthoRankError(
-            f"vLLM's forward context has attn_metadata of type {type(found).__name__} without {layer_name}, so its "
-            f"prompts would be served dense; this package is tested with vLLM {TESTED}: use that, or serve the model "
-            "without a plan"
+        raise served_dense(
+            f"vLLM's forward context has attn_metadata of type {type(found).__name__} without {layer_name}"
         )
     return found[layer_name]
 
@@ -95,18 +93,11 @@ def write_cache(attention: Any, keys: Any, values: Any) -> None:
     attention.impl.do_kv_cache_update(attention, keys, values, attention.kv_cache, slots_of(attention))
 
 
-def breakable_graphs() -> bool:
-    """Whether vLLM captures graphs across the operators at which it otherwise splits them."""
+def switched_on(name: str) -> bool:
+    """Whether vLLM reads the environment variable ``name`` as true; not where it knows of none."""
     from vllm import envs
 
-    return bool(getattr(envs, "VLLM_USE_BREAKABLE_CUDAGRAPH", False))
-
-
-def rust_front() -> bool:
-    """Whether requests come from a front end that no plugin is part of."""
-    from vllm import envs
-
-    return bool(getattr(envs, "VLLM_USE_RUST_FRONTEND", False))
+    return bool(getattr(envs, name, False))
 
 
 def has_ocp_fp8() -> bool:

@@ -35,6 +35,7 @@ from orthorank.serving.vllm.interface_checks import (
     with_fields,
 )
 from orthorank.serving.vllm.interface_checks import expect as expect
+from orthorank.serving.vllm.interface_checks import served_dense as served_dense
 
 # Modules are those where a name is defined, not where it may be imported from: `missing` looks into their sources.
 REGISTERED: Group = {

@@ -219,6 +219,14 @@ def differences(group: Group) -> Iterator[str]:
                     yield f"{module}.{name} {wrong}"
 
 
+def served_dense(what: str) -> OrthoRankError:
+    """The error of a step that ``what`` keeps from saying which of its tokens are prompt."""
+    return OrthoRankError(
+        f"{what}: its prompts would be served dense; this package is tested with vLLM {TESTED}: use that, or serve the "
+        "model without a plan"
+    )
+
+
 def expect(thing: Any, **attributes: Expected) -> None:
     """Before attributes of an object of vLLM are used: they are there, of these types, or pass these checks.
 

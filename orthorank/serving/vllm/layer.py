@@ -162,7 +162,7 @@ def make_selecting(layer: Any, index: int, shared: Shared, contexts: dict[str, A
     layer.orthorank, layer.orthorank_index = shared, index
     layer.orthorank_name = f"{attention.layer_name}.orthorank"
     contexts[layer.orthorank_name] = layer
-    layer.__class__ = mixed(SelectingLayer, type(layer))
+    layer.__class__ = mixed(SelectingLayer, layer.__class__)
 
 
 def _expect_parts(layer: Any) -> None:

@@ -117,11 +117,3 @@ class OrthoRankQwen2ForCausalLM(_WithPlan, Qwen2ForCausalLM):
 
 class OrthoRankQwen3ForCausalLM(_WithPlan, Qwen3ForCausalLM):
     """Qwen3 with a plan."""
-
-
-__all__ = [
-    "OrthoRankLlamaForCausalLM",
-    "OrthoRankMistralForCausalLM",
-    "OrthoRankQwen2ForCausalLM",
-    "OrthoRankQwen3ForCausalLM",
-]

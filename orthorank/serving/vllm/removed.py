@@ -1,5 +1,6 @@
 """vLLM's decoder layers that a plan removes: nothing is left of them but the map of a corrected one."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,15 +49,10 @@ def make_removed(layer: Any, contexts: dict[str, Any], *, corrected: bool) -> No
         expect(layer, **OBJECTS["layer"])
         expect(layer.input_layernorm, **OBJECTS["norm"])
     del contexts[layer.self_attn.attn.layer_name]
-    layer.__class__ = mixed(CorrectedRemovedLayer if corrected else RemovedLayer, type(layer))
+    layer.__class__ = mixed(CorrectedRemovedLayer if corrected else RemovedLayer, layer.__class__)
 
 
-def mixed(mixin: type, layer_class: type) -> type:
+@cache
+def mixed(mixin: Any, layer_class: Any) -> type:
     """The class of both; one for all layers, so that compilers see one class."""
-    name = mixin.__name__.replace("Layer", layer_class.__name__)
-    if (mixin, layer_class) not in _MIXED:
-        _MIXED[mixin, layer_class] = type(name, (mixin, layer_class), {})
-    return _MIXED[mixin, layer_class]
-
-
-_MIXED: dict[tuple[type, type], type] = {}
+    return type(mixin.__name__.replace("Layer", layer_class.__name__), (mixin, layer_class), {})

@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from orthorank.common.errors import OrthoRankError
 from orthorank.serving.vllm import hooks
-from orthorank.serving.vllm.interface import OBJECTS, TESTED, expect
+from orthorank.serving.vllm.interface import OBJECTS, expect, served_dense
 from orthorank.serving.vllm.rules import params_of, prompt_tokens
 
 
@@ -45,10 +44,9 @@ class RequestTable:
         runner = hooks.runner()
         if runner is None:  # metadata that no runner asked for
             if common.is_prefilling is not None and bool(common.is_prefilling[:count].any()):
-                raise OrthoRankError(
+                raise served_dense(
                     "a model runner of vLLM that is neither of the two this package knows has prompts in this step, "
-                    f"whose lengths it does not tell, so they would be served dense; it is tested with vLLM {TESTED}: "
-                    "use that, or serve the model without a plan"
+                    "whose lengths it does not tell"
                 )
             return [0] * count, [0] * count
         expect(runner, **OBJECTS["runner"])

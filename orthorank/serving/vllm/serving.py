@@ -81,8 +81,8 @@ class Serving:
         plan = {name: value for name, value in self.plan.to_dict().items() if name not in about}
         if self.plan.correction is not None:
             plan["correction"] |= {maps.WHERE: maps.where_of(self.plan)}
-        defaults = {name: legal[0] for name, legal in OPTIONS.items()}
-        return {"plan": plan} | {name: getattr(self, name) for name in OPTIONS if getattr(self, name) != defaults[name]}
+        said = {name: getattr(self, name) for name, (default, *_) in OPTIONS.items() if getattr(self, name) != default}
+        return {"plan": plan, **said}
 
 
 def _plan(value: object) -> OrthoRankConfig:
