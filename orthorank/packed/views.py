@@ -5,11 +5,7 @@ from torch import Tensor
 
 from orthorank.common.errors import OrthoRankError
 
-FP8 = {
-    "fp8": torch.float8_e4m3fn,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
+FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
 def split_last(cache: Tensor, head_dim: int, fp8: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -35,34 +31,12 @@ def split_last(cache: Tensor, head_dim: int, fp8: torch.dtype | None = None) -> 
             f"the cache has shape {list(cache.shape)}; with {head_dim} channels a head it must be "
             f"[blocks, kv_heads, block_size, {2 * head_dim}]"
         )
-    keys, values = _as_fp8(cache, fp8).transpose(1, 2).split(head_dim, dim=-1)
-    return keys, values
-
-
-def unbind(cache: Tensor, fp8: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """vLLM before 0.26: keys and values one after the other.
-
-    Args:
-        cache: ``[2, blocks, block_size, kv_heads, head_dim]`` or ``[blocks, 2, block_size, kv_heads, head_dim]``.
-        fp8: as for `split_last`.
-
-    Returns:
-        Keys and values ``[blocks, block_size, kv_heads, head_dim]``.
-
-    Raises:
-        OrthoRankError: neither the first nor the second axis is 2, or both are; or the cache has not 8 bits.
-
-    Example:
-        >>> unbind(torch.zeros(10, 2, 16, 4, 64))[1].shape
-        torch.Size([10, 16, 4, 64])
-    """
-    pairs = [axis for axis in (0, 1) if cache.dim() == 5 and cache.shape[axis] == 2]
-    if len(pairs) != 1:
-        raise OrthoRankError(
-            f"the cache has shape {list(cache.shape)}; it must be [2, blocks, block_size, kv_heads, head_dim] or "
-            "[blocks, 2, block_size, kv_heads, head_dim]; pass keys and values themselves where that is ambiguous"
-        )
-    keys, values = _as_fp8(cache, fp8).unbind(pairs[0])
+    if fp8 is not None:
+        if cache.element_size() != 1:
+            dtype = str(cache.dtype).removeprefix("torch.")
+            raise OrthoRankError(f"the cache has dtype {dtype}; an 8-bit cache has one of 8 bits: leave fp8 out")
+        cache = cache.view(fp8)
+    keys, values = cache.transpose(1, 2).split(head_dim, dim=-1)
     return keys, values
 
 
@@ -89,17 +63,4 @@ def pages_of_slots(keys: Tensor, values: Tensor, page_size: int) -> tuple[Tensor
         raise OrthoRankError(f"values has shape {list(values.shape)}; it must be that of keys, {list(keys.shape)}")
     if page_size < 1 or keys.shape[0] % page_size:
         raise OrthoRankError(f"page_size is {page_size}; it must divide the {keys.shape[0]} slots of the buffer")
-    return (
-        keys.unflatten(0, (-1, page_size)),
-        values.unflatten(0, (-1, page_size)),
-    )
-
-
-def _as_fp8(cache: Tensor, fp8: torch.dtype | None) -> Tensor:
-    """What the bytes of an 8-bit cache stand for."""
-    if fp8 is None:
-        return cache
-    if cache.element_size() != 1:
-        dtype = str(cache.dtype).removeprefix("torch.")
-        raise OrthoRankError(f"the cache has dtype {dtype}; an 8-bit cache has one of 8 bits: leave fp8 out")
-    return cache.view(fp8)
+    return keys.unflatten(0, (-1, page_size)), values.unflatten(0, (-1, page_size))

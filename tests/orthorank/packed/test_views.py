@@ -97,12 +97,6 @@ JOINT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "BLNHC": lambda k, v: within(torch.cat([k, v], -1), 3, 1).transpose(1, 2),
     "LHBNC": lambda k, v: heads_outer(torch.cat([k, v], -1)),
 }
-PAIRS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "flash-attn": lambda k, v: torch.stack([k, v], 0),
-    "flash-attn, heads first": lambda k, v: torch.stack([k, v], 0).transpose(2, 3).contiguous().transpose(2, 3),
-    "triton": lambda k, v: torch.stack([k, v], 1),
-    "triton, heads first": lambda k, v: torch.stack([k, v], 1).transpose(2, 3).contiguous().transpose(2, 3),
-}
 
 
 def assert_where_it_was(cache: Tensor, *found: Tensor) -> None:
@@ -122,37 +116,27 @@ def test_vllm(layout: str) -> None:
     torch.testing.assert_close(attention(given, keys, values), dense(given), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", PAIRS)
-def test_vllm_before_032(layout: str) -> None:
-    given = case()
-    cache = PAIRS[layout](given.paged(given.keys), given.paged(given.values))
-    keys, values = views.unbind(cache)
-    assert_where_it_was(cache, keys, values)
-    torch.testing.assert_close(attention(given, keys, values), dense(given), rtol=1e-5, atol=1e-5)
-
-
 def test_the_layouts_differ_in_memory() -> None:
     """Of keys alike, no two have the same strides."""
     pages = torch.zeros(BLOCKS, SIZE, HEADS, DIM)
     found = [views.split_last(make(pages, pages), DIM)[0].stride() for make in JOINT.values()]
-    found += [views.unbind(make(pages, pages))[0].stride() for make in PAIRS.values()]
-    assert len(set(found)) == len(JOINT) + len(PAIRS)
+    assert len(set(found)) == len(JOINT)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("fp8", E4M3), ("fp8_e4m3", E4M3), ("fp8_e5m2", E5M2)])
-@pytest.mark.parametrize("layout", [*JOINT, *PAIRS])
+@pytest.mark.parametrize("layout", JOINT)
 def test_bytes_of_an_8_bit_cache(layout: str, name: str, dtype: torch.dtype) -> None:
     """vLLM allocates them as uint8; the scales are tensors without dimensions."""
     given = case()
     raw = [given.paged(of, fill=0.0).to(dtype).view(torch.uint8) for of in (given.keys, given.values)]
-    make = JOINT.get(layout) or PAIRS[layout]
+    make = JOINT[layout]
     if layout.startswith("BL"):
         wide = [x.float() for x in raw]  # `within` pads with NaN
         cache = make(*wide).nan_to_num(255).to(torch.uint8)
     else:
         cache = make(*raw)
     kind = views.FP8[name]
-    keys, values = views.split_last(cache, DIM, kind) if layout in JOINT else views.unbind(cache, kind)
+    keys, values = views.split_last(cache, DIM, kind)
     assert_where_it_was(cache, keys, values)
     assert keys.dtype == values.dtype == dtype
     scales = {"k_scale": torch.tensor(0.5), "v_scale": torch.tensor(3.0)}
@@ -211,20 +195,6 @@ def test_sglang_with_heads_before_tokens() -> None:
 def test_split_last_refuses(shape: tuple[int, ...], fp8: torch.dtype | None, words: str) -> None:
     with pytest.raises(OrthoRankError, match=words):
         views.split_last(torch.zeros(shape), 64, fp8)
-
-
-@pytest.mark.parametrize(
-    ("shape", "fp8", "words"),
-    [
-        ((9, 3, 16, 2, 64), None, r"\[9, 3, 16, 2, 64\]; it must be"),
-        ((2, 2, 16, 2, 64), None, "ambiguous"),
-        ((9, 2, 16, 64), None, r"\[9, 2, 16, 64\]"),
-        ((9, 2, 16, 4, 64), E5M2, "dtype float32; an 8-bit cache has one of 8 bits"),
-    ],
-)
-def test_unbind_refuses(shape: tuple[int, ...], fp8: torch.dtype | None, words: str) -> None:
-    with pytest.raises(OrthoRankError, match=words):
-        views.unbind(torch.zeros(shape), fp8)
 
 
 @pytest.mark.parametrize(
