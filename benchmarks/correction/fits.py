@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthorank.calibration.fitting import Fitted, FitWindows, run_noting
+from orthorank.calibration.fitting import Fitted, FitWindows, run_noting, without_sinks
 from orthorank.calibration.regression import Moments, fit_map
 from orthorank.correction import LayerMap
-from orthorank.hf.correction import may_be_left_out
 from orthorank.stack.layers import LayerStack, Pass
 
 ROUNDING = 1e-8  # of the squares of states: what two ways to compute the same may differ by
@@ -59,7 +58,7 @@ class BothWindows(FitWindows):
             return found
         fitted, held = Moments(), Moments()
         is_held = iter(self.held_out.tolist())
-        which = [self._chosen[i] & self._may_be_left_out(i, h) for i, h in enumerate(states)]  # without the sink
+        which = [without_sinks(self._chosen[i]) for i in range(len(states))]
         for h, y, normed, where in zip(states, wanted, before, which, strict=True):
             for x, short, at in zip(normed, y - h, where, strict=True):
                 (held if next(is_held) else fitted).add(x[at], short[at])
@@ -83,9 +82,7 @@ def run_both(
     if also is None:
         return stack.run(layer, hidden, inputs, ratio, **options)
     after, chosen = run_noting(stack, layer, hidden, inputs, ratio, **options)
-    may = may_be_left_out(inputs.call, torch.device("cpu"))
-    assert may is not None  # a window begins with its sink
-    rows = chosen & may
+    rows = without_sinks(chosen)
     after = after.clone()
     after[rows] += mapped(also, stack.normed(layer, hidden)[rows])
     return after

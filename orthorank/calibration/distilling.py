@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from orthorank.calibration.distilling_progress import DistillProgress
 from orthorank.calibration.fitting import SELECTED_BY
-from orthorank.calibration.progress import identity_of
+from orthorank.calibration.progress import DistillProgress, identity_of
 from orthorank.calibration.threshold import RANKED_BY
 from orthorank.calibration.windows import check_windows
 from orthorank.common.errors import OrthoRankError, check_integer, check_integers

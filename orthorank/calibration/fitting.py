@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from orthorank.calibration.regression import RIDGES, Moments, fit_map
-from orthorank.calibration.threshold import RANKED_BY, choose_threshold
+from orthorank.calibration.threshold import RANKED_BY, find_threshold
 from orthorank.correction import LayerMap
-from orthorank.hf.correction import corrected, may_be_left_out, on
+from orthorank.hf.correction import corrected, on
 from orthorank.hf.families import device_of
 from orthorank.stack.layers import Pass
 from orthorank.stack.resources import windows_at_once
@@ -90,13 +90,15 @@ class FitWindows:
         Raises:
             OrthoRankError: it leaves none out, or (with thresholds) no threshold divides its scores.
         """
-        threshold, achieved = self._threshold(layer, states) if self.thresholds and ratio > 0 else (None, None)
+        threshold = achieved = None
+        if self.thresholds and ratio > 0:
+            threshold, achieved = find_threshold(self.stack, layer, states, self.passes, self.plan, self.input_ids)
         fitted, held = Moments(), Moments()
         is_held, chosen = iter(self.held_out.tolist()), []
         for i, (h, y) in enumerate(zip(states, wanted, strict=True)):
             normed, missing = self._normed(layer, h), y - h
             chosen.append(self._update_selected(layer, ratio, i, h, threshold))
-            left_out = self._may_be_left_out(i, h) & ~chosen[i]
+            left_out = without_sinks(~chosen[i])
             for x, short, where in zip(normed, missing, left_out, strict=True):
                 sums = held if next(is_held) else fitted
                 sums.add(x[where.to(x.device)], short[where].to(x.device))
@@ -123,12 +125,6 @@ class FitWindows:
         after = corrected(state.to(normed.device), normed, call, on(layer_map, normed.device)).cpu()
         state.copy_(torch.where(chosen[..., None], state, after))
 
-    def _may_be_left_out(self, i: int, state: Tensor) -> Tensor:
-        """Which tokens of batch ``i`` are no sinks: bool ``[windows, tokens]``."""
-        may = may_be_left_out(self.passes[i].call, torch.device("cpu"))
-        assert may is not None  # a window begins with its sink
-        return may.expand(state.shape[:2])
-
     def _update_selected(self, layer: int, ratio: float, i: int, state: Tensor, threshold: float | None) -> Tensor:
         """Write the states of the tokens that ``layer`` selects into ``state``; which they are, bool, comes back."""
         if ratio == 0:
@@ -141,13 +137,6 @@ class FitWindows:
         """By what a layer selects."""
         by = {} if threshold is None else {"select": "threshold", "thresholds": {layer: threshold}}
         return self._options | by
-
-    def _threshold(self, layer: int, states: Sequence[Tensor]) -> tuple[float, float]:
-        ranked = {name: getattr(self.plan, name) for name in RANKED_BY}
-        pairs = zip(states, self.passes, strict=True)
-        ranks = [self.stack.ranks(layer, h, inputs, **ranked)[:, 1:].flatten().cpu() for h, inputs in pairs]
-        threshold, updated = choose_threshold(torch.cat(ranks), self.plan, layer, self.input_ids)
-        return threshold, updated / self.input_ids.numel()
 
 
 def run_noting(
@@ -163,6 +152,11 @@ def run_noting(
 
     watched = Pass(inputs.hidden_states, inputs.layer_kwargs, replace(inputs.call, watcher=note))
     return stack.run(layer, state, watched, ratio, **options), chosen[:, :tokens]
+
+
+def without_sinks(tokens: Tensor) -> Tensor:
+    """``tokens``, bool ``[windows, tokens]``, but the first of each window, which is its sink."""
+    return tokens.index_fill(1, torch.tensor([0]), False)
 
 
 def _without_states(inputs: Pass) -> Pass:

@@ -1,12 +1,15 @@
 """One layer's threshold, from the ranks of all calibration tokens."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
+from orthorank.stack.layers import LayerStack, Pass
 from orthorank_kernels import keep_count
 
 RANKED_BY = ("criterion", "seed", "kv", "update_sink", "sinks")  # fields of a plan that its thresholds depend on
@@ -40,13 +43,18 @@ def threshold_for(scores: Tensor, count: int) -> tuple[float, int]:
     return float(middle if middle > low else high), below
 
 
-def choose_threshold(ranks: Tensor, plan: OrthoRankConfig, layer: int, input_ids: Tensor) -> tuple[float, int]:
-    """The threshold of ``layer``, and how many tokens it updates.
+def find_threshold(
+    stack: LayerStack, layer: int, states: Sequence[Tensor], passes: Sequence[Pass], plan: OrthoRankConfig, ids: Tensor
+) -> tuple[float, float]:
+    """The threshold of ``layer``, and the share of the tokens ``ids`` that it updates.
 
     Args:
-        ranks: of all tokens that are not sinks.
+        states: at the layer's input, batch by batch; passes: what else layers are handed.
     """
-    total, sinks = input_ids.numel(), input_ids.shape[0] if plan.update_sink else 0
+    ranked: dict[str, Any] = {name: getattr(plan, name) for name in RANKED_BY}
+    pairs = zip(states, passes, strict=True)
+    ranks = torch.cat([stack.ranks(layer, h, inputs, **ranked)[:, 1:].flatten().cpu() for h, inputs in pairs])
+    total, sinks = ids.numel(), ids.shape[0] if plan.update_sink else 0
     count = keep_count(total, plan.ratio(layer)) - sinks
     if not 0 < count < len(ranks):
         raise OrthoRankError(
@@ -55,4 +63,4 @@ def choose_threshold(ranks: Tensor, plan: OrthoRankConfig, layer: int, input_ids
             "windows, or change keep_ratio"
         )
     threshold, below = threshold_for(ranks, count)
-    return threshold, below + sinks
+    return threshold, (below + sinks) / total

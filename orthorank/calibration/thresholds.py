@@ -9,10 +9,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from orthorank.calibration.threshold import RANKED_BY, choose_threshold
+from orthorank.calibration.threshold import RANKED_BY, find_threshold
 from orthorank.calibration.windows import check_windows, record_of
 from orthorank.common.criteria import check_pointwise
 from orthorank.common.errors import OrthoRankError
@@ -112,10 +111,7 @@ def _thresholds(
     for layer in range(last + 1):
         options: dict[str, Any] = {}
         if layer in plan.selecting:
-            pairs = zip(states, passes, strict=True)
-            ranks = [stack.ranks(layer, h, inputs, **ranked)[:, 1:].flatten().cpu() for h, inputs in pairs]
-            thresholds[layer], updated = choose_threshold(torch.cat(ranks), plan, layer, input_ids)
-            achieved[layer] = updated / input_ids.numel()
+            thresholds[layer], achieved[layer] = find_threshold(stack, layer, states, passes, plan, input_ids)
             options = ranked | {"select": "threshold", "thresholds": {layer: thresholds[layer]}}
         if layer < last:
             for i, inputs in enumerate(passes):

@@ -85,17 +85,3 @@ def normed_of(family: "Family", layer: Any, hidden_states: Tensor) -> Tensor:
             return normed
         scored: Any = rms_norm_score(hidden_states, **how)
         return scored.normed
-
-
-def may_be_left_out(call: ForwardContext, device: torch.device) -> Tensor | None:
-    """Which tokens are neither sinks nor padding: bool ``[batch or 1, tokens]``; None: all of them."""
-    column = torch.arange(call.tokens, device=device)[None]
-    may = None
-    if call.sink_positions is not None:
-        may = column != call.sink_positions[:, None]
-    elif call.first:
-        may = column != 0
-    if may is None or call.starts is None or call.lengths is None:
-        return may
-    start = call.starts[:, None]
-    return may & (column >= start) & (column < start + call.lengths[:, None])

@@ -200,7 +200,7 @@ def test_thresholds_are_refused_before_the_fit(
 
 def test_maps_are_distilled(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also when the process is killed in between; the fit is not made again."""
-    from orthorank.calibration.distilling_progress import DistillProgress
+    from orthorank.calibration.progress import DistillProgress
 
     command = (folder / "plan", folder, *SMALL, "--text", folder / "code.txt", "--distill", 9)
     said = run(capsys, *command, "--output", tmp_path / "whole")
