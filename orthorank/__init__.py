@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from orthorank.common.errors import OrthoRankError
     from orthorank.config import OrthoRankConfig
     from orthorank.export import export_pruned
+    from orthorank.families import Family
+    from orthorank.families.known import FAMILIES, register_family
     from orthorank.hf.apply import Handle, apply, context, handle_of, status
-    from orthorank.hf.families import FAMILIES, register_family
-    from orthorank.hf.family import Family
     from orthorank.hf.family_check import check_family
     from orthorank.models import load_model
     from orthorank.stack.causal_attention import register_causal_attention
@@ -55,8 +55,8 @@ __getattr__, __dir__ = exports(
         "orthorank.config": ("OrthoRankConfig",),
         "orthorank.hf.apply": ("Handle", "apply", "context", "handle_of", "status"),
         "orthorank.export": ("export_pruned",),
-        "orthorank.hf.families": ("FAMILIES", "register_family"),
-        "orthorank.hf.family": ("Family",),
+        "orthorank.families.known": ("FAMILIES", "register_family"),
+        "orthorank.families": ("Family",),
         "orthorank.hf.family_check": ("check_family",),
         "orthorank.models": ("load_model",),
         "orthorank.stack.causal_attention": ("register_causal_attention",),

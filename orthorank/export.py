@@ -12,8 +12,8 @@ from torch import nn
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.files import writable_folder
 from orthorank.config import OrthoRankConfig
+from orthorank.families.known import decoder_of, family_of
 from orthorank.hf.apply import check_plan, handle_of
-from orthorank.hf.families import decoder_of, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

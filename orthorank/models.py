@@ -260,7 +260,7 @@ def _unreadable(where: Location, error: Exception) -> OrthoRankError:
 
 
 def _check_family(where: Location, config: Any) -> None:
-    from orthorank.hf.families import FAMILIES, known_families
+    from orthorank.families.known import FAMILIES, known_families
 
     model_type = config.get_text_config().model_type
     if model_type not in FAMILIES:

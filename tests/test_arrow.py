@@ -28,7 +28,7 @@ ARROWS = {
         {"serving"},
         {"export", "models", "packed"},
         {"hf"},
-        {"calls"},
+        {"calls", "families"},
         {"plans"},
         {"config"},
         {"plan_files"},

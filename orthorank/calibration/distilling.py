@@ -23,8 +23,8 @@ from orthorank.calibration.threshold import RANKED_BY
 from orthorank.calibration.windows import check_windows
 from orthorank.common.errors import OrthoRankError, check_integer, check_integers
 from orthorank.correction import Correction, LayerMap
+from orthorank.families.known import device_of
 from orthorank.hf.apply import check_plan
-from orthorank.hf.families import device_of
 from orthorank.stack.layers import LOGITS_AT_ONCE, LayerStack
 
 if TYPE_CHECKING:

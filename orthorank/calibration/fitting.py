@@ -10,8 +10,8 @@ from torch import Tensor
 from orthorank.calibration.regression import RIDGES, Moments, fit_map
 from orthorank.calibration.threshold import RANKED_BY, find_threshold
 from orthorank.correction import LayerMap
+from orthorank.families.known import device_of
 from orthorank.hf.correction import corrected, on
-from orthorank.hf.families import device_of
 from orthorank.stack.layers import Pass
 from orthorank.stack.resources import windows_at_once
 

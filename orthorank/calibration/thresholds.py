@@ -16,8 +16,8 @@ from orthorank.calibration.windows import check_windows, record_of
 from orthorank.common.criteria import check_pointwise
 from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
+from orthorank.families.known import device_of
 from orthorank.hf.apply import check_plan
-from orthorank.hf.families import device_of
 from orthorank.stack.layers import LayerStack
 from orthorank.stack.resources import windows_at_once
 from orthorank_kernels._version import __version__

@@ -23,8 +23,8 @@ from orthorank.evaluation.answer_cache import as_before, owner_of
 from orthorank.evaluation.answers import greedy
 from orthorank.evaluation.kept import KeptRows
 from orthorank.evaluation.prompts import Prompt
+from orthorank.families.known import device_of
 from orthorank.hf.apply import apply, check_plan, context
-from orthorank.hf.families import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

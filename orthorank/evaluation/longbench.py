@@ -19,7 +19,7 @@ import torch
 from orthorank.common.errors import OrthoRankError, reason_of
 from orthorank.common.files import from_json, user_path
 from orthorank.evaluation.answers import greedy, with_bos
-from orthorank.hf.families import device_of
+from orthorank.families.known import device_of
 from orthorank_kernels.remedies import install
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from orthorank.common.errors import OrthoRankError, check_integer
 from orthorank.common.paired import mean_of
 from orthorank.common.texts import Bos, Text, beginning_with, ids_sha256, tokenize
-from orthorank.hf.families import device_of
+from orthorank.families.known import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,12 +18,12 @@ from orthorank.common import format as words
 from orthorank.common.errors import OrthoRankError, check_integer, shown, type_of
 from orthorank.common.patching import Patch, forward_of
 from orthorank.config import OrthoRankConfig, hub_id
-from orthorank.hf.families import decoder_of, family_of, layers_of, unwrapped
-from orthorank.hf.family import Family
+from orthorank.families import Family
+from orthorank.families.intact import TakenApart, check_classes
+from orthorank.families.known import decoder_of, family_of, layers_of, unwrapped
+from orthorank.families.parts import Parts
 from orthorank.hf.family_check import checked_family
 from orthorank.hf.forwards import Applied, DecoderForward, Generate, LayerForward, PrepareInputs
-from orthorank.hf.intact import TakenApart, check_classes
-from orthorank.hf.parts import Parts
 from orthorank.hf.refusals import refused_methods
 from orthorank.hf.status import Status, status_of
 from orthorank.plan_checks import MOST, misfits

@@ -20,11 +20,11 @@ from orthorank.calls.context import ForwardContext
 from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
 from orthorank.correction import LayerMap
-from orthorank.hf.norm import Norm
+from orthorank.families.norm import Norm
 from orthorank_kernels import add_low_rank, rms_norm_score
 
 if TYPE_CHECKING:
-    from orthorank.hf.family import Family
+    from orthorank.families import Family
 
 
 def map_of(plan: OrthoRankConfig, layer: int, device: torch.device, dtype: torch.dtype) -> LayerMap | None:

@@ -21,7 +21,7 @@ from orthorank_kernels import rms_norm_score, rms_norm_select
 if TYPE_CHECKING:
     from orthorank.calls.context import ForwardContext
     from orthorank.config import OrthoRankConfig
-    from orthorank.hf.parts import Parts
+    from orthorank.families.parts import Parts
 
 # From which cosine to the sink's state on a token is a further sink. The states of sinks are alike, since a few massive
 # channels make them, and all others are far away: SmolLM2-135M has 0.94 to 0.97 against at most 0.35.

@@ -17,9 +17,9 @@ from orthorank.calls.context import ForwardContext
 from orthorank.common.errors import OrthoRankError, type_of
 from orthorank.common.patching import forward_of
 from orthorank.config import OrthoRankConfig
-from orthorank.hf.families import TESTED, decoder_of, family_of, layers_of
-from orthorank.hf.family import Family
-from orthorank.hf.intact import TakenApart
+from orthorank.families import Family
+from orthorank.families.intact import TakenApart
+from orthorank.families.known import TESTED, decoder_of, family_of, layers_of
 from orthorank.hf.layer import selected_forward
 from orthorank.hf.selection import prepared
 

@@ -19,15 +19,15 @@ from orthorank.common.errors import OrthoRankError, shown
 from orthorank.common.patching import Patch
 from orthorank.config import OrthoRankConfig
 from orthorank.correction import LayerMap
+from orthorank.families import Family
+from orthorank.families.intact import TakenApart, implementation_of
+from orthorank.families.known import device_of, layers_of
+from orthorank.families.norm import Norm
+from orthorank.families.parts import Parts
 from orthorank.hf import cache_state as sink_state
 from orthorank.hf.ablations import without_cache
 from orthorank.hf.correction import corrected, map_of, normed_of, on
-from orthorank.hf.families import device_of, layers_of
-from orthorank.hf.family import Family
-from orthorank.hf.intact import TakenApart, implementation_of
 from orthorank.hf.layer import keep_sinks, removed_forward, selected_forward
-from orthorank.hf.norm import Norm
-from orthorank.hf.parts import Parts
 from orthorank.hf.refusals import refuse_outputs, refuse_unrun
 from orthorank.hf.selection import LayerPlan, prepared
 from orthorank.hf.status import LayerCounts
@@ -79,7 +79,7 @@ class Applied:
                 )
 
     def check_layers(self, config: Any) -> None:
-        """The selecting layers are what their family's spec says; see `orthorank.hf.intact`.
+        """The selecting layers are what their family's spec says; see `orthorank.families.intact`.
 
         Args:
             config: of the decoder.

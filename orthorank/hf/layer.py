@@ -18,12 +18,12 @@ from torch import Tensor
 
 from orthorank.calls.context import ForwardContext
 from orthorank.config import OrthoRankConfig
+from orthorank.families.norm import Norm
+from orthorank.families.parts import Parts
 from orthorank.hf import cache_state as sink_state
 from orthorank.hf import selection
 from orthorank.hf.ablations import attention_among_selected
 from orthorank.hf.criteria import Chosen, norm_and_select, scored_states
-from orthorank.hf.norm import Norm
-from orthorank.hf.parts import Parts
 from orthorank_kernels import gather_rows, scatter_add_rows_, sparse_query_attention
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from orthorank.config import OrthoRankConfig, hub_id
-from orthorank.hf.families import layers_of, unwrapped
+from orthorank.families.known import layers_of, unwrapped
 from orthorank_kernels.callers import levels_to_caller
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from orthorank.common.errors import OrthoRankError, check_integer
-from orthorank.hf.families import device_of
+from orthorank.families.known import device_of
 from orthorank.stack.layers import LayerStack
 from orthorank.stack.resources import OneProcess, Processes
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from orthorank.common.errors import OrthoRankError, check_integer
-from orthorank.hf.families import device_of
+from orthorank.families.known import device_of
 from orthorank.search.one_shot import layer_weights
 from orthorank.stack.layers import LayerStack, Pass
 from orthorank.stack.resources import Group, OneProcess

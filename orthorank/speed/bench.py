@@ -16,8 +16,8 @@ from torch import Tensor
 
 from orthorank.common.errors import OrthoRankError, check_integer, check_integers
 from orthorank.config import OrthoRankConfig
+from orthorank.families.known import device_of
 from orthorank.hf.apply import apply
-from orthorank.hf.families import device_of
 from orthorank.speed.memory import memory_meter, peak_bytes
 from orthorank.speed.timing import SpeedReport, Timing, clock_of, in_turns, time_prefill, timings_of
 

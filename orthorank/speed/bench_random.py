@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from orthorank.config import OrthoRankConfig
-from orthorank.hf.families import device_of
+from orthorank.families.known import device_of
 from orthorank.speed.bench import BenchSettings, OnStep, random_prompt
 from orthorank.speed.bench_results import prefill_fields
 from orthorank.speed.memory import memory_meter, peak_bytes

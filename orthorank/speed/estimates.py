@@ -101,7 +101,7 @@ def find_config(name: str) -> Any:
     >>> find_config("llama-3-8b").num_hidden_layers
     32
     """
-    from orthorank.hf.families import FAMILIES
+    from orthorank.families.known import FAMILIES
 
     if name in shipped_configs() or user_path("config", name).exists():
         return read_config(name)

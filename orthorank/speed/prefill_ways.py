@@ -13,8 +13,8 @@ from torch import Tensor
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.config import OrthoRankConfig
+from orthorank.families.known import decoder_of, device_of
 from orthorank.hf.apply import apply
-from orthorank.hf.families import decoder_of, device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -88,7 +88,7 @@ def read_config(config: str | Path, layers: int | None = None) -> Any:
     """The transformers configuration that ``config`` names, with ``layers`` decoder layers. See `random_model`."""
     from transformers import AutoConfig
 
-    from orthorank.hf.families import FAMILIES, known_families
+    from orthorank.families.known import FAMILIES, known_families
 
     file = _file(config)
     try:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from orthorank.common.errors import OrthoRankError, check_integers
 from orthorank.config import OrthoRankConfig
-from orthorank.hf.families import device_of
+from orthorank.families.known import device_of
 from orthorank.speed.prefill_ways import Ways
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from orthorank.common.criteria import code_of
 from orthorank.common.errors import OrthoRankError, check_integers, check_share
-from orthorank.hf.families import device_of
+from orthorank.families.known import device_of
 from orthorank.stack.resources import OneProcess, Processes, Ratios, States, check_bytes, states_budget, windows_at_once
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orthorank.common.errors import OrthoRankError, check_choice, check_integer
-from orthorank.hf.families import FAMILIES
+from orthorank.families.known import FAMILIES
 from orthorank_kernels import keep_count
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from orthorank.calls.reading import Phase, read_call
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.patching import Patch, forward_of
 from orthorank.config import OrthoRankConfig
+from orthorank.families.intact import TakenApart
+from orthorank.families.known import TESTED, decoder_of, device_of, family_of, layers_of
+from orthorank.families.parts import Parts
 from orthorank.hf.criteria import norm_and_rank
-from orthorank.hf.families import TESTED, decoder_of, device_of, family_of, layers_of
-from orthorank.hf.intact import TakenApart
 from orthorank.hf.layer import selected_forward
-from orthorank.hf.parts import Parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,7 +132,7 @@ class LayerStack:
 
         Raises:
             OrthoRankError: criterion or an option is one that a plan may not have, or the layer cannot be taken apart
-                (see `orthorank.hf.intact`).
+                (see `orthorank.families.intact`).
         """
         device = device_of(self.layers[layer])
         with torch.set_grad_enabled(self.records_gradients and torch.is_grad_enabled()):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.texts import Bos, beginning_with, check_ids
-from orthorank.hf.families import device_of
+from orthorank.families.known import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

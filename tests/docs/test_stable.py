@@ -89,9 +89,9 @@ def test_what_the_documentation_imports_is_stable() -> None:
 
 
 def test_code_that_imports_what_is_private_is_seen() -> None:
-    code = "import orthorank_kernels as ok\nfrom orthorank.hf.parts import Norm\nok.dispatch\northorank.apply"
+    code = "import orthorank_kernels as ok\nfrom orthorank.families.parts import Norm\nok.dispatch\northorank.apply"
     assert {path: is_stable(path) for path in paths_of(code)} == {
-        "orthorank.hf.parts.Norm": False,
+        "orthorank.families.parts.Norm": False,
         "orthorank_kernels.dispatch": False,
         "orthorank.apply": True,
     }

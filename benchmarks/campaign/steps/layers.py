@@ -8,9 +8,8 @@ import torch
 from benchmarks.campaign.measure import Context
 from orthorank import OrthoRankConfig
 from orthorank.calls.context import ForwardContext
-from orthorank.hf.families import family_of
+from orthorank.families.known import family_of
 from orthorank.hf.layer import selected_forward
-from orthorank.hf.parts import Parts
 from orthorank.hf.selection import prepared
 from orthorank.speed.random_weights import random_model
 

@@ -67,7 +67,8 @@ def test_rows_of_a_padded_batch_learn_as_they_do_alone() -> None:
 
 def with_backend(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """Every op that a selected layer runs is asked to run on ``backend``."""
-    from orthorank.hf import criteria, layer, parts
+    from orthorank.families import parts
+    from orthorank.hf import criteria, layer
 
     named = {
         criteria: ("rms_norm_select",),

@@ -13,8 +13,8 @@ from torch import nn
 
 from orthorank import FAMILIES, Family, OrthoRankConfig, OrthoRankError, apply, check_family, register_family
 from orthorank.common.errors import type_of
+from orthorank.families import always
 from orthorank.hf import family_check
-from orthorank.hf.family import always
 from orthorank.stack.layers import LayerStack
 from tests.orthorank.hf.test_families import padded
 from tests.orthorank.models import MODELS, tiny

@@ -18,10 +18,10 @@ from torch.nn.functional import linear
 from orthorank import OrthoRankConfig
 from orthorank.calls.context import ForwardContext
 from orthorank.correction import LayerMap
+from orthorank.families.known import FAMILIES
+from orthorank.families.parts import Parts
 from orthorank.hf.correction import corrected, normed_of
-from orthorank.hf.families import FAMILIES
 from orthorank.hf.layer import selected_forward
-from orthorank.hf.parts import Parts
 from orthorank.hf.selection import prepared
 from orthorank_kernels import (
     add_low_rank,

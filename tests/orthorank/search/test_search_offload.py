@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from orthorank.hf.families import device_of
+from orthorank.families.known import device_of
 from orthorank.search import Evaluator, greedy_search
 from orthorank.stack.layers import LayerStack
 from tests.orthorank.plain_search import LAYERS, random_windows, small_stack

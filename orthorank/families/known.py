@@ -1,6 +1,6 @@
 """What differs between model families: one small spec each, no copied forward.
 
-A spec says where the parts of a decoder layer are and what is done with them (`orthorank.hf.parts`). The selected
+A spec says where the parts of a decoder layer are and what is done with them (`orthorank.families.parts`). The selected
 layer's forward (`orthorank.hf.layer`) is one for all.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from orthorank.common.errors import OrthoRankError, type_of
 from orthorank.common.patching import not_compiled
-from orthorank.hf.family import Family, always, plain_heads, split_heads
+from orthorank.families import Family, always, plain_heads, split_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from orthorank.common.errors import OrthoRankError, type_of
 from orthorank.common.patching import is_changed, is_code_of_class, not_compiled
-from orthorank.hf.family import Family, split_heads
-from orthorank.hf.norm import IDENTITY, Norm
+from orthorank.families import Family, split_heads
+from orthorank.families.norm import IDENTITY, Norm
 from orthorank_kernels import apply_rotary_at, gather_add_rms_norm, silu_and_mul
 
 Tables = tuple[Tensor, Tensor]  # cos and sin

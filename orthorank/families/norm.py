@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from orthorank.common.patching import has_hooks, has_own_forward, is_code_of_class
 
 if TYPE_CHECKING:
-    from orthorank.hf.family import Family
+    from orthorank.families import Family
 
 IDENTITY: dict[str, Any] = {"weight": None, "eps": 1e-6, "norm": "identity"}  # what the kernels take where none is
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from orthorank.common.errors import OrthoRankError
 from orthorank.common.patching import has_own_forward, home_of, is_bound, is_code_of, name_of
-from orthorank.hf.family import Family
-from orthorank.hf.parts import Parts
+from orthorank.families import Family
+from orthorank.families.parts import Parts
 
 HOOKS = {
     "_forward_hooks": "forward hook",
