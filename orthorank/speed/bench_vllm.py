@@ -171,7 +171,8 @@ def _log_to_stderr() -> None:
 def _engine(path: str, arguments: dict[str, Any]) -> Iterator[Any]:
     from vllm import LLM
 
-    from orthorank.serving.vllm import interface, probe
+    from orthorank.serving.vllm import probe
+    from orthorank.serving.vllm_interface import interface
 
     interface.require(interface.BENCH)
     try:
@@ -195,7 +196,7 @@ def _leave() -> None:
 def _measure(
     engines: Mapping[str, Any], config: Any, settings: BenchSettings, common: dict[str, Any], step: OnStep
 ) -> VLLMReport:
-    from orthorank.serving.vllm import interface
+    from orthorank.serving.vllm_interface import interface
 
     prompts = _prompts(config, settings)
     clock = clock_of(torch.device("cpu"))

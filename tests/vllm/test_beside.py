@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from orthorank.serving.vllm import interface
 from orthorank.serving.vllm.hooks import ARCHITECTURES
+from orthorank.serving.vllm_interface import interface
 from tests.vllm.engines import prompts, settings
 from tests.vllm.jobs import ROOT, answers
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from orthorank.common.errors import OrthoRankError
-from orthorank.serving.vllm import interface
 from orthorank.serving.vllm.attention import backend_obstacle
 from orthorank.serving.vllm.hooks import OPERATOR
 from orthorank.serving.vllm.serving import Serving
+from orthorank.serving.vllm_interface import interface
 from tests.vllm.engines import PLAN, WHOLE_PROMPTS, WINDOW, corrected, served, settings
 
 pytestmark = pytest.mark.vllm

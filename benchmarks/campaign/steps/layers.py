@@ -9,6 +9,7 @@ from benchmarks.campaign.measure import Context
 from orthorank import OrthoRankConfig
 from orthorank.calls.context import ForwardContext
 from orthorank.families.known import family_of
+from orthorank.families.parts import Parts
 from orthorank.hf.layer import selected_forward
 from orthorank.hf.selection import prepared
 from orthorank.speed.random_weights import random_model

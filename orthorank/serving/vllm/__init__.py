@@ -26,7 +26,7 @@ def register() -> None:
     """
     if importlib.util.find_spec("vllm") is None:
         return
-    from orthorank.serving.vllm import interface
+    from orthorank.serving.vllm_interface import interface
 
     try:
         wrong = interface.missing()

@@ -10,7 +10,7 @@ from orthorank.packed import views
 from orthorank.packed.selection import PackedRows
 from orthorank.serving.vllm import hooks
 from orthorank.serving.vllm.backend import StepMetadata
-from orthorank.serving.vllm.interface import OBJECTS, expect
+from orthorank.serving.vllm_interface.interface import OBJECTS, expect
 from orthorank_kernels import apply_rotary_and_cache_, sparse_query_attention_paged
 
 # Backends whose cache is [blocks, kv_heads, block_size, 2 * head_dim], keys before values in the last axis.

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, cast
 from orthorank.packed.sinks import SinkBank
 from orthorank.packed.steps import Step, judged, make_step, selects
 from orthorank.serving.vllm.counts import Counts
-from orthorank.serving.vllm.interface import served_dense
 from orthorank.serving.vllm.requests import RequestTable
 from orthorank.serving.vllm.serving import Serving
+from orthorank.serving.vllm_interface.interface import served_dense
 
 if TYPE_CHECKING:
     import torch

@@ -7,9 +7,10 @@ from typing import Any
 from orthorank.common.errors import OrthoRankError
 from orthorank.packed import plans
 from orthorank.plan_checks import misfits
-from orthorank.serving.vllm import counts, hooks, interface
+from orthorank.serving.vllm import counts, hooks
 from orthorank.serving.vllm.hooks import ARCHITECTURES
 from orthorank.serving.vllm.serving import HOW, Serving
+from orthorank.serving.vllm_interface import interface
 
 SCHEDULER = "orthorank.serving.vllm.scheduler.make_scheduler"
 

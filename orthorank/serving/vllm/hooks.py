@@ -10,7 +10,6 @@ from functools import cache
 from typing import Any
 
 from orthorank.common.errors import OrthoRankError
-from orthorank.serving.vllm.interface_checks import served_dense
 from orthorank.serving.vllm.rules import (
     DENSE,
     PROMPT_TOKENS,
@@ -21,6 +20,7 @@ from orthorank.serving.vllm.rules import (
     prompt_tokens,
     without_layers,
 )
+from orthorank.serving.vllm_interface.checks import served_dense
 
 OPERATOR = "orthorank::decoder_layer"
 MODELS = "orthorank.serving.vllm.models"

@@ -6,7 +6,8 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from orthorank.serving.vllm import hooks, interface
+from orthorank.serving.vllm import hooks
+from orthorank.serving.vllm_interface import interface
 
 NAME, GROUP = "orthorank", "vllm.general_plugins"
 

@@ -13,9 +13,9 @@ from orthorank.packed.steps import Step
 from orthorank.serving.vllm import attention as attending
 from orthorank.serving.vllm import hooks, maps
 from orthorank.serving.vllm.backend import Shared, StepMetadata, selecting_backend, step_metadata
-from orthorank.serving.vllm.interface import OBJECTS, expect
 from orthorank.serving.vllm.projections import Projections
 from orthorank.serving.vllm.removed import mixed
+from orthorank.serving.vllm_interface.interface import OBJECTS, expect
 from orthorank_kernels import gather_rows
 
 

@@ -12,7 +12,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from orthorank.packed import map_of, operator
 from orthorank.packed.sinks import SinkBank
-from orthorank.serving.vllm import attention, counts, hooks, interface, maps, startup
+from orthorank.serving.vllm import attention, counts, hooks, maps, startup
 from orthorank.serving.vllm.backend import Shared
 from orthorank.serving.vllm.checks import check
 from orthorank.serving.vllm.first_token import first_token_states
@@ -21,6 +21,7 @@ from orthorank.serving.vllm.removed import make_removed
 from orthorank.serving.vllm.requests import RequestTable
 from orthorank.serving.vllm.rules import params_of, without_layers
 from orthorank.serving.vllm.serving import Serving
+from orthorank.serving.vllm_interface import interface
 
 BANK = 256  # first tokens whose sinks are kept, if a step has no more requests
 

@@ -3,8 +3,8 @@
 import functools
 from typing import Any
 
-from orthorank.serving.vllm import interface
 from orthorank.serving.vllm.hooks import ARCHITECTURES, MODELS
+from orthorank.serving.vllm_interface import interface
 
 
 def register() -> list[str]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from orthorank.serving.vllm import maps
-from orthorank.serving.vllm.interface import OBJECTS, expect
+from orthorank.serving.vllm_interface.interface import OBJECTS, expect
 from orthorank_kernels import add_low_rank
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from orthorank.serving.vllm import hooks
-from orthorank.serving.vllm.interface import OBJECTS, expect, served_dense
 from orthorank.serving.vllm.rules import params_of, prompt_tokens
+from orthorank.serving.vllm_interface.interface import OBJECTS, expect, served_dense
 
 
 class RequestTable:

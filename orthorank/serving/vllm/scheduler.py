@@ -11,9 +11,9 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from orthorank.common.errors import OrthoRankError
-from orthorank.serving.vllm import interface
 from orthorank.serving.vllm.rules import chunk_tokens, params_of, prompt_tokens, same_tokens
 from orthorank.serving.vllm.serving import Serving
+from orthorank.serving.vllm_interface import interface
 
 
 def make_scheduler(**kwargs: Any) -> Scheduler:

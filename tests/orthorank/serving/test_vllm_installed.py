@@ -15,10 +15,10 @@ import pytest
 from orthorank import OrthoRankConfig, OrthoRankError
 from orthorank.cli import main
 from orthorank.serving.vllm import installed as module
-from orthorank.serving.vllm import interface
 from orthorank.serving.vllm.arguments import hints
 from orthorank.serving.vllm.installed import Installed, installed
 from orthorank.serving.vllm.serving import Serving
+from orthorank.serving.vllm_interface import interface
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, **found: Any) -> None:

@@ -1,4 +1,4 @@
-"""`orthorank.serving.vllm.interface`: the table, and checks that look at types and signatures, not at presence."""
+"""`orthorank.serving.vllm_interface`: the table, and checks that look at types and signatures, not at presence."""
 
 import ast
 import enum
@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from orthorank import OrthoRankError
-from orthorank.serving.vllm import hooks, interface
-from orthorank.serving.vllm import interface_checks as checks
-from orthorank.serving.vllm.interface import OBJECTS, expect
+from orthorank.serving.vllm import hooks
+from orthorank.serving.vllm_interface import checks, interface
+from orthorank.serving.vllm_interface.interface import OBJECTS, expect
 
-FOLDER = Path(interface.__file__).parent
+FOLDER = Path(hooks.__file__).parent
 PAGE = Path(__file__).parents[3] / "docs" / "vllm-interface.md"
 
 
@@ -157,13 +157,20 @@ def test_needed_is_what_the_groups_name() -> None:
 def test_the_table_stands_in_one_file() -> None:
     """Elsewhere nothing says what is expected of vLLM: `expect` is given entries of the table."""
     for file in sorted(FOLDER.glob("*.py")):
-        if file.name.startswith("interface"):
-            continue
         for call in ast.walk(ast.parse(file.read_text())):
             if isinstance(call, ast.Call) and ast.unparse(call.func).split(".")[-1] == "expect":
                 named = [ast.unparse(given.value) for given in call.keywords]
                 assert [given.arg for given in call.keywords] == [None], (file.name, named)
                 assert named[0].removeprefix("interface.").startswith("OBJECTS["), (file.name, named)
+
+
+def test_the_table_knows_nothing_of_the_plugin() -> None:
+    """What is expected of vLLM may be read, and edited for another vLLM, by itself."""
+    for file in sorted(Path(interface.__file__).parent.glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("orthorank"):
+                known = ("orthorank.common.errors", "orthorank.serving.vllm_interface.")
+                assert node.module.startswith(known), (file.name, node.module)
 
 
 def test_what_is_imported_of_vllm_is_in_the_table() -> None:

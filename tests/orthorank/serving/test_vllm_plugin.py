@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orthorank.serving.vllm import interface
+from orthorank.serving.vllm_interface import interface
 
 ROOT = Path(__file__).resolve().parents[3]
 REGISTER = """
@@ -88,7 +88,7 @@ def test_an_empty_folder_called_vllm(tmp_path: Path) -> None:
 
 
 def test_everything_is_there(package: Path) -> None:
-    code = "import sys; sys.path.insert(0, {folder!r})\nfrom orthorank.serving.vllm import interface\n"
+    code = "import sys; sys.path.insert(0, {folder!r})\nfrom orthorank.serving.vllm_interface import interface\n"
     registered(package, code + "assert interface.missing() == [], interface.missing()")
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from orthorank.common.errors import OrthoRankError
-from orthorank.serving.vllm.interface_checks import (
+from orthorank.serving.vllm_interface.checks import (
     TESTED,
     Expected,
     Group,
@@ -34,8 +34,8 @@ from orthorank.serving.vllm.interface_checks import (
     that_sets,
     with_fields,
 )
-from orthorank.serving.vllm.interface_checks import expect as expect
-from orthorank.serving.vllm.interface_checks import served_dense as served_dense
+from orthorank.serving.vllm_interface.checks import expect as expect
+from orthorank.serving.vllm_interface.checks import served_dense as served_dense
 
 # Modules are those where a name is defined, not where it may be imported from: `missing` looks into their sources.
 REGISTERED: Group = {

@@ -1,0 +1,1 @@
+"""What the plugin expects of vLLM, looked at without PyTorch, plans or the plugin."""
