@@ -152,12 +152,9 @@ class OrthoRankConfig:
     def for_model(cls, model: "PreTrainedModel", **fields: Any) -> "OrthoRankConfig":
         """A plan with the model's fields filled in from ``model``; ``fields`` as for the class."""
         config = model.config.get_text_config()
-        fields.setdefault("model_id", hub_id(model))
-        fields.setdefault("model_revision", getattr(model.config, "_commit_hash", None))
-        fields.setdefault("model_type", config.model_type)
-        fields.setdefault("num_hidden_layers", config.num_hidden_layers)
-        fields.setdefault("hidden_size", config.hidden_size)
-        return cls(**fields)
+        known = {name: getattr(config, name) for name in ("model_type", "num_hidden_layers", "hidden_size")}
+        known |= {"model_id": hub_id(model), "model_revision": getattr(model.config, "_commit_hash", None)}
+        return cls(**known | fields)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON stores them: mappings by layer have strings as keys, records no infinite figures.

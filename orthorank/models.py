@@ -138,17 +138,15 @@ def locate(name_or_path: str | None) -> Location:
     return Location(name_or_path, repository, "Hugging Face hub", revision=revision or None)
 
 
-def at_revision(model: str | None, revision: str | None) -> str | None:
-    """The name of ``model`` with a revision of the Hub; None: as it is.
+def at_revision(model: str | None, revision: str) -> str:
+    """The name of ``model`` with a revision of the Hub.
 
     Raises:
         OrthoRankError: it has no revisions, or two.
 
-    >>> at_revision("org/name", "v2"), at_revision("org/name", None)
-    ('org/name@v2', 'org/name')
+    >>> at_revision("org/name", "v2")
+    'org/name@v2'
     """
-    if revision is None:
-        return model
     where = locate(model)
     if where.source != "Hugging Face hub":
         raise OrthoRankError(f"revision is {revision!r} and the model is {where.name!r}, which is local; leave it out")
@@ -170,13 +168,13 @@ def pick_device(device: str = "auto") -> "torch.device":
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise OrthoRankError(f"device is {device!r}; it may be auto, cpu, cuda or cuda:N") from None
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise OrthoRankError(f"device is {device!r}; it may be auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise OrthoRankError(
             f"device is {device!r}, but PyTorch sees {torch.cuda.device_count()} GPUs here; use auto or cpu"
         )
-    if chosen.type not in ("cpu", "cuda"):
-        raise OrthoRankError(f"device is {device!r}; it may be auto, cpu, cuda or cuda:N")
     return chosen
 
 

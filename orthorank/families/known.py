@@ -141,13 +141,12 @@ _SPECS: dict[str, Family] = {
 _PACKAGES = {"gemma3_text": "gemma3"}  # of transformers.models, where it is not called like the model type
 
 
-def _home_of(model_type: str) -> str:
-    package = _PACKAGES.get(model_type, model_type)
-    return f"transformers.models.{package}.modeling_{package}"
-
-
 # By model type: the package's own, and behind them what `register_family` adds.
-FAMILIES: dict[str, Family] = {key: replace(spec, home=_home_of(key)) for key, spec in _SPECS.items()}
+FAMILIES: dict[str, Family] = {
+    model_type: replace(spec, home=f"transformers.models.{package}.modeling_{package}")
+    for model_type, spec in _SPECS.items()
+    for package in [_PACKAGES.get(model_type, model_type)]
+}
 TESTED = frozenset(FAMILIES)  # whose tiny models the package's tests run
 
 

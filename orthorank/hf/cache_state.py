@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from orthorank.config import OrthoRankConfig
 
 ATTRIBUTE = "orthorank_sinks"
-PLAN = "orthorank_plan"
+PLAN = "orthorank_plan"  # the `identity` of the plan that fills a cache from its first token on
 # The fields that matter only under the value of another one.
 UNDER = {"seed": ("criterion", "random"), "select_window": ("select", "window"), "thresholds": ("select", "threshold")}
 SETTINGS = (
@@ -54,11 +54,6 @@ def identity(plan: "OrthoRankConfig") -> str:
     if plan.correction is not None:
         said["correction"] = plan.correction.sha256[:16]
     return json.dumps(said) if ratios else ""
-
-
-def mark(cache: Any, plan: str) -> None:
-    """Note that the plan of that `identity` fills ``cache`` from its first token on; "": the dense model does."""
-    setattr(cache, PLAN, plan)
 
 
 def check_filled_by(cache: Any, plan: str) -> None:

@@ -66,7 +66,8 @@ def norm_and_select(
         parts: of the layer, for a criterion that needs keys or queries.
         copy: whether to copy the hidden states; else ``updated`` are these themselves.
     """
-    if is_fused(plan) and selection.is_plain(plan, call):
+    one_launch = plan.criterion in FUSED and not plan.update_sink and plan.sinks == "first"
+    if one_launch and selection.is_plain(plan, call):
         chosen: Any = rms_norm_select(
             hidden_states if normed is None else normed,
             **norm,
@@ -129,11 +130,6 @@ def _copy(hidden_states: Tensor, made: Tensor, given: Tensor | None, copy: bool)
     if not copy:
         return hidden_states
     return made if given is None else hidden_states.clone()
-
-
-def is_fused(plan: "OrthoRankConfig") -> bool:
-    """Whether one launch norms, scores and selects for ``plan``."""
-    return plan.criterion in FUSED and not plan.update_sink and plan.sinks == "first"
 
 
 def scored_states(plan: "OrthoRankConfig", hidden_states: Tensor, normed: Tensor) -> Tensor:

@@ -205,7 +205,7 @@ class LayerForward(Patch):
         valid, cache = call.tokens_in(), cache_of(kwargs)
         if cache is not None and call.first:
             plain = call.decodes_only and not call.short and not handle.removes
-            sink_state.mark(cache, "" if plain else handle.identity)
+            setattr(cache, sink_state.PLAN, "" if plain else handle.identity)
         if self.ratio == 0:
             counts.add(valid, 0)
             # Without a cache no graph reads the index: torch 2.11 would compile each removed layer apart.

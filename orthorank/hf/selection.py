@@ -53,12 +53,6 @@ class LayerPlan(OrthoRankConfig):
         return self.own_ratio
 
 
-def threshold_of(plan: OrthoRankConfig, layer: int) -> float:
-    """Below which tokens of ``layer`` are selected, for a plan that selects by thresholds."""
-    own = plan.own_threshold if isinstance(plan, LayerPlan) else None
-    return plan.thresholds[layer] if own is None else own
-
-
 def prepared(call: ForwardContext, plan: OrthoRankConfig, device: torch.device) -> ForwardContext:
     """``call`` with what every selecting layer of ``plan`` would compute anew, on ``device``."""
     counted = call.tokens if plan.select == "topk" else 0  # other ways to select count no scores
@@ -84,7 +78,8 @@ def request(plan: OrthoRankConfig, layer: int, call: ForwardContext) -> dict[str
     """How ``plan`` selects in ``layer``, as arguments of `select_tokens`: k or threshold, keep_last and room."""
     forced = call.forced_at_end or 0
     if plan.select == "threshold":
-        return {"threshold": threshold_of(plan, layer), "keep_last": forced, "max_selected": call.tokens}
+        own = plan.own_threshold if isinstance(plan, LayerPlan) else plan.thresholds[layer]
+        return {"threshold": own, "keep_last": forced, "max_selected": call.tokens}
     each, most = call.counts(plan.ratio(layer))
     return {"k": each, "keep_last": forced, "max_selected": most}
 

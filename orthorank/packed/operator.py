@@ -56,12 +56,6 @@ def _run(
     _find(name).run(positions, hidden, residual, out_hidden, out_residual)
 
 
-def _fake(
-    positions: Tensor, hidden: Tensor, residual: Tensor, out_hidden: Tensor, out_residual: Tensor, name: str
-) -> None:
-    """Nothing is returned, so there are no shapes to say."""
-
-
 _LIBRARY = torch.library.Library("orthorank", "FRAGMENT")
 _LIBRARY.define(
     "decoder_layer(Tensor positions, Tensor hidden, Tensor residual, Tensor(a!) out_hidden, Tensor(b!) out_residual, "
@@ -69,4 +63,4 @@ _LIBRARY.define(
 )
 for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("decoder_layer", _run, _key)
-_LIBRARY._register_fake("decoder_layer", _fake)
+_LIBRARY._register_fake("decoder_layer", lambda *_: None)  # nothing is returned: there are no shapes to say

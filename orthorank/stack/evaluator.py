@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from orthorank.common.criteria import code_of
@@ -277,6 +278,4 @@ class _Batch:
 
 def _by_window(losses: list[Tensor], windows: int) -> list[float]:
     """Sums of the tokens of each window, from slices of ``[windows * (tokens - 1)]`` losses."""
-    import torch
-
     return torch.cat(losses).view(windows, -1).sum(1).tolist()

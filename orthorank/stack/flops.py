@@ -140,20 +140,16 @@ def prefill_flops(
     given = keep_ratio.values() if isinstance(keep_ratio, Mapping) else [keep_ratio]
     if wrong := [ratio for ratio in given if not 0 <= ratio <= 1]:
         raise OrthoRankError(f"keep_ratio is {wrong[0]}; it must be from 0 (layers removed) to 1 (dense)")
-    ratios = {layer: _ratio_of(layer, keep_ratio) for layer in selected}
+    ratios = keep_ratio if isinstance(keep_ratio, Mapping) else dict.fromkeys(selected, keep_ratio)
+    if unknown := sorted(selected - set(ratios)):
+        raise OrthoRankError(
+            f"keep_ratio has no key {unknown[0]}; a mapping must give one ratio for each of the layers"
+        )
     total = 2.0 * sizes.hidden * sizes.vocabulary * (1 if logits == "last" else tokens)
     for index in range(sizes.layers):
-        if (ratio := ratios.get(index, 1.0)) > 0:
+        if (ratio := ratios[index] if index in selected else 1.0) > 0:
             total += sizes.layer(index, tokens, keep_count(tokens, ratio, multiple=keep_multiple))
     return total + sum(sizes.map(tokens, rank) for rank in (ranks or {}).values())
-
-
-def _ratio_of(layer: int, keep_ratio: float | Mapping[int, float]) -> float:
-    if not isinstance(keep_ratio, Mapping):
-        return keep_ratio
-    if layer not in keep_ratio:
-        raise OrthoRankError(f"keep_ratio has no key {layer}; a mapping must give one ratio for each of the layers")
-    return keep_ratio[layer]
 
 
 def flop_speedup(

@@ -7,12 +7,12 @@ the order, and with the bits, of a single process. Rank 0 writes and prints.
 
 import os
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
 
 from orthorank.common.errors import OrthoRankError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -23,8 +23,6 @@ class Launched:
     """The processes of `torch.distributed`'s default group, which must be there."""
 
     def __init__(self) -> None:
-        from torch import distributed
-
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
 
     def gather(self, values: list[float]) -> list[list[float]]:
@@ -33,31 +31,22 @@ class Launched:
 
     def share(self, value: T) -> T:
         """Rank 0's value."""
-        from torch import distributed
-
         values = [value]
         distributed.broadcast_object_list(values, src=0)
         return values[0]
 
     def collect(self, value: T) -> list[T]:
         """The values of all processes."""
-        from torch import distributed
-
         values: list[Any] = [None] * self.size
         distributed.all_gather_object(values, value)
         return values
 
-    def add(self, tensor: "Tensor") -> None:
+    def add(self, tensor: Tensor) -> None:
         """All-reduce."""
-        from torch import distributed
-
         distributed.all_reduce(tensor)
 
 
 def connect() -> None:
-    import torch
-    from torch import distributed
-
     try:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

@@ -160,8 +160,6 @@ def launched_rank() -> int:
 
 def local_device(device: str) -> str:
     """``device``, with the number of this process's own GPU where ``"auto"`` or ``"cuda"`` leaves it open."""
-    import torch
-
     if _launched_size() < 2 or device not in ("auto", "cuda") or not torch.cuda.is_available():
         return device
     own = int(os.environ.get("LOCAL_RANK", "0"))

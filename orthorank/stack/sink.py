@@ -12,6 +12,7 @@ and it counts as a sink when the jump is at least 5x and the ratio stays at leas
 
 import dataclasses
 import itertools
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -284,23 +285,19 @@ def _passages(ids: Tensor, first_tokens: int, tokens: int) -> Tensor:
 
 def _measure(stack: "LayerStack", passages: Tensor) -> dict[str, tuple[float, ...]]:
     """The figures of `SinkReport` by layer."""
-    columns: dict[str, list[float]] = {
-        name: []
-        for name in (
-            "sink_norms",
-            "other_norms",
-            "ratios",
-            "ratios_low",
-            "ratios_high",
-            "cos_others",
-            "cos_self",
-        )
-    }
+    columns: defaultdict[str, list[float]] = defaultdict(list, cos_self=[])  # one layer alone has no next one
     inputs = stack.embed(passages)
     hidden = inputs.hidden_states
     sink_before: Tensor | None = None
     for layer in range(stack.num_layers + 1):
-        _add_norms(columns, hidden)
+        norms = torch.linalg.vector_norm(hidden.float(), dim=-1)  # [passages, tokens]
+        sinks, others = norms[:, 0], norms[:, 1:].quantile(0.5, dim=1)
+        ratio = sinks / others
+        columns["sink_norms"].append(sinks.quantile(0.5).item())
+        columns["other_norms"].append(others.quantile(0.5).item())
+        columns["ratios"].append(ratio.quantile(0.5).item())
+        columns["ratios_low"].append(ratio.min().item())
+        columns["ratios_high"].append(ratio.max().item())
         if layer == stack.num_layers:
             break
         normed = stack.normed(layer, hidden).float()
@@ -311,14 +308,3 @@ def _measure(stack: "LayerStack", passages: Tensor) -> dict[str, tuple[float, ..
         sink_before = sink
         hidden = stack.run(layer, hidden, inputs)
     return {name: tuple(values) for name, values in columns.items()}
-
-
-def _add_norms(columns: dict[str, list[float]], hidden: Tensor) -> None:
-    norms = torch.linalg.vector_norm(hidden.float(), dim=-1)  # [passages, tokens]
-    sink, others = norms[:, 0], norms[:, 1:].quantile(0.5, dim=1)
-    ratio = sink / others
-    columns["sink_norms"].append(sink.quantile(0.5).item())
-    columns["other_norms"].append(others.quantile(0.5).item())
-    columns["ratios"].append(ratio.quantile(0.5).item())
-    columns["ratios_low"].append(ratio.min().item())
-    columns["ratios_high"].append(ratio.max().item())

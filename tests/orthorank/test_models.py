@@ -103,8 +103,6 @@ def test_a_revision_is_part_of_the_name():
     where = locate(at_revision("org/name", "v2"))
     assert (where.name, where.path, where.revision) == ("org/name@v2", "org/name", "v2")
     assert where.arguments == {"trust_remote_code": False, "revision": "v2"}
-    assert at_revision("org/name", None) == "org/name"
-    assert at_revision(None, None) is None
 
 
 @pytest.mark.parametrize(
