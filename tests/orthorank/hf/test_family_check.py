@@ -16,7 +16,7 @@ from orthorank.common.errors import type_of
 from orthorank.families import always
 from orthorank.hf import family_check
 from orthorank.stack.layers import LayerStack
-from tests.orthorank.hf.test_families import padded
+from tests.orthorank.families.test_families import padded
 from tests.orthorank.models import MODELS, tiny
 from tests.orthorank.statement import DenseRows, assert_close, call
 

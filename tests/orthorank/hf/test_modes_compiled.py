@@ -8,9 +8,9 @@ import torch
 import orthorank
 from orthorank import OrthoRankConfig, apply
 from orthorank.hf import selection as choosing
+from tests.orthorank.families.test_family_kernels import kernels
 from tests.orthorank.hf.test_compat_compile import Graphs, fresh_compiler, left_padded
 from tests.orthorank.hf.test_corrected import maps
-from tests.orthorank.hf.test_family_kernels import kernels
 from tests.orthorank.hf.test_layer import ids_of
 from tests.orthorank.statement import assert_close
 

@@ -7,7 +7,7 @@ import torch
 
 from orthorank import OrthoRankConfig, apply
 from orthorank_kernels import dispatch
-from tests.orthorank.hf.test_families import padded
+from tests.orthorank.families.test_families import padded
 from tests.orthorank.models import MODELS, tiny
 from tests.orthorank.statement import assert_close, call
 
