@@ -11,7 +11,7 @@ from orthorank.calibration.regression import RIDGES, Moments, fit_map
 from orthorank.calibration.threshold import RANKED_BY, find_threshold
 from orthorank.correction import LayerMap
 from orthorank.families.known import device_of
-from orthorank.hf.correction import corrected, on
+from orthorank.hf.correction import corrected
 from orthorank.stack.layers import Pass
 from orthorank.stack.resources import windows_at_once
 
@@ -122,7 +122,7 @@ class FitWindows:
         """Correct the tokens of batch ``i`` that are not chosen, in place."""
         normed = self._normed(layer, state)
         call = self.passes[i].call.on(normed.device)
-        after = corrected(state.to(normed.device), normed, call, on(layer_map, normed.device)).cpu()
+        after = corrected(state.to(normed.device), normed, call, layer_map).cpu()
         state.copy_(torch.where(chosen[..., None], state, after))
 
     def _update_selected(self, layer: int, ratio: float, i: int, state: Tensor, threshold: float | None) -> Tensor:

@@ -26,7 +26,7 @@ from orthorank.families.norm import Norm
 from orthorank.families.parts import Parts
 from orthorank.hf import cache_state as sink_state
 from orthorank.hf.ablations import without_cache
-from orthorank.hf.correction import corrected, map_of, normed_of, on
+from orthorank.hf.correction import corrected, map_of, normed_of
 from orthorank.hf.layer import keep_sinks, removed_forward, selected_forward
 from orthorank.hf.refusals import refuse_outputs, refuse_unrun
 from orthorank.hf.selection import LayerPlan, prepared
@@ -227,13 +227,11 @@ class LayerForward(Patch):
 
     def _map_for(self, hidden_states: Tensor) -> LayerMap | None:
         """The layer's map where these states are, in their dtype: the model may have been moved since, or converted."""
-        if self.map is None:
-            return None
-        device, dtype = hidden_states.device, hidden_states.dtype
-        if torch.compiler.is_compiling():
-            return on(self.map, device, dtype)
-        if (self.map.down.device, self.map.down.dtype) != (device, dtype):
-            self.map = map_of(self.plan, self.index, device, dtype)
+        if self.map is None or torch.compiler.is_compiling():  # in a graph `corrected` brings it there
+            return self.map
+        where = hidden_states.device, hidden_states.dtype
+        if (self.map.down.device, self.map.down.dtype) != where:
+            self.map = map_of(self.plan, self.index, *where)
         return self.map
 
     def _select(

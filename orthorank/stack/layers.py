@@ -136,15 +136,13 @@ class LayerStack:
         """
         device = device_of(self.layers[layer])
         with torch.set_grad_enabled(self.records_gradients and torch.is_grad_enabled()):
-            if layer_map is not None:
-                from orthorank.hf.correction import corrected, on  # corrected plans alone need it
-
-                layer_map = on(layer_map, device)
-                if keep_ratio == 0:
-                    given = hidden_states.to(device)
-                    return corrected(given, self.parts[layer].input_norm(given), inputs.call.on(device), layer_map)
             if keep_ratio == 0:
-                return hidden_states
+                if layer_map is None:
+                    return hidden_states
+                from orthorank.hf.correction import corrected  # corrected plans alone need it
+
+                given = hidden_states.to(device)
+                return corrected(given, self.parts[layer].input_norm(given), inputs.call.on(device), layer_map)
             of_layer, kwargs = self.layers[layer], _on(device, inputs.layer_kwargs[layer])
             with ExitStack() as undone:
                 if keep_ratio != 1:
