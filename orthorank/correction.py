@@ -73,7 +73,7 @@ class Correction:
                 f"{name_of(min(maps), 'down')} has shape {list(down.shape)}; it must be [rank, hidden]"
             )
         self.rank, self.hidden_size = down.shape
-        for name, part in self._tensors().items():
+        for name, part in tensors_of(self.maps).items():
             _check(name, tuple(part.shape), str(part.dtype).removeprefix("torch."), self.rank, self.hidden_size)
             _check_finite(name, part)
         self._sha256 = ""
@@ -90,7 +90,7 @@ class Correction:
             from torch import uint8
 
             digest = hashlib.sha256()
-            for name, part in self._tensors().items():
+            for name, part in tensors_of(self.maps).items():
                 digest.update(f"{name} {part.dtype} {list(part.shape)}".encode())
                 digest.update(part.view(uint8).numpy().tobytes())
             self._sha256 = digest.hexdigest()
@@ -108,7 +108,7 @@ class Correction:
         """
         from safetensors.torch import save
 
-        write_bytes(file, save(self._tensors(), {"format": "pt"}))
+        write_bytes(file, save(tensors_of(self.maps), {"format": "pt"}))
 
     def to(self, dtype: str) -> "Correction":
         """The same maps in ``"float32"``, ``"bfloat16"`` or ``"float16"``; this one where they are in it already.
@@ -132,9 +132,9 @@ maps as bfloat16, which has float32's range, or as float32
 
         check_choice("maps_dtype", dtype, DTYPES)
         wanted: torch.dtype = getattr(torch, dtype)
-        if all(part.dtype == wanted for part in self._tensors().values()):
+        if all(part.dtype == wanted for part in tensors_of(self.maps).values()):
             return self
-        for name, part in self._tensors().items():
+        for name, part in tensors_of(self.maps).items():
             _check_range(name, part.double(), wanted)
         return Correction({i: LayerMap(*(part.to(wanted) for part in parts)) for i, parts in self.maps.items()})
 
@@ -183,13 +183,6 @@ maps as bfloat16, which has float32's range, or as float32
         found.file = file
         return found
 
-    def _tensors(self) -> dict[str, "Tensor"]:
-        return {
-            name_of(layer, name): part
-            for layer, parts in self.maps.items()
-            for name, part in zip(LayerMap._fields, parts, strict=True)
-        }
-
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Correction) and self.sha256 == other.sha256)
 
@@ -210,6 +203,11 @@ def name_of(layer: int, part: str) -> str:
     'layers.12.down'
     """
     return f"layers.{layer}.{part}"
+
+
+def tensors_of(maps: Mapping[int, LayerMap]) -> dict[str, "Tensor"]:
+    """All parts of ``maps``, by the names that a file gives them."""
+    return {name_of(layer, name): part for layer, parts in maps.items() for name, part in parts._asdict().items()}
 
 
 class Record(NamedTuple):

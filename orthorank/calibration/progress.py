@@ -16,7 +16,7 @@ from orthorank.common.criteria import code_of
 from orthorank.common.errors import OrthoRankError, difference, shown
 from orthorank.common.files import from_json, write_bytes
 from orthorank.config import OrthoRankConfig
-from orthorank.correction import LayerMap, name_of
+from orthorank.correction import LayerMap, name_of, tensors_of
 from orthorank.stack.layers import config_fingerprint, model_fingerprint
 from orthorank_kernels._version import __version__
 
@@ -111,11 +111,8 @@ class FitProgress:
 
         layers = {str(at): {name: getattr(each, name) for name in _FIGURES} for at, each in self.fits.items()}
         said = {"identity": self.identity, "batch_size": self.batch_size, "layers": layers}
-        tensors = {
-            name_of(at, name): part.cpu()
-            for at, each in self.fits.items()
-            for name, part in zip(LayerMap._fields, each.layer_map, strict=True)
-        }
+        parts = tensors_of({at: each.layer_map for at, each in self.fits.items()})
+        tensors = {name: part.cpu() for name, part in parts.items()}
         write_bytes(self.file, save(tensors, {"progress": json.dumps(said)}))
 
 
