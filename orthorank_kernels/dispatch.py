@@ -72,13 +72,13 @@ def run(
     Returns:
         What the op returns; with ``out``, the tuple of these tensors.
     """
-    kind = device.type
+    plain, kind = launch_notes.THREAD.plain, device.type
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):  # the ops say themselves where they round
             return run(op, args, backend=backend, device=device, out=out)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it may be one of {', '.join(map(repr, BACKENDS))}")
-    wanted = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    wanted = not plain and (torch.is_grad_enabled() or forward_ad._current_level >= 0)
     needs_grad = wanted and any(map(_is_differentiated, _tensors(args)))
     if needs_grad and out is not None:
         raise BackendError(
@@ -109,8 +109,7 @@ def run(
                     f"{name} is a view whose values are negated when read (of torch.conj, for example), and with "
                     f'backend="triton" kernels read memory as it is; pass {name}.resolve_neg()'
                 )
-        launch = _library.launcher(op.launcher)
-        return launch(*args) if out is None else _into(out, lambda: launch(*args, out=out))
+        return _launch(op, args, out)
     if backend == "reference":
         _require_values(device)
     if backend != "auto" or needs_grad:
@@ -118,12 +117,22 @@ def run(
         if out is None:
             return compute(*args)
         return _into(out, lambda: _library.copy_results(compute(*args), out))
-    if (notes := launch_notes.THREAD.notes) is not None and notes.trace is not None:
-        launch = _library.launcher(op.launcher)  # PyTorch's operators take no numbers of a trace
-        return launch(*args) if out is None else _into(out, lambda: launch(*args, out=out))
+    if plain:
+        return _launch(op, args, out)
     if out is None:
         return op.functional(*args)
     return _into(out, lambda: op.into(*args, **dict(zip(op.outputs, out, strict=True))))
+
+
+def _launch(op: Operator, args: tuple[Any, ...], out: tuple[torch.Tensor | None, ...] | None) -> Any:
+    """Call the launcher. For plain tensors PyTorch's operator does no more around it than counting the versions of what
+    is written to, and costs as much as the checks."""
+    launch = _library.launcher(op.launcher)
+    result = launch(*args) if out is None else _into(out, lambda: launch(*args, out=out))
+    for written in (*(out or ()), *(args[i] for i in op.written)):
+        if written is not None and not written.is_inference():
+            torch.autograd.graph.increment_version(written)
+    return result
 
 
 def _tensors(values: tuple[Any, ...]) -> list[torch.Tensor]:

@@ -42,6 +42,7 @@ class Notes:
 
 class Thread(threading.local):
     notes: Notes | None = None  # taken at the moment
+    plain = False  # whether a call is under way that a plan may be made of: only its launches matter, no operator
 
 
 THREAD = Thread()

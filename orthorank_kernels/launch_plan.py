@@ -4,7 +4,8 @@ Without a plan a call goes the long way: arguments are checked, a backend is cho
 made, Triton finds the kernel. When a call of one kind comes a second time its launches are noted, and a plan is what
 they leave: what memory to make, which compiled kernel with which grid and numbers, and which tensor each pointer
 belongs to. From then on a call like it, of which the key is the same, only does that. What another call of its kind
-has to do, with other lengths, follows from how the numbers of this one were computed (`launch_trace`).
+has to do, with other lengths, follows from how the numbers of this one were computed (`launch_trace`). PyTorch's
+operator is left out from the first call on, where nothing is there that would see it, which pays for making the key.
 
 The key holds all that the long way looks at; what is left of it without its numbers is the call's kind:
 
@@ -86,7 +87,7 @@ def planned(op: Callable[P, R]) -> Callable[P, R]:
                 return _the_long_way(op, args, kwargs, seen, ways)
         if plan.__class__ is Plan and plan.fits(pointers):
             return plan.run(tensors, pointers)
-        return op(*args, **kwargs)
+        return _plainly(op, args, kwargs)
 
     return call
 
@@ -173,12 +174,12 @@ def _the_long_way(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], seen: 
     key = seen[0]
     if ways is False:
         _remember(_KINDS, key[0], [])
-        return op(*args, **kwargs)
+        return _plainly(op, args, kwargs)
     if ways is not None and len(ways) >= WAYS:
         ways = None
     if ways is None and key not in _PLANS:
         _remember(_PLANS, key, None)
-        return op(*args, **kwargs)
+        return _plainly(op, args, kwargs)
     notes = Notes()
     result = _noted(notes, op, args, kwargs)
     plan = plan_of(notes, result, *seen[1:])
@@ -195,9 +196,18 @@ def _the_long_way(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], seen: 
 def _noted(notes: Notes, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     THREAD.notes = notes
     try:
-        return op(*args, **kwargs)
+        return _plainly(op, args, kwargs)
     finally:
         THREAD.notes = None
+
+
+def _plainly(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call ``op`` without PyTorch's operator around its launch: nothing is there that would see one (`_look`)."""
+    THREAD.plain = True
+    try:
+        return op(*args, **kwargs)
+    finally:
+        THREAD.plain = False
 
 
 def _program(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], seen: _Seen, notes: Notes) -> Program:
