@@ -9,6 +9,7 @@ import torch
 
 import orthorank_kernels as ok
 from orthorank_kernels import launch_plan
+from orthorank_kernels import op as library
 from orthorank_kernels.settings import lookup
 from orthorank_kernels.triton import configs
 from tests.orthorank_kernels.every_op import IN_PLACE, Call, Numbers, Shapes, Sizes, calls, flat
@@ -90,6 +91,30 @@ def test_memory_of_the_caller_by_plan(plans):
     assert all(x is y for x, y in zip(found, out, strict=True))
     assert out[0]._version > version, "who saved it for a gradient must see that it changed"
     torch.testing.assert_close(tuple(found), tuple(expected))
+
+
+def test_no_operator_stands_around_a_call_that_a_plan_may_be_made_of(plans):
+    """From the first call on, and what is written to has another version after each."""
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("this call went by the operator")
+
+    for implementations in library._registered().implementations.values():
+        plans.setitem(implementations, DEVICE, refuse)
+    out, expected, rows = numbers(1, 8, 16), numbers(1, 8, 16), -numbers(1, 2, 16)
+    expected[:, [3, 1]] = rows
+    for _ in range(4):
+        version, fresh = out._version, numbers(1, 8, 16)
+        ok.scatter_rows_(out, places(3, 1), rows)
+        assert out._version > version
+        assert out.equal(expected)
+        taken = torch.empty(1, 2, 16, device=DEVICE)
+        ok.gather_rows(fresh, places(3, 1), out=taken)
+        assert taken.equal(fresh[:, [3, 1]])
+        assert taken._version > 0
+    for seen in (torch.profiler.profile(), variable(launch_plan.SWITCH, "0")):
+        with seen, pytest.raises(AssertionError, match="by the operator"):
+            ok.scatter_rows_(out, places(3, 1), rows)
 
 
 def gather(x: torch.Tensor, positions: torch.Tensor, **more: Any) -> torch.Tensor:

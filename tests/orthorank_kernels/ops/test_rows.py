@@ -53,6 +53,17 @@ def test_strides_are_honoured(backend, layout, poisoned):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_autograd_sees_that_memory_was_written_to(backend):
+    out, rows = random(1, 8, 16), random(1, 2, 16)
+    positions = torch.tensor([[3, 1]], dtype=torch.int32, device=DEVICE)
+    factor = random(1, 8, 16).requires_grad_()
+    loss = (factor * out).sum()  # which keeps `out` for the gradient
+    scatter_rows_(out, positions, rows, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_missing_entries_are_zeros_whatever_is_in_the_way(backend, poisoned):
     nan = float("nan")
     x = torch.full((2, 4, 8), nan, device=DEVICE)
