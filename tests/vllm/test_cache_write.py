@@ -28,7 +28,7 @@ def test_one_launch_instead_of_two(llama: Path) -> None:
     )
     assert process.returncode == 0, process.stderr[-4000:]
     cases = json.loads(process.stdout.splitlines()[-1])
-    assert len(cases) == 10
+    assert len(cases) == 12
     for case in cases:
         before, after = ([name for name in names if name not in LOOKED_AT] for names in case["launched"])
         assert before == VLLM, case

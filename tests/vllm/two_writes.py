@@ -86,6 +86,7 @@ def rotary_embeddings(dtype: torch.dtype) -> dict[str, Any]:
     """vLLM's, of the kinds that its models here may have."""
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
     from vllm.model_executor.layers.rotary_embedding.llama3_rope import Llama3RotaryEmbedding
+    from vllm.model_executor.layers.rotary_embedding.yarn_scaling_rope import YaRNScalingRotaryEmbedding
 
     class Other(RotaryEmbedding):
         """Whose forward on a GPU nobody knows."""
@@ -97,6 +98,7 @@ def rotary_embeddings(dtype: torch.dtype) -> dict[str, Any]:
         "half-split": RotaryEmbedding(DIM, DIM, POSITIONS, 10000.0, True, dtype),
         "interleaved, a part": RotaryEmbedding(DIM, DIM // 2, POSITIONS, 10000.0, False, dtype),
         "Llama 3": Llama3RotaryEmbedding(DIM, DIM, POSITIONS, 10000.0, True, dtype, 8.0, 1.0, 4.0, 128),
+        "YaRN": YaRNScalingRotaryEmbedding(DIM, DIM, POSITIONS // 4, 10000.0, True, 4.0, dtype),  # which scales tables
         "another forward": Other(DIM, DIM, POSITIONS, 10000.0, True, dtype),
     }
 
