@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +80,19 @@ def ask(model: Any, given: Context, which: list[bool]) -> list[bool]:
     Text and question are prompt, the answer is generated: its right tokens are given one by one, and an answer is right
     where each of them is the likeliest. Questions that ``which`` leaves out are not asked, and count as not answered.
     """
-    found = [False] * len(which)
-    cache = model(input_ids=torch.tensor([given.ids]), use_cache=True, logits_to_keep=1).past_key_values
+    from transformers import DynamicCache
+
+    found, cache = [False] * len(which), DynamicCache(config=model.config)
+    # the name since transformers 5.24, and before
+    name = "cache" if "cache" in signature(type(model).forward).parameters else "past_key_values"
+    model(input_ids=torch.tensor([given.ids]), use_cache=True, logits_to_keep=1, **{name: cache})
     for number, (question, answer) in enumerate(given.questions):
         if not which[number]:
             continue
         ids = torch.tensor([question + answer[:-1]])
         prompt = len(given.ids) + len(question)
         with nullcontext() if handle_of(model) is None else context(model, prompt):
-            out = model(input_ids=ids, past_key_values=copy.deepcopy(cache), logits_to_keep=len(answer))
+            out = model(input_ids=ids, logits_to_keep=len(answer), **{name: copy.deepcopy(cache)})
         found[number] = out.logits[0].argmax(-1).tolist() == answer
     return found
 
