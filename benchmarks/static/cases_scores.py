@@ -6,6 +6,9 @@ from typing import Any
 import torch
 
 from benchmarks.static.case import FLOAT, HALF, Case, empty, launch, name_of
+from orthorank_kernels.triton.configs import next_power_of_2
+
+AHEAD = ("residual, own sink", "packed, residual")  # options with which loads run ahead as well
 
 
 def score_launch(x: torch.Tensor, weight: torch.Tensor | None, **options: Any) -> Callable[[], Any]:
@@ -24,6 +27,12 @@ def score_launch(x: torch.Tensor, weight: torch.Tensor | None, **options: Any) -
     }
     assert options.keys() <= arguments.keys()
     return launch("scoring.rms_norm_score", x, weight, 1e-5, *{**arguments, **options}.values())
+
+
+def in_flight(hidden: int) -> dict[str, dict[str, float]]:
+    """Limits where an SM needs most under way: 48 KiB of states, of which the copies fill a block up."""
+    limits = {"min_in_flight": (48 << 10) * next_power_of_2(hidden) / hidden, "min_occupancy": 0.37}
+    return {target: dict(limits) for target in ("sm_90", "sm_100")}
 
 
 def score_options(batch: int, tokens: int, hidden: int) -> dict[str, tuple[dict[str, float], Callable[[], Any]]]:
@@ -56,6 +65,7 @@ def score_options(batch: int, tokens: int, hidden: int) -> dict[str, tuple[dict[
 
 def scoring_cases() -> Iterator[Case]:
     shapes = [(h, d, 2048) for h in (4096, 64, 576, 577, 896, 2048, 8192, 14336) for d in (HALF, FLOAT)]
+    shapes += [(3072, HALF, 2048)]
     shapes += [(h, d, n) for h in (576, 4096) for d, n in ((torch.float16, 2048), (HALF, 8192), (HALF, 40000))]
     for hidden, dtype, tokens in shapes:
         slow = (hidden, dtype, tokens) != (4096, HALF, 2048)
@@ -63,10 +73,12 @@ def scoring_cases() -> Iterator[Case]:
         limits = {"registers": 64 if hidden <= 4096 and dtype != FLOAT else 128, "spills": 0}
         name = f"{hidden} {tokens} tokens {name_of(dtype)}"
         score = score_launch(x, weight, sink=sink.expand(32, hidden))
-        yield Case("scores", f"rms_norm_score {name}", score, {**limits, "atomics": 0}, slow=slow)
+        at = in_flight(hidden) if 2048 <= hidden <= 8192 and dtype != FLOAT else {}
+        yield Case("scores", f"rms_norm_score {name}", score, {**limits, "atomics": 0}, at, slow=slow)
     for hidden in (4096, 576, 8192):
         for option, (limits, score) in score_options(32, 2048, hidden).items():
             limits = limits if hidden <= 4096 else {"registers": 128}
             slow = hidden != 4096 or "cosine" in option
             name = f"rms_norm_score {hidden} {option}"
-            yield Case("scores", name, score, {**limits, "spills": 0, "atomics": 0}, slow=slow)
+            at = in_flight(hidden) if hidden == 4096 and option in AHEAD else {}
+            yield Case("scores", name, score, {**limits, "spills": 0, "atomics": 0}, at, slow=slow)

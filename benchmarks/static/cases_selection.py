@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from benchmarks.static.case import FLOAT, HALF, Case, empty, launch, name_of
+from benchmarks.static.cases_scores import in_flight
 from orthorank_kernels.layout import SCORE_BINS
 
 MANY = 32  # rows or sequences of a launch
@@ -74,18 +75,20 @@ def norm_selection_cases() -> Iterator[Case]:
         limits = {"registers": 128 if slow else 64, "spills": 0}
         fused = fused_launch(x, weight, k=tokens // 3, width=tokens // 3, **of_a_batch())
         # In the selection, which one program of a row reaches, once.
-        some = {576: 2, 4096: 8}.get(hidden, 0) if tokens > 2048 else 0
-        counting = {t: {"spills": some} for t in ("sm_90", "sm_100")} if some else {}
+        counts = {576: {"sm_90": 2, "sm_100": 4}, 4096: {"sm_90": 6, "sm_100": 6}}
+        some = counts.get(hidden, {}) if tokens > 2048 else {}
+        ahead = in_flight(hidden) if hidden == 4096 and dtype != FLOAT else {}
+        counting = {t: {**ahead.get(t, {}), "spills": n} for t, n in some.items()} if some else ahead
         yield Case("scores", name, fused, limits, counting, slow=slow)
         if tokens == 2048:
             # 69 and 70 on sm_90 and sm_100: three programs share a multiprocessor there, not four.
             most = {"registers": 128 if slow else 72}
             below = fused_launch(x, weight, threshold=0.5, width=tokens, **of_a_batch())
-            yield Case("scores", f"{name} threshold", below, limits | most, slow=slow)
+            yield Case("scores", f"{name} threshold", below, limits | most, ahead, slow=slow)
             # Spilled is in the selection, which one program of a sequence runs once, not in the norm that all run: to
             # fit more programs on an SM, and on AMD scalar registers (masks), into lanes of a vector register.
             limits = limits | ({"spills": 6} if slow else {})
-            masks = {"gfx942": {"spills": 26}} if hidden > 4096 else {}
+            masks = {"gfx942": {"spills": 26}} if hidden > 4096 else ahead
             smallest = fused_launch(x[0], weight, k=tokens, seq_k=index(), width=tokens, **packed())
             registers = {"registers": 128 if slow else 96}
             yield Case("scores", f"{name} packed", smallest, limits | registers, masks, slow=slow)

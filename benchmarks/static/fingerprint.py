@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.static.case import Case
+from benchmarks.static.case import IN_FLIGHT_LIMIT, Case
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "orthorank_kernels"
 MEASURING = [Path(__file__).with_name(name) for name in ("sass.py", "measure.py", "occupancy.py")]
+IN_FLIGHT = Path(__file__).with_name("in_flight.py")  # measures cases that have a limit on it
 SETTINGS = PACKAGE / "settings" / "lookup.py"  # reads the default launch settings
 SHARED = (SETTINGS, PACKAGE / "layout.py")  # what kernels and launchers use of the rest of the package
 VENDORS = ("nvidia-", "amd-")  # settings tuned on one GPU start so; what is compiled here takes those of a family
@@ -41,7 +42,12 @@ def _case_text(case: Case) -> str:
     sources = launched_sources(asked) if case.group != "peers" else [Path(__file__).with_name("flex.py")]
     code = [code_of(path) for path in sources]
     settings = _settings("\n".join(code)) if SETTINGS in sources else ""
-    return digest(case.group, case.name, asked, *code, *map(code_of, MEASURING), settings)
+    return digest(case.group, case.name, asked, *code, *map(code_of, measuring(case)), settings)
+
+
+def measuring(case: Case) -> list[Path]:
+    """The files that say what is measured of a case."""
+    return [*MEASURING, IN_FLIGHT] if any(IN_FLIGHT_LIMIT in limits for limits in case.at.values()) else MEASURING
 
 
 def describe(value: Any) -> Iterator[str]:

@@ -13,8 +13,9 @@ Written by `{command}`, with Triton {version}, without a GPU; no time was measur
 registers), occupancy is the share of the warps that a streaming multiprocessor or compute unit can hold, *wide* the
 share of bytes that move 128 bits at a time. *ntm* is the number of instructions other than matrix instructions that
 are issued per million floating-point operations of those, in attention's unmasked and masked loop: beyond 1,953 on an
-A100 (sm_80) and 977 on an H100 (sm_90), issuing takes longer than multiplying. *limit* is how much of its tightest
-limit a kernel takes; gfx1100 has no limits.
+A100 (sm_80) and 977 on an H100 (sm_90), issuing takes longer than multiplying. *KiB in flight* is what copies to
+shared memory bring for all programs of a multiprocessor while these work, where that has a limit. *limit* is how much
+of its tightest limit a kernel takes; gfx1100 has no limits.
 """
 
 Column = tuple[str, Callable[[Row], str]]
@@ -35,6 +36,7 @@ COLUMNS: list[Column] = [
     ("spills", _spills),
     ("shared KiB", lambda row: f"{row['shared'] / 1024:.1f}"),
     ("occupancy", _number("occupancy", "{:.0%}")),
+    ("KiB in flight", lambda row: f"{row['in_flight'] / 1024:.0f}" if row.get("in_flight") is not None else ""),
     ("instructions", _number("instructions")),
     ("ntm", _number("ntm")),
     ("ntm masked", _number("ntm_masked")),

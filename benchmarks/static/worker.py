@@ -15,9 +15,10 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.static.case import Case
+from benchmarks.static.case import IN_FLIGHT_LIMIT, Case
 from benchmarks.static.cases import CASES
-from benchmarks.static.fingerprint import MEASURING, code_of, digest
+from benchmarks.static.fingerprint import code_of, digest, measuring
+from benchmarks.static.in_flight import in_flight
 from benchmarks.static.measure import measure
 from benchmarks.static.peers import PEERS
 
@@ -85,15 +86,17 @@ def asked(case: Case, target: str) -> str:
         return ""  # compiling it says why
     finally:
         knobs.runtime.jit_cache_hook = None
-    return digest(target, triton.__version__, *map(code_of, MEASURING), *requests) if requests else ""
+    return digest(target, triton.__version__, *map(code_of, measuring(case)), *requests) if requests else ""
 
 
-def run_case(case: Case, compiled: list[Any]) -> dict[str, Any]:
+def run_case(case: Case, target: str, compiled: list[Any]) -> dict[str, Any]:
     compiled.clear()
     began = time.perf_counter()
     try:
         case.launch()
         measured = measure(compiled[0])
+        if IN_FLIGHT_LIMIT in case.limits_for(target):
+            measured |= in_flight(compiled[0], measured, target)
     except Exception as error:  # a case that does not compile is a result like the others
         return {"case": case.name, "error": f"{type(error).__name__}: {error}"[:4000]}
     return {"case": case.name, "seconds": time.perf_counter() - began, "launches": len(compiled), **measured}
@@ -112,6 +115,7 @@ def row(measured: dict[str, Any]) -> str:
         "hot_spills",
         "ntm",
         "ntm_masked",
+        "in_flight",
     )
     shown = "  ".join(f"{key} {measured[key]:.4g}" for key in keys if measured.get(key) is not None)
     return f"{measured['case']:<32} {shown}  ({measured['seconds']:.1f} s)"
@@ -139,7 +143,7 @@ def main() -> None:
         if asks[case.name] and asks[case.name] == known.get(case.name):
             measured = {"case": case.name}
         else:
-            measured = run_case(case, compiled)
+            measured = run_case(case, options.target, compiled)
         measured["asked"] = asks[case.name]
         print(row(measured) if options.table else json.dumps(measured), flush=True)
 

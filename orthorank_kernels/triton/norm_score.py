@@ -62,7 +62,7 @@ def norm_and_score(
     COSINE: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
-    AHEAD: tl.constexpr,  # a token's state is loaded while the one before it is normed; without a residual
+    STAGES: tl.constexpr,  # of the loop's loads, which run ahead of it; None: each is waited for at once
     bins_ptr=None,  # or where the scores are counted, with what `score_keys.count_score` asks
     n_valid=0,
     sink_index=0,
@@ -89,17 +89,9 @@ def norm_and_score(
         sink = tl.load(sink_ptr + seq * stride_sink_seq + channel, mask=inside, other=0.0)
     if COSINE:
         sink_length = length(sink.to(tl.float32))
-    following = None
-    if AHEAD:
-        following = tl.load(x_ptr + first * stride_x_token + channel, mask=inside, other=0.0)
-    for token in range(first, end):
+    for token in tl.range(first, end, num_stages=STAGES):
         token = tl.cast(token, tl.int64)  # as it is in a compiled kernel; the interpreter counts in Python's ints
-        if AHEAD:
-            h = following
-            n_read = tl.where(token + 1 < end, HIDDEN, 0)
-            following = tl.load(x_ptr + (token + 1) * stride_x_token + channel, mask=channel < n_read, other=0.0)
-        else:
-            h = load_state(x_ptr, residual_ptr, token * stride_x_token, token * stride_residual_token, channel, inside)
+        h = load_state(x_ptr, residual_ptr, token * stride_x_token, token * stride_residual_token, channel, inside)
         out = seq * stride_out_seq + token
         if sum_ptr is not None:
             tl.store(sum_ptr + out * HIDDEN + channel, h, mask=inside)

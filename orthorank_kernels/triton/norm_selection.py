@@ -19,9 +19,9 @@ alive, then 95 registers instead of 56 on sm_90, and half as many programs at a 
 resident packed sequences of 1024 and 2048 tokens took 80 and 104 registers, and spilled on sm_100 and AMD.
 
 Compiled for 4096 channels in bfloat16 and 2048 tokens, 8 warps, for sm_80 / sm_90 / sm_100 / gfx942, without spills:
-64 / 64 / 64 / 59 registers for a batch, 54 on gfx942 by a threshold and 61 where long rows are counted; 64 / 76 / 76 /
-90 for packed sequences. The norm alone takes 64 on sm_90. Spilled once, in the selection: with counted rows on sm_90
-and sm_100 8 registers of 4096 channels and 2 of 576, for some other channels in a packed selection 2 to 6, with 16
+62 / 58 / 60 / 59 registers for a batch, 64 / 64 / 64 / 61 where long rows are counted; 64 / 80 / 80 / 90 for packed
+sequences. The norm alone takes 55 on sm_90. Spilled once, in the selection: with counted rows on sm_90
+and sm_100 6 registers of 4096 channels and 2 or 4 of 576, for some other channels in a packed selection 2 to 6, with 16
 warps on AMD up to 26 scalar ones.
 """
 
@@ -115,7 +115,7 @@ def rms_norm_select_kernel(
     COSINE: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
-    AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
     THRESHOLD: tl.constexpr,
     RESIDENT: tl.constexpr,
     TILE: tl.constexpr,
@@ -171,7 +171,7 @@ def rms_norm_select_kernel(
                 COSINE=COSINE,
                 HIDDEN=HIDDEN,
                 BLOCK=BLOCK,
-                AHEAD=AHEAD,
+                STAGES=STAGES,
                 bins_ptr=bins_ptr,
                 n_valid=n_valid,
                 sink_index=sink_index,

@@ -17,25 +17,25 @@ meanwhile, so what it reads beside the tokens is divided by ``tokens_each``. The
 residual.
 Counted with that many: 1.05 to 1.07 times the fewest in every layout, sequences of one token included. Few tokens are
 spread over 2048 programs (``enough_programs``; an H100 runs 528 at a time) and read the vectors more often, mostly from
-L2. In the batch layout a program loads the next token's state while it sums over one (``AHEAD``), where that costs no
-program of an SM: so four programs of 8 KB keep 32 KB in flight all the time, not by turns. Elsewhere the other programs
-on the multiprocessor fill the gap. So registers matter:
+L2. States of 16 bits are copied to shared memory ahead of the loop over tokens (``STAGES``), so that an SM of an H100
+always has 48 KB or more on their way; `docs/writing-kernels.md` has the figures, and what lost. Elsewhere the other
+programs on the multiprocessor fill the gap. Registers matter all the same:
 
     registers at 4096, bfloat16, 8 warps, no spills        sm_80   sm_90   sm_100   gfx942
-    RMSNorm and score, batch, next token ahead                64      64       64       48
-    the same with a residual, sink from its own token         63      63       64       43
-    packed, residual, stored sinks                            63      62       64       60
-    scores of the hidden states, no norm, ahead               40      40       40       30
-    1 + weight and cosine                                     76      64       72       40
-    LayerNorm with bias, scores alone, ahead                  93      93       96       53
-    packed LayerNorm, residual, own sink, cosine              91      93       96       69
+    RMSNorm and score, batch                                  56      55      56       46
+    the same with a residual, sink from its own token         59      56      60       43
+    packed, residual, stored sinks                            64      63      64       60
+    scores of the hidden states, no norm                      38      39      36       28
+    1 + weight and cosine, one after the other                76      64      72       40
+    LayerNorm with bias, scores alone                         93      93      92       51
+    packed LayerNorm, residual, own sink, cosine, one by one  91      93      96       69
 
 Up to 64, four programs share a multiprocessor, up to 80 three. Weight, bias and sink are loaded in 16 bits, but the
 compiler moves their conversion to float32 out of the loop. Tried against that, and left: a limit on registers (64
 costs LayerNorm 20 spills, and packed variants of 8192 up to 127), `disable_licm` (LayerNorm takes 64 on sm_90, but 94
 on sm_80, and older Tritons lack it), 16 warps (54 registers, but two programs), inline assembly that hides the
-conversion (64, on NVIDIA alone). At 8192, with 16 warps, packed variants take 86 to 126 registers, so a
-multiprocessor has one program where it has two of the batch layout (64).
+conversion (64, on NVIDIA alone). At 8192, with 16 warps, packed variants take 63 to 126 registers, so a
+multiprocessor may have one program where it has two of the batch layout (64: ``TWO_PROGRAMS``).
 
 A packed program finds its first sequence by counting, 256 entries of ``cu_seqlens`` at a time: n_seqs / 256 loads that
 all programs share, where a bisection would be log2(n_seqs) loads that wait for each other. In the kernel the walk over
@@ -56,7 +56,7 @@ import triton.language as tl
 
 from orthorank_kernels.layout import norm_outputs
 from orthorank_kernels.settings import lookup as _settings
-from orthorank_kernels.triton.configs import cdiv, launch, next_power_of_2, target_of
+from orthorank_kernels.triton.configs import cdiv, family, launch, next_power_of_2, target_of, vendor
 from orthorank_kernels.triton.norm_score import bounds, first_piece, norm_and_score
 from orthorank_kernels.triton.strides import strides
 
@@ -89,7 +89,7 @@ def rms_norm_score_kernel(
     COSINE: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
-    AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     eps = tl.cast(eps, tl.float32)
     channel = tl.arange(0, BLOCK)  # [BLOCK]
@@ -127,14 +127,15 @@ def rms_norm_score_kernel(
                 COSINE=COSINE,
                 HIDDEN=HIDDEN,
                 BLOCK=BLOCK,
-                AHEAD=AHEAD,
+                STAGES=STAGES,
             )
             token = stop
         seq += 1
 
 
 SMALLEST, LARGEST = 2048, 8192  # hidden sizes that kinds of problems are named for
-AHEAD_BYTES = 8192  # of a token's state, at most, where the next one is loaded meanwhile: 16 bits, up to 4096 channels
+STAGED_BYTES = 16384  # of a token's state, at most, where loads run ahead: so shared memory holds two programs' states
+TWO_PROGRAMS = 64  # registers, so that an SM has two programs of 16 warps; the compiler finds a way without spills
 
 
 def launch_settings(
@@ -159,13 +160,21 @@ def launch_settings(
     return {**blocks, "BLOCK": block, "num_warps": chosen["num_warps"]}
 
 
-def loads_ahead(
-    hidden_states: torch.Tensor, residual: torch.Tensor | None, score: str, cu_seqlens: torch.Tensor | None
-) -> bool:
-    """Whether a program loads the next token's state while it norms one: where that takes no program from an SM."""
+def stages(
+    hidden_states: torch.Tensor, residual: torch.Tensor | None, score: str, cu_seqlens: torch.Tensor | None, target: str
+) -> int | None:
+    """Stages of the loop over tokens, one more than the states that shared memory holds. None: no load runs ahead.
+
+    Where a state is normed, all but one of those are on their way: 48 KB or more for an SM of an H100.
+    """
     state = hidden_states.element_size() * hidden_states.shape[-1]
-    narrow = hidden_states.element_size() == 2 and state <= AHEAD_BYTES
-    return narrow and state % 16 == 0 and residual is None and cu_seqlens is None and score == "inner"
+    if hidden_states.element_size() > 2 or state % 16 or state > STAGED_BYTES or score != "inner":
+        return None
+    if vendor(target) != "nvidia":  # they go to registers
+        return 2 if cu_seqlens is None and residual is None else None
+    if cu_seqlens is not None and state < STAGED_BYTES // 4:
+        return None
+    return 4 if family(target) in ("hopper", "blackwell") and residual is None else 3
 
 
 def norm_arguments(
@@ -201,14 +210,18 @@ def norm_arguments(
     reads = 1 + (residual is not None)
     writes = (normed is not None) + (summed is not None)
     sink_bytes = reads * states if sink is None else hidden * sink.element_size()
+    target = target_of(hidden_states.device)
     settings = launch_settings(
         batch,
         tokens,
         hidden,
         token_bytes=(reads + writes) * states,
         shared_bytes=sink_bytes + ((weight is not None) + (bias is not None)) * states,
-        target=target_of(hidden_states.device),
+        target=target,
     )
+    ahead = stages(hidden_states, residual, score, cu_seqlens, target)
+    if vendor(target) == "nvidia" and ahead and cu_seqlens is None and norm == "rms" and settings["num_warps"] == 16:
+        settings["maxnreg"] = TWO_PROGRAMS
     return batch * settings["n_blocks"], {
         "x_ptr": hidden_states,
         "residual_ptr": residual,
@@ -230,7 +243,7 @@ def norm_arguments(
         "OFFSET": weight_offset,
         "COSINE": score == "cosine",
         "HIDDEN": hidden,
-        "AHEAD": loads_ahead(hidden_states, residual, score, cu_seqlens),
+        "STAGES": ahead,
         "enable_fp_fusion": False,  # see the docstring: sums must not depend on the lane
         **settings,
     }
