@@ -39,9 +39,7 @@ OPTION_NTM = {
 }
 # Before the loops and behind them, by head_dim and case; with Triton 3.6 and with newer ones.
 SPILLS = {
-    (64, "window and sinks"): (8, 6),
-    (64, "pages of 16, window"): (8, 4),
-    (128, "pages of 16, window"): (6, 9),
+    (64, "window and sinks"): (8, 0),
     (256, "pages of 16, window"): (10, 22),
 }
 EXPONENTIALS = {dim: PART * keys // 128 for dim, keys in BLOCKS.items()}  # of a thread in each loop: one for each score

@@ -19,8 +19,7 @@ INT32_MAX = 2**31 - 1
 PART = 64  # rows of a tile that one group of four warps has; a tile has two parts
 # Threads begin with ENTRY registers each, and give up or take over what the copying warp does not need. Twelve warps,
 # of which three idle beside the one that copies: 168 * 384 is what an SM has, less than 1,024.
-ENTRY, CONSUMER, PRODUCER = 168, 240, 24
-CONSUMER_OF_PAGES, PRODUCER_OF_PAGES = 232, 40
+ENTRY = 168
 
 
 def is_asked_for() -> bool:
@@ -83,6 +82,18 @@ def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, paged: bool, row
     return k.dtype == v.dtype == q.dtype and page >= ROWS_OF_A_PAGE and page & (page - 1) == 0 and fits
 
 
+def consumer_registers(head_dim: int, *, paged: bool, window: bool) -> int:
+    """Registers of a thread that attends; one that copies has what those leave of 3 * ENTRY.
+
+    The copying warp needs more for the numbers of pages, and more again where threads of it load the first values of a
+    window. What it has too few of spills, and so does what all warps read once and keep.
+    """
+    wide = configs.next_power_of_2(head_dim)
+    if paged and window:
+        return {64: 216, 128: 224, 256: 232}[wide]
+    return 232 if paged or (window and wide == 64) else 240
+
+
 def launch(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -130,6 +141,7 @@ def launch(
     rows = BLOCKS[head_dim]  # of a copy
     if paged:
         rows = min(int(keys), rows) if window is None else ROWS_OF_A_PAGE  # an int in every launch plan
+    consumer = consumer_registers(head_dim, paged=paged, window=window is not None)
     packed, n_seqs = cu_selected is not None, 0 if cu_selected is None else cu_selected.shape[0] - 1
     tiles, lanes = configs.tiles(selected, 2 * (PART // pack), n_seqs, packed=packed), columns * batch
     configs.launch(
@@ -187,8 +199,8 @@ def launch(
         SPLIT=totals is not None,
         ROTARY_DIM=rotary_dim,
         INTERLEAVED=rotary_interleaved,
-        CONSUMER_REGISTERS=CONSUMER_OF_PAGES if paged else CONSUMER,
-        PRODUCER_REGISTERS=PRODUCER_OF_PAGES if paged else PRODUCER,
+        CONSUMER_REGISTERS=consumer,
+        PRODUCER_REGISTERS=3 * ENTRY - 2 * consumer,
         num_warps=4,
         maxnreg=ENTRY,
         enable_fp_fusion=True,
