@@ -158,6 +158,13 @@ def score_cases() -> Iterator[Case]:
     for op, chosen in (("rms_norm_score", {}), ("rms_norm_select", {"k": 3})):
         arguments = lambda d, k=chosen: score(d, 200, 5, **own_sink, **k)  # noqa: E731
         yield Case("scores", op, "own sink, several rows a program", HALF, arguments, settings=few)
+    # So many that every place of the copies that run ahead is used again. Copies want rows of a multiple of 16.
+    one = {"rms_norm_score": {"enough_programs": 1}}
+    own = {"sink": lambda d: random(2, 208, dtype=d, seed=3)}
+    many = lambda d: score(d, 208, 9, **own, residual=lambda d: random(2, 9, 208, dtype=d, seed=4))  # noqa: E731
+    yield Case("scores", "rms_norm_score", "residual, many rows a program", HALF, many, settings=one)
+    fused = lambda d: {**score(d, 208, 9, **own), "k": 3}  # noqa: E731
+    yield Case("scores", "rms_norm_select", "many rows a program", HALF, fused, settings=one)
     counted = lambda d: {**score(d, 64, 40, **padded), "k": 13, "lengths": ints(40, 35), "keep_last": 2}  # noqa: E731
     short = {**few, "rms_norm_select": {"tokens": 16}}
     yield Case("scores", "rms_norm_select", "scores counted", HALF, counted, settings=short)
@@ -236,6 +243,10 @@ def threshold_and_packed_cases(special: Tensor) -> Iterator[Case]:
     for name, more in (("packed", {"k": 2}), ("packed, thresholds", {"threshold": torch.tensor([4.0, 0, 9, 1])})):
         arguments = lambda d, m=more: {**states, **ends, **m}  # noqa: E731
         yield Case("scores", "rms_norm_select", name, FLOAT, arguments)
+    wide = {**ends, "hidden_states": lambda d: random(11, 2048, dtype=d)}
+    several = lambda d: {**score(d, 2048, 11, **wide), "k": 2}  # noqa: E731
+    whole = {"rms_norm_score": {"enough_programs": 1}}
+    yield Case("scores", "rms_norm_select", "packed, 2048 channels, many rows a program", HALF, several, settings=whole)
 
 
 # Of `tests.orthorank_kernels.every_op`, which has a call of every op and layout: so none can be missing here.
