@@ -126,7 +126,7 @@ def test_the_prefill_benchmark_ends_with_its_ratio(tmp_path: Path) -> None:
     options = ["--rounds", "1", "--tokens", "64", "--layers", "12", "14", "--json", str(tmp_path / "result.json")]
     done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "result.json").read_text())
+    (result,) = json.loads((tmp_path / "result.json").read_text())["rows"]
     assert float(done.stdout.split()[-1]) == pytest.approx(result["measured_over_ideal"], abs=0.0006)
     assert result["measured_over_ideal"] == pytest.approx(result["measured_speedup"] / result["flop_speedup"])
     assert result["layers"] == [12, 14]
