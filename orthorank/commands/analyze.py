@@ -38,7 +38,7 @@ def command(
     Similarities with the sink token (Figures 2 and 7) and across layers (3 and 6), selection layer by layer (4), and
     the chosen layers of plans (5).
     """
-    options = locals()  # they have the names of the settings' fields
+    options = dict(locals())  # they have the names of the settings' fields; a debugger changes what locals() gives
     from orthorank.analysis.job import AnalysisSettings, run_analysis
 
     ratio = number("keep_ratio", keep_ratio)

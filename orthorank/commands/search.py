@@ -79,7 +79,7 @@ def command(
     The loss of every evaluation is kept in the output folder: after an interruption, the same command with --resume
     goes on where it stopped. Several processes (accelerate launch -m orthorank search ...) share the windows.
     """
-    options = locals()  # they have the names of the settings' fields
+    options = dict(locals())  # they have the names of the settings' fields; a debugger changes what locals() gives
     from orthorank.search.settings import KEEP_RATIO as DEFAULT_RATIO
     from orthorank.search.settings import SearchSettings
 
