@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,9 +12,6 @@ from orthorank.commands.screen import RichScreen, call, console, table_of
 from orthorank.common.errors import OrthoRankError, check_choice, check_integer
 from orthorank.common.files import check_free, user_path, writable_folder
 from orthorank.common.texts import Bos, Text, check_bos, find_text, join_texts, remark_on
-
-if TYPE_CHECKING:
-    pass
 
 OUTPUT = Path("orthorank-correct")
 TEXT = "UTF-8 text file to fit on; give one of every kind you will process. Default: the documentation of Python."
