@@ -96,7 +96,7 @@ def _look(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], changed: tuple
     """Key of a call, its tensors, where their memory is, and the places of those written to; None: it has no plan."""
     if THREAD.notes is not None or torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled():
         return None
-    if forward_ad._current_level >= 0 or _ENVIRON.get(_SWITCH) in ("0", b"0"):
+    if torch._C._is_tracing() or forward_ad._current_level >= 0 or _ENVIRON.get(_SWITCH) in ("0", b"0"):
         return None
     graph = torch.is_grad_enabled()
     kinds: list[Any] = [op, lookup.generation, len(args), tuple(kwargs), *map(_ENVIRON.get, _NAMES)]
