@@ -117,6 +117,15 @@ def test_no_operator_stands_around_a_call_that_a_plan_may_be_made_of(plans):
             ok.scatter_rows_(out, places(3, 1), rows)
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch.jit, about what a trace does not follow
+def test_a_trace_records_the_operator(plans):
+    for _ in range(3):  # of a kind of call that there is a plan for, too
+        traced = torch.jit.trace(lambda x: ok.gather_rows(x, places(3, 1)), numbers(1, 8, 16), check_trace=False)
+        fresh = -numbers(1, 8, 16)
+        assert traced(fresh).equal(fresh[:, [3, 1]])
+        ok.gather_rows(fresh, places(3, 1))
+
+
 def gather(x: torch.Tensor, positions: torch.Tensor, **more: Any) -> torch.Tensor:
     return ok.gather_rows(x, positions, backend="triton", **more)
 
