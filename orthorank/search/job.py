@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 SEARCH, STATE = "search.json", "search-state.json"
 FORMAT = 1
 NEWER = ("config_fingerprint",)  # which searches of earlier versions do not say
+UNSAID = {"select": "topk"}  # what a search is that does not say so
 FLOP_TOKENS = 2048  # prompt for which the FLOP bound is stated
 
 S = TypeVar("S")
@@ -74,7 +75,7 @@ class Folder:
             self.state.unlink(missing_ok=True)
             self.write(identity, None)
             return False
-        now = json.loads(json.dumps(identity))
+        before, now = UNSAID | before, UNSAID | json.loads(json.dumps(identity))
         for name in sorted({*before, *now} - ({*NEWER} - {*before})):
             if before.get(name) != now.get(name):
                 raise OrthoRankError(
