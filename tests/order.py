@@ -14,8 +14,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 CHOICE = ("-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu and not browser and not vllm")  # as `make test`
@@ -31,18 +33,26 @@ class Run(NamedTuple):
     printed: str
 
 
-def alone(name: str) -> Run:
-    """The tests of one file, in this process, which runs nothing else before or after."""
+def alone(name: str, output: str) -> None:
+    """The tests of one file, in this process, which runs nothing else; what they print goes to the file ``output``."""
     import pytest
 
-    with tempfile.TemporaryFile() as file:
+    with open(output, "wb") as file:
         for stream in (1, 2):  # what native code and subprocesses print, too
             os.dup2(file.fileno(), stream)
-        status = int(pytest.main([*CHOICE, name]))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        file.seek(0)
-        return Run(status, file.read().decode(errors="replace"))
+    sys.exit(int(pytest.main([*CHOICE, name])))
+
+
+def in_fork(processes: Any, name: str) -> Run:
+    """`alone` in a process of its own; no pool's, which would wait for ever for one that a signal ended."""
+    with tempfile.NamedTemporaryFile() as file:
+        process = processes.Process(target=alone, args=(name, file.name))
+        process.start()
+        process.join()
+        printed = Path(file.name).read_text(encoding="utf-8", errors="replace")
+    if process.exitcode < 0:
+        printed += f"\nended by signal {-process.exitcode}"
+    return Run(process.exitcode, printed)
 
 
 def in_order(seed: int, workers: int, names: Sequence[str]) -> Run:
@@ -76,8 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.chdir(ROOT)
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(IMPORTED)
-    with processes.Pool(options.workers, maxtasksperchild=1) as pool:
-        each = [told(name, run) for name, run in zip(names, pool.imap(alone, names, chunksize=1), strict=True)]
+    with ThreadPoolExecutor(options.workers) as pool:
+        runs = pool.map(partial(in_fork, processes), names)
+        each = [told(name, run) for name, run in zip(names, runs, strict=True)]
     again = names if options.files else []  # without names the examples in docstrings are run, too
     shuffled = [told(f"seed {seed}", in_order(seed, options.workers, again)) for seed in options.seeds]
     failed = [name for name, passed in zip(names, each, strict=True) if not passed]
