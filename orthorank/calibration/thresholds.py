@@ -62,6 +62,7 @@ def calibrate(
         OrthoRankError: the plan selects nothing or is another model's, or there are too few tokens for its ratios.
 
     Example:
+        >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4,
         ...                      num_attention_heads=2, num_key_value_heads=1)

@@ -17,7 +17,7 @@ from orthorank import OrthoRankConfig, OrthoRankError, apply, context, register_
 from orthorank.calibration.thresholds import calibrate
 from orthorank.cli import main
 from orthorank.common import criteria
-from orthorank.evaluation.answer_cache import _fields as answer_fields
+from orthorank.evaluation.answer_cache import owner_of
 from orthorank.hf import ablations
 from orthorank.packed import plans
 from orthorank.reproduce.subject import measured_of, plan_key
@@ -379,7 +379,7 @@ def test_search_and_eval_on_the_command_line(
 
 
 def test_kept_results_are_of_the_code_that_gave_them(
-    tiny_folder: Path, in_folder: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folder: Path, tiny_model: Any, in_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Everything that finds figures of an earlier run goes by `code_of`, beside the criterion's name."""
 
@@ -404,7 +404,7 @@ def test_kept_results_are_of_the_code_that_gave_them(
     plan = OrthoRankConfig.from_pretrained("found")
     now = criteria.code_of(plan.criterion)
     assert now not in ({}, first, other)
-    for fields in (measured_of(plan), answer_fields(plan)):
+    for fields in (measured_of(plan), owner_of(tiny_model("llama"), plan, False, {})["plan"]):
         assert fields is not None
         assert now.items() <= fields.items()
     assert measured_of(OrthoRankConfig(layers=[1])) == plan_key(OrthoRankConfig(layers=[1]))
