@@ -8,7 +8,9 @@ GPU_OUTPUT := build/gpu/$(shell date +%Y%m%d-%H%M%S)
 BIN := $(VENV)/bin
 WORKERS ?= 2
 DEMO_ARGS ?= --output orthorank-demo
-# Python compiles what it imports; compiling all that is installed takes more than a minute.
+# Python compiles what it imports; compiling all that is installed takes more than a minute. It has to keep what it
+# compiled: importing PyTorch and Transformers again takes half the time then, and the tests start hundreds of processes.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
