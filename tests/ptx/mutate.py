@@ -1,21 +1,29 @@
 """Breaks kernels on purpose, one instruction at a time, to see whether the checks notice.
 
-    python -m tests.ptx.mutate sm_90 [--only REGEX] [--table]     # drop each barrier, wait, fence and bound
-    python -m tests.ptx.mutate sm_90 --ordering                   # weaken the atomic of rms_norm_select
+    python -m tests.ptx.mutate sm_90 [--only REGEX] [--table] [--done FILE]  # drop each barrier, wait, fence and bound
+    python -m tests.ptx.mutate sm_90 --ordering                              # weaken the atomic of rms_norm_select
 
 One JSON object per mutant on the standard output: case, kernel, kind, at, instruction, source, and how it was noticed:
 error (the checks), wrong (another result), redundant (once others of which none is missed are gone), or none.
+What is run is counted on the standard error. With --done, what each run gave is kept in FILE as it comes, and is not
+run again as long as the kernel, the cases' arguments and the checks are the same.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import linecache
 import re
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import ptx_check
 from ptx_check.errors import PtxError
 from ptx_check.mutate import mutate
 from ptx_check.table import Program
@@ -72,7 +80,60 @@ def run_all(cases: list[Case], settings: Settings, seeds: tuple[int | None, ...]
         compare(case, call(case, "triton"))
 
 
-def mutate_case(title: str, settings: Settings) -> Iterator[dict[str, Any]]:
+class Kept(dict[str, tuple[str, str]]):
+    """What runs of one kernel gave, by what was dropped; in a file, if there is one, where each is written at once.
+
+    Args:
+        name: of the kernel.
+        key: `digest` of what the outcomes follow from; of a file, lines with another one are left alone.
+    """
+
+    def __init__(self, path: Path | None, name: str, key: str):
+        super().__init__()
+        self.path, self.name, self.key = path, name, key
+        self.began, self.runs = time.monotonic(), 0
+        for line in path.read_text().splitlines() if path and path.exists() else ():
+            try:
+                row = json.loads(line)
+            except ValueError:  # of a process that was ended as it wrote
+                continue
+            if row["of"] == key:
+                super().__setitem__(row["dropped"], (row["noticed"], row["message"]))
+
+    def __setitem__(self, dropped: str, outcome: tuple[str, str]) -> None:
+        super().__setitem__(dropped, outcome)
+        self.runs += 1
+        if self.path:
+            noticed, message = outcome
+            row = {"kernel": self.name, "of": self.key, "dropped": dropped, "noticed": noticed, "message": message}
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def tell(self, done: int, of: int) -> None:
+        """On the standard error: how much is done, and when all will be if nothing else was kept."""
+        each = (time.monotonic() - self.began) / self.runs if self.runs else None
+        left = f", about {each * (of - done):.0f} s left" if each else ""
+        print(f"{self.name}: {done} of {of}{left}", file=sys.stderr, flush=True)
+
+
+def digest(target: str, kernels: Iterable[str], cases: list[Case]) -> str:
+    """Of what an outcome follows from: the kernels, what the cases call them with, and the checks."""
+    found = hashlib.sha256(repr((target, SEEDS, RESIDENT, *kernels)).encode())
+    for case in cases:
+        found.update(repr((case.title, case.forced, case.settings, case.environment)).encode())
+        for name, value in case.arguments(case.dtype).items():
+            found.update(name.encode())
+            if isinstance(value, torch.Tensor):
+                found.update(repr((value.dtype, value.shape, value.stride())).encode())
+                found.update(value.flatten().view(torch.uint8).numpy().tobytes())
+            else:
+                found.update(repr(value).encode())
+    for path in sorted(Path(ptx_check.__file__).parent.glob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def mutate_case(title: str, target: str, settings: Settings, done: Path | None = None) -> Iterator[dict[str, Any]]:
     """Break what a case executes, one instruction of one of its kernels after the other."""
     cases = [named(title), *map(named, MUTATED[title])]
     unbroken: dict[str, Program] = {}
@@ -87,7 +148,8 @@ def mutate_case(title: str, settings: Settings) -> Iterator[dict[str, Any]]:
             settings.edit = lambda other: program if other == ptx else unbroken[other]
             run_all(cases, settings)
 
-        for mutant in mutate(ptx, run):
+        kept = Kept(done, name, digest(target, (ptx, *kernels), cases))
+        for mutant in mutate(ptx, run, kept, kept.tell):
             instruction = mutant.instruction
             yield {
                 "case": title,
@@ -135,6 +197,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose title matches this expression")
     parser.add_argument("--ordering", action="store_true", help="weaken the atomic instead of dropping instructions")
     parser.add_argument("--table", action="store_true", help="for people instead of JSON")
+    parser.add_argument("--done", type=Path, help="a file of what runs gave: what is in it is not run again")
     options = parser.parse_args()
     settings = prepare(options.target)
     if options.ordering:
@@ -145,7 +208,7 @@ def main() -> None:
         if named(title) not in cases_for(options.target):
             continue
         if re.search(options.only, title):
-            for result in mutate_case(title, settings):
+            for result in mutate_case(title, options.target, settings, options.done):
                 print(row(result) if options.table else json.dumps(result), flush=True)
 
 

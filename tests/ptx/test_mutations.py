@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
+from tests.ptx.case import HALF, HALF16
 from tests.ptx.harmless import HARMLESS, REASONS, unexplained
-from tests.ptx.mutate import MUTATED, named
+from tests.ptx.mutate import MUTATED, Kept, digest, named
 from tests.ptx.test_coverage import kernels_of
 from tests.ptx.test_kernels import ROOT, TARGETS, compiler_environment
 
@@ -65,3 +67,43 @@ def test_a_line_excuses_no_more_than_it_says():
     assert unexplained("sm_80", [result] * (count + 2)) == [result] * 2
     other = {**result, "kind": "fence"}
     assert unexplained("sm_80", [other]) == [other]
+
+
+def test_what_a_run_gave_is_kept_for_this_kernel_and_these_arguments_alone(tmp_path):
+    file = tmp_path / "done.jsonl"
+    first = Kept(file, "gather", "a")
+    first["12"] = ("error", "Race: reads byte 4")
+    first["12 40"] = ("", "")
+    with file.open("a") as half:  # of a process that was ended as it wrote
+        half.write('{"kernel": "gather", "of": "a", "dropp')
+    assert Kept(file, "gather", "a") == {"12": ("error", "Race: reads byte 4"), "12 40": ("", "")}
+    assert Kept(file, "gather", "b") == {}
+    Kept(file, "gather", "a")["7"] = ("wrong", "")  # stands behind the half line, and is run once more
+    Kept(file, "gather", "a")["8"] = ("wrong", "")
+    assert set(Kept(file, "gather", "a")) == {"12", "12 40", "8"}
+
+
+def test_what_an_outcome_follows_from():
+    case = named("gather_rows, hidden 200, bfloat16")
+    found = digest("sm_90", ["ptx"], [case])
+    assert digest("sm_90", ["ptx"], [case]) == found
+
+    def moved(dtype):
+        made = case.arguments(dtype)
+        made["x"][0, 0, 0] += 1
+        return made
+
+    assert case.dtype == HALF
+    changes = ({"dtype": HALF16}, {"settings": {"gather_rows": {"rows": 2}}}, {"arguments": moved})
+    others = [digest("sm_90", ["ptx"], [replace(case, **each)]) for each in changes]
+    others += [digest("sm_80", ["ptx"], [case]), digest("sm_90", ["ptx "], [case]), digest("sm_90", ["ptx"], [])]
+    assert len({found, *others}) == 1 + len(others)
+
+
+def test_what_is_left_is_told(capsys, monkeypatch):
+    kept = Kept(None, "gather", "a")
+    kept.tell(0, 8)
+    monkeypatch.setattr("time.monotonic", lambda: kept.began + 6)
+    kept["1"] = kept["2"] = ("", "")
+    kept.tell(2, 8)
+    assert capsys.readouterr().err == "gather: 0 of 8\ngather: 2 of 8, about 18 s left\n"

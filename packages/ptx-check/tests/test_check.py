@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ptx_check import OutOfBounds, PtxError, Uninitialised, UnknownInstruction, check
+from ptx_check import OutOfBounds, PtxError, Uninitialised, UnknownInstruction, check, mutate
 from ptx_check.cli import main
 
 KERNELS = Path(__file__).with_name("ptx_files")
@@ -120,6 +120,27 @@ def test_the_command_runs_a_kernel_and_breaks_it(capsys):
     said = capsys.readouterr().out
     assert "8 broken kernels: 6 noticed by a check, 0 by the result, 0 redundant, 2 not noticed" in said
     assert "not noticed: barrier at 130, bar.sync 0 tutorials.py:24" in said
+
+
+def test_what_was_run_is_not_run_again():
+    ptx = Path(SOFTMAX).read_text(encoding="utf-8")
+    runs = []
+
+    def run(program):
+        runs.append(program)
+        x = np.ones((3, 200), np.float32)
+        check(program, (2,), [np.full_like(x, np.nan), x, 200, 200, 3, 200], shared_bytes=1040, seeds=(1,))
+
+    whole, known, told = list(mutate(ptx, run)), {}, []
+    all_runs = len(runs)
+    assert all_runs == 1 + 8 + 1  # as it is, without each, and without both that nobody misses
+    early = mutate(ptx, run, known)
+    assert [next(early), next(early)] == whole[:2]  # the others are yet to come
+    assert len(runs) == all_runs + 3
+    early.close()
+    assert list(mutate(ptx, run, known, lambda *numbers: told.append(numbers))) == whole
+    assert len(runs) == 2 * all_runs + 1  # as it is, once more
+    assert told == [(n, 8) for n in range(8)] + [(8, 10), (9, 10)]
 
 
 def test_the_command_reports_a_fault(capsys, tmp_path):

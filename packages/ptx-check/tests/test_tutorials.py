@@ -92,7 +92,7 @@ def test_which_instructions_are_noticed_when_they_are_gone(name, noticed, redund
     """For sm_80 Triton ends the softmax with a wait and a barrier after which nothing is read, and begins the product
     with some that others follow."""
     ptx, shared = of(name)
-    found = mutate(ptx, lambda program: run_of(name)(program, shared))
+    found = list(mutate(ptx, lambda program: run_of(name)(program, shared)))
     count = [sum(m.noticed == how for m in found) for how in ("error", "redundant", "")]
     assert count == [noticed, redundant, not_noticed]
 

@@ -203,7 +203,7 @@ def main(given: Sequence[str] | None = None) -> int:
                 if isinstance(got, np.ndarray):
                     assert same(got, want), f"argument {number} holds other values"
 
-        found = mutate(ptx, run)
+        found = list(mutate(ptx, run))
         print(summary(found))
         return any(not mutant.noticed for mutant in found)
     except (PtxError, AssertionError, ValueError) as error:

@@ -5,7 +5,7 @@ instruction, or the kernel has more of them than it needs.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, replace
 
 from ptx_check.decode import Instruction, decode
@@ -58,16 +58,24 @@ def mutants(ptx: str) -> Iterator[tuple[str, int, Instruction | None]]:
             yield "bound", at, replace(instruction, predicate=None, negated=False)
 
 
-def mutate(ptx: str, run: Callable[[Program], None]) -> list[Mutant]:
+def mutate(
+    ptx: str,
+    run: Callable[[Program], None],
+    known: MutableMapping[str, tuple[str, str]] | None = None,
+    tell: Callable[[int, int], None] = lambda done, of: None,
+) -> Iterator[Mutant]:
     """Break a kernel, one instruction after the other, and run what is left.
 
     Args:
         ptx: with one kernel.
         run: runs a program with fresh arguments, as `check` does, and raises AssertionError where results are wrong.
+        known: by the numbers of the instructions that are gone, "12" or "12 40", (noticed, message) of earlier runs,
+            which are not run again; each new one is put there at once.
+        tell: is called with the runs that are behind and those that there are, before each.
 
-    Returns:
-        A mutant for each instruction that makes a difference: not one that ``run`` never comes to, nor a bound that is
-        always met.
+    Yields:
+        A mutant for each instruction that makes a difference (not one that ``run`` never comes to, nor a bound that is
+        always met) as soon as it is known how it is noticed: those that are noticed alone come first.
 
     Raises:
         PtxError, AssertionError: from ``run`` with the kernel as it is.
@@ -80,19 +88,33 @@ def mutate(ptx: str, run: Callable[[Program], None]) -> list[Mutant]:
         for instruction, acted, executed in zip(whole.kernel.instructions, whole.acted, whole.executed, strict=False)
     ]
     found = [m for m in mutants(ptx) if reached[m[1]] and (m[0] != "bound" or whole.masked[m[1]])]
-    results = {at: _outcome(Program(ptx, {at: instruction}), run) for _, at, instruction in found}
+    outcomes = {} if known is None else known
+
+    def outcome(changes: dict[int, Instruction | None]) -> tuple[str, str]:
+        key = " ".join(map(str, sorted(changes)))
+        if key not in outcomes:
+            outcomes[key] = _outcome(Program(ptx, changes), run)
+        return outcomes[key]
+
+    alone = []
+    for number, (kind, at, instruction) in enumerate(found):
+        tell(number, len(found))
+        noticed, message = outcome({at: instruction})
+        if noticed or kind == "bound":
+            yield Mutant(kind, at, whole.kernel.instructions[at], noticed, message)
+        else:
+            alone.append((kind, at, instruction))
     # The compiler puts one barrier beside another, so that none of them is missed alone. Take away one after the other
     # as long as nobody notices: what is noticed then did the same as some that are gone.
     gone: dict[int, Instruction | None] = {}
-    for kind, at, instruction in found:
-        if results[at][0] or kind == "bound":
-            continue
-        noticed, message = _outcome(Program(ptx, {**gone, at: instruction}), run)
+    for number, (kind, at, instruction) in enumerate(alone, len(found)):
+        tell(number, len(found) + len(alone))
+        noticed, message = outcome({**gone, at: instruction})
         if noticed:
-            results[at] = ("redundant", f"without {sorted(gone)}: {message}")
+            noticed, message = "redundant", f"without {sorted(gone)}: {message}"
         else:
             gone[at] = instruction
-    return [Mutant(kind, at, whole.kernel.instructions[at], *results[at]) for kind, at, _ in found]
+        yield Mutant(kind, at, whole.kernel.instructions[at], noticed, message)
 
 
 def _outcome(program: Program, run: Callable[[Program], None]) -> tuple[str, str]:
