@@ -36,26 +36,28 @@ def in_pages(
     selected: tuple[int, ...] = (4, 64),
     window: int | None = None,
     most: int = 330,
+    first: int = 200,
     **more: Any,
 ) -> Any:
     """Sequences in pages in any order. What no query sees is NaN: slots behind a sequence's last key and before its
-    first window, and the page that a table names elsewhere, behind the last key by a number too large."""
+    first window, and the page that a table names elsewhere, behind the last key by a number too large. ``first``:
+    where the first query of the last sequence stands."""
     made = paged(dtype, page, keys, dim, selected=selected, slack=16, max_seqlen_k=most, **more)
     positions, table = made["positions"], made["block_table"]
-    early = 200 + 2 * (selected[-1] - 24)
-    positions[-selected[-1] :] = torch.cat([torch.arange(200, early, 2), torch.arange(286, 310)])
+    early, end = first + 2 * (selected[-1] - 24), first + 110
+    positions[-selected[-1] :] = torch.cat([torch.arange(first, early, 2), torch.arange(end - 24, end)])
     nobody = made["k_cache"].shape[0]
-    seen = [*((0, n) for n in keys[:-1]), (0 if window is None else 200 - window + 1, 310)]
+    seen = [*((0, n) for n in keys[:-1]), (0 if window is None else first - window + 1, end)]
     wide = torch.full((len(keys), table.shape[1] + 9), nobody + 2**20, dtype=torch.int32)
-    for row, (first, _end) in enumerate(seen):
+    for row, (begin, _end) in enumerate(seen):
         own = -(-keys[row] // page)
         wide[row, :own] = table[row, :own]
-        wide[row, : first // page] = nobody
+        wide[row, : begin // page] = nobody
     for name in ("k_cache", "v_cache"):
         x = torch.nn.functional.pad(made[name], (0, 8, 0, 0, 0, 0, 0, 1), value=float("nan"))[..., :-8]
-        for row, (first, end) in enumerate(seen):
+        for row, (begin, end) in enumerate(seen):
             for at in range(table.shape[1] * page):
-                if at < -(-keys[row] // page) * page and not first <= at < end:
+                if at < -(-keys[row] // page) * page and not begin <= at < end:
                     x[table[row, at // page], at % page] = float("nan")
         made[name] = x
     if "table_rows" in more:
@@ -135,8 +137,9 @@ def hopper_cases() -> Iterator[Case]:
 def paged_cases() -> Iterator[Case]:
     """Copies of 16 rows of a page each, of a whole page, and of a whole block; see `in_pages`."""
     wide = {"op": "_paged", "made": in_pages}
-    few = {"keys": (330,), "selected": (32,), "kv": 1}
-    yield one("pages of 16, window", HALF, False, page=16, dim=64, window=99, **few, **wide)
+    # Four blocks, so that places of V are used again, in the loop and in the block with the first keys.
+    few = {"keys": (630,), "most": 630, "selected": (32,), "kv": 1, "first": 500, "window": 299}
+    yield one("pages of 16, window", HALF, False, page=16, dim=64, **few, **wide)
     yield one("pages of 16", HALF16, page=16, dim=64, return_lse=True, **wide)
     yield one("dim 128, pages of 32", HALF, page=32, dim=128, table_rows=ints(1, 0), **wide)
     yield one("dim 128, pages of 256, window", HALF16, page=256, dim=128, window=99, softcap=5.0, **wide)
@@ -148,7 +151,9 @@ def split_cases() -> Iterator[Case]:
     """Keys split over programs: rows that see nothing of a split, and splits of which no row sees anything."""
     apart = ints((*range(10, 30, 4), *range(285, 305)))
     every = {"sinks": True, "return_lse": True, "starts": ints(9)}
-    yield one("dim 64, split keys", HALF, False, dim=64, positions=apart, keys=1030, **every)
+    # The second of two splits has three blocks, so that a place of V is used again.
+    later = ints((*range(10, 30, 4), *range(585, 605)))
+    yield one("dim 64, split keys", HALF, False, dim=64, positions=later, keys=1030, **every)
     yield one("dim 64, more splits than blocks", HALF16, dim=64, positions=apart[:, 1:], keys=2600, **every)
     late = ints((*range(700, 1000, 13), -1, -1))
     yield one("dim 128, split keys, window", HALF16, dim=128, positions=late, keys=1100, window=500, softcap=5.0)
