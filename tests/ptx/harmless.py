@@ -29,6 +29,8 @@ REASONS = {
     "unread": "nothing was read of a block that is let go",
     "later": "the warp that copies waits for the values of the block before as well, and their barrier comes later",
     "free": "at the start all places are free: the wait ends at once",
+    "one program": "a program counts itself and no other here, so it is the last whatever its other threads add; "
+    "with several of a row it is noticed",
     "sum": "keeps apart two steps of the search among 256 sequences; here there is one step",
 }
 
@@ -57,6 +59,8 @@ SCORE = "rms_norm_score, own sink, several rows a program, bfloat16"
 SELECT = "rms_norm_select, own sink, several rows a program, bfloat16"
 COUNTED = "rms_norm_select, scores counted, bfloat16"
 PACKED = "rms_norm_select, packed, float32"
+SCORE_AHEAD = "rms_norm_score, residual, many rows a program, bfloat16"
+SELECT_AHEAD = "rms_norm_select, many rows a program, bfloat16"
 RAGGED = "select_tokens, ragged, float32"
 THRESHOLD = "select_tokens, 9001 tokens, threshold, float32"
 PACKED_ALONE = "select_tokens, packed, float32"
@@ -89,6 +93,16 @@ HARMLESS = (
     Harmless(PACKED, "bound", "tl.store(scores_ptr + out, score)", (1, 1, 1), "scalar"),
     Harmless(PACKED, "barrier", "tl.debug_barrier()", (2, 2, 2), "one thread"),
     Harmless(PACKED, "bound", "tl.store(done_ptr, 0)", (1, 1, 1), "scalar"),
+    Harmless(SCORE_AHEAD, "bound", "tl.store(scores_ptr + out, score)", (1, 1, 1), "scalar"),
+    Harmless(SCORE_AHEAD, "wait for copies", "for token in tl.range(first, end, num_stages=STA", (1, 1, 1), "program"),
+    Harmless(SCORE_AHEAD, "barrier", "for token in tl.range(first, end, num_stages=STA", (1, 1, 1), "program"),
+    Harmless(SELECT_AHEAD, "bound", "tl.store(scores_ptr + out, score)", (1, 1, 1), "scalar"),
+    Harmless(SELECT_AHEAD, "barrier", "for token in tl.range(first, end, num_stages=STA", (1, 1, 1), "beside"),
+    Harmless(SELECT_AHEAD, "barrier", "tl.debug_barrier()", (2, 2, 2), "one thread"),
+    Harmless(SELECT_AHEAD, "bound", "before = tl.atomic_add(done_ptr, done.to(tl.int32)", (1, 1, 1), "one program"),
+    Harmless(SELECT_AHEAD, "barrier", "before = tl.atomic_add(done_ptr, done.to(tl.int32)", (1, 1, 1), "beside"),
+    Harmless(SELECT_AHEAD, "bound", "tl.store(done_ptr, 0)", (1, 1, 1), "scalar"),
+    Harmless(SELECT_AHEAD, "bound", "tl.store(counts_ptr + seq, count)", (1, 1, 1), "scalar"),
     Harmless(RAGGED, "bound", "tl.store(counts_ptr + seq, count)", (1, 1, 1), "scalar"),
     Harmless(THRESHOLD, "bound", "tl.store(counts_ptr + seq, count)", (1, 1, 1), "scalar"),
     Harmless(PACKED_ALONE, "bound", "tl.store(cu_selected_ptr, 0)", (1, 1, 1), "scalar"),

@@ -47,6 +47,9 @@ MUTATED = {
     "rms_norm_select, own sink, several rows a program, bfloat16": (),
     "rms_norm_select, scores counted, bfloat16": (),
     "rms_norm_select, packed, float32": (),
+    # Whose copies run ahead of the loop.
+    "rms_norm_score, residual, many rows a program, bfloat16": (),
+    "rms_norm_select, many rows a program, bfloat16": (),
     "select_tokens, ragged, float32": (),
     "select_tokens, 9001 tokens, threshold, float32": (),
     "select_tokens, packed, float32": ("select_tokens, packed, 258 sequences, float32",),
