@@ -99,6 +99,12 @@ def cut_windows(
     wanted = settings.window or min(defaults.DATASET_SEQ_LEN if source.dataset else defaults.SEQ_LEN, max_tokens)
     if wanted > max_tokens:
         raise OrthoRankError(f"window is {wanted}; the model's longest input has {max_tokens} tokens")
+    selects_in = settings.selection.get("select_window", 0)
+    if selects_in >= wanted:
+        raise OrthoRankError(
+            f"select_window is {selects_in}, and a calibration window has {wanted} tokens: that would select as topk "
+            "does; lower --select-window or raise --window"
+        )
     bos = Bos.of(settings.bos, tokenizer)
     tokens = read_tokens(source.text, tokenizer, model, bos)
     if source.dataset:

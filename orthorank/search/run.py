@@ -86,7 +86,9 @@ def prepare(settings: SearchSettings, screen: Screen, group: Group) -> Job:
             "--windows"
         )
     count = count_of(settings, info.num_hidden_layers, candidates)
-    action = "remove" if settings.keep_ratio == 0 else f"update {words.ratio(settings.keep_ratio)} of the tokens in"
+    within = f" of each window of {settings.selection['select_window']} tokens" if settings.selection else ""
+    share = f"{words.ratio(settings.keep_ratio)} of the tokens"
+    action = "remove" if settings.keep_ratio == 0 else f"update {share}{within} in"
     most = "at most " if settings.open_ended else ""
     screen.say(words.capital(f"{action} {most}{count} of the layers {words.layers(candidates)}."))
     return Job(

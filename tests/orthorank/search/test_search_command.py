@@ -67,7 +67,10 @@ def test_a_plan_of_windows_is_searched_as_it_selects(tiny_folder: Path, tmp_path
     from orthorank.hf.apply import apply
 
     chosen = settings(tiny_folder, tmp_path / "out", select="window", select_window=8, **options)
-    results = run_search(chosen)
+    results = run_search(chosen, watcher := Watcher())
+    assert any("of the tokens of each window of 8 tokens in" in said for said in watcher.said)
+    with pytest.raises(OrthoRankError, match="select_window is 32, and a calibration window has 32 tokens"):
+        run_search(dataclasses.replace(chosen, output=tmp_path / "wide", select_window=32))
     plan = OrthoRankConfig.from_pretrained(tmp_path / "out")
     assert (plan.select, plan.select_window) == ("window", 8)
     model, tokenizer, _ = load_model(str(tiny_folder), device="cpu")
