@@ -159,7 +159,7 @@ def test_a_finished_search_resumed_repeats_nothing(finished: Any, tiny_folder: P
         ({"keep_ratio": 0.5}, "its keep_ratio is 0.333"),
         ({"protect_first": 2}, r"its candidates is \[1, 2, 3, 4\] and now it is \[2, 3, 4\]"),
         ({"dtype": "bfloat16"}, 'its dtype is "float32" and now it is "bfloat16"'),
-        ({"select": "window"}, 'its select is "topk" and now it is "window"'),
+        ({"select": "window", "select_window": 8}, 'its select is "topk" and now it is "window"'),
     ],
 )
 def test_another_search_is_not_resumed(finished: Any, tiny_folder: Path, changes: Any, words: str) -> None:
