@@ -72,13 +72,13 @@ def run(
     Returns:
         What the op returns; with ``out``, the tuple of these tensors.
     """
-    plain, kind = launch_notes.THREAD.plain, device.type
+    kind = device.type
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):  # the ops say themselves where they round
             return run(op, args, backend=backend, device=device, out=out)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it may be one of {', '.join(map(repr, BACKENDS))}")
-    wanted = not plain and (torch.is_grad_enabled() or forward_ad._current_level >= 0)
+    wanted = torch.is_grad_enabled() or forward_ad._current_level >= 0
     needs_grad = wanted and any(map(_is_differentiated, _tensors(args)))
     if needs_grad and out is not None:
         raise BackendError(
@@ -117,7 +117,7 @@ def run(
         if out is None:
             return compute(*args)
         return _into(out, lambda: _library.copy_results(compute(*args), out))
-    if plain:
+    if launch_notes.THREAD.plain:
         return _launch(op, args, out)
     if out is None:
         return op.functional(*args)

@@ -203,11 +203,11 @@ def _noted(notes: Notes, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _plainly(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call ``op`` without PyTorch's operator around its launch: nothing is there that would see one (`_look`)."""
-    THREAD.plain = True
+    before, THREAD.plain = THREAD.plain, True
     try:
         return op(*args, **kwargs)
     finally:
-        THREAD.plain = False
+        THREAD.plain = before
 
 
 def _program(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], seen: _Seen, notes: Notes) -> Program:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import orthorank_kernels as ok
-from orthorank_kernels import launch_plan
+from orthorank_kernels import launch_notes, launch_plan
 from orthorank_kernels import op as library
 from orthorank_kernels.settings import lookup
 from orthorank_kernels.triton import configs
@@ -115,6 +115,21 @@ def test_no_operator_stands_around_a_call_that_a_plan_may_be_made_of(plans):
     for seen in (torch.profiler.profile(), variable(launch_plan.SWITCH, "0")):
         with seen, pytest.raises(AssertionError, match="by the operator"):
             ok.scatter_rows_(out, places(3, 1), rows)
+
+
+def test_a_call_that_comes_between_keeps_its_gradient(plans):
+    """A signal handler's, for example, while another call is under way that a plan may be made of."""
+    x = numbers(1, 8, 16).requires_grad_()
+
+    def interrupted() -> torch.Tensor:
+        ok.gather_rows(numbers(1, 8, 16), places(3, 1))
+        assert launch_notes.THREAD.plain, "what is under way goes on as it began"
+        return ok.gather_rows(x, places(3, 1))
+
+    launch_plan._plainly(interrupted, (), {}).sum().backward()
+    assert x.grad is not None
+    assert x.grad[0, :, 0].tolist() == [0, 1, 0, 1, 0, 0, 0, 0]
+    assert not launch_notes.THREAD.plain
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.jit, about what a trace does not follow
