@@ -104,8 +104,9 @@ def hopper_cases() -> Iterator[Case]:
     many = ints((*range(560, 576), *range(860, 876)))  # whole blocks between the masks of either end
     yield one("dim 64, window of 420", HALF, dim=64, positions=many, keys=890, window=420)
     yield one("dim 64, window of 1", HALF, dim=64, positions=ints((-1, *range(130, 460, 11))), keys=470, window=1)
-    # The first kernel again with longer loops: both parts of a tile read the same blocks, or the second lets three go.
-    later, apart = ints(tuple(range(601, 637, 2))), ints((10, 13, 16, 400, *range(740, 836, 6)))
+    # The first kernel again with longer loops: both parts of a tile read the same blocks, or the second lets three go,
+    # and the first has more than one with a mask behind the block that its own threads load.
+    later, apart = ints(tuple(range(601, 637, 2))), ints((10, 13, 16, 400, 480, *range(740, 830, 6)))
     yield one("dim 64, many keys", HALF, dim=64, positions=later, keys=700, starts=ints(9), query_offset=50)
     yield one("dim 64, far apart", HALF, dim=64, positions=apart, keys=900, starts=ints(9))
     one_head = (*range(0, 390, 5), *(-1,) * 82)  # the last tile's queries stand nowhere, and half of the first's
